@@ -1,0 +1,29 @@
+"""The two ways a run ends without a result, each with its exit code.
+
+A fault of the user's is one sentence in four parts; it never shows a traceback. Everything else is a
+defect of ours and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The request is wrong: exit code 2, nothing was started, nothing was lost.
+
+    Args:
+        setting: the dotted name a user can type, such as ``pretrain.sequence_length``.
+        value: what it is now.
+        rule: what it must be, and why.
+        remedy: what to type or do instead.
+    """
+
+    def __init__(self, *, setting: str, value: object, rule: str, remedy: str) -> None:
+        self.setting, self.value, self.rule, self.remedy = setting, value, rule, remedy
+        super().__init__(f"{setting} = {value!s}: {rule}. {remedy}")
+
+
+class Stopped(Exception):
+    """A signal stopped the run after its state was saved: exit code 75, the same command goes on."""
+
+
+EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
