@@ -1,0 +1,68 @@
+"""Numbers reach the JSONL and W&B's own files, and survive a restart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Tracking
+from pipeline.stage import TrackingTarget
+from pipeline.tracking import Tracker
+
+
+def _target(tmp_path: Path, wandb: str = "disabled") -> TrackingTarget:
+    settings = Tracking.model_validate({"wandb": wandb, "project": "depth-growth", "entity": None})
+    return TrackingTarget(settings, "quickstart", "pretrain", "0123456789abcdef", tmp_path / "runs")
+
+
+def _lines(tmp_path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def _read_with_wandb(file: Path) -> list[dict[str, Any]]:
+    """The records of a .wandb file, as W&B's own command line reads them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+def test_offline_files_hold_the_metrics_settings_and_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with Tracker(_target(tmp_path, "offline"), tmp_path, {"learning_rate": 0.001}) as tracker:
+        tracker.log({"loss": 2.5}, step=1)
+        tracker.log({"loss": 1.5}, step=7)
+        tracker.table("results", ["metric", "value"], [["perplexity", 9.0]])
+    (file,) = (tmp_path / "runs").rglob("*.wandb")
+    records = _read_with_wandb(file)
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert {item["_step"]: item["loss"] for item in history if "loss" in item} == {1: 2.5, 7: 1.5}
+    (run,) = [record["run"] for record in records if record["type"] == "run"]
+    assert (run["run_group"], run["job_type"], run["run_id"]) == ("quickstart", "pretrain", "0123456789abcdef")
+    assert run["config"]["update"]["learning_rate"] == 0.001
+    texts = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert not any(b"a" * 40 in text for text in texts), "the key is in W&B's files"
+
+
+def test_the_jsonl_has_the_same_numbers(tmp_path: Path) -> None:
+    with Tracker(_target(tmp_path), tmp_path, {}) as tracker:
+        tracker.log({"loss": 2.5}, step=1)
+    assert _lines(tmp_path) == [{"step": 1, "loss": 2.5}]
+
+
+def test_a_restart_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    with Tracker(_target(tmp_path), tmp_path, {}, resume_after=1) as tracker:
+        tracker.log({"loss": 2.0}, step=2)
+    assert _lines(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_disabled_starts_no_wandb(tmp_path: Path) -> None:
+    with Tracker(_target(tmp_path), tmp_path, {}) as tracker:
+        tracker.table("results", ["a"], [[1]])
+        tracker.summary({"a": 1})
+    assert not (tmp_path / "runs").exists()
