@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ class Fingerprints:
             write_json(self.memo, known)
         return str(known[name])
 
-    def of_files(self, paths: list[Path]) -> str:
+    def of_files(self, paths: Iterable[Path]) -> str:
         """One hash for a list of files: their names and contents, in order."""
         lines = [f"{path.name} {self.of_file(path)}" for path in paths]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

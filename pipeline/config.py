@@ -262,11 +262,12 @@ class Evaluate(Section):
 
     tasks: list[str]  # names known to lm-eval, or the bundled ones
     targets: Annotated[list[Literal["load", "expand", "pretrain", "sft"]], NotInKey]
-    num_fewshot: NonNegative | None
+    num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or by task; null: each task's own
     limit: Positive | None  # documents a task
+    held_out_characters: Positive  # of the corpus's held-out text, for the task held_out_text
     prompt_format: Literal["plain", "chat"]  # one for all targets of a table
-    dtype: Literal["auto", "float32", "bfloat16"]
-    batch_size: Annotated[Positive, NotInKey]
+    dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
+    batch_size: Annotated[Positive, NotInKey]  # sequences, fewer where they are long
 
 
 class Report(Section):

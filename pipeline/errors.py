@@ -1,7 +1,7 @@
-"""The two ways a run ends without a result, each with its exit code.
+"""The ways a run ends without a result, each with its exit code.
 
-A fault of the user's is one sentence in four parts; it never shows a traceback. Everything else is a
-defect of ours and keeps its traceback (exit code 1).
+A fault of the user's is one sentence in four parts, and a dead worker or stage is told by its own last words; neither
+shows the driver's traceback. Everything else is a defect of ours and keeps it (exit code 1).
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """A signal stopped the run after its state was saved: exit code 75, the same command goes on."""
+
+
+class WorkersFailed(RuntimeError):
+    """A process of a stage died: exit code 1; the message says which, how, its last lines and where its log is."""
 
 
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75

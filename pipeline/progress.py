@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
+
+
+_stream: TextIO | None = None  # None: standard error
+
+
+def draw_on(stream: TextIO) -> None:
+    """Bars go there from now on; for a process whose standard error is its log."""
+    global _stream
+    _stream = stream
 
 
 class Bar:
@@ -32,8 +43,8 @@ def _note(note: str, numbers: dict[str, float]) -> str:
 
 @contextmanager
 def progress(description: str, total: float) -> Iterator[Bar]:
-    """A bar over ``total`` units, on standard error; it draws nothing where that is not a terminal."""
-    console = Console(stderr=True)
+    """A bar over ``total`` units; it draws nothing where the output is not a terminal."""
+    console = Console(file=_stream or sys.stderr)
     columns = (
         TextColumn("{task.description:>18}"),
         BarColumn(),
