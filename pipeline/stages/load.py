@@ -1,0 +1,136 @@
+"""load: a hub model, a local directory or a GGUF file becomes a clean safetensors directory of one dtype.
+
+Safetensors are cast tensor by tensor; only a GGUF file goes through a model in memory, which transformers unpacks.
+Nothing is ever unpickled, and no code of the model's is run unless ``model.trust_remote_code`` says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from pipeline import hub
+from pipeline.architecture import ARCHITECTURES
+from pipeline.artifact import write_json
+from pipeline.config import Model
+from pipeline.errors import UserError
+from pipeline.model_dir import ModelDirectory, ShardWriter, TensorSpec, copy_side_files, remove_weights
+from pipeline.progress import progress
+from pipeline.source import ModelSource, resolve, wanted_files
+from pipeline.stage import Metrics, StageTask
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(task: StageTask) -> Metrics:
+    """Writes the base model into ``task.out``.
+
+    Raises:
+        UserError: the model is not there, or is not one that can be used.
+    """
+    model = task.settings
+    assert isinstance(model, Model)
+    source = resolve(model)
+    directory = _fetch(source, model)
+    if source.gguf_file is None:
+        copy_safetensors(directory, task.out, model)
+    else:
+        unpack_gguf(directory, source.gguf_file, task.out, model)
+    written = ModelDirectory(task.out)
+    AutoTokenizer.from_pretrained(task.out, **_trust(model))  # a model without a tokenizer fails here, not stages later
+    return {
+        "source": source.identity or source.kind,
+        "commit": source.commit,
+        "model_type": written.config["model_type"],
+        "num_hidden_layers": written.config["num_hidden_layers"],
+        "parameters": sum(torch.Size(spec.shape).numel() for spec in written.specs.values()),
+        "dtype": model.dtype,
+    }
+
+
+def _fetch(source: ModelSource, model: Model) -> Path:
+    if source.directory is not None:
+        return source.directory
+    assert source.repo is not None and source.commit is not None
+    return hub.fetch_snapshot(source.repo, source.commit, wanted_files(model))
+
+
+def _trust(model: Model) -> dict[str, bool]:
+    return {"trust_remote_code": True} if model.trust_remote_code else {}
+
+
+def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
+    """Casts a safetensors directory tensor by tensor and copies what stands beside the weights.
+
+    Raises:
+        UserError: the weights are quantised, or contradict the config about tied embeddings.
+    """
+    base = ModelDirectory(directory)
+    if base.config.get("quantization_config"):
+        raise UserError(
+            setting="model.path",
+            value=model.path,
+            rule="its weights are quantised, and new layers are made from plain ones",
+            remedy="Give the model as it was before quantisation; of the quantised formats, GGUF can be unpacked.",
+        )
+    dropped = _redundant(base)
+    specs = {name: _cast_spec(spec, model) for name, spec in base.specs.items() if name not in dropped}
+    with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
+        for name, spec in specs.items():
+            writer.write(name, base.read(name).to(spec.dtype))
+            bar.advance(1, note=name)
+    write_json(out / "config.json", _clean_config(base.config, model))
+    copy_side_files(directory, out)
+    if model.trust_remote_code:
+        for code in directory.glob("*.py"):
+            shutil.copyfile(code, out / code.name)
+
+
+def _cast_spec(spec: TensorSpec, model: Model) -> TensorSpec:
+    return TensorSpec(DTYPES[model.dtype] if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+
+
+def _redundant(base: ModelDirectory) -> set[str]:
+    """Tensors that the model makes itself: derived buffers, and the head where it is the embeddings."""
+    architecture = ARCHITECTURES.get(base.config["model_type"])
+    if architecture is None:
+        return set()
+    names = {name for name in base.specs if architecture.is_derived(name)}
+    if base.config.get("tie_word_embeddings") and {architecture.embeddings, architecture.lm_head} <= set(base.specs):
+        if not torch.equal(base.read(architecture.embeddings), base.read(architecture.lm_head)):
+            raise UserError(
+                setting="model.path",
+                value=base.path,
+                rule=f"config.json ties {architecture.lm_head} to the embeddings, and the two differ in its weights",
+                remedy="Set tie_word_embeddings to false in its config.json if they are meant to differ.",
+            )
+        names.add(architecture.lm_head)
+    return names
+
+
+def _clean_config(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The config without what belonged to its former place, and with the dtype that was written."""
+    dropped = {"_name_or_path", "torch_dtype"} | (set() if model.trust_remote_code else {"auto_map"})
+    return {**{name: value for name, value in config.items() if name not in dropped}, "dtype": model.dtype}
+
+
+def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> None:
+    """Dequantises a GGUF file by way of transformers. Holds the whole model in ``model.dtype``."""
+    unpacked = AutoModelForCausalLM.from_pretrained(
+        directory,
+        gguf_file=gguf_file,
+        dtype=DTYPES[model.dtype],
+        quantization_config=GgufConfig(dequantize=True),  # some types stay packed without it
+        **_trust(model),
+    )
+    for name, parameter in unpacked.named_parameters():
+        assert type(parameter.data) is torch.Tensor and parameter.dtype == DTYPES[model.dtype], f"{name} is packed"
+    if hasattr(unpacked.config, "quantization_config"):
+        del unpacked.config.quantization_config  # it is plain now, and saving would try to pack it
+    remove_weights(out)
+    unpacked.save_pretrained(out)
+    AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, **_trust(model)).save_pretrained(out)
