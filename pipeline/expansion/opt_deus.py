@@ -1,0 +1,107 @@
+"""OpT-DeUS (arXiv 2508.08011, algorithm 1): neighbours fused by optimal transport, outputs at zero.
+
+Each matrix of the lower layer has its neurons moved onto those of the upper one, then the two are averaged:
+
+    T_out = Sinkhorn(distances between the rows of W1 T_in and of W2),   fused = (T_out^T W1 T_in + W2) / 2
+
+T_in is the flow of transport through the layer: the identity for what reads the layer's input (and, as in the
+authors' code, for v -> o and up -> down), the attention output's plan T_o for gate and up, and (T_o + I) / 2 for the
+norm between, which sees the residual path too. The released code does not rescale a plan, which sums to one over
+all entries, so that its fused matrices are close to W2 / 2; ``rescale_plan`` makes its rows sum to one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, cdist
+
+from pipeline.architecture import LayerTensor, Role
+from pipeline.config import OptDeusExpand
+from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.layers import Journal, Layer, NewTensor, grow, silenced
+from pipeline.expansion.transport import CONVERGED, TransportPlan, sinkhorn_log, sinkhorn_pot
+
+SOLVERS: dict[str, Callable[[Tensor, float, int, float], TransportPlan]] = {
+    "log": sinkhorn_log,
+    "pot_float32": sinkhorn_pot,
+}
+Solve = Callable[[LayerTensor, Tensor, Tensor], Tensor]  # (which, W1 [n, d], W2 [n, d]) -> T [n, n]
+
+
+def expand(
+    base: Sequence[Layer], plan: LayerPlan, settings: OptDeusExpand, seed: int, journal: Journal
+) -> Iterator[NewTensor]:
+    """Every new layer is its neighbours' fusion, silenced; how each transport problem ended is recorded."""
+
+    def make(layer: int, lower: Layer, upper: Layer) -> Layer:
+        def solve(tensor: LayerTensor, w1: Tensor, w2: Tensor) -> Tensor:
+            return _solve(w1, w2, settings, f"layer {layer} {tensor.module}", journal)
+
+        return fuse(lower, upper, solve)
+
+    for layer, tensor, value in grow(base, plan, make):
+        yield NewTensor(layer, tensor, silenced(tensor, value))
+    _warn_of_unsolved(journal)
+
+
+def _warn_of_unsolved(journal: Journal) -> None:
+    outcomes = Counter(facts["outcome"] for facts in journal.records.values())
+    for outcome, count in outcomes.items():
+        if outcome != CONVERGED:
+            journal.warnings.append(f"{count} of {outcomes.total()} transport problems: {outcome}")
+
+
+def _solve(w1: Tensor, w2: Tensor, settings: OptDeusExpand, name: str, journal: Journal) -> Tensor:
+    """The plan ``[n, n]`` that fuses, after telling the journal how good it is."""
+    solved = SOLVERS[settings.solver](
+        cdist(w1, w2), settings.regularization, settings.max_iterations, settings.marginal_error
+    )
+    journal.record(
+        name,
+        outcome=solved.outcome(settings.marginal_error),
+        marginal_error=solved.marginal_error,
+        iterations=solved.iterations,
+    )
+    journal.note(name, marginal_error=solved.marginal_error)
+    return solved.plan * len(w1) if settings.rescale_plan else solved.plan
+
+
+def fuse(lower: Layer, upper: Layer, solve: Solve) -> Layer:
+    """All tensors of the layer between two, float32, outputs not yet silenced."""
+    fused: dict[LayerTensor, Tensor] = {}
+    (attention_output,) = (tensor for tensor in lower if _writes_attention(tensor.role))
+    stream_plan = _fuse_linear(fused, lower, upper, attention_output, solve, None)
+    for tensor in lower:
+        w1, w2 = lower[tensor].float(), upper[tensor].float()
+        reads_stream = tensor.role.block == "mlp" and tensor.role.side == "input"
+        if tensor.role.kind == "norm":
+            moved = (w1 @ stream_plan + w1) / 2 if reads_stream else w1
+            fused[tensor] = (moved + w2) / 2
+        elif tensor.role.kind == "matrix" and tensor != attention_output:
+            _fuse_linear(fused, lower, upper, tensor, solve, stream_plan if reads_stream else None)
+    return fused
+
+
+def _writes_attention(role: Role) -> bool:
+    return role.kind == "matrix" and role.block == "attention" and role.side == "output"
+
+
+def _fuse_linear(
+    fused: dict[LayerTensor, Tensor],
+    lower: Layer,
+    upper: Layer,
+    matrix: LayerTensor,
+    solve: Solve,
+    t_in: Tensor | None,
+) -> Tensor:
+    """Fuses a matrix ``[out, in]``, and its bias by the same plan; returns the plan ``[out, out]``."""
+    w1, w2 = lower[matrix].float(), upper[matrix].float()
+    w1 = w1 if t_in is None else w1 @ t_in
+    t_out = solve(matrix, w1, w2)
+    fused[matrix] = (t_out.T @ w1 + w2) / 2
+    for bias in lower:
+        if bias.module == matrix.module and bias.role.kind == "bias":
+            fused[bias] = (t_out.T @ lower[bias].float() + upper[bias].float()) / 2
+    return t_out

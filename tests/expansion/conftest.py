@@ -1,0 +1,24 @@
+"""Base layers in memory: what a method sees, without files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from random_layer import Layers, random_layer
+
+from pipeline.architecture import LayerTensor, architecture_of
+
+
+@pytest.fixture
+def random_layers() -> Callable[[int], Layers]:
+    """``random_layers(5)``: five different Llama layers with biases, float32."""
+    roles = architecture_of("llama").layer
+
+    def make(count: int) -> Layers:
+        generator = torch.Generator().manual_seed(count)
+        layers = [random_layer(generator) for _ in range(count)]
+        return [{LayerTensor(name, roles[name]): value for name, value in layer.items()} for layer in layers]
+
+    return make

@@ -1,0 +1,83 @@
+"""Methods without arithmetic of their own: copies to the bit, means, and blocks that add zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from random_layer import Layers
+from torch import Tensor
+
+from pipeline.architecture import LayerTensor, Role
+from pipeline.config import AnyExpand
+from pipeline.expansion.layer_plan import LayerPlan, make_plan
+from pipeline.expansion.layers import Journal
+from pipeline.expansion.methods import expand_function
+
+ExpandSettings = Callable[..., AnyExpand]
+RandomLayers = Callable[[int], Layers]
+
+
+def _expand(base: Layers, settings: AnyExpand) -> tuple[LayerPlan, dict[int, dict[LayerTensor, Tensor]]]:
+    """The plan, and the new layers' tensors by index in the new model; each is yielded once."""
+    plan = make_plan(settings, len(base))
+    made: dict[int, dict[LayerTensor, Tensor]] = {layer.layer: {} for layer in plan.new_layers}
+    for layer, tensor, value in expand_function(settings.method)(base, plan, settings, 0, Journal()):
+        assert tensor not in made[layer]
+        made[layer][tensor] = value
+    assert all(set(tensors) == set(base[0]) for tensors in made.values())
+    return plan, made
+
+
+@pytest.mark.parametrize("method", ["copy", "solar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_are_their_sources_to_the_bit(
+    expand_settings: ExpandSettings, random_layers: RandomLayers, method: str, dtype: torch.dtype
+) -> None:
+    base = [{tensor: value.to(dtype) for tensor, value in layer.items()} for layer in random_layers(4)]
+    base[2] = {tensor: value * 1e-6 for tensor, value in base[2].items()}  # float16: below its smallest normal number
+    plan, made = _expand(base, expand_settings(method, new_layers=3))
+    for layer, tensors in made.items():
+        source = plan.layers[layer].base[0]
+        assert all(value.dtype == dtype and torch.equal(value, base[source][t]) for t, value in tensors.items())
+
+
+def _is_output(role: Role) -> bool:
+    return role.name in ("o", "down")
+
+
+def test_llama_pro_copies_and_zeroes_outputs_with_their_biases(
+    expand_settings: ExpandSettings, random_layers: RandomLayers
+) -> None:
+    base = random_layers(4)
+    plan, made = _expand(base, expand_settings("llama_pro", new_layers=5, position="interleaved"))
+    for layer, tensors in made.items():
+        for tensor, value in tensors.items():
+            if _is_output(tensor.role):
+                assert not value.any()
+            else:
+                assert torch.equal(value, base[plan.layers[layer].base[0]][tensor])
+
+
+def test_average_is_the_mean_of_the_neighbours(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+    base = random_layers(4)
+    _, made = _expand(base, expand_settings("average", new_layers=2, position=[1, 3]))
+    for tensor in base[0]:
+        assert torch.equal(made[2][tensor], (base[1][tensor] + base[2][tensor]) / 2)
+        assert torch.equal(made[5][tensor], base[3][tensor])  # past the end: of the last layer with itself
+
+
+def test_three_averages_in_a_gap_lie_at_its_quarters(
+    expand_settings: ExpandSettings, random_layers: RandomLayers
+) -> None:
+    base = random_layers(2)
+    _, made = _expand(base, expand_settings("average", new_layers=3, position=[0, 0, 0]))
+    for tensor, lower in base[0].items():
+        for layer in (1, 2, 3):
+            torch.testing.assert_close(made[layer][tensor], torch.lerp(lower, base[1][tensor], layer / 4))
+
+
+def test_none_makes_nothing(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+    _, made = _expand(random_layers(3), expand_settings("none"))
+    assert made == {}

@@ -1,0 +1,180 @@
+"""Placements as published, and what an arbitrary placement must satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import METHODS as METHOD_NAMES
+from pipeline.config import AnyExpand
+from pipeline.errors import UserError
+from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan, make_plan, overlap_plan, validate
+from pipeline.expansion.methods import METHODS, expand_function, trainable_by_default
+
+ExpandSettings = Callable[..., AnyExpand]
+
+
+def _new(plan: LayerPlan) -> list[int]:
+    return [layer.layer for layer in plan.layers if layer.new]
+
+
+def _sources(plan: LayerPlan) -> list[int]:
+    return [layer.base[0] for layer in plan.layers]
+
+
+def test_top_of_32_with_16_is_opt_deus_and_lesa_on_llama_3() -> None:
+    plan = insertion_plan(gaps_of("top", 16, 32), 32)
+    assert _new(plan) == list(range(16, 47, 2))
+    assert plan.layers[16].base == (15, 16)
+    assert len(plan.layers) == 48
+
+
+def test_top_of_16_with_8_is_opt_deus_on_llama_3_2() -> None:
+    assert _new(insertion_plan(gaps_of("top", 8, 16), 16)) == list(range(8, 23, 2))
+
+
+def test_interleaved_8_of_32_is_llama_pro_on_llama_2() -> None:
+    gaps = gaps_of("interleaved", 8, 32)
+    assert gaps == (3, 7, 11, 15, 19, 23, 27, 31)
+    plan = insertion_plan(gaps, 32)
+    assert _new(plan) == [4, 9, 14, 19, 24, 29, 34, 39]
+    assert plan.layers[39].base == (31,)  # past the last layer there is no upper neighbour
+
+
+@pytest.mark.parametrize("new_layers", [1, 3, 5, 7, 11, 29, 30, 31, 45])
+def test_interleaved_is_as_even_as_integers_allow(new_layers: int) -> None:
+    gaps = gaps_of("interleaved", new_layers, 30)
+    assert len(gaps) == new_layers
+    assert gaps[-1] == 29
+    steps = [upper - lower for lower, upper in pairwise((-1, *gaps))]
+    assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("position", "gaps"),
+    [("top", (7, 8)), ("bottom", (0, 1)), ("middle", (3, 4)), ("interleaved", (4, 9)), ([9, 2], (2, 9))],
+)
+def test_two_layers_in_a_base_of_ten(position: str | list[int], gaps: tuple[int, ...]) -> None:
+    assert gaps_of(position, 2, 10) == gaps
+
+
+@pytest.mark.parametrize(
+    ("position", "gaps"), [("top", (0, 1, 2, 2)), ("bottom", (0, 0, 1, 2)), ("middle", (0, 1, 1, 2))]
+)
+def test_more_layers_than_gaps_fill_each_gap_first(position: str, gaps: tuple[int, ...]) -> None:
+    assert gaps_of(position, 4, 4) == gaps
+
+
+def test_several_layers_in_a_gap_are_made_by_halving() -> None:
+    plan = insertion_plan((0, 0, 0), 2)
+    assert [(layer.layer, layer.made_from) for layer in plan.new_layers] == [(2, (0, 4)), (1, (0, 2)), (3, (2, 4))]
+    assert all(layer.base == (0, 1) for layer in plan.new_layers)
+    assert [row.get("made_from") for row in plan.to_json()] == [None, [0, 2], None, [2, 4], None]
+
+
+def test_the_second_of_two_in_a_gap_is_made_from_the_first() -> None:
+    plan = insertion_plan((1, 1), 3)
+    assert [(layer.layer, layer.made_from) for layer in plan.new_layers] == [(2, (1, 4)), (3, (2, 4))]
+
+
+def test_layers_past_the_end_are_made_against_the_last_one() -> None:
+    plan = insertion_plan((1, 1), 2)
+    assert [(layer.layer, layer.base, layer.made_from) for layer in plan.new_layers] == [
+        (2, (1,), (1, 1)),
+        (3, (1,), (2, 1)),
+    ]
+
+
+@pytest.mark.parametrize("gaps", [(), (0,), (0, 0, 0, 2, 4), (4, 4, 4, 4), (0, 1, 1, 2, 2, 2, 3, 3, 3, 3)])
+def test_every_insertion_keeps_the_base_in_order_and_can_be_made(gaps: tuple[int, ...]) -> None:
+    plan = insertion_plan(gaps, 5)
+    assert [layer.layer for layer in plan.layers] == list(range(5 + len(gaps)))
+    assert [layer.base[0] for layer in plan.layers if not layer.new] == list(range(5))
+    assert sorted(layer.base[0] for layer in plan.layers if layer.new) == list(gaps)
+    assert list(plan.config_sources) == sorted(plan.config_sources)
+    there = {layer.layer for layer in plan.layers if not layer.new}
+    for layer in plan.new_layers:
+        assert set(layer.made_from) <= there
+        there.add(layer.layer)
+    assert there == set(range(len(plan.layers)))
+
+
+def test_solar_on_32_layers_is_24_and_24() -> None:
+    plan = overlap_plan(16, 32)
+    assert _sources(plan) == [*range(24), *range(8, 32)]
+    assert _new(plan) == list(range(24, 40))  # second occurrences of layers 8 to 23
+
+
+@pytest.mark.parametrize(
+    ("new_layers", "lower_copy", "upper_copy"),
+    [(1, 3, 2), (2, 4, 2), (3, 4, 1), (4, 5, 1), (5, 5, 0)],
+)
+def test_solar_drops_half_of_what_is_too_much_from_each_copy(new_layers: int, lower_copy: int, upper_copy: int) -> None:
+    plan = overlap_plan(new_layers, 5)
+    assert _sources(plan) == [*range(lower_copy), *range(upper_copy, 5)]
+    assert len(_new(plan)) == new_layers
+
+
+def test_rows_of_expansion_json() -> None:
+    assert insertion_plan((0,), 2).to_json() == [
+        {"layer": 0, "new": False, "from": [0]},
+        {"layer": 1, "new": True, "from": [0, 1]},
+        {"layer": 2, "new": False, "from": [1]},
+    ]
+
+
+def test_none_leaves_the_base(expand_settings: ExpandSettings) -> None:
+    settings = expand_settings("none", new_layers=8, position="top")
+    assert (settings.new_layers, settings.position) == (0, None)
+    assert _new(make_plan(settings, 4)) == []
+
+
+def test_solar_records_a_named_position_as_overlap(expand_settings: ExpandSettings) -> None:
+    assert expand_settings("solar", position="top").position == "overlap"
+
+
+@pytest.mark.parametrize("position", [[0, 1], "sideways"])
+def test_solar_refuses_other_positions(expand_settings: ExpandSettings, position: object) -> None:
+    with pytest.raises(ValidationError, match="position"):
+        expand_settings("solar", position=position)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "layers", "says"),
+    [
+        ("solar", {"new_layers": 5}, 4, "expand.new_layers = 5.*at most 4.*expand.new_layers=4"),
+        ("copy", {"new_layers": 3, "position": [0, 1]}, 4, "expand.new_layers = 3.*lists 2 gaps"),
+        ("copy", {"new_layers": 2, "position": [0, 4]}, 4, r"expand.position = \[0, 4\].*gap 4 is not there"),
+        ("copy", {"new_layers": 1, "position": [-1]}, 4, "gap -1 is not there"),
+        ("copy", {"new_layers": 1, "position": "top"}, 1, "expand.position = top.*one layer"),
+        ("lesa", {"new_layers": 1, "position": "top"}, 2, "expand.method = lesa.*at least 3 layers"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_remedy(
+    expand_settings: ExpandSettings, method: str, changes: dict[str, object], layers: int, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        validate(expand_settings(method, **changes), layers)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("position", ["top", "middle", "bottom", "interleaved"])
+@pytest.mark.parametrize("new_layers", [1, 4, 30])
+def test_every_method_fits_every_named_position(
+    expand_settings: ExpandSettings, method: str, position: str, new_layers: int
+) -> None:
+    settings = expand_settings(method, new_layers=new_layers, position=position)
+    validate(settings, 30)
+    assert len(make_plan(settings, 30).layers) == 30 + settings.new_layers
+
+
+def test_the_table_has_a_row_and_a_file_for_every_method() -> None:
+    assert tuple(METHODS) == METHOD_NAMES
+    assert all(callable(expand_function(method)) for method in METHODS)
+
+
+def test_solar_and_none_train_everything() -> None:
+    assert {method for method in METHODS if trainable_by_default(method) == "all"} == {"solar", "none"}

@@ -1,0 +1,204 @@
+"""LESA against a full SVD and a plain training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from naive import predicted_matrix, svd_factors
+from random_layer import Layers
+from torch import Tensor, nn
+
+from pipeline.architecture import LayerTensor, architecture_of
+from pipeline.config import AnyExpand, LesaExpand
+from pipeline.expansion import lesa
+from pipeline.expansion.layer_plan import LayerPlan, make_plan
+from pipeline.expansion.layers import Journal
+from pipeline.expansion.predictor import Predictor, prediction_loss, train_predictor
+from pipeline.expansion.spectrum import decompose
+
+ExpandSettings = Callable[..., AnyExpand]
+RandomLayers = Callable[[int], Layers]
+
+
+@pytest.fixture
+def settings(expand_settings: ExpandSettings) -> Callable[..., LesaExpand]:
+    """LESA's own settings, made small."""
+
+    def make(**changes: object) -> LesaExpand:
+        small = {"epochs": 2, "hidden_size": 16, "new_layers": 2, "batch_size": 8}
+        made = expand_settings("lesa", **{**small, **changes})
+        assert isinstance(made, LesaExpand)
+        return made
+
+    return make
+
+
+def _expand(
+    base: Layers, settings: LesaExpand, seed: int = 0
+) -> tuple[LayerPlan, dict[int, dict[LayerTensor, Tensor]], Journal]:
+    plan, journal = make_plan(settings, len(base)), Journal()
+    made: dict[int, dict[LayerTensor, Tensor]] = {layer.layer: {} for layer in plan.new_layers}
+    for layer, tensor, value in lesa.expand(base, plan, settings, seed, journal):
+        assert tensor not in made[layer]
+        made[layer][tensor] = value
+    assert all(set(tensors) == set(base[0]) for tensors in made.values())
+    return plan, made, journal
+
+
+def _matrices(base: Layers, name: str) -> list[Tensor]:
+    return [next(value for tensor, value in layer.items() if tensor.name == name) for layer in base]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (24, 4)], ids=["tall", "wide", "taller than all side by side"])
+def test_the_gram_route_is_the_svd(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for _ in range(4)]
+    spectrum = decompose(lambda layer: matrices[layer], 4)
+    left, values, right = svd_factors(matrices)
+    assert spectrum.rank == min(shape[0], 4 * shape[1])
+    torch.testing.assert_close(spectrum.left.double(), left * values, atol=1e-5, rtol=1e-5)
+    for got, wanted in zip(spectrum.right, right, strict=True):
+        torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+    for layer in range(4):
+        torch.testing.assert_close(spectrum.left @ spectrum.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_directions_without_a_singular_value_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(8, 3, generator=generator)
+    matrices = [basis @ torch.randn(3, 5, generator=generator) for _ in range(4)]
+    spectrum = decompose(lambda layer: matrices[layer], 4)
+    assert spectrum.rank == 3
+    assert torch.isfinite(spectrum.right).all()
+    torch.testing.assert_close(spectrum.left @ spectrum.right[1], matrices[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_is_the_authors() -> None:
+    predicted, target = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    mean_squared_error, norm_error = (9 + 9) / 4, (5.0 - 1.0) ** 2
+    loss = prediction_loss(predicted, target, norm_loss_weight=0.1)
+    torch.testing.assert_close(loss, torch.tensor(0.9 * mean_squared_error + 0.1 * norm_error))
+
+
+def test_training_is_that_of_a_plain_loop_over_all_samples(settings: Callable[..., LesaExpand]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(5, 6, 3, generator=generator)
+    chosen = settings(epochs=3)
+    predictor = Predictor(3, 16, seed=1)
+    naive = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    naive.load_state_dict(predictor.state_dict())
+    train_predictor(predictor, right, chosen, seed=2, note=lambda epoch, loss: None)
+
+    inputs = torch.cat([torch.cat([right[i - 1], right[i + 1]], dim=1) for i in (1, 2, 3)])
+    targets = torch.cat([right[i] for i in (1, 2, 3)])
+    optimizer = torch.optim.AdamW(naive.parameters(), lr=1e-3, weight_decay=0.01)
+    order_generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        order = torch.randperm(len(inputs), generator=order_generator)
+        for batch in order.split(8):
+            output = naive(inputs[batch])
+            loss = (1 - 5e-4) * (output - targets[batch]).pow(2).mean()
+            loss = loss + 5e-4 * (output.norm() - targets[batch].norm()).pow(2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for got, wanted in zip(predictor.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_training_learns(settings: Callable[..., LesaExpand]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(64, 8, generator=generator)
+    right = torch.stack([direction * (1 + 0.1 * layer) for layer in range(6)])
+    losses: list[float] = []
+    train_predictor(
+        Predictor(8, 32, seed=0), right, settings(epochs=30), seed=0, note=lambda epoch, loss: losses.append(loss)
+    )
+    assert losses[-1] < losses[0] / 20
+
+
+def test_new_matrices_are_predicted_from_an_exact_svd(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+) -> None:
+    base, chosen = random_layers(5), settings(position=[1, 4])
+    _, made, _ = _expand(base, chosen)
+    for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
+        tensor = LayerTensor(name, architecture_of("llama").layer[name])
+        predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
+        spectrum = decompose(lambda layer: base[layer][tensor], 5)  # noqa: B023  called at once
+        train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=lambda epoch, loss: None)
+        linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
+        matrices = _matrices(base, name)
+        for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
+            wanted = predicted_matrix(matrices, lower, upper, linears)
+            torch.testing.assert_close(made[layer][tensor].double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+) -> None:
+    base, chosen = random_layers(4), settings(position=[1, 1])
+    _, made, _ = _expand(base, chosen)
+    name = "self_attn.q_proj.weight"
+    tensor = LayerTensor(name, architecture_of("llama").layer[name])
+    predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
+    spectrum = decompose(lambda layer: base[layer][tensor], 4)
+    train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=lambda epoch, loss: None)
+    first = predictor(torch.cat([spectrum.right[1], spectrum.right[2]], dim=1))
+    second = predictor(torch.cat([first, spectrum.right[2]], dim=1))
+    torch.testing.assert_close(made[2][tensor], (spectrum.left @ first).detach())
+    torch.testing.assert_close(made[3][tensor], (spectrum.left @ second).detach())
+
+
+@pytest.mark.parametrize("norms", ["layer0", "neighbour", "average"])
+def test_norms_and_biases_come_from_where_the_setting_says(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers, norms: str
+) -> None:
+    base = random_layers(4)
+    _, made, _ = _expand(base, settings(position=[1, 3], norms=norms, epochs=1))
+    for tensor in base[0]:
+        if tensor.role.kind == "matrix":
+            continue
+        wanted = {
+            "layer0": (base[0][tensor], base[0][tensor]),
+            "neighbour": (base[1][tensor], base[3][tensor]),
+            "average": ((base[1][tensor] + base[2][tensor]) / 2, base[3][tensor]),
+        }[norms]
+        assert torch.equal(made[2][tensor], wanted[0])
+        assert torch.equal(made[5][tensor], wanted[1])
+
+
+def test_zero_init_silences_both_blocks(settings: Callable[..., LesaExpand], random_layers: RandomLayers) -> None:
+    _, made, _ = _expand(random_layers(4), settings(zero_init=True))
+    for tensors in made.values():
+        for tensor, value in tensors.items():
+            assert bool(value.any()) != (tensor.role.name in ("o", "down"))
+
+
+def test_the_seed_decides_everything(settings: Callable[..., LesaExpand], random_layers: RandomLayers) -> None:
+    base = random_layers(4)
+    torch.manual_seed(1)
+    _, first, _ = _expand(base, settings(), seed=3)
+    torch.manual_seed(2)
+    _, again, _ = _expand(base, settings(), seed=3)
+    _, other, _ = _expand(base, settings(), seed=4)
+    matrix = next(tensor for tensor in base[0] if tensor.role.kind == "matrix")
+    assert all(torch.equal(first[layer][t], again[layer][t]) for layer in first for t in first[layer])
+    assert not torch.equal(first[2][matrix], other[2][matrix])
+
+
+def test_the_journal_has_a_record_for_each_matrix(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+) -> None:
+    _, _, journal = _expand(random_layers(4), settings())
+    assert len(journal.records) == 7
+    assert all(facts["loss"] > 0 for facts in journal.records.values())
+
+
+def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
+    reference, paper = expand_settings("lesa", variant="reference"), expand_settings("lesa", variant="paper")
+    assert isinstance(reference, LesaExpand) and isinstance(paper, LesaExpand)
+    assert (reference.epochs, reference.norm_loss_weight) == (10, 5e-4)
+    assert (paper.epochs, paper.norm_loss_weight) == (5, 5e-5)

@@ -1,0 +1,174 @@
+"""OpT-DeUS against a plain log-space Sinkhorn and the description of its flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from naive import distances, sinkhorn
+from random_layer import Layers
+from torch import Tensor
+
+from pipeline.architecture import LayerTensor
+from pipeline.config import AnyExpand, OptDeusExpand
+from pipeline.expansion import opt_deus
+from pipeline.expansion.layer_plan import make_plan
+from pipeline.expansion.layers import Journal
+from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
+
+ExpandSettings = Callable[..., AnyExpand]
+RandomLayers = Callable[[int], Layers]
+
+
+@pytest.fixture
+def costs() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(7, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    return distances(first, second)
+
+
+def test_the_log_domain_solver_finds_the_plan(costs: Tensor) -> None:
+    solved = sinkhorn_log(costs, 0.06, max_iterations=5000, marginal_error=1e-6)
+    torch.testing.assert_close(solved.plan.double(), sinkhorn(costs, 0.06), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(solved.plan.sum(dim=0), torch.full((7,), 1 / 7))
+    assert solved.marginal_error < 1e-5
+    assert solved.outcome(1e-5) == "converged"
+
+
+def test_costs_that_underflow_an_exponential_are_solved(costs: Tensor) -> None:
+    assert (torch.exp(-costs * 100 / 0.06) == 0).any()
+    solved = sinkhorn_log(costs * 100, 0.06, max_iterations=20000, marginal_error=1e-3)
+    assert solved.outcome(2e-3) == "converged"
+    assert torch.isfinite(solved.plan).all()
+
+
+def test_a_solve_that_ran_out_of_iterations_says_so(costs: Tensor) -> None:
+    solved = sinkhorn_log(costs, 0.06, max_iterations=1, marginal_error=1e-6)
+    assert (solved.iterations, solved.outcome(1e-6)) == (1, "not converged")
+
+
+def test_the_authors_solver_agrees_where_it_does_not_underflow(costs: Tensor) -> None:
+    solved = sinkhorn_pot(costs, 0.5, max_iterations=10000, marginal_error=1e-7)
+    torch.testing.assert_close(solved.plan.double(), sinkhorn(costs, 0.5), atol=1e-5, rtol=1e-3)
+
+
+def test_the_authors_solver_returns_nothing_where_it_underflows(costs: Tensor) -> None:
+    solved = sinkhorn_pot(costs + 20, 0.06, max_iterations=10000, marginal_error=1e-9)
+    assert float(solved.plan.sum()) < 1e-6
+    assert solved.outcome(1e-9) == "underflow: the plan is zero"
+
+
+def _plan_of(w1: Tensor, w2: Tensor, rescale: bool) -> Tensor:
+    return sinkhorn(distances(w1, w2), 0.06).float() * (len(w1) if rescale else 1)
+
+
+def _named(layer: dict[LayerTensor, Tensor]) -> dict[str, Tensor]:
+    return {tensor.name: value for tensor, value in layer.items()}
+
+
+def _fuse_naively(lower: dict[str, Tensor], upper: dict[str, Tensor], rescale: bool) -> dict[str, Tensor]:
+    """The fusion of two Llama layers, module by module as the paper's appendix lists them."""
+    fused = {"input_layernorm.weight": (lower["input_layernorm.weight"] + upper["input_layernorm.weight"]) / 2}
+    plans: dict[str, Tensor] = {}
+    for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj",
+                   "mlp.gate_proj", "mlp.up_proj"):  # fmt: skip
+        w1, w2 = lower[f"{module}.weight"], upper[f"{module}.weight"]
+        if module in ("mlp.gate_proj", "mlp.up_proj"):
+            w1 = w1 @ plans["self_attn.o_proj"]
+        plans[module] = _plan_of(w1, w2, rescale)
+        fused[f"{module}.weight"] = (plans[module].T @ w1 + w2) / 2
+        fused[f"{module}.bias"] = (plans[module].T @ lower[f"{module}.bias"] + upper[f"{module}.bias"]) / 2
+    t_o = plans["self_attn.o_proj"]
+    flow = 0.5 * t_o + 0.5 * torch.eye(len(t_o))
+    norm = "post_attention_layernorm.weight"
+    fused[norm] = (lower[norm] @ flow + upper[norm]) / 2
+    return fused
+
+
+def _settings(expand_settings: ExpandSettings, **changes: object) -> OptDeusExpand:
+    settings = expand_settings("opt_deus", new_layers=1, position=[1], **changes)
+    assert isinstance(settings, OptDeusExpand)
+    return settings
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_a_layer_is_fused_along_the_flow_of_transport(
+    expand_settings: ExpandSettings, random_layers: RandomLayers, rescale: bool
+) -> None:
+    settings = _settings(expand_settings, rescale_plan=rescale, marginal_error=1e-6, max_iterations=5000)
+    base, plan = random_layers(4), make_plan(_settings(expand_settings), 4)
+    made = {tensor.name: value for _, tensor, value in opt_deus.expand(base, plan, settings, 0, Journal())}
+    wanted = _fuse_naively(_named(base[1]), _named(base[2]), rescale)
+    assert set(made) == set(wanted)
+    for name, value in made.items():
+        if "o_proj" in name or "down_proj" in name:
+            assert not value.any(), name
+        else:
+            torch.testing.assert_close(value, wanted[name], atol=1e-3, rtol=1e-3)
+
+
+def test_before_silencing_outputs_are_fused_too(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+    """They are what further layers of the same gap are made from."""
+    settings = _settings(expand_settings, marginal_error=1e-6, max_iterations=5000)
+    lower, upper = random_layers(2)
+
+    def solve(tensor: LayerTensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return sinkhorn_log(distances(w1, w2), settings.regularization, 5000, 1e-6).plan * len(w1)
+
+    fused = _named(dict(opt_deus.fuse(lower, upper, solve)))
+    wanted = _fuse_naively(_named(lower), _named(upper), rescale=True)
+    torch.testing.assert_close(fused["mlp.down_proj.weight"], wanted["mlp.down_proj.weight"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fused["self_attn.o_proj.bias"], wanted["self_attn.o_proj.bias"], atol=1e-3, rtol=1e-3)
+
+
+def test_a_layer_with_its_own_permutation_is_found_again(random_layers: RandomLayers) -> None:
+    """Neurons in another order are brought back: the fused matrix is the upper one."""
+    (upper,) = random_layers(1)
+    tensor = next(tensor for tensor in upper if tensor.role.name == "q" and tensor.role.kind == "matrix")
+    w2 = upper[tensor]
+    w1 = w2[torch.randperm(len(w2), generator=torch.Generator().manual_seed(0))]
+    plan = sinkhorn_log(torch.cdist(w1, w2), 0.06, 1000, 1e-4).plan * len(w1)
+    torch.testing.assert_close((plan.T @ w1 + w2) / 2, w2, atol=1e-3, rtol=1e-3)
+
+
+def test_the_reference_preset_reproduces_the_zero_plan(
+    expand_settings: ExpandSettings, random_layers: RandomLayers
+) -> None:
+    """Where the authors' float32 solver underflows, what comes out is half of the upper layer."""
+    settings = _settings(expand_settings, variant="reference")
+    assert (settings.solver, settings.rescale_plan, settings.marginal_error) == ("pot_float32", False, 1e-9)
+    base = [{tensor: value * 30 for tensor, value in layer.items()} for layer in random_layers(4)]
+    journal = Journal()
+    made = {
+        tensor.name: value for _, tensor, value in opt_deus.expand(base, make_plan(settings, 4), settings, 0, journal)
+    }
+    upper = _named(base[2])
+    torch.testing.assert_close(made["self_attn.q_proj.weight"], upper["self_attn.q_proj.weight"] / 2)
+    torch.testing.assert_close(made["mlp.gate_proj.weight"], upper["mlp.gate_proj.weight"] / 2)
+    assert journal.warnings == ["7 of 7 transport problems: underflow: the plan is zero"]
+
+
+def test_every_solve_is_recorded(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+    settings = _settings(expand_settings)
+    journal = Journal()
+    list(opt_deus.expand(random_layers(3), make_plan(settings, 3), settings, 0, journal))
+    assert len(journal.records) == 7
+    facts = journal.records["layer 2 self_attn.q_proj"]
+    assert facts["outcome"] == "converged"
+    assert 0 <= facts["marginal_error"] <= 1e-3
+    assert journal.warnings == []
+
+
+def test_several_layers_in_a_gap_are_fused_from_one_another(
+    expand_settings: ExpandSettings, random_layers: RandomLayers
+) -> None:
+    settings = expand_settings("opt_deus", new_layers=2, position=[0, 0])
+    made: dict[int, dict[str, Tensor]] = {1: {}, 2: {}}
+    base = random_layers(2)
+    for layer, tensor, value in opt_deus.expand(base, make_plan(settings, 2), settings, 0, Journal()):
+        made[layer][tensor.name] = value
+    name = "input_layernorm.weight"
+    lower, upper = (_named(layer)[name] for layer in base)
+    torch.testing.assert_close(made[1][name], (lower + upper) / 2)
+    torch.testing.assert_close(made[2][name], ((lower + upper) / 2 + upper) / 2)
