@@ -1,0 +1,11 @@
+"""Continual pre-training: the corpus's token blocks, by default on the new layers only."""
+
+from __future__ import annotations
+
+from pipeline.stage import Metrics, StageTask
+from pipeline.training.job import run_training
+
+
+def run(task: StageTask) -> Metrics:
+    """Writes the trained model, ``metrics.jsonl`` and ``training.json``; parents are "model" and "data"."""
+    return run_training(task)

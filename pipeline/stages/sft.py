@@ -1,0 +1,11 @@
+"""Instruction tuning: the same loop on conversations, with loss on the assistant's tokens only."""
+
+from __future__ import annotations
+
+from pipeline.stage import Metrics, StageTask
+from pipeline.training.job import run_training
+
+
+def run(task: StageTask) -> Metrics:
+    """Writes the tuned model, ``metrics.jsonl`` and ``training.json``; parents are "model" and "data"."""
+    return run_training(task)

@@ -1,0 +1,80 @@
+"""From a model directory to a DeepSpeed engine: one explicit dtype, torch's AdamW, nothing compiled on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pipeline.config import Train
+from pipeline.training.deepspeed import uses_bfloat16_parameters
+from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
+from pipeline.training.loss import SummedLoss
+from pipeline.training.precision import DTYPES, Precision
+
+
+def start_distributed() -> torch.device:
+    """Joins the process group that torchrun describes and returns this rank's device."""
+    # DeepSpeed would compile a shared-memory collective here that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return device
+
+
+def load_model(model_dir: Path, train: Train, precision: Precision, config: Mapping[str, Any]) -> PreTrainedModel:
+    """The causal language model with sdpa attention, in the dtype that its parameters will have.
+
+    At ZeRO 3 every rank gets its slices while loading, so that no rank ever holds the whole model.
+    """
+    zero3 = HfDeepSpeedConfig(dict(config)) if config["zero_optimization"]["stage"] == 3 else None
+    dtype = DTYPES[precision] if uses_bfloat16_parameters(train, precision) else torch.float32
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+    del zero3  # transformers holds it weakly; it must live until here and not touch the next model
+    return model.train()
+
+
+def start_engine(
+    model: PreTrainedModel, train: Train, precision: Precision, config: Mapping[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """Wraps the model, frozen as it is to stay, into the engine that computes ``SummedLoss``."""
+    if train.activation_checkpointing:
+        _checkpoint_activations(model)
+    autocast = None if uses_bfloat16_parameters(train, precision) else DTYPES[precision]
+    module = SummedLoss(model, autocast=None if autocast == torch.float32 else autocast)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, train.weight_decay),
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
+    return engine
+
+
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters for the optimizer; norms and biases do not decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(full_shape(p)) >= 2]
+    vectors = [p for p in trained if len(full_shape(p)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recomputes layers in the backward pass, but only those that it reaches; below, nothing is stored anyway."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in decoder_layers(model)[: lowest_trainable_layer(model)]:
+        assert isinstance(layer, GradientCheckpointingLayer)
+        layer.gradient_checkpointing = False

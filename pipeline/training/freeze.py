@@ -1,0 +1,174 @@
+"""Which parameters train. Decided by ``expansion.json`` and the layer list, never by guessing from names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.artifact import read_json
+from pipeline.errors import UserError
+from pipeline.model_dir import EXPANSION_FILE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter in the table that is printed before the first step."""
+
+    layer: int | None  # None: outside the decoder layers
+    role: str  # its name inside its layer, or its full name
+    name: str
+    parameters: int
+    trained: bool
+    dtype: str  # of compute; a trained parameter's master weight is float32
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a causal language model, in order."""
+    layers = model.base_model.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
+    """Every parameter's decoder layer, or None outside of them; found by identity, in the model's order."""
+    owner = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
+    return {name: owner.get(id(p)) for name, p in model.named_parameters()}
+
+
+def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
+    """The names of the parameters that train.
+
+    ``auto`` means the new layers where the method inserts some, and everything where nothing is new or where base
+    layers are repeated (solar); ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
+    searched in parameter names.
+
+    Raises:
+        UserError: nothing would train, or the model directory does not say which layers are new.
+    """
+    layers = layer_of_parameter(model)
+    if trainable == "all":
+        return set(layers)
+    if trainable in ("auto", "new_layers"):
+        return _by_expansion(section, trainable, layers, model_dir)
+    chosen = {name for name in layers if re.search(trainable, name)}
+    if not chosen:
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule="it is searched in parameter names and matches none, so nothing would train",
+            remedy="Names look like " + next(name for name, layer in layers.items() if layer is not None) + ".",
+        )
+    return chosen
+
+
+def _by_expansion(section: str, trainable: str, layers: Mapping[str, int | None], model_dir: Path) -> set[str]:
+    expansion = _read_expansion(section, trainable, model_dir)
+    new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
+    if trainable == "auto" and (not new or expansion["method"] == "solar"):
+        return set(layers)
+    if not new:
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule=f"method {expansion['method']} added no layer, so nothing would train",
+            remedy=f"Say {section}.trainable=all.",
+        )
+    return {name for name, layer in layers.items() if layer in new}
+
+
+def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:
+    path = model_dir / EXPANSION_FILE
+    if not path.is_file():
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule=f"{EXPANSION_FILE} says which layers are new, and {model_dir} has none",
+            remedy=f"Say {section}.trainable=all, or a regular expression over parameter names.",
+        )
+    expansion: dict[str, Any] = read_json(path)
+    return expansion
+
+
+def freeze_others(model: PreTrainedModel, trainable: set[str]) -> None:
+    """Only these parameters ask for gradients from here on."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def lowest_trainable_layer(model: PreTrainedModel) -> int:
+    """The lowest decoder layer that gradients must reach.
+
+    0 when something before the layers trains (embeddings), the number of layers when only something after them does.
+    """
+    layers = decoder_layers(model)
+    inside = {id(p) for p in layers.parameters()}
+    before = [p for p in model.get_input_embeddings().parameters() if id(p) not in inside]
+    if any(p.requires_grad for p in before):
+        return 0
+    trained = (i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
+    return next(trained, len(layers))
+
+
+# ------------------------------------------------------------------------------------------- table
+
+
+def describe(model: PreTrainedModel) -> list[Row]:
+    """One row a parameter, in the model's order."""
+    layers = layer_of_parameter(model)
+    rows = []
+    for name, parameter in model.named_parameters():
+        layer = layers[name]
+        role = name if layer is None else name.partition(f".{layer}.")[2]
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        rows.append(Row(layer, role, name, full_shape(parameter).numel(), parameter.requires_grad, dtype))
+    return rows
+
+
+def full_shape(parameter: nn.Parameter) -> Any:
+    """The shape of the whole parameter, also where ZeRO 3 holds only a slice of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The whole table as text, for the log."""
+    lines = [f"{'layer':>5}  {'role':<40} {'parameters':>14}  {'':<7}  dtype"]
+    for row in rows:
+        layer = "-" if row.layer is None else str(row.layer)
+        state = "trained" if row.trained else "frozen"
+        lines.append(f"{layer:>5}  {row.role:<40} {row.parameters:>14,}  {state:<7}  {_dtypes(row)}")
+    return "\n".join(lines)
+
+
+def format_summary(rows: list[Row]) -> str:
+    """The table for the terminal: neighbouring layers that fare alike share a line."""
+    lines = [f"{'layers':>9}  {'parameters':>14}  {'trained':>14}  dtype"]
+    layers = [(layer, list(group)) for layer, group in groupby(rows, key=lambda row: row.layer)]
+    for _, run in groupby(layers, key=lambda item: (item[0] is None, *_fate(item[1]))):
+        members = list(run)
+        first, last = members[0][0], members[-1][0]
+        label = "others" if first is None else str(first) if first == last else f"{first}-{last}"
+        inside = [row for _, group in members for row in group]
+        trained = [row for row in inside if row.trained]
+        dtypes = _dtypes((trained or inside)[0])
+        lines.append(f"{label:>9}  {_count(inside):>14,}  {_count(trained):>14,}  {dtypes}")
+    lines.append(f"{'all':>9}  {_count(rows):>14,}  {_count([row for row in rows if row.trained]):>14,}")
+    return "\n".join(lines)
+
+
+def _fate(rows: list[Row]) -> tuple[tuple[str, int, bool], ...]:
+    return tuple((row.role, row.parameters, row.trained) for row in rows)
+
+
+def _count(rows: list[Row]) -> int:
+    return sum(row.parameters for row in rows)
+
+
+def _dtypes(row: Row) -> str:
+    return f"{row.dtype}, master float32" if row.trained else row.dtype

@@ -1,0 +1,52 @@
+"""The number format of compute: bfloat16 where the hardware multiplies it natively, else float32."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["bfloat16", "float32"]
+DTYPES: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def resolve_precision(setting: Literal["auto", "bfloat16", "float32"], device: torch.device) -> Precision:
+    """``auto`` by hardware; anything else is obeyed."""
+    if setting != "auto":
+        return setting
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(BFLOAT16_FLAGS & cpu_flags())
+    return "bfloat16" if native else "float32"
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What Linux says the processor can do; empty on other systems."""
+    if not cpuinfo.is_file():
+        return set()
+    flags = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    return set(next(flags, "").partition(":")[2].split())
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
+    """Floating-point operations a second of one square matrix product; best of ``repeats``."""
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):  # the first one warms up and is the slowest
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return float(2 * size**3 / min(seconds))
+
+
+def slow_bfloat16_note(section: str) -> str | None:
+    """One line for CPUs whose bfloat16 instructions are there and slow; None where bfloat16 pays."""
+    cpu = torch.device("cpu")
+    bfloat16, float32 = (matrix_rate(dtype, cpu) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    if bfloat16 >= float32:
+        return None
+    return (
+        f"bfloat16 matrix products run at {bfloat16:.0f} GFLOP/s on this processor and float32 at {float32:.0f}; "
+        f"{section}.precision=float32 would be faster"
+    )

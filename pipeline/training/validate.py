@@ -1,0 +1,120 @@
+"""What can be refused before any worker starts. No torch, no weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.artifact import read_json
+from pipeline.config import Launch, Train
+from pipeline.errors import UserError
+from pipeline.launch import detect_machine, place
+
+NAMED_CHOICES = ("auto", "new_layers", "all")
+
+
+def validate(section: str, train: Train, launch: Launch, context_length: int | None) -> None:
+    """Checks one training section against the machine and the model.
+
+    Args:
+        section: "pretrain" or "sft", for the messages.
+        context_length: the model's longest sequence in tokens, None where its config does not say.
+
+    Raises:
+        UserError: the first fault found.
+    """
+    processes = place(launch, detect_machine()).processes
+    for fault in _faults(section, train, processes, context_length):
+        raise fault
+
+
+def _faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
+    if context_length is not None and train.sequence_length > context_length:
+        yield UserError(
+            setting=f"{section}.sequence_length",
+            value=train.sequence_length,
+            rule=f"the model's context is {context_length} tokens",
+            remedy=f"Say {section}.sequence_length={context_length} or less.",
+        )
+    if train.global_batch % (processes * train.micro_batch):
+        yield _indivisible(section, train, processes)
+    if train.deepspeed.offload_parameters and train.deepspeed.zero_stage != 3:
+        yield UserError(
+            setting=f"{section}.deepspeed.offload_parameters",
+            value="true",
+            rule=f"only ZeRO 3 can offload parameters, and zero_stage is {train.deepspeed.zero_stage}",
+            remedy=f"Say {section}.deepspeed.zero_stage=3, or offload_parameters=false.",
+        )
+    if train.deepspeed.offload_optimizer and train.deepspeed.zero_stage == 0:
+        yield UserError(
+            setting=f"{section}.deepspeed.offload_optimizer",
+            value="true",
+            rule="the optimizer can be offloaded from ZeRO 1 on, and zero_stage is 0",
+            remedy=f"Say {section}.deepspeed.zero_stage=2, or offload_optimizer=false.",
+        )
+    yield from _bad_pattern(section, train.trainable)
+
+
+def _indivisible(section: str, train: Train, processes: int) -> UserError:
+    share, rest = divmod(train.global_batch, processes)
+    fits = [size for size in range(1, share + 1) if share % size == 0] if rest == 0 else []
+    if fits:
+        remedy = f"Say {section}.micro_batch=" + " or ".join(str(size) for size in fits[-3:]) + "."
+    else:
+        near = max(1, round(train.global_batch / processes)) * processes
+        remedy = f"Say {section}.global_batch={near}, or another launch.processes."
+    return UserError(
+        setting=f"{section}.global_batch",
+        value=train.global_batch,
+        rule=f"{processes} process(es) with micro_batch {train.micro_batch} must divide it",
+        remedy=remedy,
+    )
+
+
+def _bad_pattern(section: str, trainable: str) -> Iterator[UserError]:
+    if trainable in NAMED_CHOICES:
+        return
+    try:
+        re.compile(trainable)
+    except re.error as error:
+        yield UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule=f"it is none of {', '.join(NAMED_CHOICES)} and no regular expression: {error}",
+            remedy="Correct it; it is searched in parameter names.",
+        )
+
+
+def validate_data(section: str, train: Train, data_dir: Path, model_dir: Path) -> None:
+    """Refuses token blocks that cannot train this model.
+
+    Raises:
+        UserError: an empty split, nothing to learn from, or tokens that the model does not know.
+    """
+    data = read_json(data_dir / "dataset.json")
+    source = "data.corpus" if data["purpose"] == "corpus" else "data.instructions"
+    for split, needed in (("train", True), ("held_out", bool(train.evaluate_at))):
+        if needed and data["blocks"][split] == 0:
+            raise UserError(
+                setting=source,
+                value=f"0 blocks of {data['sequence_length']} tokens in the {split} split",
+                rule=f"{section} needs at least one",
+                remedy="Give more data, or set data.held_out_fraction so that both splits get some.",
+            )
+    if data["supervised_tokens"]["train"] == 0:
+        raise UserError(
+            setting=source,
+            value="0 supervised tokens",
+            rule="the loss needs tokens to predict: documents of two tokens or more, or assistant turns",
+            remedy=f"Check the data and data.chat_template; dropped so far: {data['dropped']}.",
+        )
+    config = read_json(model_dir / "config.json")
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    if data["vocab_size"] > vocabulary:
+        raise UserError(
+            setting="model.path",
+            value=f"a tokenizer of {data['vocab_size']} tokens",
+            rule=f"the model's vocabulary has {vocabulary}",
+            remedy="Use the tokenizer that belongs to the model.",
+        )

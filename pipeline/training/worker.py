@@ -1,0 +1,99 @@
+"""What each rank runs: ``python -m pipeline.training.worker TASK.json`` under torchrun.
+
+Nothing heavy is imported before the watch over the driver stands, so that a worker whose driver died while it was
+starting ends at once too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.artifact import read_json, write_json
+from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE, rank_log
+from pipeline.watchdog import end_with_parent
+
+
+class StopRequest:
+    """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file."""
+
+    def __init__(self, stop_file: Path) -> None:
+        self._stop_file = stop_file
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or self._stop_file.exists()
+
+
+def main(task_file: Path, log_dir: Path) -> int:
+    """Runs the task on this rank and records how it ended.
+
+    Returns:
+        The exit status. A stop is a success here: a failing status would make torchrun end ranks still saving.
+
+    Raises:
+        Exception: a defect, once it is on record; its traceback goes to the rank's log.
+    """
+    rank = int(os.environ["RANK"])
+    stop = StopRequest(log_dir / STOP_FILE)
+    try:
+        outcome = _run(task_file, log_dir, stop)
+    except UserError as error:
+        parts = {"setting": error.setting, "value": str(error.value), "rule": error.rule, "remedy": error.remedy}
+        write_outcome(log_dir, {"status": "refused", **parts})
+        return EXIT_REQUEST
+    except Exception as error:
+        write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": f"{type(error).__name__}: {error}"})
+        raise
+    if rank == 0:
+        write_outcome(log_dir, outcome)
+    return EXIT_DONE
+
+
+def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, Any]:
+    from torch import distributed
+
+    from pipeline.stage import task_from_json
+    from pipeline.training.session import train
+
+    outcome = train(task_from_json(read_json(task_file)), log_dir, stop)
+    distributed.destroy_process_group()
+    return outcome
+
+
+def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
+    """Records how the job ended; the first rank that knows decides, since others then fail for want of it."""
+    mine = log_dir / f"outcome.{os.getpid()}.json"
+    write_json(mine, outcome)
+    try:
+        os.link(mine, log_dir / OUTCOME_FILE)  # unlike a rename, this never replaces
+    except FileExistsError:
+        pass
+    mine.unlink()
+
+
+def _write_to_log(log: Path) -> None:
+    """Sends everything this process prints, also from C++, to its log, after what earlier attempts left there."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, sys.stdout.fileno())
+    os.dup2(stream, sys.stderr.fileno())
+    os.close(stream)
+
+
+if __name__ == "__main__":
+    logs = Path(os.environ[LOG_DIR_VARIABLE])
+    end_with_parent()
+    _write_to_log(rank_log(logs, int(os.environ["RANK"])))
+    sys.exit(main(Path(sys.argv[1]), logs))

@@ -1,0 +1,45 @@
+"""Runs several training tasks one after another in one set of worker processes: ``many_tasks.py PLAN.json``.
+
+Starting workers costs seconds of imports, so tests that compare many runs share them. The plan is a list of
+``{"task": ..., "stop_after": step or null}``; every task's outcome is written beside its logs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import write_json
+from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE
+from pipeline.stage import task_from_json
+from pipeline.watchdog import end_with_parent
+
+
+def run(entry: dict[str, Any]) -> None:
+    """One task; the stop request comes while step ``stop_after`` runs."""
+    from pipeline.training.session import train
+
+    task = task_from_json(entry["task"])
+    logs = task.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    asked = 0
+
+    def wants_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == entry["stop_after"]
+
+    outcome = train(task, logs, wants_stop)
+    if os.environ["RANK"] == "0":
+        write_json(logs / OUTCOME_FILE, outcome)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        run(entry)
+    if os.environ["RANK"] == "0":
+        write_json(Path(os.environ[LOG_DIR_VARIABLE]) / OUTCOME_FILE, {"status": "done"})

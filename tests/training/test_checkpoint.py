@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.masters import PARTS
+
+
+class DictMasters:
+    """Stands in for ``Masters``: tensors in a dictionary."""
+
+    def __init__(self, fill: float) -> None:
+        self.tensors = {(name, part): torch.full((3, 5), fill) for name in "abcd" for part in PARTS}
+        self.step = 0
+
+    def names(self):
+        return iter("abcd")
+
+    def read(self, name, part):
+        return self.tensors[name, part]
+
+    def write(self, name, part, value):
+        self.tensors[name, part] = value
+
+    def set_step(self, step):
+        self.step = step
+
+
+def save(directory: Path, step: int, fill: float, **options) -> None:
+    checkpoint.save(directory, step, DictMasters(fill), {"progress": {"step": step}}, writes=True, **options)
+
+
+@pytest.mark.parametrize("shard_bytes, shards", [(1, 4), (2 * 3 * 60, 2), (2**30, 1)])
+def test_what_was_saved_comes_back_from_any_number_of_shards(tmp_path: Path, shard_bytes: int, shards: int):
+    save(tmp_path, 7, fill=0.3, shard_bytes=shard_bytes)
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found is not None and found.step == 7 and found.content()["progress"] == {"step": 7}
+    assert len(list(found.path.glob("*.safetensors"))) == shards
+    masters = DictMasters(0.0)
+    checkpoint.restore(found, masters)
+    assert masters.step == 7
+    assert all(torch.equal(value, torch.full((3, 5), 0.3)) for value in masters.tensors.values())
+    assert dict(found.tensors()).keys() == set("abcd")
+
+
+def test_the_newest_two_are_kept(tmp_path: Path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, fill=step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_half_a_save_is_not_a_checkpoint_and_does_not_block_the_next(tmp_path: Path):
+    save(tmp_path, 1, fill=1.0)
+    partial = tmp_path / "step-00000002.partial"
+    partial.mkdir()
+    (partial / "00000.safetensors").write_bytes(b"cut")
+    assert checkpoint.newest(tmp_path, pytest.fail).step == 1
+    save(tmp_path, 2, fill=2.0)
+    assert checkpoint.newest(tmp_path, pytest.fail).step == 2 and not partial.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "shard", "state"])
+def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path: Path, damage: str):
+    save(tmp_path, 1, fill=1.0)
+    save(tmp_path, 2, fill=2.0)
+    shard = tmp_path / "step-00000002" / "00000.safetensors"
+    if damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-7])
+    elif damage == "flip":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+    else:
+        (shard if damage == "shard" else shard.with_name("state.json")).unlink()
+    reports: list[str] = []
+    assert checkpoint.newest(tmp_path, reports.append).step == 1
+    assert len(reports) == 1 and "step-00000002" in reports[0]
+
+
+def test_nothing_there_is_nothing_found(tmp_path: Path):
+    assert checkpoint.newest(tmp_path / "missing", pytest.fail) is None
+
+
+def test_no_file_is_a_pickle(tmp_path: Path):
+    save(tmp_path, 1, fill=1.0)
+    assert {path.suffix for path in Checkpoint(tmp_path / "step-00000001").path.iterdir()} == {".safetensors", ".json"}

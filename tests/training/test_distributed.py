@@ -1,0 +1,223 @@
+"""The same training however it is spread: ZeRO stages, ranks, micro-batches, interruptions.
+
+Two launches of workers run all cases one after another (see ``many_tasks``); the oracle is a plain torch loop with
+all logits at once, a hand-made attention mask and no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import Train
+from pipeline.launch import run_workers
+from pipeline.stage import StageTask, task_to_json
+from tests.training.conftest import NEW_LAYERS, logged, train_settings
+
+STEPS = 20
+STOP_AFTER = 7
+MakeTask = Callable[..., StageTask]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the one training."""
+
+    ranks: int
+    zero: int
+    precision: str = "float32"
+    micro_batch: int = 1
+    recompute: bool = False
+    trainable: str = "auto"
+
+    def settings(self) -> Train:
+        # Without the threshold ZeRO 3 would keep tensors as small as these whole on every rank.
+        overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if self.zero == 3 else {}
+        return train_settings(
+            steps=STEPS, warmup_fraction=0.2, precision=self.precision, micro_batch=self.micro_batch,
+            activation_checkpointing=self.recompute, trainable=self.trainable,
+            deepspeed={"zero_stage": self.zero, "overrides": overrides},
+        )  # fmt: skip
+
+
+CASES = [
+    *(Case(2, zero, precision) for zero in range(4) for precision in ("float32", "bfloat16")),
+    *(Case(1, zero) for zero in (0, 2, 3)),
+    *(Case(1, zero, "bfloat16") for zero in (0, 2)),
+    *(Case(2, zero, micro_batch=2, recompute=True) for zero in (2, 3)),
+    *(Case(2, zero, trainable="all") for zero in (0, 2, 3)),
+    Case(1, 2, micro_batch=4),
+]
+INTERRUPTED = [Case(2, 2), Case(2, 3, "bfloat16"), Case(2, 0)]
+# What a checkpoint of two ranks at ZeRO 2 is resumed as.
+ELASTIC = [Case(1, 2), Case(2, 3), Case(1, 0)]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All finished tasks."""
+
+    straight: dict[Case, StageTask]
+    resumed: dict[Case, StageTask]
+    elastic: dict[Case, StageTask]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask) -> Runs:
+    """Runs everything in one launch of two ranks and one of one rank."""
+    straight = {case: make_task(case.settings(), case.ranks) for case in CASES}
+    resumed = {case: make_task(case.settings(), case.ranks) for case in INTERRUPTED}
+    elastic = {case: make_task(case.settings(), case.ranks) for case in ELASTIC}
+    stopped = [(task, STOP_AFTER) for task in resumed.values()]
+    stopped += [(make_task(Case(2, 2).settings(), 2, task.out), STOP_AFTER) for task in elastic.values()]
+    finished = [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
+    for ranks in (2, 1):
+        plan = [
+            {"task": task_to_json(task), "stop_after": stop}
+            for task, stop in (*stopped, *finished)
+            if task.launch.processes == ranks
+        ]
+        directory = tmp_path_factory.mktemp("launch")
+        (directory / "plan.json").write_text(json.dumps(plan))
+        launch = finished[0][0].launch.model_copy(update={"processes": ranks})
+        run_workers("tests.training.many_tasks", directory / "plan.json", launch, directory)
+    return Runs(straight, resumed, elastic)
+
+
+# ------------------------------------------------------------------------------------------- oracle
+
+
+@pytest.fixture(scope="module", params=["auto", "all"])
+def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path) -> tuple[str, list[float]]:
+    """The choice of parameters and the losses of a plain float32 loop."""
+    train = Case(1, 0, trainable=request.param).settings()
+    model = AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(train.trainable == "all" or any(f"layers.{layer}." in name for layer in NEW_LAYERS))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim == 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=False)
+    arrays = [np.load(blocks_dir / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
+    order = np.concatenate([np.random.default_rng([0, epoch]).permutation(len(arrays[0])) for epoch in range(STEPS)])
+    losses = []
+    for step in range(STEPS):
+        chosen = order[step * train.global_batch : (step + 1) * train.global_batch]
+        ids, positions, mask = (torch.from_numpy(array[chosen].astype(np.int64)) for array in arrays)
+        loss = naive_loss(model, ids, positions, mask)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = naive_rate(step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return request.param, losses
+
+
+def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    documents = (positions == 0).cumsum(1)
+    seen = (documents[:, :, None] == documents[:, None, :]).tril()
+    bias = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)[:, None]
+    logits = model(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False).logits
+    tokens = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (tokens * mask[:, 1:].flatten()).sum() / mask[:, 1:].sum()
+
+
+def naive_rate(step: int) -> float:
+    """1e-3, warm-up over 4 of 20 steps, cosine to a tenth."""
+    if step <= 4:
+        return 1e-3 * step / 4
+    return 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 16)) / 2)
+
+
+# -------------------------------------------------------------------------------------------- tests
+
+
+def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: tuple[str, list[float]]):
+    trainable, expected = reference
+    cases = [case for case in CASES if case.trainable == trainable and case.precision == "float32"]
+    assert len(cases) >= 3
+    for case in cases:
+        assert logged(runs.straight[case], "loss") == pytest.approx(expected, abs=2e-6), case
+    assert expected[-1] < expected[0] - 0.1  # it learns, so that a wrong gradient would show
+
+
+def test_bfloat16_losses_agree_across_stages_and_ranks(runs: Runs):
+    expected = logged(runs.straight[Case(1, 2)], "loss")
+    for case in (case for case in CASES if case.precision == "bfloat16"):
+        assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-3), case
+
+
+def test_held_out_loss_and_gradient_norm_agree(runs: Runs):
+    base = runs.straight[Case(1, 0)]
+    for case in (case for case in CASES if case.trainable == "auto" and case.precision == "float32"):
+        for name in ("held_out_loss", "grad_norm", "learning_rate", "tokens", "flops"):
+            assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
+
+
+def test_not_one_other_tensor_changes_by_a_bit(runs: Runs, grown_dir: Path):
+    base = load_file(grown_dir / "model.safetensors")
+    for case in (case for case in CASES if case.trainable == "auto"):
+        trained = load_file(runs.straight[case].out / "model.safetensors")
+        assert trained.keys() == base.keys()  # no second copy of the tied head
+        changed = {name for name in base if not torch.equal(trained[name], base[name])}
+        expected = {name for name in base if any(f"layers.{layer}." in name for layer in NEW_LAYERS)}
+        assert changed == expected, case
+
+
+def test_master_weights_start_from_the_files_not_from_bfloat16(runs: Runs, grown_dir: Path):
+    """With bfloat16 compute the float32 weights of the export still hold what bfloat16 cannot."""
+    base = load_file(grown_dir / "model.safetensors")
+    trained = load_file(runs.straight[Case(2, 2, "bfloat16")].out / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    moved = (trained[name] - base[name]).abs().max()
+    assert moved <= 1.1 * sum(logged(runs.straight[Case(2, 2, "bfloat16")], "learning_rate")) * 1.5
+    assert not torch.equal(trained[name], trained[name].bfloat16().float())
+
+
+@pytest.mark.parametrize("case", INTERRUPTED, ids=str)
+def test_interrupted_equals_uninterrupted_to_the_bit(runs: Runs, case: Case):
+    straight, resumed = runs.straight[case], runs.resumed[case]
+    for name in ("loss", "learning_rate", "grad_norm", "tokens", "flops", "held_out_loss"):
+        assert logged(resumed, name) == logged(straight, name), name
+    assert logged(resumed, "step") == logged(straight, "step")
+    ours, theirs = (load_file(task.out / "model.safetensors") for task in (resumed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("case", ELASTIC, ids=str)
+def test_a_checkpoint_resumes_on_other_ranks_and_stages(runs: Runs, case: Case):
+    expected = logged(runs.straight[Case(1, 0)], "loss")
+    assert logged(runs.elastic[case], "loss") == pytest.approx(expected, abs=2e-6)
+
+
+def test_training_json_says_what_was_done(runs: Runs):
+    task = runs.straight[Case(2, 3, "bfloat16")]
+    summary = json.loads((task.out / "training.json").read_text())
+    assert (summary["steps"], summary["world_size"], summary["zero_stage"]) == (STEPS, 2, 3)
+    assert summary["precision"] == "bfloat16"
+    assert summary["tokens"] == STEPS * 4 * 32
+    assert [entry["step"] for entry in summary["held_out"]] == [0, STEPS]
+    assert summary["trainable_parameters"] * 2 == summary["total_parameters"] - 384 * 33 - 33
+    assert summary["peak_memory_bytes"] > 0
+    assert AutoModelForCausalLM.from_pretrained(task.out).config.num_hidden_layers == 4
+
+
+def test_nothing_that_torch_could_unpickle_is_written(runs: Runs):
+    for task in (*runs.straight.values(), *runs.resumed.values()):
+        assert {path.suffix for path in task.out.rglob("*") if path.is_file()} <= {
+            ".safetensors", ".json", ".jsonl", ".jinja", ".log"
+        }  # fmt: skip

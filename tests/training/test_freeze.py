@@ -1,0 +1,108 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.training import freeze
+from pipeline.training.engine import parameter_groups
+
+
+@pytest.fixture
+def model(grown_dir: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32)
+
+
+def expansion(tmp_path: Path, grown_dir: Path, method: str, new: set[int]) -> Path:
+    """A model directory whose ``expansion.json`` says this."""
+    directory = tmp_path / "model"
+    shutil.copytree(grown_dir, directory)
+    layers = [{"layer": layer, "new": layer in new, "from": [layer]} for layer in range(4)]
+    (directory / "expansion.json").write_text(json.dumps({"method": method, "layers": layers}))
+    return directory
+
+
+def layers_of(model: nn.Module, names: set[str]) -> set[int | None]:
+    return {freeze.layer_of_parameter(model)[name] for name in names}
+
+
+def test_auto_trains_exactly_the_new_layers(model: nn.Module, grown_dir: Path):
+    chosen = freeze.select_trainable("pretrain", "auto", model, grown_dir)
+    assert layers_of(model, chosen) == {1, 3}
+    assert len(chosen) == 2 * len(list(model.base_model.layers[0].parameters()))
+
+
+@pytest.mark.parametrize("method, new", [("solar", {2, 3}), ("none", set())])
+def test_auto_trains_everything_for_solar_and_none(
+    tmp_path: Path, grown_dir: Path, model: nn.Module, method: str, new: set[int]
+):
+    directory = expansion(tmp_path, grown_dir, method, new)
+    chosen = freeze.select_trainable("pretrain", "auto", model, directory)
+    assert chosen == {name for name, _ in model.named_parameters()}
+
+
+def test_new_layers_means_them_for_solar_too(tmp_path: Path, grown_dir: Path, model: nn.Module):
+    directory = expansion(tmp_path, grown_dir, "solar", {1})
+    assert layers_of(model, freeze.select_trainable("pretrain", "new_layers", model, directory)) == {1}
+
+
+def test_layer_1_is_not_layer_11():
+    """Layers are told apart by what they hold, not by a substring of a name."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=12, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    layers = freeze.layer_of_parameter(LlamaForCausalLM(config))
+    assert all(name.startswith(f"model.layers.{layer}.") for name, layer in layers.items() if layer is not None)
+
+
+def test_a_pattern_is_searched_in_names(model: nn.Module, grown_dir: Path):
+    chosen = freeze.select_trainable("pretrain", r"layers\.[01]\..*norm", model, grown_dir)
+    assert len(chosen) == 4 and layers_of(model, chosen) == {0, 1}
+
+
+@pytest.mark.parametrize("trainable, method", [("no_such_parameter", "copy"), ("new_layers", "none")])
+def test_training_nothing_is_refused(tmp_path: Path, grown_dir: Path, model: nn.Module, trainable: str, method: str):
+    directory = expansion(tmp_path, grown_dir, method, set())
+    with pytest.raises(UserError, match="nothing would train") as error:
+        freeze.select_trainable("sft", trainable, model, directory)
+    assert error.value.setting == "sft.trainable"
+
+
+def test_a_model_that_was_never_expanded_must_be_told_what_trains(model: nn.Module, tiny_llama_dir: Path):
+    with pytest.raises(UserError, match="expansion.json"):
+        freeze.select_trainable("pretrain", "auto", model, tiny_llama_dir)
+    assert freeze.select_trainable("pretrain", "all", model, tiny_llama_dir)
+
+
+def test_the_lowest_trainable_layer(model: nn.Module):
+    names = [name for name, _ in model.named_parameters()]
+    freeze.freeze_others(model, {name for name in names if ".2." in name or ".3." in name})
+    assert freeze.lowest_trainable_layer(model) == 2
+    freeze.freeze_others(model, {"model.norm.weight"})
+    assert freeze.lowest_trainable_layer(model) == 4
+    freeze.freeze_others(model, {"model.embed_tokens.weight"})
+    assert freeze.lowest_trainable_layer(model) == 0
+
+
+def test_the_table_names_every_parameter_once_and_the_summary_adds_up(model: nn.Module, grown_dir: Path):
+    freeze.freeze_others(model, freeze.select_trainable("pretrain", "auto", model, grown_dir))
+    rows = freeze.describe(model)
+    assert [row.name for row in rows] == [name for name, _ in model.named_parameters()]
+    assert {row.layer for row in rows if row.trained} == {1, 3}
+    assert "self_attn.q_proj.weight" in freeze.format_rows(rows)
+    last = freeze.format_summary(rows).splitlines()[-1].replace(",", "").split()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert last == ["all", str(sum(p.numel() for p in model.parameters())), str(trained)]
+
+
+def test_norms_and_biases_do_not_decay(model: nn.Module):
+    matrices, vectors = parameter_groups(model, weight_decay=0.1)
+    assert matrices["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in matrices["params"])
+    assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])

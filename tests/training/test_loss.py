@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.training import loss as loss_module
+from pipeline.training.loss import LogitRule, SummedLoss, chunked_cross_entropy
+
+N, H, V = 37, 12, 51
+
+
+def plain(x_NH, w_VH, targets_N, rule: LogitRule):
+    """The textbook: all logits at once, torch's own derivative."""
+    logits = x_NH @ w_VH.T * rule.scale
+    if rule.softcap is not None:
+        logits = rule.softcap * torch.tanh(logits / rule.softcap)
+    return cross_entropy(logits, targets_N, reduction="sum")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * V)
+
+
+@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(scale=0.25), LogitRule(softcap=3.0), LogitRule(2.0, 5.0)])
+def test_chunked_equals_plain_in_float64(small_chunks: None, rule: LogitRule):
+    torch.manual_seed(0)
+    x, w = torch.randn(N, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
+    targets = torch.randint(0, V, (N,))
+    results = []
+    for function in (chunked_cross_entropy, plain):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        value = function(*leaves, targets, rule)
+        (value * 0.37).backward()
+        results.append((value, leaves[0].grad, leaves[1].grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_head_costs_no_gradient_and_float32_stays_exact(small_chunks: None):
+    torch.manual_seed(0)
+    x, w, targets = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
+    chunked_cross_entropy(x, w, targets).backward()
+    expected = torch.autograd.grad(plain(x, w, targets, LogitRule()), x)[0]
+    assert w.grad is None and torch.allclose(x.grad, expected, atol=1e-5)
+
+
+def test_no_supervised_token_gives_zero_loss_and_zero_gradient():
+    x = torch.randn(0, H, requires_grad=True)
+    value = chunked_cross_entropy(x, torch.randn(V, H), torch.zeros(0, dtype=torch.int64))
+    value.backward()
+    assert value == 0 and x.grad.shape == (0, H)
+
+
+def test_logits_never_exceed_a_chunk(small_chunks: None, monkeypatch: pytest.MonkeyPatch):
+    rows = []
+
+    def spy(x, w):
+        rows.append(x.shape[0])
+        return x @ w.T
+
+    monkeypatch.setattr(loss_module, "linear", spy)
+    chunked_cross_entropy(torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.zeros(N, dtype=torch.int64))
+    assert sum(rows) == N and max(rows) <= 5
+
+
+# ------------------------------------------------------------------------------ in the whole model
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tiny_llama_dir: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64, attn_implementation="sdpa")
+
+
+def test_equals_the_loss_of_transformers(tiny_llama: nn.Module):
+    ids = torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(24).expand(2, 24)
+    mask = positions > 0
+    ours = SummedLoss(tiny_llama)(ids, positions, mask)
+    theirs = tiny_llama(input_ids=ids, labels=ids).loss * mask.sum()
+    # transformers takes the cross entropy in float32 whatever the model's dtype
+    assert torch.allclose(ours, theirs.double(), rtol=1e-6)
+
+
+def test_documents_in_one_block_do_not_see_each_other(tiny_llama: nn.Module):
+    """A packed block's loss is the sum of its documents' losses, each alone; so are its gradients."""
+    random = torch.Generator().manual_seed(1)
+    documents = [torch.randint(0, 384, (length,), generator=random) for length in (9, 5, 1, 17)]
+    weight = tiny_llama.base_model.layers[1].mlp.up_proj.weight
+    model = SummedLoss(tiny_llama)
+
+    def alone(ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(len(ids))[None]
+        return model(ids[None], positions, positions > 0)
+
+    packed = torch.cat(documents)[None]
+    positions = torch.cat([torch.arange(len(ids)) for ids in documents])[None]
+    together = model(packed.expand(2, -1), positions.expand(2, -1), (positions > 0).expand(2, -1))
+    apart = 2 * sum(alone(ids) for ids in documents)
+    assert torch.allclose(together, apart, rtol=1e-10)
+    gradients = [torch.autograd.grad(value, weight)[0] for value in (together, apart)]
+    assert torch.allclose(*gradients, rtol=1e-8, atol=1e-12)
+
+
+def test_only_masked_in_tokens_are_targets(tiny_llama: nn.Module):
+    ids = torch.randint(0, 384, (1, 12), generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(12)[None]
+    model = SummedLoss(tiny_llama)
+    single = [model(ids, positions, torch.arange(12)[None] == place) for place in range(1, 12)]
+    assert torch.allclose(sum(single), model(ids, positions, positions > 0), rtol=1e-12)
+
+
+def test_layers_below_the_lowest_trainable_store_nothing():
+    """Bytes kept for the backward pass do not grow with the number of frozen layers below."""
+
+    def stored_bytes(frozen: int) -> int:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=frozen + 2, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+        model.requires_grad_(False)
+        model.base_model.layers[frozen].requires_grad_(True)
+        ids, positions = torch.zeros(2, 32, dtype=torch.int64), torch.arange(32).expand(2, 32)
+        stored = []
+        with saved_tensors_hooks(lambda tensor: stored.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+            SummedLoss(model)(ids, positions, positions > 0)
+        return sum(stored)
+
+    assert stored_bytes(frozen=1) == stored_bytes(frozen=6)

@@ -1,0 +1,52 @@
+from itertools import pairwise
+
+import pytest
+
+from pipeline.training.schedule import evaluation_steps, learning_rate, total_steps
+from tests.training.conftest import train_settings
+
+STEPS = 100
+
+
+def rates(**changes) -> list[float]:
+    train = train_settings(learning_rate=1.0, warmup_fraction=0.1, final_learning_rate_fraction=0.1, **changes)
+    return [learning_rate(train, step, STEPS) for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
+def test_warms_up_linearly_to_the_peak(schedule: str):
+    warm = rates(schedule=schedule)[:10]
+    assert warm == pytest.approx([0.1 * step for step in range(1, 11)])
+
+
+@pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
+def test_ends_on_the_final_fraction_and_never_rises(schedule: str, last: float):
+    after = rates(schedule=schedule)[9:]
+    assert after[-1] == pytest.approx(last)
+    assert all(later <= earlier for earlier, later in pairwise(after))
+
+
+def test_cosine_is_half_way_in_the_middle():
+    assert rates(schedule="cosine")[54] == pytest.approx(0.55)  # step 55 of 10 … 100
+
+
+def test_warmup_stable_decay_holds_the_peak_and_then_falls():
+    all_rates = rates(schedule="warmup_stable_decay", decay_fraction=0.2)
+    assert all_rates[9:80] == [1.0] * 71
+    assert all_rates[89] == pytest.approx(0.55)
+    assert all_rates[99] == pytest.approx(0.1)
+
+
+def test_no_warmup_starts_at_the_schedule():
+    train = train_settings(learning_rate=1.0, warmup_fraction=0.0, schedule="constant")
+    assert learning_rate(train, 1, 1) == 1.0
+
+
+@pytest.mark.parametrize("epochs, steps", [(1.0, 12), (2.0, 25), (0.5, 6), (0.01, 1)])
+def test_epochs_become_whole_global_batches(epochs: float, steps: int):
+    assert total_steps(train_settings(steps=None, epochs=epochs, global_batch=8), blocks=101) == steps
+
+
+def test_fractions_become_steps_with_zero_before_the_first():
+    train = train_settings(evaluate_at=[0.0, 0.2, 0.5, 1.0])
+    assert evaluation_steps(train, 20) == {0: 0.0, 4: 0.2, 10: 0.5, 20: 1.0}

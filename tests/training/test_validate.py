@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Launch
+from pipeline.errors import UserError
+from pipeline.training.validate import validate, validate_data
+from tests.training.conftest import train_settings, write_blocks
+
+
+def launch(processes: int) -> Launch:
+    return Launch(device="cpu", processes=processes, threads=1)
+
+
+def test_a_sound_request_passes():
+    validate("pretrain", train_settings(), launch(2), context_length=32)
+    validate("pretrain", train_settings(trainable=r"layers\.3\."), launch(1), context_length=None)
+
+
+@pytest.mark.parametrize(
+    "changes, processes, setting, remedy",
+    [
+        ({"sequence_length": 33}, 1, "sequence_length", "sequence_length=32"),
+        ({"global_batch": 6, "micro_batch": 4}, 1, "global_batch", "micro_batch=2 or 3 or 6"),
+        ({"global_batch": 4, "micro_batch": 1}, 3, "global_batch", "global_batch=3"),
+        ({"deepspeed": {"offload_parameters": True}}, 1, "deepspeed.offload_parameters", "zero_stage=3"),
+        ({"deepspeed": {"zero_stage": 0, "offload_optimizer": True}}, 1, "deepspeed.offload_optimizer", "zero_stage=2"),
+        ({"trainable": "layers.(3"}, 1, "trainable", "Correct it"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
+    with pytest.raises(UserError) as error:
+        validate("pretrain", train_settings(**changes), launch(processes), context_length=32)
+    assert error.value.setting == f"pretrain.{setting}"
+    assert remedy in error.value.remedy
+
+
+def write_model(directory: Path, vocab_size: int = 384) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return directory
+
+
+@pytest.mark.parametrize("sizes, split", [({"blocks": 0}, "train"), ({"held_out": 0}, "held_out")])
+def test_an_empty_split_is_refused(tmp_path: Path, sizes: dict, split: str):
+    data = write_blocks(tmp_path / "data", **sizes)
+    with pytest.raises(UserError, match=f"{split} split") as error:
+        validate_data("pretrain", train_settings(), data, write_model(tmp_path / "model"))
+    assert error.value.setting == "data.corpus"
+
+
+def test_an_empty_held_out_split_is_fine_when_nothing_asks_for_it(tmp_path: Path):
+    data = write_blocks(tmp_path / "data", held_out=0)
+    validate_data("pretrain", train_settings(evaluate_at=[]), data, write_model(tmp_path / "model"))
+
+
+def test_data_without_a_target_are_refused(tmp_path: Path):
+    data = write_blocks(tmp_path / "data", length=1)
+    with pytest.raises(UserError, match="0 supervised tokens"):
+        validate_data("sft", train_settings(), data, write_model(tmp_path / "model"))
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path: Path):
+    data = write_blocks(tmp_path / "data")
+    with pytest.raises(UserError, match="vocabulary has 100"):
+        validate_data("pretrain", train_settings(), data, write_model(tmp_path / "model", vocab_size=100))

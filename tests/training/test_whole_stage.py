@@ -1,0 +1,68 @@
+"""Whole training stages through the driver: killed and started again, and losing themselves in infinity."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.artifact import write_json
+from pipeline.launch import WorkersFailed
+from pipeline.stage import StageTask, task_to_json
+from pipeline.training.job import CHECKPOINTS, run_training
+from tests.training.conftest import logged, train_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = """
+import json, sys
+from pathlib import Path
+from pipeline.launch import WorkersFailed
+from pipeline.stage import task_from_json
+from pipeline.training.job import run_training
+run_training(task_from_json(json.loads(Path(sys.argv[1]).read_text())))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(make_task: Callable[..., StageTask], tmp_path: Path):
+    settings = train_settings(steps=60, checkpoint_every_steps=4, evaluate_at=[0.0, 0.5, 1.0])
+    straight, killed = make_task(settings, 2), make_task(settings, 2)
+    run_training(straight)
+
+    write_json(tmp_path / "task.json", task_to_json(killed))
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "task.json")], cwd=ROOT)
+    saved = killed.out / CHECKPOINTS
+    while not (saved.exists() and any(saved.iterdir())):  # some file of a first save is there, half or whole
+        assert driver.poll() is None
+        time.sleep(0.002)
+    driver.kill()
+    driver.wait()
+    time.sleep(1.0)  # the workers end themselves; a checkpoint they finish meanwhile counts
+    assert not (killed.out / "training.json").exists()
+
+    summary = run_training(killed)
+    assert summary["steps"] == 60
+    for name in ("step", "loss", "learning_rate", "grad_norm", "held_out_loss", "tokens", "flops"):
+        assert logged(killed, name) == logged(straight, name), name
+    ours, theirs = (load_file(task.out / "model.safetensors") for task in (killed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not saved.exists()  # nothing of the training is left but its result
+
+    before = (killed.out / "metrics.jsonl").stat().st_mtime_ns
+    assert run_training(killed) == summary == json.loads((killed.out / "training.json").read_text())
+    assert (killed.out / "metrics.jsonl").stat().st_mtime_ns == before  # done is done
+
+
+def test_a_loss_that_is_not_finite_ends_training_by_name(make_task: Callable[..., StageTask]):
+    settings = train_settings(learning_rate=1e30, warmup_fraction=0.0, checkpoint_every_steps=1)
+    task = make_task(settings)
+    with pytest.raises(WorkersFailed, match=r"the (loss|gradient norm) is nan at step \d") as error:
+        run_training(task)
+    assert "Lower pretrain.learning_rate" in str(error.value)
+    assert not (task.out / "training.json").exists()
