@@ -1,0 +1,169 @@
+"""Local files as records: text, JSON lines (also .gz and .zst) and Parquet, streamed.
+
+A record is a text, or a row with named columns. Nothing here knows what the records are for.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import zstandard
+
+from pipeline.errors import UserError
+
+TEXT_PIECE = 32_768  # characters after which a text file is cut at the next blank line into another document
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text or row, and where it stands, for messages."""
+
+    value: str | dict[str, Any]
+    where: str  # "chats.jsonl, line 3"
+
+
+class BadFile(Exception):
+    """A file's content is not what its name says; the caller knows the setting it came from."""
+
+    def __init__(self, where: str, rule: str) -> None:
+        self.where, self.rule = where, rule
+        super().__init__(f"{where}: {rule}")
+
+
+def find_files(path: str, setting: str) -> list[Path]:
+    """The readable files that a path, directory (recursively) or glob names, sorted.
+
+    Raises:
+        UserError: it names none.
+    """
+    place = Path(path)
+    if place.is_dir():
+        candidates = [str(found) for found in place.rglob("*")]
+    else:
+        candidates = [path] if place.exists() else glob.glob(path, recursive=True)
+    if not candidates and not place.is_dir():
+        raise UserError(
+            setting=setting,
+            value=path,
+            rule="there is no such file or directory, and no file matches it as a pattern",
+            remedy=f"Set {setting} to an existing file, directory or glob.",
+        )
+    files = sorted(Path(name) for name in candidates if Path(name).is_file() and kind_of(Path(name)) in READERS)
+    if not files:
+        raise UserError(
+            setting=setting,
+            value=path,
+            rule="it holds no file of a known kind",
+            remedy=f"Known are {', '.join(READERS)}; .txt and .jsonl may also end in .gz or .zst.",
+        )
+    return files
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how to read a file, without a compression suffix: ``.jsonl`` for ``a.jsonl.zst``."""
+    inner = path.with_suffix("") if path.suffix in OPENERS else path
+    return inner.suffix.lower()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Streams a file's records; memory is bounded by the longest line or piece.
+
+    Raises:
+        BadFile: the content is not what the name says.
+    """
+    reader = READERS[kind_of(path)]
+    try:
+        yield from reader(path)
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise BadFile(path.name, f"it is not a whole {path.suffix} file ({error})") from error
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def _read_text(path: Path) -> Iterator[Record]:
+    """A text file is one document, or several where it is long."""
+    piece: list[str] = []
+    length = 0
+    for number, line in _lines(path):
+        if length >= TEXT_PIECE and not line.strip():
+            yield Record("".join(piece), f"{path.name}, before line {number}")
+            piece, length = [], 0
+        piece.append(line)
+        length += len(line)
+    yield Record("".join(piece), path.name)
+
+
+def _read_json_lines(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path.name}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadFile(where, f"the line is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise BadFile(where, "the line is JSON but no object with named columns")
+        yield Record(row, where)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of UTF-8 text; a byte order mark is dropped."""
+    with closing(OPENERS.get(path.suffix, _open_plain)(path)) as stream:
+        for number, line in enumerate(stream, 1):
+            if b"\0" in line:
+                raise BadFile(f"{path.name}, line {number}", "it holds NUL bytes, so it is not text")
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise BadFile(f"{path.name}, line {number}", f"it is not UTF-8 text ({error})") from error
+
+
+def _open_plain(path: Path) -> IO[bytes]:
+    return open(path, "rb")
+
+
+def _open_gzip(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb"))
+
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
+    return io.BufferedReader(cast("io.RawIOBase", stream))
+
+
+OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstandard}
+
+# ------------------------------------------------------------------------------------------ parquet
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise BadFile(path.name, f"it is not a Parquet file ({error})") from error
+    row = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for value in batch.to_pylist():
+            row += 1
+            yield Record(value, f"{path.name}, row {row}")
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}

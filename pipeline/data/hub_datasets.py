@@ -1,0 +1,89 @@
+"""Data sets of the Hugging Face hub: found within seconds or refused, then streamed, never downloaded whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config import Source
+from pipeline.data.files import Record
+from pipeline.errors import UserError
+from pipeline.hub import ANSWER_WITHIN_SECONDS, in_time
+
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_SWITCHED_OFF = ("", "0", "false", "no", "off")
+
+DOWNLOAD_INSTEAD = "Go online; or download it elsewhere (hf download --repo-type dataset ...) and say kind: files."
+
+
+def is_offline() -> bool:
+    """Whether the environment says that the hub is not to be asked."""
+    return any(os.environ.get(name, "").lower() not in _SWITCHED_OFF for name in _OFFLINE_VARIABLES)
+
+
+def dataset_commit(source: Source, setting: str) -> str:
+    """The commit that a data set's revision stands for now.
+
+    Args:
+        setting: the dotted name that ``source.path`` came from.
+
+    Raises:
+        UserError: offline, unreachable within ten seconds, or no such data set or revision.
+    """
+    from huggingface_hub import HfApi, errors
+
+    repo = str(source.path)
+    if is_offline():
+        raise _refuse(setting, repo, "it is streamed from the hub, and the environment says offline", DOWNLOAD_INSTEAD)
+
+    def ask() -> Any:
+        return HfApi().dataset_info(repo, revision=source.revision, timeout=ANSWER_WITHIN_SECONDS)
+
+    try:
+        return str(in_time(ask).sha)
+    except errors.GatedRepoError as error:
+        remedy = f"Accept its terms at https://huggingface.co/datasets/{repo}, then run: hf auth login"
+        raise _refuse(setting, repo, "its authors let only those read it who asked for access", remedy) from error
+    except errors.RepositoryNotFoundError as error:
+        remedy = "Check the spelling; for a private data set run: hf auth login"
+        raise _refuse(setting, repo, "the hub has no such data set", remedy) from error
+    except errors.RevisionNotFoundError as error:
+        raise _refuse(setting, repo, f"it has no revision {source.revision}", "Name one that is there.") from error
+    except (errors.HTTPError, TimeoutError) as error:
+        raise _refuse(setting, repo, f"the Hugging Face hub cannot be reached ({error})", DOWNLOAD_INSTEAD) from error
+
+
+def check_reachable(setting: str, value: str, remedy: str) -> None:
+    """The hub answers.
+
+    Raises:
+        UserError: it does not within ten seconds.
+    """
+    from huggingface_hub import constants, errors, get_session
+
+    try:
+        in_time(lambda: get_session().head(constants.ENDPOINT, timeout=ANSWER_WITHIN_SECONDS))
+    except (errors.HTTPError, TimeoutError) as error:
+        raise _refuse(setting, value, f"the Hugging Face hub cannot be reached ({error})", remedy) from error
+
+
+def stream_dataset(source: Source, commit: str, setting: str) -> Iterator[Record]:
+    """Rows of the data set at that commit, read as they come.
+
+    Raises:
+        UserError: no such configuration or split.
+    """
+    from datasets import load_dataset
+
+    repo = str(source.path)
+    try:
+        rows = load_dataset(repo, source.config_name, split=source.split, revision=commit, streaming=True)
+    except ValueError as error:  # datasets' word for an unknown configuration or split
+        raise _refuse(setting, repo, str(error), "Set its config_name and split to what is there.") from error
+    for number, row in enumerate(rows, 1):
+        yield Record(dict(row), f"{repo}, row {number}")
+
+
+def _refuse(setting: str, value: str, rule: str, remedy: str) -> UserError:
+    return UserError(setting=setting, value=value, rule=rule, remedy=remedy)

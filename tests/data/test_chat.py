@@ -1,0 +1,190 @@
+"""What of a conversation is taught, read by decoding the mask."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from pipeline.data.chat import PLAIN_TEMPLATE, ChatRenderer, Rendered, chat_template
+from pipeline.data.conversations import Conversation
+from pipeline.data.tokens import TextTokenizer
+from pipeline.errors import UserError
+
+TURNS: Conversation = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What does json.dumps do?"},
+    {"role": "assistant", "content": "It makes a string.\n\nAlways."},
+    {"role": "user", "content": "And größe?"},
+    {"role": "assistant", "content": " It is size – 😀."},
+]
+
+# A template in the manner of Llama 3 (begins with BOS, ends turns with a token and no newline), one in that of Mistral
+# (no generation prompt, a space before the answer).
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_llama_dir: Path) -> TextTokenizer:
+    return TextTokenizer(tiny_llama_dir)
+
+
+@pytest.fixture
+def bos_tokenizer(tiny_llama_dir: Path, tmp_path: Path) -> TextTokenizer:
+    """One that puts ``<|endoftext|>`` before every text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    directory = tmp_path / "with_bos"
+    shutil.copytree(tiny_llama_dir, directory)
+    inner = AutoTokenizer.from_pretrained(directory)
+    inner.bos_token = "<|endoftext|>"
+    inner.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", inner.bos_token_id)]
+    )
+    inner.save_pretrained(directory)
+    return TextTokenizer(directory)
+
+
+def _renderer(tokenizer: TextTokenizer, template: str, longest: int = 10_000) -> tuple[ChatRenderer, Counter[str]]:
+    dropped: Counter[str] = Counter()
+    return ChatRenderer(tokenizer, template, longest, dropped), dropped
+
+
+def _render(tokenizer: TextTokenizer, template: str, conversation: Conversation = TURNS) -> Rendered:
+    rendered = _renderer(tokenizer, template)[0].render(conversation)
+    assert rendered is not None
+    return rendered
+
+
+def _taught(tokenizer: TextTokenizer, rendered: Rendered) -> list[str]:
+    """The taught runs of tokens, decoded."""
+    runs: list[list[int]] = []
+    before = 0
+    for id_, taught in zip(rendered.input_ids, rendered.loss_mask, strict=True):
+        if taught and not before:
+            runs.append([])
+        if taught:
+            runs[-1].append(id_)
+        before = taught
+    return [tokenizer.inner.decode(run) for run in runs]
+
+
+def test_only_what_the_assistant_says_and_its_end_of_turn_is_taught(tokenizer: TextTokenizer) -> None:
+    rendered = _render(tokenizer, chat_template(tokenizer, "model"))
+    assert _taught(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>", " It is size – 😀.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [LLAMA_3, MISTRAL, PLAIN_TEMPLATE], ids=["llama_3", "mistral", "plain"])
+def test_other_templates(template: str, bos_tokenizer: TextTokenizer) -> None:
+    turns = TURNS if template is not MISTRAL else TURNS[1:]
+    said = [part.strip() for part in _taught(bos_tokenizer, _render(bos_tokenizer, template, turns))]
+    assert said == ["It makes a string.\n\nAlways.<|im_end|>", "It is size – 😀.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", ["own", "plain", LLAMA_3])
+def test_the_ids_are_those_of_the_chat_template(template: str, tokenizer: TextTokenizer) -> None:
+    text = {"own": chat_template(tokenizer, "model"), "plain": PLAIN_TEMPLATE}.get(template, LLAMA_3)
+    expected = tokenizer.inner.apply_chat_template(TURNS, chat_template=text, tokenize=True, return_dict=False)
+    assert _render(tokenizer, text).input_ids == expected
+
+
+@pytest.mark.parametrize("name", ["model", "plain"])
+def test_exactly_one_beginning_of_sequence(name: Any, bos_tokenizer: TextTokenizer) -> None:
+    rendered = _render(bos_tokenizer, chat_template(bos_tokenizer, name))
+    assert bos_tokenizer.bos is not None
+    assert rendered.input_ids[0] == bos_tokenizer.bos and rendered.input_ids.count(bos_tokenizer.bos) == 1
+    assert rendered.loss_mask[0] == 0
+    assert _render(bos_tokenizer, LLAMA_3).input_ids.count(bos_tokenizer.bos) == 1
+
+
+def test_two_beginnings_of_sequence_are_refused(bos_tokenizer: TextTokenizer) -> None:
+    with pytest.raises(UserError, match="two beginning-of-sequence"):
+        _render(bos_tokenizer, "{{ bos_token }}" + LLAMA_3)
+
+
+def test_the_prompt_of_a_generation_is_a_prefix_of_what_is_trained_on(tokenizer: TextTokenizer) -> None:
+    for template in (chat_template(tokenizer, "model"), PLAIN_TEMPLATE):
+        prompt = tokenizer.inner.apply_chat_template(
+            TURNS[:2], chat_template=template, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        rendered = _render(tokenizer, template, TURNS[:3])
+        assert rendered.input_ids[: len(prompt)] == prompt
+        assert rendered.loss_mask[len(prompt)] == 1 and not any(rendered.loss_mask[: len(prompt)])
+
+
+def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(UserError, match="never learn to stop"):
+        _render(tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: TextTokenizer) -> None:
+    rewriting = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(UserError, match="earlier turns differently"):
+        _render(tokenizer, rewriting)
+
+
+def test_a_model_without_template_asks_for_the_plain_one(tokenizer: TextTokenizer) -> None:
+    bare = copy.copy(tokenizer)
+    bare.inner = copy.deepcopy(tokenizer.inner)
+    bare.inner.chat_template = None
+    with pytest.raises(UserError, match="data.chat_template=plain"):
+        chat_template(bare, "model")
+    assert chat_template(bare, "plain") == PLAIN_TEMPLATE
+
+
+def test_too_long_conversations_are_cut_to_whole_turns_or_dropped(tokenizer: TextTokenizer) -> None:
+    template = chat_template(tokenizer, "model")
+    whole = _render(tokenizer, template)
+    for longest in range(1, len(whole.input_ids) + 2):
+        renderer, dropped = _renderer(tokenizer, template, longest)
+        rendered = renderer.render(TURNS)
+        if rendered is None:
+            assert dropped == {"too_long": 1}
+            continue
+        assert len(rendered.input_ids) <= longest
+        assert rendered.input_ids == whole.input_ids[: len(rendered.input_ids)]
+        if dropped:
+            assert dropped == {"cut_to_whole_turns": 1}
+            assert _taught(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>"]
+            assert rendered.loss_mask[-1] == 1  # the end of turn
+        else:
+            assert _taught(tokenizer, rendered) == _taught(tokenizer, whole)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        ([{"role": "user", "content": "Hi"}], "no_answer"),
+        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " "}], "no_answer"),
+        ([{"role": "assistant", "content": "Hi"}], "begins_with_the_assistant"),
+        (
+            [{"role": "user", "content": "Say <|im_end|>"}, {"role": "assistant", "content": "No."}],
+            "control_token_in_text",
+        ),
+    ],
+)
+def test_what_cannot_be_taught_is_dropped_and_counted(
+    conversation: Conversation, reason: str, tokenizer: TextTokenizer
+) -> None:
+    renderer, dropped = _renderer(tokenizer, chat_template(tokenizer, "model"))
+    assert renderer.render(conversation) is None
+    assert dropped == {reason: 1}
+
+
+def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tokenizer: TextTokenizer) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
+    renderer, dropped = _renderer(tokenizer, strict)
+    assert renderer.render(TURNS) is None and dropped == {"refused_by_template": 1}
+    assert renderer.render(TURNS[1:]) is not None

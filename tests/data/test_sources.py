@@ -1,0 +1,244 @@
+"""Local files and the hub as sources: what is read, and how what cannot be read is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from pipeline.artifact import Fingerprints
+from pipeline.config import Source
+from pipeline.data import files, sources
+from pipeline.data.sources import Example, Purpose, check_source, examples, fingerprint, with_split
+from pipeline.errors import UserError
+
+
+def _source(path: object, **changes: Any) -> Source:
+    values = {"kind": "files", "path": path and str(path), "config_name": None, "split": None, "revision": None}
+    return Source(**{**values, "text_field": "text", **changes})
+
+
+def _texts(source: Source) -> list[Any]:
+    return [example.content for example in examples(source, "corpus")]
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    return str(caught.value)
+
+
+def _rows(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------------- what is read
+
+
+def _plain(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def _gzip(path: Path, data: bytes) -> Path:
+    return _plain(path.with_name(path.name + ".gz"), gzip.compress(data))
+
+
+def _zstandard(path: Path, data: bytes) -> Path:
+    frames = (zstandard.compress(part) for part in (data[:30], data[30:]))
+    return _plain(path.with_name(path.name + ".zst"), b"".join(frames))
+
+
+@pytest.mark.parametrize("write", [_plain, _gzip, _zstandard])
+def test_json_lines_and_text_also_compressed(write: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in ("größer", "two\nlines", "  ", "last"))
+    assert _texts(_source(write(tmp_path / "a.jsonl", rows.encode()))) == ["größer", "two\nlines", "last"]
+    text = "Ein Text – mit Umlaut: ö\nzweite Zeile\n" * 3
+    assert _texts(_source(write(tmp_path / "b.txt", text.encode()))) == [text]
+
+
+def test_a_long_text_file_becomes_documents_cut_at_blank_lines(tmp_path: Path) -> None:
+    text = "".join(f"Paragraph {number}\n{'word ' * 400}\n\n" for number in range(100))
+    found = _texts(_source(_plain(tmp_path / "long.txt", text.encode())))
+    assert "".join(found) == text
+    assert 1 < len(found) and max(map(len, found)) < files.TEXT_PIECE + 3000
+    assert all(document.lstrip().startswith("Paragraph") for document in found)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"row {number}" for number in range(3000)]
+    parquet.write_table(pyarrow.table({"text": texts, "id": range(3000)}), tmp_path / "a.parquet")
+    assert _texts(_source(tmp_path)) == texts
+
+
+def test_a_directory_or_glob_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "notes.md").write_text("not of a known kind")
+    assert _texts(_source(tmp_path)) == ["a.txt", "b.txt", "deep/c.txt"]
+    assert _texts(_source(tmp_path / "?.txt")) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, [("user", "Add.\n\n1 2"), ("assistant", "3")]),
+        ({"instruction": "Hi.", "input": "", "output": "Ho."}, [("user", "Hi."), ("assistant", "Ho.")]),
+        ({"prompt": "Hi.", "completion": "Ho."}, [("user", "Hi."), ("assistant", "Ho.")]),
+        (
+            {"messages": [{"role": "system", "content": "S", "x": 1}, {"role": "user", "content": "U"}], "id": 3},
+            [("system", "S"), ("user", "U")],
+        ),
+    ],
+    ids=["alpaca", "alpaca without input", "completion", "messages"],
+)
+def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
+    source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
+    expected = [{"role": role, "content": content} for role, content in messages]
+    assert [example.content for example in examples(source, "instructions")] == [expected]
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"good line\nbad \xff\xfe line\n", ["line 2", "UTF-8"]),
+        ("a.txt", b"one\n\0\0binary\n", ["line 2", "NUL"]),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', ["line 2", "not JSON"]),
+        ("a.jsonl", b"[1, 2]\n", ["line 1", "no object"]),
+        ("a.jsonl", b'{"body": "x", "title": "y"}\n', ["text_field = text", "body, title"]),
+        ("a.jsonl", b'{"text": 3}\n', ["text_field", "int"]),
+        ("a.txt.gz", b"not gzip", ["whole .gz file"]),
+        ("a.txt.gz", gzip.compress(b"text " * 10000)[:40], ["whole .gz file"]),
+        ("a.jsonl.zst", b"not zstd", ["whole .zst file"]),
+        ("a.parquet", b"not parquet", ["Parquet"]),
+    ],
+)
+def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, words: list[str], tmp_path: Path) -> None:
+    source = _source(_plain(tmp_path / name, content))
+    message = _refusal(lambda: _texts(source))
+    assert message.startswith("data.corpus.") and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "x", "answer": "y"}, ["question, answer", "known conversation format"]),
+        ({"messages": [{"role": "robot", "content": "x"}]}, ["'robot'", "user"]),
+        ({"messages": [{"role": "user", "content": None}]}, ["must be text"]),
+        ({"messages": "hello"}, ["list of objects"]),
+    ],
+)
+def test_a_bad_conversation_is_refused(row: object, words: list[str], tmp_path: Path) -> None:
+    source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
+    message = _refusal(lambda: list(examples(source, "instructions")))
+    assert message.startswith("data.instructions.path") and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("purpose", ["corpus", "instructions"])
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_source_is_refused_before_anything_starts(purpose: Purpose, content: bytes, tmp_path: Path) -> None:
+    message = _refusal(lambda: check_source(_source(_plain(tmp_path / "a.jsonl", content)), purpose))
+    assert message.startswith(f"data.{purpose}.path") and "empty" in message
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "no such file" in _refusal(lambda: check_source(_source(tmp_path / "nothing.txt"), "corpus"))
+    assert "no file of a known kind" in _refusal(lambda: check_source(_source(tmp_path), "corpus"))
+
+
+def test_the_check_reads_the_first_record_only(tmp_path: Path) -> None:
+    check_source(_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n')), "corpus")
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "unreachable"])
+def test_the_hub_out_of_reach_is_recognised_at_once(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    if offline:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    started = time.monotonic()
+    message = _refusal(lambda: check_source(_source("org/data", kind="hub", split="train"), "corpus"))
+    assert time.monotonic() - started < 10.0
+    assert message.startswith("data.corpus.path = org/data") and "kind: files" in message
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.hub.ANSWER_WITHIN_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
+    message = _refusal(lambda: check_source(_source("org/data", kind="hub", split="train"), "corpus"))
+    assert "cannot be reached" in message
+
+
+# ---------------------------------------------------------------------------------------- identity
+
+
+def test_the_fingerprint_is_the_content(tmp_path: Path) -> None:
+    memo = Fingerprints(tmp_path / "memo" / "known.json")
+    path = _plain(tmp_path / "a.txt", b"one")
+    before = fingerprint(_source(path), "corpus", memo)
+    moved = _plain(tmp_path / "elsewhere.txt", b"one").replace(tmp_path / "memo" / "a.txt")
+    assert fingerprint(_source(moved), "corpus", memo) == before
+    path.write_bytes(b"other")
+    assert fingerprint(_source(path), "corpus", memo) != before
+    embedded = _source(None, kind="python_docs")
+    assert fingerprint(embedded, "corpus", memo) == sources.interpreter_fingerprint()
+
+
+# ------------------------------------------------------------------------------------------- splits
+
+
+def _split(contents: list[Any], fraction: float) -> tuple[dict[str, list[Any]], Counter[str]]:
+    dropped: Counter[str] = Counter()
+    sides: dict[str, list[Any]] = {"train": [], "held_out": []}
+    for split, example in with_split((Example(content, None) for content in contents), fraction, dropped):
+        sides[split].append(example.content)
+    return sides, dropped
+
+
+def test_held_out_documents_are_drawn_by_hash_and_never_in_training() -> None:
+    documents = [f"document {number}" for number in range(2000)]
+    sides, dropped = _split(documents * 2, 0.1)
+    assert not set(sides["train"]) & set(sides["held_out"])
+    assert 140 < len(sides["held_out"]) < 260
+    assert dropped == {"duplicate": 2000}
+    shuffled, _ = _split(documents[::-1], 0.1)
+    assert set(shuffled["held_out"]) == set(sides["held_out"])  # whatever the order
+
+
+def test_white_space_around_a_document_does_not_change_its_side() -> None:
+    sides, _ = _split([text for number in range(200) for text in (f"text {number}", f"text {number}\n")], 0.5)
+    assert not {text.strip() for text in sides["train"]} & {text.strip() for text in sides["held_out"]}
+
+
+def test_one_prompt_with_several_answers_stays_on_one_side() -> None:
+    chats = [
+        [{"role": "system", "content": f"{answer}"}, {"role": "user", "content": f"prompt {number}"},
+         {"role": "assistant", "content": f"answer {answer}"}]
+        for number in range(200) for answer in range(3)
+    ]  # fmt: skip
+    sides, _ = _split(chats, 0.5)
+    prompts = [{chat[1]["content"] for chat in sides[split]} for split in ("train", "held_out")]
+    assert not prompts[0] & prompts[1] and all(prompts)
+
+
+def test_half_a_surrogate_pair_is_dropped_and_counted() -> None:
+    sides, dropped = _split(["good", json.loads('"\\ud800"')], 0.0)
+    assert sides["train"] == ["good"] and dropped == {"invalid_unicode": 1}
