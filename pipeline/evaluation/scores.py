@@ -1,0 +1,82 @@
+"""lm-eval's answer for one task as rows with standard errors, also for perplexities, which lm-eval leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+WEIGHTED = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
+
+
+class Score(TypedDict):
+    """One number; ``stderr`` is one standard error over the task's ``n`` documents, null where it is not known."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+
+
+def scores_of(task: str, results: Mapping[str, Any]) -> list[Score]:
+    """The rows of a task, or of a group: its own numbers where it has some, else those of its tasks.
+
+    Args:
+        results: what ``lm_eval.evaluator.evaluate`` returned.
+    """
+    own = _rows(task, results)
+    if own or task not in results.get("group_subtasks", {}):
+        return own
+    return [row for child in results["group_subtasks"][task] for row in scores_of(child, results)]
+
+
+def _rows(task: str, results: Mapping[str, Any]) -> list[Score]:
+    numbers: Mapping[str, Any] = results["results"].get(task, {})
+    rows = []
+    for key, value in numbers.items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = numbers.get(f"{metric}_stderr,{filter_name}")
+        if metric in WEIGHTED:
+            stderr = weighted_stderr(metric, [sample[metric] for sample in results["samples"][task]])
+        name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        known = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
+        rows.append(Score(task=task, metric=name, value=float(value), stderr=known, n=_count(task, results)))
+    return rows
+
+
+def _count(task: str, results: Mapping[str, Any]) -> int:
+    """Documents scored; a group's are its tasks'."""
+    if task in results["n-samples"]:
+        return int(results["n-samples"][task]["effective"])
+    return sum(_count(child, results) for child in results["group_subtasks"][task])
+
+
+def weighted_stderr(metric: str, items: Sequence[tuple[float, int]]) -> float | None:
+    """Standard error of a perplexity or of bits per byte over documents of unequal length.
+
+    The rate r = -Σ log p / Σ length is a ratio of two sums over documents, so its variance is, to first order,
+    n/(n-1) Σ (-log pᵢ - r·lengthᵢ)² / (Σ length)²; a perplexity is exp(r), with standard error exp(r)·se(r).
+
+    Args:
+        items: (log likelihood in nats, length in words or bytes) of each document.
+    """
+    if len(items) < 2:
+        return None
+    total = sum(length for _, length in items)
+    rate = -sum(loglikelihood for loglikelihood, _ in items) / total
+    residuals = sum((-loglikelihood - rate * length) ** 2 for loglikelihood, length in items)
+    error = math.sqrt(len(items) / (len(items) - 1) * residuals) / total
+    return error / math.log(2) if WEIGHTED[metric] == "bits" else math.exp(rate) * error
+
+
+def samples_of(results: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """Each task's metrics by document, in the order of its documents: targets can be compared pair by pair."""
+    samples: Mapping[str, Iterable[Mapping[str, Any]]] = results["samples"]
+    return {
+        task: {metric: [row[metric] for row in rows] for metric in rows[0]["metrics"]}
+        for task, rows in ((task, list(rows)) for task, rows in samples.items())
+        if rows
+    }

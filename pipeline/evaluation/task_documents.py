@@ -1,0 +1,76 @@
+"""The documents of the bundled tasks, written as JSON lines beside the scores, so that one can see what was asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.overlap import words
+from pipeline.evaluation.minimal_pairs import build_pairs
+from pipeline.evaluation.questions import build_questions
+
+HELD_OUT_FILE = "held_out.jsonl"
+LONGEST_PASSAGE = 3_000  # characters, about 750 tokens: a passage with its logits stays small in memory
+
+
+def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: int) -> Path:
+    """Writes ``<folder>/<task>.jsonl`` for a bundled task.
+
+    Args:
+        corpus: the tokenize/corpus artifact, for its held-out text.
+        held_out_characters: of held-out text to score; the last passage is not cut.
+    """
+    makers: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]] = {
+        "held_out_text": lambda: _held_out_text(corpus, held_out_characters),
+        "python_docs_mcq": _python_docs_mcq,
+        "minimal_pairs": _minimal_pairs,
+    }
+    path = folder / f"{task}.jsonl"
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in makers[task]())
+    os.replace(temporary, path)
+    return path
+
+
+def _held_out_text(corpus: Path, characters: int) -> list[dict[str, str]]:
+    """Passages from the start of held-out documents, drawn by hash, up to the number of characters."""
+    with open(corpus / HELD_OUT_FILE, encoding="utf-8") as stream:
+        passages = {_passage(json.loads(line)["text"]) for line in stream}
+    drawn: list[dict[str, str]] = []
+    for passage in sorted(passages, key=lambda text: sha256(text.encode()).hexdigest()):
+        if characters <= 0:
+            break
+        if words(passage):
+            drawn.append({"text": passage})
+            characters -= len(passage)
+    return drawn
+
+
+def _passage(text: str) -> str:
+    """The document's beginning, cut at the end of a line where there is one."""
+    if len(text) <= LONGEST_PASSAGE:
+        return text
+    head, newline, _ = text[:LONGEST_PASSAGE].rpartition("\n")
+    return head + newline if newline else text[:LONGEST_PASSAGE]
+
+
+def _python_docs_mcq() -> Iterable[dict[str, Any]]:
+    """A name stands where the corpus has it, and what follows is scored; see ``questions``."""
+    for question in build_questions():
+        contexts = [f"{name}\n   " for name in question.names]
+        yield {
+            "contexts": contexts,
+            "continuation": f" {question.summary}",
+            "gold": question.gold,
+            "module": question.module,
+        }
+
+
+def _minimal_pairs() -> Iterable[dict[str, Any]]:
+    for pair in build_pairs():
+        yield {"choices": pair.choices, "gold": pair.gold, "phenomenon": pair.phenomenon}

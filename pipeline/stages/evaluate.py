@@ -1,0 +1,30 @@
+"""evaluate: scores one model with lm-eval; every target of a table in the same way."""
+
+from __future__ import annotations
+
+from pipeline.artifact import write_json
+from pipeline.config import Evaluate
+from pipeline.evaluation.harness import Target, score
+from pipeline.launch import detect_machine, place
+from pipeline.stage import Metrics, StageTask
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def run(task: StageTask) -> Metrics:
+    """Writes ``tasks/<task>.json``, one a task, and ``evaluation.json``; goes on where a killed attempt stood.
+
+    Raises:
+        UserError: a task's data cannot be had, or a chat format is asked for that the model has not.
+    """
+    settings = task.settings
+    assert isinstance(settings, Evaluate)
+    placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
+    target = Target(task.name, task.parents["model"], task.parents["corpus"], task.out, placement)
+    evaluation = score(target, settings)
+    write_json(task.out / EVALUATION_FILE, evaluation)
+    columns = ["task", "metric", "value", "stderr", "n"]
+    return {
+        "scores": {f"{row['task']}/{row['metric']}": row["value"] for row in evaluation["rows"]},
+        "table": {"columns": columns, "rows": [[row[name] for name in columns] for row in evaluation["rows"]]},
+    }
