@@ -1,0 +1,91 @@
+"""What a metric's number means: which way is better, and how it is printed."""
+
+from __future__ import annotations
+
+import math
+
+SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1", "mc1", "mc2"})
+LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss"})
+PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+TARGET_NAMES = {"load": "base", "expand": "expanded", "pretrain": "pre-trained", "sft": "tuned"}
+TASK_NAMES = {
+    "held_out_text": "held-out corpus text",
+    "python_docs_mcq": "multiple-choice questions on the standard library",
+    "minimal_pairs": "general-English minimal pairs",
+    "held_out_loss": "held-out blocks of the corpus",
+    "held_out_instruction_loss": "held-out conversations",
+}
+_PREFERRED = (*PERPLEXITIES, "acc", "exact_match", "acc_norm")
+
+
+def direction(metric: str) -> int:
+    """+1 where more is better, -1 where less is better, 0 where this project does not know."""
+    if metric in SHARES:
+        return 1
+    return -1 if metric in LOWER_IS_BETTER else 0
+
+
+def preferred(metrics: list[str]) -> str:
+    """The one metric of a task that sentences and plots speak of."""
+    return min(metrics, key=lambda metric: _PREFERRED.index(metric) if metric in _PREFERRED else len(_PREFERRED))
+
+
+def number(metric: str, value: float) -> str:
+    """The value as printed: shares in per cent with one decimal, all else with four significant digits."""
+    return f"{100 * value:.1f} %" if metric in SHARES else significant(value)
+
+
+def with_error(metric: str, value: float, stderr: float | None) -> str:
+    """``81.2 ± 1.1 %`` or ``26.61 ± 0.40``: the value and one standard error, to the error's two leading digits."""
+    if stderr is None:
+        return number(metric, value)
+    if metric in SHARES:
+        return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+    decimals = max(0, 1 - math.floor(math.log10(stderr))) if stderr > 0 else 2
+    return f"{value:,.{decimals}f} ± {stderr:,.{decimals}f}"
+
+
+def signed(metric: str, value: float, stderr: float | None) -> str:
+    """A difference as printed: ``−0.5 ± 2.1 points`` for shares, else with the decimals of its error."""
+    if metric in SHARES:
+        error = "" if stderr is None else f" ± {100 * stderr:.1f}"
+        return f"{100 * value:+.1f}{error} points".replace("-", "−")
+    text = significant(value) if stderr is None else with_error(metric, value, stderr)
+    return f"+{text}" if value >= 0 else text.replace("-", "−")
+
+
+def significant(value: float) -> str:
+    """Four significant digits, without an exponent below a million."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.4g}".removesuffix(".")
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(value: float) -> str:
+    """``81,920``, ``28.3 M``, ``8.03 B``: tokens and parameters."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def memory(bytes_: float) -> str:
+    """``1.52 GiB``."""
+    return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
+
+
+def scientific(value: float) -> str:
+    """``1.3×10¹⁴``: FLOPs."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
