@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
+
+from pipeline.config import AnyExpand
 
 TINY_TEXT = [
     "The quick brown fox jumps over the lazy dog.",
@@ -107,3 +113,18 @@ def shrunk(tiny_llama_dir: Path, tiny_corpus: Path, tiny_chats: Path) -> list[st
         "evaluate=bundled", "evaluate.tasks=[held_out_text]", "evaluate.limit=4",
         "tracking=disabled", "launch.processes=1", "launch.threads=1",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def expand_settings() -> Callable[..., AnyExpand]:
+    """``expand_settings("lesa", new_layers=2, variant="paper")``: a method's own file with some values changed."""
+    group = Path(__file__).resolve().parent.parent / "conf" / "expand"
+
+    def compose(method: str, **changes: Any) -> AnyExpand:
+        composed = OmegaConf.create({"expand": OmegaConf.merge(OmegaConf.load(group / f"{method}.yaml"), changes)})
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+        values["expand"].pop("variants", None)
+        settings: AnyExpand = TypeAdapter(AnyExpand).validate_python(values["expand"])
+        return settings
+
+    return compose

@@ -1,0 +1,174 @@
+"""The command line: Hydra composes, pydantic validates once, then run | plan | status.
+
+The only file that imports hydra or omegaconf. Hydra's compose API is used rather than its launcher: that one
+changes directories, writes files of its own and starts a sweep's first job before it has looked at the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from yaml import YAMLError
+
+from pipeline.command import Job, execute
+from pipeline.config import Settings
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, Stopped, UserError, WorkersFailed
+from pipeline.messages import (
+    badly_quoted,
+    explain_hydra,
+    list_experiments,
+    no_experiment,
+    not_given,
+    not_yaml,
+    refuse_secrets,
+    validate,
+)
+
+PACKAGED_CONF = Path(__file__).resolve().parent / "conf"
+LOG_WIDTH = 120  # columns, where the output is no terminal
+CONF = PACKAGED_CONF if PACKAGED_CONF.is_dir() else PACKAGED_CONF.parent.parent / "conf"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; see ``pipeline.errors``."""
+    signal.signal(signal.SIGTERM, _stop)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        execute(compose_jobs(options.overrides, options.multirun, options.config_dir), console)
+    except UserError as error:
+        _print_refusal(error)
+        return EXIT_REQUEST
+    except (Stopped, KeyboardInterrupt):
+        print("stopped; what was done is saved, the same command goes on from there", file=sys.stderr)
+        return EXIT_STOPPED
+    except WorkersFailed as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """A first SIGTERM unwinds like Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Stopped(f"signal {number}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Takes a pre-trained language model and gives back a deeper, better one.",
+        epilog="experiments: " + ", ".join(list_experiments([CONF])),
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="+experiment=NAME, then any settings")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: key=a,b runs a job for each value")
+    parser.add_argument("--config-dir", type=Path, help="a folder with configuration of your own, laid out like conf/")
+    return parser.parse_intermixed_args(arguments)
+
+
+def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) -> list[Job]:
+    """All jobs of the command, composed and validated before the first one starts.
+
+    Raises:
+        UserError: Hydra or pydantic refuses something; the message carries the remedy.
+    """
+    overrides = [f"+{item}" if item.startswith("experiment=") else item for item in overrides]
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(setting="--config-dir", value=config_dir, rule="it must be a folder", remedy="Check the path.")
+    folders = [CONF, *([config_dir] if config_dir else [])]
+    if not any(item.startswith("+experiment=") for item in overrides):
+        raise no_experiment(folders)
+    _check_quoting(overrides)
+    try:
+        jobs = _split_sweep(overrides) if multirun else [(overrides, "")]
+        return [Job(_compose(job, suffix, folders), sweep=suffix != "") for job, suffix in jobs]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain_hydra(error, overrides, folders) from error
+    except YAMLError as error:
+        raise not_yaml(error) from error
+
+
+def _check_quoting(overrides: list[str]) -> None:
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException as error:
+            raise badly_quoted(override) from error
+
+
+def _split_sweep(overrides: list[str]) -> list[tuple[list[str], str]]:
+    """Every combination of the swept values, each with the job's name: ``expand-lesa_seed-1``."""
+    parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
+    choices: list[list[tuple[str, str]]] = []
+    for override, text in zip(parsed, overrides, strict=True):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            values = list(override.sweep_string_iterator())
+            choices.append([(f"{key}={value}", f"{key.lstrip('+')}-{value}") for value in values])
+        else:
+            choices.append([(text, "")])
+    jobs = []
+    for combination in itertools.product(*choices):
+        suffix = "_".join(name.replace("/", "-").replace("%", "") for _, name in combination if name)
+        jobs.append(([text for text, _ in combination], suffix or "job"))
+    return jobs
+
+
+def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings:
+    _refuse_method_key(overrides)
+    # An experiment's file opens with the command that runs it, where Hydra would want '# @package _global_'.
+    overrides = [item.replace("+experiment=", "+experiment@_global_=", 1) for item in overrides]
+    search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders[1:]]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        composed = compose("config", overrides=[*overrides, *search])
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        raise not_given(key)
+    values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    values["expand"].pop("variants", None)  # the presets' table; what was picked from it has been filled in
+    refuse_secrets(values)
+    if suffix:
+        values["name"] = f"{values['name']}/{suffix}"
+    return validate(values)
+
+
+def _refuse_method_key(overrides: list[str]) -> None:
+    """A method's own settings live in its group file, so the method alone cannot be changed."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") == "expand.method":
+            raise UserError(
+                setting="expand.method",
+                value=value,
+                rule="a method comes with settings of its own",
+                remedy=f"Say expand={value}.",
+            )
+
+
+def _print_refusal(error: UserError) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"{error.setting} = {error.value}", style="bold red", markup=False)
+    console.print(f"  {error.rule}.", markup=False)
+    console.print(f"  {error.remedy}", markup=False)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What a command does with its jobs once they are validated: run, plan or status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.artifact import read_json
+from pipeline.comparison.closing import closing_table
+from pipeline.config import Settings
+from pipeline.graph import Node, build_graph, make_report, select
+from pipeline.preflight import check, check_output, identify
+from pipeline.run import missing, run_graph
+from pipeline.shape import shape_of
+from pipeline.source import ModelSource, config_of, resolve
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pipeline run, and whether it is one of a sweep's."""
+
+    settings: Settings
+    sweep: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose inputs were found, with its graph."""
+
+    run: Settings
+    source: ModelSource
+    nodes: dict[str, Node]
+
+
+def execute(jobs: Sequence[Job], console: Console) -> None:
+    """Prepares every job before the first starts, then does what ``action`` says.
+
+    Raises:
+        UserError: one of the jobs cannot work; none was started.
+    """
+    prepared = [_prepare(job.settings) for job in jobs]
+    action = jobs[0].settings.action
+    if action == "status":
+        return [_print_status(job, console) for job in prepared][-1]
+    if action == "plan":
+        return [_print_plan(job, console) for job in prepared][-1]
+    for job in prepared:
+        check(job.run, job.source, missing(job.run, job.nodes))
+    for job in prepared:
+        _run(job, console)
+    if jobs[0].sweep:
+        _report_sweep(prepared, console)
+
+
+def _prepare(run: Settings) -> Prepared:
+    check_output(run)
+    source = resolve(run.model)
+    return Prepared(run, source, build_graph(run, identify(run, source)))
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def _run(job: Prepared, console: Console) -> None:
+    console.print(f"[bold]{job.run.name}[/]  {job.run.expand.method}, seed {job.run.seed}")
+    seconds = run_graph(job.run, job.nodes, console)
+    if any(seconds.values()):
+        _print_seconds(seconds, console)
+    else:
+        console.print("everything is there; nothing was done")
+    report = job.nodes["report"]
+    if report.name in seconds:
+        console.print(closing_table(read_json(report.artifact.path / "results.json")))
+        console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
+    if any(seconds.values()) and job.run.tracking.wandb == "offline":
+        runs = Path(job.run.output_dir) / job.run.name / "wandb" / "offline-run-*"
+        console.print(f"to send the metrics to W&B: wandb sync {runs}")
+
+
+def _print_seconds(seconds: dict[str, float], console: Console) -> None:
+    parts = [f"{name} {value:.0f} s" for name, value in seconds.items() if value]
+    console.print("seconds by stage: " + ", ".join(parts) + f"; together {sum(seconds.values()):.0f} s")
+
+
+def _report_sweep(jobs: Sequence[Prepared], console: Console) -> None:
+    """One report over all jobs of a sweep, beside them: ``<output_dir>/<name>/report``."""
+    whole = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
+    node = make_report(whole, [(job.run, select(job.nodes, job.run.stages)) for job in jobs])
+    run_graph(whole, {node.name: node}, console)
+    console.print(closing_table(read_json(node.artifact.path / "results.json")))
+    console.print(f"report: {Path(whole.output_dir) / whole.name / 'report' / 'report.md'}")
+
+
+# ---------------------------------------------------------------------------------- status and plan
+
+
+def _print_status(job: Prepared, console: Console) -> None:
+    console.print(f"[bold]{job.run.name}[/]")
+    for name, node in select(job.nodes, job.run.stages).items():
+        console.print(f"  {_state(node):<8} {name:<24} {node.artifact.key[:12]}  {_last_metrics(node)}")
+
+
+def _state(node: Node) -> str:
+    if node.artifact.is_complete():
+        return "there"
+    return "partial" if node.artifact.partial.exists() else "absent"
+
+
+def _last_metrics(node: Node) -> str:
+    """The newest line of the stage's metrics, finished or not."""
+    for directory in (node.artifact.path, node.artifact.partial):
+        path = directory / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines:
+            shown = json.loads(lines[-1])
+            return "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if isinstance(value, (int, float)))
+    return ""
+
+
+def _print_plan(job: Prepared, console: Console) -> None:
+    """Layers and parameters before and after, and each stage cached or to do."""
+    shape = shape_of(config_of(job.source))
+    deeper = shape.with_layers(shape.num_hidden_layers + job.run.expand.new_layers)
+    console.print(f"[bold]{job.run.name}[/]  {job.run.expand.method}")
+    console.print(
+        f"  layers {shape.num_hidden_layers} -> {deeper.num_hidden_layers}, "
+        f"parameters {shape.parameters / 1e9:.3g}B -> {deeper.parameters / 1e9:.3g}B"
+    )
+    todo = missing(job.run, job.nodes)
+    for name, node in select(job.nodes, job.run.stages).items():
+        console.print(f"  {'to do' if name in todo else 'there':<8} {name:<24} {node.artifact.key[:12]}")
+    check(job.run, job.source, todo)

@@ -1,0 +1,220 @@
+"""What a user is told when a request is wrong: the setting, its value, the rule, the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+from pipeline.config import METHODS, STAGE_SETTINGS, Settings
+from pipeline.errors import UserError
+
+TOKEN_SHAPE = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bwandb_v1_[A-Za-z0-9_]{20,}\b")
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "Did you mean lesa? " or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {close[0]}? " if close else ""
+
+
+# ------------------------------------------------------------------------------------- experiments
+
+
+def list_experiments(folders: Iterable[Path]) -> list[str]:
+    """The names of all experiments in these configuration folders."""
+    return sorted({path.stem for folder in folders for path in (folder / "experiment").glob("*.yaml")})
+
+
+def no_experiment(folders: list[Path]) -> UserError:
+    """The refusal of a command without an experiment; it lists what there is."""
+    names = list_experiments(folders)
+    return UserError(
+        setting="+experiment",
+        value="(not given)",
+        rule="every run starts from an experiment: " + ", ".join(names),
+        remedy="For example: python -m pipeline +experiment=quickstart",
+    )
+
+
+# ------------------------------------------------------------------------------------------- Hydra
+
+
+def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -> UserError:
+    """One of our messages for one of Hydra's or OmegaConf's refusals."""
+    text = str(error)
+    if missing := re.search(r"Could not find '([\w/]+)/([^'/]+)'|Could not load '([\w/]+)/([^'/]+)'", text):
+        group, name = (part for part in missing.groups() if part)
+        return _unknown_choice(group, name, folders)
+    if key := re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text):
+        name = next(part for part in key.groups() if part)
+        full = re.search(r"full_key: (\S+)", text)
+        return _unknown_key(full.group(1) if full else name)
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key, _, value = ambiguous.group(1).partition("=")
+        remedy = f"Add --multirun for a sweep over these values, or quote a list: {key}=[{value}]"
+        return UserError(setting=key, value=value, rule="several values need a sweep", remedy=remedy)
+    if "InterpolationKeyError" in type(error).__name__ or "Interpolation key" in text:
+        return _unknown_variant(text, overrides)
+    return UserError(
+        setting="command line",
+        value=" ".join(overrides),
+        rule=text.strip().splitlines()[0].rstrip("."),
+        remedy="See conf/config.yaml for what can be set.",
+    )
+
+
+def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:
+    options = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    setting = "+experiment" if group == "experiment" else group
+    return UserError(
+        setting=setting,
+        value=name,
+        rule=f"there is no such {'method' if group == 'expand' else group}; there are " + ", ".join(options),
+        remedy=did_you_mean(name, options) + f"Say {setting}=NAME with one of them.",
+    )
+
+
+def badly_quoted(override: str) -> UserError:
+    """The refusal of an override that Hydra's grammar cannot read, with the quotes it wants."""
+    key, _, value = override.partition("=")
+    return UserError(
+        setting=key,
+        value=value,
+        rule="values with '=', '~', ',', or brackets must be quoted twice, for the shell and for Hydra",
+        remedy=f"""Write '{key}="{value}"'.""",
+    )
+
+
+def not_given(key: str) -> UserError:
+    """The refusal of a setting that has no value."""
+    return UserError(setting=key, value="(not given)", rule="it must be set", remedy=f"Add {key}=... to the command.")
+
+
+def not_yaml(error: YAMLError) -> UserError:
+    """The refusal of a configuration file that is no YAML; the parser names file, line and column."""
+    where = str(getattr(error, "problem_mark", "")).strip() or "a configuration file"
+    problem = getattr(error, "problem", None) or "it cannot be parsed"
+    return UserError(setting="--config-dir", value=where, rule=f"not YAML: {problem}", remedy="Correct that line.")
+
+
+def _unknown_key(key: str) -> UserError:
+    return UserError(
+        setting=key,
+        value="(unknown)",
+        rule="there is no such setting",
+        remedy=did_you_mean(key, known_keys()) + "See conf/config.yaml and the files beside it.",
+    )
+
+
+def _unknown_variant(text: str, overrides: list[str]) -> UserError:
+    chosen = next((item for item in overrides if item.startswith("expand.variant=")), "expand.variant=")
+    return UserError(
+        setting="expand.variant",
+        value=chosen.partition("=")[2],
+        rule="this method has no such preset; the presets stand under 'variants' in its file in conf/expand",
+        remedy="Usually one of: reference, paper.",
+    )
+
+
+# ----------------------------------------------------------------------------------------- pydantic
+
+
+def validate(values: Mapping[str, Any]) -> Settings:
+    """The settings, or one message that lists every fault with its path.
+
+    Raises:
+        UserError: naming the first fault as setting and value, and all of them in the rule.
+    """
+    try:
+        return Settings.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        faults = _merge(_fault(detail) for detail in error.errors())
+    setting, value, rule, remedy = faults[0]
+    others = "".join(f"; also {name} = {given}: {why}" for name, given, why, _ in faults[1:])
+    raise UserError(setting=setting, value=value, rule=rule + others, remedy=remedy)
+
+
+Fault = tuple[str, str, str, str]  # setting, value, rule, remedy
+
+
+def _merge(faults: Iterable[Fault]) -> list[Fault]:
+    """One fault a setting: a value that fits no member of a union is one mistake."""
+    merged: dict[str, Fault] = {}
+    for path, value, rule, remedy in faults:
+        before = f"{merged[path][2]}, or " if path in merged else ""
+        merged[path] = (path, value, before + rule, remedy)
+    return list(merged.values())
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """The dotted setting; pydantic also names the member of a union it tried, which no user types."""
+    union = [part for part in METHODS if location[0] == "expand"]
+    tried = re.compile(r"literal\[|list\[|constrained-")
+    return ".".join(str(part) for part in location if part not in union and not tried.match(str(part)))
+
+
+def _fault(detail: ErrorDetails) -> Fault:
+    path = _path(detail["loc"])
+    value = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else "{...}"
+    message = detail["msg"].removeprefix("Value error, ")
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return path, value, "there is no such setting", did_you_mean(path, known_keys()) + "Check its spelling."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{path}.method", value, "methods are " + ", ".join(METHODS), "Say expand=NAME."
+    if kind == "missing":
+        return path, "(not given)", "it must be set", f"Add {path}=... to the command or the experiment."
+    return path, value, message[0].lower() + message[1:], f"Set {path}=... accordingly."
+
+
+def known_keys() -> list[str]:
+    """Every dotted setting there is."""
+    keys = list(_keys_of(Settings, ""))
+    expand: Any = STAGE_SETTINGS["expand"].json_schema()["$defs"]
+    return keys + sorted({f"expand.{name}" for method in expand.values() for name in method["properties"]})
+
+
+def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys_of(field.annotation, f"{prefix}{name}.")
+
+
+# ------------------------------------------------------------------------------------------ secrets
+
+
+def refuse_secrets(values: Any, path: str = "") -> None:
+    """Settings end in manifests and in W&B, so nothing secret may stand in them.
+
+    Raises:
+        UserError: a setting holds an access token; its value is not repeated.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            refuse_secrets(value, f"{path}.{name}" if path else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            refuse_secrets(value, path)
+    elif isinstance(values, str) and _holds_secret(values):
+        raise UserError(
+            setting=path,
+            value="(hidden)",
+            rule="it holds an access token, and settings are written to manifests and W&B",
+            remedy="Put tokens into the environment: HF_TOKEN, WANDB_API_KEY.",
+        )
+
+
+def _holds_secret(text: str) -> bool:
+    known = [os.environ[name] for name in TOKEN_VARIABLES if len(os.environ.get(name, "")) >= 8]
+    return bool(TOKEN_SHAPE.search(text)) or any(secret in text for secret in known)

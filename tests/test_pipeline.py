@@ -1,0 +1,180 @@
+"""The whole job from load to report, on a tiny model, through the command line a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.__main__ import CONF
+from pipeline.artifact import sha256_file
+from pipeline.errors import EXIT_DONE, EXIT_STOPPED
+from pipeline.messages import list_experiments
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """The pipeline in a process of its own, one thread, output captured."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """Exit code and output of one finished command."""
+    process = start(*arguments, cwd=cwd)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One output directory for the module: experiments share what they can."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.mark.parametrize("experiment", list_experiments([CONF]))
+def test_every_experiment_runs_from_load_to_report(experiment: str, shrunk: list[str], outputs: Path) -> None:
+    status, output = run(f"+experiment={experiment}", *shrunk, cwd=outputs)
+    assert status == EXIT_DONE, output
+    report = outputs / "outputs" / experiment / "report"
+    rows = json.loads((report / "results.json").read_text())
+    assert {row["target"] for row in rows} >= {"load", "expand", "pretrain", "sft"}
+    assert set(rows[0]) == {"run", "method", "target", "task", "metric", "value", "stderr", "n"}
+    assert (report / "report.md").exists() and (report / "report.html").exists() and list(report.glob("*.png"))
+    assert "seconds by stage" in output
+
+
+def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], outputs: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk]
+    assert run(*command, cwd=outputs)[0] == EXIT_DONE
+    probe = (
+        "import sys; from pipeline.__main__ import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'wandb', 'deepspeed'} & set(sys.modules); print('imported', sorted(heavy))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    started = time.monotonic()
+    answer = subprocess.run(
+        [sys.executable, "-c", probe, *command], cwd=outputs, env=environment, capture_output=True, text=True
+    )
+    assert "everything is there" in answer.stdout, answer.stdout + answer.stderr
+    assert "imported []" in answer.stdout
+    assert time.monotonic() - started < 5.0
+
+
+def test_force_redoes_a_stage_and_what_hangs_on_it(shrunk: list[str], outputs: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk, "stages=[load,expand,tokenize]"]
+    assert run(*command, cwd=outputs)[0] == EXIT_DONE
+    load, expand = (outputs / "outputs" / "quickstart" / stage / "manifest.json" for stage in ("load", "expand"))
+    before = load.stat().st_mtime_ns, expand.stat().st_mtime_ns
+    assert run(*command, "force=[expand]", cwd=outputs)[0] == EXIT_DONE
+    assert load.stat().st_mtime_ns == before[0]
+    assert expand.stat().st_mtime_ns > before[1]
+
+
+def test_status_and_plan_change_nothing(shrunk: list[str], tmp_path: Path) -> None:
+    for action in ("status", "plan"):
+        status, output = run("+experiment=quickstart", *shrunk, f"action={action}", cwd=tmp_path)
+        assert status == EXIT_DONE, output
+        assert "pretrain" in output
+    assert not list((tmp_path / "outputs").rglob("manifest.json"))
+
+
+def test_a_sweep_shares_artifacts_and_has_one_report(shrunk: list[str], outputs: Path) -> None:
+    command = ["--multirun", "+experiment=quickstart", "expand=copy,none", *shrunk, "name=sweep"]
+    status, output = run(*command, cwd=outputs)
+    assert status == EXIT_DONE, output
+    base = outputs / "outputs" / "sweep"
+    rows = json.loads((base / "report" / "results.json").read_text())
+    assert {row["method"] for row in rows} == {"copy", "none"}
+    assert (base / "expand-copy" / "load").resolve() == (base / "expand-none" / "load").resolve()
+
+
+def _weights(run_directory: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted((run_directory / "sft").resolve().glob("*.safetensors"))}
+
+
+def test_killed_again_and_again_it_ends_with_the_uninterrupted_result(shrunk: list[str], tmp_path: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk, "stages=[sft]"]
+    assert run(*command, "output_dir=whole", cwd=tmp_path)[0] == EXIT_DONE
+    kills, patience = 0, 4.0
+    while True:
+        process = start(*command, "output_dir=broken", cwd=tmp_path)
+        try:
+            output, _ = process.communicate(timeout=patience)
+            break
+        except subprocess.TimeoutExpired:
+            _kill_tree(process.pid)
+            process.communicate()
+            kills, patience = kills + 1, patience + 3.0
+    assert process.returncode == EXIT_DONE, output
+    assert kills >= 3
+    assert _weights(tmp_path / "broken" / "quickstart") == _weights(tmp_path / "whole" / "quickstart")
+    assert not list((tmp_path / "broken").rglob("*.partial"))
+
+
+def _children(pid: int) -> list[int]:
+    """All living descendants of a process."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *_children(child)]
+    return found
+
+
+def _alive(pids: list[int]) -> list[int]:
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in states.items() if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"]
+
+
+def _kill_tree(pid: int) -> None:
+    for victim in [pid, *_children(pid)]:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _wait_for(path: Path, pattern: str, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not list(path.rglob(pattern)):
+        assert time.monotonic() < deadline, f"{pattern} never appeared"
+        time.sleep(0.05)
+
+
+def test_when_the_driver_alone_is_killed_its_workers_are_gone_within_ten_seconds(
+    shrunk: list[str], tmp_path: Path
+) -> None:
+    process = start("+experiment=quickstart", *shrunk, "pretrain.steps=100000", cwd=tmp_path)
+    _wait_for(tmp_path / "outputs" / "artifacts" / "pretrain", "metrics.jsonl")
+    workers = _children(process.pid)
+    assert len(workers) >= 2, "torchrun and one worker"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10.0
+    while _alive(workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _alive(workers) == []
+
+
+def test_a_terminated_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=400"]
+    process = start(*command, cwd=tmp_path)
+    _wait_for(tmp_path / "outputs" / "artifacts" / "pretrain", "metrics.jsonl")
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "the same command goes on" in output
+    status, output = run(*command, cwd=tmp_path)
+    assert status == EXIT_DONE, output
+    assert "resume" in output
