@@ -44,16 +44,22 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     """
     prepared = [_prepare(job.settings) for job in jobs]
     action = jobs[0].settings.action
-    if action == "status":
-        return [_print_status(job, console) for job in prepared][-1]
-    if action == "plan":
-        return [_print_plan(job, console) for job in prepared][-1]
+    if action == "run":
+        _run_all(prepared, jobs[0].sweep, console)
     for job in prepared:
+        if action == "status":
+            _print_status(job, console)
+        elif action == "plan":
+            _print_plan(job, console)
+
+
+def _run_all(jobs: Sequence[Prepared], sweep: bool, console: Console) -> None:
+    for job in jobs:
         check(job.run, job.source, missing(job.run, job.nodes))
-    for job in prepared:
+    for job in jobs:
         _run(job, console)
-    if jobs[0].sweep:
-        _report_sweep(prepared, console)
+    if sweep:
+        _report_sweep(jobs, console)
 
 
 def _prepare(run: Settings) -> Prepared:

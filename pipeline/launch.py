@@ -68,7 +68,8 @@ class Placement:
 def detect_machine() -> Machine:
     """Looks at this machine without importing torch."""
     gpus = _visible_gpus() if _torch_knows_cuda() else 0
-    return Machine(cores=len(os.sched_getaffinity(0)), gpus=gpus)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Machine(cores=cores or 1, gpus=gpus)
 
 
 def _torch_knows_cuda() -> bool:

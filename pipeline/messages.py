@@ -55,10 +55,9 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
     if missing := re.search(r"Could not find '([\w/]+)/([^'/]+)'|Could not load '([\w/]+)/([^'/]+)'", text):
         group, name = (part for part in missing.groups() if part)
         return _unknown_choice(group, name, folders)
-    if key := re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text):
-        name = next(part for part in key.groups() if part)
+    if unknown := re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text):
         full = re.search(r"full_key: (\S+)", text)
-        return _unknown_key(full.group(1) if full else name)
+        return _unknown_key(full.group(1) if full else next(part for part in unknown.groups() if part))
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = ambiguous.group(1).partition("=")
         remedy = f"Add --multirun for a sweep over these values, or quote a list: {key}=[{value}]"

@@ -15,7 +15,7 @@ from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
 from pipeline.shape import shape_of
-from pipeline.source import ModelSource, config_of, resolve
+from pipeline.source import ModelSource, config_of
 from pipeline.training.validate import validate as validate_training
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -123,7 +123,7 @@ def _execute_in_process(task: StageTask) -> Metrics:
             process.terminate()
             process.wait()
             raise
-        outcome = read_json(outcome_file) if outcome_file.exists() else {"status": "failed"}
+        outcome: dict[str, Any] = read_json(outcome_file) if outcome_file.exists() else {"status": "failed"}
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
     if outcome["status"] != "done":
@@ -183,5 +183,3 @@ def link(run: Settings, node: Node) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, place)
-
-

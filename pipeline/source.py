@@ -18,10 +18,12 @@ from pipeline.gguf_metadata import read_metadata
 from pipeline.weight_files import INDEX, check_names, find_weights
 
 PACKAGE_PREFIX = "package:"
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip  # any one of these makes a tokenizer
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json", "generation_config.json",
+    *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip  # what a model directory holds beside config and weights; copied byte for byte
 
 
@@ -80,13 +82,14 @@ def wanted_files(model: Model) -> list[str]:
     if model.gguf_file is not None:
         return [model.gguf_file]
     code = ["*.py"] if model.trust_remote_code else []
-    return ["config.json", "*.safetensors", INDEX, *SIDE_FILES, *code]
+    return ["config.json", "model*.safetensors", INDEX, *SIDE_FILES, *code]
 
 
 def _on_hub(model: Model) -> ModelSource:
     found = hub.find(model.path, model.revision, wanted_files(model))
     if model.gguf_file is None:
         check_names(found.names, model.path)
+        _check_tokenizer(found.names, model.path)
     else:
         _check_gguf(model.gguf_file, found.names, model.path)
     return ModelSource("hub", found.directory, model.path, found.commit, model.gguf_file, found.names)
@@ -111,8 +114,20 @@ def _local(kind: Literal["directory", "package"], directory: Path, gguf_file: st
     if gguf_file is not None:
         _check_gguf(gguf_file, names, directory)
         return ModelSource(kind, directory, gguf_file=gguf_file, names=names, files=(directory / gguf_file,))
+    weights = find_weights(directory)
+    _check_tokenizer(names, directory)
     beside = [directory / name for name in ("config.json", INDEX, *SIDE_FILES) if name in names]
-    return ModelSource(kind, directory, names=names, files=(*find_weights(directory), *beside))
+    return ModelSource(kind, directory, names=names, files=(*weights, *beside))
+
+
+def _check_tokenizer(names: Collection[str], where: object) -> None:
+    if not set(VOCABULARIES) & set(names):
+        raise UserError(
+            setting="model.path",
+            value=where,
+            rule="there is no tokenizer beside the weights",
+            remedy="Save the model's tokenizer there: tokenizer.save_pretrained(PATH).",
+        )
 
 
 def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:

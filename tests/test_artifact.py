@@ -74,7 +74,7 @@ def test_fingerprints_are_remembered_until_the_file_changes(tmp_path: Path) -> N
     first = fingerprints.of_file(file)
     assert first == sha256_file(file)
     memo = json.loads((tmp_path / "memo.json").read_text())
-    (tmp_path / "memo.json").write_text(json.dumps({name: "remembered" for name in memo}))
+    (tmp_path / "memo.json").write_text(json.dumps(dict.fromkeys(memo, "remembered")))
     assert fingerprints.of_file(file) == "remembered"
     file.write_text("another length")
     assert fingerprints.of_file(file) == sha256_file(file)

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from pipeline.__main__ import CONF
 from pipeline.artifact import sha256_file
@@ -134,7 +133,9 @@ def _children(pid: int) -> list[int]:
 
 def _alive(pids: list[int]) -> list[int]:
     states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
-    return [pid for pid, stat in states.items() if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"]
+    return [
+        pid for pid, stat in states.items() if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    ]
 
 
 def _kill_tree(pid: int) -> None:

@@ -73,17 +73,13 @@ def test_a_missing_model_package_names_the_pip_command(base: Arguments, capsys: 
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"], ids=["no bytes", "blank lines"])
-def test_an_empty_corpus(
-    content: bytes, base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_corpus(content: bytes, base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").write_bytes(content)
     message = _refused(capsys, *base, f"data.corpus.path={tmp_path / 'empty.txt'}")
     assert "data.corpus.path" in message and "empty" in message
 
 
-def test_a_corpus_file_that_is_not_text(
-    base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_corpus_file_that_is_not_text(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "picture.txt").write_bytes(bytes(range(256)) * 8)
     message = _refused(capsys, *base, f"data.corpus.path={tmp_path / 'picture.txt'}")
     assert "data.corpus.path" in message and "text" in message

@@ -69,6 +69,12 @@ def _comparison_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
             "Unless the settings below say otherwise, all methods share one learning rate. The best rate differs by "
             "method and can move the result more than the method does."
         )
+    trained = sorted({training["trainable_parameters"] for run in runs if (training := run.training("pretrain"))})
+    if len(trained) > 1:
+        found.append(
+            f"The runs train different numbers of parameters ({count(trained[0])} to {count(trained[-1])}): "
+            "what they start from is not the only difference."
+        )
     places = {tuple(run.new_layers()) for run in runs if run.new_layers()}
     if len(places) > 1:
         found.append(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, TypedDict
 
 WEIGHTED = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
@@ -36,13 +37,15 @@ def _rows(task: str, results: Mapping[str, Any]) -> list[Score]:
     rows = []
     for key, value in numbers.items():
         metric, _, filter_name = key.partition(",")
-        if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
+        if not math.isfinite(value):
+            raise ValueError(f"{task}: {metric} is {value}; the model's output is not finite")
         stderr = numbers.get(f"{metric}_stderr,{filter_name}")
         if metric in WEIGHTED:
             stderr = weighted_stderr(metric, [sample[metric] for sample in results["samples"][task]])
         name = metric if filter_name == "none" else f"{metric} ({filter_name})"
-        known = float(stderr) if isinstance(stderr, (int, float)) and math.isfinite(stderr) else None
+        known = float(stderr) if isinstance(stderr, Real) and math.isfinite(stderr) else None
         rows.append(Score(task=task, metric=name, value=float(value), stderr=known, n=_count(task, results)))
     return rows
 
@@ -73,10 +76,16 @@ def weighted_stderr(metric: str, items: Sequence[tuple[float, int]]) -> float | 
 
 
 def samples_of(results: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """Each task's metrics by document, in the order of its documents: targets can be compared pair by pair."""
-    samples: Mapping[str, Iterable[Mapping[str, Any]]] = results["samples"]
-    return {
-        task: {metric: [row[metric] for row in rows] for metric in rows[0]["metrics"]}
-        for task, rows in ((task, list(rows)) for task, rows in samples.items())
-        if rows
-    }
+    """Each task's numbers by document, in the order of its documents, so that two models can be compared in pairs."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for task, rows in results["samples"].items():
+        metrics = rows[0]["metrics"] if rows else []
+        found[task] = {metric: [_plain(row.get(metric)) for row in rows] for metric in metrics}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number, or a pair of numbers such as (log likelihood, length), as JSON has them; None for anything else."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    return float(value) if isinstance(value, Real) else None

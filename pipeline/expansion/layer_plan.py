@@ -127,7 +127,7 @@ def _explicit(gaps: Sequence[int], new_layers: int, num_base_layers: int) -> tup
         raise UserError(
             setting="expand.position",
             value=list(gaps),
-            rule=f"gap {missing[0]} is not there: a base of {num_base_layers} layers has gaps 0 to {num_base_layers - 1}",
+            rule=f"gap {missing[0]} is not there: a base of this depth has gaps 0 to {num_base_layers - 1}",
             remedy="Gap i lies after base layer i; list only gaps that are there.",
         )
     return tuple(sorted(gaps))

@@ -72,15 +72,15 @@ def fuse(lower: Layer, upper: Layer, solve: Solve) -> Layer:
     """All tensors of the layer between two, float32, outputs not yet silenced."""
     fused: dict[LayerTensor, Tensor] = {}
     (attention_output,) = (tensor for tensor in lower if _writes_attention(tensor.role))
-    stream_plan = _fuse_linear(fused, lower, upper, attention_output, solve, None)
+    t_o = _fuse_linear(fused, lower, upper, attention_output, solve, None)
     for tensor in lower:
-        w1, w2 = lower[tensor].float(), upper[tensor].float()
         reads_stream = tensor.role.block == "mlp" and tensor.role.side == "input"
         if tensor.role.kind == "norm":
-            moved = (w1 @ stream_plan + w1) / 2 if reads_stream else w1
-            fused[tensor] = (moved + w2) / 2
+            w1 = lower[tensor].float()
+            moved = (w1 @ t_o + w1) / 2 if reads_stream else w1
+            fused[tensor] = (moved + upper[tensor].float()) / 2
         elif tensor.role.kind == "matrix" and tensor != attention_output:
-            _fuse_linear(fused, lower, upper, tensor, solve, stream_plan if reads_stream else None)
+            _fuse_linear(fused, lower, upper, tensor, solve, t_o if reads_stream else None)
     return fused
 
 

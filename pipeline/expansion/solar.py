@@ -17,4 +17,5 @@ def expand(
     base: Sequence[Layer], plan: LayerPlan, settings: SolarExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
     """Every second occurrence is the base's layer, bit for bit."""
+    journal.warnings.append("solar places layers by its own overlap; expand.position is recorded as that")
     return copies(base, plan)

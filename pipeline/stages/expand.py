@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.architecture import Architecture, LayerTensor, architecture_of
 from pipeline.artifact import write_json
-from pipeline.config import AnyExpand, SolarExpand
+from pipeline.config import AnyExpand
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal, Layer
 from pipeline.expansion.methods import METHODS, expand_function
@@ -51,16 +51,12 @@ def run(task: StageTask) -> Metrics:
     config = spelled_out_config(base.path)
     architecture = architecture_of(config["model_type"])
     plan = make_plan(settings, config["num_hidden_layers"])
-    if isinstance(settings, SolarExpand):
-        print("solar has a placement of its own: expand.position is recorded as overlap")
 
     journal = write_weights(base, architecture, plan, settings, task.seed, task.out)
     deeper = rebuild_config(config, plan.config_sources)
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
     write_json(task.out / EXPANSION_FILE, describe(settings, plan))
-    for warning in journal.warnings:
-        print(f"{settings.method}: {warning}")
 
     keeps_logits = METHODS[settings.method].keeps_logits(settings)
     outcome = check_model(task.out, deeper, base.path if keeps_logits else None)

@@ -41,7 +41,7 @@ def run(task: StageTask) -> Metrics:
     else:
         unpack_gguf(directory, source.gguf_file, task.out, model)
     written = ModelDirectory(task.out)
-    AutoTokenizer.from_pretrained(task.out, **_trust(model))  # a model without a tokenizer fails here, not stages later
+    AutoTokenizer.from_pretrained(task.out, **_trust(model))  # what cannot be read fails here, not stages later
     return {
         "source": source.identity or source.kind,
         "commit": source.commit,

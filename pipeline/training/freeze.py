@@ -171,4 +171,4 @@ def _count(rows: list[Row]) -> int:
 
 
 def _dtypes(row: Row) -> str:
-    return f"{row.dtype}, master float32" if row.trained else row.dtype
+    return f"{row.dtype}, master float32" if row.trained and row.dtype != "float32" else row.dtype

@@ -65,6 +65,7 @@ class Watch:
         self._started = False
 
     def __call__(self) -> None:
+        """One look."""
         if not self._started and self._start_file.exists():
             self._started = True
             announce(read_json(self._start_file))

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import deepspeed
 import numpy as np
@@ -19,20 +19,16 @@ import torch
 from torch import distributed
 
 from pipeline.config import Train
+from pipeline.tracking import Tracker
 from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
 from pipeline.training.flops import TrainingFlops
 from pipeline.training.schedule import evaluation_steps, learning_rate
 
+Status = Literal["done", "stopped"]
+
 
 class TrainingDiverged(ArithmeticError):
     """A loss or gradient norm is not finite; nothing was saved over the last good state."""
-
-
-class Log(Protocol):
-    """Where numbers go; ``tracking.Tracker`` is one."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Takes named numbers at a step."""
 
 
 @dataclass
@@ -59,7 +55,7 @@ class Loop:
         section: "pretrain" or "sft", for messages.
         wants_stop: asked once a step; any rank may say yes, and then all stop after the same step.
         save: writes a checkpoint of the current progress; called by all ranks together.
-        log: rank 0's tracker, None elsewhere.
+        tracker: where numbers go; None on all ranks but the first.
     """
 
     section: str
@@ -74,9 +70,9 @@ class Loop:
     progress: Progress
     wants_stop: Callable[[], bool]
     save: Callable[[Progress], None]
-    log: Log | None
+    tracker: Tracker | None
 
-    def run(self) -> Literal["done", "stopped"]:
+    def run(self) -> Status:
         """Trains to the last step, or to where a stop was asked for; the state is saved either way.
 
         Raises:
@@ -152,10 +148,11 @@ class Loop:
 
     def _check(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
+            rate = learning_rate(self.train, step, self.steps)
             raise TrainingDiverged(
-                f"the {what} is {value} at step {step} (learning rate {learning_rate(self.train, step, self.steps):.3g}, "
-                f"loss before {self.progress.loss}); the state of step {self.progress.step} or earlier is kept. "
-                f"Lower {self.section}.learning_rate or {self.section}.max_grad_norm, or lengthen the warm-up."
+                f"the {what} is {value} at step {step} (learning rate {rate:.3g}, last loss {self.progress.loss}); "
+                f"the last saved state is kept. Lower {self.section}.learning_rate or {self.section}.max_grad_norm, "
+                f"or raise {self.section}.warmup_fraction."
             )
 
     def _count(self, step: int, loss: float, supervised: int, seconds: float) -> None:
@@ -167,11 +164,11 @@ class Loop:
         self.progress.seconds += seconds
 
     def _log_step(self, loss: float, rate: float, norm: float, seconds: float) -> None:
-        if self.log is None:
+        if self.tracker is None:
             return
         tokens = self.train.global_batch * self.blocks.sequence_length
         numbers = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": tokens / seconds}
-        self.log.log({**numbers, **self._spent()}, step=self.progress.step)
+        self.tracker.log({**numbers, **self._spent()}, step=self.progress.step)
 
     def _spent(self) -> dict[str, float]:
         progress = self.progress
@@ -187,9 +184,9 @@ class Loop:
         loss = self.held_out_loss()
         self._check(loss, "held-out loss", step or 1)
         self.progress.held_out.append({"fraction": fraction, "step": step, "loss": loss, **self._spent()})
-        if self.log is not None:
+        if self.tracker is not None:
             numbers = {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
-            self.log.log({**numbers, **self._spent()}, step=step)
+            self.tracker.log({**numbers, **self._spent()}, step=step)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

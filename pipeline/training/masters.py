@@ -85,7 +85,8 @@ class Masters:
         ranks, rank = self._engine.dp_world_size, torch.distributed.get_rank()
         mine = pad(value.flatten(), (0, size * ranks - value.numel()))[size * rank : size * (rank + 1)]
         if part != "weight":
-            return safe_set_local_optimizer_state(parameter, mine, part)
+            safe_set_local_optimizer_state(parameter, mine, part)
+            return
         safe_set_local_fp32_param(parameter, mine)
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import distributed
 
 from pipeline.artifact import read_json, sha256_file, write_json
@@ -26,7 +27,7 @@ from pipeline.training.deepspeed import deepspeed_config
 from pipeline.training.engine import load_model, start_distributed, start_engine
 from pipeline.training.flops import TrainingFlops
 from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE
-from pipeline.training.loop import Loop, Progress
+from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.masters import Masters
 from pipeline.training.precision import Precision, resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
@@ -37,7 +38,7 @@ class Session:
     """What a stage's functions share on one rank."""
 
     task: StageTask
-    train: Train
+    settings: Train
     log_dir: Path
     device: torch.device
     precision: Precision
@@ -81,41 +82,52 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     return {"status": status}
 
 
-def _train(session: Session, wants_stop: Callable[[], bool]) -> str:
-    task, settings = session.task, session.train
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to train, in DeepSpeed's hands."""
+
+    rows: list[freeze.Row]
+    flops: TrainingFlops
+    engine: DeepSpeedEngine
+    masters: Masters
+
+
+def _prepare(session: Session) -> Prepared:
+    """Loads the model, freezes what is to stay as it is, and starts the engine."""
+    settings, section = session.settings, session.task.name
     config = deepspeed_config(settings, session.precision, session.ranks)
     model = load_model(session.model_dir, settings, session.precision, config)
-    trainable = freeze.select_trainable(task.name, settings.trainable, model, session.model_dir)
-    freeze.freeze_others(model, trainable)
+    freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, session.model_dir))
     rows, flops = freeze.describe(model), TrainingFlops.of_model(model, settings.sequence_length)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     engine = start_engine(model, settings, session.precision, config)
-    masters = Masters(engine, parameters)
-    identity = _identity(session)
-    progress = _resume(session, masters, identity) or _start(session, masters)
-    blocks = Blocks(session.data_dir, "train")
-    steps = total_steps(settings, len(blocks))
+    return Prepared(rows, flops, engine, Masters(engine, trained))
+
+
+def _train(session: Session, wants_stop: Callable[[], bool]) -> Status:
+    prepared, identity = _prepare(session), _identity(session)
+    progress = _resume(session, prepared.masters, identity) or _start(session, prepared.masters)
     if session.rank == 0:
-        _announce(session, rows, progress.step)
+        _announce(session, prepared.rows, progress.step)
+    blocks = Blocks(session.data_dir, "train")
     with _tracker(session, progress) as tracker:
-        loop = Loop(
-            section=task.name,
-            train=settings,
-            seed=task.seed,
-            steps=steps,
+        status = Loop(
+            section=session.task.name,
+            train=session.settings,
+            seed=session.task.seed,
+            steps=total_steps(session.settings, len(blocks)),
             blocks=blocks,
             held_out=Blocks(session.data_dir, "held_out"),
-            engine=engine,
-            flops=flops,
+            engine=prepared.engine,
+            flops=prepared.flops,
             device=session.device,
             progress=progress,
             wants_stop=wants_stop,
-            save=lambda state: _save(session, masters, identity, state),
-            log=tracker,
-        )
-        status = loop.run()
+            save=lambda state: _save(session, prepared.masters, identity, state),
+            tracker=tracker,
+        ).run()
     if status == "done":
-        _finish(session, rows, progress)
+        _finish(session, prepared.rows, progress)
     return status
 
 
@@ -157,7 +169,7 @@ def _identity(session: Session) -> dict[str, Any]:
     return {
         "model": content_hash(session.model_dir, "*.safetensors"),
         "data": content_hash(session.data_dir, "*.npy"),
-        "settings": session.train.key_settings(),
+        "settings": session.settings.key_settings(),
         "seed": session.task.seed,
     }
 
@@ -184,18 +196,12 @@ def _save(session: Session, masters: Masters, identity: dict[str, Any], progress
 
 def _announce(session: Session, rows: list[freeze.Row], resumed_after: int) -> None:
     """Writes what is about to be trained, for the log and for the driver's terminal."""
-    notes = [slow_bfloat16_note(session.task.name)] if _computes_bfloat16_on_cpu(session) else []
-    start = {
-        "summary": freeze.format_summary(rows),
-        "notes": [note for note in notes if note is not None],
-        "resumed_after": resumed_after,
-    }
-    print(freeze.format_rows(rows), flush=True)
+    bfloat16_on_cpu = session.device.type == "cpu" and session.precision == "bfloat16"
+    note = slow_bfloat16_note(session.task.name) if bfloat16_on_cpu else None
+    notes = [] if note is None else [note]
+    print(freeze.format_rows(rows), *notes, sep="\n", flush=True)
+    start = {"summary": freeze.format_summary(rows), "notes": notes, "resumed_after": resumed_after}
     write_json(session.log_dir / START_FILE, start)
-
-
-def _computes_bfloat16_on_cpu(session: Session) -> bool:
-    return session.device.type == "cpu" and session.precision == "bfloat16"
 
 
 def _tracker(session: Session, progress: Progress) -> AbstractContextManager[Tracker | None]:
@@ -203,7 +209,7 @@ def _tracker(session: Session, progress: Progress) -> AbstractContextManager[Tra
     if session.rank != 0:
         return nullcontext()
     resume_after = progress.step if progress.step else None
-    return Tracker(session.task.tracking, session.task.out, session.train.model_dump(mode="json"), resume_after)
+    return Tracker(session.task.tracking, session.task.out, session.settings.model_dump(mode="json"), resume_after)
 
 
 # ----------------------------------------------------------------------------------------- finishing
@@ -223,7 +229,7 @@ def _finish(session: Session, rows: list[freeze.Row], progress: Progress) -> Non
         "seconds": progress.seconds,
         "world_size": session.ranks,
         "precision": session.precision,
-        "zero_stage": session.train.deepspeed.zero_stage,
+        "zero_stage": session.settings.deepspeed.zero_stage,
         "trainable_parameters": sum(row.parameters for row in rows if row.trained),
         "total_parameters": sum(row.parameters for row in rows),
         "final_loss": progress.loss,

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +35,7 @@ class StopRequest:
         self._signalled = True
 
     def __call__(self) -> bool:
+        """Whether to stop after the current step."""
         return self._signalled or self._stop_file.exists()
 
 
@@ -77,10 +79,8 @@ def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
     """Records how the job ended; the first rank that knows decides, since others then fail for want of it."""
     mine = log_dir / f"outcome.{os.getpid()}.json"
     write_json(mine, outcome)
-    try:
+    with suppress(FileExistsError):
         os.link(mine, log_dir / OUTCOME_FILE)  # unlike a rename, this never replaces
-    except FileExistsError:
-        pass
     mine.unlink()
 
 

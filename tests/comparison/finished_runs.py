@@ -72,7 +72,8 @@ def finished_run(
                 "num_layers": num_base + new, "layers": layers(num_base, new),
             })  # fmt: skip
         elif stage in ("pretrain", "sft"):
-            _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step)
+            trained = 400_000 if method != "none" else 1_500_000
+            _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained)
         elif stage.startswith("evaluate/"):
             _evaluation(directory, stage.partition("/")[2], measures)
     return RunArtifacts(name, method, directories)
@@ -94,7 +95,7 @@ def _manifest(directory: Path, stage: str, identity: str, seed: int, metrics: di
     })  # fmt: skip
 
 
-def _training(directory: Path, losses: list[float], seconds_per_step: float) -> None:
+def _training(directory: Path, losses: list[float], seconds_per_step: float, trained: int) -> None:
     fractions = [index / (len(losses) - 1) for index in range(len(losses))]
     held_out = [
         {"fraction": round(f, 3), "step": round(f * STEPS), "tokens": round(f * TOKENS), "flops": f * 1e12,
@@ -103,7 +104,7 @@ def _training(directory: Path, losses: list[float], seconds_per_step: float) -> 
     ]  # fmt: skip
     write(directory / "training.json", {
         "steps": STEPS, "tokens": TOKENS, "flops": 1e12, "seconds": STEPS * seconds_per_step, "world_size": 1,
-        "precision": "bfloat16", "zero_stage": 2, "trainable_parameters": 400_000, "total_parameters": 1_900_000,
+        "precision": "bfloat16", "zero_stage": 2, "trainable_parameters": trained, "total_parameters": 1_900_000,
         "final_loss": losses[-1], "held_out": held_out,
     })  # fmt: skip
     lines = [

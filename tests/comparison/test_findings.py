@@ -113,6 +113,12 @@ def test_caveats_of_one_small_run(tmp_path: Path) -> None:
     assert "learning rate" not in text
 
 
+def test_a_sweep_says_when_its_runs_train_different_numbers_of_parameters(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, method, method) for method in ("lesa", "copy", "none")]
+    assert "(400,000 to 1.5 M)" in " ".join(caveats(runs, Scores(collect(runs))))
+    assert "numbers of parameters" not in " ".join(caveats(runs[:2], Scores(collect(runs[:2]))))
+
+
 def test_caveats_of_a_sweep_name_shared_rates_confounded_places_and_missing_scores(tmp_path: Path) -> None:
     runs = [
         finished_run(tmp_path, "a", "lesa", num_new=2),

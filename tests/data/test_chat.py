@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from pipeline.data.chat import PLAIN_TEMPLATE, ChatRenderer, Rendered, chat_template
 from pipeline.data.conversations import Conversation
@@ -27,8 +25,9 @@ TURNS: Conversation = [
 # A template in the manner of Llama 3 (begins with BOS, ends turns with a token and no newline), one in that of Mistral
 # (no generation prompt, a space before the answer).
 LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
@@ -42,19 +41,8 @@ def tokenizer(tiny_llama_dir: Path) -> TextTokenizer:
 
 
 @pytest.fixture
-def bos_tokenizer(tiny_llama_dir: Path, tmp_path: Path) -> TextTokenizer:
-    """One that puts ``<|endoftext|>`` before every text, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-
-    directory = tmp_path / "with_bos"
-    shutil.copytree(tiny_llama_dir, directory)
-    inner = AutoTokenizer.from_pretrained(directory)
-    inner.bos_token = "<|endoftext|>"
-    inner.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", inner.bos_token_id)]
-    )
-    inner.save_pretrained(directory)
-    return TextTokenizer(directory)
+def bos_tokenizer(tiny_llama_with_bos: Path) -> TextTokenizer:
+    return TextTokenizer(tiny_llama_with_bos)
 
 
 def _renderer(tokenizer: TextTokenizer, template: str, longest: int = 10_000) -> tuple[ChatRenderer, Counter[str]]:

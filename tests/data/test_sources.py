@@ -70,7 +70,7 @@ def test_a_long_text_file_becomes_documents_cut_at_blank_lines(tmp_path: Path) -
     text = "".join(f"Paragraph {number}\n{'word ' * 400}\n\n" for number in range(100))
     found = _texts(_source(_plain(tmp_path / "long.txt", text.encode())))
     assert "".join(found) == text
-    assert 1 < len(found) and max(map(len, found)) < files.TEXT_PIECE + 3000
+    assert len(found) > 1 and max(map(len, found)) < files.TEXT_PIECE + 3000
     assert all(document.lstrip().startswith("Paragraph") for document in found)
 
 

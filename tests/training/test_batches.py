@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
-from tests.training.conftest import write_blocks
+from tests.training.small import write_blocks
 
 CPU = torch.device("cpu")
 

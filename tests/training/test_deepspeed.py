@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.training.deepspeed import deepspeed_config, merge, uses_bfloat16_parameters
-from tests.training.conftest import train_settings
+from tests.training.small import train_settings
 
 
 def test_batch_sizes_agree_for_any_number_of_ranks():

@@ -14,9 +14,9 @@ BATCH, LENGTH = 2, 24
 
 @pytest.mark.parametrize(
     "trained",
-    [("layers.2.", "layers.3."), ("layers.1.",), ("layers.",), ("layers.", "embed_tokens", "model.norm"), ("model.norm",)],
+    [("layers.2.", "layers.3."), ("layers.1.",), ("layers.",), ("layers.", "embed_tokens", ".norm."), (".norm.",)],
     ids=["top", "inner", "layers", "all", "final_norm"],
-)  # fmt: skip
+)
 def test_equals_torchs_counter(tiny_llama_dir: Path, trained: tuple[str, ...]):
     """Eager attention is plain matrix products, all of which the counter sees; sdpa's backward recomputes some."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32, attn_implementation="eager")

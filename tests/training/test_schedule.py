@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from pipeline.training.schedule import evaluation_steps, learning_rate, total_steps
-from tests.training.conftest import train_settings
+from tests.training.small import train_settings
 
 STEPS = 100
 

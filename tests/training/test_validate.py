@@ -6,7 +6,7 @@ import pytest
 from pipeline.config import Launch
 from pipeline.errors import UserError
 from pipeline.training.validate import validate, validate_data
-from tests.training.conftest import train_settings, write_blocks
+from tests.training.small import train_settings, write_blocks
 
 
 def launch(processes: int) -> Launch:

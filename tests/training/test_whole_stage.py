@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.artifact import write_json
 from pipeline.launch import WorkersFailed
 from pipeline.stage import StageTask, task_to_json
 from pipeline.training.job import CHECKPOINTS, run_training
-from tests.training.conftest import logged, train_settings
+from tests.training.small import logged, train_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -28,6 +29,15 @@ from pipeline.stage import task_from_json
 from pipeline.training.job import run_training
 run_training(task_from_json(json.loads(Path(sys.argv[1]).read_text())))
 """
+
+
+def running_with(*arguments: str) -> list[str]:
+    """Command lines of living processes that mention one of these."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended while we looked
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if any(argument in line for argument in arguments)]
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(make_task: Callable[..., StageTask], tmp_path: Path):
@@ -41,9 +51,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_task: Callable[..., StageTas
     while not (saved.exists() and any(saved.iterdir())):  # some file of a first save is there, half or whole
         assert driver.poll() is None
         time.sleep(0.002)
+    assert len(running_with(str(killed.out))) >= 3  # torchrun and two ranks
     driver.kill()
     driver.wait()
-    time.sleep(1.0)  # the workers end themselves; a checkpoint they finish meanwhile counts
+    deadline = time.monotonic() + 10
+    while running_with(str(tmp_path / "task.json"), str(killed.out)):
+        assert time.monotonic() < deadline, "workers outlived their driver"
+        time.sleep(0.05)
     assert not (killed.out / "training.json").exists()
 
     summary = run_training(killed)

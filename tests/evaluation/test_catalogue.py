@@ -1,0 +1,83 @@
+"""Which tasks are accepted, without torch or lm-eval, and within seconds."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import Evaluate
+from pipeline.errors import UserError
+from pipeline.evaluation.catalogue import BUNDLED, PUBLISHED, installed_names, validate
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _evaluate(*tasks: str) -> Evaluate:
+    values: dict[str, Any] = {"targets": ["load"], "num_fewshot": None, "limit": None, "held_out_characters": 1000}
+    return Evaluate(tasks=list(tasks), **values, prompt_format="plain", dtype="auto", batch_size=1)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_bundled_tasks_need_nothing(no_network: None) -> None:
+    validate(_evaluate(*BUNDLED))
+
+
+def test_validating_imports_neither_torch_nor_lm_eval() -> None:
+    program = (
+        "import sys; from pipeline.config import Evaluate; from pipeline.evaluation.catalogue import BUNDLED, validate;"
+        "validate(Evaluate.model_construct(tasks=list(BUNDLED)));"
+        "sys.exit(', '.join({'torch', 'lm_eval', 'transformers', 'datasets', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("held_out_txt", "held_out_text"), ("minimal_pair", "minimal_pairs"), ("arc_eazy", "arc_easy")]
+)
+def test_a_misspelt_task_is_refused_with_a_suggestion(wrong: str, right: str) -> None:
+    with pytest.raises(UserError, match=right):
+        validate(_evaluate("minimal_pairs", wrong))
+
+
+def test_no_task_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing to score"):
+        validate(_evaluate())
+
+
+def test_tasks_of_the_hub_out_of_reach_are_refused_at_once(no_network: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match="cannot be reached") as caught:
+        validate(_evaluate("arc_easy"))
+    assert time.monotonic() - started < 10.0
+    assert "HF_HUB_OFFLINE" in caught.value.remedy
+
+
+def test_offline_what_was_fetched_before_may_be_used(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    validate(_evaluate("arc_easy"))
+
+
+def test_the_published_suites_are_names_that_lm_eval_knows() -> None:
+    assert installed_names() >= PUBLISHED
+    for file in (REPOSITORY / "conf" / "evaluate").glob("*.yaml"):
+        tasks = yaml.safe_load(file.read_text()).get("tasks", [])
+        assert set(tasks) <= PUBLISHED | set(BUNDLED), file.name
+
+
+def test_a_task_of_a_group_is_known() -> None:
+    assert {"mmlu_anatomy", "mmlu", "hellaswag"} <= installed_names()

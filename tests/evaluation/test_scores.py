@@ -1,0 +1,77 @@
+"""Rows and standard errors, against resampling."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.scores import samples_of, scores_of, weighted_stderr
+
+
+def _documents(count: int) -> list[tuple[float, int]]:
+    draw = random.Random(3)
+    lengths = [draw.randrange(20, 400) for _ in range(count)]
+    return [(-length * draw.gauss(1.2, 0.25), length) for length in lengths]
+
+
+@pytest.mark.parametrize("metric", ["word_perplexity", "bits_per_byte"])
+def test_the_error_of_a_rate_is_that_of_the_bootstrap(metric: str) -> None:
+    items = np.array(_documents(60))
+    draw = np.random.default_rng(0)
+    rates = []
+    for _ in range(4000):
+        chosen = items[draw.integers(0, len(items), len(items))]
+        rates.append(-chosen[:, 0].sum() / chosen[:, 1].sum())
+    expected = np.std(np.exp(rates) if metric == "word_perplexity" else np.array(rates) / math.log(2))
+    found = weighted_stderr(metric, [(float(total), int(length)) for total, length in items])
+    assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_one_document_has_no_error() -> None:
+    assert weighted_stderr("word_perplexity", [(-3.0, 5)]) is None
+
+
+def _results() -> dict[str, Any]:
+    """As lm-eval gives them: a group of two tasks, one of them with a filter."""
+    return {
+        "results": {
+            "suite": {"alias": "suite", "acc,none": 0.5, "acc_stderr,none": 0.1},
+            "one": {"alias": "one", "acc,none": 0.25, "acc_stderr,none": 0.2, "sample_len": 4},
+            "two": {"exact_match,strict": 0.75, "exact_match_stderr,strict": "N/A"},
+            "bare": {"alias": "bare"},
+        },
+        "group_subtasks": {"suite": ["one", "two"], "bare": ["one", "two"], "one": []},
+        "n-samples": {"one": {"original": 9, "effective": 4}, "two": {"original": 8, "effective": 8}},
+        "samples": {
+            "one": [{"metrics": ["acc"], "acc": 1.0}, {"metrics": ["acc"], "acc": np.int64(0)}],
+            "two": [{"metrics": ["exact_match"], "exact_match": np.float64(1.0)}],
+        },
+    }
+
+
+def test_rows_of_tasks_and_groups() -> None:
+    assert scores_of("one", _results()) == [{"task": "one", "metric": "acc", "value": 0.25, "stderr": 0.2, "n": 4}]
+    assert scores_of("suite", _results()) == [{"task": "suite", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 12}]
+
+
+def test_a_group_without_numbers_of_its_own_gives_those_of_its_tasks() -> None:
+    rows = scores_of("bare", _results())
+    assert [(row["task"], row["metric"], row["stderr"]) for row in rows] == [
+        ("one", "acc", 0.2),
+        ("two", "exact_match (strict)", None),
+    ]
+
+
+def test_a_model_that_gives_no_finite_number_is_an_error() -> None:
+    results = _results()
+    results["results"]["one"]["acc,none"] = math.nan
+    with pytest.raises(ValueError, match="one.*acc.*nan"):
+        scores_of("one", results)
+
+
+def test_samples_keep_each_documents_numbers() -> None:
+    assert samples_of(_results()) == {"one": {"acc": [1.0, 0.0]}, "two": {"exact_match": [1.0]}}

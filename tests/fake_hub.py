@@ -1,0 +1,105 @@
+"""A Hugging Face hub of one model on this machine: as much of its protocol as finding and fetching a model needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = "organisation/model"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """Serves the files of a directory as ``organisation/model``, branch ``main``.
+
+    Attributes:
+        asked: the paths of all requests.
+        refusal: an error code of the hub's, such as ``GatedRepo``, to answer everything with.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.asked: list[str] = []
+        self.refusal: str | None = None
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body."""
+        self.asked.append(path)
+        path = path.partition("?")[0]
+        if self.refusal is not None:
+            return 403 if self.refusal == "GatedRepo" else 404, {"X-Error-Code": self.refusal}, b""
+        if path in (
+            f"/api/models/{REPO}",
+            f"/api/models/{REPO}/revision/main",
+            f"/api/models/{REPO}/revision/{COMMIT}",
+        ):
+            return _json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self._names()]})
+        if path == f"/api/models/{REPO}/tree/{COMMIT}":
+            return _json([self._tree_entry(name) for name in self._names()])
+        prefix = f"/{REPO}/resolve/{COMMIT}/"
+        if path.startswith(prefix) and path.removeprefix(prefix) in self._names():
+            content = (self.directory / path.removeprefix(prefix)).read_bytes()
+            return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{_digest(content)}"'}, content
+        code = (
+            "RevisionNotFound" if "/revision/" in path else "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
+        )
+        return 404, {"X-Error-Code": code}, b""
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.directory.iterdir() if path.is_file())
+
+    def _tree_entry(self, name: str) -> dict[str, Any]:
+        content = (self.directory / name).read_bytes()
+        return {"type": "file", "path": name, "size": len(content), "oid": _digest(content)}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def _json(value: object) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+@contextmanager
+def serve(directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Makes the directory the only model of the hub that ``huggingface_hub`` talks to."""
+    from huggingface_hub import constants
+
+    hub = FakeHub(directory)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = hub.answer(self.path)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,73 @@
+"""Expansion of the real small model, and what was seen on it before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import AnyExpand, Launch, Tracking
+from pipeline.expansion.spectrum import decompose
+from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
+from pipeline.model_dir import ModelDirectory
+from pipeline.stage import Metrics, StageTask, TrackingTarget
+from pipeline.stages import expand
+
+MODULES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj",
+)  # fmt: skip
+
+
+def _matrix(directory: Path, layer: int, module: str) -> Tensor:
+    return ModelDirectory(directory).read(f"model.layers.{layer}.{module}.weight").float()
+
+
+def _expand(base: Path, settings: AnyExpand, out: Path) -> Metrics:
+    launch = Launch(device="cpu", processes=1, threads="auto")
+    tracking = Tracking(wandb="disabled", project="test", entity=None)
+    target = TrackingTarget(tracking, "test", "expand", "test", out / "wandb")
+    return expand.run(StageTask("expand", settings, {"load": base}, out, 0, launch, target))
+
+
+def test_the_unpacked_model_speaks(smollm2_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**tokens, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, tokens["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("method", ["llama_pro", "opt_deus"])
+def test_the_base_s_logits_stay(
+    expand_settings: Callable[..., AnyExpand], smollm2_dir: Path, tmp_path: Path, method: str
+) -> None:
+    metrics = _expand(smollm2_dir, expand_settings(method, new_layers=3, position="interleaved"), tmp_path)
+    assert metrics["num_layers"] == 33
+    assert metrics["check"]["logit_difference"] == 0.0
+    assert metrics["warnings"] == []
+
+
+def test_the_gram_route_is_exact_on_trained_weights(smollm2_dir: Path) -> None:
+    matrices = [_matrix(smollm2_dir, layer, "self_attn.v_proj") for layer in range(30)]
+    spectrum = decompose(matrices.__getitem__, 30)
+    values = torch.linalg.svdvals(torch.cat(matrices, dim=1).double())
+    assert spectrum.rank == 192
+    torch.testing.assert_close(spectrum.left.norm(dim=0).double(), values, rtol=1e-5, atol=1e-5)
+    for layer in (0, 15, 29):
+        torch.testing.assert_close(spectrum.left @ spectrum.right[layer], matrices[layer], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_transport_between_trained_layers(smollm2_dir: Path, module: str) -> None:
+    """In the log domain every problem is solved; the authors' float32 call underflows on every one."""
+    costs = torch.cdist(_matrix(smollm2_dir, 15, module), _matrix(smollm2_dir, 16, module))
+    solved = sinkhorn_log(costs, 0.06, max_iterations=200, marginal_error=1e-3)
+    assert solved.outcome(1e-3) == "converged"
+    authors = sinkhorn_pot(costs, 0.06, max_iterations=10000, marginal_error=1e-9)
+    assert authors.outcome(1e-9) == "underflow: the plan is zero"

@@ -1,0 +1,150 @@
+"""The evaluate stage: numbers as lm-eval gives them, one file a task, nothing scored twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifact import read_json
+from pipeline.config import Evaluate, Launch, Tracking
+from pipeline.errors import UserError
+from pipeline.evaluation import harness
+from pipeline.evaluation.catalogue import BUNDLED
+from pipeline.evaluation.minimal_pairs import build_pairs
+from pipeline.evaluation.task_documents import write_documents
+from pipeline.stage import StageTask, TrackingTarget
+from pipeline.stages import evaluate
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out text as tokenize/corpus leaves it."""
+    directory = tmp_path_factory.mktemp("corpus_artifact")
+    texts = [f"Return item {number} of the container.\n" * (3 + number % 7) for number in range(30)]
+    (directory / "held_out.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return directory
+
+
+def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
+    values = {
+        "tasks": list(BUNDLED), "targets": ["load"], "num_fewshot": None, "limit": 12, "held_out_characters": 4000,
+        "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
+    }  # fmt: skip
+    out.mkdir(exist_ok=True)
+    launch = Launch(device="cpu", processes=2, threads=1)
+    tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "group", "evaluate/load", "id", out)
+    settings = Evaluate(**{**values, **changes})
+    return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)
+
+
+def test_all_bundled_tasks_with_standard_errors(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    task = _task(tiny_llama_dir, corpus, tmp_path / "out")
+    metrics = evaluate.run(task)
+    evaluation = read_json(task.out / "evaluation.json")
+    rows = {(row["task"], row["metric"]): row for row in evaluation["rows"]}
+    assert set(rows) == {
+        ("held_out_text", "word_perplexity"), ("held_out_text", "byte_perplexity"), ("held_out_text", "bits_per_byte"),
+        ("python_docs_mcq", "acc"), ("minimal_pairs", "acc"),
+    }  # fmt: skip
+    assert all(row["stderr"] > 0 and row["n"] == 12 for row in rows.values())
+    assert (evaluation["prompt_format"], evaluation["dtype"], evaluation["device"]) == ("plain", "float32", "cpu")
+    assert [first["task"] for first in evaluation["first_tokens"]] == list(BUNDLED)
+    assert all(first["ids"] for first in evaluation["first_tokens"])
+    assert metrics["table"]["columns"] == ["task", "metric", "value", "stderr", "n"]
+    assert len(metrics["table"]["rows"]) == len(rows)
+
+
+def test_the_perplexity_is_that_of_its_documents(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    task = _task(tiny_llama_dir, corpus, tmp_path / "out", tasks=["held_out_text"], limit=None)
+    evaluate.run(task)
+    answer = read_json(task.out / "tasks" / "held_out_text.json")
+    texts = [json.loads(line)["text"] for line in (task.out / "documents" / "held_out_text.jsonl").open()]
+    samples = answer["samples"]["held_out_text"]["bits_per_byte"]
+    assert [length for _, length in samples] == [len(text.encode()) for text in texts]
+    bits = {row["metric"]: row["value"] for row in answer["rows"]}["bits_per_byte"]
+    nats = -sum(loglikelihood for loglikelihood, _ in samples)
+    assert bits == pytest.approx(nats / 0.6931471805599453 / sum(map(len, texts)))
+
+
+def test_a_killed_evaluation_loses_one_task_at_most(
+    tiny_llama_dir: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+    score = harness._score_task
+
+    def dying(name: str, *rest: Any) -> dict[str, Any]:
+        if name == "minimal_pairs" and len(scored) < 3:
+            scored.append("died")
+            raise KeyboardInterrupt
+        scored.append(name)
+        return score(name, *rest)
+
+    monkeypatch.setattr(harness, "_score_task", dying)
+    task = _task(tiny_llama_dir, corpus, tmp_path / "out", limit=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(task)
+    assert sorted(path.stem for path in (task.out / "tasks").iterdir()) == ["held_out_text", "python_docs_mcq"]
+    evaluate.run(task)
+    assert scored == ["held_out_text", "python_docs_mcq", "died", "minimal_pairs"]
+    assert len(read_json(task.out / "evaluation.json")["rows"]) == 5
+
+
+def test_the_result_is_the_same_every_time(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    rows = []
+    for out in ("one", "two"):
+        evaluate.run(_task(tiny_llama_dir, corpus, tmp_path / out, limit=6))
+        rows.append(read_json(tmp_path / out / "evaluation.json")["rows"])
+    assert rows[0] == rows[1]
+
+
+def test_a_chat_format_needs_a_chat_template(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+
+    chat = _task(tiny_llama_dir, corpus, tmp_path / "chat", prompt_format="chat", tasks=["python_docs_mcq"], limit=2)
+    evaluate.run(chat)
+    first = read_json(chat.out / "evaluation.json")["first_tokens"][0]["ids"]
+    assert first[0] == 1  # <|im_start|>
+    shutil.copytree(tiny_llama_dir, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="prompt_format"):
+        evaluate.run(_task(tmp_path / "bare", corpus, tmp_path / "out", prompt_format="chat", limit=2))
+
+
+def test_examples_are_given_as_asked(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    """A task that fixes zero examples, as all bundled ones do, keeps that."""
+    task = _task(tiny_llama_dir, corpus, tmp_path / "out", num_fewshot={"minimal_pairs": 3}, limit=2)
+    evaluate.run(task)
+    assert read_json(task.out / "tasks" / "minimal_pairs.json")["num_fewshot"] == {"minimal_pairs": 0}
+
+
+# --------------------------------------------------------------------------------------- documents
+
+
+def _written(corpus: Path, folder: Path, characters: int) -> list[str]:
+    path = write_documents("held_out_text", corpus, folder, characters)
+    return [json.loads(line)["text"] for line in path.open()]
+
+
+def test_held_out_text_is_a_fixed_subset_of_bounded_size(corpus: Path, tmp_path: Path) -> None:
+    whole = _written(corpus, tmp_path, 10**9)
+    assert len(whole) == 30
+    some = _written(corpus, tmp_path, 2000)
+    assert some == whole[: len(some)] and 2000 <= sum(map(len, some)) < 2400
+    lines = (corpus / "held_out.jsonl").read_text().splitlines()
+    (tmp_path / "held_out.jsonl").write_text("\n".join(lines[::-1]))
+    assert _written(tmp_path, tmp_path, 2000) == some  # whatever the order
+
+
+def test_long_documents_give_their_beginning(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(2000))
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": text}))
+    (passage,) = _written(tmp_path, tmp_path, 10**6)
+    assert text.startswith(passage) and passage.endswith("\n") and 2900 < len(passage) <= 3000
+
+
+def test_minimal_pairs_are_written_as_they_are(corpus: Path, tmp_path: Path) -> None:
+    path = write_documents("minimal_pairs", corpus, tmp_path, 1)
+    assert [json.loads(line)["choices"] for line in path.open()] == [pair.choices for pair in build_pairs()]

@@ -1,0 +1,218 @@
+"""The expand stage from directory to directory: every method at every position, and what outsiders rely on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_task import make_task
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import model_check
+from pipeline.artifact import write_json
+from pipeline.config import METHODS, AnyExpand
+from pipeline.errors import UserError
+from pipeline.stage import Metrics
+from pipeline.stages import expand
+
+ExpandSettings = Callable[..., AnyExpand]
+POSITIONS = ["top", "middle", "bottom", "interleaved", [0, 2, 2]]
+CASES = [  # solar refuses a list with its settings
+    (method, position) for method in METHODS for position in (POSITIONS[:-1] if method == "solar" else POSITIONS)
+]
+SMALL_LESA = {"epochs": 1, "hidden_size": 16}
+TEXT = "Return the number of items in a container."
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def _run(base: Path, settings: AnyExpand, out: Path, seed: int = 0) -> Metrics:
+    return expand.run(make_task("expand", settings, out, {"load": base}, seed))
+
+
+def _read_expansion(out: Path) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads((out / "expansion.json").read_text())
+    return described
+
+
+@torch.inference_mode()
+def _logits(directory: Path) -> Tensor:
+    tokens = AutoTokenizer.from_pretrained(directory)(TEXT, return_tensors="pt")
+    logits: Tensor = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(**tokens).logits
+    return logits
+
+
+def _layer(tensors: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(("method", "position"), CASES, ids=str)
+def test_every_method_at_every_position(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path, method: str, position: object
+) -> None:
+    small = SMALL_LESA if method == "lesa" else {}
+    settings = expand_settings(method, new_layers=3, position=position, **small)
+    metrics = _run(tiny_llama_dir, settings, out)
+
+    described = _read_expansion(out)
+    layers = described["layers"]
+    assert (described["method"], described["num_base_layers"]) == (method, 4)
+    assert described["num_layers"] == len(layers) == 4 + settings.new_layers
+    assert [row["layer"] for row in layers] == list(range(len(layers)))
+    assert metrics["new_layers"] == [row["layer"] for row in layers if row["new"]]
+    assert AutoConfig.from_pretrained(out).num_hidden_layers == len(layers)
+
+    base, deeper = load_file(tiny_llama_dir / "model.safetensors"), load_file(out / "model.safetensors")
+    for row in layers:
+        if not row["new"] or method in ("solar", "copy"):
+            source = _layer(base, row["from"][0])
+            made = _layer(deeper, row["layer"])
+            assert set(made) == set(source)
+            assert all(torch.equal(made[name], tensor) for name, tensor in source.items()), row
+    outside = {name for name in base if "layers" not in name}
+    assert all(torch.equal(deeper[name], base[name]) for name in outside)
+    if method in ("llama_pro", "opt_deus", "none"):
+        assert torch.equal(_logits(out), _logits(tiny_llama_dir))
+        assert metrics["check"]["logit_difference"] == 0.0
+    else:
+        assert metrics["check"]["logit_difference"] is None
+
+
+def test_lesa_with_zeroed_outputs_keeps_the_logits(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path
+) -> None:
+    settings = expand_settings("lesa", new_layers=2, zero_init=True, **SMALL_LESA)
+    assert _run(tiny_llama_dir, settings, out)["check"]["logit_difference"] == 0.0
+    assert torch.equal(_logits(out), _logits(tiny_llama_dir))
+
+
+def test_cached_generation_equals_uncached(expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path) -> None:
+    _run(tiny_llama_dir, expand_settings("average", new_layers=3, position="middle"), out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(out)(TEXT, return_tensors="pt")
+    cached, uncached = (
+        model.generate(**tokens, max_new_tokens=12, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+
+
+def test_new_tensors_are_rounded_to_the_base_s_dtype(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(base)
+    _run(base, expand_settings("average", new_layers=1, position=[1]), out)
+    source, deeper = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in deeper.values()} == {torch.bfloat16}
+    for name, made in _layer(deeper, 2).items():
+        lower, upper = _layer(source, 1)[name].float(), _layer(source, 2)[name].float()
+        assert torch.equal(made, ((lower + upper) / 2).bfloat16())
+    assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_expansion_json_says_where_every_layer_comes_from(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path
+) -> None:
+    settings = expand_settings("copy", new_layers=3, position=[0, 0, 3])
+    _run(tiny_llama_dir, settings, out)
+    described = _read_expansion(out)
+    assert described["layers"] == [
+        {"layer": 0, "new": False, "from": [0]},
+        {"layer": 1, "new": True, "from": [0, 1]},
+        {"layer": 2, "new": True, "from": [0, 1], "made_from": [1, 3]},
+        {"layer": 3, "new": False, "from": [1]},
+        {"layer": 4, "new": False, "from": [2]},
+        {"layer": 5, "new": False, "from": [3]},
+        {"layer": 6, "new": True, "from": [3]},
+    ]
+    assert described["settings"] == {"method": "copy", "new_layers": 3, "position": [0, 0, 3]}
+    assert described["source"].startswith("control")
+
+
+def test_none_is_the_base(expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path) -> None:
+    _run(tiny_llama_dir, expand_settings("none", new_layers=8, position="top"), out)
+    base, same = load_file(tiny_llama_dir / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(base) == set(same)
+    assert all(torch.equal(same[name], tensor) for name, tensor in base.items())
+    assert json.loads((out / "config.json").read_text()) == json.loads((tiny_llama_dir / "config.json").read_text())
+    assert _read_expansion(out)["settings"] == {"method": "none", "new_layers": 0, "position": None}
+
+
+def test_solar_says_once_that_it_places_layers_itself(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path
+) -> None:
+    metrics = _run(tiny_llama_dir, expand_settings("solar", new_layers=2, position="top"), out)
+    (warning,) = metrics["warnings"]
+    assert "overlap" in warning
+    assert _read_expansion(out)["settings"]["position"] == "overlap"
+    assert [row["from"] for row in _read_expansion(out)["layers"]] == [[0], [1], [2], [1], [2], [3]]
+
+
+def test_the_seed_changes_lesa_and_nothing_else_does(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    settings = expand_settings("lesa", new_layers=1, position=[1], **SMALL_LESA)
+    weights = []
+    for index, seed in enumerate((0, 0, 1)):
+        _run(tiny_llama_dir, settings, tmp_path / str(index), seed)
+        weights.append(load_file(tmp_path / str(index) / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    assert not torch.equal(*(w["model.layers.2.mlp.up_proj.weight"] for w in (weights[0], weights[2])))
+
+
+def test_layer_kinds_follow_the_layers(
+    expand_settings: ExpandSettings, tiny_tokenizer: Any, tmp_path: Path, out: Path
+) -> None:
+    """A Qwen2 whose upper half has a sliding window; biases and all."""
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=384, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    _run(base, expand_settings("opt_deus", new_layers=2, position=[0, 2]), out)
+    deeper = AutoConfig.from_pretrained(out)
+    assert deeper.layer_types == ["full_attention"] * 3 + ["sliding_attention"] * 3
+    assert deeper.max_window_layers == 3
+    assert torch.equal(_logits(out), _logits(base))
+
+
+def test_a_killed_attempt_is_overwritten(expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    (out / "model.safetensors.index.json").write_text("{")
+    (out / "expansion.json").write_text("{")
+    _run(tiny_llama_dir, expand_settings("copy", new_layers=1), out)
+    assert {path.name for path in out.glob("model*")} == {"model.safetensors"}
+    assert _read_expansion(out)["num_layers"] == 5
+
+
+def test_a_failed_check_fails_the_stage(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_check, "CACHE_TOLERANCE", -1.0)
+    with pytest.raises(model_check.CheckFailedError, match="cached decoding"):
+        _run(tiny_llama_dir, expand_settings("copy", new_layers=1), out)
+
+
+def test_a_family_without_a_row_is_refused(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
+) -> None:
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
+    write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), "model_type": "gpt_neox"})
+    with pytest.raises(UserError, match=r"gpt_neox.*pipeline/architecture\.py"):
+        _run(base, expand_settings("copy", new_layers=1), out)

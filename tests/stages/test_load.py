@@ -1,0 +1,186 @@
+"""Whatever a base model comes as, what is written is one clean safetensors directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from fake_hub import COMMIT, REPO, serve
+from one_task import make_task
+from safetensors.torch import load_file, save_file
+from tiny_gguf import write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import Model
+from pipeline.errors import UserError
+from pipeline.stage import Metrics
+from pipeline.stages import load
+
+Load = Callable[..., Metrics]
+PROMPT = "The quick brown fox"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(out: Path) -> Load:
+    """``run(path, dtype="bfloat16")`` loads into ``out``."""
+
+    def load_model(path: object, **changes: object) -> Metrics:
+        plain = {"revision": None, "gguf_file": None, "package": None, "dtype": "float32", "trust_remote_code": False}
+        return load.run(make_task("load", Model.model_validate({"path": str(path), **plain, **changes}), out))
+
+    return load_model
+
+
+@pytest.fixture
+def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+
+
+def _change_config(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _change_weights(directory: Path, **changes: torch.Tensor) -> None:
+    path = directory / "model.safetensors"
+    save_file({**load_file(path), **changes}, path, metadata={"format": "pt"})
+
+
+def _logits(directory: Path) -> torch.Tensor:
+    tokens = AutoTokenizer.from_pretrained(directory)(PROMPT, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    logits: torch.Tensor = model(**tokens).logits
+    return logits.detach()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_directory_is_cast_and_copied(run: Load, tiny_llama_dir: Path, out: Path, dtype: str) -> None:
+    metrics = run(tiny_llama_dir, dtype=dtype)
+    before, after = load_file(tiny_llama_dir / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(tensor, before[name].to(getattr(torch, dtype))) for name, tensor in after.items())
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == getattr(torch, dtype)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (tiny_llama_dir / name).read_bytes()
+    assert metrics["parameters"] == sum(tensor.numel() for tensor in before.values())
+    assert (metrics["num_hidden_layers"], metrics["model_type"], metrics["dtype"]) == (4, "llama", dtype)
+
+
+def test_shards_are_read_by_their_index(run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path) -> None:
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(sharded, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(sharded)
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    run(sharded)
+    assert torch.equal(_logits(out), _logits(tiny_llama_dir))
+
+
+def test_an_earlier_attempt_s_files_are_replaced(run: Load, tiny_llama_dir: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "model.safetensors.index.json").write_text("{")
+    (out / ".model-0.partial").write_bytes(b"half")
+    run(tiny_llama_dir)
+    assert {path.name for path in out.glob("*model*")} == {"model.safetensors"}
+
+
+def test_what_the_model_makes_itself_is_left_out(run: Load, model: Path, out: Path) -> None:
+    embeddings = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(4)}
+    _change_weights(model, **{"lm_head.weight": embeddings.clone()}, **frequencies)
+    run(model)
+    assert not {"lm_head.weight", *frequencies} & set(load_file(out / "model.safetensors"))
+    assert AutoModelForCausalLM.from_pretrained(out).config.tie_word_embeddings
+
+
+def test_a_head_that_contradicts_the_config(run: Load, model: Path) -> None:
+    embeddings = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    _change_weights(model, **{"lm_head.weight": embeddings + 1})
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        run(model)
+
+
+def test_quantised_weights_are_refused(run: Load, model: Path) -> None:
+    _change_config(model, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UserError, match="quantised"):
+        run(model)
+
+
+def test_pickles_beside_the_weights_are_neither_read_nor_copied(
+    run: Load, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"never opened")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was read"))
+    run(model)
+    assert not (out / "pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_the_models_comes_along_only_when_it_is_trusted(
+    run: Load, model: Path, out: Path, trusted: bool
+) -> None:
+    (model / "modeling_own.py").write_text("raise RuntimeError('run')")
+    _change_config(model, auto_map={"AutoModelForCausalLM": "modeling_own.Own"}, _name_or_path="/somebody/here")
+    run(model, trust_remote_code=trusted)
+    config = json.loads((out / "config.json").read_text())
+    assert ("auto_map" in config, (out / "modeling_own.py").exists()) == (trusted, trusted)
+    assert "_name_or_path" not in config
+
+
+@pytest.mark.parametrize(
+    ("quantization", "error"), [("F32", 1e-5), ("Q8_0", 0.05), ("Q4_1", 0.5)], ids=["float32", "Q8_0", "Q4_1"]
+)
+def test_a_gguf_file_is_unpacked(
+    run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path, quantization: str, error: float
+) -> None:
+    write_gguf(tiny_llama_dir, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType[quantization])
+    metrics = run(tmp_path, gguf_file="tiny.gguf")
+    assert (metrics["num_hidden_layers"], metrics["model_type"]) == (4, "llama")
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config.get("quantization_config")) == ("float32", None)
+    before, after = load_file(tiny_llama_dir / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    scale = before["model.embed_tokens.weight"].abs().max()
+    assert max((after[name] - tensor).abs().max() for name, tensor in before.items()) < error * scale
+    tokenizer, original = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tiny_llama_dir)
+    assert tokenizer(PROMPT).input_ids == original(PROMPT).input_ids
+    assert tokenizer.chat_template == original.chat_template
+    assert (out / "chat_template.jinja").is_file()
+
+
+def test_a_gguf_file_in_another_dtype(run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path) -> None:
+    write_gguf(tiny_llama_dir, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
+    run(tmp_path / "tiny.gguf", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_hub_model_is_fetched_at_its_commit(
+    run: Load, model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for unwanted in ("pytorch_model.bin", "modeling_own.py", "README.md", "weights.onnx"):
+        (model / unwanted).write_text("not needed")
+    with serve(model, tmp_path / "cache", monkeypatch) as hub:
+        metrics = run(REPO, revision="main")
+    assert (metrics["commit"], metrics["source"]) == (COMMIT, f"hub {REPO}@{COMMIT}")
+    assert torch.equal(_logits(out), _logits(model))
+    fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    assert not fetched & {"pytorch_model.bin", "modeling_own.py", "README.md", "weights.onnx"}
+
+
+def test_a_model_without_a_tokenizer_fails_at_once(run: Load, model: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        run(model)

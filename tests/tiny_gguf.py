@@ -1,0 +1,74 @@
+"""A GGUF file made from a tiny Llama directory, as llama.cpp's converter lays it out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType) -> None:
+    """Converts a Llama directory with tied embeddings; matrices are quantised, norms stay float32."""
+    config = json.loads((model / "config.json").read_text())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, tokenizer, (model / "chat_template.jinja").read_text())
+    for name, tensor in load_file(model / "model.safetensors").items():
+        gguf_name, tensor = _rename(name), _permuted(name, tensor, config)
+        if tensor.ndim == 1:
+            writer.add_tensor(gguf_name, tensor)
+        else:
+            writer.add_tensor(gguf_name, gguf.quantize(tensor, quantization), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, template: str) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(vocabulary["<|im_start|>"])
+    writer.add_eos_token_id(vocabulary["<|im_end|>"])
+    writer.add_chat_template(template)
+
+
+def _rename(name: str) -> str:
+    if not name.startswith("model.layers."):
+        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+    layer, _, module = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+    return f"blk.{layer}.{NAMES[module]}.weight"
+
+
+def _permuted(name: str, tensor: np.ndarray, config: dict) -> np.ndarray:
+    """llama.cpp pairs a head's rotary dimensions as neighbours, transformers as halves."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for module, count in heads.items():
+        if module in name:
+            return tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+    return tensor

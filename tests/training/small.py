@@ -1,0 +1,96 @@
+"""Token blocks, settings and tasks at a size for tests, made with numpy alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline.config import Launch, Tracking, Train
+from pipeline.stage import StageTask, TrackingTarget
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+VOCABULARY = 384
+NEW_LAYERS = (1, 3)
+
+
+def train_settings(**changes: Any) -> Train:
+    """conf/pretrain/default.yaml at a size for tests; a dictionary changes a section's members."""
+    values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
+    small = {"sequence_length": 32, "global_batch": 4, "micro_batch": 1, "steps": 4, "held_out_blocks": 3}
+    small |= {"precision": "float32", "checkpoint_every_steps": 1000, "evaluate_at": [0.0, 1.0]}
+    for name, value in {**small, **changes}.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    return Train.model_validate_json(json.dumps(values))
+
+
+def write_blocks(
+    directory: Path,
+    blocks: int = 10,
+    held_out: int = 5,
+    length: int = 32,
+    ragged: bool = False,
+    text: Sequence[int] = (),
+) -> Path:
+    """A tokenize artifact in documents of random lengths, of random tokens or of those of ``text``.
+
+    ``ragged`` masks random targets too.
+    """
+    random = np.random.default_rng(0)
+    directory.mkdir(parents=True, exist_ok=True)
+    supervised = {}
+    for split, count in (("train", blocks), ("held_out", held_out)):
+        positions = np.stack([_positions(random, length) for _ in range(count)]) if count else np.zeros((0, length))
+        mask = positions > 0
+        if ragged:
+            mask &= random.random(mask.shape) < random.random((count, 1))
+        start = 0 if split == "train" else blocks * length
+        ids = np.resize(text[start:], (count, length)) if text else random.integers(3, VOCABULARY, (count, length))
+        _save(directory / f"{split}.input_ids.npy", ids, np.uint32)
+        _save(directory / f"{split}.position_ids.npy", positions, np.uint32)
+        _save(directory / f"{split}.loss_mask.npy", mask, np.uint8)
+        supervised[split] = int(mask.sum())
+    sizes = {"train": blocks, "held_out": held_out}
+    dataset = {
+        "purpose": "corpus", "sequence_length": length, "vocab_size": VOCABULARY, "blocks": sizes,
+        "documents": sizes, "tokens": {split: count * length for split, count in sizes.items()},
+        "supervised_tokens": supervised, "dropped": {},
+    }  # fmt: skip
+    (directory / "dataset.json").write_text(json.dumps(dataset))
+    return directory
+
+
+def _positions(random: np.random.Generator, length: int) -> np.ndarray:
+    """Documents of 3 to 20 tokens, the last one cut."""
+    documents = [np.arange(random.integers(3, 20)) for _ in range(length)]
+    return np.concatenate(documents)[:length]
+
+
+def _save(path: Path, values: np.ndarray, dtype: type) -> None:
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=values.shape)
+    array[...] = values
+    array.flush()
+
+
+def training_task(settings: Train, model: Path, data: Path, out: Path, processes: int = 1) -> StageTask:
+    """A pretrain task on CPU workers that writes into ``out``."""
+    tracking = Tracking(wandb="disabled", project="test", entity=None)
+    return StageTask(
+        name="pretrain",
+        settings=settings,
+        parents={"model": model, "data": data},
+        out=out,
+        seed=0,
+        launch=Launch(device="cpu", processes=processes, threads=1),
+        tracking=TrackingTarget(tracking, "test", "pretrain", "test", out / "wandb"),
+    )
+
+
+def logged(task: StageTask, name: str) -> list[float]:
+    """One number's history from a task's ``metrics.jsonl``."""
+    lines = [json.loads(line) for line in (task.out / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
