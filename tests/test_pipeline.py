@@ -20,18 +20,23 @@ from pipeline.messages import list_experiments
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """The pipeline in a process of its own, one thread, output captured."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start(*arguments: str, cwd: Path, threads: int = 1) -> subprocess.Popen[str]:
+    """The pipeline in a process of its own, output captured."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-m", "pipeline", *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
-def run(*arguments: str, cwd: Path) -> tuple[int, str]:
+def run(*arguments: str, cwd: Path, threads: int = 1) -> tuple[int, str]:
     """Exit code and output of one finished command."""
-    process = start(*arguments, cwd=cwd)
+    process = start(*arguments, cwd=cwd, threads=threads)
     output, _ = process.communicate()
     return process.returncode, output
 

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -45,6 +46,7 @@ def find_files(path: str, setting: str) -> list[Path]:
     Raises:
         UserError: it names none.
     """
+    path = os.path.expanduser(path)
     place = Path(path)
     if place.is_dir():
         candidates = [str(found) for found in place.rglob("*")]

@@ -14,7 +14,7 @@ from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.questions import build_questions
 
 HELD_OUT_FILE = "held_out.jsonl"
-LONGEST_PASSAGE = 1_000  # characters, about 250 tokens: many short passages have a smaller standard error than few long ones
+LONGEST_PASSAGE = 1_000  # characters: many short passages have a smaller standard error than few long ones
 
 
 def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_examples_stay_whole_and_are_all_there(tmp_path: Path) -> None:
     back = {}
     for row in range(writer.blocks):
         starts = [*np.flatnonzero(found["position_ids"][row] == 0), length]
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             np.testing.assert_array_equal(found["position_ids"][row, begin:end], range(end - begin))
             ids = found["input_ids"][row, begin:end]
             back[int(ids[0])] = (ids.tolist(), found["loss_mask"][row, begin:end].tolist())

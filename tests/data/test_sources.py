@@ -17,6 +17,7 @@ import zstandard
 from pipeline.artifact import Fingerprints
 from pipeline.config import Source
 from pipeline.data import files, sources
+from pipeline.data.hub_datasets import stream_dataset
 from pipeline.data.sources import Example, Purpose, check_source, examples, fingerprint, with_split
 from pipeline.errors import UserError
 
@@ -185,6 +186,16 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
     message = _refusal(lambda: check_source(_source("org/data", kind="hub", split="train"), "corpus"))
     assert "cannot be reached" in message
+
+
+def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
+    """A local directory stands for a repository; nothing goes over a network."""
+    _rows(tmp_path / "train.jsonl", *({"text": f"row {number}"} for number in range(3)))
+    records = list(stream_dataset(_source(tmp_path, kind="hub", split="train"), "main", "data.corpus.path"))
+    assert [record.value for record in records] == [{"text": f"row {number}"} for number in range(3)]
+    assert records[2].where.endswith("row 3")
+    missing = _source(tmp_path, kind="hub", split="nowhere")
+    assert "nowhere" in _refusal(lambda: list(stream_dataset(missing, "main", "data.corpus.path")))
 
 
 # ---------------------------------------------------------------------------------------- identity

@@ -92,7 +92,7 @@ def test_conversations_are_taught_on_the_answers_only(tiny_llama_dir: Path, tiny
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     said = set()
     for split in SPLITS:
-        ids, positions, mask = _arrays(task.out, split)
+        ids, _, mask = _arrays(task.out, split)
         flat, taught = ids.reshape(-1), mask.reshape(-1).astype(bool)
         for run in np.split(np.flatnonzero(taught), np.flatnonzero(np.diff(np.flatnonzero(taught)) > 1) + 1):
             said.add(tokenizer.decode(flat[run].astype(int).tolist()))

@@ -1,0 +1,64 @@
+"""The quickstart on the real model, with fewer steps and questions than a user gets, but every stage and every task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from pipeline.artifact import read_json
+from pipeline.errors import EXIT_DONE
+from tests.test_pipeline import run
+
+FEWER = [
+    "pretrain.steps=6", "pretrain.global_batch=4", "pretrain.sequence_length=256", "pretrain.held_out_blocks=4",
+    "pretrain.evaluate_at=[0.0,1.0]", "sft.steps=2", "sft.global_batch=4", "sft.sequence_length=256",
+    "sft.held_out_blocks=4", "evaluate.limit=16",
+]  # fmt: skip
+MEMORY_LIMIT = 10 * 2**30
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run's directory."""
+    place = tmp_path_factory.mktemp("quickstart")
+    status, output = run("+experiment=quickstart", *FEWER, cwd=place, threads=2)
+    assert status == EXIT_DONE, output
+    return place / "outputs" / "quickstart"
+
+
+def _rows(quickstart: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    rows = json.loads((quickstart / "report" / "results.json").read_text())
+    return {(row["target"], row["task"], row["metric"]): row for row in rows}
+
+
+def test_every_target_is_scored_on_every_task_with_its_standard_error(quickstart: Path) -> None:
+    rows = _rows(quickstart)
+    metrics = {"held_out_text": "word_perplexity", "python_docs_mcq": "acc", "minimal_pairs": "acc"}
+    for target in ("load", "expand", "pretrain", "sft"):
+        for task, metric in metrics.items():
+            assert rows[target, task, metric]["stderr"] > 0
+
+
+def test_surgery_changes_nothing_and_training_helps(quickstart: Path) -> None:
+    rows = _rows(quickstart)
+    base, expanded, trained = (
+        rows[target, "held_out_text", "word_perplexity"]["value"] for target in ("load", "expand", "pretrain")
+    )
+    assert expanded == pytest.approx(base, rel=1e-5)
+    assert trained < base
+
+
+def test_the_tuned_model_is_an_ordinary_one(quickstart: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quickstart / "sft")
+    assert model.config.num_hidden_layers == 38
+
+
+def test_no_stage_needs_more_than_ten_gibibytes(quickstart: Path) -> None:
+    manifests = [Path(folder, "manifest.json") for pattern in ("*", "*/*") for folder in quickstart.glob(pattern)]
+    manifests = [path for path in manifests if path.exists()]
+    peaks = {path: read_json(path)["peak_memory_bytes"] for path in manifests}
+    assert peaks and all(peak is None or peak < MEMORY_LIMIT for peak in peaks.values())
