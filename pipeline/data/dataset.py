@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.progress import Bar
 
 HELD_OUT_FILE = "held_out.jsonl"
+TEMPLATE_FILE = "chat_template.jinja"  # under the name that a Hugging Face directory has for it
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 4 * 2**20
 
@@ -37,7 +38,7 @@ class DatasetWriter:
     """
 
     def __init__(self, directory: Path, settings: Tokenize, tokenizer: TextTokenizer) -> None:
-        self._settings, self._tokenizer = settings, tokenizer
+        self._directory, self._settings, self._tokenizer = directory, settings, tokenizer
         self.documents: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
@@ -92,6 +93,7 @@ class DatasetWriter:
         length = self._settings.sequence_length
         packers = {split: ExamplePacker(self._blocks[split], length, self._tokenizer.eos) for split in SPLITS}
         template = chat_template(self._tokenizer, self._settings.chat_template)
+        (self._directory / TEMPLATE_FILE).write_text(template)
         renderer = ChatRenderer(self._tokenizer, template, length, self.dropped)
         for split, example in found:
             conversation = cast("Conversation", example.content)
@@ -127,6 +129,7 @@ class DatasetWriter:
         settings = self._settings
         return {
             "purpose": settings.purpose,
+            "source": settings.source.model_dump(mode="json"),  # a hub revision is a commit here
             "sequence_length": settings.sequence_length,
             "vocab_size": self._tokenizer.vocab_size,
             **by_split,

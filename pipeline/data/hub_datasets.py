@@ -68,8 +68,8 @@ def check_reachable(setting: str, value: str, remedy: str) -> None:
         raise _refuse(setting, value, f"the Hugging Face hub cannot be reached ({error})", remedy) from error
 
 
-def stream_dataset(source: Source, commit: str, setting: str) -> Iterator[Record]:
-    """Rows of the data set at that commit, read as they come.
+def stream_dataset(source: Source, setting: str) -> Iterator[Record]:
+    """Rows of the data set at its revision, read as they come.
 
     Raises:
         UserError: no such configuration or split.
@@ -78,7 +78,7 @@ def stream_dataset(source: Source, commit: str, setting: str) -> Iterator[Record
 
     repo = str(source.path)
     try:
-        rows = load_dataset(repo, source.config_name, split=source.split, revision=commit, streaming=True)
+        rows = load_dataset(repo, source.config_name, split=source.split, revision=source.revision, streaming=True)
     except ValueError as error:  # datasets' word for an unknown configuration or split
         raise _refuse(setting, repo, str(error), "Set its config_name and split to what is there.") from error
     for number, row in enumerate(rows, 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipeline.errors import UserError
 Purpose = Literal["corpus", "instructions"]
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,20 @@ def fingerprint(source: Source, purpose: Purpose, fingerprints: Fingerprints) ->
     """
     if source.kind == "python_docs":
         return python_docs.fingerprint()
-    setting = f"data.{purpose}.path"
     if source.kind == "hub":
-        return f"hub {source.path} {hub_datasets.dataset_commit(source, setting)}"
-    return f"files {fingerprints.of_files(find_files(str(source.path), setting))}"
+        return f"hub {source.path} {pin(source, purpose).revision}"
+    return f"files {fingerprints.of_files(find_files(str(source.path), f'data.{purpose}.path'))}"
+
+
+def pin(source: Source, purpose: Purpose) -> Source:
+    """The source with its hub revision resolved to a commit; one that names a commit already needs no network.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such data set or revision.
+    """
+    if source.kind != "hub" or COMMIT.fullmatch(source.revision or ""):
+        return source
+    return source.model_copy(update={"revision": hub_datasets.dataset_commit(source, f"data.{purpose}.path")})
 
 
 def interpreter_fingerprint() -> str:
@@ -71,7 +83,7 @@ def interpreter_fingerprint() -> str:
 
 
 def examples(source: Source, purpose: Purpose) -> Iterator[Example]:
-    """Streams every non-empty document or conversation, in a fixed order.
+    """Streams every non-empty document or conversation of a pinned source, in a fixed order.
 
     Raises:
         UserError: a file is not text, a line is not JSON, a column or role is not there; with file and line.
@@ -104,8 +116,7 @@ def _python_docs(purpose: Purpose) -> Iterator[Example]:
 
 def _records(source: Source, setting: str) -> Iterator[Record]:
     if source.kind == "hub":
-        commit = hub_datasets.dataset_commit(source, f"{setting}.path")
-        yield from hub_datasets.stream_dataset(source, commit, f"{setting}.path")
+        yield from hub_datasets.stream_dataset(source, f"{setting}.path")
         return
     for path in find_files(str(source.path), f"{setting}.path"):
         yield from read_records(path)

@@ -191,11 +191,11 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     """A local directory stands for a repository; nothing goes over a network."""
     _rows(tmp_path / "train.jsonl", *({"text": f"row {number}"} for number in range(3)))
-    records = list(stream_dataset(_source(tmp_path, kind="hub", split="train"), "main", "data.corpus.path"))
+    records = list(stream_dataset(_source(tmp_path, kind="hub", split="train"), "data.corpus.path"))
     assert [record.value for record in records] == [{"text": f"row {number}"} for number in range(3)]
     assert records[2].where.endswith("row 3")
     missing = _source(tmp_path, kind="hub", split="nowhere")
-    assert "nowhere" in _refusal(lambda: list(stream_dataset(missing, "main", "data.corpus.path")))
+    assert "nowhere" in _refusal(lambda: list(stream_dataset(missing, "data.corpus.path")))
 
 
 # ---------------------------------------------------------------------------------------- identity
@@ -209,6 +209,9 @@ def test_the_fingerprint_is_the_content(tmp_path: Path) -> None:
     assert fingerprint(_source(moved), "corpus", memo) == before
     path.write_bytes(b"other")
     assert fingerprint(_source(path), "corpus", memo) != before
+    commit = "0123456789" * 4
+    pinned = _source("org/data", kind="hub", split="train", revision=commit)
+    assert fingerprint(pinned, "corpus", memo) == f"hub org/data {commit}"  # no network needed
     embedded = _source(None, kind="python_docs")
     assert fingerprint(embedded, "corpus", memo) == sources.interpreter_fingerprint()
 

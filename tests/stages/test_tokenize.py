@@ -98,6 +98,7 @@ def test_conversations_are_taught_on_the_answers_only(tiny_llama_dir: Path, tiny
             said.add(tokenizer.decode(flat[run].astype(int).tolist()))
     chats = [json.loads(line)["messages"] for line in tiny_chats.read_text().splitlines()]
     assert said == {chat[1]["content"] + "<|im_end|>" for chat in chats}
+    assert (task.out / "chat_template.jinja").read_text() == tokenizer.chat_template
     held_out = [row["messages"] for row in _held_out(task.out)]
     assert len(held_out) == metrics["documents"]["held_out"] and all(chat in chats for chat in held_out)
 

@@ -1,0 +1,66 @@
+"""Settings on their way to lm-eval."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+
+from pipeline.config import Evaluate
+from pipeline.errors import UserError
+from pipeline.evaluation import harness
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no way"), DatasetNotFoundError("gone")])
+def test_data_that_cannot_be_fetched_is_the_users_business(error: Exception) -> None:
+    def load(names: list[str]) -> None:
+        raise error
+
+    with pytest.raises(UserError, match="cannot be fetched") as caught:
+        harness._load_fetched("arc_easy", SimpleNamespace(load=load))
+    assert caught.value.setting == "evaluate.tasks" and "HF_HUB_OFFLINE" in caught.value.remedy
+
+
+class _Task:
+    """As much of lm-eval's task as shots need."""
+
+    def __init__(self, fixed: int | None) -> None:
+        self.num_fewshot = fixed
+
+    def get_config(self, key: str) -> int | None:
+        return self.num_fewshot
+
+    def set_config(self, key: str, value: int) -> None:
+        self.num_fewshot = value
+
+    def set_fewshot_seed(self, seed: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "fixed", "given"),
+    [
+        (None, None, 0),
+        (None, 5, 5),
+        (0, 5, 0),
+        (5, None, 5),
+        (5, 0, 0),  # a task that fixes zero examples keeps that, as on lm-eval's command line
+        ({"arc_challenge": 25}, None, 25),
+        ({"hellaswag": 10}, 3, 3),
+    ],
+)
+def test_how_many_examples_a_task_gets(asked: Any, fixed: int | None, given: int) -> None:
+    task = _Task(fixed)
+    settings = Evaluate.model_construct(num_fewshot=asked)
+    harness._set_fewshot("arc_challenge", {"arc_challenge": task}, settings)
+    assert task.num_fewshot == given
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [("auto", "cpu", "float32"), ("auto", "cuda", "bfloat16"), ("bfloat16", "cpu", "bfloat16")],
+)
+def test_the_dtype_is_never_the_checkpoints(dtype: str, device: str, expected: str) -> None:
+    assert harness.dtype_of(dtype, device) == expected
