@@ -4,13 +4,19 @@ For each matrix role on its own: the base's matrices side by side have one exact
 small network learns V_i from V_{i-1} and V_{i+1}. A new layer is U S G([V_lower, V_upper]). What is no matrix comes,
 as in the authors' code, from layer 0: its small norms damp the new layer, without which the model breaks.
 
-One role is one unit of work with its own random numbers, so that roles can be made in any order.
+One role is one unit of work with its own random numbers, so that roles can be made in any order. A predictor is too
+small to be worth more than one thread, and suffers where cores are shared: decompositions use all threads, and then
+several predictors are taught at once, each on one.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,22 +28,26 @@ from pipeline.expansion.layers import Journal, Layer, NewTensor, silenced
 from pipeline.expansion.predictor import Predictor, train_predictor
 from pipeline.expansion.spectrum import Spectrum, decompose
 
+MAX_ROLES_AT_ONCE = 4  # each holds its V of all layers, as large as the role's matrices in float32
+
 
 def expand(
     base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
     """Predicts every matrix; norms and biases as ``settings.norms`` says; outputs zeroed if ``settings.zero_init``."""
+    for made in chain(_borrow(base, plan, settings), _predict(base, plan, settings, seed, journal)):
+        yield made._replace(value=silenced(made.tensor, made.value)) if settings.zero_init else made
+
+
+def _borrow(base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand) -> Iterator[NewTensor]:
+    """All norms and biases of the new layers."""
     for tensor in base[0]:
-        if tensor.role.kind == "matrix":
-            made = _predict_role(base, plan, settings, seed, journal, tensor)
-        else:
-            made = ((planned.layer, _borrowed(base, planned, settings, tensor)) for planned in plan.new_layers)
-        for layer, value in made:
-            yield NewTensor(layer, tensor, silenced(tensor, value) if settings.zero_init else value)
+        if tensor.role.kind != "matrix":
+            for planned in plan.new_layers:
+                yield NewTensor(planned.layer, tensor, _borrowed(base, planned, settings, tensor))
 
 
 def _borrowed(base: Sequence[Layer], planned: PlannedLayer, settings: LesaExpand, tensor: LayerTensor) -> Tensor:
-    """A norm or bias of a new layer."""
     if settings.norms == "layer0":
         return base[0][tensor]
     if settings.norms == "neighbour":
@@ -45,37 +55,70 @@ def _borrowed(base: Sequence[Layer], planned: PlannedLayer, settings: LesaExpand
     return torch.stack([base[index][tensor].float() for index in planned.base]).mean(dim=0)
 
 
-def _predict_role(
-    base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal, tensor: LayerTensor
-) -> Iterator[tuple[int, Tensor]]:
-    """The matrices ``[out, in]`` of one role in every new layer, by index in the new model."""
+def _predict(
+    base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal
+) -> Iterator[NewTensor]:
+    """All matrices of the new layers, role by role in the order of ``base[0]``."""
+    at_once = min(torch.get_num_threads(), MAX_ROLES_AT_ONCE)
+    taught: deque[tuple[RoleWork, Future[float]]] = deque()
+    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for tensor in base[0]:
+            if tensor.role.kind == "matrix":
+                work = prepare(base, tensor, settings, seed)
+                taught.append((work, pool.submit(work.teach, settings, journal)))
+                if len(taught) == at_once:
+                    yield from _collect(*taught.popleft(), plan, journal)
+        while taught:
+            yield from _collect(*taught.popleft(), plan, journal)
+
+
+def _collect(work: RoleWork, loss: Future[float], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
+    """Waits for a role's predictor and makes its matrices."""
+    spectrum = work.spectrum
+    journal.record(work.tensor.module, rank=spectrum.rank, rows=spectrum.d_out, loss=loss.result())
+    for layer, value in work.rebuild(plan):
+        yield NewTensor(layer, work.tensor, value)
+
+
+@dataclass(frozen=True)
+class RoleWork:
+    """One matrix role on its way from base layers to new ones."""
+
+    tensor: LayerTensor
+    seed: int  # the role's own
+    spectrum: Spectrum
+    predictor: Predictor
+
+    def teach(self, settings: LesaExpand, journal: Journal) -> float:
+        """Trains the predictor; returns its last epoch's mean loss."""
+
+        def note(epoch: int, loss: float) -> None:
+            journal.note(f"{self.tensor.module} epoch {epoch + 1}/{settings.epochs}", loss=loss)
+
+        return train_predictor(self.predictor, self.spectrum.right, settings, self.seed, note)
+
+    @torch.no_grad()
+    def rebuild(self, plan: LayerPlan) -> list[tuple[int, Tensor]]:
+        """U S G([V_lower, V_upper]), ``[out, in]``, by index in the new model.
+
+        A predicted V serves the layers that are made from it.
+        """
+        predicted: dict[int, Tensor] = {}
+
+        def right_at(index: int) -> Tensor:
+            return predicted[index] if index in predicted else self.spectrum.right[plan.layers[index].base[0]]
+
+        for planned in plan.new_layers:
+            lower, upper = planned.made_from
+            predicted[planned.layer] = self.predictor(torch.cat([right_at(lower), right_at(upper)], dim=1))
+        return [(layer, self.spectrum.left @ right) for layer, right in predicted.items()]
+
+
+def prepare(base: Sequence[Layer], tensor: LayerTensor, settings: LesaExpand, seed: int) -> RoleWork:
+    """Decomposes a role and draws its predictor's first weights."""
     spectrum = decompose(lambda layer: base[layer][tensor], len(base))
-    predictor = Predictor(spectrum.d_in, settings.hidden_size, role_seed(seed, tensor))
-    loss = train_predictor(
-        predictor,
-        spectrum.right,
-        settings,
-        role_seed(seed, tensor),
-        note=lambda epoch, loss: journal.note(f"{tensor.module} epoch {epoch + 1}/{settings.epochs}", loss=loss),
-    )
-    journal.record(tensor.module, rank=spectrum.rank, rows=spectrum.d_out, loss=loss)
-    return _rebuild(spectrum, predictor, plan)
-
-
-@torch.no_grad()
-def _rebuild(spectrum: Spectrum, predictor: Predictor, plan: LayerPlan) -> Iterator[tuple[int, Tensor]]:
-    """U S G([V_lower, V_upper]) in making order; a predicted V serves the layers that are made from it."""
-    predicted: dict[int, Tensor] = {}
-
-    def right_at(index: int) -> Tensor:
-        return predicted[index] if index in predicted else spectrum.right[plan.layers[index].base[0]]
-
-    made = []
-    for planned in plan.new_layers:
-        lower, upper = planned.made_from
-        predicted[planned.layer] = predictor(torch.cat([right_at(lower), right_at(upper)], dim=1))
-        made.append((planned.layer, spectrum.left @ predicted[planned.layer]))
-    return iter(made)
+    seed = role_seed(seed, tensor)
+    return RoleWork(tensor, seed, spectrum, Predictor(spectrum.d_in, settings.hidden_size, seed))
 
 
 def role_seed(seed: int, tensor: LayerTensor) -> int:

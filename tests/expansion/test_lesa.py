@@ -189,6 +189,19 @@ def test_the_seed_decides_everything(settings: Callable[..., LesaExpand], random
     assert not torch.equal(first[2][matrix], other[2][matrix])
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_how_many_roles_are_made_at_once_changes_nothing(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    base = random_layers(4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    _, one, one_journal = _expand(base, settings())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    _, several, several_journal = _expand(base, settings())
+    assert all(torch.equal(one[layer][t], several[layer][t]) for layer in one for t in one[layer])
+    assert list(one_journal.records.items()) == list(several_journal.records.items())
+
+
 def test_the_journal_has_a_record_for_each_matrix(
     settings: Callable[..., LesaExpand], random_layers: RandomLayers
 ) -> None:

@@ -24,6 +24,8 @@ from pipeline.launch import run_workers
 from pipeline.stage import StageTask, task_to_json
 from tests.training.small import NEW_LAYERS, logged, train_settings
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
+
 STEPS = 20
 STOP_AFTER = 7
 MakeTask = Callable[..., StageTask]
