@@ -33,7 +33,6 @@ from pipeline.training.masters import Masters
 from pipeline.training.precision import Precision, resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
 
-
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
