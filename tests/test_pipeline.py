@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from pipeline.messages import list_experiments
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def start(*arguments: str, cwd: Path, threads: int = 1) -> subprocess.Popen[str]:
-    """The pipeline in a process of its own, output captured."""
+def start(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ()) -> subprocess.Popen[str]:
+    """The pipeline in a process of its own, output captured; ``path`` goes before the repository on its path."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(map(str, [*path, REPOSITORY])),
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
@@ -34,9 +35,9 @@ def start(*arguments: str, cwd: Path, threads: int = 1) -> subprocess.Popen[str]
     )
 
 
-def run(*arguments: str, cwd: Path, threads: int = 1) -> tuple[int, str]:
+def run(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ()) -> tuple[int, str]:
     """Exit code and output of one finished command."""
-    process = start(*arguments, cwd=cwd, threads=threads)
+    process = start(*arguments, cwd=cwd, threads=threads, path=path)
     output, _ = process.communicate()
     return process.returncode, output
 
