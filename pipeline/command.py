@@ -65,6 +65,8 @@ def _run_all(jobs: Sequence[Prepared], sweep: bool, console: Console) -> None:
 def _prepare(run: Settings) -> Prepared:
     check_output(run)
     source = resolve(run.model)
+    if source.commit is not None:  # what a branch stands for now is what will be loaded, however long that takes
+        run = run.model_copy(update={"model": run.model.model_copy(update={"revision": source.commit})})
     return Prepared(run, source, build_graph(run, identify(run, source)))
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
 from pipeline.config import Settings
 from pipeline.data import sources
@@ -67,6 +68,7 @@ def check(run: Settings, source: ModelSource, missing: Mapping[str, Node]) -> No
     if not stages:
         return
     config = config_of(source)
+    architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
     validate_expansion(run.expand, config["num_hidden_layers"])
     if "pretrain" in stages:
         validate_training("pretrain", run.pretrain, run.launch, config.get("max_position_embeddings"))

@@ -79,6 +79,8 @@ def _build(run: Settings, node: Node, redo: bool, console: Console) -> float:
     seconds = time.monotonic() - started
     node.artifact.commit(_manifest(node, metrics, seconds))
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
+    for warning in metrics.get("warnings", []):
+        console.print(f"           {warning}", markup=False)
     return seconds
 
 
