@@ -21,6 +21,10 @@ class UserError(Exception):
         self.setting, self.value, self.rule, self.remedy = setting, value, rule, remedy
         super().__init__(f"{setting} = {value!s}: {rule}. {remedy}")
 
+    def parts(self) -> dict[str, str]:
+        """As JSON values, to be told across processes; ``UserError(**parts)`` is the inverse."""
+        return {"setting": self.setting, "value": str(self.value), "rule": self.rule, "remedy": self.remedy}
+
 
 class Stopped(Exception):
     """A signal stopped the run after its state was saved: exit code 75, the same command goes on."""

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from pipeline.artifact import read_json
 from pipeline.config import Launch
-from pipeline.errors import Stopped, UserError
+from pipeline.errors import Stopped, UserError, WorkersFailed
 
 OUTCOME_FILE = "outcome.json"
 STOP_FILE = "stop"
@@ -38,10 +38,6 @@ LAUNCHER_LOG = "torchrun.log"
 POLL_SECONDS = 0.2
 SHOWN_LOG_LINES = 15
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class WorkersFailed(RuntimeError):
-    """A worker died; the message says which one, how, its last lines and where its log is."""
 
 
 # ------------------------------------------------------------------------------------- where it runs

@@ -30,8 +30,7 @@ def main(task_file: Path, outcome_file: Path) -> int:
     try:
         metrics = _run(task)
     except UserError as error:
-        parts = {"setting": error.setting, "value": str(error.value), "rule": error.rule, "remedy": error.remedy}
-        write_json(outcome_file, {"status": "refused", **parts})
+        write_json(outcome_file, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     write_json(outcome_file, {"status": "done", "metrics": {"peak_memory_bytes": peak, **metrics}})

@@ -53,8 +53,7 @@ def main(task_file: Path, log_dir: Path) -> int:
     try:
         outcome = _run(task_file, log_dir, stop)
     except UserError as error:
-        parts = {"setting": error.setting, "value": str(error.value), "rule": error.rule, "remedy": error.remedy}
-        write_outcome(log_dir, {"status": "refused", **parts})
+        write_outcome(log_dir, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
     except Exception as error:
         write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": f"{type(error).__name__}: {error}"})
