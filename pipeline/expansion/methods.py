@@ -1,7 +1,7 @@
 """The METHODS table: one row a method. Light to import; a method's own file is loaded when it is used.
 
 A new method is one file here with a function ``expand`` (see ``layers.py``), one row in this table, its settings in
-``pipeline/config.py`` and one file in ``conf/expand/``.
+``pipeline/config/expand.py`` and one file in ``conf/expand/``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""Every setting: its type, its unit, what it means, and the rules between settings.
+
+Values live in ``conf/*.yaml`` and nowhere else, so no field has a default. Sections are frozen and strict:
+an unknown key, a string for a number or a value out of range is refused with its path. Fields marked
+``NotInKey`` cannot change a result's numbers and so do not name an artifact. No torch, no files.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from pipeline.config.data import Data, Source, Tokenize
+from pipeline.config.evaluation import Evaluate, Report
+from pipeline.config.execution import Launch, Tracking
+from pipeline.config.expand import (
+    METHODS,
+    AnyExpand,
+    AverageExpand,
+    CopyExpand,
+    Expand,
+    LesaExpand,
+    LlamaProExpand,
+    NoExpand,
+    OptDeusExpand,
+    SolarExpand,
+)
+from pipeline.config.model import Model
+from pipeline.config.section import NonNegative, NotInKey, Section
+from pipeline.config.training import DeepSpeed, Train
+
+__all__ = [
+    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "AnyExpand", "AverageExpand", "CopyExpand", "Data",
+    "DeepSpeed", "Evaluate", "Expand", "Launch", "LesaExpand", "LlamaProExpand", "Model", "NoExpand", "NotInKey",
+    "OptDeusExpand", "Report", "Section", "Settings", "SolarExpand", "Source", "Tokenize", "Tracking", "Train",
+]  # fmt: skip
+
+STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
+MODEL_TARGETS = ("load", "expand", "pretrain", "sft")
+StageName = Literal["load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report"]
+
+
+class Settings(Section):
+    """One pipeline run."""
+
+    name: str
+    seed: NonNegative
+    output_dir: str
+    action: Literal["run", "plan", "status"]
+    stages: list[StageName]
+    force: list[StageName]
+    model: Model
+    expand: AnyExpand
+    data: Data
+    pretrain: Train
+    sft: Train
+    evaluate: Evaluate
+    tracking: Tracking
+    launch: Launch
+
+
+STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {
+    "load": TypeAdapter(Model),
+    "expand": TypeAdapter(AnyExpand),
+    "tokenize": TypeAdapter(Tokenize),
+    "pretrain": TypeAdapter(Train),
+    "sft": TypeAdapter(Train),
+    "evaluate": TypeAdapter(Evaluate),
+    "report": TypeAdapter(Report),
+}

@@ -1,0 +1,45 @@
+"""What every group of settings is: frozen, strict, without defaults; and the types of single settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class NotInKey:
+    """Marks a field that speeds a stage up or slows it down but leaves its numbers alone."""
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def key_settings(self) -> dict[str, Any]:
+        """The part that names an artifact: everything but the fields marked ``NotInKey``."""
+        settings: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if NotInKey in field.metadata:
+                continue
+            value = getattr(self, name)
+            settings[name] = _plain(value)
+        return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.key_settings()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,52 @@
+"""Settings of pretrain and sft."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, Positive, PositiveFloat, Section
+
+
+class DeepSpeed(Section):
+    """DeepSpeed's engine, as far as it is ours to choose."""
+
+    zero_stage: Literal[0, 1, 2, 3]
+    offload_optimizer: bool
+    offload_parameters: bool  # ZeRO 3 only
+    reduce_bucket_size: Positive  # elements
+    overrides: dict[str, Any]  # merged last into DeepSpeed's own configuration
+
+
+class Train(Section):
+    """One training stage; pretrain and sft share it."""
+
+    sequence_length: Positive  # tokens
+    global_batch: Positive  # sequences an optimizer step, over all ranks
+    steps: Positive | None  # exactly one of steps and epochs
+    epochs: PositiveFloat | None
+    learning_rate: PositiveFloat
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+    warmup_fraction: Fraction  # of the steps
+    decay_fraction: Fraction  # of the steps; warmup_stable_decay only
+    final_learning_rate_fraction: Fraction  # of learning_rate
+    weight_decay: NonNegativeFloat
+    beta1: Fraction
+    beta2: Fraction
+    epsilon: PositiveFloat
+    max_grad_norm: PositiveFloat
+    trainable: str  # auto | new_layers | all | a regular expression over parameter names
+    precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32
+    evaluate_at: list[Fraction]  # fractions of the steps at which the held-out loss is taken
+    held_out_blocks: Positive  # blocks of sequence_length that the held-out loss is taken on
+    micro_batch: Annotated[Positive, NotInKey]  # sequences a rank and forward pass
+    checkpoint_every_steps: Annotated[Positive, NotInKey]
+    activation_checkpointing: Annotated[bool, NotInKey]
+    deepspeed: Annotated[DeepSpeed, NotInKey]
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of steps and epochs; the other is null")
+        return self
