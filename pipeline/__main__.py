@@ -1,4 +1,4 @@
-"""The command line: Hydra composes, pydantic validates once, then run | plan | status.
+"""The command line: Hydra composes, pydantic validates once, then run | plan | submit | status.
 
 The only file that imports hydra or omegaconf. Hydra's compose API is used rather than its launcher: that one
 changes directories, writes files of its own and starts a sweep's first job before it has looked at the last.
@@ -26,9 +26,18 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
-from pipeline.command import Job, execute
+from pipeline.command import Job, execute, execute_batch_job
 from pipeline.config import Settings
-from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED, Stopped, UserError, WorkersFailed
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEST,
+    EXIT_STOPPED,
+    NoProgress,
+    Stopped,
+    UserError,
+    WorkersFailed,
+)
 from pipeline.messages import (
     badly_quoted,
     explain_hydra,
@@ -39,6 +48,7 @@ from pipeline.messages import (
     refuse_secrets,
     validate,
 )
+from pipeline.requeue import requeue_this_job
 
 PACKAGED_CONF = Path(__file__).resolve().parent / "conf"
 LOG_WIDTH = 120  # columns, where the output is no terminal
@@ -47,26 +57,33 @@ CONF = PACKAGED_CONF if PACKAGED_CONF.is_dir() else PACKAGED_CONF.parent.parent 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; see ``pipeline.errors``."""
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is Slurm's warning ahead of a time limit
+        signal.signal(number, _stop)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
         options = _parse(sys.argv[1:] if arguments is None else list(arguments))
-        execute(compose_jobs(options.overrides, options.multirun, options.config_dir), console)
+        if options.job is not None:
+            execute_batch_job(options.job, console)
+        else:
+            execute(compose_jobs(options.overrides, options.multirun, options.config_dir), console)
     except UserError as error:
         _print_refusal(error)
         return EXIT_REQUEST
     except (Stopped, KeyboardInterrupt):
         print("stopped; what was done is saved, the same command goes on from there", file=sys.stderr)
+        if (told := requeue_this_job()) is not None:
+            print(told, file=sys.stderr)
         return EXIT_STOPPED
-    except WorkersFailed as error:
+    except (WorkersFailed, NoProgress) as error:
         print(error, file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """A first SIGTERM unwinds like Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A first signal unwinds like Ctrl-C does."""
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
     raise Stopped(f"signal {number}")
 
 
@@ -79,6 +96,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="+experiment=NAME, then any settings")
     parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: key=a,b runs a job for each value")
     parser.add_argument("--config-dir", type=Path, help="a folder with configuration of your own, laid out like conf/")
+    parser.add_argument("--job", type=Path, help="what one batch job of action=submit does; its script says it")
     return parser.parse_intermixed_args(arguments)
 
 

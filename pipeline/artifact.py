@@ -2,26 +2,23 @@
 
 A key is the SHA-256 of a stage's name and version, its settings, its parents' keys and the content of its
 outside inputs. Work happens in ``<key>.partial``; ``manifest.json`` is written last and one rename commits.
-A lock beside the directory lets one process build while others wait; the kernel drops it when its holder dies.
+A lock beside the directory lets one process build while others wait (see ``lock``).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.lock import Holder, Lock
+
 MANIFEST = "manifest.json"
-WAIT_POLL_SECONDS = 1.0
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -105,7 +102,7 @@ class Artifact:
     def is_complete(self) -> bool:
         """Whether the manifest is there and every file it names has its size. Contents are not read."""
         manifest = self.path / MANIFEST
-        if not manifest.is_file():
+        if self._redo.exists() or not manifest.is_file():
             return False
         files = read_json(manifest)["files"]
         return all(_size_of(self.path / name) == entry["bytes"] for name, entry in files.items())
@@ -133,21 +130,23 @@ class Artifact:
             shutil.rmtree(old)
         else:
             os.replace(self.partial, self.path)
+        self._redo.unlink(missing_ok=True)
 
-    @contextmanager
-    def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Holds this artifact for building; waits while another process does, and says so once.
+    def lock(self) -> Lock:
+        """What one process at a time holds to build this artifact."""
+        return Lock(self.path.with_name(f"{self.key}.builder"), Holder.current(os.environ))
 
-        Args:
-            on_wait: called once with who holds the lock.
-        """
+    # An artifact to be redone keeps its files until the new ones replace them, but counts as missing.
+
+    @property
+    def _redo(self) -> Path:
+        return self.path.with_name(f"{self.key}.redo")
+
+    def invalidate(self) -> None:
+        """Asks for it to be made anew, from the beginning; for the holder of the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_name(f"{self.key}.lock"), "a+") as stream:
-            _acquire(stream.fileno(), lambda: on_wait(_holder(stream.name)))
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-            stream.flush()
-            yield
+        self._redo.touch()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _size_of(path: Path) -> int | None:
@@ -157,29 +156,16 @@ def _size_of(path: Path) -> int | None:
         return None
 
 
-def _holder(lock: str) -> str:
-    return Path(lock).read_text().strip() or "another process"
-
-
-def _acquire(descriptor: int, on_wait: Callable[[], None]) -> None:
-    waited = False
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-        if not waited:
-            on_wait()
-            waited = True
-        time.sleep(WAIT_POLL_SECONDS)
+def sync(path: Path) -> None:
+    """Flushes a file's contents, or a directory's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:
-    """Flushes file contents and names, so that a crash after the rename cannot leave a hollow artifact."""
+    """So that a crash after the rename cannot leave a hollow artifact."""
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

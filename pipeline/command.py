@@ -1,10 +1,11 @@
-"""What a command does with its jobs once they are validated: run, plan or status."""
+"""What a command does with its jobs once they are validated: run, plan, submit or status."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,11 +13,17 @@ from rich.console import Console
 from pipeline.artifact import read_json
 from pipeline.comparison.closing import closing_table
 from pipeline.config import Settings
-from pipeline.graph import Node, build_graph, make_report, select
+from pipeline.errors import UserError
+from pipeline.graph import Node, build_graph, lineage, make_report, select
+from pipeline.machine import Machine
 from pipeline.preflight import check, check_output, identify
-from pipeline.run import missing, run_graph
+from pipeline.requeue import counted_restarts
+from pipeline.run import link, missing, run_graph
 from pipeline.shape import shape_of
+from pipeline.slurm import require as require_slurm
 from pipeline.source import ModelSource, config_of, resolve
+from pipeline.status import print_status
+from pipeline.submit import folder, print_scripts, stage_jobs, submit
 
 
 @dataclass(frozen=True)
@@ -46,20 +53,82 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     action = jobs[0].settings.action
     if action == "run":
         _run_all(prepared, jobs[0].sweep, console)
+    if action == "submit":
+        _submit_all(prepared, jobs[0].sweep, console)
     for job in prepared:
         if action == "status":
-            _print_status(job, console)
+            print_status(job.run, job.nodes, console)
         elif action == "plan":
             _print_plan(job, console)
+
+
+def execute_batch_job(file: Path, console: Console) -> None:
+    """Does what one job of ``action=submit`` was submitted for; see ``submit.frozen``.
+
+    Raises:
+        UserError: the inputs are not those of the submission any more.
+    """
+    frozen = read_json(file)
+    run, sweep = _settings(frozen["run"]), [_settings(values) for values in frozen["sweep"]]
+    prepared = [_prepare(settings) for settings in sweep or [run]]
+    nodes = _sweep_report(prepared)[1] if sweep else prepared[0].nodes
+    node = nodes[frozen["node"]]
+    if node.artifact.key != frozen["key"]:
+        raise _changed_inputs(node, file)
+    needed = lineage([node])
+    job = Prepared(run, prepared[0].source, {name: n for name, n in nodes.items() if n.artifact.key in needed})
+    _run_all([job], sweep=False, console=console)
+    for name in frozen["linked"]:
+        link(run.model_copy(update={"name": name}), node)
+
+
+def _settings(values: Mapping[str, object]) -> Settings:
+    return Settings.model_validate_json(json.dumps(values))
+
+
+def _changed_inputs(node: Node, file: Path) -> UserError:
+    return UserError(
+        setting="--job",
+        value=file,
+        rule=f"model, data or program changed since it was submitted, so {node.name} would be another artifact",
+        remedy="Submit the run again: the same command with action=submit.",
+    )
+
+
+# ------------------------------------------------------------------------------------------ submit
+
+
+def _submit_all(jobs: Sequence[Prepared], sweep: bool, console: Console) -> None:
+    for job in jobs:
+        check(job.run, job.source, missing(job.run, job.nodes), partial(_asked_for, job.run))
+    runs = [(job.run, job.nodes) for job in jobs]
+    planned = stage_jobs(runs, _sweep_report(jobs) if sweep else None)
+    if jobs[0].run.dry_run:
+        return print_scripts(planned, console)
+    require_slurm()
+    if not planned:
+        return console.print("everything is there; nothing was submitted")
+    submit(planned, console)
+    return console.print(f"jobs, scripts and logs: {folder(planned[-1].runs[0])}; add action=status to see how they do")
+
+
+def _asked_for(run: Settings, stage: str) -> Machine:
+    """The nodes that a stage's job will run on."""
+    resources = run.slurm.resources(stage)
+    return Machine(cores=resources.cpus, gpus=resources.gpus, nodes=resources.nodes)
+
+
+# --------------------------------------------------------------------------------------------- run
 
 
 def _run_all(jobs: Sequence[Prepared], sweep: bool, console: Console) -> None:
     for job in jobs:
         check(job.run, job.source, missing(job.run, job.nodes))
-    for job in jobs:
-        _run(job, console)
-    if sweep:
-        _report_sweep(jobs, console)
+    with counted_restarts(jobs[0].run, [node for job in jobs for node in select(job.nodes, job.run.stages).values()]):
+        for job in jobs:
+            _run(job, console)
+        if sweep:
+            _report_sweep(jobs, console)
 
 
 def _prepare(run: Settings) -> Prepared:
@@ -70,9 +139,6 @@ def _prepare(run: Settings) -> Prepared:
     return Prepared(run, source, build_graph(run, identify(run, source)))
 
 
-# --------------------------------------------------------------------------------------------- run
-
-
 def _run(job: Prepared, console: Console) -> None:
     console.print(f"[bold]{job.run.name}[/]  {job.run.expand.method}, seed {job.run.seed}")
     seconds = run_graph(job.run, job.nodes, console)
@@ -80,8 +146,8 @@ def _run(job: Prepared, console: Console) -> None:
         _print_seconds(seconds, console)
     else:
         console.print("everything is there; nothing was done")
-    report = job.nodes["report"]
-    if report.name in seconds:
+    report = job.nodes.get("report")
+    if report is not None and report.name in seconds:
         console.print(closing_table(read_json(report.artifact.path / "results.json")))
         console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
     if any(seconds.values()) and job.run.tracking.wandb == "offline":
@@ -96,37 +162,20 @@ def _print_seconds(seconds: dict[str, float], console: Console) -> None:
 
 def _report_sweep(jobs: Sequence[Prepared], console: Console) -> None:
     """One report over all jobs of a sweep, beside them: ``<output_dir>/<name>/report``."""
-    whole = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
-    node = make_report(whole, [(job.run, select(job.nodes, job.run.stages)) for job in jobs])
-    run_graph(whole, {node.name: node}, console)
+    whole, nodes = _sweep_report(jobs)
+    run_graph(whole, nodes, console)
+    node = nodes["report"]
     console.print(closing_table(read_json(node.artifact.path / "results.json")))
     console.print(f"report: {Path(whole.output_dir) / whole.name / 'report' / 'report.md'}")
 
 
-# ---------------------------------------------------------------------------------- status and plan
+def _sweep_report(jobs: Sequence[Prepared]) -> tuple[Settings, dict[str, Node]]:
+    """The sweep as a run of its own, and its one node."""
+    whole = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
+    return whole, {"report": make_report(whole, [(job.run, select(job.nodes, job.run.stages)) for job in jobs])}
 
 
-def _print_status(job: Prepared, console: Console) -> None:
-    console.print(f"[bold]{job.run.name}[/]")
-    for name, node in select(job.nodes, job.run.stages).items():
-        console.print(f"  {_state(node):<8} {name:<24} {node.artifact.key[:12]}  {_last_metrics(node)}")
-
-
-def _state(node: Node) -> str:
-    if node.artifact.is_complete():
-        return "there"
-    return "partial" if node.artifact.partial.exists() else "absent"
-
-
-def _last_metrics(node: Node) -> str:
-    """The newest line of the stage's metrics, finished or not."""
-    for directory in (node.artifact.path, node.artifact.partial):
-        path = directory / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines:
-            shown = json.loads(lines[-1])
-            return "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if isinstance(value, (int, float)))
-    return ""
+# -------------------------------------------------------------------------------------------- plan
 
 
 def _print_plan(job: Prepared, console: Console) -> None:

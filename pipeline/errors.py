@@ -34,4 +34,8 @@ class WorkersFailed(RuntimeError):
     """A process of a stage died: exit code 1; the message says which, how, its last lines and where its log is."""
 
 
+class NoProgress(RuntimeError):
+    """A batch job was requeued again and again and got nowhere: exit code 1."""
+
+
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75

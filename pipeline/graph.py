@@ -145,18 +145,24 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
 
 def select(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:
     """The nodes of these stages and all they need, in order."""
-    wanted: set[str] = set()
+    chosen = set(stages)
+    wanted = lineage(node for node in nodes.values() if node.stage in chosen)
+    return {name: node for name, node in nodes.items() if node.artifact.key in wanted}
+
+
+def lineage(nodes: Iterable[Node]) -> set[str]:
+    """The keys of these nodes and of all they need."""
+    keys: set[str] = set()
 
     def take(node: Node) -> None:
-        if node.artifact.key not in wanted:
-            wanted.add(node.artifact.key)
+        if node.artifact.key not in keys:
+            keys.add(node.artifact.key)
             for parent in node.parents.values():
                 take(parent)
 
-    for node in nodes.values():
-        if node.stage in set(stages):
-            take(node)
-    return {name: node for name, node in nodes.items() if node.artifact.key in wanted}
+    for node in nodes:
+        take(node)
+    return keys
 
 
 def forced(nodes: Mapping[str, Node], stages: Iterable[str]) -> set[str]:

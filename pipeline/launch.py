@@ -1,115 +1,86 @@
-"""Starting worker processes on this machine: torchrun's command line, and the one call that runs it.
+"""Starting worker processes: torchrun on this machine, or srun with one torchrun on each node of a Slurm job.
 
 The driver imports no torch and never touches CUDA; it looks at the machine from outside. What passes between it and
-the workers is files in the log directory and one pipe:
+the workers is files in the log directory, which all nodes share, and one pipe:
 
 - ``outcome.json``: how the work ended, written by the first worker that knows;
 - ``stop``: made by the driver when a signal asks it to stop; workers save and leave when they see it;
-- standard input of every worker is a pipe that the driver holds open. When the driver dies, even by ``kill -9``,
-  the pipe ends and so do the workers (see ``watchdog``).
+- standard input of every worker is a pipe that the driver holds open, through srun on other nodes. When the driver
+  dies, even by ``kill -9``, the pipe ends and so do the workers (see ``watchdog``). The driver closes it when a rank
+  has died and the others do not follow, so none waits for the dead.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
+from pipeline.allocation import Allocation, current_allocation, pattern
 from pipeline.artifact import read_json
 from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError, WorkersFailed
+from pipeline.failure import LAUNCHER_LOG, LAUNCHER_LOGS, explain_workers, worker_deaths
+from pipeline.machine import Placement, detect_machine, place
+from pipeline.slurm import node_address
 
 OUTCOME_FILE = "outcome.json"
 STOP_FILE = "stop"
 LOG_DIR_VARIABLE = "PIPELINE_LOG_DIR"  # set for workers that have a driver
-LAUNCHER_LOG = "torchrun.log"
 POLL_SECONDS = 0.2
-SHOWN_LOG_LINES = 15
+LOOK_SECONDS = 2.0  # between two looks for a dead rank
+GRACE_SECONDS = 10.0  # for the others to end in order once one has died; then their lifeline is cut
+END_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-# ------------------------------------------------------------------------------------- where it runs
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to run on."""
-
-    cores: int
-    gpus: int  # that this process may use and the installed torch can
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What will be used."""
-
-    device: Literal["cpu", "cuda"]
-    processes: int
-    threads: int  # a process
-
-
-@cache
-def detect_machine() -> Machine:
-    """Looks at this machine without importing torch."""
-    gpus = _visible_gpus() if _torch_knows_cuda() else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Machine(cores=cores or 1, gpus=gpus)
-
-
-def _torch_knows_cuda() -> bool:
-    spec = importlib.util.find_spec("torch")  # finds, does not import
-    folders = (spec.submodule_search_locations or []) if spec else []
-    return any(Path(folder, "lib").glob("libtorch_cuda*") for folder in folders)
-
-
-def _visible_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
-
-
-def place(launch: Launch, machine: Machine) -> Placement:
-    """Device, processes and threads for these settings on this machine.
-
-    Raises:
-        UserError: GPUs are asked for that are not there.
-    """
-    device = launch.device if launch.device != "auto" else "cuda" if machine.gpus else "cpu"
-    processes = launch.processes if launch.processes != "auto" else machine.gpus if device == "cuda" else 1
-    if device == "cuda" and not 1 <= processes <= machine.gpus:
-        raise UserError(
-            setting="launch.processes" if machine.gpus else "launch.device",
-            value=processes if machine.gpus else "cuda",
-            rule=f"one process drives one GPU, and {machine.gpus} can be used here",
-            remedy=f"Say launch.processes={machine.gpus}." if machine.gpus else "Say launch.device=cpu.",
-        )
-    threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
-    return Placement(device, processes, threads)
 
 
 # ------------------------------------------------------------------------------------- command lines
 
 
 def torchrun_command(module: str, job_file: Path, placement: Placement) -> list[str]:
-    """The command that starts ``python -m module job_file`` on every rank of one node."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-    return [*launcher, f"--nproc-per-node={placement.processes}", "-m", module, str(job_file)]
+    """The command that starts ``python -m module job_file`` on every rank of this one machine."""
+    return _torchrun(["--standalone"], module, job_file, placement)
+
+
+def srun_command(
+    module: str, job_file: Path, placement: Placement, allocation: Allocation, log_dir: Path, meeting: tuple[str, int]
+) -> list[str]:
+    """The same on every node of a Slurm job: one torchrun a node, in the order of the nodes.
+
+    Args:
+        log_dir: where each node's torchrun writes its log.
+        meeting: address and port on the first node, where all ranks meet.
+    """
+    address, port = meeting
+    options = [f"--nnodes={placement.nodes}", f"--master-addr={address}", f"--master-port={port}"]
+    # PET_*: torchrun's own variables for its options; only on the node itself is the node's number known.
+    shell = ["sh", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "sh"]
+    output = f"--output={pattern(log_dir.absolute())}/torchrun-%n.log"
+    return [*allocation.srun(placement.nodes, output), *shell, *_torchrun(options, module, job_file, placement)]
+
+
+def _torchrun(options: list[str], module: str, job_file: Path, placement: Placement) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, "--max-restarts=0"]
+    return [*launcher, f"--nproc-per-node={placement.processes}", "-m", module, str(job_file.absolute())]
+
+
+def _commands(module: str, job_file: Path, placement: Placement, log_dir: Path) -> Iterator[list[str]]:
+    """What to start; the next is for where the port of the one before was taken."""
+    allocation = current_allocation()
+    if allocation is None or not allocation.needs_srun:
+        yield torchrun_command(module, job_file, placement)
+        return
+    address = node_address(allocation.nodes[0])
+    for port in allocation.ports():
+        yield srun_command(module, job_file, placement, allocation, log_dir, (address, port))
 
 
 def worker_environment(placement: Placement, log_dir: Path, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -117,10 +88,8 @@ def worker_environment(placement: Placement, log_dir: Path, inherited: Mapping[s
 
     This package and the interpreter's own tools (ninja) are found wherever the driver was started from.
     """
-    package_root = str(Path(__file__).resolve().parent.parent)
     environment = {
-        **inherited,
-        "PYTHONPATH": _joined(package_root, inherited.get("PYTHONPATH")),
+        **package_environment(inherited),
         "PATH": _joined(str(Path(sys.executable).parent), inherited.get("PATH")),
         "DS_ACCELERATOR": placement.device,
         "OMP_NUM_THREADS": str(placement.threads),
@@ -131,8 +100,15 @@ def worker_environment(placement: Placement, log_dir: Path, inherited: Mapping[s
     return environment
 
 
+def package_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which a child finds this package, wherever it was imported from."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    return {**inherited, "PYTHONPATH": _joined(package_root, inherited.get("PYTHONPATH"))}
+
+
 def _joined(first: str, rest: str | None) -> str:
-    return os.pathsep.join(part for part in (first, rest) if part)
+    parts = [first, *(rest or "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(part for part in parts if part))
 
 
 # --------------------------------------------------------------------------------------- running them
@@ -155,41 +131,73 @@ def run_workers(
     """
     placement = place(launch, detect_machine())
     log_dir.mkdir(parents=True, exist_ok=True)
-    for name in (OUTCOME_FILE, STOP_FILE):
-        (log_dir / name).unlink(missing_ok=True)
-    command = torchrun_command(module, job_file, placement)
+    (log_dir / STOP_FILE).unlink(missing_ok=True)
     environment = worker_environment(placement, log_dir, os.environ)
-    with open(log_dir / LAUNCHER_LOG, "wb") as log, _signals_ask_to_stop(log_dir / STOP_FILE):
+    exit_status = 0
+    with _signals_ask_to_stop(log_dir / STOP_FILE):
+        for command in _commands(module, job_file, placement, log_dir):
+            exit_status = _run(command, environment, log_dir, on_poll)
+            if not _port_was_taken(log_dir):
+                break
+    return _read_outcome(log_dir, exit_status, placement)
+
+
+def _run(command: list[str], environment: Mapping[str, str], log_dir: Path, on_poll: Callable[[], None]) -> int:
+    """Runs the launcher to its end and returns its exit status."""
+    for stale in (log_dir / OUTCOME_FILE, *log_dir.glob(LAUNCHER_LOGS)):
+        stale.unlink(missing_ok=True)
+    with open(log_dir / LAUNCHER_LOG, "wb") as log:
         # A session of its own: Ctrl-C in the terminal must reach the driver alone, which passes it on.
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
         )
         try:
-            _wait(process, on_poll)
+            _wait(process, log_dir, on_poll)
         finally:
             _end(process)
-    return _read_outcome(log_dir, process.returncode, placement.processes)
+    return process.returncode
 
 
-def _wait(process: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> None:
+def _wait(process: subprocess.Popen[bytes], log_dir: Path, on_poll: Callable[[], None]) -> None:
+    """Until the launcher ends, or has not though a rank died a while ago."""
+    look, give_up = time.monotonic() + LOOK_SECONDS, float("inf")
     while True:
         try:
             process.wait(timeout=POLL_SECONDS)
         except subprocess.TimeoutExpired:
             on_poll()
-            continue
-        return on_poll()
+        else:
+            return on_poll()
+        now = time.monotonic()
+        if now > give_up:
+            return None
+        if now > look:
+            look = now + LOOK_SECONDS
+            if give_up == float("inf") and _a_rank_died(log_dir):
+                give_up = now + GRACE_SECONDS
+
+
+def _a_rank_died(log_dir: Path) -> bool:
+    return _outcome(log_dir)["status"] in ("failed", "refused") or bool(worker_deaths(log_dir))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Closes the workers' lifeline and makes sure that the launcher is gone."""
     assert process.stdin is not None
     process.stdin.close()
-    try:
-        process.wait(timeout=5.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    for harder in (process.terminate, process.kill):
+        try:
+            process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            harder()
+    process.wait()
+
+
+def _port_was_taken(log_dir: Path) -> bool:
+    """Whether the first node's torchrun found another program on the port where the ranks were to meet."""
+    log = log_dir / "torchrun-0.log"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return "EADDRINUSE" in text
 
 
 @contextmanager
@@ -216,53 +224,20 @@ def _signals_ask_to_stop(stop_file: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------- how it ended
 
 
-def _read_outcome(log_dir: Path, exit_status: int, processes: int) -> dict[str, Any]:
+def _outcome(log_dir: Path) -> dict[str, Any]:
     path = log_dir / OUTCOME_FILE
     outcome: dict[str, Any] = read_json(path) if path.exists() else {"status": "lost"}
+    return outcome
+
+
+def _read_outcome(log_dir: Path, exit_status: int, placement: Placement) -> dict[str, Any]:
+    outcome = _outcome(log_dir)
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
     if outcome["status"] == "stopped" or (outcome["status"] == "done" and (log_dir / STOP_FILE).exists()):
         raise Stopped(f"workers stopped; logs in {log_dir}")
     if outcome["status"] != "done" or exit_status != 0:
-        raise WorkersFailed(explain_failure(log_dir, outcome, exit_status, processes))
+        allocation = current_allocation()
+        nodes = allocation.nodes if allocation is not None else ()
+        raise WorkersFailed(explain_workers(log_dir, outcome, exit_status, placement.processes, nodes))
     return outcome
-
-
-def explain_failure(log_dir: Path, outcome: Mapping[str, Any], exit_status: int, processes: int) -> str:
-    """One message about the rank that failed first: which, how, its last lines, its log."""
-    deaths = worker_deaths((log_dir / LAUNCHER_LOG).read_text(errors="replace"))
-    # The launcher ends the others with SIGTERM, and they may report a lost connection before that; a rank that
-    # another signal took is the cause.
-    killed = next(((rank, code) for rank, code in deaths if code < 0 and code != -signal.SIGTERM), None)
-    if killed is not None:
-        rank, cause = killed[0], _signal_cause(-killed[1])
-    elif outcome["status"] == "failed":
-        rank, cause = outcome["rank"], outcome["cause"]
-    elif deaths:
-        rank, cause = deaths[0][0], f"ended with exit status {deaths[0][1]}"
-    else:
-        return _message(f"the launcher ended with exit status {exit_status}", log_dir / LAUNCHER_LOG)
-    return _message(f"rank {rank} of {processes}: {cause}", rank_log(log_dir, rank))
-
-
-def worker_deaths(launcher_log: str) -> list[tuple[int, int]]:
-    """(rank, exit code) of the workers whose failure torchrun reports; negative codes are signals."""
-    found = re.findall(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)", launcher_log)
-    return [(int(rank), int(code)) for rank, code in found]
-
-
-def rank_log(log_dir: Path, rank: int) -> Path:
-    """Where a rank's standard output and error go."""
-    return log_dir / f"rank-{rank}.log"
-
-
-def _signal_cause(number: int) -> str:
-    hint = "; the system may have run out of memory" if number == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(number).name}{hint}"
-
-
-def _message(what: str, log: Path) -> str:
-    if not log.exists():
-        log = log.with_name(LAUNCHER_LOG)
-    last = log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
-    return "\n".join([what, *(f"  | {line}" for line in last), f"the whole log: {log}"])

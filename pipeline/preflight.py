@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.architecture import architecture_of
@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
+from pipeline.machine import Machine, detect_machine
 from pipeline.shape import shape_of
 from pipeline.source import ModelSource, config_of
 from pipeline.training.validate import validate as validate_training
@@ -58,8 +59,16 @@ def identify(run: Settings, source: ModelSource) -> Inputs:
     )
 
 
-def check(run: Settings, source: ModelSource, missing: Mapping[str, Node]) -> None:
+def check(
+    run: Settings,
+    source: ModelSource,
+    missing: Mapping[str, Node],
+    machine_of: Callable[[str], Machine] = lambda stage: detect_machine(),
+) -> None:
     """Checks what the missing stages will need.
+
+    Args:
+        machine_of: where a stage will run; this machine, or the nodes of the Slurm job around this process.
 
     Raises:
         UserError: the first thing that cannot work, with its remedy.
@@ -71,9 +80,11 @@ def check(run: Settings, source: ModelSource, missing: Mapping[str, Node]) -> No
     architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
     validate_expansion(run.expand, config["num_hidden_layers"])
     if "pretrain" in stages:
-        validate_training("pretrain", run.pretrain, run.launch, config.get("max_position_embeddings"))
+        context = config.get("max_position_embeddings")
+        validate_training("pretrain", run.pretrain, run.launch, context, machine_of("pretrain"))
     if "sft" in stages:
-        validate_training("sft", run.sft, run.launch, config.get("max_position_embeddings"))
+        context = config.get("max_position_embeddings")
+        validate_training("sft", run.sft, run.launch, context, machine_of("sft"))
     if "evaluate" in stages:
         validate_evaluation(run.evaluate)
     if "tokenize/corpus" in missing:

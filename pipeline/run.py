@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,10 +18,14 @@ from rich.console import Console
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Settings
 from pipeline.errors import UserError, WorkersFailed
+from pipeline.failure import how_it_ended, last_words
 from pipeline.graph import STAGES, Node, forced, select
+from pipeline.launch import package_environment
+from pipeline.lock import Lock
+from pipeline.machine import on_first_node
 from pipeline.stage import Metrics, StageTask, TrackingTarget, task_to_json
 
-SHOWN_LOG_LINES = 15
+FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt ended
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors", "pot")
 
 
@@ -36,6 +38,7 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
     Raises:
         UserError: a stage refused its input.
         Stopped: a signal ended a stage after it saved.
+        WorkersFailed: a stage's process died.
     """
     selected = select(nodes, run.stages)
     redo = forced(selected, run.force)
@@ -60,23 +63,31 @@ def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
         return 0.0
 
     def wait(holder: str) -> None:
-        console.print(f"  [yellow]waits[/]  {node.name:<24} {holder} is building it")
+        console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")
 
-    with node.artifact.lock(wait):
-        if not redo and node.artifact.is_complete():  # the one we waited for has built it
+    lock = node.artifact.lock()
+    with lock.held(wait):
+        if redo:
+            node.artifact.invalidate()
+        if node.artifact.is_complete():  # the one we waited for has built it
             return 0.0
-        return _build(run, node, redo, console)
+        return _build(run, node, lock, console)
 
 
-def _build(run: Settings, node: Node, redo: bool, console: Console) -> float:
-    if redo:
-        shutil.rmtree(node.artifact.partial, ignore_errors=True)
+def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
+    failure = node.artifact.partial / FAILURE_FILE
     resumed = node.artifact.partial.exists()
-    node.artifact.partial.mkdir(parents=True, exist_ok=True)
+    failure.parent.mkdir(parents=True, exist_ok=True)
+    failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
     started = time.monotonic()
-    metrics = _execute(make_task(run, node))
+    try:
+        metrics = _execute(make_task(run, node))
+    except WorkersFailed as error:
+        failure.write_text(f"{error}\n")
+        raise
     seconds = time.monotonic() - started
+    lock.confirm()
     node.artifact.commit(_manifest(node, metrics, seconds))
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
@@ -114,38 +125,27 @@ def _execute(task: StageTask) -> Metrics:
 
 def _execute_in_process(task: StageTask) -> Metrics:
     """Runs ``python -m pipeline.stages`` and reads its outcome; the pipe ends it if this process dies."""
-    with tempfile.TemporaryDirectory(prefix="pipeline-") as directory:
-        task_file, outcome_file = Path(directory, "task.json"), Path(directory, "outcome.json")
-        write_json(task_file, task_to_json(task))
-        command = [sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment())
-        try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        outcome: dict[str, Any] = read_json(outcome_file) if outcome_file.exists() else {"status": "failed"}
+    logs = task.out / "logs"  # not a temporary folder: the stage may run on another node
+    logs.mkdir(parents=True, exist_ok=True)
+    task_file, outcome_file = logs / "task.json", logs / "outcome.json"
+    outcome_file.unlink(missing_ok=True)
+    write_json(task_file, task_to_json(task))
+    command = [*on_first_node(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
+    environment = {**package_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    try:
+        status = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    outcome: dict[str, Any] = read_json(outcome_file) if outcome_file.exists() else {"status": "failed"}
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
     if outcome["status"] != "done":
-        raise WorkersFailed(_last_words(task, status))
+        raise WorkersFailed(last_words(f"stage {task.name}: {how_it_ended(status)}", logs / "stage.log"))
     metrics: Metrics = outcome["metrics"]
     return metrics
-
-
-def _last_words(task: StageTask, status: int) -> str:
-    log = task.out / "logs" / "stage.log"
-    lines = log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:] if log.exists() else []
-    how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-    return "\n".join([f"stage {task.name} {how}", *(f"  | {line}" for line in lines), f"the whole log: {log}"])
-
-
-def _environment() -> dict[str, str]:
-    """The child finds this package wherever it was imported from, and tokenizers do not warn about forks."""
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"}
 
 
 def _manifest(node: Node, metrics: Metrics, seconds: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config.data import Data, Source, Tokenize
 from pipeline.config.evaluation import Evaluate, Report
-from pipeline.config.execution import Launch, Tracking
+from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import (
     METHODS,
     AnyExpand,
@@ -33,7 +33,8 @@ from pipeline.config.training import DeepSpeed, Train
 __all__ = [
     "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "AnyExpand", "AverageExpand", "CopyExpand", "Data",
     "DeepSpeed", "Evaluate", "Expand", "Launch", "LesaExpand", "LlamaProExpand", "Model", "NoExpand", "NotInKey",
-    "OptDeusExpand", "Report", "Section", "Settings", "SolarExpand", "Source", "Tokenize", "Tracking", "Train",
+    "OptDeusExpand", "Report", "Resources", "Section", "Settings", "Slurm", "SolarExpand", "Source", "Tokenize",
+    "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
@@ -47,7 +48,8 @@ class Settings(Section):
     name: str
     seed: NonNegative
     output_dir: str
-    action: Literal["run", "plan", "status"]
+    action: Literal["run", "plan", "submit", "status"]
+    dry_run: bool  # submit: print the batch scripts and leave nothing
     stages: list[StageName]
     force: list[StageName]
     model: Model
@@ -58,6 +60,7 @@ class Settings(Section):
     evaluate: Evaluate
     tracking: Tracking
     launch: Launch
+    slurm: Slurm
 
 
 STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {

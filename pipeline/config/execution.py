@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipeline.config.section import Positive, Section
+from pydantic import Field
+
+from pipeline.config.section import NonNegative, Positive, Section
 
 
 class Tracking(Section):
@@ -21,3 +23,44 @@ class Launch(Section):
     device: Literal["auto", "cpu", "cuda"]
     processes: Positive | Literal["auto"]  # worker processes on this node; auto: one a GPU, else one
     threads: Positive | Literal["auto"]  # CPU threads a process; auto: cores / processes
+
+
+SlurmTime = Annotated[
+    str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")
+]  # hours:minutes:seconds; days-hours; minutes:seconds
+
+
+class Resources(Section):
+    """What one stage asks of Slurm."""
+
+    partition: str | None  # null: slurm.partition
+    nodes: Positive  # more than one for pretrain and sft only: the other stages use one process
+    gpus: NonNegative  # a node
+    cpus: Positive  # a node
+    memory: str | None  # a node, such as 64G; "0": all of it; null: the cluster's default
+    time: Positive | SlurmTime  # a whole number: minutes
+    options: list[str]  # more of sbatch's own, such as --constraint=h100
+
+
+class Slurm(Section):
+    """How stages become batch jobs."""
+
+    partition: str | None  # null: the cluster's default; likewise below
+    account: str | None
+    qos: str | None
+    environment: list[str]  # shell lines before the command, such as "module load cuda"
+    options: list[str]  # more of sbatch's own, for every job
+    signal_seconds: Positive  # ahead of the time limit, to finish a step and save
+    max_requeues_without_progress: NonNegative
+    load: Resources
+    expand: Resources
+    tokenize: Resources
+    pretrain: Resources
+    sft: Resources
+    evaluate: Resources
+    report: Resources
+
+    def resources(self, stage: str) -> Resources:
+        """One stage's part."""
+        resources: Resources = getattr(self, stage)
+        return resources

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.artifact import write_json
 from pipeline.config import Evaluate
 from pipeline.evaluation.harness import Target, score
-from pipeline.launch import detect_machine, place
+from pipeline.machine import detect_machine, place
 from pipeline.stage import Metrics, StageTask
 
 EVALUATION_FILE = "evaluation.json"

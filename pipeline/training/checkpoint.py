@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.artifact import read_json, sha256_file, write_json
+from pipeline.artifact import read_json, sha256_file, sync, write_json
 from pipeline.training.masters import PARTS, Masters
 
 KEPT = 2
@@ -118,9 +118,9 @@ def save(
     if writes:
         write_json(partial / STATE_FILE, {**state, "shards": shards, "tensors": shard_of})
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            sync(path)
         os.replace(partial, final)
-        _flush(directory)
+        sync(directory)
         _remove_old(directory)
 
 
@@ -150,14 +150,6 @@ def _write_shards(
     if pending:
         write_pending()
     return shard_of, shards
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_old(directory: Path) -> None:

@@ -9,23 +9,23 @@ from pathlib import Path
 from pipeline.artifact import read_json
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
-from pipeline.launch import detect_machine, place
+from pipeline.machine import Machine, place
 
 NAMED_CHOICES = ("auto", "new_layers", "all")
 
 
-def validate(section: str, train: Train, launch: Launch, context_length: int | None) -> None:
+def validate(section: str, train: Train, launch: Launch, context_length: int | None, machine: Machine) -> None:
     """Checks one training section against the machine and the model.
 
     Args:
         section: "pretrain" or "sft", for the messages.
         context_length: the model's longest sequence in tokens, None where its config does not say.
+        machine: where it will run.
 
     Raises:
         UserError: the first fault found.
     """
-    processes = place(launch, detect_machine()).processes
-    for fault in _faults(section, train, processes, context_length):
+    for fault in _faults(section, train, place(launch, machine).ranks, context_length):
         raise fault
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE, rank_log
+from pipeline.failure import rank_log
+from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 from pipeline.watchdog import end_with_parent
 
 

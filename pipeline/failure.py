@@ -1,0 +1,85 @@
+"""Last words: one message about a process that died, with its last lines and where the rest of its log is."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.watchdog import ORPHANED
+
+LAUNCHER_LOGS = "torchrun*.log"  # one a node, and one of the driver's side where there are several
+LAUNCHER_LOG = "torchrun.log"
+SHOWN_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker's failure as torchrun reports it."""
+
+    rank: int
+    code: int  # exit status; negative: a signal
+
+
+def last_words(what: str, log: Path) -> str:
+    """``what`` happened, the last lines of the log, and where it is."""
+    last = log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:] if log.exists() else []
+    return "\n".join([what, *(f"  | {line}" for line in last), f"the whole log: {log}"])
+
+
+def how_it_ended(status: int) -> str:
+    """A process's exit status in words; negative ones are signals."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    hint = "; the system may have run out of memory" if status == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-status).name}{hint}"
+
+
+def rank_log(log_dir: Path, rank: int) -> Path:
+    """Where a rank's standard output and error go."""
+    return log_dir / f"rank-{rank}.log"
+
+
+def worker_deaths(log_dir: Path) -> list[Death]:
+    """What torchrun said of failed workers, on all nodes."""
+    return [death for log in sorted(log_dir.glob(LAUNCHER_LOGS)) for death in _deaths(log.read_text(errors="replace"))]
+
+
+def _deaths(launcher_log: str) -> Iterator[Death]:
+    for rank, code in re.findall(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)", launcher_log):
+        yield Death(int(rank), int(code))
+
+
+def explain_workers(
+    log_dir: Path, outcome: Mapping[str, Any], exit_status: int, processes: int, nodes: Sequence[str]
+) -> str:
+    """One message about the rank that failed first: which, where, how, its last lines, its log.
+
+    Args:
+        processes: a node.
+        nodes: names of the nodes, in the order of their ranks; empty on a single machine.
+    """
+    # The launcher ends the others with SIGTERM, and they may report a lost connection before that; a rank that
+    # another signal took is the cause.
+    deaths = [death for death in worker_deaths(log_dir) if death.code != ORPHANED]
+    killed = next((death for death in deaths if death.code < 0 and death.code != -signal.SIGTERM), None)
+    if killed is not None:
+        rank, cause = killed.rank, how_it_ended(killed.code)
+    elif outcome["status"] == "failed":
+        rank, cause = outcome["rank"], outcome["cause"]
+    elif deaths:
+        rank, cause = deaths[0].rank, how_it_ended(deaths[0].code)
+    else:
+        return last_words(f"the launcher {how_it_ended(exit_status)}", _talkative(log_dir))
+    where = f" on node {nodes[rank // processes]}" if nodes else ""
+    log = rank_log(log_dir, rank)
+    ranks = processes * max(1, len(nodes))
+    return last_words(f"rank {rank} of {ranks}{where}: {cause}", log if log.exists() else _talkative(log_dir))
+
+
+def _talkative(log_dir: Path) -> Path:
+    """The launcher's log with most in it."""
+    return max(log_dir.glob(LAUNCHER_LOGS), key=lambda log: log.stat().st_size, default=log_dir / LAUNCHER_LOG)
