@@ -60,6 +60,7 @@ class Fingerprints:
     """SHA-256 of local inputs, remembered by path, size and modification time so that a rerun reads nothing."""
 
     memo: Path
+    writes: bool = True  # else the memo is only read
 
     def of_file(self, path: Path) -> str:
         """The hash of one file; recomputed when its size or time changed."""
@@ -68,8 +69,9 @@ class Fingerprints:
         known = read_json(self.memo) if self.memo.exists() else {}
         if name not in known:
             known[name] = sha256_file(path)
-            self.memo.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.memo, known)
+            if self.writes:
+                self.memo.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.memo, known)
         return str(known[name])
 
     def of_files(self, paths: Iterable[Path]) -> str:

@@ -25,11 +25,13 @@ FREE_SPACE_MARGIN = 512 * 2**20  # corpora, logs, reports
 
 
 def check_output(run: Settings) -> None:
-    """The output directory can be made and written.
+    """The output directory can be made and written, where the command is to write.
 
     Raises:
         UserError: it cannot.
     """
+    if run.only_looks:
+        return
     place = Path(run.output_dir)
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ def _unwritable(place: Path, why: str) -> UserError:
 
 def identify(run: Settings, source: ModelSource) -> Inputs:
     """The content identity of everything that comes from outside."""
-    fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json")
+    fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json", writes=not run.only_looks)
     return Inputs(
         model=source.identity or fingerprints.of_files(source.files),
         corpus=sources.fingerprint(run.data.corpus, "corpus", fingerprints),
@@ -129,7 +131,7 @@ def _check_disk(run: Settings, config: Mapping[str, int], stages: set[str]) -> N
     if stages & {"pretrain", "sft"}:
         trained = run.expand.new_layers * shape.per_layer or deeper.parameters
         need += 2 * trained * 12  # float32 master weight and two moments
-    free = shutil.disk_usage(run.output_dir).free
+    free = shutil.disk_usage(_existing(Path(run.output_dir))).free
     if free < need + FREE_SPACE_MARGIN:
         raise UserError(
             setting="output_dir",
@@ -137,6 +139,11 @@ def _check_disk(run: Settings, config: Mapping[str, int], stages: set[str]) -> N
             rule=f"{_gib(need + FREE_SPACE_MARGIN)} are needed there and {_gib(free)} are free",
             remedy="Free some space, or say output_dir=DIRECTORY on a larger disk.",
         )
+
+
+def _existing(place: Path) -> Path:
+    """The place, or what of its path is there already."""
+    return place if place.exists() else _existing(place.absolute().parent)
 
 
 def _gib(count: int) -> str:

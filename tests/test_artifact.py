@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from pipeline.artifact import Artifact, Fingerprints, make_key, read_json, sha256_file, write_json
@@ -80,30 +76,10 @@ def test_fingerprints_are_remembered_until_the_file_changes(tmp_path: Path) -> N
     assert fingerprints.of_file(file) == sha256_file(file)
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from pipeline.artifact import Artifact
-with Artifact(Path(sys.argv[1]), "load", "k").lock(print):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
-
-
-def test_a_second_builder_waits_and_says_for_whom(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), "1.5"], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    said: list[str] = []
-    with Artifact(tmp_path, "load", "k").lock(said.append):
-        assert holder.wait() == 0
-    assert said == [f"process {holder.pid} on {os.uname().nodename}"]
-
-
-def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), "60"], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    holder.kill()
-    holder.wait()
-    started = time.monotonic()
-    with Artifact(tmp_path, "load", "k").lock(lambda holder: None):
-        assert time.monotonic() - started < 1.0
+def test_an_invalidated_artifact_is_missing_until_it_is_made_anew_and_keeps_its_files(tmp_path: Path) -> None:
+    artifact = _built(tmp_path)
+    artifact.partial.mkdir()
+    artifact.invalidate()
+    assert not artifact.is_complete() and not artifact.partial.exists()
+    assert (artifact.path / "weights").read_text() == "new"
+    assert _built(tmp_path).is_complete()

@@ -19,16 +19,18 @@ PACKAGE = REPOSITORY / "pipeline"
 LAYERS = (
     {"__main__"},
     {"command", "plan"},
+    {"submit", "status", "requeue"},
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
-    | {"launch", "tracking", "progress"},
+    | {"launch", "machine", "failure", "tracking", "progress"},
     {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog"}
-    | {"source", "hub", "gguf_metadata", "weight_files"},
+    | {"source", "hub", "gguf_metadata", "weight_files"}
+    | {"slurm", "allocation", "lock"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
-    "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+DRIVER = {room for rooms in LAYERS[:4] for room in rooms} | {
+    "config", "artifact", "launch", "machine", "failure", "slurm", "allocation", "lock", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import launch
+from pipeline import launch, machine
 from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError
-from pipeline.launch import Machine, Placement, WorkersFailed, place, run_workers, torchrun_command, worker_environment
+from pipeline.launch import Placement, WorkersFailed, place, run_workers, torchrun_command, worker_environment
+from pipeline.machine import Machine
 
+ONE = Placement("cpu", 1, 1)
 TWO = Launch(device="cpu", processes=2, threads=1)
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +57,7 @@ def test_more_gpus_than_there_are_are_refused(changes: dict, gpus: int, setting:
 @pytest.mark.parametrize("visible, gpus", [("", 0), ("-1", 0), ("0", 1), ("2,5", 2)])
 def test_gpus_hidden_from_this_process_do_not_count(monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launch._visible_gpus() == gpus
+    assert machine._visible_gpus([]) == gpus
 
 
 def test_the_command_starts_one_node_without_restarts():
@@ -226,10 +228,10 @@ def test_a_stop_asked_for_while_the_last_worker_finished_is_not_lost(tmp_path: P
     (tmp_path / launch.OUTCOME_FILE).write_text('{"status": "done"}')
     (tmp_path / launch.STOP_FILE).touch()
     with pytest.raises(Stopped):
-        launch._read_outcome(tmp_path, 0, processes=1)
+        launch._read_outcome(tmp_path, 0, ONE)
 
 
 def test_workers_that_leave_no_outcome_have_failed(tmp_path: Path):
     (tmp_path / launch.LAUNCHER_LOG).write_text("no such module\n")
     with pytest.raises(WorkersFailed, match="no such module"):
-        launch._read_outcome(tmp_path, 1, processes=1)
+        launch._read_outcome(tmp_path, 1, ONE)

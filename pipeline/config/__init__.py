@@ -62,6 +62,11 @@ class Settings(Section):
     launch: Launch
     slurm: Slurm
 
+    @property
+    def only_looks(self) -> bool:
+        """The command is to leave no trace in the file tree."""
+        return self.action in ("plan", "status") or (self.action == "submit" and self.dry_run)
+
 
 STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {
     "load": TypeAdapter(Model),

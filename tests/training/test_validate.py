@@ -5,8 +5,12 @@ import pytest
 
 from pipeline.config import Launch
 from pipeline.errors import UserError
+from pipeline.machine import Machine
 from pipeline.training.validate import validate, validate_data
 from tests.training.small import train_settings, write_blocks
+
+
+MACHINE = Machine(cores=2, gpus=0)
 
 
 def launch(processes: int) -> Launch:
@@ -14,8 +18,8 @@ def launch(processes: int) -> Launch:
 
 
 def test_a_sound_request_passes():
-    validate("pretrain", train_settings(), launch(2), context_length=32)
-    validate("pretrain", train_settings(trainable=r"layers\.3\."), launch(1), context_length=None)
+    validate("pretrain", train_settings(), launch(2), 32, MACHINE)
+    validate("pretrain", train_settings(trainable=r"layers\.3\."), launch(1), None, MACHINE)
 
 
 @pytest.mark.parametrize(
@@ -31,9 +35,16 @@ def test_a_sound_request_passes():
 )
 def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
     with pytest.raises(UserError) as error:
-        validate("pretrain", train_settings(**changes), launch(processes), context_length=32)
+        validate("pretrain", train_settings(**changes), launch(processes), 32, MACHINE)
     assert error.value.setting == f"pretrain.{setting}"
     assert remedy in error.value.remedy
+
+
+def test_the_ranks_of_all_nodes_share_a_batch():
+    two_nodes = Machine(cores=2, gpus=0, nodes=2)
+    validate("pretrain", train_settings(global_batch=4, micro_batch=1), launch(2), 32, two_nodes)
+    with pytest.raises(UserError, match="4 process"):
+        validate("pretrain", train_settings(global_batch=6, micro_batch=1), launch(2), 32, two_nodes)
 
 
 def write_model(directory: Path, vocab_size: int = 384) -> Path:
