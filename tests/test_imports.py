@@ -30,7 +30,8 @@ LAYERS = (
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:4] for room in rooms} | {
-    "config", "artifact", "launch", "machine", "failure", "slurm", "allocation", "lock", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+    "config", "artifact", "launch", "machine", "failure", "errors", "stage", "source", "hub", "shape", "architecture",
+    "watchdog", "slurm", "allocation", "lock",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

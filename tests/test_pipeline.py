@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.__main__ import CONF
 from pipeline.artifact import sha256_file
-from pipeline.errors import EXIT_DONE, EXIT_STOPPED
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from pipeline.messages import list_experiments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -185,3 +185,25 @@ def test_a_terminated_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path:
     status, output = run(*command, cwd=tmp_path)
     assert status == EXIT_DONE, output
     assert "resume" in output
+
+
+def test_a_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_path: Path) -> None:
+    """Which rank, how, its last lines, its log; exit code 1, no traceback, nobody left behind."""
+    command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=100000", "launch.processes=2"]
+    process = start(*command, cwd=tmp_path)
+    _wait_for(tmp_path / "outputs" / "artifacts" / "pretrain", "metrics.jsonl")
+    family = _children(process.pid)
+    os.kill(_rank(1, family), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_FAILED, output
+    message = output[output.index("rank 1 of 2: killed by SIGKILL") :]
+    assert "  | " in message and "rank-1.log" in message
+    assert "Traceback" not in output
+    assert _alive(family) == []
+    assert "rank 1 of 2: killed by SIGKILL" in run(*command, "action=status", cwd=tmp_path)[1]
+
+
+def _rank(rank: int, processes: list[int]) -> int:
+    """The process among these that is a worker of that rank."""
+    found = [pid for pid in processes if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    return found[0]

@@ -9,7 +9,6 @@ from pipeline.machine import Machine
 from pipeline.training.validate import validate, validate_data
 from tests.training.small import train_settings, write_blocks
 
-
 MACHINE = Machine(cores=2, gpus=0)
 
 

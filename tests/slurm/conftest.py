@@ -1,0 +1,64 @@
+"""A real Slurm for these tests; where there is none, each is skipped by name, with the reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Workplace
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+STAGES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
+STEPS = 300
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Two nodes, n1 and n2, until the tests end."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no Slurm here: {', '.join(missing)} missing (apt-get install slurm-wlm munge)")
+    if os.geteuid() != 0:
+        pytest.skip("no Slurm here: its daemons must be started as root")
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
+        environment = {**os.environ, "DEV_SLURM_DIR": f"{directory}/slurm", "DEV_SLURM_PORT": "17100"}
+        script = str(REPOSITORY / "scripts" / "dev_slurm")
+        os.chmod(directory, 0o755)  # munge wants its socket to be within reach
+        try:
+            subprocess.run([script, "up"], env=environment, check=True, stdout=subprocess.DEVNULL)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SLURM_CONF", f"{directory}/slurm/slurm.conf")
+                yield
+        finally:
+            subprocess.run([script, "down"], env=environment, check=True)
+
+
+@pytest.fixture(scope="session")
+def overrides(cluster: None, shrunk: list[str]) -> tuple[str, ...]:
+    """The shrunk quickstart, its training on two nodes of one process each."""
+    resources = [f"slurm.{stage}.{name}" for stage in STAGES for name in ("memory=null", "cpus=8", "time=20")]
+    training = [f"slurm.{stage}.nodes=2" for stage in ("pretrain", "sft")]
+    steps = [f"pretrain.steps={STEPS}", "pretrain.checkpoint_every_steps=50", "evaluate.targets=[load,sft]"]
+    return (*shrunk, *resources, *training, *steps)
+
+
+@pytest.fixture(scope="session")
+def whole(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A place where the whole run was submitted and is being worked on; wait for its jobs before you look."""
+    place = Workplace(tmp_path_factory.mktemp("whole"), overrides)
+    place.submit()
+    return place
+
+
+@pytest.fixture
+def tokenized(whole: Workplace, tmp_path: Path) -> Workplace:
+    """A place of its own in which everything before training is there."""
+    for stage in ("load", "expand", "tokenize"):
+        shutil.copytree(whole.directory / "outputs" / "artifacts" / stage, tmp_path / "outputs" / "artifacts" / stage)
+    return Workplace(tmp_path, whole.overrides)
