@@ -7,6 +7,8 @@ dtypes and shapes first, lays the files out, and then takes the tensors in any o
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.artifact import read_json, write_json
+from pipeline.disk import refused_where_full
 from pipeline.errors import UserError
 from pipeline.source import SIDE_FILES
 from pipeline.weight_files import INDEX, SINGLE, find_weights, read_header
@@ -108,12 +111,15 @@ class ShardWriter:
         self._directory, self._specs = directory, specs
         self._shards = _fill_shards(specs, max_shard_bytes)
         self._begin: dict[str, int] = {}
-        for shard, names in enumerate(self._shards):
-            header, begin = _lay_out(names, specs)
-            self._begin.update(begin)
-            self._partial(shard).write_bytes(header)
+        with refused_where_full(directory, sum(spec.bytes for spec in specs.values())):
+            for shard, names in enumerate(self._shards):
+                header, begin = _lay_out(names, specs)
+                self._begin.update(begin)
+                self._partial(shard).write_bytes(header)
+                _reserve(self._partial(shard), len(header) + sum(specs[name].bytes for name in names))
         self._shard_of = {name: shard for shard, names in enumerate(self._shards) for name in names}
         self._missing = set(specs)
+        self._mapped: dict[str, Tensor] = {}
 
     def _partial(self, shard: int) -> Path:
         return self._directory / f".model-{shard}.partial"
@@ -126,6 +132,13 @@ class ShardWriter:
         with open(self._partial(self._shard_of[name]), "r+b") as stream:
             stream.seek(self._begin[name])
             stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def mapped(self, name: str) -> Tensor:
+        """One tensor as it lies in its file, to be filled part by part; it counts as written."""
+        if name not in self._mapped:
+            self._missing.remove(name)
+            self._mapped[name] = _map(self._partial(self._shard_of[name]), self._specs[name], self._begin[name])
+        return self._mapped[name]
 
     def finish(self) -> None:
         """Gives the files their names and writes the index; every announced tensor has been written by now."""
@@ -147,6 +160,19 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.finish()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Gives a file all the space it will need, so that a disk that is too small says so before work is put in."""
+    with open(path, "r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, size)
+
+
+def _map(path: Path, spec: TensorSpec, begin: int) -> Tensor:
+    """A tensor that shares its memory with a file."""
+    with open(path, "r+b") as stream:
+        content = mmap.mmap(stream.fileno(), begin + spec.bytes)
+    return torch.frombuffer(content, dtype=spec.dtype, offset=begin).view(spec.shape)
 
 
 def remove_weights(directory: Path) -> None:

@@ -12,7 +12,7 @@ from pipeline.architecture import Architecture, LayerTensor, architecture_of
 from pipeline.artifact import write_json
 from pipeline.config import AnyExpand
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal, Layer
+from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.methods import METHODS, expand_function
 from pipeline.layer_config import rebuild_config, spelled_out_config
 from pipeline.model_check import check_model
@@ -22,13 +22,15 @@ from pipeline.stage import Metrics, StageTask
 
 
 class StoredLayer(Mapping[LayerTensor, Tensor]):
-    """One layer of the base; tensors are read when they are asked for."""
+    """One layer of the base; tensors are read when they are asked for, parts of fused ones as themselves."""
 
     def __init__(self, base: ModelDirectory, names: Mapping[LayerTensor, str]) -> None:
         self._base, self._names = base, names
 
     def __getitem__(self, tensor: LayerTensor) -> Tensor:
-        return self._base.read(self._names[tensor])
+        stored = self._base.read(self._names[tensor])
+        part: Tensor = stored if tensor.place is None else tensor.place.read(stored)
+        return part
 
     def __iter__(self) -> Iterator[LayerTensor]:
         return iter(self._names)
@@ -86,24 +88,33 @@ def write_weights(
     base: ModelDirectory, architecture: Architecture, plan: LayerPlan, settings: AnyExpand, seed: int, out: Path
 ) -> Journal:
     """Streams every tensor of the deeper model to disk: the base's as they are, new ones rounded to its dtypes."""
-    tensors = architecture.layer_tensors(base.specs, plan.num_base_layers)
+    tensors = architecture.layer_tensors(base.specs, base.config)
     layers: list[Layer] = [
-        StoredLayer(base, {tensor: architecture.tensor_name(layer, tensor.name) for tensor in tensors})
+        StoredLayer(base, {tensor: architecture.tensor_name(layer, tensor.stored) for tensor in tensors})
         for layer in range(plan.num_base_layers)
     ]
     sources = _tensor_sources(base, architecture, plan, tensors)
     specs = {name: base.specs[source] for name, source in sources.items()}
     kept = {name: source for name, source in sources.items() if not _is_new(name, architecture, plan)}
-    with ShardWriter(out, specs) as writer, progress("expand", total=len(specs)) as bar:
+    total = len(kept) + len(tensors) * len(plan.new_layers)
+    with ShardWriter(out, specs) as writer, progress("expand", total=total) as bar:
         for name, source in kept.items():
             writer.write(name, base.read(source))
             bar.advance(1, note=name)
         journal = Journal(note=lambda note, **numbers: bar.advance(0, note=note, **numbers))
         for new in expand_function(settings.method)(layers, plan, settings, seed, journal):
-            name = architecture.tensor_name(new.layer, new.tensor.name)
-            writer.write(name, new.value.to(specs[name].dtype))
-            bar.advance(1, note=name)
+            name = architecture.tensor_name(new.layer, new.tensor.stored)
+            _write_new(writer, name, new, specs[name].dtype)
+            bar.advance(1, note=architecture.tensor_name(new.layer, new.tensor.name))
     return journal
+
+
+def _write_new(writer: ShardWriter, name: str, new: NewTensor, dtype: torch.dtype) -> None:
+    """Rounds a new tensor to the dtype of what it came from; a part goes to its place in the stored tensor."""
+    if new.tensor.place is None:
+        writer.write(name, new.value.to(dtype))
+    else:
+        new.tensor.place.write(writer.mapped(name), new.value)
 
 
 def _tensor_sources(
@@ -112,9 +123,9 @@ def _tensor_sources(
     """For every tensor of the deeper model, in order, the base's tensor that has its dtype and shape."""
     outside = {name: name for name in base.specs if architecture.layer_of(name) is None}
     inside = {
-        architecture.tensor_name(planned.layer, tensor.name): architecture.tensor_name(planned.base[0], tensor.name)
+        architecture.tensor_name(planned.layer, name): architecture.tensor_name(planned.base[0], name)
         for planned in plan.layers
-        for tensor in tensors
+        for name in dict.fromkeys(tensor.stored for tensor in tensors)
     }
     return {**outside, **inside}
 
