@@ -122,13 +122,10 @@ def _prompts(directory: Path) -> Tensor:
 @torch.inference_mode()
 def _logits(directory: Path, prompts: Tensor, whole: bool) -> Tensor:
     """``[sentences, longest, vocabulary]``."""
-    if whole:
-        logits: Tensor = _load(directory)(prompts, use_cache=False).logits
-        return logits
     with TemporaryDirectory(prefix=".check-", dir=directory) as room:  # for weights that loading rearranges
-        logits = _load(directory, dtype="auto", device_map={"": "disk"}, offload_folder=room)(
-            prompts, use_cache=False
-        ).logits
+        streamed = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": room}
+        model = _load(directory) if whole else _load(directory, **streamed)
+        logits: Tensor = model(prompts, use_cache=False).logits
     return logits
 
 

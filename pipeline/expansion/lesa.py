@@ -49,6 +49,8 @@ def _borrow(base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand) -> Ite
 
 
 def _borrowed(base: Sequence[Layer], planned: PlannedLayer, settings: LesaExpand, tensor: LayerTensor) -> Tensor:
+    if tensor.role.kind == "router":  # the authors found no way to predict one, and layer 0's knows other experts
+        return base[planned.base[0]][tensor]
     if settings.norms == "layer0":
         return base[0][tensor]
     if settings.norms == "neighbour":
