@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline.artifact import read_json
@@ -69,12 +70,12 @@ def execute_batch_job(file: Path, console: Console) -> None:
         UserError: the inputs are not those of the submission any more.
     """
     frozen = read_json(file)
-    run, sweep = _settings(frozen["run"]), [_settings(values) for values in frozen["sweep"]]
+    run, *sweep = (_frozen_settings(values, file) for values in (frozen["run"], *frozen["sweep"]))
     prepared = [_prepare(settings) for settings in sweep or [run]]
     nodes = _sweep_report(prepared)[1] if sweep else prepared[0].nodes
     node = nodes[frozen["node"]]
     if node.artifact.key != frozen["key"]:
-        raise _changed_inputs(node, file)
+        raise _changed(file, f"model, data or program are others, so {node.name} would be another artifact")
     needed = lineage([node])
     job = Prepared(run, prepared[0].source, {name: n for name, n in nodes.items() if n.artifact.key in needed})
     _run_all([job], sweep=False, console=console)
@@ -82,15 +83,18 @@ def execute_batch_job(file: Path, console: Console) -> None:
         link(run.model_copy(update={"name": name}), node)
 
 
-def _settings(values: Mapping[str, object]) -> Settings:
-    return Settings.model_validate_json(json.dumps(values))
+def _frozen_settings(values: Mapping[str, object], file: Path) -> Settings:
+    try:
+        return Settings.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise _changed(file, "the program's settings are others") from error
 
 
-def _changed_inputs(node: Node, file: Path) -> UserError:
+def _changed(file: Path, what: str) -> UserError:
     return UserError(
         setting="--job",
         value=file,
-        rule=f"model, data or program changed since it was submitted, so {node.name} would be another artifact",
+        rule=f"{what} than when it was submitted",
         remedy="Submit the run again: the same command with action=submit.",
     )
 

@@ -23,15 +23,15 @@ LAYERS = (
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
-    | {"launch", "machine", "failure", "tracking", "progress"},
-    {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog"}
-    | {"source", "hub", "gguf_metadata", "weight_files"}
+    | {"layer_surgery", "shard_writer", "launch", "machine", "failure", "tracking", "progress"},
+    {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog", "disk"}
+    | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"}
     | {"slurm", "allocation", "lock"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:4] for room in rooms} | {
     "config", "artifact", "launch", "machine", "failure", "errors", "stage", "source", "hub", "shape", "architecture",
-    "watchdog", "slurm", "allocation", "lock",
+    "watchdog", "disk", "slurm", "allocation", "lock",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

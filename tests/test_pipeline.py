@@ -191,7 +191,7 @@ def test_a_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_pa
     """Which rank, how, its last lines, its log; exit code 1, no traceback, nobody left behind."""
     command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=100000", "launch.processes=2"]
     process = start(*command, cwd=tmp_path)
-    _wait_for(tmp_path / "outputs" / "artifacts" / "pretrain", "metrics.jsonl")
+    _wait_for(tmp_path / "outputs" / "artifacts" / "pretrain", "metrics.jsonl", seconds=240.0)
     family = _children(process.pid)
     os.kill(_rank(1, family), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)

@@ -26,7 +26,7 @@ from pipeline.evaluation.catalogue import BUNDLED, PREFETCH
 from pipeline.evaluation.judge import Judge
 from pipeline.evaluation.scores import samples_of, scores_of
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.launch import Placement
+from pipeline.machine import Placement
 
 TASK_FILES = Path(__file__).parent / "tasks"
 BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a formula for their standard error

@@ -30,11 +30,6 @@ def info(job: int) -> JobInfo:
     return found
 
 
-def start_now(job: int) -> None:
-    """A requeued job would wait for two minutes."""
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-
-
 def wait_until(ready: Any, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
@@ -46,14 +41,7 @@ def ends(jobs: Iterable[int]) -> dict[int, str]:
     """Waits for the jobs, and returns the state in which each ended."""
     jobs = list(jobs)
 
-    def ended() -> bool:
-        found = [info(job) for job in jobs]
-        for each in found:
-            if each.state == "PENDING" and each.reason == "BeginTime":
-                start_now(each.job)
-        return all(each.state in ENDED for each in found)
-
-    wait_until(ended)
+    wait_until(lambda: all(info(job).state in ENDED for job in jobs))
     return {job: info(job).state for job in jobs}
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from tests.slurm.cluster import Workplace, ends, info, slurm, start_now, wait_until, workers
+from tests.slurm.cluster import Workplace, ends, info, slurm, wait_until, workers
 from tests.slurm.conftest import REPOSITORY, STEPS
 
 
@@ -31,8 +31,6 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
     assert 20 <= saved < STEPS
     assert f"job {job} is requeued" in tokenized.log("pretrain")
 
-    wait_until(lambda: info(job).state == "PENDING")
-    start_now(job)
     wait_until(lambda: tokenized.steps_done("pretrain") >= saved + 20)
     assert f"resumed after step {saved}" in tokenized.log("pretrain")
     slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
