@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,7 +191,7 @@ class Lock:
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_SECONDS):
-            if self._mine.exists():
+            with suppress(FileNotFoundError):  # lost; confirm() says so
                 os.utime(self._mine)
 
 

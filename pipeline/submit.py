@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import slurm
+from pipeline.allocation import pattern
 from pipeline.artifact import Artifact, read_json, write_json
 from pipeline.config import Settings
 from pipeline.graph import Node, forced, select
@@ -99,7 +100,7 @@ def script(job: StageJob) -> str:
         command=[sys.executable, "-m", "pipeline", "--job", f"{place}.json"],
         resources=run.slurm.resources(job.node.stage),
         directory=Path.cwd(),
-        log=Path(f"{place}-%j.log"),
+        log=Path(f"{pattern(place)}-%j.log"),
     )
     return slurm.batch_script(batch, settings)
 

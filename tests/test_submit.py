@@ -81,6 +81,13 @@ def test_a_stage_has_its_own_resources(tmp_path: Path) -> None:
     assert f"export PYTHONPATH={Path(submit.__file__).resolve().parent.parent}" in script(jobs["load"])
 
 
+@pytest.mark.parametrize("wrong", ["slurm.evaluate.nodes=2", "slurm.load.time=1:2:3:4", "slurm.pretrain.gpus=-1"])
+def test_resources_that_make_no_sense_are_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(UserError) as error:
+        _runs(tmp_path, wrong)
+    assert error.value.setting.startswith("slurm")
+
+
 class FakeSlurm:
     """Remembers what it was asked; refuses a job by its script's name."""
 

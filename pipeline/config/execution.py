@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.section import NonNegative, Positive, Section
 
@@ -59,6 +59,13 @@ class Slurm(Section):
     sft: Resources
     evaluate: Resources
     report: Resources
+
+    @model_validator(mode="after")
+    def _only_training_uses_many_nodes(self) -> Slurm:
+        for stage in ("load", "expand", "tokenize", "evaluate", "report"):
+            if self.resources(stage).nodes > 1:
+                raise ValueError(f"{stage}.nodes must be 1: only pretrain and sft run on several nodes")
+        return self
 
     def resources(self, stage: str) -> Resources:
         """One stage's part."""
