@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ SHOWN_LOG_LINES = 15
 class Death:
     """A worker's failure as torchrun reports it."""
 
+    time: str  # of the node, to the second; sorts
     rank: int
     code: int  # exit status; negative: a signal
 
@@ -44,13 +45,16 @@ def rank_log(log_dir: Path, rank: int) -> Path:
 
 
 def worker_deaths(log_dir: Path) -> list[Death]:
-    """What torchrun said of failed workers, on all nodes."""
-    return [death for log in sorted(log_dir.glob(LAUNCHER_LOGS)) for death in _deaths(log.read_text(errors="replace"))]
+    """What torchrun said of failed workers on all nodes, the first to die first."""
+    logs = sorted(log_dir.glob(LAUNCHER_LOGS))
+    return sorted((death for log in logs for death in _deaths(log)), key=lambda death: death.time)
 
 
-def _deaths(launcher_log: str) -> Iterator[Death]:
-    for rank, code in re.findall(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)", launcher_log):
-        yield Death(int(rank), int(code))
+def _deaths(launcher_log: Path) -> list[Death]:
+    text = launcher_log.read_text(errors="replace")
+    found = re.findall(r"time\s*: (\S+)\n\s*host[^\n]*\n\s*rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: (-?\d+)", text)
+    # torchrun ends its report with the root cause.
+    return [Death(time, int(rank), int(code)) for time, rank, code in reversed(found)]
 
 
 def explain_workers(
@@ -62,8 +66,8 @@ def explain_workers(
         processes: a node.
         nodes: names of the nodes, in the order of their ranks; empty on a single machine.
     """
-    # The launcher ends the others with SIGTERM, and they may report a lost connection before that; a rank that
-    # another signal took is the cause.
+    # The launcher ends the others with SIGTERM, then SIGKILL, and they may report a lost connection before that; the
+    # first that a signal other than SIGTERM took is the cause.
     deaths = [death for death in worker_deaths(log_dir) if death.code != ORPHANED]
     killed = next((death for death in deaths if death.code < 0 and death.code != -signal.SIGTERM), None)
     if killed is not None:

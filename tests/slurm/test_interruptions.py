@@ -66,6 +66,7 @@ def test_a_killed_worker_takes_all_others_along_and_is_named(whole: Workplace, t
     wait_until(lambda: tokenized.steps_done("pretrain") >= 3)
     ranks = workers(tokenized.directory)
     assert set(ranks) == {0, 1}
+    os.kill(ranks[0], signal.SIGSTOP)  # it hangs, as in a collective that waits for the dead
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
     wait_until(lambda: not workers(tokenized.directory), seconds=60)
