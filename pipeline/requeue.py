@@ -32,12 +32,17 @@ def requeue_this_job() -> str | None:
     job = int(os.environ["SLURM_JOB_ID"])
     try:
         info = slurm.job_info(job)
-        if info is None or info.state != "RUNNING" or not (info.batch and info.may_requeue):
+        if info is None or not (info.batch and info.may_requeue and _was_interrupted(info)):
             return None
         slurm.requeue(job)
     except slurm.SlurmUnreachable as error:
         return f"job {job} could not be requeued ({error}); submit its script again"
     return f"job {job} is requeued"
+
+
+def _was_interrupted(info: slurm.JobInfo) -> bool:
+    """Rather than cancelled: it still runs, or its time is up before it had saved."""
+    return info.state == "RUNNING" or info.reason == "TimeLimit"
 
 
 @contextmanager

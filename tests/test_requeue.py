@@ -75,18 +75,20 @@ def test_outside_a_batch_job_nothing_is_counted(
 
 
 @pytest.mark.parametrize(
-    "state, batch, may_requeue, requeued",
+    "state, reason, batch, may_requeue, requeued",
     [
-        ("RUNNING", True, True, [12]),
-        ("CANCELLED", True, True, []),  # by scancel, whose SIGTERM looks like a preemption's
-        ("RUNNING", False, True, []),  # somebody's terminal
-        ("RUNNING", True, False, []),  # --no-requeue
+        ("RUNNING", "None", True, True, [12]),
+        ("COMPLETING", "TimeLimit", True, True, [12]),  # the warning was too short
+        ("COMPLETING", "None", True, True, []),  # scancel's SIGTERM looks like a preemption's
+        ("CANCELLED", "None", True, True, []),
+        ("RUNNING", "None", False, True, []),  # somebody's terminal
+        ("RUNNING", "None", True, False, []),  # --no-requeue
     ],
 )
 def test_only_a_running_batch_job_that_may_is_requeued(
-    monkeypatch: pytest.MonkeyPatch, state: str, batch: bool, may_requeue: bool, requeued: list[int]
+    monkeypatch: pytest.MonkeyPatch, state: str, reason: str, batch: bool, may_requeue: bool, requeued: list[int]
 ) -> None:
-    info = JobInfo(12, state, "None", 0, batch=batch, may_requeue=may_requeue, run_time="", time_limit="")
+    info = JobInfo(12, state, reason, 0, batch=batch, may_requeue=may_requeue, run_time="", time_limit="")
     asked: list[int] = []
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setattr(slurm, "job_info", lambda job: info)

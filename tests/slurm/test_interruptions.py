@@ -44,19 +44,31 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
 def test_a_time_limit_is_survived_in_one_job_of_scripts_submit(whole: Workplace, tokenized: Workplace) -> None:
     _finish(whole)
     shutil.rmtree(tokenized.directory / "outputs" / "artifacts" / "expand")
-    command = ["+experiment=quickstart", *tokenized.overrides, "stages=[pretrain]", f"pretrain.steps={STEPS}"]
-    limits = ["--nodes=2", "--cpus-per-task=8", "--time=1", "--signal=B:USR1@20", "--chdir", str(tokenized.directory)]
+    command = ["+experiment=quickstart", *tokenized.overrides, "stages=[pretrain]"]
+    options = ["--nodes=2", "--cpus-per-task=8", "--time=30", "--signal=B:USR1@60", "--chdir", tokenized.directory]
     said = subprocess.run(
-        [REPOSITORY / "scripts" / "submit", *limits, "--", *command],
+        [REPOSITORY / "scripts" / "submit", *options, "--", *command],
         cwd=tokenized.directory, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    job = int(re.search(r"\d+", said)[0])
+    job = int(said.split()[-1])
     log = tokenized.directory / f"depth-growth-{job}.log"
+
+    wait_until(lambda: tokenized.steps_done("pretrain") >= 20)
+    ranks = workers(tokenized.directory).values()
+    for process in ranks:  # however fast this machine is, the warning comes in the middle of training
+        os.kill(process, signal.SIGSTOP)
+    minutes = int(info(job).run_time.split(":")[1]) + 2
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    wait_until(lambda: "stopping: the workers finish their step" in log.read_text())
+    for process in ranks:
+        os.kill(process, signal.SIGCONT)
+
     wait_until(lambda: info(job).restarts == 1)
     assert f"job {job} is requeued" in log.read_text()
     wait_until(lambda: info(job).state == "PENDING")
-    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     assert ends([job]) == {job: "COMPLETED"}, log.read_text()
+    assert "resumed after step" in log.read_text()
     assert tokenized.weights("pretrain") == whole.weights("pretrain")
 
 
