@@ -1,0 +1,115 @@
+"""Every method on a tiny random model of every family, from directory to directory, judged by plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from one_task import make_task
+from tiny_families import FAMILIES, LAYERS, save_tiny
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.artifact import read_json
+from pipeline.config import METHODS, AnyExpand
+from pipeline.stage import Metrics
+from pipeline.stages import expand
+
+ExpandSettings = Callable[..., AnyExpand]
+NEW_LAYERS = 2
+TINY_LESA = {"epochs": 1, "hidden_size": 8, "batch_size": 256}
+KEEPS_LOGITS = ("llama_pro", "opt_deus", "lesa zeroed", "none")
+CASES = [*METHODS, "lesa zeroed"]
+TOKENS = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than the windows
+
+
+class Deeper(NamedTuple):
+    """What a method made of a base."""
+
+    base: Path
+    path: Path
+    model: PreTrainedModel
+    rows: list[dict[str, Any]]  # of expansion.json
+    metrics: Metrics
+
+
+@pytest.fixture(scope="module")
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """One family's model."""
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param), tiny_tokenizer)
+
+
+def _settings(expand_settings: ExpandSettings, case: str, position: object = "interleaved") -> AnyExpand:
+    method, _, zeroed = case.partition(" ")
+    own = {**TINY_LESA, "zero_init": bool(zeroed)} if method == "lesa" else {}
+    return expand_settings(method, new_layers=NEW_LAYERS, position=position, **own)
+
+
+def _grow(base: Path, settings: AnyExpand, out: Path) -> Deeper:
+    metrics = expand.run(make_task("expand", settings, out, {"load": base}))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    return Deeper(base, out, model, read_json(out / "expansion.json")["layers"], metrics)
+
+
+def _loss(model: PreTrainedModel) -> Tensor:
+    loss: Tensor = model(TOKENS, labels=TOKENS, use_cache=False).loss
+    return loss
+
+
+@pytest.mark.parametrize("base", FAMILIES, indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_on_every_family(base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path) -> None:
+    deeper = _grow(base, _settings(expand_settings, case), tmp_path / "out")
+    _check_kinds_of_layers(deeper)
+    _check_generation(deeper.model)
+    if case in KEEPS_LOGITS:
+        original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(deeper.model(TOKENS).logits, original(TOKENS).logits)
+        if case != "none":
+            _check_first_step(deeper)
+
+
+def _check_kinds_of_layers(deeper: Deeper) -> None:
+    """Finite, tied as the base, and each layer of the kind of its lower source."""
+    for name, parameter in deeper.model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (deeper.base, deeper.path))
+    sources = [row["from"][0] for row in deeper.rows]
+    for name in ("layer_types", "no_rope_layers"):
+        if before.get(name):
+            assert after[name] == [before[name][source] for source in sources]
+    if before.get("max_window_layers") in (1, 2):
+        assert after["max_window_layers"] == sum(source < before["max_window_layers"] for source in sources)
+    tied = deeper.model.get_output_embeddings().weight is deeper.model.get_input_embeddings().weight
+    assert tied == before["tie_word_embeddings"]
+
+
+def _check_generation(model: PreTrainedModel) -> None:
+    cached, uncached = (
+        model.generate(
+            TOKENS[:1, :12], max_new_tokens=6, do_sample=False, use_cache=use_cache, output_logits=True,
+            return_dict_in_generate=True, eos_token_id=None,
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    assert torch.isfinite(torch.stack(uncached.logits)).all()
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-4, rtol=1e-4)
+
+
+def _check_first_step(deeper: Deeper) -> None:
+    """One AdamW step on the new layers moves all that is silent, and the loss hardly."""
+    model = deeper.model
+    before = _loss(model).item()
+    new = {f"layers.{row['layer']}." for row in deeper.rows if row["new"]}
+    trained = {name: p for name, p in model.named_parameters() if any(layer in name for layer in new)}
+    optimizer = torch.optim.AdamW(trained.values(), lr=2e-4)
+    _loss(model).backward()
+    moving = {name for name, p in trained.items() if p.grad is not None and p.grad.any()}
+    optimizer.step()
+    assert len({name.partition("layers.")[2].partition(".")[0] for name in moving}) == NEW_LAYERS
+    assert _loss(model).item() == pytest.approx(before, rel=0.01)
