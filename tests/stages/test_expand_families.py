@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from one_task import make_task
-from tiny_families import FAMILIES, LAYERS, save_tiny
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, layers_by_role, save_tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.artifact import read_json
+from pipeline.artifact import read_json, write_json
 from pipeline.config import METHODS, AnyExpand
 from pipeline.stage import Metrics
 from pipeline.stages import expand
@@ -113,3 +115,70 @@ def _check_first_step(deeper: Deeper) -> None:
     optimizer.step()
     assert len({name.partition("layers.")[2].partition(".")[0] for name in moving}) == NEW_LAYERS
     assert _loss(model).item() == pytest.approx(before, rel=0.01)
+
+
+# ---------------------------------------------------------------------- what is fused, and experts
+
+
+@pytest.fixture(scope="module")
+def fused_and_plain(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, tuple[Path, Path]]:
+    """Pairs of the same model: fused on disk, and with every matrix as a tensor of its own."""
+    folder = tmp_path_factory.mktemp("pairs")
+    phi3 = save_tiny("phi3", folder / "phi3", tiny_tokenizer)
+    moe = save_tiny("qwen3_moe", folder / "moe", tiny_tokenizer)
+    stacked = save_tiny("qwen3_moe", folder / "stacked", tiny_tokenizer, save_original_format=False)
+    return {"phi3": (phi3, _as_llama(phi3, folder / "llama")), "qwen3_moe": (stacked, moe)}
+
+
+def _as_llama(phi3: Path, llama: Path) -> Path:
+    """A Phi-3 with its matrices stored as Llama stores them."""
+    shutil.copytree(phi3, llama)
+    stored = load_file(phi3 / "model.safetensors")
+    outside = {name: tensor for name, tensor in stored.items() if "layers" not in name}
+    inside = {
+        f"model.layers.{layer}.{name}": tensor.contiguous()
+        for layer, tensors in enumerate(layers_by_role(phi3))
+        for name, tensor in tensors.items()
+    }
+    save_file({**outside, **inside}, llama / "model.safetensors", metadata={"format": "pt"})
+    changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": None}
+    write_json(llama / "config.json", {**read_json(phi3 / "config.json"), **changes})
+    return llama
+
+
+@pytest.mark.parametrize("case", ["lesa", "llama_pro", "opt_deus", "average"])
+@pytest.mark.parametrize("pair", ["phi3", "qwen3_moe"])
+def test_what_is_fused_on_disk_is_made_as_if_it_were_not(
+    pair: str, case: str, fused_and_plain: Any, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    made = []
+    for name, base in zip(("fused", "plain"), fused_and_plain[pair], strict=True):
+        made.append(layers_by_role(_grow(base, _settings(expand_settings, case), tmp_path / name).path))
+    for fused, plain in zip(*made, strict=True):
+        assert set(fused) == set(plain)
+        for name, tensor in plain.items():
+            torch.testing.assert_close(fused[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["qwen2_moe", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("case", ["lesa", "average", "opt_deus"])
+def test_routers_follow_their_rule_and_expert_goes_with_expert(
+    base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    deeper = _grow(base, _settings(expand_settings, case, position=[1, 2]), tmp_path / "out")
+    before, after = layers_by_role(base), layers_by_role(deeper.path)
+    lower, made, upper = before[1], after[2], before[2]
+    routers = [name for name in made if "router" in name or name.removesuffix(".weight").endswith("gate")]
+    for name in routers:
+        if case == "lesa":
+            assert torch.equal(made[name], lower[name])
+        elif case == "average" or name.endswith("bias"):
+            torch.testing.assert_close(made[name], (lower[name] + upper[name]) / 2)
+        else:  # a soft permutation of what the router reads: every expert's row stays its own
+            moved = 2 * made[name] - upper[name]
+            torch.testing.assert_close(moved.sum(dim=1), lower[name].sum(dim=1), rtol=0.02, atol=0.02)
+    if case == "average":
+        assert all(torch.equal(tensor, (lower[name] + upper[name]) / 2) for name, tensor in made.items())
+    if case == "opt_deus":
+        outputs = [tensor for name, tensor in made.items() if "down_proj" in name or "o_proj" in name]
+        assert len(outputs) > 3 and not any(tensor.any() for tensor in outputs)
