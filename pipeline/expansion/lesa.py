@@ -42,11 +42,11 @@ def expand(
 
 
 def _warn_of_growth(plan: LayerPlan, journal: Journal) -> None:
-    """The authors' limitation (section "Limitations"), with layers standing for parameters."""
+    """Says when more is asked for than the authors tried, layers standing for parameters."""
     if len(plan.layers) > MAX_GROWTH * plan.num_base_layers:
         journal.warnings.append(
-            f"{len(plan.layers)} layers from {plan.num_base_layers}: LESA's authors do not go beyond {MAX_GROWTH} times "
-            "the parameters, and what is predicted between predictions is further from what was learnt"
+            f"{len(plan.layers)} layers from {plan.num_base_layers}: LESA's authors do not go beyond {MAX_GROWTH} "
+            "times the parameters, and predictions between predictions are further from what was learnt"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -26,17 +25,6 @@ def _new(plan: LayerPlan) -> list[int]:
 
 def _sources(plan: LayerPlan) -> list[int]:
     return [layer.base[0] for layer in plan.layers]
-
-
-def test_top_of_32_with_16_is_opt_deus_and_lesa_on_llama_3() -> None:
-    plan = insertion_plan(gaps_of("top", 16, 32), 32)
-    assert _new(plan) == list(range(16, 47, 2))
-    assert plan.layers[16].base == (15, 16)
-    assert len(plan.layers) == 48
-
-
-def test_top_of_16_with_8_is_opt_deus_on_llama_3_2() -> None:
-    assert _new(insertion_plan(gaps_of("top", 8, 16), 16)) == list(range(8, 23, 2))
 
 
 def test_interleaved_8_of_32_is_llama_pro_on_llama_2() -> None:

@@ -64,11 +64,25 @@ def _loss(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("base", FAMILIES, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_on_every_family(base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path) -> None:
-    deeper = _grow(base, _settings(expand_settings, case), tmp_path / "out")
+    _check(_grow(base, _settings(expand_settings, case), tmp_path / "out"), case)
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("position", ["top", "middle", "bottom", [0, 3]], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "none"])
+def test_every_method_at_every_position(
+    base: Path, case: str, position: object, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    if case == "solar" and isinstance(position, list):
+        pytest.skip("its settings refuse a list")
+    _check(_grow(base, _settings(expand_settings, case, position), tmp_path / "out"), case)
+
+
+def _check(deeper: Deeper, case: str) -> None:
     _check_kinds_of_layers(deeper)
     _check_generation(deeper.model)
     if case in KEEPS_LOGITS:
-        original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        original = AutoModelForCausalLM.from_pretrained(deeper.base, dtype=torch.float32)
         with torch.no_grad():
             assert torch.equal(deeper.model(TOKENS).logits, original(TOKENS).logits)
         if case != "none":
@@ -182,3 +196,20 @@ def test_routers_follow_their_rule_and_expert_goes_with_expert(
     if case == "opt_deus":
         outputs = [tensor for name, tensor in made.items() if "down_proj" in name or "o_proj" in name]
         assert len(outputs) > 3 and not any(tensor.any() for tensor in outputs)
+
+
+# ------------------------------------------------------------------------------------- any amount
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("case", ["lesa", "lesa zeroed", "llama_pro", "opt_deus", "average", "copy"])
+def test_four_new_layers_for_each_of_the_base_s(
+    base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    settings = _settings(expand_settings, case).model_copy(update={"new_layers": 16})
+    deeper = _grow(base, settings, tmp_path / "out")
+    _check_kinds_of_layers(deeper)
+    assert [row["new"] for row in deeper.rows] == [False, *[True] * 4] * 4
+    assert sum("3 times the parameters" in warning for warning in deeper.metrics["warnings"]) == ("lesa" in case)
+    if case in KEEPS_LOGITS:
+        assert deeper.metrics["check"]["logit_difference"] == 0.0
