@@ -130,20 +130,14 @@ def test_parts_cover_what_is_stored_once(family: str, packed: bool, checkpoint) 
         assert torch.equal(torch.cat(values).sort().values, numbered[name].flatten()), name
 
 
-def test_phi3_is_llama_fused(checkpoint, tmp_path: Path) -> None:
-    """Its parts under Llama's names make a Llama that computes the same."""
+def test_phi3_keeps_query_key_and_value_one_below_the_other_and_gate_above_up(checkpoint) -> None:
     config, stored = checkpoint("phi3")
-    outside = {name: tensor for name, tensor in stored.items() if "layers" not in name}
-    inside = {
-        f"model.layers.{layer}.{name}": part.contiguous()
-        for layer in range(LAYERS)
-        for name, part in _parts("phi3", config, stored, layer).items()
-    }
-    llama = _load(
-        {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}, {**outside, **inside}, tmp_path
-    )
-    tokens = torch.arange(3, 9)[None]  # within the window
-    torch.testing.assert_close(llama(tokens).logits, tiny_model("phi3")(tokens).logits)
+    parts = _parts("phi3", config, stored)
+    qkv, gate_up = (stored[f"model.layers.0.{name}.weight"] for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"))
+    for name, rows in {"q": slice(0, 16), "k": slice(16, 24), "v": slice(24, 32)}.items():  # 4 and twice 2 heads of 4
+        assert torch.equal(parts[f"self_attn.{name}_proj.weight"], qkv[rows])
+    assert torch.equal(parts["mlp.gate_proj.weight"], gate_up[:24])
+    assert torch.equal(parts["mlp.up_proj.weight"], gate_up[24:])
 
 
 def test_gpt_neox_keeps_query_key_and_value_head_by_head(checkpoint) -> None:

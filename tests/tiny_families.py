@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.architecture import Place, architecture_of
+from pipeline.artifact import read_json
 
 LAYERS = 4
 SMALL = {
@@ -37,10 +42,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+def tiny_model(family: str) -> PreTrainedModel:
     """Every parameter drawn away from its default: norm scales, biases, sinks and routers too."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for tensor in model.parameters():
@@ -52,8 +57,23 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def save_tiny(family: str, directory: Path, tokenizer: Any, **changes: Any) -> Path:
-    """The model and a tokenizer as a Hugging Face directory."""
-    tiny_model(family, **changes).save_pretrained(directory)
+def save_tiny(family: str, directory: Path, tokenizer: Any, save_original_format: bool = True) -> Path:
+    """The model and a tokenizer as a Hugging Face directory; tensors named as published, or as in memory."""
+    tiny_model(family).save_pretrained(directory, save_original_format=save_original_format)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def layers_by_role(directory: Path) -> list[dict[str, Tensor]]:
+    """Every layer's tensors by the names that methods see, fused ones taken apart."""
+    config, stored = read_json(directory / "config.json"), load_file(directory / "model.safetensors")
+    architecture = architecture_of(config["model_type"])
+    tensors = architecture.layer_tensors(stored, config)
+
+    def read(layer: int, name: str, place: Place | None) -> Tensor:
+        whole = stored[architecture.tensor_name(layer, name)]
+        part: Tensor = whole if place is None else place.read(whole)
+        return part
+
+    layers = range(config["num_hidden_layers"])
+    return [{tensor.name: read(layer, tensor.stored, tensor.place) for tensor in tensors} for layer in layers]

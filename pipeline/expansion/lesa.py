@@ -28,6 +28,7 @@ from pipeline.expansion.layers import Journal, Layer, NewTensor, silenced
 from pipeline.expansion.predictor import Predictor, train_predictor
 from pipeline.expansion.spectrum import Spectrum, decompose
 
+MAX_GROWTH = 3  # times the base, as far as the authors went
 MAX_ROLES_AT_ONCE = 4  # each holds its V of all layers, as large as the role's matrices in float32
 LARGE_BYTES = 1_000_000_000  # of V; such a role has all threads for itself
 
@@ -36,8 +37,18 @@ def expand(
     base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
     """Predicts every matrix; norms and biases as ``settings.norms`` says; outputs zeroed if ``settings.zero_init``."""
+    _warn_of_growth(plan, journal)
     for made in chain(_borrow(base, plan, settings), _predict(base, plan, settings, seed, journal)):
         yield made._replace(value=silenced(made.tensor, made.value)) if settings.zero_init else made
+
+
+def _warn_of_growth(plan: LayerPlan, journal: Journal) -> None:
+    """Says when more is asked for than the authors tried, layers standing for parameters."""
+    if len(plan.layers) > MAX_GROWTH * plan.num_base_layers:
+        journal.warnings.append(
+            f"{len(plan.layers)} layers from {plan.num_base_layers}: LESA's authors do not go beyond {MAX_GROWTH} "
+            "times the parameters, and predictions between predictions are further from what was learnt"
+        )
 
 
 def _borrow(base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand) -> Iterator[NewTensor]:
