@@ -9,7 +9,8 @@ import pytest
 from pipeline import allocation
 from pipeline.allocation import Allocation, pattern, read_allocation
 from pipeline.errors import UserError
-from pipeline.launch import Placement, srun_command
+from pipeline.launch import srun_command
+from pipeline.machine import Placement
 
 BATCH = {
     "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_CPUS_PER_NODE": "16(x2),8",

@@ -11,7 +11,7 @@ from pipeline.data.chat import ChatRenderer, chat_template
 from pipeline.data.conversations import turn
 from pipeline.data.tokens import TextTokenizer
 from pipeline.evaluation.harness import Target, score
-from pipeline.launch import Placement, detect_machine
+from pipeline.machine import Placement, detect_machine
 
 
 def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
