@@ -139,6 +139,7 @@ def run_workers(
             exit_status = _run(command, environment, log_dir, on_poll)
             if not _port_was_taken(log_dir):
                 break
+            print("another program has the port where the ranks were to meet; another is tried", file=sys.stderr)
     return _read_outcome(log_dir, exit_status, placement)
 
 
