@@ -33,9 +33,11 @@ def print_status(run: Settings, nodes: Mapping[str, Node], console: Console) -> 
         if entry is not None and entry["key"] != node.artifact.key:
             entry = None  # of other settings
         info = _info(entry) if entry is not None and not node.artifact.is_complete() else None
-        parts = [f"{_state(node):<8}", f"{name:<24}", node.artifact.key[:12], _job(entry, info), numbers(node)]
+        words = _failure(node, entry, info)
+        shown = numbers(node, under_way=words is None)
+        parts = [f"{_state(node):<8}", f"{name:<24}", node.artifact.key[:12], _job(entry, info), shown]
         console.print("  " + " ".join(part for part in parts if part).rstrip(), markup=False)
-        if (words := _failure(node, entry, info)) is not None:
+        if words is not None:
             console.print("\n".join(f"           {line}" for line in words.splitlines()), markup=False)
 
 
@@ -83,8 +85,8 @@ def _failure(node: Node, entry: Mapping[str, Any] | None, info: slurm.JobInfo | 
 # ------------------------------------------------------------------------------------------ numbers
 
 
-def numbers(node: Node) -> str:
-    """Step, newest metrics and, of unfinished training, the time left."""
+def numbers(node: Node, under_way: bool) -> str:
+    """Step, newest metrics and, of training under way, the time left."""
     directory = node.artifact.path if node.artifact.is_complete() else node.artifact.partial
     path = directory / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
@@ -95,7 +97,7 @@ def numbers(node: Node) -> str:
     if isinstance(node.settings, Train):
         steps = _total_steps(node, node.settings)
         shown.insert(0, f"step {newest['step']} of {steps}")
-        shown += _time_left(newest, steps)
+        shown += _time_left(newest, steps) if under_way else []
     return ", ".join(shown)
 
 

@@ -78,6 +78,7 @@ def test_a_failed_stage_repeats_its_last_words(run: Run, monkeypatch: pytest.Mon
     (node.artifact.partial / FAILURE_FILE).write_text("rank 1 of 2: killed by SIGKILL\n  | boom\n")
     said = _said(run)
     assert "job 12 FAILED (NonZeroExitCode)" in said and "rank 1 of 2: killed by SIGKILL" in said and "| boom" in said
+    assert " left" not in said
 
 
 def test_a_job_that_died_without_a_word_shows_the_end_of_its_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
