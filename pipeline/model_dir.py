@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.shard_writer import ShardWriter
 from pipeline.source import SIDE_FILES
 from pipeline.tensor_spec import DTYPES, StoredBytes, TensorSpec
-from pipeline.weight_files import find_weights, read_header
+from pipeline.weight_files import read_headers
 
 EXPANSION_FILE = "expansion.json"
 
@@ -35,8 +35,7 @@ class ModelDirectory:
         self.specs: dict[str, TensorSpec] = {}
         self._places: dict[str, StoredBytes] = {}
         self._open: dict[Path, Any] = {}
-        for shard in find_weights(path):
-            entries, first = read_header(shard)
+        for shard, (entries, first) in read_headers(path).items():
             for name, entry in entries.items():
                 self.specs[name] = TensorSpec(_dtype(entry.dtype, name, path), entry.shape)
                 self._places[name] = StoredBytes(shard, first + entry.begin)
