@@ -74,21 +74,21 @@ def sharded(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 
 
 def _lose(model: Path) -> str:
-    (model / "model-00002-of-00006.safetensors").unlink()
-    return "names model-00002-of-00006.safetensors, which is not there"
+    (model / "model-00002-of-00005.safetensors").unlink()
+    return "names model-00002-of-00005.safetensors, which is not there"
 
 
 def _cut_short(model: Path) -> str:
-    shard = model / "model-00002-of-00006.safetensors"
+    shard = model / "model-00002-of-00005.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     return "the file is cut short"
 
 
 def _promise_too_much(model: Path) -> str:
     index = json.loads((model / INDEX).read_text())
-    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00002-of-00006.safetensors"
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00002-of-00005.safetensors"
     (model / INDEX).write_text(json.dumps(index))
-    return "model.layers.9.mlp.up_proj.weight is in model-00002-of-00006.safetensors, which does not hold it"
+    return "model.layers.9.mlp.up_proj.weight is in model-00002-of-00005.safetensors, which does not hold it"
 
 
 def _garble_index(model: Path) -> str:
@@ -117,6 +117,22 @@ def test_a_model_that_is_not_whole_or_not_plain(
     message = _refused(capsys, *base, f"model.path={sharded}")
     assert "model.path = " in message and says in message
     assert message.count("model.path = ") == 1
+
+
+def test_weights_that_are_not_finite_leave_nothing_behind(
+    base: Arguments, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["+experiment=quickstart", *base, f"model.path={model}", "stages=[load]"]) == EXIT_REQUEST
+    message = capsys.readouterr().err
+    assert "model.norm.weight holds NaN or infinity" in message and "Traceback" not in message
+    assert not [*tmp_path.glob("out/**/manifest.json"), *tmp_path.glob("out/**/*.safetensors")]
 
 
 def test_a_hub_id_without_a_network(base: Arguments, offline: None, capsys: pytest.CaptureFixture[str]) -> None:
