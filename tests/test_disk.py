@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import preflight
 from pipeline.__main__ import main
 from pipeline.disk import refused_where_full
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
@@ -26,17 +25,28 @@ MEBIBYTE = 2**20
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of four MiB."""
+def disk_of(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``disk_of(4)``: a disk of four MiB."""
     place = tmp_path / "disk"
-    place.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("only root can make a small disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("this system does not let its root mount")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+
+    def mount(mebibytes: int) -> Path:
+        place.mkdir()
+        if shutil.which("mount") is None or os.geteuid() != 0:
+            pytest.skip("only root can make a small disk")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("this system does not let its root mount")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture
+def small_disk(disk_of: Callable[[int], Path]) -> Path:
+    """A disk of four MiB."""
+    return disk_of(4)
 
 
 @contextmanager
@@ -85,13 +95,13 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_half_way(
-    shrunk: list[str], small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shrunk: list[str], disk_of: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After all checks have passed somebody else takes the room; when it is free again the same command goes on."""
-    monkeypatch.setattr(preflight, "FREE_SPACE_MARGIN", 0)  # half a GiB is more than this disk has
-    command = ["+experiment=quickstart", *shrunk, f"output_dir={small_disk}", "stages=[expand]", "expand=copy"]
-    expand = small_disk / "artifacts" / "expand"
-    other = threading.Thread(target=_fill_when, args=(small_disk, lambda: any(expand.glob("*.partial"))))
+    disk = disk_of(640)  # half a GiB is asked for beforehand
+    command = ["+experiment=quickstart", *shrunk, f"output_dir={disk}", "stages=[expand]", "expand=copy"]
+    expand = disk / "artifacts" / "expand"
+    other = threading.Thread(target=_fill_when, args=(disk, lambda: any(expand.glob("*.partial"))))
     other.start()
     assert main(command) == EXIT_REQUEST
     other.join()
@@ -99,7 +109,7 @@ def test_a_disk_that_fills_up_half_way(
     assert f"output_dir = {expand}" in message and "bytes are needed there and" in message
     assert "Traceback" not in message
     assert not list(expand.rglob("*model*")) and not list(expand.rglob("manifest.json"))
-    (small_disk / "another's").unlink()
+    (disk / "another's").unlink()
     assert main(command) == EXIT_DONE
     assert list(expand.glob("*/manifest.json"))
 
