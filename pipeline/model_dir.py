@@ -14,6 +14,7 @@ from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.shard_writer import ShardWriter
 from pipeline.source import SIDE_FILES
+from pipeline.stored_names import by_stored_name
 from pipeline.tensor_spec import DTYPES, StoredBytes, TensorSpec
 from pipeline.weight_files import read_headers
 
@@ -82,12 +83,13 @@ def export_with_replaced(base_dir: Path, out_dir: Path, tensors: Mapping[str, Te
 
     Args:
         base_dir: a model directory; its config, tokenizer and expansion.json are copied byte for byte.
-        tensors: replacements by name, shaped as the base's and rounded to the base's dtype.
+        tensors: replacements by their names in memory or on disk, shaped as the base's and rounded to its dtype.
 
     Raises:
         ValueError: a name that the base does not have, or another shape.
     """
     base = ModelDirectory(base_dir)
+    tensors = by_stored_name(base_dir, base.specs, tensors)
     for name, tensor in tensors.items():
         if name not in base.specs:
             raise ValueError(f"{base_dir} has no tensor {name}")
