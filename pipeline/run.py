@@ -19,6 +19,7 @@ from rich.console import Console
 
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Settings
+from pipeline.disk import refused_where_full
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.graph import STAGES, Node, forced, select
 from pipeline.stage import Metrics, StageTask, TrackingTarget, task_to_json
@@ -77,7 +78,8 @@ def _build(run: Settings, node: Node, redo: bool, console: Console) -> float:
     started = time.monotonic()
     metrics = _execute(make_task(run, node))
     seconds = time.monotonic() - started
-    node.artifact.commit(_manifest(node, metrics, seconds))
+    with refused_where_full(node.artifact.partial):
+        node.artifact.commit(_manifest(node, metrics, seconds))
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)

@@ -21,7 +21,17 @@ LAYERS = (
     {"command", "plan"},
     {"run", "graph", "preflight", "messages"},
     {"stages"},
-    {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
+    {
+        "expansion",
+        "training",
+        "evaluation",
+        "data",
+        "comparison",
+        "model_dir",
+        "model_check",
+        "layer_config",
+        "stored_names",
+    }
     | {"layer_surgery", "shard_writer"}
     | {"launch", "tracking", "progress"},
     {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog", "disk"}

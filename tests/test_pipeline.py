@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,3 +186,14 @@ def test_a_terminated_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path:
     status, output = run(*command, cwd=tmp_path)
     assert status == EXIT_DONE, output
     assert "resume" in output
+
+
+def test_two_runs_of_the_same_at_once_build_it_once(shrunk: list[str], tmp_path: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk, "stages=[expand]", "expand=copy"]
+    processes = [start(*command, cwd=tmp_path) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [EXIT_DONE, EXIT_DONE], outputs
+    for stage in ("load", "expand"):
+        assert sorted(len(re.findall(rf"^ *done +{stage} ", output, re.MULTILINE)) for output in outputs) == [0, 1]
+    assert any(re.search(r"waits +\w+ +process \d+ on .* is building it", output) for output in outputs), outputs
+    assert not list(tmp_path.glob("outputs/artifacts/*/*.partial"))
