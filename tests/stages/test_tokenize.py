@@ -20,14 +20,19 @@ from pipeline.stages import tokenize
 SPLITS = ("train", "held_out")
 
 
-def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: Any) -> StageTask:
+def _source(purpose: Any, path: Path | None, weight: float = 1.0) -> Source:
     kind = "python_docs" if path is None else "files"
     text_field = "text" if purpose == "corpus" else None
-    source = Source(
-        kind=kind, path=path and str(path), config_name=None, split=None, revision=None, text_field=text_field
+    place = path and str(path)
+    return Source(
+        kind=kind, path=place, config_name=None, split=None, revision=None, text_field=text_field, weight=weight
     )
+
+
+def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: Any) -> StageTask:
+    source = _source(purpose, path)
     values = {"sequence_length": 64, "held_out_fraction": 0.2, "max_tokens": None, "chat_template": "model"}
-    settings = Tokenize(**{"purpose": purpose, "source": source, **values, **changes})
+    settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
     launch = Launch(device="cpu", processes=1, threads=1)
     tracking = TrackingTarget(
