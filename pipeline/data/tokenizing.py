@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from pipeline.config import Tokenize
 from pipeline.data.blocks import Ids
-from pipeline.data.chat import ChatRenderer, chat_template
+from pipeline.data.chat import ChatRenderer, chat_template, end_of_turn
 from pipeline.data.checkpoint import Checkpoint
 from pipeline.data.conversations import Conversation
 from pipeline.data.dataset import DatasetWriter
@@ -56,6 +56,7 @@ class DatasetBuilder:
         self._writer = self._open.enter_context(DatasetWriter(directory, settings, tokenizer.eos, state))
         self._encoders = self._open.enter_context(tokenizer.encoders())
         self._mixture = Mixture(self._parts(state["parts"] if state else None), settings.max_tokens)
+        self._end_of_turn: int | None = None
         self._renderers = self._make_renderers(directory) if settings.purpose == "instructions" else []
 
     def __enter__(self) -> DatasetBuilder:
@@ -84,6 +85,7 @@ class DatasetBuilder:
         """One a part, since each counts what it drops."""
         template = chat_template(self._tokenizer, self._settings.chat_template)
         (directory / TEMPLATE_FILE).write_text(template)
+        self._end_of_turn = end_of_turn(self._tokenizer, template)
         longest = self._settings.sequence_length
         return [ChatRenderer(self._tokenizer, template, longest, part.dropped) for part in self._mixture.parts]
 
@@ -138,6 +140,7 @@ class DatasetBuilder:
             ],
             "sequence_length": settings.sequence_length,
             "vocab_size": self._tokenizer.vocab_size,
+            "end_of_turn": self._end_of_turn,  # the id at which a model tuned on it stops; null for a corpus
             "blocks": {split: blocks[split].blocks for split in SPLITS},
             "documents": {split: totals["documents"][split] for split in SPLITS},
             "tokens": {split: totals["tokens"][split] for split in SPLITS},

@@ -105,6 +105,7 @@ def test_conversations_are_taught_on_the_answers_only(tiny_llama_dir: Path, tiny
     chats = [json.loads(line)["messages"] for line in tiny_chats.read_text().splitlines()]
     assert said == {chat[1]["content"] + "<|im_end|>" for chat in chats}
     assert (task.out / "chat_template.jinja").read_text() == tokenizer.chat_template
+    assert metrics["end_of_turn"] == tokenizer.eos_token_id
     held_out = [row["messages"] for row in _held_out(task.out)]
     assert len(held_out) == metrics["documents"]["held_out"] and all(chat in chats for chat in held_out)
 
