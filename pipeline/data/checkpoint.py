@@ -57,5 +57,6 @@ class Checkpoint:
         write_json(self._json, {"hashes": self._saved_hashes, **state})
 
     def remove(self) -> None:
-        """Everything is written."""
+        """Everything is written. The state goes first: without it, what is left over is not looked at."""
+        self._json.unlink(missing_ok=True)
         shutil.rmtree(self._directory)
