@@ -1,12 +1,12 @@
 """How long a gigabyte of text takes to tokenize: the whole stage against the tokenizers library alone, same cores.
 
-    python scripts/benchmarks/tokenization.py [--megabytes 1000] [--cores 2] [--output-dir outputs]
+    python -m scripts.benchmarks.tokenization [--megabytes 1000] [--cores 2] [--output-dir outputs]
 
 The text is CPython's documentation, over and over, its paragraphs in another order every time and each document with
 a line of its own, so that no two are the same. The library is timed on its calls alone (``encode_batch_fast`` with a
 thread a core, nothing read or written); the stage from the start of its process to its end: reading JSON, hashing,
 encoding, packing, writing. Memory is what only these processes hold (RssAnon + RssShmem), summed over them, as seen
-from outside ten times a second.
+from outside.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config import Launch, Source, Tokenize, Tracking
+from pipeline.config import Source, Tokenize
 from pipeline.data import python_docs
 from pipeline.data.encoders import available_cores
-from pipeline.stage import StageTask, TrackingTarget, task_to_json
+from pipeline.stage import task_to_json
+from scripts.benchmarks.models import stage_task
+from scripts.benchmarks.processes import run_module
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SAMPLE_SECONDS = 0.1
 BATCH_DOCUMENTS = 256
 MEGABYTE = 10**6
 GIBIBYTE = 2**30
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "true"}
 
 LIBRARY_ALONE = f"""
 import itertools, json, sys, time
@@ -55,11 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--cores", type=int, default=available_cores())
-    parser.add_argument("--output-dir", default="outputs", help="where the quickstart's model lies or is made")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs"), help="where the quickstart's model lies or is made"
+    )
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    model = load_model(options.output_dir)
     with tempfile.TemporaryDirectory() as place:
+        model = load_model(options.output_dir.absolute(), Path(place, "load.log"))
         corpus = Path(place, "corpus.jsonl")
         size = write_corpus(corpus, options.megabytes * MEGABYTE)
         alone = time_library(model, corpus)
@@ -67,11 +68,10 @@ def main() -> None:
     print_table(size, tokens, alone, seconds, peak)
 
 
-def load_model(output_dir: str) -> Path:
+def load_model(output_dir: Path, log: Path) -> Path:
     """The quickstart's model, of which only the tokenizer is used."""
-    command = [sys.executable, "-m", "pipeline", "+experiment=quickstart", "stages=[load]", f"output_dir={output_dir}"]
-    subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
-    return Path(output_dir, "quickstart", "load")
+    run_module("pipeline", "+experiment=quickstart", "stages=[load]", f"output_dir={output_dir}", log=log)
+    return output_dir / "quickstart" / "load"
 
 
 def write_corpus(path: Path, size: int) -> int:
@@ -99,28 +99,12 @@ def documents() -> Iterator[str]:
 def time_library(model: Path, corpus: Path) -> float:
     """Seconds within the library's calls."""
     command = [sys.executable, "-c", LIBRARY_ALONE, str(model / "tokenizer.json"), str(corpus)]
-    return float(subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout)
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def time_stage(model: Path, corpus: Path, place: Path) -> tuple[float, int, int]:
     """Seconds, peak bytes of memory, and tokens of the whole stage."""
-    outcome, job = place / "outcome.json", place / "task.json"
-    job.write_text(json.dumps(task_to_json(stage_task(model, corpus, place / "out"))))
-    (place / "out").mkdir()
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "pipeline.stages", str(job), str(outcome)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, sum(map(own_memory, tree(process.pid))))
-        time.sleep(SAMPLE_SECONDS)
-    seconds = time.perf_counter() - started
-    metrics = json.loads(outcome.read_text())["metrics"]
-    return seconds, peak, sum(metrics["tokens"].values())
-
-
-def stage_task(model: Path, corpus: Path, out: Path) -> StageTask:
-    """tokenize as a run of the pipeline would start it."""
     source = Source(
         kind="files", path=str(corpus), config_name=None, split=None, revision=None, text_field="text", weight=1.0
     )
@@ -128,28 +112,13 @@ def stage_task(model: Path, corpus: Path, out: Path) -> StageTask:
         purpose="corpus", sources=[source], sequence_length=2048, held_out_fraction=0.001, max_tokens=None,
         chat_template="model",
     )  # fmt: skip
-    tracking = TrackingTarget(Tracking(wandb="disabled", project="benchmark", entity=None), "b", "tokenize", "b", out)
-    launch = Launch.model_construct(device="cpu", processes=1, threads="auto")
-    return StageTask("tokenize/corpus", settings, {"load": model}, out, 0, launch, tracking)
-
-
-def tree(process: int) -> list[int]:
-    """A process and its descendants."""
-    try:
-        children = [int(child) for path in Path(f"/proc/{process}/task").glob("*/children")
-                    for child in path.read_text().split()]  # fmt: skip
-    except OSError:  # it has just ended
-        return []
-    return [process, *(pid for child in children for pid in tree(child))]
-
-
-def own_memory(process: int) -> int:
-    """Bytes that are not a file's."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    out, job, outcome = place / "out", place / "task.json", place / "outcome.json"
+    out.mkdir()
+    job.write_text(json.dumps(task_to_json(stage_task("tokenize/corpus", settings, {"load": model}, out))))
+    started = time.perf_counter()
+    peak = run_module("pipeline.stages", str(job), str(outcome), log=place / "stage.log", timeout=7200.0)
+    seconds = time.perf_counter() - started
+    return seconds, peak.host, sum(json.loads(outcome.read_text())["metrics"]["tokens"].values())
 
 
 def print_table(size: int, tokens: int, alone: float, stage: float, peak: int) -> None:
