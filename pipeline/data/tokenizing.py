@@ -20,7 +20,6 @@ from pipeline.data.chat import ChatRenderer, chat_template, end_of_turn
 from pipeline.data.checkpoint import Checkpoint
 from pipeline.data.conversations import Conversation
 from pipeline.data.dataset import DatasetWriter
-from pipeline.data.encoders import Encoders
 from pipeline.data.lookahead import Lookahead
 from pipeline.data.mixture import COUNTS, Items, Mixture, Part, Unencoded
 from pipeline.data.sources import SPLITS, Example, ExampleStream, Split, content_bytes, expected_bytes, setting_of
@@ -69,17 +68,17 @@ class DatasetBuilder:
         parts = []
         for number, source in enumerate(self._settings.sources):
             state = states[number] if states else None
-            items = self._items(number, self._encoders, state["position"] if state else None)
+            items = self._items(number, state["position"] if state else None)
             part = Part(items, source.weight, has_split=source.kind == "python_docs")
             if state:
                 part.restore(state)
             parts.append(part)
         return parts
 
-    def _items(self, number: int, encoders: Encoders, position: dict[str, Any] | None) -> Items:
+    def _items(self, number: int, position: dict[str, Any] | None) -> Items:
         source, purpose = self._settings.sources[number], self._settings.purpose
         stream = ExampleStream(source, purpose, self._names[number], position["stream"] if position else None)
-        return Lookahead(stream, encoders, position) if purpose == "corpus" else Unencoded(stream)
+        return Lookahead(stream, self._encoders, position) if purpose == "corpus" else Unencoded(stream)
 
     def _make_renderers(self, directory: Path) -> list[ChatRenderer]:
         """One a part, since each counts what it drops."""
