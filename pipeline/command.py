@@ -13,7 +13,7 @@ from pipeline.artifact import read_json
 from pipeline.comparison.closing import closing_table
 from pipeline.config import Settings
 from pipeline.graph import Node, build_graph, make_report, select
-from pipeline.preflight import check, check_output, identify
+from pipeline.preflight import check, check_output, identify, pin_data
 from pipeline.run import missing, run_graph
 from pipeline.shape import shape_of
 from pipeline.source import ModelSource, config_of, resolve
@@ -67,6 +67,7 @@ def _prepare(run: Settings) -> Prepared:
     source = resolve(run.model)
     if source.commit is not None:  # what a branch stands for now is what will be loaded, however long that takes
         run = run.model_copy(update={"model": run.model.model_copy(update={"revision": source.commit})})
+    run = pin_data(run)
     return Prepared(run, source, build_graph(run, identify(run, source)))
 
 

@@ -48,6 +48,17 @@ def _unwritable(place: Path, why: str) -> UserError:
     )
 
 
+def pin_data(run: Settings) -> Settings:
+    """The run with its hub data sets' revisions resolved: what a branch stands for now is what will be read.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such data set or revision.
+    """
+    corpus, instructions = run.data.corpus, run.data.instructions
+    pinned = {"corpus": sources.pin(corpus, "corpus"), "instructions": sources.pin(instructions, "instructions")}
+    return run.model_copy(update={"data": run.data.model_copy(update=pinned)})
+
+
 def identify(run: Settings, source: ModelSource) -> Inputs:
     """The content identity of everything that comes from outside."""
     fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json")
@@ -80,9 +91,9 @@ def check(run: Settings, source: ModelSource, missing: Mapping[str, Node]) -> No
     if "evaluate" in stages:
         validate_evaluation(run.evaluate)
     if "tokenize/corpus" in missing:
-        sources.check_source(run.data.corpus, "corpus")
+        sources.check(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
-        sources.check_source(run.data.instructions, "instructions")
+        sources.check(run.data.instructions, "instructions")
         _check_chat_template(run, config)
     _check_login(run)
     _check_disk(run, config, stages)

@@ -165,6 +165,33 @@ def test_a_missing_corpus(base: Arguments, capsys: pytest.CaptureFixture[str]) -
     assert "data.corpus.path" in _refused(capsys, *base, "data.corpus.path=/no/such/file.txt")
 
 
+@pytest.mark.parametrize("weight", ["0", "-0.5", "much"])
+def test_a_weight_that_is_none(weight: str, base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, f"data.corpus.weight={weight}")
+    assert message.startswith("data.corpus.weight = ")
+
+
+@pytest.fixture
+def mixed(base: Arguments, tiny_corpus: Path, tiny_chats: Path) -> Arguments:
+    """A request with two sources that would work once both have a path."""
+    kept = [item for item in base if not item.startswith("data")]
+    second = ["data.corpus.1.kind=files", "data.corpus.1.split=null", f"data.corpus.1.path={tiny_corpus}"]
+    return [*kept, "data=replay", f"data.instructions.path={tiny_chats}", *second]
+
+
+def test_a_fault_in_one_of_several_sources_says_in_which(
+    mixed: Arguments, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "data.corpus.0.path=..." in _refused(capsys, *mixed)
+    assert "data.corpus.0.path = /no/such" in _refused(capsys, *mixed, "data.corpus.0.path=/no/such")
+    both = [*mixed, f"data.corpus.0.path={tiny_corpus}"]
+    assert _refused(capsys, *both, "data.corpus.1.weight=0").startswith("data.corpus.1.weight = 0")
+    (tmp_path / "empty.txt").write_text("\n")
+    message = _refused(capsys, *both, f"data.corpus.1.path={tmp_path / 'empty.txt'}")
+    assert message.startswith("data.corpus.1.path") and "empty" in message
+    assert "go by number" in _refused(capsys, *both, f"data.corpus.path={tiny_corpus}")
+
+
 def test_a_sequence_longer_than_the_model_reads(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "pretrain.sequence_length=512")
     assert "pretrain.sequence_length = 512" in message and "256" in message
