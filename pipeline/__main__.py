@@ -43,6 +43,7 @@ from pipeline.messages import (
     explain_hydra,
     list_experiments,
     no_experiment,
+    not_a_number,
     not_given,
     not_yaml,
     refuse_secrets,
@@ -156,7 +157,10 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
     search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders[1:]]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        composed = compose("config", overrides=[*overrides, *search])
+        try:
+            composed = compose("config", overrides=[*overrides, *search])
+        except ValueError as error:  # OmegaConf's int() of what should be a list's index
+            raise not_a_number(overrides) from error
     for key in sorted(OmegaConf.missing_keys(composed)):
         raise not_given(key)
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)

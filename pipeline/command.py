@@ -17,7 +17,7 @@ from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.graph import Node, build_graph, lineage, make_report, select
 from pipeline.machine import Machine
-from pipeline.preflight import check, check_output, identify
+from pipeline.preflight import check, check_output, identify, pin_data
 from pipeline.requeue import counted_restarts
 from pipeline.run import link, missing, run_graph
 from pipeline.shape import shape_of
@@ -140,6 +140,7 @@ def _prepare(run: Settings) -> Prepared:
     source = resolve(run.model)
     if source.commit is not None:  # what a branch stands for now is what will be loaded, however long that takes
         run = run.model_copy(update={"model": run.model.model_copy(update={"revision": source.commit})})
+    run = pin_data(run)
     return Prepared(run, source, build_graph(run, identify(run, source)))
 
 

@@ -34,11 +34,12 @@ def refused_where_full(directory: Path, needed: int | None = None) -> Iterator[N
     Raises:
         UserError: the disk is full, or the user may write no more.
     """
-    free = free_bytes(directory)
+    before = free_bytes(directory)
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        wanted = "more bytes" if needed is None else f"{needed:,} bytes"
-        raise no_room(directory, f"{wanted} are needed there and {free:,} are free ({error.strerror})") from error
+        wanted, free = ("more", free_bytes(directory)) if needed is None else (f"{needed:,}", before)
+        rule = f"{wanted} bytes are needed there and {free:,} are free ({error.strerror})"
+        raise no_room(directory, rule) from error

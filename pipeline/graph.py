@@ -126,7 +126,7 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
     """One tokenize node a data set; what matters to it is gathered from ``data`` and the training sections."""
     corpus = Tokenize(
         purpose="corpus",
-        source=run.data.corpus,
+        sources=run.data.corpus,
         sequence_length=run.pretrain.sequence_length,
         held_out_fraction=run.data.held_out_fraction,
         max_tokens=run.data.max_corpus_tokens,
@@ -134,7 +134,7 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
     )
     instructions = Tokenize(
         purpose="instructions",
-        source=run.data.instructions,
+        sources=run.data.instructions,
         sequence_length=run.sft.sequence_length,
         held_out_fraction=run.data.held_out_fraction,
         max_tokens=None,

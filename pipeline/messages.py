@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -96,7 +96,19 @@ def badly_quoted(override: str) -> UserError:
 
 def not_given(key: str) -> UserError:
     """The refusal of a setting that has no value."""
+    key = re.sub(r"\[(\d+)\]", r".\1", key)  # a list's item, as the command line spells it
     return UserError(setting=key, value="(not given)", rule="it must be set", remedy=f"Add {key}=... to the command.")
+
+
+def not_a_number(overrides: list[str]) -> UserError:
+    """The refusal of an override that names an item of a list by a word."""
+    lists = [item for item in overrides if item.startswith(("data.corpus.", "data.instructions."))]
+    return UserError(
+        setting=lists[0].partition("=")[0] if lists else "command line",
+        value=lists[0].partition("=")[2] if lists else " ".join(overrides),
+        rule="this is a list of several, and its items go by number, from 0",
+        remedy="Say which, such as data.corpus.0.path=...",
+    )
 
 
 def not_yaml(error: YAMLError) -> UserError:
@@ -186,8 +198,9 @@ def known_keys() -> list[str]:
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys_of(field.annotation, f"{prefix}{name}.")
+        for inner in (field.annotation, *get_args(field.annotation)):  # a section, or a list of them
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _keys_of(inner, f"{prefix}{name}.")
 
 
 # ------------------------------------------------------------------------------------------ secrets

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pipeline.layer_config import Config, spelled_out_config
 from pipeline.model_dir import ModelDirectory
+from pipeline.tensor_spec import is_finite
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -24,7 +25,6 @@ SENTENCES = (
 DECODED_TOKENS = 8
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below one: float32 rounding
 CACHE_TOLERANCE = 1e-3  # likewise; a cache sums in another order, which depth amplifies
-FINITE_AT_ONCE = 2**24  # entries of a stored tensor
 
 # A narrow twin's sizes. Head width stays: rotary tables have its length.
 NARROW = {
@@ -102,11 +102,9 @@ def _check_config(directory: Path, config: Config) -> None:
 
 
 def _check_values(directory: Path) -> None:
-    """Whether every stored number is finite; a part of a tensor at a time."""
     stored = ModelDirectory(directory)
     for name in stored.specs:
-        parts = stored.read(name).flatten().split(FINITE_AT_ONCE)
-        _require(all(bool(torch.isfinite(part).all()) for part in parts), f"{name} is not finite")
+        _require(is_finite(stored.read(name)), f"{name} is not finite")
 
 
 def _prompts(directory: Path) -> Tensor:

@@ -14,8 +14,9 @@ from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.shard_writer import ShardWriter
 from pipeline.source import SIDE_FILES
+from pipeline.stored_names import by_stored_name
 from pipeline.tensor_spec import DTYPES, StoredBytes, TensorSpec
-from pipeline.weight_files import find_weights, read_header
+from pipeline.weight_files import read_headers
 
 EXPANSION_FILE = "expansion.json"
 
@@ -35,8 +36,7 @@ class ModelDirectory:
         self.specs: dict[str, TensorSpec] = {}
         self._places: dict[str, StoredBytes] = {}
         self._open: dict[Path, Any] = {}
-        for shard in find_weights(path):
-            entries, first = read_header(shard)
+        for shard, (entries, first) in read_headers(path).items():
             for name, entry in entries.items():
                 self.specs[name] = TensorSpec(_dtype(entry.dtype, name, path), entry.shape)
                 self._places[name] = StoredBytes(shard, first + entry.begin)
@@ -83,12 +83,13 @@ def export_with_replaced(base_dir: Path, out_dir: Path, tensors: Mapping[str, Te
 
     Args:
         base_dir: a model directory; its config, tokenizer and expansion.json are copied byte for byte.
-        tensors: replacements by name, shaped as the base's and rounded to the base's dtype.
+        tensors: replacements by their names in memory or on disk, shaped as the base's and rounded to its dtype.
 
     Raises:
         ValueError: a name that the base does not have, or another shape.
     """
     base = ModelDirectory(base_dir)
+    tensors = by_stored_name(base_dir, base.specs, tensors)
     for name, tensor in tensors.items():
         if name not in base.specs:
             raise ValueError(f"{base_dir} has no tensor {name}")

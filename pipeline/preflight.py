@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
 from pipeline.config import Settings
 from pipeline.data import sources
+from pipeline.disk import free_bytes, no_room
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
@@ -19,6 +19,7 @@ from pipeline.machine import Machine, detect_machine
 from pipeline.shape import shape_of
 from pipeline.source import ModelSource, config_of
 from pipeline.training.validate import validate as validate_training
+from pipeline.weight_files import read_headers, refuse_quantised
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FREE_SPACE_MARGIN = 512 * 2**20  # corpora, logs, reports
@@ -50,6 +51,17 @@ def _unwritable(place: Path, why: str) -> UserError:
     )
 
 
+def pin_data(run: Settings) -> Settings:
+    """The run with its hub data sets' revisions resolved: what a branch stands for now is what will be read.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such data set or revision.
+    """
+    corpus, instructions = run.data.corpus, run.data.instructions
+    pinned = {"corpus": sources.pin(corpus, "corpus"), "instructions": sources.pin(instructions, "instructions")}
+    return run.model_copy(update={"data": run.data.model_copy(update=pinned)})
+
+
 def identify(run: Settings, source: ModelSource) -> Inputs:
     """The content identity of everything that comes from outside."""
     fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json", writes=not run.only_looks)
@@ -79,6 +91,8 @@ def check(
     if not stages:
         return
     config = config_of(source)
+    if "load" in stages:
+        _check_weights(source, config)
     architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
     validate_expansion(run.expand, config["num_hidden_layers"])
     if "pretrain" in stages:
@@ -90,12 +104,19 @@ def check(
     if "evaluate" in stages:
         validate_evaluation(run.evaluate)
     if "tokenize/corpus" in missing:
-        sources.check_source(run.data.corpus, "corpus")
+        sources.check(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
-        sources.check_source(run.data.instructions, "instructions")
+        sources.check(run.data.instructions, "instructions")
         _check_chat_template(run, config)
     _check_login(run)
     _check_disk(run, config, stages)
+
+
+def _check_weights(source: ModelSource, config: Mapping[str, object]) -> None:
+    """The weights are plain, and those that lie on this machine are whole."""
+    refuse_quantised(config, source.repo or source.directory)
+    if source.directory is not None and source.gguf_file is None:
+        read_headers(source.directory)
 
 
 def _check_chat_template(run: Settings, config: Mapping[str, object]) -> None:
@@ -131,14 +152,9 @@ def _check_disk(run: Settings, config: Mapping[str, int], stages: set[str]) -> N
     if stages & {"pretrain", "sft"}:
         trained = run.expand.new_layers * shape.per_layer or deeper.parameters
         need += 2 * trained * 12  # float32 master weight and two moments
-    free = shutil.disk_usage(_existing(Path(run.output_dir))).free
+    free = free_bytes(_existing(Path(run.output_dir)))
     if free < need + FREE_SPACE_MARGIN:
-        raise UserError(
-            setting="output_dir",
-            value=run.output_dir,
-            rule=f"{_gib(need + FREE_SPACE_MARGIN)} are needed there and {_gib(free)} are free",
-            remedy="Free some space, or say output_dir=DIRECTORY on a larger disk.",
-        )
+        raise no_room(run.output_dir, f"{_gib(need + FREE_SPACE_MARGIN)} are needed there and {_gib(free)} are free")
 
 
 def _existing(place: Path) -> Path:

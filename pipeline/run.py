@@ -17,6 +17,7 @@ from rich.console import Console
 
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Settings
+from pipeline.disk import refused_where_full
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.failure import how_it_ended, last_words
 from pipeline.graph import STAGES, Node, forced, select
@@ -88,7 +89,8 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
         raise
     seconds = time.monotonic() - started
     lock.confirm()
-    node.artifact.commit(_manifest(node, metrics, seconds))
+    with refused_where_full(node.artifact.partial):
+        node.artifact.commit(_manifest(node, metrics, seconds))
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)

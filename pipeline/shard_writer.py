@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.artifact import write_json
 from pipeline.disk import refused_where_full
+from pipeline.errors import UserError
 from pipeline.tensor_spec import DTYPE_NAMES, StoredBytes, TensorSpec
 from pipeline.weight_files import INDEX, SINGLE
 
@@ -66,18 +67,28 @@ class ShardWriter:
         self._mapped: dict[str, Tensor] = {}
         if not self.written:
             remove_weights(directory)
-        with refused_where_full(directory, sum(spec.bytes for spec in specs.values())):
-            self._files = [self._open(shard, header) for shard, header in enumerate(headers)]
+        self._files = [os.open(self._partial(shard), os.O_RDWR | os.O_CREAT, 0o666) for shard in range(len(headers))]
+        self._take_room(headers)
 
     def _partial(self, shard: int) -> Path:
         return self._directory / f".model-{shard}.partial"
 
-    def _open(self, shard: int, header: bytes) -> int:
-        """A shard's file with all the room it needs, so that a disk that is too small says so before work is put in."""
-        file = os.open(self._partial(shard), os.O_RDWR | os.O_CREAT, 0o666)
-        os.posix_fallocate(file, 0, len(header) + sum(self._specs[name].bytes for name in self._shards[shard]))
-        _write_at(file, header, 0)
-        return file
+    def _take_room(self, headers: Iterable[bytes]) -> None:
+        """Gives every file all the room it needs, so that a disk that is too small says so before work is put in."""
+        try:
+            with refused_where_full(self._directory, sum(spec.bytes for spec in self._specs.values())):
+                for file, header, names in zip(self._files, headers, self._shards, strict=True):
+                    os.posix_fallocate(file, 0, len(header) + sum(self._specs[name].bytes for name in names))
+                    _write_at(file, header, 0)
+        except UserError:
+            self._close()
+            if not self.written:
+                remove_weights(self._directory)  # what little room there was is the user's
+            raise
+
+    def _close(self) -> None:
+        for file in self._files:
+            os.close(file)
 
     def _kept(self, headers: Iterable[bytes]) -> set[str]:
         """What an interrupted writer of the very same files had kept."""
@@ -152,8 +163,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._mapped.clear()
-        for file in self._files:
-            os.close(file)
+        self._close()
         if kind is None:
             self.finish()
 

@@ -1,4 +1,4 @@
-"""What is known of a stored tensor without reading it: dtype, shape, and where its bytes lie."""
+"""What is known of a stored tensor: dtype, shape, where its bytes lie, and whether it holds numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+FINITE_AT_ONCE = 2**24  # entries that are looked at together
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -33,3 +36,8 @@ class StoredBytes:
 
     file: Path
     offset: int
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is; needs room for a small part of the tensor only."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(FINITE_AT_ONCE))

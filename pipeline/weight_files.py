@@ -7,7 +7,7 @@ https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,53 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
     Raises:
         UserError: it is no model directory, holds no safetensors weights, or its index names a missing file.
     """
+    return tuple(sorted({directory / name for name in _read_index(directory).values()}))
+
+
+def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], int]]:
+    """The tensors of every file of a model directory by name, and where in the file their bytes begin.
+
+    Raises:
+        UserError: a file is missing or cut short, or the index names a tensor that its file does not hold.
+    """
+    headers = {path: read_header(path) for path in find_weights(directory)}
+    if (directory / INDEX).is_file():
+        for tensor, name in _read_index(directory).items():
+            if tensor not in headers[directory / name][0]:
+                rule = f"{INDEX} says that {tensor} is in {name}, which does not hold it"
+                raise _refuse(directory, rule, "Fetch the index and all files that it names again, of one revision.")
+    return headers
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """File name by tensor name; a single file stands under a name of its own."""
     if not directory.is_dir():
         raise _refuse(directory, "there is no such directory", "Check the path.")
     check_names([path.name for path in directory.iterdir()], directory)
     if not (directory / INDEX).is_file():
-        return (directory / SINGLE,)
-    names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    for name in names:
+        return {"": SINGLE}
+    try:
+        files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise _refuse(directory / INDEX, "the index of the weights cannot be read", "Fetch it again.") from error
+    for name in sorted(set(files.values())):
         if not (directory / name).is_file():
             raise _refuse(directory, f"{INDEX} names {name}, which is not there", f"Fetch {name} again.")
-    return tuple(directory / name for name in names)
+    return files
+
+
+def refuse_quantised(config: Mapping[str, Any], where: object) -> None:
+    """Refuses a model whose config.json says that its weights are packed.
+
+    Raises:
+        UserError: it does.
+    """
+    if config.get("quantization_config"):
+        raise _refuse(
+            where,
+            "its weights are quantised, and new layers are made from plain ones",
+            "Give the model as it was before quantisation; of the quantised formats, GGUF can be unpacked.",
+        )
 
 
 def check_names(names: Collection[str], where: object) -> None:

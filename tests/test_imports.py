@@ -23,7 +23,7 @@ LAYERS = (
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
-    | {"layer_surgery", "shard_writer", "launch", "machine", "failure", "tracking", "progress"},
+    | {"layer_surgery", "shard_writer", "stored_names", "launch", "machine", "failure", "tracking", "progress"},
     {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog", "disk"}
     | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"}
     | {"slurm", "allocation", "lock"},

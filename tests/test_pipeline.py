@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,3 +208,14 @@ def _rank(rank: int, processes: list[int]) -> int:
     """The process among these that is a worker of that rank."""
     found = [pid for pid in processes if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
     return found[0]
+
+
+def test_two_runs_of_the_same_at_once_build_it_once(shrunk: list[str], tmp_path: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk, "stages=[expand]", "expand=copy"]
+    processes = [start(*command, cwd=tmp_path) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [EXIT_DONE, EXIT_DONE], outputs
+    for stage in ("load", "expand"):
+        assert sorted(len(re.findall(rf"^ *done +{stage} ", output, re.MULTILINE)) for output in outputs) == [0, 1]
+    assert any(re.search(r"waits +\w+ +process \d+ on .* is building it", output) for output in outputs), outputs
+    assert not list(tmp_path.glob("outputs/artifacts/*/*.partial"))

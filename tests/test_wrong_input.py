@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_REQUEST
+from pipeline.weight_files import INDEX
 
 Arguments = list[str]
 
@@ -59,6 +62,79 @@ def test_a_model_with_pickle_weights_only(
     assert "safetensors" in message
 
 
+@pytest.fixture
+def sharded(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model in several files, to be spoilt."""
+    from transformers import AutoModelForCausalLM
+
+    place = tmp_path / "sharded"
+    shutil.copytree(tiny_llama_dir, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(place, max_shard_size="40KB")
+    return place
+
+
+def _lose(model: Path) -> str:
+    (model / "model-00002-of-00005.safetensors").unlink()
+    return "names model-00002-of-00005.safetensors, which is not there"
+
+
+def _cut_short(model: Path) -> str:
+    shard = model / "model-00002-of-00005.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    return "the file is cut short"
+
+
+def _promise_too_much(model: Path) -> str:
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00002-of-00005.safetensors"
+    (model / INDEX).write_text(json.dumps(index))
+    return "model.layers.9.mlp.up_proj.weight is in model-00002-of-00005.safetensors, which does not hold it"
+
+
+def _garble_index(model: Path) -> str:
+    (model / INDEX).write_text("{")
+    return "the index of the weights cannot be read"
+
+
+def _quantise(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    return "quantised"
+
+
+def _rename_family(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
+    return "ARCHITECTURES in pipeline/architecture/table.py"
+
+
+@pytest.mark.parametrize("spoil", [_lose, _cut_short, _promise_too_much, _garble_index, _quantise, _rename_family])
+def test_a_model_that_is_not_whole_or_not_plain(
+    spoil: Callable[[Path], str], base: Arguments, sharded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = spoil(sharded)
+    message = _refused(capsys, *base, f"model.path={sharded}")
+    assert "model.path = " in message and says in message
+    assert message.count("model.path = ") == 1
+
+
+def test_weights_that_are_not_finite_leave_nothing_behind(
+    base: Arguments, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["+experiment=quickstart", *base, f"model.path={model}", "stages=[load]"]) == EXIT_REQUEST
+    message = capsys.readouterr().err
+    assert "model.norm.weight holds NaN or infinity" in message and "Traceback" not in message
+    assert not [*tmp_path.glob("out/**/manifest.json"), *tmp_path.glob("out/**/*.safetensors")]
+
+
 def test_a_hub_id_without_a_network(base: Arguments, offline: None, capsys: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     message = _refused(capsys, *base, "model.path=some-organisation/some-model")
@@ -89,6 +165,33 @@ def test_a_missing_corpus(base: Arguments, capsys: pytest.CaptureFixture[str]) -
     assert "data.corpus.path" in _refused(capsys, *base, "data.corpus.path=/no/such/file.txt")
 
 
+@pytest.mark.parametrize("weight", ["0", "-0.5", "much"])
+def test_a_weight_that_is_none(weight: str, base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, f"data.corpus.weight={weight}")
+    assert message.startswith("data.corpus.weight = ")
+
+
+@pytest.fixture
+def mixed(base: Arguments, tiny_corpus: Path, tiny_chats: Path) -> Arguments:
+    """A request with two sources that would work once both have a path."""
+    kept = [item for item in base if not item.startswith("data")]
+    second = ["data.corpus.1.kind=files", "data.corpus.1.split=null", f"data.corpus.1.path={tiny_corpus}"]
+    return [*kept, "data=replay", f"data.instructions.path={tiny_chats}", *second]
+
+
+def test_a_fault_in_one_of_several_sources_says_in_which(
+    mixed: Arguments, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "data.corpus.0.path=..." in _refused(capsys, *mixed)
+    assert "data.corpus.0.path = /no/such" in _refused(capsys, *mixed, "data.corpus.0.path=/no/such")
+    both = [*mixed, f"data.corpus.0.path={tiny_corpus}"]
+    assert _refused(capsys, *both, "data.corpus.1.weight=0").startswith("data.corpus.1.weight = 0")
+    (tmp_path / "empty.txt").write_text("\n")
+    message = _refused(capsys, *both, f"data.corpus.1.path={tmp_path / 'empty.txt'}")
+    assert message.startswith("data.corpus.1.path") and "empty" in message
+    assert "go by number" in _refused(capsys, *both, f"data.corpus.path={tiny_corpus}")
+
+
 def test_a_sequence_longer_than_the_model_reads(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "pretrain.sequence_length=512")
     assert "pretrain.sequence_length = 512" in message and "256" in message
@@ -102,6 +205,14 @@ def test_a_batch_that_the_ranks_do_not_divide(base: Arguments, capsys: pytest.Ca
 def test_more_layers_than_solar_can_make(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "expand=solar", "expand.new_layers=5")
     assert "expand.new_layers = 5" in message
+
+
+@pytest.mark.parametrize("method", ["lesa", "opt_deus", "llama_pro", "average", "copy"])
+def test_more_layers_than_fit_between_the_base_s(
+    method: str, base: Arguments, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = _refused(capsys, *base, f"expand={method}", "expand.new_layers=17")
+    assert "expand.new_layers = 17" in message and "16 or less" in message
 
 
 def test_a_gap_list_that_does_not_fit(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,6 @@ class Architecture:
         layer: role by name within a layer, or how a stored tensor is put together; ``{i}`` stands for any number.
         derived: tensors within a layer that old checkpoints hold and that are made anew from the config.
         parallel: whether attention and MLP both read the layer's input, where the config does not say.
-        mlp_matrices: of one MLP or expert: 3 with a gate, 2 without.
     """
 
     layer: Mapping[str, Role | Fused] = field(repr=False)
@@ -71,7 +70,6 @@ class Architecture:
     lm_head: str = "lm_head.weight"
     derived: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     parallel: bool = False
-    mlp_matrices: int = 3
 
     def layer_of(self, tensor_name: str) -> int | None:
         """The layer that a tensor belongs to; None outside the layers."""

@@ -6,7 +6,8 @@ documents apart), and a loss mask, 1 where a token is predicted from its predece
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,20 +17,30 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.uint8]
+State = dict[str, Any]  # JSON values that say how far something got
 
 DTYPES: dict[str, type[np.unsignedinteger]] = {"input_ids": np.uint32, "position_ids": np.uint32, "loss_mask": np.uint8}
+WRITTEN_BLOCKS = 256  # documents are packed once they fill so many
 OPEN_BLOCKS = 64  # half-filled blocks kept while packing examples
 
 
 class BlockWriter:
-    """Appends blocks to ``<split>.<name>.npy``; the headers get the final shape when it is closed."""
+    """Appends blocks to ``<split>.<name>.npy``; the headers get the final shape when it is closed.
 
-    def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
-        self.blocks = 0
-        self.supervised_tokens = 0
+    Args:
+        state: what ``save()`` gave: writing goes on there, and what was written since is cut off.
+    """
+
+    def __init__(self, directory: Path, split: str, sequence_length: int, state: State | None = None) -> None:
+        self.blocks: int = state["blocks"] if state else 0
+        self.supervised_tokens: int = state["supervised_tokens"] if state else 0
         self._length = sequence_length
-        self._streams = {name: open(directory / f"{split}.{name}.npy", "wb") for name in DTYPES}
+        mode = "r+b" if state else "wb"
+        self._streams = {name: open(directory / f"{split}.{name}.npy", mode) for name in DTYPES}
         self._write_headers()
+        for name, stream in self._streams.items():
+            stream.truncate(stream.tell() + self.blocks * sequence_length * np.dtype(DTYPES[name]).itemsize)
+            stream.seek(0, os.SEEK_END)
 
     def append(self, input_ids: Ids, position_ids: Ids, loss_mask: Mask) -> None:
         """Writes blocks, each argument ``[blocks, sequence_length]``."""
@@ -39,6 +50,13 @@ class BlockWriter:
             array.tofile(stream)
         self.blocks += len(input_ids)
         self.supervised_tokens += int(loss_mask.sum())
+
+    def save(self) -> State:
+        """Puts everything on the disk and says how much that is."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        return {"blocks": self.blocks, "supervised_tokens": self.supervised_tokens}
 
     def _write_headers(self) -> None:
         """numpy pads a header so that its first dimension can grow in place."""
@@ -68,42 +86,62 @@ class DocumentPacker:
     Args:
         writer: where full blocks go.
         padding: the token that fills up the last block, never a target.
+        state: what ``state()`` gave: packing goes on there.
     """
 
-    def __init__(self, writer: BlockWriter, sequence_length: int, padding: int) -> None:
+    def __init__(self, writer: BlockWriter, sequence_length: int, padding: int, state: State | None = None) -> None:
         self._writer, self._length, self._padding = writer, sequence_length, padding
-        self._ids: Ids = np.empty(0, np.uint32)  # not yet a block
-        self._starts: npt.NDArray[np.bool_] = np.empty(0, np.bool_)  # True at a document's first token
+        self._waiting: list[Ids] = []  # documents, of the first one maybe only its end
+        self._tokens = 0  # in them
+        self._cut = False  # whether the first one's beginning is in a block already
+        if state:
+            self._waiting = [np.array(document, np.uint32) for document in state["waiting"]]
+            self._tokens, self._cut = sum(map(len, self._waiting)), state["cut"]
 
-    def add(self, documents: Iterable[Sequence[int]]) -> None:
-        """Appends documents, each a sequence of token ids."""
-        for_ids, for_starts = [self._ids], [self._starts]
-        for document in documents:
-            start = np.zeros(len(document), np.bool_)
-            start[:1] = True
-            for_ids.append(np.asarray(document, np.uint32))
-            for_starts.append(start)
-        self._ids, self._starts = np.concatenate(for_ids), np.concatenate(for_starts)
+    def add(self, document: Sequence[int] | Ids) -> None:
+        """Appends a document's token ids."""
+        self._waiting.append(np.asarray(document, np.uint32))
+        self._tokens += len(document)
+        if self._tokens >= WRITTEN_BLOCKS * self._length:
+            self._write_full_blocks()
+
+    def state(self) -> State:
+        """What is not in a block yet, as JSON values."""
         self._write_full_blocks()
+        return {"waiting": [document.tolist() for document in self._waiting], "cut": self._cut}
 
     def finish(self) -> None:
         """Fills up the last block; the padding counts as a document of its own that holds no target."""
-        used = len(self._ids)
-        if used == 0:
+        self._write_full_blocks()
+        if not self._tokens:
             return
-        missing = self._length - used
-        ids = np.append(self._ids, np.full(missing, self._padding, np.uint32))
-        positions, mask = _positions_and_mask(np.append(self._starts, np.arange(missing) == 0)[None])
+        used = self._tokens
+        self._waiting.append(np.full(self._length - used, self._padding, np.uint32))
+        ids, starts = self._joined()
+        positions, mask = _positions_and_mask(starts[None])
         mask[0, used:] = 0
         self._writer.append(ids[None], positions, mask)
-        self._ids, self._starts = self._ids[:0], self._starts[:0]
+        self._waiting, self._tokens = [], 0
+
+    def _joined(self) -> tuple[Ids, npt.NDArray[np.bool_]]:
+        """All that waits in one row, and where in it documents start."""
+        ids = np.concatenate(self._waiting)
+        starts = np.zeros(len(ids) + 1, np.bool_)  # one more: where a document starts that is empty and the last
+        starts[np.cumsum([0, *map(len, self._waiting)])[:-1]] = True
+        starts[0] &= not self._cut
+        return ids, starts[:-1]
 
     def _write_full_blocks(self) -> None:
-        whole = len(self._ids) // self._length * self._length
-        if whole:
-            blocks = self._ids[:whole].reshape(-1, self._length)
-            self._writer.append(blocks, *_positions_and_mask(self._starts[:whole].reshape(-1, self._length)))
-            self._ids, self._starts = self._ids[whole:], self._starts[whole:]
+        whole = self._tokens // self._length * self._length
+        if not whole:
+            return
+        ids, starts = self._joined()
+        blocks = ids[:whole].reshape(-1, self._length)
+        self._writer.append(blocks, *_positions_and_mask(starts[:whole].reshape(-1, self._length)))
+        rest, begins = ids[whole:], np.flatnonzero(starts[whole:])
+        self._cut = bool(len(rest)) and not starts[whole]
+        self._waiting = [piece for piece in np.split(rest, begins) if len(piece)]
+        self._tokens = len(rest)
 
 
 def _positions_and_mask(starts: npt.NDArray[np.bool_]) -> tuple[Ids, Mask]:
@@ -121,12 +159,16 @@ class ExamplePacker:
     Args:
         writer: where full blocks go.
         padding: the token that fills a block up, never a target.
+        state: what ``state()`` gave: packing goes on there.
     """
 
-    def __init__(self, writer: BlockWriter, sequence_length: int, padding: int) -> None:
+    def __init__(self, writer: BlockWriter, sequence_length: int, padding: int, state: State | None = None) -> None:
         self._writer, self._length, self._padding = writer, sequence_length, padding
-        self._open: list[list[tuple[Ids, Mask]]] = []
-        self._room: list[int] = []
+        self._open: list[list[tuple[Ids, Mask]]] = [
+            [(np.array(ids, np.uint32), np.array(mask, np.uint8)) for ids, mask in block]
+            for block in (state["open"] if state else [])
+        ]
+        self._room = [sequence_length - sum(len(ids) for ids, _ in block) for block in self._open]
 
     def add(self, input_ids: Sequence[int], loss_mask: Sequence[int]) -> None:
         """Places one example of at most ``sequence_length`` tokens."""
@@ -141,6 +183,10 @@ class ExamplePacker:
             self._write(self._room.index(min(self._room)))
         self._open.append([example])
         self._room.append(self._length - len(input_ids))
+
+    def state(self) -> State:
+        """The blocks that are still open, as JSON values."""
+        return {"open": [[(ids.tolist(), mask.tolist()) for ids, mask in block] for block in self._open]}
 
     def finish(self) -> None:
         """Writes the blocks that are still open."""

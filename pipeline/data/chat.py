@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from pipeline.data.conversations import Conversation
+from pipeline.data.conversations import Conversation, turn
 from pipeline.data.tokens import TextTokenizer
 from pipeline.errors import UserError
 
@@ -53,6 +53,18 @@ def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> 
             remedy="Say data.chat_template=plain for a plain-text template that needs no new tokens.",
         )
     return str(own["default"] if isinstance(own, dict) else own)
+
+
+def end_of_turn(tokenizer: TextTokenizer, template: str) -> int:
+    """The token that ends an answer, at which the tuned model is to stop.
+
+    Raises:
+        UserError: the template cannot be trained on.
+    """
+    rendered = ChatRenderer(tokenizer, template, longest=2**20, dropped=Counter()).render(turn("Hi.", "Hello."))
+    if rendered is None:
+        raise _unusable("it refuses a question with its answer")
+    return max(zip(rendered.loss_mask, range(len(rendered.loss_mask)), rendered.input_ids, strict=True))[2]
 
 
 class ChatRenderer:

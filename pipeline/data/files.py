@@ -1,4 +1,4 @@
-"""Local files as records: text, JSON lines (also .gz and .zst) and Parquet, streamed.
+"""Local files as records: text, JSON lines (also .gz and .zst), Parquet and Arrow, streamed.
 
 A record is a text, or a row with named columns. Nothing here knows what the records are for.
 """
@@ -14,14 +14,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import zstandard
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 TEXT_PIECE = 32_768  # characters after which a text file is cut at the next blank line into another document
+ARROW_ROWS = 1024  # made into Python values at a time
+
+Position = dict[str, Any]  # JSON values that say where a stream stands
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,30 @@ def kind_of(path: Path) -> str:
     """The suffix that says how to read a file, without a compression suffix: ``.jsonl`` for ``a.jsonl.zst``."""
     inner = path.with_suffix("") if path.suffix in OPENERS else path
     return inner.suffix.lower()
+
+
+class FileStream:
+    """The records of files, one after the other.
+
+    Args:
+        position: what ``position()`` said of an earlier stream over the same files: it goes on there.
+    """
+
+    def __init__(self, paths: list[Path], position: Position | None = None) -> None:
+        self._paths = paths
+        self._file: int = position["file"] if position else 0
+        self._records: int = position["records"] if position else 0
+
+    def __iter__(self) -> Iterator[Record]:
+        while self._file < len(self._paths):
+            for record in islice(read_records(self._paths[self._file]), self._records, None):
+                self._records += 1
+                yield record
+            self._file, self._records = self._file + 1, 0
+
+    def position(self) -> Position:
+        """Behind the record that was given last."""
+        return {"file": self._file, "records": self._records}
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -146,7 +177,7 @@ def _open_zstandard(path: Path) -> IO[bytes]:
 
 OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstandard}
 
-# ------------------------------------------------------------------------------------------ parquet
+# ---------------------------------------------------------------------------------- parquet and arrow
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -157,15 +188,45 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         table = ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise BadFile(path.name, f"it is not a Parquet file ({error})") from error
+    yield from _rows(path, table.iter_batches(batch_size=ARROW_ROWS))
+
+
+def _read_arrow(path: Path) -> Iterator[Record]:
+    """Both of Arrow's formats: the stream that ``datasets`` saves, and the file, also known as Feather."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            batches = _arrow_batches(source)
+        except pyarrow.ArrowInvalid as error:
+            raise BadFile(path.name, f"it is not an Arrow file ({error})") from error
+        yield from _rows(path, batches)
+
+
+def _arrow_batches(source: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
+    from pyarrow import ipc
+
+    is_file = source.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+    source.seek(0)
+    if not is_file:
+        return iter(ipc.open_stream(source))
+    reader = ipc.open_file(source)
+    return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _rows(path: Path, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Record]:
     row = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for value in batch.to_pylist():
-            row += 1
-            yield Record(value, f"{path.name}, row {row}")
+    for batch in batches:
+        for start in range(0, batch.num_rows, ARROW_ROWS):
+            for value in batch.slice(start, ARROW_ROWS).to_pylist():
+                row += 1
+                yield Record(value, f"{path.name}, row {row}")
 
 
+ARROW_MAGIC = b"ARROW1"
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.files import Record
+from pipeline.data.files import Position, Record
 from pipeline.errors import UserError
 from pipeline.hub import ANSWER_WITHIN_SECONDS, in_time
 
@@ -68,21 +68,42 @@ def check_reachable(setting: str, value: str, remedy: str) -> None:
         raise _refuse(setting, value, f"the Hugging Face hub cannot be reached ({error})", remedy) from error
 
 
-def stream_dataset(source: Source, setting: str) -> Iterator[Record]:
-    """Rows of the data set at its revision, read as they come.
+class HubStream:
+    """Rows of the data set at its revision, read as they come: what is not asked for is not downloaded.
 
-    Raises:
-        UserError: no such configuration or split.
+    Args:
+        position: what ``position()`` said of an earlier stream of the same source: it goes on there, at the cost of
+            reading the shard it stands in again.
     """
-    from datasets import load_dataset
 
-    repo = str(source.path)
-    try:
-        rows = load_dataset(repo, source.config_name, split=source.split, revision=source.revision, streaming=True)
-    except ValueError as error:  # datasets' word for an unknown configuration or split
-        raise _refuse(setting, repo, str(error), "Set its config_name and split to what is there.") from error
-    for number, row in enumerate(rows, 1):
-        yield Record(dict(row), f"{repo}, row {number}")
+    def __init__(self, source: Source, setting: str, position: Position | None = None) -> None:
+        self._source, self._setting = source, setting
+        self._number: int = position["number"] if position else 0
+        self._state: Any = position["state"] if position else None
+        self._rows: Any = None
+
+    def __iter__(self) -> Iterator[Record]:
+        """Raises UserError where there is no such configuration or split."""
+        self._rows = self._open()
+        if self._state is not None:
+            self._rows.load_state_dict(self._state)
+        for row in self._rows:
+            self._number += 1
+            yield Record(dict(row), f"{self._source.path}, row {self._number}")
+
+    def position(self) -> Position:
+        """Behind the row that was given last."""
+        return {"number": self._number, "state": self._rows.state_dict() if self._rows is not None else self._state}
+
+    def _open(self) -> Any:
+        from datasets import load_dataset
+
+        source, repo = self._source, str(self._source.path)
+        try:
+            return load_dataset(repo, source.config_name, split=source.split, revision=source.revision, streaming=True)
+        except ValueError as error:  # datasets' word for an unknown configuration or split
+            remedy = "Set its config_name and split to what is there."
+            raise _refuse(f"{self._setting}.path", repo, str(error), remedy) from error
 
 
 def _refuse(setting: str, value: str, rule: str, remedy: str) -> UserError:

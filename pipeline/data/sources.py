@@ -1,24 +1,23 @@
 """Where documents and conversations come from, whatever they are stored as. No torch.
 
-``check_source`` and ``fingerprint`` are for the driver: cheap, before anything starts. ``examples`` streams all of it.
+``check``, ``pin`` and ``fingerprint`` are for the driver: cheap, before anything starts. ``ExampleStream`` is all of
+one source.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from hashlib import sha256
+from typing import Literal, Protocol
 
 from pipeline.artifact import Fingerprints
 from pipeline.config import Source
 from pipeline.data import hub_datasets, instruction_pairs, python_docs
 from pipeline.data.conversations import Conversation, conversation_of
 from pipeline.data.documents import text_of
-from pipeline.data.files import BadFile, Record, find_files, read_records
+from pipeline.data.files import BadFile, FileStream, Position, Record, find_files
 from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]
@@ -34,44 +33,71 @@ class Example:
     content: str | Conversation
     split: Split | None  # where the source has a split of its own
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing but white space in it."""
+        texts = [self.content] if isinstance(self.content, str) else [message["content"] for message in self.content]
+        return not any(text.strip() for text in texts)
+
+
+def setting_of(sources: Sequence[Source], number: int, purpose: Purpose) -> str:
+    """The dotted name of a source: ``data.corpus`` where it is the only one, ``data.corpus.1`` where it is not."""
+    return f"data.{purpose}" if len(sources) == 1 else f"data.{purpose}.{number}"
+
 
 # ---------------------------------------------------------------------------------- for the driver
 
 
-def check_source(source: Source, purpose: Purpose) -> None:
-    """The source is there and its first record is what it should be; no more than that is read.
+def check(sources: Sequence[Source], purpose: Purpose) -> None:
+    """Every source is there and its first record is what it should be; no more than that is read.
 
     Raises:
         UserError: missing, unreachable, empty, not text, not JSON, or without the column named.
     """
-    if source.kind == "hub":
-        hub_datasets.dataset_commit(source, f"data.{purpose}.path")
-    elif source.kind == "files" and next(examples(source, purpose), None) is None:
-        raise _empty(source, purpose)
+    for number, source in enumerate(sources):
+        setting = setting_of(sources, number, purpose)
+        if source.kind == "hub":
+            hub_datasets.dataset_commit(source, f"{setting}.path")
+        elif source.kind == "files" and all(example.is_blank for example in ExampleStream(source, purpose, setting)):
+            raise UserError(
+                setting=f"{setting}.path",
+                value=source.path,
+                rule=f"it is empty: it holds not one {'document' if purpose == 'corpus' else 'conversation'}",
+                remedy=f"Set {setting}.path to something with content.",
+            )
 
 
-def fingerprint(source: Source, purpose: Purpose, fingerprints: Fingerprints) -> str:
-    """The source's content identity: what it enters an artifact's key by.
+def fingerprint(sources: Sequence[Source], purpose: Purpose, fingerprints: Fingerprints) -> str:
+    """The content identity of pinned sources: what they enter an artifact's key by.
 
     Raises:
-        UserError: it is not there or cannot be reached.
+        UserError: one is not there.
     """
-    if source.kind == "python_docs":
-        return python_docs.fingerprint()
-    if source.kind == "hub":
-        return f"hub {source.path} {pin(source, purpose).revision}"
-    return f"files {fingerprints.of_files(find_files(str(source.path), f'data.{purpose}.path'))}"
+    found = []
+    for number, source in enumerate(sources):
+        if source.kind == "python_docs":
+            found.append(python_docs.fingerprint())
+        elif source.kind == "hub":
+            found.append(f"hub {source.path} {source.revision}")
+        else:
+            files = find_files(str(source.path), f"{setting_of(sources, number, purpose)}.path")
+            found.append(f"files {fingerprints.of_files(files)}")
+    return found[0] if len(found) == 1 else sha256("\n".join(found).encode()).hexdigest()
 
 
-def pin(source: Source, purpose: Purpose) -> Source:
-    """The source with its hub revision resolved to a commit; one that names a commit already needs no network.
+def pin(sources: Sequence[Source], purpose: Purpose) -> list[Source]:
+    """The sources with hub revisions resolved to commits; one that names a commit already needs no network.
 
     Raises:
         UserError: the hub cannot be reached, or has no such data set or revision.
     """
+    return [_pin(source, setting_of(sources, number, purpose)) for number, source in enumerate(sources)]
+
+
+def _pin(source: Source, setting: str) -> Source:
     if source.kind != "hub" or COMMIT.fullmatch(source.revision or ""):
         return source
-    return source.model_copy(update={"revision": hub_datasets.dataset_commit(source, f"data.{purpose}.path")})
+    return source.model_copy(update={"revision": hub_datasets.dataset_commit(source, f"{setting}.path")})
 
 
 def interpreter_fingerprint() -> str:
@@ -82,106 +108,85 @@ def interpreter_fingerprint() -> str:
 # ------------------------------------------------------------------------------------- for tokenize
 
 
-def examples(source: Source, purpose: Purpose) -> Iterator[Example]:
-    """Streams every non-empty document or conversation of a pinned source, in a fixed order.
+class _Stream(Protocol):
+    """Records or examples in a fixed order, and where it stands between two of them."""
 
-    Raises:
-        UserError: a file is not text, a line is not JSON, a column or role is not there; with file and line.
+    def __iter__(self) -> Iterator[Record | Example]: ...
+
+    def position(self) -> Position: ...
+
+
+class ExampleStream:
+    """Every document or conversation of one pinned source, in a fixed order, blank ones too.
+
+    Args:
+        setting: the source's dotted name, ``data.corpus``.
+        position: what ``position()`` said of an earlier stream of the same source: it goes on there.
     """
-    if source.kind == "python_docs":
-        yield from _python_docs(purpose)
-        return
-    setting = f"data.{purpose}"
-    try:
-        for record in _records(source, setting):
-            if purpose == "instructions":
-                yield Example(conversation_of(record, setting), None)
-            elif (text := text_of(record, source.text_field, setting)).strip():
-                yield Example(text, None)
-    except BadFile as error:
-        raise UserError(
-            setting=f"{setting}.path",
-            value=source.path,
-            rule=f"{error.where}: {error.rule}",
-            remedy="Correct that file, or name others.",
-        ) from error
+
+    def __init__(self, source: Source, purpose: Purpose, setting: str, position: Position | None = None) -> None:
+        self._source, self._purpose, self._setting = source, purpose, setting
+        self._records = self._open(position)
+
+    def _open(self, position: Position | None) -> _Stream:
+        if self._source.kind == "python_docs":
+            return _EmbeddedStream(self._purpose, position)
+        if self._source.kind == "hub":
+            return hub_datasets.HubStream(self._source, self._setting, position)
+        return FileStream(find_files(str(self._source.path), f"{self._setting}.path"), position)
+
+    def position(self) -> Position:
+        """Behind the example that was given last."""
+        return self._records.position()
+
+    def __iter__(self) -> Iterator[Example]:
+        """Raises UserError where a file is not text, a line not JSON, or a column or role is not there."""
+        try:
+            for record in self._records:
+                yield record if isinstance(record, Example) else self._example_of(record)
+        except BadFile as error:
+            raise UserError(
+                setting=f"{self._setting}.path",
+                value=self._source.path,
+                rule=f"{error.where}: {error.rule}",
+                remedy="Correct that file, or name others.",
+            ) from error
+
+    def _example_of(self, record: Record) -> Example:
+        if self._purpose == "instructions":
+            return Example(conversation_of(record, self._setting), None)
+        return Example(text_of(record, self._source.text_field, self._setting), None)
 
 
-def _python_docs(purpose: Purpose) -> Iterator[Example]:
-    contents = python_docs.documents if purpose == "corpus" else instruction_pairs.pairs
-    for split in SPLITS:
-        for content in contents(held_out=split == "held_out"):
-            yield Example(content, split)
+class _EmbeddedStream:
+    """What ``python_docs`` has for a purpose, training part first."""
+
+    def __init__(self, purpose: Purpose, position: Position | None) -> None:
+        self._contents = python_docs.documents if purpose == "corpus" else instruction_pairs.pairs
+        self._given: int = position["examples"] if position else 0
+
+    def __iter__(self) -> Iterator[Example]:
+        found = [
+            Example(content, split) for split in SPLITS for content in self._contents(held_out=split == "held_out")
+        ]
+        for example in found[self._given :]:
+            self._given += 1
+            yield example
+
+    def position(self) -> Position:
+        return {"examples": self._given}
 
 
-def _records(source: Source, setting: str) -> Iterator[Record]:
-    if source.kind == "hub":
-        yield from hub_datasets.stream_dataset(source, f"{setting}.path")
-        return
-    for path in find_files(str(source.path), f"{setting}.path"):
-        yield from read_records(path)
-
-
-def expected_bytes(source: Source, purpose: Purpose) -> int:
-    """About how many bytes ``examples`` will bring, for a progress bar; 0 where nobody knows."""
+def expected_bytes(source: Source, purpose: Purpose, setting: str) -> int:
+    """About how many bytes a source will bring, for a progress bar; 0 where nobody knows."""
     if source.kind == "files":
-        return sum(path.stat().st_size for path in find_files(str(source.path), f"data.{purpose}.path"))
+        return sum(path.stat().st_size for path in find_files(str(source.path), f"{setting}.path"))
     if source.kind == "python_docs":
-        return sum(content_bytes(example.content) for example in _python_docs(purpose))
+        return sum(content_bytes(example.content) for example in ExampleStream(source, purpose, setting))
     return 0
 
 
 def content_bytes(content: str | Conversation) -> int:
     """UTF-8 bytes of a document or of a conversation's messages."""
     texts = [content] if isinstance(content, str) else [message["content"] for message in content]
-    return sum(len(text.encode()) for text in texts)
-
-
-def with_split(
-    found: Iterable[Example], held_out_fraction: float, dropped: Counter[str]
-) -> Iterator[tuple[Split, Example]]:
-    """Drops exact repeats and gives every example its split; where the source says none, by hash.
-
-    The hash is of the document, or of a conversation's first message that is not the system's, so that one prompt
-    with several answers stands on one side.
-
-    Args:
-        held_out_fraction: of the documents.
-        dropped: counts what is dropped, by reason.
-    """
-    seen: set[bytes] = set()
-    for example in found:
-        try:
-            whole = _digest(_canonical(example.content))
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
-            dropped["invalid_unicode"] += 1
-            continue
-        if whole in seen:
-            dropped["duplicate"] += 1
-            continue
-        seen.add(whole)
-        yield example.split or _split_by_hash(example.content, held_out_fraction), example
-
-
-def _split_by_hash(content: str | Conversation, held_out_fraction: float) -> Split:
-    if isinstance(content, list):
-        content = next((message["content"] for message in content if message["role"] != "system"), "")
-    share = int.from_bytes(_digest(content.strip())[:8], "big") / 2**64
-    return "held_out" if share < held_out_fraction else "train"
-
-
-def _canonical(content: str | Conversation) -> str:
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _empty(source: Source, purpose: Purpose) -> UserError:
-    return UserError(
-        setting=f"data.{purpose}.path",
-        value=source.path,
-        rule=f"it is empty: it holds not one {'document' if purpose == 'corpus' else 'conversation'}",
-        remedy=f"Set data.{purpose}.path to something with content.",
-    )
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)

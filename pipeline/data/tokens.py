@@ -1,4 +1,4 @@
-"""Text to token ids, in batches on all cores, with exactly one beginning-of-sequence token where the model has one.
+"""The model's tokenizer: its ids, its ends of text, and exactly one beginning-of-sequence token where it has one.
 
 A document is ``[BOS] text EOS``: BOS if the tokenizer puts one before a text itself, EOS always, so that the model
 learns where a text ends.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_json
+from pipeline.data.encoders import Encoders
 from pipeline.errors import UserError
 
 
@@ -17,7 +18,7 @@ class TextTokenizer:
     """The tokenizer of a Hugging Face directory.
 
     Raises:
-        UserError: it has ids that the model has no embedding for, or no end-of-sequence token.
+        UserError: it has ids that the model has no embedding for, no end-of-sequence token, or no fast form.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -25,6 +26,8 @@ class TextTokenizer:
 
         self.inner: Any = AutoTokenizer.from_pretrained(str(directory))
         self.vocab_size = int(_text_config(read_json(directory / "config.json"))["vocab_size"])
+        if not self.inner.is_fast:
+            raise _misfit(directory, "its tokenizer is none of the tokenizers library's (there is no tokenizer.json)")
         if self.inner.eos_token_id is None:
             raise _misfit(directory, "its tokenizer has no end-of-sequence token")
         largest = max(self.inner.get_vocab().values())
@@ -38,11 +41,10 @@ class TextTokenizer:
         first: list[int] = self.inner("a").input_ids[:1]
         return first[0] if first == [self.inner.bos_token_id] else None
 
-    def documents(self, texts: list[str]) -> list[list[int]]:
-        """Each text as ``[BOS] text EOS``; control tokens spelled out in it stay plain characters."""
+    def encoders(self) -> Encoders:
+        """Processes that turn texts into documents, ``[BOS] text EOS``."""
         before = [] if self.bos is None else [self.bos]
-        encoded = self.inner(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
-        return [[*before, *ids, self.eos] for ids in encoded["input_ids"]]
+        return Encoders(self.inner.backend_tokenizer.to_str(), before=before, after=[self.eos])
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

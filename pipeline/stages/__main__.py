@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_json, write_json
+from pipeline.disk import refused_where_full
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.progress import draw_on
 from pipeline.stage import Metrics, StageTask, task_from_json
@@ -28,7 +29,8 @@ def main(task_file: Path, outcome_file: Path) -> int:
     task = task_from_json(read_json(task_file))
     _write_to_log(task.out / "logs" / "stage.log")
     try:
-        metrics = _run(task)
+        with refused_where_full(task.out):
+            metrics = _run(task)
     except UserError as error:
         write_json(outcome_file, {"status": "refused", **error.parts()})
         return EXIT_REQUEST

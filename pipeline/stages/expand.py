@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -40,7 +41,9 @@ def run(task: StageTask) -> Metrics:
     def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
         return expand_function(settings.method)(layers, plan, settings, task.seed, journal)
 
+    started = time.monotonic()
     journal = write_weights(names, method, device_of(settings), task.out)
+    weights_seconds = time.monotonic() - started
     deeper = rebuild_config(config, plan.config_sources)
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
@@ -54,6 +57,7 @@ def run(task: StageTask) -> Metrics:
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),
         "new_layers": [layer.layer for layer in plan.layers if layer.new],
+        "weights_seconds": round(weights_seconds, 3),
         "check": asdict(outcome),
         "warnings": journal.warnings,
         "method": journal.records,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pipeline import hub
@@ -23,7 +24,8 @@ from pipeline.progress import progress
 from pipeline.shard_writer import ShardWriter, remove_weights
 from pipeline.source import ModelSource, resolve, wanted_files
 from pipeline.stage import Metrics, StageTask
-from pipeline.tensor_spec import TensorSpec
+from pipeline.tensor_spec import TensorSpec, is_finite
+from pipeline.weight_files import refuse_quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,21 +71,15 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
     """Casts a safetensors directory tensor by tensor and copies what stands beside the weights.
 
     Raises:
-        UserError: the weights are quantised, or contradict the config about tied embeddings.
+        UserError: the weights are quantised or not finite, or contradict the config about tied embeddings.
     """
     base = ModelDirectory(directory)
-    if base.config.get("quantization_config"):
-        raise UserError(
-            setting="model.path",
-            value=model.path,
-            rule="its weights are quantised, and new layers are made from plain ones",
-            remedy="Give the model as it was before quantisation; of the quantised formats, GGUF can be unpacked.",
-        )
+    refuse_quantised(base.config, model.path)
     dropped = _redundant(base)
     specs = {name: _cast_spec(spec, model) for name, spec in base.specs.items() if name not in dropped}
     with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
         for name, spec in specs.items():
-            writer.write(name, base.read(name).to(spec.dtype))
+            writer.write(name, _cast(name, base.read(name), spec, model))
             bar.advance(1, note=name)
     write_json(out / "config.json", _clean_config(base.config, model))
     copy_side_files(directory, out)
@@ -94,6 +90,31 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
 
 def _cast_spec(spec: TensorSpec, model: Model) -> TensorSpec:
     return TensorSpec(DTYPES[model.dtype] if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+
+
+def _cast(name: str, stored: Tensor, spec: TensorSpec, model: Model) -> Tensor:
+    cast = stored.to(spec.dtype)
+    if not is_finite(cast):
+        raise _too_large(name, model) if is_finite(stored) else _not_finite(name, model)
+    return cast
+
+
+def _too_large(name: str, model: Model) -> UserError:
+    return UserError(
+        setting="model.dtype",
+        value=model.dtype,
+        rule=f"{name} holds numbers that are too large for it",
+        remedy="Say model.dtype=bfloat16, or float32.",
+    )
+
+
+def _not_finite(name: str, model: Model) -> UserError:
+    return UserError(
+        setting="model.path",
+        value=model.path,
+        rule=f"{name} holds NaN or infinity, and so would all that is made from it",
+        remedy="Fetch the model again; if it was saved that way, give an earlier checkpoint of it.",
+    )
 
 
 def _redundant(base: ModelDirectory) -> set[str]:
@@ -131,6 +152,8 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
     )
     for name, parameter in unpacked.named_parameters():
         assert type(parameter.data) is torch.Tensor and parameter.dtype == DTYPES[model.dtype], f"{name} is packed"
+        if not is_finite(parameter.detach()):
+            raise _not_finite(name, model)
     if hasattr(unpacked.config, "quantization_config"):
         del unpacked.config.quantization_config  # it is plain now, and saving would try to pack it
     remove_weights(out)

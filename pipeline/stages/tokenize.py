@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pipeline.artifact import write_json
 from pipeline.config import Tokenize
-from pipeline.data.dataset import DatasetWriter
-from pipeline.data.sources import expected_bytes, pin
+from pipeline.data.tokenizing import DatasetBuilder, expected_total
 from pipeline.data.tokens import TextTokenizer
 from pipeline.progress import progress
 from pipeline.stage import Metrics, StageTask
@@ -19,15 +18,12 @@ def run(task: StageTask) -> Metrics:
     For conversations also ``chat_template.jinja``, which the tuned model is to carry.
 
     Raises:
-        UserError: the source cannot be read, or gives an empty split.
+        UserError: a source cannot be read, or gives an empty split.
     """
     assert isinstance(task.settings, Tokenize)
-    source = pin(task.settings.source, task.settings.purpose)
-    settings = task.settings.model_copy(update={"source": source})
     tokenizer = TextTokenizer(task.parents["load"])
-    total = expected_bytes(settings.source, settings.purpose)
-    with progress(task.name, total) as bar, DatasetWriter(task.out, settings, tokenizer) as writer:
-        writer.write(bar)
-    summary = writer.summary()
+    total = expected_total(task.settings)
+    with progress(task.name, total) as bar, DatasetBuilder(task.out, task.settings, tokenizer) as builder:
+        summary = builder.build(bar)
     write_json(task.out / DATASET_FILE, summary)
     return summary

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import resource
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pipeline.stage import StageTask
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint, freeze
 from pipeline.training.batches import Blocks
+from pipeline.training.chat_files import carry_chat_files
 from pipeline.training.deepspeed import deepspeed_config
 from pipeline.training.engine import load_model, start_distributed, start_engine
 from pipeline.training.flops import TrainingFlops
@@ -32,8 +32,6 @@ from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.masters import Masters
 from pipeline.training.precision import Precision, resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ def _finish(session: Session, rows: list[freeze.Row], progress: Progress) -> Non
         return
     last = checkpoint.Checkpoint(session.checkpoints / f"step-{progress.step:08d}")
     export_with_replaced(session.model_dir, session.task.out, last.tensors())
-    _carry_chat_template(session)
+    carry_chat_files(session.data_dir, session.task.out)
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -241,13 +239,6 @@ def _finish(session: Session, rows: list[freeze.Row], progress: Progress) -> Non
         **memory,
     }
     write_json(session.task.out / TRAINING_FILE, summary)
-
-
-def _carry_chat_template(session: Session) -> None:
-    """The template that the conversations were rendered with goes with the model that learnt it."""
-    template = session.data_dir / CHAT_TEMPLATE_FILE
-    if template.is_file():
-        shutil.copyfile(template, session.task.out / CHAT_TEMPLATE_FILE)
 
 
 def _peak_memory(session: Session) -> dict[str, int]:

@@ -42,7 +42,9 @@ def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
     with BlockWriter(tmp_path, "train", length) as writer:
         packer = DocumentPacker(writer, length, PADDING)
         for start in range(0, len(documents), batch):
-            packer.add(documents[start : start + batch])
+            for document in documents[start : start + batch]:
+                packer.add(document)
+            packer.state()  # what is not full yet waits on
         packer.finish()
     found = _read(tmp_path)
     expected = np.array(_plain_packing(documents, length))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.chat import PLAIN_TEMPLATE, ChatRenderer, Rendered, chat_template
+from pipeline.data.chat import PLAIN_TEMPLATE, ChatRenderer, Rendered, chat_template, end_of_turn
 from pipeline.data.conversations import Conversation
 from pipeline.data.tokens import TextTokenizer
 from pipeline.errors import UserError
@@ -115,6 +115,17 @@ def test_the_prompt_of_a_generation_is_a_prefix_of_what_is_trained_on(tokenizer:
 def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
     with pytest.raises(UserError, match="never learn to stop"):
         _render(tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+
+
+def test_the_token_that_ends_a_turn_is_found_in_any_template(bos_tokenizer: TextTokenizer) -> None:
+    """Not always the end of sequence: Qwen2.5's base ends turns with another token."""
+    names = {
+        LLAMA_3: "<|im_end|>",
+        PLAIN_TEMPLATE: "<|im_end|>",
+        MISTRAL.replace("eos_token", "bos_token"): "<|endoftext|>",
+    }
+    for template, name in names.items():
+        assert end_of_turn(bos_tokenizer, template) == bos_tokenizer.inner.convert_tokens_to_ids(name)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: TextTokenizer) -> None:

@@ -9,15 +9,16 @@ from pydantic import ValidationError
 
 from pipeline.config import Data
 
-EMBEDDED = {"kind": "python_docs", "path": None, "config_name": None, "split": None, "revision": None}
+EMBEDDED = {"kind": "python_docs", "path": None, "config_name": None, "split": None, "revision": None, "weight": 1.0}
 FILES = {**EMBEDDED, "kind": "files", "path": "a.txt"}
 HUB = {**EMBEDDED, "kind": "hub", "path": "org/data", "split": "train"}
 
 
-def _data(corpus: dict[str, Any], fraction: float) -> Data:
+def _data(corpus: Any, fraction: float) -> Data:
+    several = [{**source, "text_field": "text"} for source in corpus] if isinstance(corpus, list) else None
     return Data.model_validate(
         {
-            "corpus": {**corpus, "text_field": "text"},
+            "corpus": several if several is not None else {**corpus, "text_field": "text"},
             "instructions": {**EMBEDDED, "text_field": None},
             "held_out_fraction": fraction,
             "max_corpus_tokens": None,
@@ -31,6 +32,11 @@ def test_what_fits_together(corpus: dict[str, Any], fraction: float) -> None:
     assert _data(corpus, fraction).held_out_fraction == fraction
 
 
+def test_one_source_is_a_list_of_one() -> None:
+    assert _data(FILES, 0.1) == _data([FILES], 0.1)
+    assert [source.kind for source in _data([FILES, HUB], 0.1).corpus] == ["files", "hub"]
+
+
 @pytest.mark.parametrize(
     ("corpus", "fraction", "words"),
     [
@@ -38,8 +44,13 @@ def test_what_fits_together(corpus: dict[str, Any], fraction: float) -> None:
         ({**FILES, "path": None}, 0.1, "path is needed"),
         ({**EMBEDDED, "path": "a.txt"}, 0.0, "must be null"),
         ({**HUB, "split": None}, 0.1, "split is needed"),
+        ([EMBEDDED, FILES], 0.0, "held_out_fraction must be above 0"),
+        ([], 0.1, "at least 1 item"),
+        ([FILES, {**HUB, "weight": 0.0}], 0.1, "corpus.1.weight\n.*greater than 0"),
+        ({**FILES, "weight": -1.0}, 0.1, "corpus.weight\n.*greater than 0"),
+        ({**FILES, "weight": float("inf")}, 0.1, "finite"),
     ],
 )
-def test_what_does_not(corpus: dict[str, Any], fraction: float, words: str) -> None:
+def test_what_does_not(corpus: Any, fraction: float, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         _data(corpus, fraction)

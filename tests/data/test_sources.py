@@ -6,8 +6,8 @@ import gzip
 import json
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ import zstandard
 from pipeline.artifact import Fingerprints
 from pipeline.config import Source
 from pipeline.data import files, sources
-from pipeline.data.hub_datasets import stream_dataset
-from pipeline.data.sources import Example, Purpose, check_source, examples, fingerprint, with_split
+from pipeline.data.sources import ExampleStream, Purpose, check, fingerprint, pin
 from pipeline.errors import UserError
 
 
 def _source(path: object, **changes: Any) -> Source:
     values = {"kind": "files", "path": path and str(path), "config_name": None, "split": None, "revision": None}
-    return Source(**{**values, "text_field": "text", **changes})
+    return Source(**{**values, "text_field": "text", "weight": 1.0, **changes})
+
+
+def _stream(source: Source, purpose: Purpose, position: Any = None) -> ExampleStream:
+    return ExampleStream(source, purpose, f"data.{purpose}", position)
 
 
 def _texts(source: Source) -> list[Any]:
-    return [example.content for example in examples(source, "corpus")]
+    return [example.content for example in _stream(source, "corpus")]
 
 
 def _refusal(call: Callable[[], object]) -> str:
@@ -62,7 +65,7 @@ def _zstandard(path: Path, data: bytes) -> Path:
 @pytest.mark.parametrize("write", [_plain, _gzip, _zstandard])
 def test_json_lines_and_text_also_compressed(write: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in ("größer", "two\nlines", "  ", "last"))
-    assert _texts(_source(write(tmp_path / "a.jsonl", rows.encode()))) == ["größer", "two\nlines", "last"]
+    assert _texts(_source(write(tmp_path / "a.jsonl", rows.encode()))) == ["größer", "two\nlines", "  ", "last"]
     text = "Ein Text – mit Umlaut: ö\nzweite Zeile\n" * 3
     assert _texts(_source(write(tmp_path / "b.txt", text.encode()))) == [text]
 
@@ -82,6 +85,18 @@ def test_parquet(tmp_path: Path) -> None:
     texts = [f"row {number}" for number in range(3000)]
     parquet.write_table(pyarrow.table({"text": texts, "id": range(3000)}), tmp_path / "a.parquet")
     assert _texts(_source(tmp_path)) == texts
+
+
+def test_arrow_both_the_stream_that_datasets_saves_and_the_file(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import feather
+
+    texts = [f"row {number}" for number in range(3000)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+    assert _texts(_source(tmp_path / "saved")) == texts
+    feather.write_feather(pyarrow.table({"text": texts}), str(tmp_path / "file.arrow"), chunksize=700)
+    assert _texts(_source(tmp_path / "file.arrow")) == texts
 
 
 def test_a_directory_or_glob_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -109,7 +124,7 @@ def test_a_directory_or_glob_is_read_in_the_order_of_names(tmp_path: Path) -> No
 def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
     expected = [{"role": role, "content": content} for role, content in messages]
-    assert [example.content for example in examples(source, "instructions")] == [expected]
+    assert [example.content for example in _stream(source, "instructions")] == [expected]
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -128,6 +143,7 @@ def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_
         ("a.txt.gz", gzip.compress(b"text " * 10000)[:40], ["whole .gz file"]),
         ("a.jsonl.zst", b"not zstd", ["whole .zst file"]),
         ("a.parquet", b"not parquet", ["Parquet"]),
+        ("a.arrow", b"not arrow, but long enough to look at", ["Arrow"]),
     ],
 )
 def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, words: list[str], tmp_path: Path) -> None:
@@ -147,24 +163,24 @@ def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, wor
 )
 def test_a_bad_conversation_is_refused(row: object, words: list[str], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
-    message = _refusal(lambda: list(examples(source, "instructions")))
+    message = _refusal(lambda: list(_stream(source, "instructions")))
     assert message.startswith("data.instructions.path") and all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("purpose", ["corpus", "instructions"])
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_source_is_refused_before_anything_starts(purpose: Purpose, content: bytes, tmp_path: Path) -> None:
-    message = _refusal(lambda: check_source(_source(_plain(tmp_path / "a.jsonl", content)), purpose))
+    message = _refusal(lambda: check([_source(_plain(tmp_path / "a.jsonl", content))], purpose))
     assert message.startswith(f"data.{purpose}.path") and "empty" in message
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "no such file" in _refusal(lambda: check_source(_source(tmp_path / "nothing.txt"), "corpus"))
-    assert "no file of a known kind" in _refusal(lambda: check_source(_source(tmp_path), "corpus"))
+    assert "no such file" in _refusal(lambda: check([_source(tmp_path / "nothing.txt")], "corpus"))
+    assert "no file of a known kind" in _refusal(lambda: check([_source(tmp_path)], "corpus"))
 
 
 def test_the_check_reads_the_first_record_only(tmp_path: Path) -> None:
-    check_source(_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n')), "corpus")
+    check([_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n'))], "corpus")
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "unreachable"])
@@ -176,7 +192,7 @@ def test_the_hub_out_of_reach_is_recognised_at_once(offline: bool, monkeypatch: 
     if offline:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
-    message = _refusal(lambda: check_source(_source("org/data", kind="hub", split="train"), "corpus"))
+    message = _refusal(lambda: check([_source("org/data", kind="hub", split="train")], "corpus"))
     assert time.monotonic() - started < 10.0
     assert message.startswith("data.corpus.path = org/data") and "kind: files" in message
 
@@ -184,18 +200,61 @@ def test_the_hub_out_of_reach_is_recognised_at_once(offline: bool, monkeypatch: 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.hub.ANSWER_WITHIN_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
-    message = _refusal(lambda: check_source(_source("org/data", kind="hub", split="train"), "corpus"))
+    message = _refusal(lambda: check([_source("org/data", kind="hub", split="train")], "corpus"))
     assert "cannot be reached" in message
 
 
 def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     """A local directory stands for a repository; nothing goes over a network."""
     _rows(tmp_path / "train.jsonl", *({"text": f"row {number}"} for number in range(3)))
-    records = list(stream_dataset(_source(tmp_path, kind="hub", split="train"), "data.corpus.path"))
-    assert [record.value for record in records] == [{"text": f"row {number}"} for number in range(3)]
-    assert records[2].where.endswith("row 3")
+    assert _texts(_source(tmp_path, kind="hub", split="train")) == [f"row {number}" for number in range(3)]
+    wrong_column = _source(tmp_path, kind="hub", split="train", text_field="body")
+    assert "row 1" in _refusal(lambda: _texts(wrong_column))
     missing = _source(tmp_path, kind="hub", split="nowhere")
-    assert "nowhere" in _refusal(lambda: list(stream_dataset(missing, "data.corpus.path")))
+    assert "nowhere" in _refusal(lambda: _texts(missing))
+
+
+def test_of_a_large_data_set_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    """All but its first two files would fail to be read."""
+    for number in range(2):
+        _rows(tmp_path / f"part-{number:02}.jsonl", *({"text": f"{number} {row}"} for row in range(50)))
+    for number in range(2, 40):
+        _plain(tmp_path / f"part-{number:02}.jsonl", b"{broken")
+    source = _source(tmp_path, kind="hub", split="train")
+    assert len(list(islice(_stream(source, "corpus"), 80))) == 80
+    with pytest.raises(ValueError, match="JSON parse error"):
+        _texts(source)
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+def _several_files(place: Path) -> Source:
+    for number in range(3):
+        _rows(place / f"{number}.jsonl", *({"text": f"{number} {row}"} for row in range(7)))
+    _gzip(place / "text.txt", b"compressed")
+    return _source(place)
+
+
+def _data_set(place: Path) -> Source:
+    return _several_files(place).model_copy(update={"kind": "hub", "split": "train", "path": f"{place}"})
+
+
+def _embedded(place: Path) -> Source:
+    return _source(None, kind="python_docs")
+
+
+@pytest.mark.parametrize("make", [_several_files, _data_set, _embedded])
+def test_a_stream_goes_on_where_another_one_stood(make: Callable[[Path], Source], tmp_path: Path) -> None:
+    source = make(tmp_path)
+    whole = _texts(source)
+    for taken in (0, 1, 6, 7, 8, 20, len(whole)):
+        stream = _stream(source, "corpus")
+        examples = iter(stream)
+        first = [example.content for example in islice(examples, taken)]
+        position = json.loads(json.dumps(stream.position()))
+        rest = [example.content for example in _stream(source, "corpus", position)]
+        assert first + rest == whole, taken
 
 
 # ---------------------------------------------------------------------------------------- identity
@@ -203,56 +262,27 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_the_content(tmp_path: Path) -> None:
     memo = Fingerprints(tmp_path / "memo" / "known.json")
+
+    def of(*found: Source) -> str:
+        return fingerprint(found, "corpus", memo)
+
     path = _plain(tmp_path / "a.txt", b"one")
-    before = fingerprint(_source(path), "corpus", memo)
+    before = of(_source(path))
     moved = _plain(tmp_path / "elsewhere.txt", b"one").replace(tmp_path / "memo" / "a.txt")
-    assert fingerprint(_source(moved), "corpus", memo) == before
+    assert of(_source(moved)) == before
     path.write_bytes(b"other")
-    assert fingerprint(_source(path), "corpus", memo) != before
+    assert of(_source(path)) != before
     commit = "0123456789" * 4
     pinned = _source("org/data", kind="hub", split="train", revision=commit)
-    assert fingerprint(pinned, "corpus", memo) == f"hub org/data {commit}"  # no network needed
+    assert pin([pinned], "corpus") == [pinned]  # no network needed
+    assert of(pinned) == f"hub org/data {commit}"
     embedded = _source(None, kind="python_docs")
-    assert fingerprint(embedded, "corpus", memo) == sources.interpreter_fingerprint()
+    assert of(embedded) == sources.interpreter_fingerprint()
+    assert len({of(embedded, pinned), of(pinned, embedded), of(embedded), of(pinned)}) == 4
 
 
-# ------------------------------------------------------------------------------------------- splits
-
-
-def _split(contents: list[Any], fraction: float) -> tuple[dict[str, list[Any]], Counter[str]]:
-    dropped: Counter[str] = Counter()
-    sides: dict[str, list[Any]] = {"train": [], "held_out": []}
-    for split, example in with_split((Example(content, None) for content in contents), fraction, dropped):
-        sides[split].append(example.content)
-    return sides, dropped
-
-
-def test_held_out_documents_are_drawn_by_hash_and_never_in_training() -> None:
-    documents = [f"document {number}" for number in range(2000)]
-    sides, dropped = _split(documents * 2, 0.1)
-    assert not set(sides["train"]) & set(sides["held_out"])
-    assert 140 < len(sides["held_out"]) < 260
-    assert dropped == {"duplicate": 2000}
-    shuffled, _ = _split(documents[::-1], 0.1)
-    assert set(shuffled["held_out"]) == set(sides["held_out"])  # whatever the order
-
-
-def test_white_space_around_a_document_does_not_change_its_side() -> None:
-    sides, _ = _split([text for number in range(200) for text in (f"text {number}", f"text {number}\n")], 0.5)
-    assert not {text.strip() for text in sides["train"]} & {text.strip() for text in sides["held_out"]}
-
-
-def test_one_prompt_with_several_answers_stays_on_one_side() -> None:
-    chats = [
-        [{"role": "system", "content": f"{answer}"}, {"role": "user", "content": f"prompt {number}"},
-         {"role": "assistant", "content": f"answer {answer}"}]
-        for number in range(200) for answer in range(3)
-    ]  # fmt: skip
-    sides, _ = _split(chats, 0.5)
-    prompts = [{chat[1]["content"] for chat in sides[split]} for split in ("train", "held_out")]
-    assert not prompts[0] & prompts[1] and all(prompts)
-
-
-def test_half_a_surrogate_pair_is_dropped_and_counted() -> None:
-    sides, dropped = _split(["good", json.loads('"\\ud800"')], 0.0)
-    assert sides["train"] == ["good"] and dropped == {"invalid_unicode": 1}
+def test_a_fault_in_one_of_several_sources_says_in_which(tmp_path: Path) -> None:
+    good = _source(_plain(tmp_path / "a.txt", b"good"))
+    for bad in (_source(tmp_path / "nowhere"), _source(_plain(tmp_path / "b.txt", b" "))):
+        assert _refusal(lambda bad=bad: check([good, bad], "corpus")).startswith("data.corpus.1.path")
+    check([good, good], "corpus")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from naive import predicted_matrix, sinkhorn_in_logs, svd_factors
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import AnyExpand, Launch, Tracking
+from pipeline.expansion.predictor import Predictor
 from pipeline.expansion.spectrum import decompose
 from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
 from pipeline.model_dir import ModelDirectory
@@ -51,6 +53,40 @@ def test_the_base_s_logits_stay(
     assert metrics["num_layers"] == 33
     assert metrics["check"]["logit_difference"] == 0.0
     assert metrics["warnings"] == []
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_lesa_on_three_trained_layers_is_the_plain_svd(smollm2_dir: Path, module: str) -> None:
+    """Factors to 1e-5, and what a predictor makes of them to 1e-4."""
+    matrices = [_matrix(smollm2_dir, layer, module) for layer in (14, 15, 16)]
+    spectrum = decompose(matrices.__getitem__, 3)
+    left, values, right = svd_factors(matrices)
+    assert _difference(spectrum.left, left * values) < 1e-5
+    assert all(_difference(got, wanted) < 1e-5 for got, wanted in zip(spectrum.right, right, strict=True))
+
+    predictor = Predictor(spectrum.d_in, 256, seed=0)
+    with torch.no_grad():
+        made = spectrum.left @ predictor(torch.cat([spectrum.right[0], spectrum.right[1]], dim=1))
+    linears = [(linear.weight.detach(), linear.bias.detach()) for linear in predictor if isinstance(linear, nn.Linear)]
+    assert _difference(made, predicted_matrix(matrices, 0, 1, linears)) < 1e-4
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("module", MODULES)
+def test_opt_deus_on_trained_layers_is_the_plain_sinkhorn(smollm2_dir: Path, module: str, rescale: bool) -> None:
+    """A fused matrix to 1e-5, after as many iterations."""
+    w1, w2 = (_matrix(smollm2_dir, layer, module) for layer in (15, 16))
+    scale = len(w1) if rescale else 1
+    solved = sinkhorn_log(torch.cdist(w1, w2), 0.06, max_iterations=1000, marginal_error=1e-3)
+    assert solved.iterations is not None
+    plan = sinkhorn_in_logs(torch.cdist(w1.double(), w2.double()), 0.06, solved.iterations)
+    wanted = (scale * plan.T @ w1.double() + w2.double()) / 2
+    assert _difference((scale * solved.plan.T @ w1 + w2) / 2, wanted) < 1e-5
 
 
 def test_the_gram_route_is_exact_on_trained_weights(smollm2_dir: Path) -> None:

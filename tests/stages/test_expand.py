@@ -213,6 +213,6 @@ def test_a_family_without_a_row_is_refused(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
 ) -> None:
     base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
-    write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), "model_type": "gpt_neox"})
-    with pytest.raises(UserError, match=r"gpt_neox.*pipeline/architecture\.py"):
+    write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), "model_type": "mamba"})
+    with pytest.raises(UserError, match=r"mamba.*pipeline/architecture/table\.py"):
         _run(base, expand_settings("copy", new_layers=1), out)

@@ -117,6 +117,25 @@ def test_quantised_weights_are_refused(run: Load, model: Path) -> None:
         run(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_weights_that_are_not_finite_are_refused_by_name(run: Load, model: Path, out: Path, value: float) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    spoilt = load_file(model / "model.safetensors")[name]
+    spoilt[3, 4] = value
+    _change_weights(model, **{name: spoilt})
+    with pytest.raises(UserError, match=rf"model.path = .*{name} holds NaN or infinity"):
+        run(model)
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_weights_that_a_dtype_cannot_hold_are_refused(run: Load, model: Path) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    _change_weights(model, **{name: torch.full((64, 32), 1e5)})
+    with pytest.raises(UserError, match=rf"model.dtype = float16: {name} .*too large.*model.dtype=bfloat16"):
+        run(model, dtype="float16")
+    run(model, dtype="bfloat16")
+
+
 def test_pickles_beside_the_weights_are_neither_read_nor_copied(
     run: Load, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from pipeline.artifact import read_json
 from pipeline.config import Launch, Source, Tokenize, Tracking
+from pipeline.data import python_docs
 from pipeline.errors import UserError
 from pipeline.stage import StageTask, TrackingTarget
 from pipeline.stages import tokenize
@@ -20,14 +21,19 @@ from pipeline.stages import tokenize
 SPLITS = ("train", "held_out")
 
 
-def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: Any) -> StageTask:
+def _source(purpose: Any, path: Path | None, weight: float = 1.0) -> Source:
     kind = "python_docs" if path is None else "files"
     text_field = "text" if purpose == "corpus" else None
-    source = Source(
-        kind=kind, path=path and str(path), config_name=None, split=None, revision=None, text_field=text_field
+    place = path and str(path)
+    return Source(
+        kind=kind, path=place, config_name=None, split=None, revision=None, text_field=text_field, weight=weight
     )
+
+
+def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: Any) -> StageTask:
+    source = _source(purpose, path)
     values = {"sequence_length": 64, "held_out_fraction": 0.2, "max_tokens": None, "chat_template": "model"}
-    settings = Tokenize(**{"purpose": purpose, "source": source, **values, **changes})
+    settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
     launch = Launch(device="cpu", processes=1, threads=1)
     tracking = TrackingTarget(
@@ -99,6 +105,7 @@ def test_conversations_are_taught_on_the_answers_only(tiny_llama_dir: Path, tiny
     chats = [json.loads(line)["messages"] for line in tiny_chats.read_text().splitlines()]
     assert said == {chat[1]["content"] + "<|im_end|>" for chat in chats}
     assert (task.out / "chat_template.jinja").read_text() == tokenizer.chat_template
+    assert metrics["end_of_turn"] == tokenizer.eos_token_id
     held_out = [row["messages"] for row in _held_out(task.out)]
     assert len(held_out) == metrics["documents"]["held_out"] and all(chat in chats for chat in held_out)
 
@@ -131,6 +138,97 @@ def test_reading_stops_at_the_token_budget(tiny_llama_dir: Path, tiny_corpus: Pa
     part = tokenize.run(_task(tiny_llama_dir, tmp_path / "part", "corpus", tiny_corpus, max_tokens=budget))
     longest = 200
     assert budget <= part["tokens"]["train"] < budget + longest
+    more = tokenize.run(_task(tiny_llama_dir, tmp_path / "more", "corpus", tiny_corpus, max_tokens=10 * budget))
+    assert more["tokens"] == whole["tokens"] and "was not reached" in more["warnings"][0]
+
+
+def _jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def _two(tmp_path: Path, weights: tuple[float, float], lengths: tuple[int, int] = (30, 7)) -> list[Source]:
+    """Two sources of a thousand documents each, told apart by their first word."""
+    return [
+        _source(
+            "corpus", _jsonl(tmp_path / f"{name}.jsonl", [f"{name} {n} " + "x" * (n % length) for n in range(1000)]), w
+        )
+        for name, w, length in zip(("left", "right"), weights, lengths, strict=True)
+    ]
+
+
+def _tokens_by_source(out: Path, model: Path) -> dict[str, int]:
+    """Training tokens by the first word of their document, each with its EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = {"left": 0, "right": 0}
+    for ids in _documents(out, "train", tokenizer.eos_token_id):
+        found[tokenizer.decode(ids).split()[0]] += len(ids) + 1
+    return found
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.9, 0.1), (3.0, 9.0)])
+def test_a_weight_is_a_share_of_the_training_tokens(
+    weights: tuple[float, float], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    sources = _two(tmp_path, weights)
+    task = _task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=sources, max_tokens=5000)
+    metrics = tokenize.run(task)
+    found = _tokens_by_source(task.out, tiny_llama_dir)
+    longest = 40
+    assert abs(found["left"] - sum(found.values()) * weights[0] / sum(weights)) < longest
+    assert sum(found.values()) == metrics["tokens"]["train"] < 5000 + longest
+    assert [source["tokens"]["train"] for source in metrics["sources"]] == list(found.values())
+    assert metrics["warnings"] == []
+
+
+def test_the_shares_hold_until_the_first_source_runs_out(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    task = _task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=_two(tmp_path, (0.1, 0.9)))
+    metrics = tokenize.run(task)
+    left, right = _tokens_by_source(task.out, tiny_llama_dir).values()
+    assert abs(left / (left + right) - 0.1) < 0.01
+    assert [source["ran_out"] for source in metrics["sources"]] == [False, True]
+    assert len(metrics["warnings"]) == 1 and metrics["warnings"][0].startswith("data.corpus.1 ran out")
+
+
+def test_held_out_text_is_never_trained_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Read back from the blocks: sources that share documents with each other and repeat their own."""
+    texts = [f"Document number {number}, " + "and so on, " * (number % 7) for number in range(500)]
+    _jsonl(tmp_path / "a.jsonl", [*texts[:300], *(f"{text}\n\n" for text in texts[100:200])])
+    _jsonl(tmp_path / "b.jsonl", [*texts[200:], *(f"  {text}" for text in texts[:100]), *texts[400:]])
+    sources = [_source("corpus", tmp_path / f"{name}.jsonl") for name in "ab"]
+    task = _task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=sources, held_out_fraction=0.3)
+    metrics = tokenize.run(task)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    sides = [
+        [tokenizer.decode(ids).strip() for ids in _documents(task.out, split, tokenizer.eos_token_id)]
+        for split in SPLITS
+    ]
+    assert not set(sides[0]) & set(sides[1]) and all(sides)
+    assert all(len(set(side)) == len(side) for side in sides)
+    assert {*sides[0], *sides[1]} <= {text.strip() for text in texts}
+    assert {row["text"].strip() for row in _held_out(task.out)} == set(sides[1])
+    kept = sum(metrics["documents"].values())
+    assert kept == len(sides[0]) + len(sides[1]) > 400
+    assert metrics["dropped"]["duplicate"] > 100
+
+
+def test_what_the_embedded_docs_hold_out_is_not_trained_on_from_a_file(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    held_out = python_docs.documents(held_out=True)[:40]
+    sources = [_source("corpus", _jsonl(tmp_path / "a.jsonl", held_out), 1e-3), _source("corpus", None, 1.0)]
+    task = _task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=sources, held_out_fraction=0.0)
+    metrics = tokenize.run(task)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    trained = {tokenizer.decode(ids) for ids in _documents(task.out, "train", tokenizer.eos_token_id)}
+    kept = {row["text"] for row in _held_out(task.out)}
+    assert trained & set(held_out) and kept  # the file's came first
+    assert not trained & kept
+    assert metrics["documents"]["held_out"] + len(trained & set(held_out)) == len(python_docs.documents(held_out=True))
+
+
+def test_an_empty_one_of_several_sources_is_named(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    sources = [*_two(tmp_path, (1.0, 1.0)), _source("corpus", _jsonl(tmp_path / "blank.jsonl", [" "]))]
+    with pytest.raises(UserError, match=r"data\.corpus\.2\.path.*blank"):
+        tokenize.run(_task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=sources))
 
 
 def test_repeats_are_dropped_and_control_tokens_are_plain_text(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -45,6 +45,17 @@ def sinkhorn(cost: Tensor, regularization: float, iterations: int = 5000) -> Ten
     return u[:, None] * kernel * v[None, :]
 
 
+def sinkhorn_in_logs(cost: Tensor, regularization: float, iterations: int) -> Tensor:
+    """The same for costs whose exponential would be zero: potentials in float64, that many iterations."""
+    n, m = cost.shape
+    scaled = -cost.double() / regularization
+    f, g = torch.zeros(n).double(), torch.zeros(m).double()
+    for _ in range(iterations):
+        f = -torch.tensor(float(n)).log() - torch.logsumexp(scaled + g[None, :], dim=1)
+        g = -torch.tensor(float(m)).log() - torch.logsumexp(scaled + f[:, None], dim=0)
+    return torch.exp(f[:, None] + scaled + g[None, :])
+
+
 def distances(first: Tensor, second: Tensor) -> Tensor:
     """Euclidean distance of every row of one matrix from every row of the other, pair by pair."""
     return torch.stack([torch.stack([(a - b).norm() for b in second]) for a in first])

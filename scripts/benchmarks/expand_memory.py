@@ -1,0 +1,151 @@
+"""Time and memory of each expansion method on a large checkpoint: ``python -m scripts.benchmarks.expand_memory DIR``.
+
+Writes a random checkpoint of Llama-3-8B's exact shape into DIR (bfloat16, sharded, 16 GB) and expands it from 32 to 48
+layers with one method after the other, each in a process of its own as the pipeline starts it. Needs 50 GB there.
+Memory is what only that process holds (RssAnon + RssShmem), read from outside; mapped files are not counted, and the
+time is that of the stage with its self-check. A run that was interrupted is taken up again, and its times are added.
+
+Random rows are not what a trained model has: rows of random matrices are all about equally far from each other, so that
+Sinkhorn's problems are solved in a few iterations. Times of OpT-DeUS on trained weights are in
+``scripts/benchmarks/expand.py``; its memory is the same.
+
+Expected before the first run, from operation counts at 125 GFLOP/s in float64 and 230 in float32 on two cores: LESA
+about 45 minutes, half of it the two decompositions of ``[14336, 14336]`` Gram matrices, and 7 GB for their workspace;
+OpT-DeUS about 15 minutes and 4.5 GB; copying methods as fast as the disk, and no more than torch itself takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from pipeline.artifact import read_json, write_json
+from pipeline.model_dir import copy_side_files
+from pipeline.shard_writer import ShardWriter
+from pipeline.stage import task_to_json
+from pipeline.tensor_spec import TensorSpec
+from scripts.benchmarks.expansions import expand_settings, expand_task, load_smollm2
+from scripts.benchmarks.models import LLAMA
+from scripts.benchmarks.processes import run_module
+
+GIGABYTE = 1e9
+METHODS = ("llama_pro", "solar", "copy", "average", "opt_deus", "lesa")
+
+
+def main() -> None:
+    """Writes the checkpoint unless it is there, runs the methods, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--shape", default="llama-3-8b", choices=LLAMA)
+    parser.add_argument("--new-layers", type=int, default=16)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    chosen = parser.parse_args()
+    base = chosen.directory / chosen.shape
+    if not (base / "config.json").is_file():
+        write_random_checkpoint(chosen.shape, base)
+    copy_rate = seconds_per_gigabyte(base)
+    threads = torch.get_num_threads()
+    print(f"{chosen.shape}, {chosen.new_layers} new layers, torch {torch.__version__}, {threads} threads; ", end="")
+    print(f"cp takes {copy_rate:.2f} s a GB here\n")
+    print("| method | minutes in all | writing weights, minutes | times cp | peak memory, GB | self-check |")
+    print("|---|---:|---:|---:|---:|---|")
+    for method in chosen.methods:
+        print(row(method, base, chosen.directory, chosen.new_layers, copy_rate), flush=True)
+
+
+def write_random_checkpoint(shape: str, directory: Path) -> None:
+    """Normal numbers, standard deviation 0.02, norms at one; SmolLM2's tokenizer."""
+    hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary, tied = LLAMA[shape]
+    directory.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=key_value_heads, head_dim=head_dim, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    specs = {name: TensorSpec(torch.bfloat16, shape) for name, shape in llama_tensors(config)}
+    generator = np.random.default_rng(0)
+    with ShardWriter(directory, specs) as writer:
+        for name, spec in specs.items():
+            value = torch.ones(spec.shape) if "norm" in name else normal(spec.shape, generator)
+            writer.write(name, value.to(spec.dtype))
+    copy_side_files(load_smollm2(directory.parent / "smollm2"), directory)
+    write_json(directory / "config.json", json.loads(config.to_json_string()))
+
+
+def normal(shape: tuple[int, ...], generator: np.random.Generator) -> torch.Tensor:
+    """Float32, with a trained model's usual spread; numpy draws them several times as fast as torch."""
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(0.02)
+
+
+def llama_tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a Llama checkpoint."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        shapes = {
+            "input_layernorm": (hidden,), "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key_value, hidden),
+            "self_attn.v_proj": (key_value, hidden), "self_attn.o_proj": (hidden, query),
+            "post_attention_layernorm": (hidden,), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }  # fmt: skip
+        for module, shape in shapes.items():
+            yield f"model.layers.{layer}.{module}.weight", shape
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def seconds_per_gigabyte(base: Path) -> float:
+    """What cp needs for the base's first weight file."""
+    source = min(base.glob("model*.safetensors"))
+    target = base.parent / "copied"
+    started = time.perf_counter()
+    shutil.copyfile(source, target)
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds / (source.stat().st_size / GIGABYTE)
+
+
+def row(method: str, base: Path, directory: Path, new_layers: int, copy_rate: float) -> str:
+    """One line of the table."""
+    out = directory / f"{method}.partial"
+    out.mkdir(exist_ok=True)
+    history = directory / f"{method}.json"  # of interrupted runs
+    before = read_json(history) if history.is_file() else {"seconds": 0.0, "memory": 0}
+    task, outcome = directory / f"{method}.task.json", directory / f"{method}.outcome.json"
+    settings = expand_settings(method, new_layers=new_layers, position="top")
+    write_json(task, task_to_json(expand_task(settings, base, out)))
+    started = time.perf_counter()
+
+    def note_progress() -> bool:
+        write_json(history, {**before, "seconds": before["seconds"] + time.perf_counter() - started})
+        return False
+
+    peak = run_module(
+        "pipeline.stages", str(task), str(outcome), log=directory / "log", until=note_progress, timeout=4 * 3600
+    )
+    seconds = before["seconds"] + time.perf_counter() - started
+    metrics = read_json(outcome)["metrics"]
+    written = sum(path.stat().st_size for path in out.glob("model*.safetensors")) / GIGABYTE
+    weights = metrics["weights_seconds"] + before["seconds"]
+    shutil.rmtree(out)
+    history.unlink()
+    return (
+        f"| {method} | {seconds / 60:.1f} | {weights / 60:.1f} | {weights / written / copy_rate:.2f} "
+        f"| {peak.host / GIGABYTE:.2f} | {metrics['check']['logits_of']}, difference "
+        f"{metrics['check']['logit_difference']} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""How long a gigabyte of text takes to tokenize: the whole stage against the tokenizers library alone, same cores.
+
+    python -m scripts.benchmarks.tokenization [--megabytes 1000] [--cores 2] [--output-dir outputs]
+
+The text is CPython's documentation, over and over, its paragraphs in another order every time and each document with
+a line of its own, so that no two are the same. The library is timed on its calls alone (``encode_batch_fast`` with a
+thread a core, nothing read or written); the stage from the start of its process to its end: reading JSON, hashing,
+encoding, packing, writing. Memory is what only these processes hold (RssAnon + RssShmem), summed over them, as seen
+from outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.config import Source, Tokenize
+from pipeline.data import python_docs
+from pipeline.data.encoders import available_cores
+from pipeline.stage import task_to_json
+from scripts.benchmarks.models import stage_task
+from scripts.benchmarks.processes import run_module
+
+BATCH_DOCUMENTS = 256
+MEGABYTE = 10**6
+GIBIBYTE = 2**30
+
+LIBRARY_ALONE = f"""
+import itertools, json, sys, time
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1])
+seconds = 0.0
+with open(sys.argv[2]) as lines:
+    while batch := [json.loads(line)["text"] for line in itertools.islice(lines, {BATCH_DOCUMENTS})]:
+        started = time.perf_counter()
+        tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        seconds += time.perf_counter() - started
+print(seconds)
+"""
+
+
+def main() -> None:
+    """Makes the text, times both, prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--cores", type=int, default=available_cores())
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs"), help="where the quickstart's model lies or is made"
+    )
+    options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    with tempfile.TemporaryDirectory() as place:
+        model = load_model(options.output_dir.absolute(), Path(place, "load.log"))
+        corpus = Path(place, "corpus.jsonl")
+        size = write_corpus(corpus, options.megabytes * MEGABYTE)
+        alone = time_library(model, corpus)
+        seconds, peak, tokens = time_stage(model, corpus, Path(place))
+    print_table(size, tokens, alone, seconds, peak)
+
+
+def load_model(output_dir: Path, log: Path) -> Path:
+    """The quickstart's model, of which only the tokenizer is used."""
+    run_module("pipeline", "+experiment=quickstart", "stages=[load]", f"output_dir={output_dir}", log=log)
+    return output_dir / "quickstart" / "load"
+
+
+def write_corpus(path: Path, size: int) -> int:
+    """JSON lines with so many bytes of text."""
+    written = 0
+    with open(path, "w") as stream:
+        for text in documents():
+            stream.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+            if written >= size:
+                break
+    return written
+
+
+def documents() -> Iterator[str]:
+    """Without end, none twice."""
+    originals = [*python_docs.documents(held_out=False), *python_docs.documents(held_out=True)]
+    paragraphs = [text.split("\n\n") for text in originals]
+    for turn in itertools.count():
+        for parts in paragraphs:
+            cut = turn % len(parts)
+            yield "\n\n".join([f"Revision {turn}.", *parts[cut:], *parts[:cut]])
+
+
+def time_library(model: Path, corpus: Path) -> float:
+    """Seconds within the library's calls."""
+    command = [sys.executable, "-c", LIBRARY_ALONE, str(model / "tokenizer.json"), str(corpus)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def time_stage(model: Path, corpus: Path, place: Path) -> tuple[float, int, int]:
+    """Seconds, peak bytes of memory, and tokens of the whole stage."""
+    source = Source(
+        kind="files", path=str(corpus), config_name=None, split=None, revision=None, text_field="text", weight=1.0
+    )
+    settings = Tokenize(
+        purpose="corpus", sources=[source], sequence_length=2048, held_out_fraction=0.001, max_tokens=None,
+        chat_template="model",
+    )  # fmt: skip
+    out, job, outcome = place / "out", place / "task.json", place / "outcome.json"
+    out.mkdir()
+    job.write_text(json.dumps(task_to_json(stage_task("tokenize/corpus", settings, {"load": model}, out))))
+    started = time.perf_counter()
+    peak = run_module("pipeline.stages", str(job), str(outcome), log=place / "stage.log", timeout=7200.0)
+    seconds = time.perf_counter() - started
+    return seconds, peak.host, sum(json.loads(outcome.read_text())["metrics"]["tokens"].values())
+
+
+def print_table(size: int, tokens: int, alone: float, stage: float, peak: int) -> None:
+    """Markdown."""
+    print(f"{size / MEGABYTE:,.0f} MB of text, {tokens:,} tokens, {available_cores()} cores ({cpu_name()}), ", end="")
+    print(f"tokenizers {importlib.metadata.version('tokenizers')}, Python {platform.python_version()}\n")
+    print("| | seconds | MB/s | times the library | memory, GiB |\n|---|---:|---:|---:|---:|")
+    print(f"| tokenizers alone, `encode_batch_fast` | {alone:.1f} | {size / alone / MEGABYTE:.2f} | 1.00 | |")
+    print(
+        f"| the whole tokenize stage | {stage:.1f} | {size / stage / MEGABYTE:.2f} | {stage / alone:.2f} "
+        f"| {peak / GIBIBYTE:.2f} |"
+    )
+
+
+def cpu_name() -> str:
+    """As the kernel tells it."""
+    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

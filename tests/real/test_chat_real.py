@@ -1,0 +1,121 @@
+"""Masks of real conversations under SmolLM2's own tokenizer and template, read back from the blocks."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from pipeline.config import Launch, Source, Tokenize, Tracking
+from pipeline.data import instruction_pairs
+from pipeline.data.chat import PLAIN_TEMPLATE
+from pipeline.stage import StageTask, TrackingTarget
+from pipeline.stages import tokenize
+
+LENGTH = 512
+SPLITS = ("train", "held_out")
+LONG_TALK = [
+    {"role": "system", "content": "You answer in verse – or not at all. 🙂"},
+    {"role": "user", "content": "assistant\nWrite a loop."},
+    {"role": "assistant", "content": "```python\nfor i in range(3):\n    print(i)\n```\n"},
+    {"role": "user", "content": "  Größer, bitte.  "},
+    {"role": "assistant", "content": "for i in range(30): ...\n\n  "},
+    {"role": "user", "content": "user"},
+    {"role": "assistant", "content": "assistant"},
+]
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Real pairs in all three formats, and a conversation of several turns."""
+    pairs = instruction_pairs.pairs(held_out=True)[::4]
+    rows: list[dict[str, Any]] = [{"messages": LONG_TALK}]
+    for number, (question, answer) in enumerate(pairs):
+        asked, said = question["content"], answer["content"]
+        rows.append(
+            [
+                {"messages": [question, answer]},
+                {"instruction": asked, "input": "", "output": said},
+                {"prompt": asked, "completion": said},
+            ][number % 3]
+        )
+    return rows
+
+
+@pytest.fixture(scope="module", params=["model", "plain"])
+def data_set(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The instructions as the stage leaves them."""
+    out = tmp_path_factory.mktemp("instructions")
+    chats = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    chats.write_text("\n".join(map(json.dumps, _rows())))
+    source = Source(
+        kind="files", path=str(chats), config_name=None, split=None, revision=None, text_field=None, weight=1.0
+    )
+    settings = Tokenize(
+        purpose="instructions", sources=[source], sequence_length=LENGTH, held_out_fraction=0.1, max_tokens=None,
+        chat_template=request.param,
+    )  # fmt: skip
+    tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "g", "tokenize", "i", out)
+    launch = Launch(device="cpu", processes=1, threads=1)
+    tokenize.run(StageTask("tokenize/instructions", settings, {"load": smollm2_dir}, out, 0, launch, tracking))
+    return out
+
+
+def _examples(out: Path) -> list[tuple[list[int], list[int]]]:
+    """Ids and mask of every example: a block is cut where positions start again."""
+    found = []
+    for split in SPLITS:
+        names = ("input_ids", "position_ids", "loss_mask")
+        arrays = [np.load(out / f"{split}.{name}.npy", allow_pickle=False) for name in names]
+        for ids, positions, mask in zip(*arrays, strict=True):
+            for begin, end in pairwise([*np.flatnonzero(positions == 0), len(ids)]):
+                found.append((ids[begin:end].tolist(), mask[begin:end].tolist()))
+    return [(ids, mask) for ids, mask in found if len(set(ids)) > 1]  # the rest is padding
+
+
+def _said_in(ids: list[int], begin: list[int], end: int) -> list[int]:
+    """The mask as a reader of tokens would set it: from behind each beginning of an answer to its end token."""
+    mask = [0] * len(ids)
+    at = 0
+    while at < len(ids):
+        if ids[at : at + len(begin)] == begin:
+            at += len(begin)
+            stop = ids.index(end, at) + 1
+            mask[at:stop] = [1] * (stop - at)
+            at = stop
+        else:
+            at += 1
+    return mask
+
+
+def test_what_is_taught_is_what_the_assistant_says_and_its_end_of_turn(data_set: Path, smollm2_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    plain = (data_set / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
+    begin = tokenizer("### Response:\n" if plain else "<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said: list[str] = []
+    examples = _examples(data_set)
+    for ids, mask in examples:
+        assert mask == _said_in(ids, begin, end)
+        runs = np.split(np.array(ids), np.flatnonzero(np.diff(mask)) + 1)
+        said += [tokenizer.decode(run) for run in runs[1::2]]
+    rows = _rows()
+    expected = [message["content"] for message in LONG_TALK if message["role"] == "assistant"]
+    expected += [row.get("output") or row.get("completion") or row["messages"][1]["content"] for row in rows[1:]]
+    assert sorted(said) == sorted(f"{answer}<|im_end|>" for answer in expected)
+    assert len(examples) == len(rows)
+
+
+def test_the_ids_are_what_a_user_of_the_tuned_model_gets(data_set: Path, smollm2_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    tokenizer.chat_template = (data_set / "chat_template.jinja").read_text()
+    prompts = {tuple(ids[: mask.index(1)]) for ids, mask in _examples(data_set)}
+    for line in (data_set / "held_out.jsonl").read_text().splitlines():
+        turns = json.loads(line)["messages"]
+        first = next(number for number, message in enumerate(turns) if message["role"] == "assistant")
+        asked = tokenizer.apply_chat_template(turns[:first], add_generation_prompt=True, return_dict=False)
+        assert tuple(asked) in prompts

@@ -1,0 +1,131 @@
+"""A killed tokenize goes on where it was, and ends with the same bytes as one that was never disturbed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Source
+from pipeline.data import tokenizing
+from pipeline.data.encoders import Encoders
+from pipeline.progress import Bar
+from pipeline.stage import StageTask, task_to_json
+from pipeline.stages import tokenize
+from tests.stages.test_tokenize import _source, _task
+
+SAVING_ALWAYS = """
+import json, sys
+from pathlib import Path
+from pipeline.data import tokenizing
+from pipeline.stage import task_from_json
+from pipeline.stages import tokenize
+tokenizing.SAVE_EVERY_SECONDS = 0.0
+tokenize.run(task_from_json(json.loads(Path(sys.argv[1]).read_text())))
+"""
+
+
+class Killed(Exception):
+    pass
+
+
+def _corpus(place: Path, documents: int) -> list[Source]:
+    """Two sources of documents of all lengths, some of which come twice."""
+    draw = random.Random(0)
+    texts = [f"Document {number}. " + "some more words " * draw.randrange(40) for number in range(documents)]
+    place.mkdir()
+    for number in range(3):
+        rows = "\n".join(json.dumps({"text": draw.choice(texts)}) for _ in range(documents // 3))
+        (place / f"{number}.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (place / "other.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[::-1]))
+    return [_source("corpus", place / "?.jsonl.gz", 0.7), _source("corpus", place / "other.jsonl", 0.3)]
+
+
+def _chats(place: Path, conversations: int) -> list[Source]:
+    rows = [
+        {"prompt": f"What is {number}?", "completion": "word " * (number % 17 + 1)} for number in range(conversations)
+    ]
+    place.mkdir()
+    (place / "chats.jsonl").write_text("\n".join(map(json.dumps, [*rows, *rows[::9]])))
+    return [_source("instructions", place / "chats.jsonl")]
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def _same_task(model: Path, out: Path, purpose: str, sources: list[Source], **changes: Any) -> StageTask:
+    return _task(model, out, purpose, None, sources=sources, sequence_length=48, **changes)
+
+
+@pytest.mark.parametrize(("purpose", "make"), [("corpus", _corpus), ("instructions", _chats)])
+def test_interrupted_anywhere_and_often_is_as_if_never(
+    purpose: str, make: Any, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = make(tmp_path / "texts", 300)
+    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "whole", purpose, sources))
+    save = tokenizing.DatasetBuilder._save
+    calls: list[int] = []
+
+    def save_now_and_then(self: Any) -> None:
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            save(self)
+
+    monkeypatch.setattr(tokenizing, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(tokenizing.DatasetBuilder, "_save", save_now_and_then)
+    task = _same_task(tiny_llama_dir, tmp_path / "interrupted", purpose, sources)
+    for survived in (3, 40, 7, 61, 33):
+        with monkeypatch.context() as patched:
+            patched.setattr(Bar, "advance", _dying_after(survived))
+            with pytest.raises(Killed):
+                tokenize.run(task)
+    tokenize.run(task)
+    assert _files(task.out) == _files(tmp_path / "whole")
+
+
+def _dying_after(survived: int) -> Callable[..., None]:
+    left = iter(range(survived))
+
+    def advance(*_: object, **__: object) -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return advance
+
+
+def test_killed_for_real(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = _corpus(tmp_path / "texts", 3000)
+    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "whole", "corpus", sources))
+    task = _same_task(tiny_llama_dir, tmp_path / "killed", "corpus", sources)
+    (tmp_path / "task.json").write_text(json.dumps(task_to_json(task)))
+    progress = task.out / "checkpoint" / "progress.json"
+    command = [sys.executable, "-c", SAVING_ALWAYS, str(tmp_path / "task.json")]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    while not (progress.exists() and _kept(progress) > 50):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = _kept(progress)
+    encoded: list[str] = []
+    submit = Encoders.submit
+    monkeypatch.setattr(Encoders, "submit", lambda self, texts: encoded.extend(texts) or submit(self, texts))
+    metrics = tokenize.run(task)
+    assert 50 < kept < sum(metrics["documents"].values())
+    assert len(encoded) <= 6000 - kept  # nothing is encoded twice
+    assert _files(task.out) == _files(tmp_path / "whole")
+
+
+def _kept(progress: Path) -> int:
+    return sum(sum(part["documents"].values()) for part in json.loads(progress.read_text())["parts"])
