@@ -18,10 +18,11 @@ from pipeline.slurm import BatchJob, JobInfo, SlurmUnreachable, batch_script, ho
 RESOURCES = Resources(
     partition=None, nodes=4, gpus=8, cpus=64, memory="0", time="1-00:00:00", options=["--constraint=h100"]
 )
+ONE_NODE = RESOURCES.model_copy(update={"nodes": 1})
 GENERAL = Slurm(
     partition="gpu", account=None, qos="long", environment=["module load cuda"], options=["--mail-type=FAIL"],
     signal_seconds=120, max_requeues_without_progress=3,
-    **dict.fromkeys(("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report"), RESOURCES),
+    **dict.fromkeys(("load", "expand", "tokenize", "evaluate", "report"), ONE_NODE), pretrain=RESOURCES, sft=RESOURCES,
 )  # fmt: skip
 
 
