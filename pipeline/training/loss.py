@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**24  # elements of logits alive at once: 64 MiB in float32
+from pipeline.training.sizes import CHUNK_LOGITS
 
 
 @dataclass(frozen=True)
