@@ -97,7 +97,9 @@ def place(launch: Launch, machine: Machine) -> Placement:
             setting="launch.processes" if machine.gpus else "launch.device",
             value=processes if machine.gpus else launch.device,
             rule=f"one process drives one GPU, and {machine.gpus} can be used here",
-            remedy=f"Say launch.processes={machine.gpus}." if machine.gpus else "Say launch.device=cpu.",
+            remedy=f"Say launch.processes={machine.gpus}."
+            if machine.gpus
+            else "Go where there are GPUs, or say launch.device=cpu.",
         )
     threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
     return Placement(device, processes, threads)

@@ -18,17 +18,18 @@ PACKAGE = REPOSITORY / "pipeline"
 # A room may import rooms of its own layer and of those below, never of one above; within a layer there is no circle.
 LAYERS = (
     {"__main__"},
-    {"command", "plan"},
+    {"command", "planning"},
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
-    | {"launch", "tracking", "progress"},
-    {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog"}
+    | {"launch", "tracking", "progress", "estimate"},
+    {"architecture", "artifact", "stage", "config", "errors", "flops", "shape", "watchdog"}
     | {"source", "hub", "gguf_metadata", "weight_files"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
     "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+    "flops", "estimate",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

@@ -47,8 +47,11 @@ def test_placement_follows_settings_and_machine(changes: dict, machine: Machine,
 
 @pytest.mark.parametrize(
     "changes, gpus, setting",
-    [({"device": "cuda"}, 0, "launch.device"), ({"device": "a100_40gb"}, 0, "launch.device"),
-     ({"processes": 3}, 2, "launch.processes")],
+    [
+        ({"device": "cuda"}, 0, "launch.device"),
+        ({"device": "a100_40gb"}, 0, "launch.device"),
+        ({"processes": 3}, 2, "launch.processes"),
+    ],
 )
 def test_more_gpus_than_there_are_are_refused(changes: dict, gpus: int, setting: str):
     with pytest.raises(UserError) as error:

@@ -16,6 +16,6 @@ class Model(Section):
     package: str | None  # what pip must have installed where path is package:NAME
     dtype: Dtype  # of the artifact's weights
     trust_remote_code: bool
-    # Entries of its config.json from which sizes follow: what action=plan counts where that file cannot be read, and what
-    # loading holds against it.
+    # Entries of its config.json from which sizes follow: action=plan counts by them where that file cannot be read, and
+    # loading refuses a model that has others.
     shape: Annotated[dict[str, str | int | bool] | None, NotInKey]

@@ -27,7 +27,12 @@ class Disk:
 
 
 def disk_of(
-    missing: Mapping[str, str], base: Shape, grown: Shape, dtype: str, trained: Mapping[str, int], tokens: Mapping[str, int]
+    missing: Mapping[str, str],
+    base: Shape,
+    grown: Shape,
+    dtype: str,
+    trained: Mapping[str, int],
+    tokens: Mapping[str, int],
 ) -> Disk:
     """What the missing stages will write.
 

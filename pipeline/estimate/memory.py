@@ -6,7 +6,7 @@ the bytes of a number in compute. What the backward pass needs of one decoder la
     each norm             4·h  its input in float32, and where weights train c·h twice: before and after its scale
     attention             4·c·a  queries, keys and values (repeated for every head) and its output,
                           4·heads  the softmax's sums,  c·S  the mask that keeps documents apart
-    MLP                   3·c·f  gate, its activation and up (without a gate: one), and c·f their product if weights train
+    MLP                   3·c·f  gate, its activation and up (without a gate: 1), and c·f their product if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores its input, c·h, and
 one layer at a time is whole. The rest is DeepSpeed's: what each ZeRO stage shares out is divided by the devices.

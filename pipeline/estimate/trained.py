@@ -64,7 +64,6 @@ class Trained:
         return TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
 
 
-
 def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[str, Any]) -> Trained:
     """What ``pretrain.trainable`` or ``sft.trainable`` chooses in this model.
 

@@ -12,10 +12,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.shape.model import Layer, Shape
-from pipeline.shape.parts import (
-    Config, Tensors, attention, experts, gated_mlp, linear, norms, query_key_norms,
-)  # fmt: skip
-
+from pipeline.shape.parts import Config, Tensors, attention, experts, gated_mlp, linear, norms, query_key_norms
 
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 

@@ -20,7 +20,7 @@ from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.model_dir import ModelDirectory, ShardWriter, TensorSpec, copy_side_files, remove_weights
 from pipeline.progress import progress
-from pipeline.source import ModelSource, resolve, wanted_files
+from pipeline.source import ModelSource, check_shape, config_of, resolve, wanted_files
 from pipeline.stage import Metrics, StageTask
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +36,7 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(model, Model)
     source = resolve(model)
     directory = _fetch(source, model)
+    check_shape(model, config_of(source))
     if source.gguf_file is None:
         copy_safetensors(directory, task.out, model)
     else:

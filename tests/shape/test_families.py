@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.architecture import ARCHITECTURES
-from pipeline.errors import UserError
 from pipeline.shape import FAMILIES, shape_of
 
 SMALL = {

@@ -36,7 +36,14 @@ def run(out: Path) -> Load:
     """``run(path, dtype="bfloat16")`` loads into ``out``."""
 
     def load_model(path: object, **changes: object) -> Metrics:
-        plain = {"revision": None, "gguf_file": None, "package": None, "dtype": "float32", "trust_remote_code": False, "shape": None}
+        plain = {
+            "revision": None,
+            "gguf_file": None,
+            "package": None,
+            "dtype": "float32",
+            "trust_remote_code": False,
+            "shape": None,
+        }
         return load.run(make_task("load", Model.model_validate({"path": str(path), **plain, **changes}), out))
 
     return load_model
