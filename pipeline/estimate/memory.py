@@ -108,11 +108,18 @@ def memory_of(trained: Trained, setup: Setup) -> Memory:
 def _weights(trained: Trained, setup: Setup) -> int:
     whole = trained.shape.parameters * setup.weight_width
     if setup.zero["stage"] < 3:
-        return whole
+        return whole + _cast_copies(trained, setup)
     live = setup.zero.get("stage3_max_live_parameters", ZERO3_LIVE)
     live += setup.zero.get("stage3_prefetch_bucket_size", ZERO3_PREFETCH)
     gathered = min(trained.shape.parameters, live) * setup.weight_width
     return gathered + (0 if "offload_param" in setup.zero else whole // setup.ranks)
+
+
+def _cast_copies(trained: Trained, setup: Setup) -> int:
+    """Autocast's copies of float32 weights, which the backward pass keeps where it goes."""
+    if setup.weight_width == setup.width:
+        return 0
+    return setup.width * sum(layer.parameters for layer in trained.shape.layers[trained.lowest :])
 
 
 def _gradients(trained: Trained, setup: Setup) -> int:

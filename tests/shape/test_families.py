@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.architecture import ARCHITECTURES
+from pipeline.errors import UserError
 from pipeline.shape import FAMILIES, shape_of
 
 SMALL = {
@@ -59,3 +61,21 @@ def test_what_config_json_leaves_out_is_filled_in_as_transformers_does(family: s
     values = config.to_dict()
     short = {name: values[name] for name in (*needed, *sparse) if values.get(name) is not None}
     assert _counted({"model_type": family, **short}) == _tensors(config)
+
+
+def test_every_family_that_can_be_expanded_can_be_counted() -> None:
+    assert set(ARCHITECTURES) <= set(FAMILIES)
+
+
+def test_experts_that_a_token_does_not_meet_are_not_active() -> None:
+    """Mixtral-8x7B (arXiv 2401.04088, section 2): 47B parameters, of which a token uses 13B."""
+    config = AutoConfig.for_model("mixtral").to_dict()
+    mixtral = shape_of(config)
+    assert round(mixtral.parameters / 1e9, 1) == 46.7
+    assert round(mixtral.active_parameters / 1e9, 1) == 12.9
+
+
+@pytest.mark.parametrize("values", [{"model_type": "mamba"}, {}, {"model_type": "llama", "hidden_size": 64}])
+def test_what_cannot_be_counted_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="model.path"):
+        shape_of(values)

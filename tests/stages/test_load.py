@@ -118,6 +118,13 @@ def test_a_head_that_contradicts_the_config(run: Load, model: Path) -> None:
         run(model)
 
 
+def test_a_model_of_another_shape_than_stated_is_refused(run: Load, tiny_llama_dir: Path) -> None:
+    stated = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4}
+    run(tiny_llama_dir, shape=stated)
+    with pytest.raises(UserError, match=r"model.shape = num_hidden_layers 32: .*says num_hidden_layers 4"):
+        run(tiny_llama_dir, shape={**stated, "num_hidden_layers": 32})
+
+
 def test_quantised_weights_are_refused(run: Load, model: Path) -> None:
     _change_config(model, quantization_config={"quant_method": "gptq"})
     with pytest.raises(UserError, match="quantised"):

@@ -1,11 +1,11 @@
-"""Runs one training task as a worker does, and measures the growth of its resident memory: ``measured_task.py JOB``.
+"""Runs one training task as a worker does, and measures how its memory grows: ``measured_task.py TASK.json``.
 
-What is shared with the files of libraries does not count; they are imported before.
+Memory is what is anonymous or shared and resident, as Linux counts it, since before the model is loaded and after
+everything is imported.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -13,41 +13,43 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.artifact import write_json
+from pipeline.artifact import read_json, write_json
 from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE
 from pipeline.stage import task_from_json
 from pipeline.watchdog import end_with_parent
 
 SAMPLE_SECONDS = 0.005
+COUNTED = ("RssAnon", "RssShmem")
 
 
-class Resident(threading.Thread):
-    """Watches this process's anonymous and shared resident memory."""
+def resident() -> int:
+    """Bytes of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(int(count) for count in re.findall(rf"(?:{'|'.join(COUNTED)}):\s*(\d+)", status))
+
+
+class Watch(threading.Thread):
+    """Knows the most that was ever resident since it started."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before = self.peak = self.now()
-
-    @staticmethod
-    def now() -> int:
-        """Bytes."""
-        status = Path("/proc/self/status").read_text()
-        return sum(int(re.search(rf"{name}:\s*(\d+)", status)[1]) for name in ("RssAnon", "RssShmem", "RssFile")) * 1024
+        self.before = self.peak = resident()
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, resident())
             time.sleep(SAMPLE_SECONDS)
 
 
 if __name__ == "__main__":
+    end_with_parent()
+    import transformers.models.llama.modeling_llama  # noqa: F401  before the count begins
+
     from pipeline.training.session import train
 
-    end_with_parent()
     logs = Path(os.environ[LOG_DIR_VARIABLE])
-    task = task_from_json(json.loads(Path(sys.argv[1]).read_text()))
-    resident = Resident()
-    resident.start()
+    task = task_from_json(read_json(sys.argv[1]))
+    watch = Watch()
+    watch.start()
     train(task, logs, lambda: False)
-    if os.environ["RANK"] == "0":
-        write_json(logs / OUTCOME_FILE, {"status": "done", "growth": resident.peak - resident.before})
+    write_json(logs / OUTCOME_FILE, {"status": "done", "growth": watch.peak - watch.before})
