@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
 from pipeline.config import Settings
 from pipeline.data import sources
+from pipeline.disk import free_bytes, no_room
 from pipeline.errors import UserError
 from pipeline.estimate import Disk, disk_of, trained_part
 from pipeline.evaluation.catalogue import validate as validate_evaluation
@@ -172,14 +172,9 @@ def check_disk(run: Settings, disk: Disk) -> None:
     Raises:
         UserError: there is not.
     """
-    free = shutil.disk_usage(_existing(Path(run.output_dir))).free
+    free = free_bytes(_existing(Path(run.output_dir)))
     if free < disk.total:
-        raise UserError(
-            setting="output_dir",
-            value=run.output_dir,
-            rule=f"{_gib(disk.total)} are needed there and {_gib(free)} are free",
-            remedy="Free some space, or say output_dir=DIRECTORY on a larger disk.",
-        )
+        raise no_room(run.output_dir, f"{_gib(disk.total)} are needed there and {_gib(free)} are free")
 
 
 def _gib(count: int) -> str:

@@ -16,6 +16,7 @@ class DeepSpeed(Section):
     offload_optimizer: bool
     offload_parameters: bool  # ZeRO 3 only
     reduce_bucket_size: Positive  # elements
+    allgather_bucket_size: Positive  # elements; ZeRO 1 and 2
     overrides: dict[str, Any]  # merged last into DeepSpeed's own configuration
 
 
@@ -43,6 +44,8 @@ class Train(Section):
     micro_batch: Annotated[Positive, NotInKey]  # sequences a rank and forward pass
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     activation_checkpointing: Annotated[bool, NotInKey]
+    compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
+    attention: Annotated[Literal["auto", "documents", "sdpa"], NotInKey]
     deepspeed: Annotated[DeepSpeed, NotInKey]
 
     @model_validator(mode="after")

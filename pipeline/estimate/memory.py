@@ -4,8 +4,8 @@ Shapes in bytes a token, with h the hidden size, a = heads · head size, f the M
 the bytes of a number in compute. What the backward pass needs of one decoder layer:
 
     each norm             4·h  its input in float32, and where weights train c·h twice: before and after its scale
-    attention             4·c·a  queries, keys and values (repeated for every head) and its output,
-                          4·heads  the softmax's sums,  c·S  the mask that keeps documents apart
+    attention             4·c·a  queries, keys, values and its output, 4·heads  the softmax's sums; keys and values are
+                          repeated for every head but on CPUs by document; not by document c·S  the mask
     MLP                   3·c·f  gate, its activation and up (without a gate: 1), and c·f their product if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores its input, c·h, and
@@ -19,7 +19,8 @@ from typing import Any
 
 from pipeline.config import Train
 from pipeline.estimate.trained import Trained
-from pipeline.shape import Layer
+from pipeline.shape import Layer, Shape
+from pipeline.training.attention_choice import DOCUMENTS, Attention
 from pipeline.training.deepspeed import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.sizes import BYTES, CHUNK_LOGITS, Precision
 
@@ -39,6 +40,7 @@ class Setup:
 
     train: Train
     precision: Precision
+    attention: Attention
     ranks: int
     on_gpu: bool
 
@@ -157,8 +159,16 @@ def _layer(trained: Trained, setup: Setup, layer: Layer, names: frozenset[str]) 
     trains = any("norm" not in name for name in names)
     norms = sum(name.endswith("norm.weight") and size == (shape.hidden_size,) for name, size in layer.tensors.items())
     mlp = width * units * ((3 if layer.is_gated else 1) + trains)
-    attention = 4 * width * shape.heads * shape.head_size + WIDE * shape.heads + width * setup.train.sequence_length
-    return setup.tokens * (norms * shape.hidden_size * (WIDE + 2 * width * trains) + attention + mlp)
+    return setup.tokens * (norms * shape.hidden_size * (WIDE + 2 * width * trains) + _attention(shape, setup) + mlp)
+
+
+def _attention(shape: Shape, setup: Setup) -> int:
+    """Bytes a token that one layer's attention stores."""
+    queries = shape.heads * shape.head_size
+    by_document = setup.attention == DOCUMENTS
+    keys = shape.key_size if by_document and not setup.on_gpu else queries
+    mask = 0 if by_document else setup.width * setup.train.sequence_length
+    return setup.width * 2 * (queries + keys) + WIDE * shape.heads + mask
 
 
 def _logits(trained: Trained, setup: Setup) -> int:

@@ -14,7 +14,7 @@ from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.graph import Node, build_graph, select
 from pipeline.launch import Machine, detect_machine, place
 from pipeline.planning.inputs import Outside, look_up
-from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training, ranks
+from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training, ranks, setup_of
 from pipeline.preflight import check_writable, checks, disk_needed
 from pipeline.run import missing
 from pipeline.shape import Shape, shape_of
@@ -144,7 +144,8 @@ def _training(
             trained = trained_part(section, train.trainable, sizes.grown, expansion)
             expected = None if purpose in outside.faults else expected_tokens(run.data, purpose)
             amount = amount_of(train, nodes[f"tokenize/{purpose}"], expected)
-            yield plan_training(section, trained, train, run.launch, machine, amount)
+            setup = setup_of(train, outside.config or {}, run.launch, machine)
+            yield plan_training(section, trained, setup, run.launch, amount)
 
 
 # ------------------------------------------------------------------------------------ what would stop it

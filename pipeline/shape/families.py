@@ -209,6 +209,7 @@ def _shape(family: Family, values: Mapping[str, Any]) -> Shape:
         hidden_size=hidden,
         heads=config["num_attention_heads"],
         head_size=config.head_size,
+        key_size=config.keys,
         vocab_size=vocabulary,
     )
 

@@ -70,6 +70,7 @@ class Shape:
     hidden_size: int
     heads: int
     head_size: int
+    key_size: int  # of one token's keys in all their heads, as of its values
     vocab_size: int
 
     @property

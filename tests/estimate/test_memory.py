@@ -28,7 +28,7 @@ def _setup(ranks: int = 1, stage: int = 2, **changes: Any) -> Setup:
     train = train_settings(
         sequence_length=2048, global_batch=64, micro_batch=4, deepspeed={"zero_stage": stage}, **changes
     )
-    return Setup(train, "bfloat16", ranks, on_gpu=True)
+    return Setup(train, "bfloat16", "documents", ranks, on_gpu=True)
 
 
 def test_every_stage_shares_out_what_deepspeed_says() -> None:
@@ -39,7 +39,8 @@ def test_every_stage_shares_out_what_deepspeed_says() -> None:
     assert (shares[1].gradients, shares[2].gradients) == (trained.parameters * 4, trained.parameters * 4 // 8)
     assert shares[2].weights == trained.shape.parameters * 2
     assert shares[3].weights < shares[2].weights
-    assert shares[0].weights == trained.shape.parameters * 4
+    copies = sum(layer.parameters for layer in trained.shape.layers[28:]) * 2  # autocast's
+    assert shares[0].weights == trained.shape.parameters * 4 + copies
 
 
 def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:
