@@ -58,6 +58,10 @@ def _plan_all(jobs: Sequence[Job], console: Console) -> None:
     planner = Planner()
     for job in jobs:
         print_plan(planner.plan(job.settings), console)
+    if jobs[0].sweep:
+        first = jobs[0].settings
+        place = Path(first.output_dir) / first.name.rpartition("/")[0] / "report"
+        console.print(f"and one report over all {len(jobs)} jobs: {place}")
 
 
 def _run_all(jobs: Sequence[Prepared], sweep: bool, console: Console) -> None:

@@ -9,7 +9,7 @@ the bytes of a number in compute. What the backward pass needs of one decoder la
     MLP                   3·c·f  gate, its activation and up (without a gate: 1), and c·f their product if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores its input, c·h, and
-one layer at a time is whole. The rest is DeepSpeed's: what each ZeRO stage shares out is divided by the devices.
+one layer at a time is whole. The layer at work has gradients of as much as it stores. The rest is DeepSpeed's: what each ZeRO stage shares out is divided by the devices.
 """
 
 from __future__ import annotations
@@ -148,9 +148,10 @@ def _buckets(trained: Trained, setup: Setup) -> int:
 def _activations(trained: Trained, setup: Setup) -> int:
     layers = list(enumerate(trained.shape.layers))[trained.lowest :]
     sizes = [_layer(trained, setup, layer, trained.inside(index)) for index, layer in layers]
-    if setup.train.activation_checkpointing and sizes:
-        return len(sizes) * setup.tokens * setup.width * trained.shape.hidden_size + max(sizes)
-    return sum(sizes)
+    at_work = max(sizes, default=0)  # a layer's gradients, as much as it stores
+    if setup.train.activation_checkpointing:
+        return len(sizes) * setup.tokens * setup.width * trained.shape.hidden_size + 2 * at_work
+    return sum(sizes) + at_work
 
 
 def _layer(trained: Trained, setup: Setup, layer: Layer, names: frozenset[str]) -> int:

@@ -95,7 +95,8 @@ class Planner:
         assert outside.config is not None
         training = list(_training(run, nodes, todo, sizes, outside, machine))
         blockers = list(_merged([*faults, *_faults(run, outside, todo, training, machine)]))
-        disk = disk_needed(run, outside.config, todo)
+        own = {name: node for name, node in todo.items() if self._planned.get(node.artifact.key) is None}
+        disk = disk_needed(run, outside.config, own)
         return Plan(run, outside.config_from, sizes, training, disk, blockers, self._lines(run, nodes, blockers))
 
     def _look_up(self, run: Settings) -> Outside:

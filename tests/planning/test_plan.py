@@ -288,6 +288,7 @@ def test_a_sweep_marks_what_its_jobs_share(plan: Plan, shrunk: list[str]) -> Non
     assert "with" not in " ".join(_states(first).values())
     shared = {name for name, state in _states(second).items() if state == "with quickstart/expand-copy"}
     assert shared == {"load", "tokenize/corpus", "tokenize/instructions", "evaluate/load"}
+    assert "and one report over all 2 jobs: outputs/quickstart/report" in output
 
 
 def test_an_answer_within_ten_seconds_where_no_name_server_answers(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
