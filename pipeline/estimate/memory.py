@@ -9,7 +9,8 @@ the bytes of a number in compute. What the backward pass needs of one decoder la
     MLP                   3·c·f  gate, its activation and up (without a gate: 1), and c·f their product if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores its input, c·h, and
-one layer at a time is whole. The layer at work has gradients of as much as it stores. The rest is DeepSpeed's: what each ZeRO stage shares out is divided by the devices.
+one layer at a time is whole. The layer at work has gradients of as much as it stores. The rest is DeepSpeed's: what
+each ZeRO stage shares out is divided by the devices.
 """
 
 from __future__ import annotations

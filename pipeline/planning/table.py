@@ -179,7 +179,7 @@ def big(count: int) -> str:
     for unit, name in UNITS:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
-    return str(count)
+    return f"{count:,}"
 
 
 def ranges(numbers: Iterable[int]) -> str:

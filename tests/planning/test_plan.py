@@ -126,18 +126,17 @@ def test_a_directory_s_own_config_is_preferred_and_named(plan: Plan, shrunk: lis
 def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
     shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    """Every tree that it could write to is compared; the weights cannot be read at all."""
+    """Every tree that it could write to is compared, and every file that it opens is watched."""
     home, model = tmp_path / "home", tmp_path / "model"
     (home / ".cache" / "huggingface").mkdir(parents=True)
     shutil.copytree(tiny_llama_dir, model)
     probe = (
-        "import builtins, sys; whole = builtins.open\n"
-        "def guarded(path, *rest, **more):\n"
-        "    assert not str(path).endswith('.safetensors'), path\n"
-        "    return whole(path, *rest, **more)\n"
-        "from pipeline import artifact; artifact.open = guarded\n"
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == 'open' else None)\n"
         "from pipeline.__main__ import main; status = main(sys.argv[1:])\n"
-        "print('status', status, 'imported', sorted({'torch', 'transformers', 'numpy', 'wandb'} & set(sys.modules)))"
+        "weights = [path for path in opened if path.endswith('.safetensors')]\n"
+        "heavy = sorted({'torch', 'transformers', 'numpy', 'wandb'} & set(sys.modules))\n"
+        "print('status', status, 'imported', heavy, 'read', weights, any('config.json' in path for path in opened))"
     )
     environment = {**os.environ, "HOME": str(home), "HF_HOME": str(home / "hf"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
@@ -146,7 +145,7 @@ def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
         [sys.executable, "-c", probe, "+experiment=quickstart", *shrunk, f"model.path={model}", "action=plan"],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert "status 0 imported []" in answer.stdout, answer.stdout + answer.stderr
+    assert "status 0 imported [] read [] True" in answer.stdout, answer.stdout + answer.stderr
     assert _hash_of(tmp_path, REPOSITORY / "pipeline", REPOSITORY / "conf") == before
 
 
