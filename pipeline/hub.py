@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
-ANSWER_WITHIN_SECONDS = 8.0
+ANSWER_WITHIN_SECONDS = 6.0
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _Result = TypeVar("_Result")
 

@@ -23,7 +23,7 @@ class Launch(Section):
 
     device: str  # auto | cpu | cuda, or a GPU of DEVICES, which means cuda and lets action=plan say what fits
     processes: Positive | Literal["auto"]  # worker processes on this node; auto: one a GPU, else one
-    nodes: Positive  # machines, each with so many processes
+    nodes: Positive  # machines, for action=plan; a run takes those that it stands on
     threads: Positive | Literal["auto"]  # CPU threads a process; auto: cores / processes
     utilization: Fraction  # of the device's peak that training reaches (MFU); action=plan's hours follow from it
 

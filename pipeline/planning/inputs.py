@@ -42,7 +42,7 @@ class Outside:
 
 
 def look_up(run: Settings) -> Outside:
-    """Asks for everything at once; takes about eight seconds at most."""
+    """Asks for everything at once; takes no longer than the slowest answer (``hub.ANSWER_WITHIN_SECONDS``)."""
     remembered = RememberedFingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json")
     with ThreadPoolExecutor() as pool:
         model = pool.submit(_read_model, run.model)

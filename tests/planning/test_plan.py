@@ -15,9 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.__main__ import compose_jobs, main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
+from pipeline.graph import build_graph
+from pipeline.preflight import identify
+from pipeline.source import resolve
 from tests.fake_hub import COMMIT, REPO, serve
+from tests.training.small import write_blocks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Plan = Callable[..., str]
@@ -149,21 +153,31 @@ def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
     assert _hash_of(tmp_path, REPOSITORY / "pipeline", REPOSITORY / "conf") == before
 
 
-def test_what_is_there_is_cached_and_a_finished_run_has_nothing_to_do(
+def _pretend(command: list[str], *names: str) -> None:
+    """Artifacts of these nodes, with no more in them than a plan looks at."""
+    run = compose_jobs(command, False, None)[0].settings
+    nodes = build_graph(run, identify(run, resolve(run.model)))
+    for name in names:
+        artifact = nodes[name].artifact
+        artifact.partial.mkdir(parents=True)
+        if name.startswith("tokenize/"):
+            write_blocks(artifact.partial, blocks=40, length=64)
+        artifact.commit({"key": artifact.key})
+
+
+def test_what_is_there_is_cached_and_token_blocks_are_counted(
     shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["+experiment=quickstart", *shrunk, f"output_dir={tmp_path / 'out'}"]
-    assert main([*command, "stages=[expand,tokenize]"]) == EXIT_DONE
+    output_dir = f"output_dir={tmp_path / 'out'}"
+    command = ["+experiment=quickstart", *shrunk, "sft.steps=null", "sft.epochs=2.0", output_dir]
+    there = {"load", "expand", "tokenize/corpus", "tokenize/instructions"}
+    _pretend(command, *there)
     before = _hash_of(tmp_path)
-    capsys.readouterr()
-    assert main([*command, "sft.steps=null", "sft.epochs=2.0", "action=plan"]) == EXIT_DONE
+    assert main([*command, "action=plan"]) == EXIT_DONE
     output = capsys.readouterr().out
-    states = _states(output)
-    assert {name for name, state in states.items() if state == "cached"} == {
-        "load", "expand", "tokenize/corpus", "tokenize/instructions",
-    }  # fmt: skip
-    assert states["pretrain"] == "to do"
-    assert "known once tokenized" not in output  # the blocks are counted now
+    assert {name for name, state in _states(output).items() if state == "cached"} == there
+    assert _states(output)["pretrain"] == "to do"
+    assert re.search(r"steps +3 +20 *$", output, re.MULTILINE)  # 2 epochs of 40 blocks, 4 a step
     assert _hash_of(tmp_path) == before
     assert main([*command, "force=[load]", "action=plan"]) == EXIT_DONE
     assert set(_states(capsys.readouterr().out).values()) == {"to do"}
