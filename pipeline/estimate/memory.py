@@ -5,7 +5,7 @@ the bytes of a number in compute. What the backward pass needs of one decoder la
 
     each norm             4·h  its input in float32, and where weights train c·h twice: before and after its scale
     attention             4·c·a  queries, keys, values and its output, 4·heads  the softmax's sums; keys and values are
-                          repeated for every head but on CPUs by document; not by document c·S  the mask
+                          repeated for every head but on CPUs by document; with sdpa also c·S  the mask
     MLP                   3·c·f  gate, its activation and up (without a gate: 1), and c·f their product if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores its input, c·h, and
@@ -21,7 +21,6 @@ from typing import Any
 from pipeline.config import Train
 from pipeline.estimate.trained import Trained
 from pipeline.shape import Layer, Shape
-from pipeline.training.attention_choice import DOCUMENTS, Attention
 from pipeline.training.deepspeed import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.sizes import BYTES, CHUNK_LOGITS, Precision
 
@@ -41,7 +40,6 @@ class Setup:
 
     train: Train
     precision: Precision
-    attention: Attention
     ranks: int
     on_gpu: bool
 
@@ -167,7 +165,7 @@ def _layer(trained: Trained, setup: Setup, layer: Layer, names: frozenset[str]) 
 def _attention(shape: Shape, setup: Setup) -> int:
     """Bytes a token that one layer's attention stores."""
     queries = shape.heads * shape.head_size
-    by_document = setup.attention == DOCUMENTS
+    by_document = setup.train.attention != "sdpa"
     keys = shape.key_size if by_document and not setup.on_gpu else queries
     mask = 0 if by_document else setup.width * setup.train.sequence_length
     return setup.width * 2 * (queries + keys) + WIDE * shape.heads + mask

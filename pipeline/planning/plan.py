@@ -145,7 +145,7 @@ def _training(
             trained = trained_part(section, train.trainable, sizes.grown, expansion)
             expected = None if purpose in outside.faults else expected_tokens(run.data, purpose)
             amount = amount_of(train, nodes[f"tokenize/{purpose}"], expected)
-            setup = setup_of(train, outside.config or {}, run.launch, machine)
+            setup = setup_of(train, run.launch, machine)
             yield plan_training(section, trained, setup, run.launch, amount)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.artifact import read_json
 from pipeline.config import Data, Launch, Train
@@ -14,7 +12,6 @@ from pipeline.errors import UserError
 from pipeline.estimate import Memory, Setup, Trained, memory_of
 from pipeline.graph import Node
 from pipeline.launch import Machine
-from pipeline.training.attention_choice import choose, obstacle
 from pipeline.training.processor import BFLOAT16_FLAGS, cpu_flags
 from pipeline.training.schedule import total_steps
 from pipeline.training.sizes import Precision
@@ -108,12 +105,10 @@ class TrainingPlan:
         return "launch.processes or launch.nodes with more devices, or name a larger one: nothing else fits"
 
 
-def setup_of(train: Train, config: Mapping[str, Any], launch: Launch, machine: Machine) -> Setup:
+def setup_of(train: Train, launch: Launch, machine: Machine) -> Setup:
     """How the engine will train on these devices."""
     on_gpu = launch.kind == "cuda" or (launch.kind == "auto" and machine.gpus > 0)
-    precision = _precision(train, on_gpu)
-    attention = choose(train, obstacle(train, config.get, precision, on_gpu))
-    return Setup(train, precision, attention, ranks(launch, machine), on_gpu)
+    return Setup(train, _precision(train, on_gpu), ranks(launch, machine), on_gpu)
 
 
 def plan_training(section: str, trained: Trained, setup: Setup, launch: Launch, amount: Amount) -> TrainingPlan:

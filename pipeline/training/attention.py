@@ -10,9 +10,8 @@ Letters in shapes: B batch, S sequence, H query heads, G key and value heads, D 
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,10 +20,11 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from pipeline.config import Train
 from pipeline.errors import UserError
-from pipeline.training.attention_choice import DOCUMENTS, Attention, choose, obstacle
-from pipeline.training.sizes import Precision
+from pipeline.training.precision import Precision
 
+DOCUMENTS = "documents"  # the name under which transformers finds the function below
 KEYWORD = "document_bounds"  # how the bounds travel from the model's forward to its attention
+Attention = Literal["documents", "sdpa"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -38,13 +38,26 @@ def resolve_attention(
     Raises:
         UserError: attention by document is asked for and cannot be had.
     """
-    entry = partial(getattr, config.get_text_config())
-    why_not = obstacle(train, entry, precision, on_gpu=device.type == "cuda")
-    if train.attention == DOCUMENTS and why_not:
+    obstacle = _obstacle(train, config.get_text_config(), precision, device)
+    if train.attention == "auto":
+        return "sdpa" if obstacle else DOCUMENTS
+    if train.attention == DOCUMENTS and obstacle:
         raise UserError(
-            setting=f"{section}.attention", value=DOCUMENTS, rule=why_not, remedy=f"Say {section}.attention=sdpa."
+            setting=f"{section}.attention", value=DOCUMENTS, rule=obstacle, remedy=f"Say {section}.attention=sdpa."
         )
-    return choose(train, why_not)
+    return train.attention
+
+
+def _obstacle(train: Train, config: Any, precision: Precision, device: torch.device) -> str | None:
+    """Why attention by document cannot be had."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and window < train.sequence_length:
+        return f"the model's layers see {window} tokens back, and blocks have {train.sequence_length}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "the model caps its attention scores, which the kernels cannot"
+    if device.type == "cuda" and precision != "bfloat16":
+        return f"on GPUs it computes in bfloat16, and precision is {precision}"
+    return None
 
 
 def document_bounds(position_ids: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def _setup(ranks: int = 1, stage: int = 2, **changes: Any) -> Setup:
     train = train_settings(
         sequence_length=2048, global_batch=64, micro_batch=4, deepspeed={"zero_stage": stage}, **changes
     )
-    return Setup(train, "bfloat16", "documents", ranks, on_gpu=True)
+    return Setup(train, "bfloat16", ranks, on_gpu=True)
 
 
 def test_every_stage_shares_out_what_deepspeed_says() -> None:

@@ -77,9 +77,7 @@ def test_memory_is_within_a_fourth_of_what_a_worker_s_grows_by(
     task = _task(settings, grown_dir, tmp_path, {"threads": detect_machine().cores})
     (tmp_path / "task.json").write_text(json.dumps(task_to_json(task)))
     outcome = run_workers("tests.training.measured_task", tmp_path / "task.json", task.launch, tmp_path / "logs")
-    planned = memory_of(
-        _planned(grown_dir, settings.trainable), Setup(settings, "float32", "documents", ranks=1, on_gpu=False)
-    )
+    planned = memory_of(_planned(grown_dir, settings.trainable), Setup(settings, "float32", ranks=1, on_gpu=False))
     assert planned.total == pytest.approx(outcome["growth"], rel=0.25)
 
 
@@ -96,8 +94,6 @@ def test_memory_is_within_fifteen_percent_of_the_gpu_allocator_s_peak(
     task = _task(settings, grown_dir, tmp_path, {"device": "cuda"})
     (tmp_path / "task.json").write_text(json.dumps(task_to_json(task)))
     run_workers("pipeline.training.worker", tmp_path / "task.json", task.launch, tmp_path / "out" / "logs")
-    planned = memory_of(
-        _planned(grown_dir, settings.trainable), Setup(settings, "bfloat16", "documents", ranks=1, on_gpu=True)
-    )
+    planned = memory_of(_planned(grown_dir, settings.trainable), Setup(settings, "bfloat16", ranks=1, on_gpu=True))
     measured = read_json(tmp_path / "out" / "training.json")["peak_gpu_memory_bytes"]
     assert planned.total == pytest.approx(measured, rel=0.15)
