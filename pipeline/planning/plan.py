@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Settings
+from pipeline.config import STAGE_NAMES, Settings
 from pipeline.data import sources
 from pipeline.errors import UserError
 from pipeline.estimate import Disk, trained_part
@@ -25,8 +25,9 @@ STOPS = {  # what a fault of an input or check stops; a stage stands for all its
     "model": ("load",), "expand": ("expand",), "corpus": ("tokenize/corpus",),
     "instructions": ("tokenize/instructions",), "chat_template": ("tokenize/instructions",),
     "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "devices": ("pretrain", "sft"),
-    "output": ("load",), "disk": ("load",), "login": ("load",),
+    "output": STAGE_NAMES, "disk": STAGE_NAMES, "login": STAGE_NAMES,
 }  # fmt: skip
+BY_SIZE = ("model", "expand", "disk")  # checks that need the model's config
 
 
 Fault = tuple[str, UserError]  # what it is about, a key of STOPS
@@ -89,14 +90,11 @@ class Planner:
         todo, machine = missing(run, nodes), detect_machine()
         faults = list(_outside_faults(outside, todo))
         sizes = None if outside.config is None else _sizes(run, outside.config, faults)
-        if sizes is None:
-            blockers = list(_merged(faults))
-            return Plan(run, outside.config_from, None, [], None, blockers, self._lines(run, nodes, blockers))
-        assert outside.config is not None
-        training = list(_training(run, nodes, todo, sizes, outside, machine))
-        blockers = list(_merged([*faults, *_faults(run, outside, todo, training, machine)]))
+        training = [] if sizes is None else list(_training(run, nodes, todo, sizes, outside, machine))
+        config = {} if sizes is None or outside.config is None else outside.config
+        blockers = list(_merged([*faults, *_faults(run, outside, config, todo, training, machine)]))
         own = {name: node for name, node in todo.items() if self._planned.get(node.artifact.key) is None}
-        disk = disk_needed(run, outside.config, own)
+        disk = disk_needed(run, config, own) if config else None
         return Plan(run, outside.config_from, sizes, training, disk, blockers, self._lines(run, nodes, blockers))
 
     def _look_up(self, run: Settings) -> Outside:
@@ -160,12 +158,12 @@ def _outside_faults(outside: Outside, todo: Mapping[str, Node]) -> Iterator[Faul
 
 
 def _faults(
-    run: Settings, outside: Outside, todo: Mapping[str, Node], training: Sequence[TrainingPlan], machine: Machine
-) -> Iterator[Fault]:
-    """Everything else; what was looked up before is not asked again."""
-    config = outside.config or {}
+    run: Settings, outside: Outside, config: Mapping[str, Any], todo: Mapping[str, Node],
+    training: Sequence[TrainingPlan], machine: Machine,
+) -> Iterator[Fault]:  # fmt: skip
+    """Everything else; what was looked up before is not asked again, and what needs a config not without one."""
     yield from _of("output", lambda: check_writable(run))
-    if training:
+    if {"pretrain", "sft"} & set(todo):
         yield from _of("devices", lambda: place(run.launch, machine))
     for each in training:
         context = config.get("max_position_embeddings")
@@ -173,7 +171,8 @@ def _faults(
         yield from ((each.section, fault) for fault in found)
         if (fault := each.fault()) is not None:
             yield each.section, fault
-    done = {"pretrain", "sft", "evaluate", *outside.faults} - {"model"}
+    asked = {"pretrain", "sft", "evaluate", *outside.faults}
+    done = asked - {"model"} if config else asked | {*BY_SIZE}
     for name, check in checks(run, config, todo).items() if todo else ():
         if name not in done:
             yield from _of(name, check)

@@ -213,12 +213,17 @@ def test_every_blocker_is_listed_not_only_the_first(
     }  # fmt: skip
 
 
-def test_stages_say_what_blocks_them(plan: Plan) -> None:
-    output = plan("lesa_llama3", "launch.device=cpu", "data=python_docs", "evaluate=bundled")
+def test_stages_say_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    command = ("lesa_llama3", "launch.device=cpu", "data=python_docs", "evaluate=bundled")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**13))
+    output = plan(*command)
+    assert set(_blockers(output)) == {"model.path"}
     states = _states(output)
-    assert set(_blockers(output)) <= {"model.path", "output_dir"}
-    assert states["load"].startswith("blocked") and re.fullmatch(r"blocked +load", states["expand"])
+    assert re.fullmatch(r"blocked +1", states["load"]) and re.fullmatch(r"blocked +load", states["expand"])
     assert "expand" in states["pretrain"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    assert all(state.startswith("blocked") for state in _states(plan(*command)).values())
 
 
 def test_no_chat_template_for_tuning(plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -237,6 +242,8 @@ def test_a_gated_model_on_the_hub(
         output = plan("quickstart", *shrunk, f"model.path={REPO}")
     assert set(_blockers(output)) == {"model.path"} and "hf auth login" in output
     assert "sizes from nowhere" in output
+    everything = plan("quickstart", "model=hub", "model.path=/no/such/model", "launch.device=h100_80gb")
+    assert set(_blockers(everything)) == {"model.path", "launch.device"}
 
 
 def test_a_model_on_the_hub_is_read_without_filling_its_cache(
