@@ -13,10 +13,10 @@ from pipeline.artifact import read_json
 from pipeline.comparison.closing import closing_table
 from pipeline.config import Settings
 from pipeline.graph import Node, build_graph, make_report, select
+from pipeline.planning import Planner, print_plan
 from pipeline.preflight import check, check_output, identify, pin_data
 from pipeline.run import missing, run_graph
-from pipeline.shape import shape_of
-from pipeline.source import ModelSource, config_of, resolve
+from pipeline.source import ModelSource, resolve
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,26 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     Raises:
         UserError: one of the jobs cannot work; none was started.
     """
-    prepared = [_prepare(job.settings) for job in jobs]
     action = jobs[0].settings.action
+    if action == "plan":
+        _plan_all(jobs, console)
+        return
+    prepared = [_prepare(job.settings) for job in jobs]
     if action == "run":
         _run_all(prepared, jobs[0].sweep, console)
     for job in prepared:
         if action == "status":
             _print_status(job, console)
-        elif action == "plan":
-            _print_plan(job, console)
+
+
+def _plan_all(jobs: Sequence[Job], console: Console) -> None:
+    planner = Planner()
+    for job in jobs:
+        print_plan(planner.plan(job.settings), console)
+    if jobs[0].sweep:
+        first = jobs[0].settings
+        place = Path(first.output_dir) / first.name.rpartition("/")[0] / "report"
+        console.print(f"and one report over all {len(jobs)} jobs: {place}")
 
 
 def _run_all(jobs: Sequence[Prepared], sweep: bool, console: Console) -> None:
@@ -104,7 +115,7 @@ def _report_sweep(jobs: Sequence[Prepared], console: Console) -> None:
     console.print(f"report: {Path(whole.output_dir) / whole.name / 'report' / 'report.md'}")
 
 
-# ---------------------------------------------------------------------------------- status and plan
+# ------------------------------------------------------------------------------------------ status
 
 
 def _print_status(job: Prepared, console: Console) -> None:
@@ -128,18 +139,3 @@ def _last_metrics(node: Node) -> str:
             shown = json.loads(lines[-1])
             return "  ".join(f"{key} {value:.4g}" for key, value in shown.items() if isinstance(value, (int, float)))
     return ""
-
-
-def _print_plan(job: Prepared, console: Console) -> None:
-    """Layers and parameters before and after, and each stage cached or to do."""
-    shape = shape_of(config_of(job.source))
-    deeper = shape.with_layers(shape.num_hidden_layers + job.run.expand.new_layers)
-    console.print(f"[bold]{job.run.name}[/]  {job.run.expand.method}")
-    console.print(
-        f"  layers {shape.num_hidden_layers} -> {deeper.num_hidden_layers}, "
-        f"parameters {shape.parameters / 1e9:.3g}B -> {deeper.parameters / 1e9:.3g}B"
-    )
-    todo = missing(job.run, job.nodes)
-    for name, node in select(job.nodes, job.run.stages).items():
-        console.print(f"  {'to do' if name in todo else 'there':<8} {name:<24} {node.artifact.key[:12]}")
-    check(job.run, job.source, todo)

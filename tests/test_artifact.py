@@ -9,7 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.artifact import Artifact, Fingerprints, make_key, read_json, sha256_file, write_json
+from pipeline.artifact import (
+    Artifact,
+    Fingerprints,
+    RememberedFingerprints,
+    make_key,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 
 def _built(root: Path, key: str = "k") -> Artifact:
@@ -78,6 +86,21 @@ def test_fingerprints_are_remembered_until_the_file_changes(tmp_path: Path) -> N
     assert fingerprints.of_file(file) == "remembered"
     file.write_text("another length")
     assert fingerprints.of_file(file) == sha256_file(file)
+
+
+def test_what_is_only_remembered_is_neither_read_nor_written(tmp_path: Path) -> None:
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    known.write_text("one")
+    unknown.write_text("two")
+    memo = tmp_path / "memo.json"
+    wanted = Fingerprints(memo).of_file(known)
+    before = memo.read_bytes()
+    remembered = RememberedFingerprints(memo)
+    assert remembered.of_file(known) == wanted
+    assert remembered.of_file(unknown) != sha256_file(unknown)
+    assert remembered.of_files([known]) == Fingerprints(memo).of_files([known])
+    assert memo.read_bytes() == before
+    assert not RememberedFingerprints(tmp_path / "none.json").memo.exists()
 
 
 HOLDER = """

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "pipeline"
 # A room may import rooms of its own layer and of those below, never of one above; within a layer there is no circle.
 LAYERS = (
     {"__main__"},
-    {"command", "plan"},
+    {"command", "planning"},
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {
@@ -33,13 +33,14 @@ LAYERS = (
         "stored_names",
     }
     | {"layer_surgery", "shard_writer"}
-    | {"launch", "tracking", "progress"},
-    {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog", "disk"}
+    | {"launch", "tracking", "progress", "estimate"},
+    {"architecture", "artifact", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
     | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
     "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog", "disk",
+    "flops", "estimate",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

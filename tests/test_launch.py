@@ -17,14 +17,16 @@ from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError
 from pipeline.launch import Machine, Placement, WorkersFailed, place, run_workers, torchrun_command, worker_environment
 
-TWO = Launch(device="cpu", processes=2, threads=1)
+TWO = Launch(device="cpu", processes=2, threads=1, nodes=1, utilization=0.4)
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------ pure functions
 
 
 def settings(**changes) -> Launch:
-    return Launch(**{"device": "auto", "processes": "auto", "threads": "auto", **changes})
+    return Launch(
+        **{"device": "auto", "processes": "auto", "nodes": 1, "threads": "auto", "utilization": 0.4, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def settings(**changes) -> Launch:
         ({}, Machine(cores=8, gpus=0), Placement("cpu", 1, 8)),
         ({}, Machine(cores=16, gpus=4), Placement("cuda", 4, 4)),
         ({"device": "cpu"}, Machine(cores=16, gpus=4), Placement("cpu", 1, 16)),
+        ({"device": "h100_80gb"}, Machine(cores=16, gpus=4), Placement("cuda", 4, 4)),
         ({"processes": 2}, Machine(cores=2, gpus=0), Placement("cpu", 2, 1)),
         ({"processes": 4, "threads": 3}, Machine(cores=2, gpus=0), Placement("cpu", 4, 3)),
         ({"processes": 2}, Machine(cores=16, gpus=4), Placement("cuda", 2, 8)),
@@ -44,7 +47,11 @@ def test_placement_follows_settings_and_machine(changes: dict, machine: Machine,
 
 @pytest.mark.parametrize(
     "changes, gpus, setting",
-    [({"device": "cuda"}, 0, "launch.device"), ({"processes": 3}, 2, "launch.processes")],
+    [
+        ({"device": "cuda"}, 0, "launch.device"),
+        ({"device": "a100_40gb"}, 0, "launch.device"),
+        ({"processes": 3}, 2, "launch.processes"),
+    ],
 )
 def test_more_gpus_than_there_are_are_refused(changes: dict, gpus: int, setting: str):
     with pytest.raises(UserError) as error:

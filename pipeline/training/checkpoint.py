@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 from pipeline.artifact import read_json, sha256_file, write_json
 from pipeline.training.masters import PARTS, Masters
+from pipeline.training.sizes import CHECKPOINTS_KEPT
 
-KEPT = 2
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
 
@@ -162,7 +162,7 @@ def _flush(path: Path) -> None:
 
 def _remove_old(directory: Path) -> None:
     complete = sorted(directory.glob("step-????????"))
-    for path in complete[:-KEPT]:
+    for path in complete[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(path)
 
 

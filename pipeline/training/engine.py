@@ -97,6 +97,7 @@ def _compile_layers(model: PreTrainedModel) -> None:
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     """Recomputes layers in the backward pass, but only those that it reaches; below, nothing is stored anyway."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # transformers lets embeddings ask for gradients, which only reentrant needs
     for layer in decoder_layers(model)[: lowest_trainable_layer(model)]:
         assert isinstance(layer, GradientCheckpointingLayer)
         layer.gradient_checkpointing = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.model_dir import EXPANSION_FILE
+from pipeline.training.selection import BY_EXPANSION, select
 
 
 @dataclass(frozen=True)
@@ -43,44 +42,14 @@ def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
-    """The names of the parameters that train.
-
-    ``auto`` means the new layers where the method inserts some, and everything where nothing is new or where base
-    layers are repeated (solar); ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
-    searched in parameter names.
+    """The names of the parameters that train; see ``pipeline.training.selection``.
 
     Raises:
         UserError: nothing would train, or the model directory does not say which layers are new.
     """
     layers = layer_of_parameter(model)
-    if trainable == "all":
-        return set(layers)
-    if trainable in ("auto", "new_layers"):
-        return _by_expansion(section, trainable, layers, model_dir)
-    chosen = {name for name in layers if re.search(trainable, name)}
-    if not chosen:
-        raise UserError(
-            setting=f"{section}.trainable",
-            value=trainable,
-            rule="it is searched in parameter names and matches none, so nothing would train",
-            remedy="Names look like " + next(name for name, layer in layers.items() if layer is not None) + ".",
-        )
-    return chosen
-
-
-def _by_expansion(section: str, trainable: str, layers: Mapping[str, int | None], model_dir: Path) -> set[str]:
-    expansion = _read_expansion(section, trainable, model_dir)
-    new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
-    if trainable == "auto" and (not new or expansion["method"] == "solar"):
-        return set(layers)
-    if not new:
-        raise UserError(
-            setting=f"{section}.trainable",
-            value=trainable,
-            rule=f"method {expansion['method']} added no layer, so nothing would train",
-            remedy=f"Say {section}.trainable=all.",
-        )
-    return {name for name, layer in layers.items() if layer in new}
+    expansion = _read_expansion(section, trainable, model_dir) if trainable in BY_EXPANSION else {}
+    return select(section, trainable, layers, expansion)
 
 
 def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:

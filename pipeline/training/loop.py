@@ -19,9 +19,9 @@ import torch
 from torch import distributed
 
 from pipeline.config import Train
+from pipeline.flops import TrainingFlops
 from pipeline.tracking import Tracker
 from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
-from pipeline.training.flops import TrainingFlops
 from pipeline.training.schedule import evaluation_steps, learning_rate
 
 Status = Literal["done", "stopped"]

@@ -20,8 +20,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from pipeline.training.attention import DOCUMENTS, KEYWORD, document_bounds
-
-CHUNK_LOGITS = 2**24  # elements of logits alive at once: 64 MiB in float32
+from pipeline.training.sizes import CHUNK_LOGITS
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import distributed
 from pipeline.artifact import read_json, sha256_file, write_json
 from pipeline.config import Train
 from pipeline.errors import UserError
+from pipeline.flops import TrainingFlops
 from pipeline.model_dir import ModelDirectory, export_with_replaced
 from pipeline.stage import StageTask
 from pipeline.tracking import Tracker
@@ -26,7 +27,7 @@ from pipeline.training.batches import Blocks
 from pipeline.training.chat_files import carry_chat_files
 from pipeline.training.deepspeed import deepspeed_config
 from pipeline.training.engine import load_model, start_distributed, start_engine
-from pipeline.training.flops import TrainingFlops
+from pipeline.training.flops import training_flops
 from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.masters import Masters
@@ -99,7 +100,7 @@ def _prepare(session: Session) -> Prepared:
     config = deepspeed_config(settings, session.precision, session.ranks)
     model = load_model(section, session.model_dir, settings, session.precision, session.device, config)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, session.model_dir))
-    rows, flops = freeze.describe(model), TrainingFlops.of_model(model, settings.sequence_length)
+    rows, flops = freeze.describe(model), training_flops(model, settings.sequence_length)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     engine = start_engine(model, settings, session.precision, config)
     return Prepared(rows, flops, engine, Masters(engine, trained))

@@ -25,11 +25,12 @@ def validate(section: str, train: Train, launch: Launch, context_length: int | N
         UserError: the first fault found.
     """
     processes = place(launch, detect_machine()).processes
-    for fault in _faults(section, train, processes, context_length):
+    for fault in faults(section, train, processes, context_length):
         raise fault
 
 
-def _faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
+def faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
+    """Everything that is wrong with one training section, for so many processes; see ``validate``."""
     if context_length is not None and train.sequence_length > context_length:
         yield UserError(
             setting=f"{section}.sequence_length",

@@ -35,7 +35,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
         "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
     }  # fmt: skip
     out.mkdir(exist_ok=True)
-    launch = Launch(device="cpu", processes=2, threads=1)
+    launch = Launch(device="cpu", processes=2, threads=1, nodes=1, utilization=0.4)
     tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "group", "evaluate/load", "id", out)
     settings = Evaluate(**{**values, **changes})
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)

@@ -85,7 +85,7 @@ def training_task(settings: Train, model: Path, data: Path, out: Path, processes
         parents={"model": model, "data": data},
         out=out,
         seed=0,
-        launch=Launch(device="cpu", processes=processes, threads=1),
+        launch=Launch(device="cpu", processes=processes, threads=1, nodes=1, utilization=0.4),
         tracking=TrackingTarget(tracking, "test", "pretrain", "test", out / "wandb"),
     )
 

@@ -10,7 +10,7 @@ from tests.training.small import train_settings, write_blocks
 
 
 def launch(processes: int) -> Launch:
-    return Launch(device="cpu", processes=processes, threads=1)
+    return Launch(device="cpu", processes=processes, threads=1, nodes=1, utilization=0.4)
 
 
 def test_a_sound_request_passes():
