@@ -84,8 +84,7 @@ class Bench:
         options = self.options
         out = self.work / f"model-{position}"
         if not (out / "expansion.json").exists():
-            dtype = "float32" if options.shape == "smollm2" else "bfloat16"
-            arguments = (options.shape, str(options.new_layers), position, dtype, str(out))
+            arguments = (options.shape, str(options.new_layers), position, str(out))
             run_module("scripts.benchmarks.models", *arguments, log=self.work / "models.log")
         return out
 
