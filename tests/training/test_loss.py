@@ -140,12 +140,12 @@ def test_only_masked_in_tokens_are_targets(tiny_llama: nn.Module):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
+    """Counts the bytes of all storages that operations make, while they live; a model's parameters are not theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -155,7 +155,6 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        # Tensors come and go in Python while their storage lives on; its address is told apart by its death.
         key = storage._cdata
         if key in self._seen:
             return
@@ -192,7 +191,7 @@ def stored_bytes(model: SummedLoss) -> int:
 
 
 def peak_bytes(model: SummedLoss) -> int:
-    with LiveBytes() as memory:
+    with LiveBytes(model) as memory:
         model(IDS, POSITIONS, POSITIONS > 0).backward()
     return memory.peak
 
