@@ -22,7 +22,7 @@ from pipeline.config import Train
 from pipeline.errors import UserError
 from pipeline.training.precision import Precision
 
-DOCUMENTS = "documents"  # the name under which transformers finds the function below
+DOCUMENTS: Literal["documents"] = "documents"  # the name under which transformers finds the function below
 KEYWORD = "document_bounds"  # how the bounds travel from the model's forward to its attention
 Attention = Literal["documents", "sdpa"]
 
@@ -95,9 +95,9 @@ def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Ten
 
     batch, heads, length, size = q.shape
     groups = heads // k.shape[1]
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    flat[1:] = [x.repeat_interleave(groups, dim=1) for x in flat[1:]]
-    out = varlen_attn(*flat, bounds, bounds, length, length, scale=scale, window_size=(-1, 0))
+    flat_q = q.transpose(1, 2).flatten(0, 1)
+    flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1).repeat_interleave(groups, dim=1) for x in (k, v))
+    out = varlen_attn(flat_q, flat_k, flat_v, bounds, bounds, length, length, scale=scale, window_size=(-1, 0))
     assert isinstance(out, torch.Tensor)
     return out.view(batch, length, heads, size)
 

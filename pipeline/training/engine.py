@@ -68,7 +68,8 @@ def start_engine(
         _compile_layers(model)
     autocast = None if uses_bfloat16_parameters(train, precision) else DTYPES[precision]
     chunk_loss = compiled_chunk_loss() if train.compile else loss_and_gradient
-    module = SummedLoss(model, None if autocast == torch.float32 else autocast, chunk_loss)
+    autocast = None if autocast == torch.float32 else autocast
+    module = SummedLoss(model, autocast, chunk_loss, train.float32_products)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, train.weight_decay),
         lr=train.learning_rate,

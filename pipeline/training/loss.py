@@ -146,6 +146,7 @@ class SummedLoss(nn.Module):
         model: a transformers causal language model.
         autocast: compute in this dtype over parameters of another one; None computes in the parameters' own.
         chunk_loss: how a chunk's loss and gradient are computed.
+        float32_products: the head's products are taken by the float32 units (see ``linear``).
     """
 
     def __init__(
@@ -153,10 +154,12 @@ class SummedLoss(nn.Module):
         model: PreTrainedModel,
         autocast: torch.dtype | None = None,
         chunk_loss: ChunkLoss = loss_and_gradient,
+        float32_products: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self._chunk_loss = chunk_loss
+        self._float32_products = float32_products
         config = model.config.get_text_config()
         self._rule = LogitRule.of_config(config)
         self._by_document = config._attn_implementation == DOCUMENTS
@@ -178,4 +181,6 @@ class SummedLoss(nn.Module):
             supervised = loss_mask[:, 1:]
             x_NH = output.last_hidden_state[:, :-1][supervised]
             weight = self.model.get_output_embeddings().weight
+            if self._float32_products:
+                x_NH, weight = x_NH.float(), weight.float()
             return chunked_cross_entropy(x_NH, weight, input_ids[:, 1:][supervised], self._rule, self._chunk_loss)

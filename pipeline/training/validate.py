@@ -29,7 +29,7 @@ def validate(section: str, train: Train, launch: Launch, context_length: int | N
     placement = place(launch, detect_machine())
     for fault in _faults(section, train, placement.processes, context_length):
         raise fault
-    for fault in _compilation(section, train, placement.device):
+    for fault in (*_compilation(section, train, placement.device), *_products(section, train, placement.device)):
         raise fault
 
 
@@ -77,6 +77,16 @@ def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]
             value="true",
             rule=f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not there",
             remedy=f"Install g++, set CXX to a compiler, or say {section}.compile=false.",
+        )
+
+
+def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
+    if train.float32_products and (device != "cpu" or train.deepspeed.zero_stage not in (1, 2)):
+        yield UserError(
+            setting=f"{section}.float32_products",
+            value="true",
+            rule=f"it is for CPUs at ZeRO 1 and 2; this is {device} at ZeRO {train.deepspeed.zero_stage}",
+            remedy=f"Say {section}.float32_products=false.",
         )
 
 

@@ -29,7 +29,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -69,8 +68,8 @@ class Run:
 class Bench:
     """The runs on one model in one working directory."""
 
-    def __init__(self, options: argparse.Namespace, work: Path, device: str, precision: str) -> None:
-        self.options, self.work, self.device, self.precision = options, work, device, precision
+    def __init__(self, options: argparse.Namespace, work: Path, device: str) -> None:
+        self.options, self.work, self.device = options, work, device
         self._number = 0
         self.data = write_blocks(work / "data", options)
 
@@ -114,7 +113,7 @@ class Bench:
         options, out = self.options, self._new_directory("trainer")
         job = {
             "model": str(self.model(options.position)), "data": str(self.data), "out": str(out),
-            "device": self.device, "precision": self.precision, "zero_stage": options.zero_stage,
+            "device": self.device, "precision": options.precision, "zero_stage": options.zero_stage,
             "global_batch": options.global_batch, "micro_batch": micro_batch, "steps": steps + 1,
             "activation_checkpointing": options.activation_checkpointing,
         }  # fmt: skip
@@ -127,9 +126,9 @@ class Bench:
         values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
         values |= {
             "sequence_length": options.sequence_length, "global_batch": options.global_batch, "steps": 1000,
-            "micro_batch": options.our_micro_batch, "precision": self.precision, "evaluate_at": [],
+            "micro_batch": options.our_micro_batch, "precision": options.precision, "evaluate_at": [],
             "checkpoint_every_steps": 1000, "activation_checkpointing": options.activation_checkpointing,
-            "compile": options.compile, "attention": options.attention,
+            "compile": options.compile, "attention": options.attention, "float32_products": options.float32_products,
         }  # fmt: skip
         values["deepspeed"] |= {"zero_stage": options.zero_stage}
         return Train.model_validate_json(json.dumps(values))
@@ -259,7 +258,7 @@ def measure_rates(work: Path, device: str) -> dict[str, float]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Continual pre-training beside transformers' Trainer.")
-    add = partial(parser.add_argument)
+    add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=["trainer"])
     add("--shape", choices=SHAPES, default="smollm2")
     add("--new-layers", type=int, default=15)
@@ -271,9 +270,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--micro-batches", type=int, nargs="+", default=[2, 4, 8], help="what the Trainer's search tries")
     add("--steps", type=int, default=2, help="measured steps a run, after the first")
     add("--repeats", type=int, default=2)
-    add("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: the faster one here")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of both contenders")
     add("--zero-stage", type=int, choices=range(4), default=2)
     add("--attention", default="auto")
+    add("--float32-products", action=argparse.BooleanOptionalAction, help="default: where float32 is measured faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False)
     return parser.parse_args(arguments)
@@ -288,15 +288,16 @@ def machine(device: str) -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name},{gpu} Python {platform.python_version()}, {versions}"
 
 
-def introduce(options: argparse.Namespace, device: str, precision: str, rates: dict[str, float]) -> None:
+def introduce(options: argparse.Namespace, device: str, rates: dict[str, float]) -> None:
     """Says what is measured, and on what."""
     rates_named = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
     say(
         f"`{' '.join(['python -m scripts.benchmarks.pretrain', *sys.argv[1:]])}`",
         "",
         f"{machine(device)}. {options.shape} with {options.new_layers} new layers ({options.position}), "
-        f"{options.global_batch} x {options.sequence_length} tokens a step, {precision}, ZeRO {options.zero_stage}, "
-        f"compile={options.compile}. Measured matrix rates: {rates_named}.",
+        f"{options.global_batch} x {options.sequence_length} tokens a step, {options.precision}, "
+        f"ZeRO {options.zero_stage}; ours with compile={options.compile}, float32_products={options.float32_products}. "
+        f"Measured matrix rates: {rates_named}.",
     )
 
 
@@ -307,10 +308,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as folder:
         work = Path(folder)
         rates = measure_rates(work, device)
-        precision = max(rates, key=lambda name: rates[name]) if options.precision == "auto" else options.precision
-        rates = {name: rates[name] for name in dict.fromkeys(("bfloat16", precision))}
-        introduce(options, device, precision, rates)
-        bench = Bench(options, work, device, precision)
+        if options.float32_products is None:
+            slow_bfloat16 = device == "cpu" and rates["float32"] > rates["bfloat16"]
+            options.float32_products = options.precision == "bfloat16" and slow_bfloat16
+        if device == "cuda":
+            rates = {name: rates[name] for name in dict.fromkeys(("bfloat16", options.precision))}
+        introduce(options, device, rates)
+        bench = Bench(options, work, device)
         tables = {"trainer": compare, "position": by_position, "profile": by_part}
         for name in options.tables:
             tables[name](bench, rates)

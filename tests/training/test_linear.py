@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from pipeline.training.linear import use_float32_products
+from pipeline.training.loss import SummedLoss
 
 
 @pytest.mark.parametrize("trains", [(True, True), (False, True), (True, False)], ids=["both", "input", "weight"])
@@ -29,6 +32,18 @@ def test_value_and_gradients_are_the_exact_ones_rounded_once(trains: tuple[bool,
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine.double(), theirs, rtol=2**-8, atol=1e-6)
+
+
+def test_a_whole_models_loss_is_the_native_one_up_to_rounding(tiny_llama_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16)
+    ids = torch.randint(0, 384, (2, 48), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(48).repeat(2, 1)
+    native = SummedLoss(model)(ids, positions, positions > 0)
+    use_float32_products(model.base_model.layers)
+    ours = SummedLoss(model, float32_products=True)(ids, positions, positions > 0)
+    ours.backward()
+    assert ours.dtype == torch.float32 and all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(ours, native, rtol=2e-3, atol=0.0)
 
 
 def test_a_frozen_weight_keeps_no_input_alive():

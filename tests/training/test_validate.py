@@ -27,6 +27,7 @@ def test_a_sound_request_passes():
         ({"deepspeed": {"offload_parameters": True}}, 1, "deepspeed.offload_parameters", "zero_stage=3"),
         ({"deepspeed": {"zero_stage": 0, "offload_optimizer": True}}, 1, "deepspeed.offload_optimizer", "zero_stage=2"),
         ({"trainable": "layers.(3"}, 1, "trainable", "Correct it"),
+        ({"float32_products": True, "deepspeed": {"zero_stage": 0}}, 1, "float32_products", "float32_products=false"),
         ({"compile": True, "deepspeed": {"zero_stage": 3}}, 1, "compile", "zero_stage=2"),
     ],
 )
