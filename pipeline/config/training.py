@@ -46,7 +46,7 @@ class Train(Section):
     activation_checkpointing: Annotated[bool, NotInKey]
     compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
     float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
-    attention: Annotated[Literal["auto", "documents", "sdpa"], NotInKey]
+    attention: Annotated[Literal["auto", "documents", "sdpa", "eager"], NotInKey]
     deepspeed: Annotated[DeepSpeed, NotInKey]
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.library import custom_op
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 from pipeline.config import Train
 from pipeline.errors import UserError
@@ -24,7 +24,7 @@ from pipeline.training.precision import Precision
 
 DOCUMENTS: Literal["documents"] = "documents"  # the name under which transformers finds the function below
 KEYWORD = "document_bounds"  # how the bounds travel from the model's forward to its attention
-Attention = Literal["documents", "sdpa"]
+Attention = Literal["documents", "sdpa", "eager"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -33,14 +33,15 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def resolve_attention(
     section: str, train: Train, config: PretrainedConfig, precision: Precision, device: torch.device
 ) -> Attention:
-    """``auto`` attends by document wherever the model and the device can; anything else is obeyed.
+    """``auto`` attends by document wherever the model and the device can, else as fast as they can with a mask.
 
     Raises:
         UserError: attention by document is asked for and cannot be had.
     """
-    obstacle = _obstacle(train, config.get_text_config(), precision, device)
+    unknown_terms = _unknown_terms(config)
+    obstacle = unknown_terms or _obstacle(train, config.get_text_config(), precision, device)
     if train.attention == "auto":
-        return "sdpa" if obstacle else DOCUMENTS
+        return DOCUMENTS if obstacle is None else "sdpa" if unknown_terms is None else "eager"
     if train.attention == DOCUMENTS and obstacle:
         raise UserError(
             setting=f"{section}.attention", value=DOCUMENTS, rule=obstacle, remedy=f"Say {section}.attention=sdpa."
@@ -48,13 +49,20 @@ def resolve_attention(
     return train.attention
 
 
+def _unknown_terms(config: PretrainedConfig) -> str | None:
+    """What the model's scores have that no kernel knows (gemma 2 caps them, gpt-oss adds sinks)."""
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "the model caps its attention scores, which the kernels cannot"
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        return "the model's attention is not the plain one that the kernels compute"
+    return None
+
+
 def _obstacle(train: Train, config: Any, precision: Precision, device: torch.device) -> str | None:
-    """Why attention by document cannot be had."""
+    """Why attention by document cannot be had where the scores are plain."""
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < train.sequence_length:
         return f"the model's layers see {window} tokens back, and blocks have {train.sequence_length}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "the model caps its attention scores, which the kernels cannot"
     if device.type == "cuda" and precision != "bfloat16":
         return f"on GPUs it computes in bfloat16, and precision is {precision}"
     return None
@@ -78,7 +86,11 @@ def attend_by_document(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D], result [B, S, H, D]."""
     assert attention_mask is None and dropout == 0.0
-    bounds: torch.Tensor = others[KEYWORD]
+    assert others.get("softcap") is None and others.get("s_aux") is None
+    assert (window := others.get("sliding_window")) is None or window >= query.shape[2]
+    bounds = others.get(KEYWORD)
+    if bounds is None:  # stablelm's layers hand on nothing that they do not know
+        bounds = document_bounds(others["position_ids"])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if query.device.type == "cuda":
