@@ -1,6 +1,7 @@
 """Continual pre-training: tokens a second, memory and FLOPs utilisation beside transformers' Trainer under DeepSpeed.
 
-    python -m scripts.benchmarks.pretrain                                          # SmolLM2 30 -> 45, this machine
+    python -m scripts.benchmarks.pretrain                          # SmolLM2 30 -> 45 on this machine, in bfloat16
+    python -m scripts.benchmarks.pretrain --precision float32
     python -m scripts.benchmarks.pretrain --tables position profile
     python -m scripts.benchmarks.pretrain --shape llama-3.2-1b --new-layers 8 --sequence-length 2048 \\
         --global-batch 32 --micro-batches 2 4 8 16 --our-micro-batch 16 --steps 5  # one GPU
@@ -11,12 +12,15 @@ run is a process of its own; a search finds the Trainer's fastest micro-batch fi
 step's seconds are the median over all but the first step of all turns; what our first step takes beyond that is
 compilation, stated apart. Memory is read from outside: RssAnon + RssShmem of the processes, and what the GPU's driver
 reports. FLOPs are those that this training needs (``pipeline/training/flops.py``), and utilisation is their rate over
-the best of several square matrix products, measured here in bfloat16 and in the precision used.
+the best of several square matrix products, measured here in bfloat16 and, on a CPU, in float32 too. Where that says
+that bfloat16 is the slower one, our worker multiplies bfloat16 operands by the float32 units (``float32_products``).
 
-Expected on two quiet CPU cores in float32, before it was run there: matrix products take 70 % of our step and
-attention 17 %; the Trainer spends 10 to 15 % more on unfused small operations and on the logits of the whole batch. So
-1.15 to 1.3 times its tokens a second, in half its memory or less, at 60 to 75 % of the float32 matrix rate; top
-placement takes about 0.6 of the seconds that bottom placement takes. The whole of it fits in eight minutes.
+Expected on two quiet CPU cores whose float32 products are 1.8 times as fast as their bfloat16 ones, before it was run
+there. Float32: matrix products take 70 to 75 % of our step and attention 17 %, so 60 to 75 % of the matrix rate; the
+Trainer spends 10 to 15 % more on small operations and on the logits of a whole micro-batch, so 1.1 to 1.25 times its
+tokens a second in less memory. Bfloat16: its products run at half the speed of ours, so 1.3 to 1.6 times its tokens a
+second. Top placement needs 0.87 of the FLOPs that bottom placement needs (15 of its 45 layers are only run forwards),
+and about that share of its seconds.
 """
 
 from __future__ import annotations
