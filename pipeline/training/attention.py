@@ -23,7 +23,8 @@ from pipeline.errors import UserError
 from pipeline.training.precision import Precision
 
 DOCUMENTS: Literal["documents"] = "documents"  # the name under which transformers finds the function below
-KEYWORD = "document_bounds"  # how the bounds travel from the model's forward to its attention
+# How these travel from the model's forward to its attention.
+KEYWORD, FLOAT32_KEYWORD = "document_bounds", "float32_products"
 Attention = Literal["documents", "sdpa", "eager"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -95,8 +96,11 @@ def attend_by_document(
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if query.device.type == "cuda":
         return _on_gpu(query, key, value, bounds, scale), None
+    dtype = value.dtype
+    if others.get(FLOAT32_KEYWORD, False):
+        query, key, value = query.float(), key.float(), value.float()
     out, _ = _attend(query, key, value, bounds, scale)
-    return out, None
+    return out.to(dtype), None
 
 
 AttentionInterface.register(DOCUMENTS, attend_by_document)

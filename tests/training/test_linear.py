@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pipeline.training.attention import DOCUMENTS
 from pipeline.training.linear import use_float32_products
 from pipeline.training.loss import SummedLoss
 
@@ -35,7 +36,7 @@ def test_value_and_gradients_are_the_exact_ones_rounded_once(trains: tuple[bool,
 
 
 def test_a_whole_models_loss_is_the_native_one_up_to_rounding(tiny_llama_dir: Path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16, attn_implementation=DOCUMENTS)
     ids = torch.randint(0, 384, (2, 48), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(48).repeat(2, 1)
     native = SummedLoss(model)(ids, positions, positions > 0)
