@@ -45,7 +45,8 @@ class Train(Section):
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     activation_checkpointing: Annotated[bool, NotInKey]
     compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
-    attention: Annotated[Literal["auto", "documents", "sdpa"], NotInKey]
+    float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
+    attention: Annotated[Literal["auto", "documents", "sdpa", "eager"], NotInKey]
     deepspeed: Annotated[DeepSpeed, NotInKey]
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from pipeline.config import Train
 from pipeline.training.attention import resolve_attention
 from pipeline.training.deepspeed import uses_bfloat16_parameters
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
+from pipeline.training.linear import use_float32_products
 from pipeline.training.loss import SummedLoss, compiled_chunk_loss, loss_and_gradient
 from pipeline.training.precision import DTYPES, Precision
 
@@ -61,11 +62,14 @@ def start_engine(
     """Wraps the model, frozen as it is to stay, into the engine that computes ``SummedLoss``."""
     if train.activation_checkpointing:
         _checkpoint_activations(model)
+    if train.float32_products:
+        use_float32_products(decoder_layers(model))
     if train.compile:
         _compile_layers(model)
     autocast = None if uses_bfloat16_parameters(train, precision) else DTYPES[precision]
     chunk_loss = compiled_chunk_loss() if train.compile else loss_and_gradient
-    module = SummedLoss(model, None if autocast == torch.float32 else autocast, chunk_loss)
+    autocast = None if autocast == torch.float32 else autocast
+    module = SummedLoss(model, autocast, chunk_loss, train.float32_products)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, train.weight_decay),
         lr=train.learning_rate,

@@ -53,5 +53,5 @@ def slow_bfloat16_note(section: str) -> str | None:
         return None
     return (
         f"bfloat16 matrix products run at {bfloat16:.0f} GFLOP/s on this processor and float32 at {float32:.0f}; "
-        f"{section}.precision=float32 would be faster"
+        f"{section}.precision=float32 would be faster, or {section}.float32_products=true in bfloat16"
     )

@@ -198,8 +198,8 @@ def _save(session: Session, masters: Masters, identity: dict[str, Any], progress
 
 def _announce(session: Session, rows: list[freeze.Row], resumed_after: int) -> None:
     """Writes what is about to be trained, for the log and for the driver's terminal."""
-    bfloat16_on_cpu = session.device.type == "cpu" and session.precision == "bfloat16"
-    note = slow_bfloat16_note(session.task.name) if bfloat16_on_cpu else None
+    native_on_cpu = session.device.type == "cpu" and not session.settings.float32_products
+    note = slow_bfloat16_note(session.task.name) if native_on_cpu and session.precision == "bfloat16" else None
     notes = [] if note is None else [note]
     print(freeze.format_rows(rows), *notes, sep="\n", flush=True)
     start = {"summary": freeze.format_summary(rows), "notes": notes, "resumed_after": resumed_after}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +26,10 @@ def validate(section: str, train: Train, launch: Launch, context_length: int | N
     Raises:
         UserError: the first fault found.
     """
-    processes = place(launch, detect_machine()).processes
-    for fault in faults(section, train, processes, context_length):
+    placement = place(launch, detect_machine())
+    for fault in faults(section, train, placement.processes, context_length):
+        raise fault
+    for fault in (*_compilation(section, train, placement.device), *_products(section, train, placement.device)):
         raise fault
 
 
@@ -55,6 +59,36 @@ def faults(section: str, train: Train, processes: int, context_length: int | Non
             remedy=f"Say {section}.deepspeed.zero_stage=2, or offload_optimizer=false.",
         )
     yield from _bad_pattern(section, train.trainable)
+
+
+def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:
+    if not train.compile:
+        return
+    if train.deepspeed.zero_stage == 3:
+        yield UserError(
+            setting=f"{section}.compile",
+            value="true",
+            rule="ZeRO 3 gathers parameters in hooks that compiled layers do not have, and zero_stage is 3",
+            remedy=f"Say {section}.compile=false, or {section}.deepspeed.zero_stage=2.",
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        yield UserError(
+            setting=f"{section}.compile",
+            value="true",
+            rule=f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not there",
+            remedy=f"Install g++, set CXX to a compiler, or say {section}.compile=false.",
+        )
+
+
+def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
+    if train.float32_products and (device != "cpu" or train.deepspeed.zero_stage not in (1, 2)):
+        yield UserError(
+            setting=f"{section}.float32_products",
+            value="true",
+            rule=f"it is for CPUs at ZeRO 1 and 2; this is {device} at ZeRO {train.deepspeed.zero_stage}",
+            remedy=f"Say {section}.float32_products=false.",
+        )
 
 
 def _indivisible(section: str, train: Train, processes: int) -> UserError:

@@ -27,6 +27,8 @@ def test_a_sound_request_passes():
         ({"deepspeed": {"offload_parameters": True}}, 1, "deepspeed.offload_parameters", "zero_stage=3"),
         ({"deepspeed": {"zero_stage": 0, "offload_optimizer": True}}, 1, "deepspeed.offload_optimizer", "zero_stage=2"),
         ({"trainable": "layers.(3"}, 1, "trainable", "Correct it"),
+        ({"float32_products": True, "deepspeed": {"zero_stage": 0}}, 1, "float32_products", "float32_products=false"),
+        ({"compile": True, "deepspeed": {"zero_stage": 3}}, 1, "compile", "zero_stage=2"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
@@ -34,6 +36,13 @@ def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: i
         validate("pretrain", train_settings(**changes), launch(processes), context_length=32)
     assert error.value.setting == f"pretrain.{setting}"
     assert remedy in error.value.remedy
+
+
+def test_compiling_on_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    validate("pretrain", train_settings(compile=True), launch(1), context_length=32)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler is not there"):
+        validate("pretrain", train_settings(compile=True), launch(1), context_length=32)
 
 
 def write_model(directory: Path, vocab_size: int = 384) -> Path:
