@@ -230,6 +230,10 @@ def _read_outcome(log_dir: Path, exit_status: int, processes: int) -> dict[str, 
 
 def explain_failure(log_dir: Path, outcome: Mapping[str, Any], exit_status: int, processes: int) -> str:
     """One message about the rank that failed first: which, how, its last lines, its log."""
+    if outcome.get("named"):  # the launcher may have had to kill the others, who waited for this rank
+        return (
+            f"rank {outcome['rank']} of {processes}: {outcome['cause']}\nits log: {rank_log(log_dir, outcome['rank'])}"
+        )
     deaths = worker_deaths((log_dir / LAUNCHER_LOG).read_text(errors="replace"))
     # The launcher ends the others with SIGTERM, and they may report a lost connection before that; a rank that
     # another signal took is the cause.

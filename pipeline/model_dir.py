@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,24 @@ class ModelDirectory:
             self._open[shard] = safe_open(shard, framework="pt")
         tensor: Tensor = self._open[shard].get_tensor(name)
         return tensor
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors by name, each read from disk whenever it is asked for."""
+        return _StoredTensors(self)
+
+
+class _StoredTensors(Mapping[str, Tensor]):
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._directory.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._directory.specs)
+
+    def __len__(self) -> int:
+        return len(self._directory.specs)
 
 
 def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
-from pipeline.config import Settings
+from pipeline.config import EvaluateOnTheWay, Settings, Target
 from pipeline.data import sources
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import validate as validate_evaluation
@@ -17,6 +17,7 @@ from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
 from pipeline.shape import shape_of
 from pipeline.source import ModelSource, config_of
+from pipeline.training.job import kept_model
 from pipeline.training.validate import validate as validate_training
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -76,6 +77,7 @@ def check(run: Settings, source: ModelSource, missing: Mapping[str, Node]) -> No
         validate_training("sft", run.sft, run.launch, config.get("max_position_embeddings"))
     if "evaluate" in stages:
         validate_evaluation(run.evaluate)
+        _check_kept(missing)
     if "tokenize/corpus" in missing:
         sources.check_source(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
@@ -83,6 +85,21 @@ def check(run: Settings, source: ModelSource, missing: Mapping[str, Node]) -> No
         _check_chat_template(run, config)
     _check_login(run)
     _check_disk(run, config, stages)
+
+
+def _check_kept(missing: Mapping[str, Node]) -> None:
+    """A model on the way can be scored where training is still to come, or kept it."""
+    for node in missing.values():
+        if not isinstance(node.settings, EvaluateOnTheWay):
+            continue
+        trained, target = node.parents["model"], Target(node.parents["model"].stage, node.settings.fraction)
+        if trained.name not in missing and not kept_model(trained.artifact.path, node.settings.fraction).is_dir():
+            raise UserError(
+                setting="evaluate.targets",
+                value=target,
+                rule=f"{trained.name} is finished and did not keep its model there",
+                remedy=f"Leave it out, or train again with force=[{trained.name}].",
+            )
 
 
 def _check_chat_template(run: Settings, config: Mapping[str, object]) -> None:
@@ -109,7 +126,7 @@ def _check_login(run: Settings) -> None:
 
 
 def _check_disk(run: Settings, config: Mapping[str, int], stages: set[str]) -> None:
-    """Every model stage writes the model once; training keeps two checkpoints of what trains beside it."""
+    """Every model stage writes the model once; training keeps checkpoints of what trains beside it."""
     shape = shape_of(config)
     deeper = shape.with_layers(shape.num_hidden_layers + run.expand.new_layers)
     width = BYTES[run.model.dtype]
@@ -117,7 +134,11 @@ def _check_disk(run: Settings, config: Mapping[str, int], stages: set[str]) -> N
     need += deeper.parameters * width * len(stages & {"expand", "pretrain", "sft"})
     if stages & {"pretrain", "sft"}:
         trained = run.expand.new_layers * shape.per_layer or deeper.parameters
-        need += 2 * trained * 12  # float32 master weight and two moments
+        need += (
+            max(run.pretrain.keep_checkpoints, run.sft.keep_checkpoints) * trained * 12
+        )  # float32 master weight and two moments
+        kept = len(run.pretrain.keep_at) + len(run.sft.keep_at) + len(run.evaluate.on_the_way())
+        need += kept * trained * width
     free = shutil.disk_usage(run.output_dir).free
     if free < need + FREE_SPACE_MARGIN:
         raise UserError(

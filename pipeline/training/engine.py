@@ -15,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import Train
 from pipeline.training.deepspeed import uses_bfloat16_parameters
-from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
+from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.loss import SummedLoss
+from pipeline.training.optimizer import make_adamw, parameter_groups
 from pipeline.training.precision import DTYPES, Precision
 
 
@@ -45,31 +46,16 @@ def load_model(model_dir: Path, train: Train, precision: Precision, config: Mapp
 
 
 def start_engine(
-    model: PreTrainedModel, train: Train, precision: Precision, config: Mapping[str, Any]
+    section: str, model: PreTrainedModel, train: Train, precision: Precision, config: Mapping[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps the model, frozen as it is to stay, into the engine that computes ``SummedLoss``."""
     if train.activation_checkpointing:
         _checkpoint_activations(model)
     autocast = None if uses_bfloat16_parameters(train, precision) else DTYPES[precision]
     module = SummedLoss(model, autocast=None if autocast == torch.float32 else autocast)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay),
-        lr=train.learning_rate,
-        betas=(train.beta1, train.beta2),
-        eps=train.epsilon,
-        fused=True,
-    )
+    optimizer = make_adamw(parameter_groups(section, model, train), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
     return engine
-
-
-def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters for the optimizer; norms and biases do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if len(full_shape(p)) >= 2]
-    vectors = [p for p in trained if len(full_shape(p)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

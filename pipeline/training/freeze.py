@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.architecture import Role, architecture_of
 from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.model_dir import EXPANSION_FILE
@@ -42,6 +43,16 @@ def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
     return {name: owner.get(id(p)) for name, p in model.named_parameters()}
 
 
+def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
+    """The role of every parameter inside the layers, by name; others are left out."""
+    architecture = architecture_of(model.config.model_type)
+    names = [name for name, _ in model.named_parameters()]
+    tensors = architecture.layer_tensors(names, model.config.num_hidden_layers)
+    role_of = {tensor.name: tensor.role for tensor in tensors}
+    split = {name: architecture.split(name) for name in names}
+    return {name: role_of[inside[1]] for name, inside in split.items() if inside is not None}
+
+
 def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
     """The names of the parameters that train.
 
@@ -70,7 +81,7 @@ def select_trainable(section: str, trainable: str, model: PreTrainedModel, model
 
 def _by_expansion(section: str, trainable: str, layers: Mapping[str, int | None], model_dir: Path) -> set[str]:
     expansion = _read_expansion(section, trainable, model_dir)
-    new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
+    new = new_layers(expansion)
     if trainable == "auto" and (not new or expansion["method"] == "solar"):
         return set(layers)
     if not new:
@@ -81,6 +92,11 @@ def _by_expansion(section: str, trainable: str, layers: Mapping[str, int | None]
             remedy=f"Say {section}.trainable=all.",
         )
     return {name for name, layer in layers.items() if layer in new}
+
+
+def new_layers(expansion: Mapping[str, Any]) -> set[int]:
+    """The layers that ``expansion.json`` calls new."""
+    return {entry["layer"] for entry in expansion["layers"] if entry["new"]}
 
 
 def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:

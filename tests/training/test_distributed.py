@@ -1,11 +1,12 @@
 """The same training however it is spread: ZeRO stages, ranks, micro-batches, interruptions.
 
-Two launches of workers run all cases one after another (see ``many_tasks``); the oracle is a plain torch loop with
-all logits at once, a hand-made attention mask and no DeepSpeed.
+One launch for every number of ranks runs all cases one after another; the oracle is a plain torch loop with all
+logits at once, a hand-made attention mask and no DeepSpeed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import Train
-from pipeline.launch import run_workers
 from pipeline.stage import StageTask, task_to_json
+from tests.training.forked import ForkedRanks
 from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
@@ -56,18 +57,21 @@ class Case:
         )  # fmt: skip
 
 
+MATRIX = [
+    Case(ranks, zero, precision, micro_batch=2 if recompute else 1, recompute=recompute)
+    for ranks, zero in itertools.product((1, 2), range(4))
+    for precision, recompute in (("float32", False), ("float32", True), ("bfloat16", ranks == 2))
+]
 CASES = [
-    *(Case(2, zero, precision) for zero in range(4) for precision in ("float32", "bfloat16")),
-    *(Case(1, zero) for zero in (0, 2, 3)),
-    *(Case(1, zero, "bfloat16") for zero in (0, 2)),
-    *(Case(2, zero, micro_batch=2, recompute=True) for zero in (2, 3)),
+    *MATRIX,
     *(Case(2, zero, trainable="all") for zero in (0, 2, 3)),
     *(Case(2, zero, offload=True) for zero in (2, 3)),
     Case(1, 2, micro_batch=4),
+    Case(2, 2, micro_batch=2),
 ]
-INTERRUPTED = [Case(2, 2), Case(2, 3, "bfloat16"), Case(2, 0), Case(2, 2, offload=True)]
+INTERRUPTED = [Case(2, 3, "bfloat16", 2, True), Case(2, 0), Case(2, 2, offload=True)]
 # What a checkpoint of two ranks at ZeRO 2 is resumed as.
-ELASTIC = [Case(1, 2), Case(2, 3), Case(1, 0)]
+ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0)]
 
 
 @dataclass(frozen=True)
@@ -80,24 +84,21 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask) -> Runs:
-    """Runs everything in one launch of two ranks and one of one rank."""
+def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks) -> Runs:
+    """Runs everything in one launch of two ranks, which also leaves the checkpoints, then one of one and of four."""
     straight = {case: make_task(case.settings(), case.ranks) for case in CASES}
     resumed = {case: make_task(case.settings(), case.ranks) for case in INTERRUPTED}
     elastic = {case: make_task(case.settings(), case.ranks) for case in ELASTIC}
     stopped = [(task, STOP_AFTER) for task in resumed.values()]
     stopped += [(make_task(Case(2, 2).settings(), 2, task.out), STOP_AFTER) for task in elastic.values()]
     finished = [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
-    for ranks in (2, 1):
+    for ranks in (2, 1, 4):
         plan = [
             {"task": task_to_json(task), "stop_after": stop}
             for task, stop in (*stopped, *finished)
             if task.launch.processes == ranks
         ]
-        directory = tmp_path_factory.mktemp("launch")
-        (directory / "plan.json").write_text(json.dumps(plan))
-        launch = finished[0][0].launch.model_copy(update={"processes": ranks})
-        run_workers("tests.training.many_tasks", directory / "plan.json", launch, directory)
+        forked_ranks.run_plan(ranks, plan, tmp_path_factory.mktemp("launch"))
     return Runs(straight, resumed, elastic)
 
 
@@ -158,14 +159,17 @@ def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: tuple[s
     cases = [case for case in CASES if case.trainable == trainable and case.precision == "float32"]
     assert len(cases) >= 3
     for case in cases:
-        assert logged(runs.straight[case], "loss") == pytest.approx(expected, abs=2e-6), case
+        assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-6), case
     assert expected[-1] < expected[0] - 0.1  # it learns, so that a wrong gradient would show
 
 
 def test_bfloat16_losses_agree_across_stages_and_ranks(runs: Runs):
-    expected = logged(runs.straight[Case(1, 2)], "loss")
-    for case in (case for case in CASES if case.precision == "bfloat16"):
-        assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-3), case
+    losses = {case: logged(runs.straight[case], "loss") for case in MATRIX if case.precision == "bfloat16"}
+    assert {(case.ranks, case.zero) for case in losses} == set(itertools.product((1, 2), range(4)))
+    expected = np.mean(list(losses.values()), axis=0)
+    assert expected == pytest.approx(np.array(logged(runs.straight[Case(1, 2)], "loss")), rel=1e-3)
+    for case, found in losses.items():
+        assert found == pytest.approx(expected, rel=1e-3), case
 
 
 def test_held_out_loss_and_gradient_norm_agree(runs: Runs):
