@@ -37,6 +37,7 @@ LOG_DIR_VARIABLE = "PIPELINE_LOG_DIR"  # set for workers that have a driver
 LAUNCHER_LOG = "torchrun.log"
 POLL_SECONDS = 0.2
 SHOWN_LOG_LINES = 15
+MEMORY_HINT = "the system may have run out of memory"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -261,7 +262,7 @@ def rank_log(log_dir: Path, rank: int) -> Path:
 
 
 def _signal_cause(number: int) -> str:
-    hint = "; the system may have run out of memory" if number == signal.SIGKILL else ""
+    hint = f"; {MEMORY_HINT}" if number == signal.SIGKILL else ""
     return f"killed by {signal.Signals(number).name}{hint}"
 
 

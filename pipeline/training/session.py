@@ -31,6 +31,7 @@ from pipeline.training.gradients import GradientNorms, parts_of_parameters
 from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE, kept_model
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.masters import Masters
+from pipeline.training.memory import named_when_out_of_memory
 from pipeline.training.precision import Precision, resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
 from pipeline.training.spikes import DEVIATIONS
@@ -75,7 +76,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
 
     Raises:
         UserError: nothing would train, or a checkpoint belongs to another run.
-        TrainingDiverged: a number is not finite.
+        NamedFailure: a number is not finite, a disk is full, or memory ran out.
     """
     settings = task.settings
     assert isinstance(settings, Train)
@@ -83,7 +84,8 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     precision = resolve_precision(settings.precision, device)
     session = Session(task, settings, log_dir, device, precision, rank, ranks)
-    status = _train(session, wants_stop)
+    with named_when_out_of_memory(task.name, settings, ranks):
+        status = _train(session, wants_stop)
     distributed.barrier()
     return {"status": status}
 

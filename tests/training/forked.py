@@ -25,7 +25,7 @@ from pipeline.launch import rank_log
 from pipeline.stage import StageTask, task_to_json
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 120.0  # seconds for one launch
+PATIENCE = 600.0  # seconds for one launch
 GRACE = 10.0  # seconds from the end of one rank to the end of all, as a launcher grants
 
 

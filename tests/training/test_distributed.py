@@ -105,9 +105,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_r
 # ------------------------------------------------------------------------------------------- oracle
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The choice of parameters, and the loss and the gradient norms of every step."""
+
+    trainable: str
+    losses: list[float]
+    norms: list[dict[str, float]]
+
+
 @pytest.fixture(scope="module", params=["auto", "all"])
-def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path) -> tuple[str, list[float]]:
-    """The choice of parameters and the losses of a plain float32 loop."""
+def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path) -> Reference:
+    """A plain float32 loop."""
     train = Case(1, 0, trainable=request.param).settings()
     model = AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32, attn_implementation="eager")
     for name, parameter in model.named_parameters():
@@ -120,19 +129,32 @@ def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path)
     optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=False)
     arrays = [np.load(blocks_dir / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
     order = np.concatenate([np.random.default_rng([0, epoch]).permutation(len(arrays[0])) for epoch in range(STEPS)])
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         chosen = order[step * train.global_batch : (step + 1) * train.global_batch]
         ids, positions, mask = (torch.from_numpy(array[chosen].astype(np.int64)) for array in arrays)
         loss = naive_loss(model, ids, positions, mask)
         loss.backward()
+        norms.append(naive_norms(model))
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = naive_rate(step + 1)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return request.param, losses
+    return Reference(request.param, losses, norms)
+
+
+def naive_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Gradient norms before clipping: of all, of the new layers' outputs, of the rest."""
+    outputs = {f"layers.{layer}.{name}" for layer in NEW_LAYERS for name in ("self_attn.o_proj", "mlp.down_proj")}
+    parts: dict[str, list[torch.Tensor]] = {"o_proj": [], "down_proj": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            place = name.removeprefix("model.").removesuffix(".weight")
+            parts[place.rpartition(".")[2] if place in outputs else "rest"].append(parameter.grad.flatten())
+    norms = {f"grad_norm/{part}": torch.cat(gradients).norm().item() for part, gradients in parts.items()}
+    return {**norms, "grad_norm": math.hypot(*norms.values())}
 
 
 def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -154,13 +176,25 @@ def naive_rate(step: int) -> float:
 # -------------------------------------------------------------------------------------------- tests
 
 
-def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: tuple[str, list[float]]):
-    trainable, expected = reference
-    cases = [case for case in CASES if case.trainable == trainable and case.precision == "float32"]
+def float32_cases(trainable: str) -> list[Case]:
+    return [case for case in CASES if case.trainable == trainable and case.precision == "float32"]
+
+
+def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: Reference):
+    cases, expected = float32_cases(reference.trainable), reference.losses
     assert len(cases) >= 3
     for case in cases:
         assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-6), case
     assert expected[-1] < expected[0] - 0.1  # it learns, so that a wrong gradient would show
+
+
+def test_gradient_norms_by_part_are_those_of_a_plain_loop(runs: Runs, reference: Reference):
+    limit = Case(1, 0).settings().max_grad_norm
+    assert any(norms["grad_norm"] > limit for norms in reference.norms)  # so that clipping was seen at work
+    for case in float32_cases(reference.trainable):
+        for name in ("grad_norm", "grad_norm/o_proj", "grad_norm/down_proj", "grad_norm/rest"):
+            expected = [norms[name] for norms in reference.norms]
+            assert logged(runs.straight[case], name) == pytest.approx(expected, rel=1e-4), (case, name)
 
 
 def test_bfloat16_losses_agree_across_stages_and_ranks(runs: Runs):
@@ -172,10 +206,10 @@ def test_bfloat16_losses_agree_across_stages_and_ranks(runs: Runs):
         assert found == pytest.approx(expected, rel=1e-3), case
 
 
-def test_held_out_loss_and_gradient_norm_agree(runs: Runs):
+def test_held_out_loss_and_counters_agree(runs: Runs):
     base = runs.straight[Case(1, 0)]
-    for case in (case for case in CASES if case.trainable == "auto" and case.precision == "float32"):
-        for name in ("held_out_loss", "grad_norm", "learning_rate", "tokens", "flops"):
+    for case in float32_cases("auto"):
+        for name in ("held_out_loss", "learning_rate", "tokens", "flops"):
             assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
 
 
@@ -224,6 +258,13 @@ def test_training_json_says_what_was_done(runs: Runs):
     assert [entry["step"] for entry in summary["held_out"]] == [0, STEPS]
     assert summary["trainable_parameters"] * 2 == summary["total_parameters"] - 384 * 33 - 33
     assert summary["peak_memory_bytes"] > 0
+    assert summary["checkpoints"]["saved"] == 1 and summary["checkpoints"]["seconds_each"] > 0
+    float32_state = 3 * 4 * summary["trainable_parameters"]  # weights and two moments, and little beside them
+    assert float32_state < summary["checkpoints"]["bytes"] < 1.1 * float32_state + 16384
+    assert summary["mfu"] == pytest.approx(
+        summary["flops"] / summary["seconds"] / summary["peak_flops_per_second"]["rate"]
+    )
+    assert summary["peak_flops_per_second"]["source"].startswith("measured: bfloat16")
     assert AutoModelForCausalLM.from_pretrained(task.out).config.num_hidden_layers == 4
 
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.training import freeze
-from pipeline.training.engine import parameter_groups
 
 
 @pytest.fixture
@@ -100,9 +99,3 @@ def test_the_table_names_every_parameter_once_and_the_summary_adds_up(model: nn.
     last = freeze.format_summary(rows).splitlines()[-1].replace(",", "").split()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert last == ["all", str(sum(p.numel() for p in model.parameters())), str(trained)]
-
-
-def test_norms_and_biases_do_not_decay(model: nn.Module):
-    matrices, vectors = parameter_groups(model, weight_decay=0.1)
-    assert matrices["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in matrices["params"])
-    assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
