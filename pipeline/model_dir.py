@@ -49,6 +49,9 @@ class TensorSpec:
 class ModelDirectory:
     """A model directory whose tensors are read one at a time.
 
+    Args:
+        files: its weight files; None: those of a whole model, as its index names them.
+
     Attributes:
         specs: every tensor by name.
 
@@ -56,12 +59,12 @@ class ModelDirectory:
         UserError: it holds no whole safetensors model, or tensors of a packed type.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Iterable[Path] | None = None) -> None:
         self.path = path
         self.specs: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        for shard in find_weights(path):
+        for shard in find_weights(path) if files is None else files:
             for name, entry in read_header(shard).items():
                 self.specs[name] = TensorSpec(_dtype(entry.dtype, name, path), entry.shape)
                 self._files[name] = shard

@@ -23,12 +23,12 @@ LAYERS = (
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
     | {"launch", "tracking", "progress"},
-    {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog"}
+    {"architecture", "artifact", "attempts", "stage", "config", "errors", "shape", "watchdog"}
     | {"source", "hub", "gguf_metadata", "weight_files"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
-    "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+    "config", "artifact", "attempts", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

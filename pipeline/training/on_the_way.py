@@ -39,4 +39,6 @@ def rebuild(artifact: Path, fraction: float, out: Path) -> None:
     """Writes the whole model as it was after ``fraction`` of a finished training artifact's steps."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    export_with_replaced(artifact, out, ModelDirectory(kept_model(artifact, fraction)).tensors())
+    kept = kept_model(artifact, fraction)
+    trained = ModelDirectory(kept, sorted(kept.glob("*.safetensors")))  # a part of a model has no config
+    export_with_replaced(artifact, out, trained.tensors())

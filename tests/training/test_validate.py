@@ -27,6 +27,7 @@ def test_a_sound_request_passes():
         ({"deepspeed": {"offload_parameters": True}}, 1, "deepspeed.offload_parameters", "zero_stage=3"),
         ({"deepspeed": {"zero_stage": 0, "offload_optimizer": True}}, 1, "deepspeed.offload_optimizer", "zero_stage=2"),
         ({"trainable": "layers.(3"}, 1, "trainable", "Correct it"),
+        ({"role_learning_rates": {"o_proj": 2.0}}, 1, "role_learning_rates", "{o: 2.0, down: 2.0}"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
