@@ -1,18 +1,20 @@
 """Whether a written model directory is a sound model: it loads whole, decodes with a cache as without, and, where it
-was promised, computes what another one does. In float32, on the model's own tokenizer and a few sentences.
+was promised, computes what another one does. On the model's own tokenizer and a few sentences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.layer_config import Config, spelled_out_config
+from pipeline.model_dir import ModelDirectory
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -22,6 +24,13 @@ SENTENCES = (
 DECODED_TOKENS = 8
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below one: float32 rounding
 CACHE_TOLERANCE = 1e-3  # likewise; a cache sums in another order, which depth amplifies
+FINITE_AT_ONCE = 2**24  # entries of a stored tensor
+
+# A narrow twin's sizes. Head width stays: rotary tables have its length.
+NARROW = {
+    "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "vocab_size": 512, "sliding_window": 8,
+}  # fmt: skip
 
 
 class CheckFailedError(Exception):
@@ -30,64 +39,60 @@ class CheckFailedError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured, all as fractions of the largest logit or absolute where that is below one."""
+    """What was measured, all as fractions of the largest logit or absolute where that is below one.
+
+    Attributes:
+        cache_difference: between decoding with a cache and without.
+        logit_difference: to the model that it must agree with; None where nothing was promised.
+        logits_of: how the logits were computed.
+        cache_of: what was decoded.
+    """
 
     cache_difference: float
-    logit_difference: float | None  # None where nothing was promised
-
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"cache_difference": self.cache_difference, "logit_difference": self.logit_difference}
+    logit_difference: float | None
+    logits_of: str
+    cache_of: str
 
 
-def check_model(directory: Path, config: Config, same_logits_as: Path | None) -> Outcome:
+def check_model(directory: Path, config: Config, same_logits_as: Path | None, memory: int) -> Outcome:
     """Checks shapes, values, per-layer config entries, tied weights, cached decoding, and logits.
 
-    Holds one model in float32 at a time.
+    A model that takes more than ``memory`` bytes in float32 is not held: its logits are computed layer by layer from
+    disk, in the dtype it is stored in, and decoding is compared on a narrow random model of the same config and depth.
 
     Args:
         directory: what was written.
         config: what its config must spell out to.
         same_logits_as: a model directory that it must agree with, or None.
+        memory: bytes.
 
     Raises:
         CheckFailedError: with the first thing that is wrong.
     """
-    prompts = _prompts(directory)
-    promised = None if same_logits_as is None else _logits(_load(same_logits_as), prompts)
-    model = _load(directory)
     _check_config(directory, config)
-    _check_parameters(model)
-    cache_difference = max(_cache_difference(model, prompt) for prompt in prompts)
-    _require(cache_difference <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {cache_difference:.2g}")
-    logit_difference = None
-    if promised is not None:
-        logit_difference = max(map(_difference, promised, _logits(model, prompts)))
+    _check_values(directory)
+    entries = sum(torch.Size(spec.shape).numel() for spec in ModelDirectory(directory).specs.values())
+    whole = entries * torch.float32.itemsize <= memory
+    prompts = _prompts(directory)
+    promised = None if same_logits_as is None else _logits(same_logits_as, prompts, whole)
+    logits = _logits(directory, prompts, whole)
+    logit_difference = None if promised is None else _difference(promised, logits)
+    if logit_difference is not None:
         _require(logit_difference <= LOGIT_TOLERANCE, f"its logits differ from the base's by {logit_difference:.2g}")
-    return Outcome(cache_difference, logit_difference)
+    decoded = _load(directory) if whole else _narrow_twin(directory)
+    cache_difference = _cache_difference(decoded, prompts % decoded.config.vocab_size)
+    _require(cache_difference <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {cache_difference:.2g}")
+    return Outcome(
+        cache_difference,
+        logit_difference,
+        logits_of="the whole model in float32" if whole else "layer by layer from disk, in the stored dtype",
+        cache_of="this model" if whole else "a narrow random model of the same config and depth",
+    )
 
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise CheckFailedError(f"the model that was written is wrong: {otherwise}")
-
-
-def _prompts(directory: Path) -> list[Tensor]:
-    """Token ids ``[1, n]`` of each sentence."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    return [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]
-
-
-def _load(directory: Path) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    model: PreTrainedModel
-    report: dict[str, object]
-    model, report = loaded
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        _require(not report[fault], f"{directory} loads with {fault} {report[fault]}")
-    return model.eval()
 
 
 def _check_config(directory: Path, config: Config) -> None:
@@ -96,18 +101,62 @@ def _check_config(directory: Path, config: Config) -> None:
     _require(not differing, f"its config reads back differently in {', '.join(differing)}")
 
 
-def _check_parameters(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        _require(bool(torch.isfinite(parameter).all()), f"{name} is not finite")
-    if model.config.tie_word_embeddings:
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        _require(tied, "the head is not tied to the embeddings")
+def _check_values(directory: Path) -> None:
+    """Whether every stored number is finite; a part of a tensor at a time."""
+    stored = ModelDirectory(directory)
+    for name in stored.specs:
+        parts = stored.read(name).flatten().split(FINITE_AT_ONCE)
+        _require(all(bool(torch.isfinite(part).all()) for part in parts), f"{name} is not finite")
+
+
+def _prompts(directory: Path) -> Tensor:
+    """Token ids of the sentences ``[sentences, longest]``.
+
+    Shorter ones are filled up on the right with token 0, which nothing to its left can see.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = [tokenizer(sentence, return_tensors="pt")["input_ids"][0] for sentence in SENTENCES]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, prompts: list[Tensor]) -> list[Tensor]:
-    """``[1, n, vocabulary]`` for each prompt."""
-    return [model(prompt, use_cache=False).logits for prompt in prompts]
+def _logits(directory: Path, prompts: Tensor, whole: bool) -> Tensor:
+    """``[sentences, longest, vocabulary]``."""
+    with TemporaryDirectory(prefix=".check-", dir=directory) as room:  # for weights that loading rearranges
+        streamed = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": room}
+        model = _load(directory) if whole else _load(directory, **streamed)
+        logits: Tensor = model(prompts, use_cache=False).logits
+    return logits
+
+
+def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement
+    )
+    model: PreTrainedModel
+    report: dict[str, object]
+    model, report = loaded
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        _require(not report[fault], f"{directory} loads with {fault} {report[fault]}")
+    if model.config.tie_word_embeddings:
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        _require(tied, "the head is not tied to the embeddings")
+    return model.eval()
+
+
+def _narrow_twin(directory: Path) -> PreTrainedModel:
+    """A random model of the directory's config, kinds of layers and depth, and of small width; float32."""
+    config = AutoConfig.from_pretrained(directory)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, size in NARROW.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(size, getattr(config, name)))
+    config.hidden_size = config.num_attention_heads * head_width
+    config.pad_token_id = None  # it may lie beyond the narrow vocabulary
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -81,8 +81,8 @@ def _gguf_remedy(names: Collection[str]) -> str:
     return "Give a directory as save_pretrained writes it, or a model's id on the Hugging Face hub."
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file by name.
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
+    """The tensors of one file by name, and where in the file their bytes begin.
 
     Raises:
         UserError: it is not a whole safetensors file.
@@ -96,7 +96,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     expected = 8 + header_bytes + max((entry.end for entry in entries.values()), default=0)
     if path.stat().st_size < expected:
         raise _refuse(path, f"the file is cut short: {path.stat().st_size} of {expected} bytes", "Fetch it again.")
-    return entries
+    return entries, 8 + header_bytes
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -136,10 +136,12 @@ def shrunk(tiny_llama_dir: Path, tiny_corpus: Path, tiny_chats: Path) -> list[st
 @pytest.fixture(scope="session")
 def expand_settings() -> Callable[..., AnyExpand]:
     """``expand_settings("lesa", new_layers=2, variant="paper")``: a method's own file with some values changed."""
-    group = Path(__file__).resolve().parent.parent / "conf" / "expand"
+    conf = Path(__file__).resolve().parent.parent / "conf"
+    shared = OmegaConf.load(conf / "config.yaml")["expand"]
 
     def compose(method: str, **changes: Any) -> AnyExpand:
-        composed = OmegaConf.create({"expand": OmegaConf.merge(OmegaConf.load(group / f"{method}.yaml"), changes)})
+        own = OmegaConf.load(conf / "expand" / f"{method}.yaml")
+        composed = OmegaConf.create({"expand": OmegaConf.merge(own, shared, changes)})
         values: Any = OmegaConf.to_container(composed, resolve=True)
         values["expand"].pop("variants", None)
         settings: AnyExpand = TypeAdapter(AnyExpand).validate_python(values["expand"])

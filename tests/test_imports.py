@@ -22,13 +22,14 @@ LAYERS = (
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
+    | {"layer_surgery", "shard_writer"}
     | {"launch", "tracking", "progress"},
-    {"architecture", "artifact", "attempts", "stage", "config", "errors", "shape", "watchdog"}
-    | {"source", "hub", "gguf_metadata", "weight_files"},
+    {"architecture", "artifact", "attempts", "stage", "config", "errors", "shape", "watchdog", "disk"}
+    | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
-    "config", "artifact", "attempts", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+    "attempts", "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog", "disk",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

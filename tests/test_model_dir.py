@@ -1,9 +1,8 @@
-"""Model directories read and written one tensor at a time."""
+"""Model directories read one tensor at a time, and what is carried over from one to the next."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,74 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.artifact import write_json
 from pipeline.errors import UserError
-from pipeline.model_dir import ModelDirectory, ShardWriter, TensorSpec, copy_side_files, export_with_replaced
-
-TENSORS = {
-    "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),
-    "rounded": torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).bfloat16(),
-    "half": torch.tensor([1e-7, -0.0, 65504.0], dtype=torch.float16),
-    "scalar": torch.tensor(2.5),
-    "empty": torch.zeros(0, 3),
-    "counts": torch.tensor([1, -2, 3]),
-    "mask": torch.tensor([True, False]),
-}
-
-
-def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def _write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 10**9) -> None:
-    with ShardWriter(directory, _specs(tensors), max_shard_bytes) as writer:
-        for name in reversed(list(tensors)):
-            writer.write(name, tensors[name])
-    write_json(directory / "config.json", {})
-
-
-def test_one_file_is_what_the_library_reads(tmp_path: Path) -> None:
-    _write(tmp_path, TENSORS)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
-    read = load_file(tmp_path / "model.safetensors")
-    assert set(read) == set(TENSORS)
-    assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
-
-
-def test_many_files_hold_no_more_than_they_may_and_read_as_one(tmp_path: Path) -> None:
-    tensors = {f"tensor_{index}": torch.full((10,), float(index)) for index in range(7)}  # 40 bytes each
-    _write(tmp_path, tensors, max_shard_bytes=100)
-    names = sorted(path.name for path in tmp_path.glob("model*"))
-    assert names == [*(f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)), "model.safetensors.index.json"]
-    assert [len(load_file(tmp_path / name)) for name in names[:4]] == [2, 2, 2, 1]
-    model = ModelDirectory(tmp_path)
-    assert model.specs == _specs(tensors)
-    assert all(torch.equal(model.read(name), tensor) for name, tensor in tensors.items())
-
-
-def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
-    matrix = torch.arange(6.0).reshape(2, 3).T
-    _write(tmp_path, {"view": matrix})
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["view"], matrix)
-
-
-def test_files_get_their_names_only_when_all_is_written(tmp_path: Path) -> None:
-    specs = _specs({"a": torch.ones(1), "b": torch.ones(1)})
-    with pytest.raises(AssertionError, match="not written: b"), ShardWriter(tmp_path, specs) as writer:
-        writer.write("a", torch.ones(1))
-    assert not list(tmp_path.glob("model*"))
-
-
-def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
-    _write(tmp_path, {f"old_{index}": torch.ones(10) for index in range(4)}, max_shard_bytes=50)
-    (tmp_path / ".model-7.partial").write_bytes(b"half")
-    _write(tmp_path, {"new": torch.ones(1)})
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
-
-
-@pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(2).double()], ids=["shape", "dtype"])
-def test_a_tensor_that_is_not_as_announced(tmp_path: Path, wrong: Tensor) -> None:
-    writer = ShardWriter(tmp_path, _specs({"a": torch.ones(2)}))
-    with pytest.raises(AssertionError, match="not as announced"):
-        writer.write("a", wrong)
+from pipeline.model_dir import ModelDirectory, copy_side_files, export_with_replaced
 
 
 def test_packed_weights_are_refused(tmp_path: Path) -> None:

@@ -6,13 +6,29 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import Fraction, NonNegativeFloat, Positive, PositiveFloat, Section
+from pipeline.config.section import (
+    Device,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    NotInKey,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 
-class Expand(Section):
-    """What every method that inserts layers has; each method's own class adds its settings."""
+class Expansion(Section):
+    """What every method has."""
 
     min_base_layers: ClassVar[int] = 1
+
+    device: Annotated[Device, NotInKey]  # where linear algebra runs; auto: a GPU where one is visible
+    check_memory: Annotated[NonNegative, NotInKey]  # bytes; larger models (in float32) are checked layer by layer
+
+
+class Expand(Expansion):
+    """What every method that inserts layers has; each method's own class adds its settings."""
 
     new_layers: Positive
     position: Literal["top", "middle", "bottom", "interleaved"] | list[int]  # a list: the gap of every new layer
@@ -29,7 +45,9 @@ class LesaExpand(Expand):
     norm_loss_weight: Fraction  # the loss's lambda
     learning_rate: PositiveFloat  # AdamW's
     weight_decay: NonNegativeFloat  # AdamW's
+    schedule: Literal["constant", "cosine"]  # of the learning rate; cosine has a short warm-up
     batch_size: Positive  # singular directions a step
+    norm_batch: Positive  # singular directions over which the loss takes a norm; the authors': their batch
     hidden_size: Positive  # of the predictor
     norms: Literal["layer0", "neighbour", "average"]  # where a new layer's norms come from
     zero_init: bool  # zero the outputs, so that logits stay
@@ -53,10 +71,8 @@ class OptDeusExpand(Expand):
     solver: Literal["log", "pot_float32"]  # pot_float32 is the authors' own call, underflow included
 
 
-class SolarExpand(Section):
+class SolarExpand(Expansion):
     """SOLAR (arXiv 2312.15166): the base's layers twice, overlapping."""
-
-    min_base_layers: ClassVar[int] = 1
 
     method: Literal["solar"]
     new_layers: Positive
@@ -83,10 +99,8 @@ class CopyExpand(Expand):
     method: Literal["copy"]
 
 
-class NoExpand(Section):
+class NoExpand(Expansion):
     """The base as it is; the control that says what continued training alone gives."""
-
-    min_base_layers: ClassVar[int] = 1
 
     method: Literal["none"]
     new_layers: Literal[0]

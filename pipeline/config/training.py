@@ -17,6 +17,7 @@ class DeepSpeed(Section):
     offload_optimizer: bool
     offload_parameters: bool  # ZeRO 3 only
     reduce_bucket_size: Positive  # elements
+    allgather_bucket_size: Positive  # elements; ZeRO 1 and 2
     overrides: dict[str, Any]  # merged last into DeepSpeed's own configuration
 
 
@@ -47,6 +48,8 @@ class Train(Section):
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     keep_checkpoints: Annotated[Positive, NotInKey]  # the newest so many
     activation_checkpointing: Annotated[bool, NotInKey]
+    compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
+    attention: Annotated[Literal["auto", "documents", "sdpa"], NotInKey]
     deepspeed: Annotated[DeepSpeed, NotInKey]
 
     @model_validator(mode="after")

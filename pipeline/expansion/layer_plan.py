@@ -15,6 +15,8 @@ from typing import Any
 from pipeline.config import AnyExpand
 from pipeline.errors import UserError
 
+MAX_GROWTH = 4  # new layers for every layer of the base, where layers are inserted
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
@@ -72,7 +74,19 @@ def make_plan(settings: AnyExpand, num_base_layers: int) -> LayerPlan:
         return insertion_plan((), num_base_layers)
     if settings.position == "overlap":
         return overlap_plan(settings.new_layers, num_base_layers)
+    _check_growth(settings.new_layers, num_base_layers)
     return insertion_plan(gaps_of(settings.position, settings.new_layers, num_base_layers), num_base_layers)
+
+
+def _check_growth(new_layers: int, num_base_layers: int) -> None:
+    most = MAX_GROWTH * num_base_layers
+    if new_layers > most:
+        raise UserError(
+            setting="expand.new_layers",
+            value=new_layers,
+            rule=f"a base of {num_base_layers} layers takes at most {MAX_GROWTH} new ones for each of its own, {most}",
+            remedy=f"Say expand.new_layers={most} or less.",
+        )
 
 
 def validate(settings: AnyExpand, num_base_layers: int) -> None:

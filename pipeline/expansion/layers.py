@@ -7,7 +7,7 @@ that a copy is one to the bit; arithmetic is done in float32 or better, and whoe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.architecture import LayerTensor
 from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.spectrum import Scratch, in_memory
 
 Layer = Mapping[LayerTensor, Tensor]  # a base layer reads from disk on access
 
@@ -34,15 +35,20 @@ def _say_nothing(note: str, **numbers: float) -> None:
 
 @dataclass(frozen=True)
 class Journal:
-    """Where a method tells how it goes.
+    """Where a method tells how it goes, reads what an earlier attempt had made, and finds room to work.
 
     Attributes:
         note: shows a line of text and named numbers to whoever watches.
+        made: layers' indices in the new model and tensors that an interrupted attempt has written already; a method
+            may leave them out, as long as what it yields does not depend on that.
+        scratch: gives float32 tensors to work in, on disk where they are large.
         records: facts for the manifest, by what they are about.
         warnings: what somebody who uses the result should know.
     """
 
     note: Callable[..., None] = _say_nothing
+    made: Collection[tuple[int, LayerTensor]] = ()
+    scratch: Scratch = in_memory
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

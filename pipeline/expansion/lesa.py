@@ -4,9 +4,9 @@ For each matrix role on its own: the base's matrices side by side have one exact
 small network learns V_i from V_{i-1} and V_{i+1}. A new layer is U S G([V_lower, V_upper]). What is no matrix comes,
 as in the authors' code, from layer 0: its small norms damp the new layer, without which the model breaks.
 
-One role is one unit of work with its own random numbers, so that roles can be made in any order. A predictor is too
-small to be worth more than one thread, and suffers where cores are shared: decompositions use all threads, and then
-several predictors are taught at once, each on one.
+One role is one unit of work with its own random numbers, so that roles can be made in any order, and an interrupted
+expansion goes on with the roles that are missing. A predictor of a small model is worth no more than one thread, and
+suffers where cores are shared: decompositions use all threads, and then several predictors are taught at once.
 """
 
 from __future__ import annotations
@@ -28,15 +28,27 @@ from pipeline.expansion.layers import Journal, Layer, NewTensor, silenced
 from pipeline.expansion.predictor import Predictor, train_predictor
 from pipeline.expansion.spectrum import Spectrum, decompose
 
+MAX_GROWTH = 3  # times the base, as far as the authors went
 MAX_ROLES_AT_ONCE = 4  # each holds its V of all layers, as large as the role's matrices in float32
+LARGE_BYTES = 1_000_000_000  # of V; such a role has all threads for itself
 
 
 def expand(
     base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
     """Predicts every matrix; norms and biases as ``settings.norms`` says; outputs zeroed if ``settings.zero_init``."""
+    _warn_of_growth(plan, journal)
     for made in chain(_borrow(base, plan, settings), _predict(base, plan, settings, seed, journal)):
         yield made._replace(value=silenced(made.tensor, made.value)) if settings.zero_init else made
+
+
+def _warn_of_growth(plan: LayerPlan, journal: Journal) -> None:
+    """Says when more is asked for than the authors tried, layers standing for parameters."""
+    if len(plan.layers) > MAX_GROWTH * plan.num_base_layers:
+        journal.warnings.append(
+            f"{len(plan.layers)} layers from {plan.num_base_layers}: LESA's authors do not go beyond {MAX_GROWTH} "
+            "times the parameters, and predictions between predictions are further from what was learnt"
+        )
 
 
 def _borrow(base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand) -> Iterator[NewTensor]:
@@ -48,6 +60,8 @@ def _borrow(base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand) -> Ite
 
 
 def _borrowed(base: Sequence[Layer], planned: PlannedLayer, settings: LesaExpand, tensor: LayerTensor) -> Tensor:
+    if tensor.role.kind == "router":  # the authors found no way to predict one, and layer 0's knows other experts
+        return base[planned.base[0]][tensor]
     if settings.norms == "layer0":
         return base[0][tensor]
     if settings.norms == "neighbour":
@@ -58,26 +72,44 @@ def _borrowed(base: Sequence[Layer], planned: PlannedLayer, settings: LesaExpand
 def _predict(
     base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
-    """All matrices of the new layers, role by role in the order of ``base[0]``."""
+    """All matrices of the new layers that are not made yet, role by role in the order of ``base[0]``."""
     at_once = min(torch.get_num_threads(), MAX_ROLES_AT_ONCE)
     taught: deque[tuple[RoleWork, Future[float]]] = deque()
     with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for tensor in base[0]:
-            if tensor.role.kind == "matrix":
-                work = prepare(base, tensor, settings, seed)
-                taught.append((work, pool.submit(work.teach, settings, journal)))
-                if len(taught) == at_once:
-                    yield from _collect(*taught.popleft(), plan, journal)
+            if tensor.role.kind != "matrix" or _is_made(tensor, plan, journal):
+                continue
+            work = prepare(base, tensor, settings, seed, journal)
+            taught.append((work, _teach(work, settings, journal, pool)))
+            if len(taught) == at_once or work.is_large:
+                yield from _collect(*taught.popleft(), plan, journal)
         while taught:
             yield from _collect(*taught.popleft(), plan, journal)
 
 
+def _is_made(tensor: LayerTensor, plan: LayerPlan, journal: Journal) -> bool:
+    """Whether every new layer has this matrix already; one missing needs the whole role's work."""
+    return all((planned.layer, tensor) in journal.made for planned in plan.new_layers)
+
+
+def _teach(work: RoleWork, settings: LesaExpand, journal: Journal, pool: ThreadPoolExecutor) -> Future[float]:
+    """Trains a small role's predictor in the background, a large one's at once with all threads."""
+    if not work.is_large:
+        return pool.submit(work.teach, settings, journal)
+    done: Future[float] = Future()
+    done.set_result(work.teach(settings, journal))
+    return done
+
+
 def _collect(work: RoleWork, loss: Future[float], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
     """Waits for a role's predictor and makes its matrices."""
-    spectrum = work.spectrum
-    journal.record(work.tensor.module, rank=spectrum.rank, rows=spectrum.d_out, loss=loss.result())
-    for layer, value in work.rebuild(plan):
-        yield NewTensor(layer, work.tensor, value)
+    facts = {"rank": work.spectrum.rank, "rows": work.spectrum.d_out, "loss": loss.result()}
+    norms = []
+    for layer, predicted in work.predict(plan):
+        norms.append(float(torch.linalg.vector_norm(predicted)))
+        yield NewTensor(layer, work.tensor, work.spectrum.left @ predicted)
+    known = work.spectrum.right[1:-1].square().sum(dim=(1, 2)).mean().sqrt()
+    journal.record(work.tensor.module, **facts, predicted_norm_ratio=sum(norms) / len(norms) / float(known))
 
 
 @dataclass(frozen=True)
@@ -89,36 +121,48 @@ class RoleWork:
     spectrum: Spectrum
     predictor: Predictor
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the role is worth all threads by itself."""
+        right = self.spectrum.right
+        return right.numel() * right.element_size() > LARGE_BYTES
+
     def teach(self, settings: LesaExpand, journal: Journal) -> float:
         """Trains the predictor; returns its last epoch's mean loss."""
 
-        def note(epoch: int, loss: float) -> None:
-            journal.note(f"{self.tensor.module} epoch {epoch + 1}/{settings.epochs}", loss=loss)
+        def note(step: int, steps: int, loss: float) -> None:
+            journal.note(f"{self.tensor.module} predictor {step}/{steps}", loss=loss)
 
         return train_predictor(self.predictor, self.spectrum.right, settings, self.seed, note)
 
     @torch.no_grad()
-    def rebuild(self, plan: LayerPlan) -> list[tuple[int, Tensor]]:
-        """U S G([V_lower, V_upper]), ``[out, in]``, by index in the new model.
+    def predict(self, plan: LayerPlan) -> Iterator[tuple[int, Tensor]]:
+        """V of each new layer, ``[rank, in]``, by index in the new model: G([V_lower, V_upper]).
 
-        A predicted V serves the layers that are made from it.
+        A predicted V serves the layers that are made from it, and is forgotten after the last of them.
         """
         predicted: dict[int, Tensor] = {}
+        remaining = list(plan.new_layers)
 
         def right_at(index: int) -> Tensor:
             return predicted[index] if index in predicted else self.spectrum.right[plan.layers[index].base[0]]
 
-        for planned in plan.new_layers:
+        while remaining:
+            planned = remaining.pop(0)
             lower, upper = planned.made_from
             predicted[planned.layer] = self.predictor(torch.cat([right_at(lower), right_at(upper)], dim=1))
-        return [(layer, self.spectrum.left @ right) for layer, right in predicted.items()]
+            yield planned.layer, predicted[planned.layer]
+            needed = {index for later in remaining for index in later.made_from}
+            predicted = {index: right for index, right in predicted.items() if index in needed}
 
 
-def prepare(base: Sequence[Layer], tensor: LayerTensor, settings: LesaExpand, seed: int) -> RoleWork:
+def prepare(base: Sequence[Layer], tensor: LayerTensor, settings: LesaExpand, seed: int, journal: Journal) -> RoleWork:
     """Decomposes a role and draws its predictor's first weights."""
-    spectrum = decompose(lambda layer: base[layer][tensor], len(base))
+    journal.note(f"{tensor.module} decomposition")
+    spectrum = decompose(lambda layer: base[layer][tensor], len(base), journal.scratch)
     seed = role_seed(seed, tensor)
-    return RoleWork(tensor, seed, spectrum, Predictor(spectrum.d_in, settings.hidden_size, seed))
+    predictor = Predictor(spectrum.d_in, settings.hidden_size, seed).to(spectrum.right.device)
+    return RoleWork(tensor, seed, spectrum, predictor)
 
 
 def role_seed(seed: int, tensor: LayerTensor) -> int:

@@ -37,18 +37,21 @@ class Method:
         source: where the method is published.
         trains: what continual pre-training trains unless told otherwise.
         keeps_logits: whether, with these settings, the new model computes exactly what the base does.
+        linear_algebra: whether there is work for a GPU.
     """
 
     source: str
     trains: Trainable
     keeps_logits: Callable[[Any], bool]
+    linear_algebra: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "lesa": Method("LESA: Learnable LLM Layer Scaling-Up, arXiv 2502.13794", "new_layers", _when_zeroed),
+    "lesa": Method("LESA: Learnable LLM Layer Scaling-Up, arXiv 2502.13794", "new_layers", _when_zeroed,
+                   linear_algebra=True),
     "llama_pro": Method("LLaMA Pro: Progressive LLaMA with Block Expansion, arXiv 2401.02415", "new_layers", _always),
     "opt_deus": Method("OpT-DeUS: Progressive Depth Up-scaling via Optimal Transport, arXiv 2508.08011",
-                       "new_layers", _always),
+                       "new_layers", _always, linear_algebra=True),
     "solar": Method("SOLAR 10.7B: Depth Up-Scaling, arXiv 2312.15166", "all", _never),
     "average": Method("control: mean of the two neighbours", "new_layers", _never),
     "copy": Method("control: the lower neighbour once more", "new_layers", _never),

@@ -6,8 +6,12 @@ Each matrix of the lower layer has its neurons moved onto those of the upper one
 
 T_in is the flow of transport through the layer: the identity for what reads the layer's input (and, as in the
 authors' code, for v -> o and up -> down), the attention output's plan T_o for gate and up, and (T_o + I) / 2 for the
-norm between, which sees the residual path too. The released code does not rescale a plan, which sums to one over
-all entries, so that its fused matrices are close to W2 / 2; ``rescale_plan`` makes its rows sum to one.
+norm between, which sees the residual path too. Where attention and MLP both read the layer's input, no attention
+output flows into the MLP, and T_in is the identity there too. Experts are matrices like others, each fused with the
+expert of its index; so a router's outputs stay in their order.
+
+The released code does not rescale a plan, which sums to one over all entries, so that its fused matrices are close to
+W2 / 2; ``rescale_plan`` makes its rows sum to one.
 """
 
 from __future__ import annotations
@@ -74,14 +78,20 @@ def fuse(lower: Layer, upper: Layer, solve: Solve) -> Layer:
     (attention_output,) = (tensor for tensor in lower if _writes_attention(tensor.role))
     t_o = _fuse_linear(fused, lower, upper, attention_output, solve, None)
     for tensor in lower:
-        reads_stream = tensor.role.block == "mlp" and tensor.role.side == "input"
-        if tensor.role.kind == "norm":
-            w1 = lower[tensor].float()
-            moved = (w1 @ t_o + w1) / 2 if reads_stream else w1
-            fused[tensor] = (moved + upper[tensor].float()) / 2
-        elif tensor.role.kind == "matrix" and tensor != attention_output:
-            _fuse_linear(fused, lower, upper, tensor, solve, t_o if reads_stream else None)
+        role = tensor.role
+        if role.kind == "matrix" and tensor != attention_output:
+            _fuse_linear(fused, lower, upper, tensor, solve, t_o if role.after_attention else None)
+        elif role.kind not in ("matrix", "bias"):
+            fused[tensor] = (_flow(role, lower[tensor].float(), t_o) + upper[tensor].float()) / 2
     return fused
+
+
+def _flow(role: Role, w1: Tensor, t_o: Tensor) -> Tensor:
+    """What has no plan of its own, its input side moved: norms ``[n]``, sinks ``[n]``, routers ``[experts, n]``."""
+    if role.kind == "norm" and role.after_attention:
+        scale = w1 + role.offset
+        return (scale @ t_o + scale) / 2 - role.offset
+    return w1 @ t_o if role.kind == "router" and w1.dim() == 2 else w1
 
 
 def _writes_attention(role: Role) -> bool:

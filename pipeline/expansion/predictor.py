@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import LesaExpand
+
+WARMUP_FRACTION = 0.05  # of the steps; of a cosine schedule
 
 
 class Predictor(nn.Sequential):
@@ -28,44 +31,97 @@ class Predictor(nn.Sequential):
             )
 
 
-def prediction_loss(predicted: Tensor, target: Tensor, norm_loss_weight: float) -> Tensor:
-    """(1-w) MSE(predicted, target) + w (|predicted| - |target|)^2, the norms over the whole batch ``[n, d_in]``."""
-    norm_error = torch.linalg.vector_norm(predicted) - torch.linalg.vector_norm(target)
-    return (1 - norm_loss_weight) * nn.functional.mse_loss(predicted, target) + norm_loss_weight * norm_error.square()
+def prediction_loss(predicted: Tensor, target: Tensor, norm_loss_weight: float, norm_batch: int) -> Tensor:
+    """(1-w) MSE(predicted, target) + w MSE(norms of predicted, norms of target), both ``[n, d_in]``.
+
+    A norm is one number for ``norm_batch`` directions (the authors': for their whole batch), so that the weight of
+    that term does not depend on how many directions a step sees.
+    """
+    norm_error = _norms(predicted, norm_batch) - _norms(target, norm_batch)
+    error = nn.functional.mse_loss(predicted, target)
+    return (1 - norm_loss_weight) * error + norm_loss_weight * norm_error.square().mean()
+
+
+def _norms(rows: Tensor, norm_batch: int) -> Tensor:
+    """``[n, d]`` to the Frobenius norms of ``norm_batch`` rows each, ``[n / norm_batch]`` rounded up."""
+    if len(rows) <= norm_batch:
+        return torch.linalg.vector_norm(rows).view(1)
+    padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % norm_batch))
+    return torch.linalg.vector_norm(padded.view(-1, norm_batch * rows.shape[1]), dim=1)
 
 
 def train_predictor(
-    predictor: Predictor, right: Tensor, settings: LesaExpand, seed: int, note: Callable[[int, float], None]
+    predictor: Predictor,
+    right: Tensor,
+    settings: LesaExpand,
+    seed: int,
+    note: Callable[[int, int, float], None],
+    directions: Tensor | None = None,
 ) -> float:
     """Teaches G every direction of every layer that has two neighbours, in a new random order each epoch.
 
     Batches are gathered from ``right`` itself, so that inputs and targets are never laid out beside it.
 
     Args:
-        right: V of all base layers, ``[layers, rank, d_in]``.
-        note: called after each epoch with its number and mean loss.
+        predictor: trained in place; on the device of ``right``.
+        right: V of all base layers, ``[layers, rank, d_in]``; may be mapped from a file.
+        note: called from time to time with the steps done, the steps in all, and the mean loss since the last call.
+        directions: the singular directions to learn from, of ``range(rank)``; None for all.
 
     Returns:
         The last epoch's mean loss.
     """
-    layers, rank, d_in = right.shape
-    rows = right.reshape(layers * rank, d_in)
-    samples = torch.arange(rank, (layers - 1) * rank)  # the row of V_i; its neighbours' are rank rows away
-    generator = torch.Generator().manual_seed(seed)
+    rows = right.flatten(0, 1)
+    samples = _samples(right.shape[0], right.shape[1], directions)
+    steps_per_epoch = -(-len(samples) // settings.batch_size)
+    total = steps_per_epoch * settings.epochs
     optimizer = torch.optim.AdamW(
         predictor.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    mean_loss = float("nan")
-    for epoch in range(settings.epochs):
-        order = samples[torch.randperm(len(samples), generator=generator)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(settings.schedule, step, total))
+    mean_loss, done = float("nan"), 0
+    for losses in _epochs(predictor, rows, right.shape[1], samples, settings, seed, optimizer, schedule):
+        done += len(losses)
+        mean_loss = float(torch.stack(losses).mean())
+        note(done, total, mean_loss)
+    return mean_loss
+
+
+def _samples(layers: int, rank: int, directions: Tensor | None) -> Tensor:
+    """Row numbers of V_i in the rows of all layers; its neighbours' are ``rank`` rows away."""
+    inner = torch.arange(1, layers - 1)[:, None] * rank
+    return (inner + (torch.arange(rank) if directions is None else directions)).flatten()
+
+
+def _rate(schedule: str, step: int, total: int) -> float:
+    """The fraction of the learning rate at a step."""
+    if schedule == "constant":
+        return 1.0
+    warm_up = (step + 1) / max(1.0, WARMUP_FRACTION * total)
+    return min(1.0, warm_up) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def _epochs(
+    predictor: Predictor,
+    rows: Tensor,
+    rank: int,
+    samples: Tensor,
+    settings: LesaExpand,
+    seed: int,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> Iterator[list[Tensor]]:
+    """The losses of the steps of each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
         losses = []
-        for target in order.split(settings.batch_size):
-            inputs = rows[torch.stack([target - rank, target + rank], dim=1)].view(len(target), 2 * d_in)
-            loss = prediction_loss(predictor(inputs), rows[target], settings.norm_loss_weight)
+        for target in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
+            target = target.to(rows.device)
+            inputs = rows[torch.stack([target - rank, target + rank], dim=1)].view(len(target), 2 * rows.shape[1])
+            loss = prediction_loss(predictor(inputs), rows[target], settings.norm_loss_weight, settings.norm_batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             losses.append(loss.detach())
-        mean_loss = float(torch.stack(losses).mean())
-        note(epoch, mean_loss)
-    return mean_loss
+        yield losses

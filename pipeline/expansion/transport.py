@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHECK_EVERY_ITERATIONS = 10
+BLOCK = 2048  # rows or columns whose logarithms of sums are taken at once
+LARGEST_SCALING = 1e6  # a float32 has 32 more decimal places before a product with it underflows
 CONVERGED = "converged"
 
 
@@ -35,27 +36,68 @@ class TransportPlan:
 
 
 def sinkhorn_log(cost: Tensor, regularization: float, max_iterations: int, marginal_error: float) -> TransportPlan:
-    """Sinkhorn's iterations on the potentials, which cannot underflow (Peyre and Cuturi 2019, section 4.4).
+    """Sinkhorn's iterations on potentials that cannot underflow, mostly carried out as matrix-vector products.
 
-    After each iteration the column sums are exact, so the error left is that of the row sums.
+    One iteration on the potentials f and g in logarithms (Peyre and Cuturi 2019, section 4.4) puts every row and
+    column sum of K = exp(f + g - cost / reg) within a float's range, so that the iterations that follow can scale K's
+    rows and columns, which is the same arithmetic at a tenth of the cost. Once a scaling has grown large it goes into
+    the potentials and a new K is made (Schmitzer 2019, section 3.1). After each iteration the column sums are exact,
+    so the error left is that of the row sums.
     """
     rows, columns = cost.shape
     scaled = cost / -regularization
-    f, g = scaled.new_zeros(rows, 1), scaled.new_zeros(1, columns)
-    iterations = 0
-    while iterations < max_iterations:
-        f = -math.log(rows) - torch.logsumexp(scaled + g, dim=1, keepdim=True)
-        g = -math.log(columns) - torch.logsumexp(scaled + f, dim=0, keepdim=True)
-        iterations += 1
-        if iterations % CHECK_EVERY_ITERATIONS == 0 and _row_error(scaled, f, g) <= marginal_error:
-            break
-    plan = (scaled + f + g).exp()
+    del cost  # nobody else holds a large one
+    g = scaled.new_zeros(1, columns)
+    iterations, converged = 0, False
+    while not converged:
+        f = -math.log(rows) - _log_sums(scaled, g, dim=1)
+        g = -math.log(columns) - _log_sums(scaled, f, dim=0)
+        kernel = torch.add(scaled, f).add_(g).exp_()
+        scaling = _scale(kernel, max_iterations - iterations - 1, marginal_error)
+        iterations += 1 + scaling.iterations
+        converged = scaling.finished
+        g = g + scaling.columns.log()
+    plan = kernel.mul_(scaling.rows[:, None]).mul_(scaling.columns)
     return TransportPlan(plan, iterations, _marginal_error(plan))
 
 
-def _row_error(scaled: Tensor, f: Tensor, g: Tensor) -> float:
-    row_sums = torch.logsumexp(scaled + f + g, dim=1).exp()
-    return float((row_sums - 1 / len(row_sums)).abs().sum())
+def _log_sums(scaled: Tensor, potential: Tensor, dim: int) -> Tensor:
+    """logsumexp of ``scaled + potential`` over one dimension, a block of the other at a time."""
+    other = 1 - dim
+    blocks = scaled.split(BLOCK, dim=other)
+    return torch.cat([torch.logsumexp(block + potential, dim=dim, keepdim=True) for block in blocks], dim=other)
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """How a kernel's rows ``[n]`` and columns ``[m]`` are to be multiplied."""
+
+    rows: Tensor
+    columns: Tensor
+    iterations: int
+    finished: bool  # converged, or no iterations are left
+
+
+def _scale(kernel: Tensor, max_iterations: int, marginal_error: float) -> _Scaling:
+    """Sinkhorn's plain iterations until the row sums are right, none are left, or a scaling leaves its range."""
+    wanted_row, wanted_column = 1 / kernel.shape[0], 1 / kernel.shape[1]
+    u, v = kernel.new_ones(kernel.shape[0]), kernel.new_ones(kernel.shape[1])
+    for iteration in range(max_iterations + 1):
+        row_sums = kernel @ v
+        error = float((u * row_sums - wanted_row).abs().sum())
+        if error <= marginal_error or iteration == max_iterations:
+            return _Scaling(u, v, iteration, finished=True)
+        next_u = wanted_row / row_sums
+        next_v = wanted_column / (kernel.T @ next_u)
+        if not (_in_range(next_u) and _in_range(next_v)):
+            return _Scaling(u, v, iteration, finished=False)
+        u, v = next_u, next_v
+    raise AssertionError("the last iteration returns")
+
+
+def _in_range(scaling: Tensor) -> bool:
+    lowest, highest = (float(bound) for bound in scaling.aminmax())
+    return lowest >= 1 / LARGEST_SCALING and highest <= LARGEST_SCALING  # not so for NaN and infinity either
 
 
 def sinkhorn_pot(cost: Tensor, regularization: float, max_iterations: int, marginal_error: float) -> TransportPlan:

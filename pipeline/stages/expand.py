@@ -1,47 +1,32 @@
-"""expand: plan the new layers, stream old and new tensors into a deeper model directory, check what was written."""
+"""expand: plan the new layers, write the deeper model, check what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
-from pipeline.architecture import Architecture, LayerTensor, architecture_of
+from pipeline.architecture import architecture_of
 from pipeline.artifact import write_json
 from pipeline.config import AnyExpand
+from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal, Layer
+from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.methods import METHODS, expand_function
+from pipeline.expansion.model_card import model_card
 from pipeline.layer_config import rebuild_config, spelled_out_config
+from pipeline.layer_surgery import Names, write_weights
 from pipeline.model_check import check_model
-from pipeline.model_dir import EXPANSION_FILE, ModelDirectory, ShardWriter, copy_side_files
-from pipeline.progress import progress
+from pipeline.model_dir import EXPANSION_FILE, ModelDirectory, copy_side_files
 from pipeline.stage import Metrics, StageTask
 
 
-class StoredLayer(Mapping[LayerTensor, Tensor]):
-    """One layer of the base; tensors are read when they are asked for."""
-
-    def __init__(self, base: ModelDirectory, names: Mapping[LayerTensor, str]) -> None:
-        self._base, self._names = base, names
-
-    def __getitem__(self, tensor: LayerTensor) -> Tensor:
-        return self._base.read(self._names[tensor])
-
-    def __iter__(self) -> Iterator[LayerTensor]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def run(task: StageTask) -> Metrics:
-    """Writes the deeper model and its ``expansion.json`` into ``task.out``.
+    """Writes the deeper model, its ``expansion.json`` and its model card into ``task.out``.
 
     Raises:
-        UserError: the method cannot expand this base.
+        UserError: the method cannot expand this base, or the disk is too small.
         CheckFailedError: what was written is not what was meant.
     """
     # Adam's moments of silent units decay into numbers so small that processors take many times as long over them.
@@ -49,22 +34,27 @@ def run(task: StageTask) -> Metrics:
     settings: AnyExpand = task.settings  # type: ignore[assignment]  # the stage's settings are one of these
     base = ModelDirectory(task.parents["load"])
     config = spelled_out_config(base.path)
-    architecture = architecture_of(config["model_type"])
     plan = make_plan(settings, config["num_hidden_layers"])
+    names = Names(base, architecture_of(config["model_type"]), plan)
 
-    journal = write_weights(base, architecture, plan, settings, task.seed, task.out)
+    def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
+        return expand_function(settings.method)(layers, plan, settings, task.seed, journal)
+
+    journal = write_weights(names, method, device_of(settings), task.out)
     deeper = rebuild_config(config, plan.config_sources)
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
-    write_json(task.out / EXPANSION_FILE, describe(settings, plan))
+    description = describe(settings, plan)
+    write_json(task.out / EXPANSION_FILE, description)
+    (task.out / "README.md").write_text(model_card(description, task.seed, base.path))
 
     keeps_logits = METHODS[settings.method].keeps_logits(settings)
-    outcome = check_model(task.out, deeper, base.path if keeps_logits else None)
+    outcome = check_model(task.out, deeper, base.path if keeps_logits else None, settings.check_memory)
     return {
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),
         "new_layers": [layer.layer for layer in plan.layers if layer.new],
-        "check": outcome.to_json(),
+        "check": asdict(outcome),
         "warnings": journal.warnings,
         "method": journal.records,
     }
@@ -74,7 +64,7 @@ def describe(settings: AnyExpand, plan: LayerPlan) -> dict[str, object]:
     """The content of ``expansion.json``: which layers are new, and what each comes from."""
     return {
         "method": settings.method,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.key_settings(),
         "source": METHODS[settings.method].source,
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),
@@ -82,43 +72,19 @@ def describe(settings: AnyExpand, plan: LayerPlan) -> dict[str, object]:
     }
 
 
-def write_weights(
-    base: ModelDirectory, architecture: Architecture, plan: LayerPlan, settings: AnyExpand, seed: int, out: Path
-) -> Journal:
-    """Streams every tensor of the deeper model to disk: the base's as they are, new ones rounded to its dtypes."""
-    tensors = architecture.layer_tensors(base.specs, plan.num_base_layers)
-    layers: list[Layer] = [
-        StoredLayer(base, {tensor: architecture.tensor_name(layer, tensor.name) for tensor in tensors})
-        for layer in range(plan.num_base_layers)
-    ]
-    sources = _tensor_sources(base, architecture, plan, tensors)
-    specs = {name: base.specs[source] for name, source in sources.items()}
-    kept = {name: source for name, source in sources.items() if not _is_new(name, architecture, plan)}
-    with ShardWriter(out, specs) as writer, progress("expand", total=len(specs)) as bar:
-        for name, source in kept.items():
-            writer.write(name, base.read(source))
-            bar.advance(1, note=name)
-        journal = Journal(note=lambda note, **numbers: bar.advance(0, note=note, **numbers))
-        for new in expand_function(settings.method)(layers, plan, settings, seed, journal):
-            name = architecture.tensor_name(new.layer, new.tensor.name)
-            writer.write(name, new.value.to(specs[name].dtype))
-            bar.advance(1, note=name)
-    return journal
+def device_of(settings: AnyExpand) -> torch.device:
+    """Where the method's tensors live: those of a method that only copies never leave the CPU.
 
-
-def _tensor_sources(
-    base: ModelDirectory, architecture: Architecture, plan: LayerPlan, tensors: list[LayerTensor]
-) -> dict[str, str]:
-    """For every tensor of the deeper model, in order, the base's tensor that has its dtype and shape."""
-    outside = {name: name for name in base.specs if architecture.layer_of(name) is None}
-    inside = {
-        architecture.tensor_name(planned.layer, tensor.name): architecture.tensor_name(planned.base[0], tensor.name)
-        for planned in plan.layers
-        for tensor in tensors
-    }
-    return {**outside, **inside}
-
-
-def _is_new(name: str, architecture: Architecture, plan: LayerPlan) -> bool:
-    layer = architecture.layer_of(name)
-    return layer is not None and plan.layers[layer].new
+    Raises:
+        UserError: a GPU is asked for and none is visible.
+    """
+    gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not gpu:
+        raise UserError(
+            setting="expand.device",
+            value="cuda",
+            rule="no GPU is visible to torch here",
+            remedy="Say expand.device=auto, or run where there is a GPU.",
+        )
+    computes = METHODS[settings.method].linear_algebra
+    return torch.device("cuda" if gpu and computes and settings.device != "cpu" else "cpu")

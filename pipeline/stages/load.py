@@ -18,10 +18,12 @@ from pipeline.architecture import ARCHITECTURES
 from pipeline.artifact import write_json
 from pipeline.config import Model
 from pipeline.errors import UserError
-from pipeline.model_dir import ModelDirectory, ShardWriter, TensorSpec, copy_side_files, remove_weights
+from pipeline.model_dir import ModelDirectory, copy_side_files
 from pipeline.progress import progress
+from pipeline.shard_writer import ShardWriter, remove_weights
 from pipeline.source import ModelSource, resolve, wanted_files
 from pipeline.stage import Metrics, StageTask
+from pipeline.tensor_spec import TensorSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

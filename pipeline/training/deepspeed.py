@@ -39,7 +39,11 @@ def uses_bfloat16_parameters(train: Train, precision: Precision) -> bool:
 
 
 def _zero(settings: DeepSpeed) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": settings.reduce_bucket_size}
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "reduce_bucket_size": settings.reduce_bucket_size,
+        "allgather_bucket_size": settings.allgather_bucket_size,
+    }
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_parameters:

@@ -44,13 +44,10 @@ def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
-    """The role of every parameter inside the layers, by name; others are left out."""
+    """The role of every parameter that has one alone, by name; those outside the layers are left out."""
     architecture = architecture_of(model.config.model_type)
-    names = [name for name, _ in model.named_parameters()]
-    tensors = architecture.layer_tensors(names, model.config.num_hidden_layers)
-    role_of = {tensor.name: tensor.role for tensor in tensors}
-    split = {name: architecture.split(name) for name in names}
-    return {name: role_of[inside[1]] for name, inside in split.items() if inside is not None}
+    found = {name: architecture.role_of(name) for name, _ in model.named_parameters()}
+    return {name: role for name, role in found.items() if role is not None}
 
 
 def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:

@@ -3,13 +3,14 @@
 A vocabulary of 128 000 makes the float32 logits of 8 192 tokens four gigabytes, and their gradient four more. Here
 the head is applied to a few hundred supervised tokens at a time and the gradient is taken at once, in place, so
 that only one chunk of logits ever lives. The idea is Liger's fused linear cross entropy (arXiv 2410.10989,
-section 3.2). Tokens without a target never meet the head.
+section 3.2). Tokens without a target never meet the head. ``torch.compile`` fuses a chunk's small operations.
 
 Letters in shapes: N supervised tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+
+from pipeline.training.attention import DOCUMENTS, KEYWORD, document_bounds
 
 CHUNK_LOGITS = 2**24  # elements of logits alive at once: 64 MiB in float32
 
@@ -36,12 +39,21 @@ class LogitRule:
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
 
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, LogitRule, bool], tuple[torch.Tensor, torch.Tensor | None]]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over tokens of -log softmax(x_NH w_VHᵀ)[target]; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_NH: torch.Tensor, w_VH: torch.Tensor, targets_N: torch.Tensor, rule: LogitRule, training: bool
+        ctx: Any,
+        x_NH: torch.Tensor,
+        w_VH: torch.Tensor,
+        targets_N: torch.Tensor,
+        rule: LogitRule,
+        training: bool,
+        chunk_loss: ChunkLoss,
     ) -> torch.Tensor:
         wants_x, wants_w = (training and needed for needed in ctx.needs_input_grad[:2])
         dx_NH = torch.empty_like(x_NH) if wants_x else None
@@ -51,7 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = max(1, CHUNK_LOGITS // w_VH.shape[0])
         for start in range(0, x_NH.shape[0], size):
             x, targets = x_NH[start : start + size], targets_N[start : start + size]
-            loss, dlogits = _loss_and_gradient(linear(x, w_VH), targets, rule, wants_x or wants_w)
+            loss, dlogits = chunk_loss(linear(x, w_VH), targets, rule, wants_x or wants_w)
             total += loss
             if dlogits is None:
                 continue
@@ -70,14 +82,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dx_NH, dw_VH = ctx.saved_tensors
         dx = None if dx_NH is None else dx_NH * grad.to(dx_NH.dtype)
         dw = None if dw_VH is None else (dw_VH * grad).to(ctx.weight_dtype)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _loss_and_gradient(
+def loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, rule: LogitRule, wants_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The summed loss of one chunk and its gradient with respect to the head's output, both [n, V] wide.
@@ -104,15 +116,26 @@ def _loss_and_gradient(
     return loss, gradient if slope is None else gradient.mul_(slope)
 
 
+def compiled_chunk_loss() -> ChunkLoss:
+    """The same by ``torch.compile``: a chunk's logits are read and written fewer times."""
+    compiled: ChunkLoss = torch.compile(loss_and_gradient, dynamic=True)
+    return compiled
+
+
 def chunked_cross_entropy(
-    x_NH: torch.Tensor, w_VH: torch.Tensor, targets_N: torch.Tensor, rule: LogitRule | None = None
+    x_NH: torch.Tensor,
+    w_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    rule: LogitRule | None = None,
+    chunk_loss: ChunkLoss = loss_and_gradient,
 ) -> torch.Tensor:
     """The summed cross entropy of N tokens, a scalar in float32 (float64 for float64 input).
 
     Equal to ``cross_entropy(x_NH @ w_VH.T, targets_N, reduction="sum")`` in value and gradients.
     """
     training = torch.is_grad_enabled()  # always off inside a Function's forward, and leaves still say they need it
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(x_NH, w_VH, targets_N, rule or LogitRule(), training)
+    rule = rule or LogitRule()
+    total: torch.Tensor = _ChunkedCrossEntropy.apply(x_NH, w_VH, targets_N, rule, training, chunk_loss)
     return total
 
 
@@ -122,28 +145,37 @@ class SummedLoss(nn.Module):
     Args:
         model: a transformers causal language model.
         autocast: compute in this dtype over parameters of another one; None computes in the parameters' own.
+        chunk_loss: how a chunk's loss and gradient are computed.
     """
 
-    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast: torch.dtype | None = None,
+        chunk_loss: ChunkLoss = loss_and_gradient,
+    ) -> None:
         super().__init__()
         self.model = model
-        self._rule = LogitRule.of_config(model.config.get_text_config())
+        self._chunk_loss = chunk_loss
+        config = model.config.get_text_config()
+        self._rule = LogitRule.of_config(config)
+        self._by_document = config._attn_implementation == DOCUMENTS
         self._autocast = autocast
         assert model.get_output_embeddings().bias is None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """All arguments are [batch, sequence]; see ``Batch``. Returns a scalar.
 
-        Positions that restart inside a block, with no attention mask and no cache, make transformers build the
-        mask that keeps documents apart.
+        Positions restart at every document. Attention by document is told where; for any other, transformers sees
+        it in the positions, with no mask given and no cache, and builds the mask that keeps documents apart.
         """
+        bounds = {KEYWORD: document_bounds(position_ids)} if self._by_document else {}
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=self._autocast, enabled=self._autocast is not None):
             output = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+                input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **bounds
             )
             supervised = loss_mask[:, 1:]
             x_NH = output.last_hidden_state[:, :-1][supervised]
-            return chunked_cross_entropy(
-                x_NH, self.model.get_output_embeddings().weight, input_ids[:, 1:][supervised], self._rule
-            )
+            weight = self.model.get_output_embeddings().weight
+            return chunked_cross_entropy(x_NH, weight, input_ids[:, 1:][supervised], self._rule, self._chunk_loss)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.model_dir import ModelDirectory, ShardWriter, export_with_replaced
+from pipeline.model_dir import ModelDirectory, export_with_replaced
+from pipeline.shard_writer import ShardWriter
 from pipeline.training.job import kept_model
 
 

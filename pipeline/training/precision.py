@@ -31,13 +31,26 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
     """Floating-point operations a second of one square matrix product; best of ``repeats``."""
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))  # zeros would cost less power
     seconds = []
     for _ in range(repeats + 1):  # the first one warms up and is the slowest
+        _synchronize(device)
         started = time.perf_counter()
         left @ right
+        _synchronize(device)
         seconds.append(time.perf_counter() - started)
     return float(2 * size**3 / min(seconds))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """The denominator of FLOPs utilisation: the best rate over square products that fill this kind of device."""
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
+    return max(matrix_rate(dtype, device, size, repeats=5) for size in sizes)
 
 
 def slow_bfloat16_note(section: str) -> str | None:

@@ -106,7 +106,7 @@ def _prepare(session: Session) -> Prepared:
     """Loads the model, freezes what is to stay as it is, and starts the engine."""
     settings, section = session.settings, session.task.name
     config = deepspeed_config(settings, session.precision, session.ranks)
-    model = load_model(session.model_dir, settings, session.precision, config)
+    model = load_model(section, session.model_dir, settings, session.precision, session.device, config)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, session.model_dir))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parts = parts_of_parameters(model, session.model_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from pipeline.training.precision import DTYPES, Precision, matrix_rate
+from pipeline.training.precision import DTYPES, Precision, best_matrix_rate
 
 # Dense bfloat16 FLOP/s, without sparsity, by what the device's name contains; the first match counts.
 BFLOAT16_PEAKS = {
@@ -50,9 +50,9 @@ def peak_of(device: torch.device, precision: Precision) -> Peak:
         if known is not None:
             return Peak(known * distributed.get_world_size(), f"data sheet: {name}, dense bfloat16")
     distributed.barrier()
-    rate = torch.tensor(matrix_rate(DTYPES[precision], device), dtype=torch.float64, device=device)
+    rate = torch.tensor(best_matrix_rate(DTYPES[precision], device), dtype=torch.float64, device=device)
     distributed.all_reduce(rate)
-    return Peak(rate.item(), f"measured: {precision} matrix product of 1024 x 1024")
+    return Peak(rate.item(), f"measured: the best {precision} matrix product")
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.architecture import ARCHITECTURES
+from pipeline.architecture import ARCHITECTURES, Role
 from pipeline.artifact import read_json
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
@@ -59,7 +59,8 @@ def _faults(section: str, train: Train, processes: int, context_length: int | No
 
 
 def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
-    known = {role.name for family in ARCHITECTURES.values() for role in family.layer.values()}
+    entries = [entry for family in ARCHITECTURES.values() for entry in family.layer.values()]
+    known = {entry.name for entry in entries if isinstance(entry, Role)}
     unknown = sorted(set(train.role_learning_rates) - known)
     if unknown:
         yield UserError(

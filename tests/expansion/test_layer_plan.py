@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -23,17 +25,6 @@ def _new(plan: LayerPlan) -> list[int]:
 
 def _sources(plan: LayerPlan) -> list[int]:
     return [layer.base[0] for layer in plan.layers]
-
-
-def test_top_of_32_with_16_is_opt_deus_and_lesa_on_llama_3() -> None:
-    plan = insertion_plan(gaps_of("top", 16, 32), 32)
-    assert _new(plan) == list(range(16, 47, 2))
-    assert plan.layers[16].base == (15, 16)
-    assert len(plan.layers) == 48
-
-
-def test_top_of_16_with_8_is_opt_deus_on_llama_3_2() -> None:
-    assert _new(insertion_plan(gaps_of("top", 8, 16), 16)) == list(range(8, 23, 2))
 
 
 def test_interleaved_8_of_32_is_llama_pro_on_llama_2() -> None:
@@ -178,3 +169,73 @@ def test_the_table_has_a_row_and_a_file_for_every_method() -> None:
 
 def test_solar_and_none_train_everything() -> None:
     assert {method for method in METHODS if trainable_by_default(method) == "all"} == {"solar", "none"}
+
+
+# ------------------------------------------------------------------------- published placements, any amount
+
+
+@pytest.mark.parametrize(
+    ("method", "position", "new_layers", "base", "new"),
+    [
+        ("llama_pro", "interleaved", 8, 32, list(range(4, 40, 5))),  # Llama-2-7B: one after every four
+        ("opt_deus", "top", 16, 32, list(range(16, 48, 2))),  # Llama-3.1-8B: 16, 18, ..., 46 of 48
+        ("opt_deus", "top", 8, 16, list(range(8, 24, 2))),  # Llama-3.2-1B: 8, 10, ..., 22 of 24
+        ("lesa", "top", 16, 32, [gap + 1 + i for i, gap in enumerate(range(15, 31))]),  # gaps 15 ... 30
+        ("lesa", list(range(15, 31)), 16, 32, [gap + 1 + i for i, gap in enumerate(range(15, 31))]),
+        ("solar", "top", 16, 32, list(range(24, 40))),  # 24 + 24
+    ],
+)
+def test_published_placements(
+    expand_settings: ExpandSettings, method: str, position: object, new_layers: int, base: int, new: list[int]
+) -> None:
+    settings = expand_settings(method, new_layers=new_layers, position=position)
+    validate(settings, base)
+    plan = make_plan(settings, base)
+    assert len(plan.layers) == base + new_layers
+    assert _new(plan) == new
+
+
+def _halved(lower: int, upper: int) -> dict[int, tuple[int, int]]:
+    """What each layer between two is made from: passes over whatever gaps are left, until none is.
+
+    Of n layers in a gap the ceil(n/2)-th is the middle one.
+    """
+    made, standing = {}, [lower, upper]
+    while any(b - a > 1 for a, b in pairwise(standing)):
+        for a, b in list(pairwise(standing)):
+            if b - a > 1:
+                middle = a + math.ceil((b - a - 1) / 2)
+                made[middle] = (a, b)
+                standing.append(middle)
+        standing.sort()
+    return made
+
+
+@pytest.mark.parametrize("position", ["top", "middle", "bottom", "interleaved", "list"])
+@pytest.mark.parametrize("base", [2, 3, 5, 12])
+def test_any_amount_is_made_by_halving_every_gap(expand_settings: ExpandSettings, position: str, base: int) -> None:
+    for new_layers in range(1, 4 * base + 1):
+        drawn = random.Random(new_layers).choices(range(base), k=new_layers)
+        gaps = drawn if position == "list" else position
+        plan = make_plan(expand_settings("average", new_layers=new_layers, position=gaps), base)
+        assert len(_new(plan)) == new_layers
+        old = [layer.layer for layer in plan.layers if not layer.new]
+        wanted: dict[int, tuple[int, int]] = {}
+        for lower, upper in pairwise([*old, len(plan.layers)]):
+            between = _halved(lower, upper)
+            if upper == len(plan.layers):  # past the last layer, which stands for its own upper neighbour
+                between = {new: (a, lower if b == upper else b) for new, (a, b) in between.items()}
+            wanted |= between
+        assert {layer.layer: layer.made_from for layer in plan.new_layers} == wanted
+        there = set(old)
+        for layer in plan.new_layers:
+            assert set(layer.made_from) <= there
+            there.add(layer.layer)
+
+
+@pytest.mark.parametrize("method", [method for method in METHOD_NAMES if method not in ("solar", "none")])
+@pytest.mark.parametrize("position", ["top", "interleaved"])
+def test_four_times_the_base_is_the_most(expand_settings: ExpandSettings, method: str, position: str) -> None:
+    validate(expand_settings(method, new_layers=48, position=position), 12)
+    with pytest.raises(UserError, match=r"expand.new_layers = 49: .*at most 4 .*48.*expand.new_layers=48"):
+        validate(expand_settings(method, new_layers=49, position=position), 12)

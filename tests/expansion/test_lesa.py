@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from pipeline.config import AnyExpand, LesaExpand
 from pipeline.expansion import lesa
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal
-from pipeline.expansion.predictor import Predictor, prediction_loss, train_predictor
+from pipeline.expansion.predictor import Predictor, _rate, prediction_loss, train_predictor
 from pipeline.expansion.spectrum import decompose
 
 ExpandSettings = Callable[..., AnyExpand]
@@ -45,6 +46,10 @@ def _expand(
         made[layer][tensor] = value
     assert all(set(tensors) == set(base[0]) for tensors in made.values())
     return plan, made, journal
+
+
+def _quiet(step: int, steps: int, loss: float) -> None:
+    pass
 
 
 def _matrices(base: Layers, name: str) -> list[Tensor]:
@@ -78,18 +83,28 @@ def test_directions_without_a_singular_value_are_left_out() -> None:
 def test_the_loss_is_the_authors() -> None:
     predicted, target = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     mean_squared_error, norm_error = (9 + 9) / 4, (5.0 - 1.0) ** 2
-    loss = prediction_loss(predicted, target, norm_loss_weight=0.1)
+    loss = prediction_loss(predicted, target, norm_loss_weight=0.1, norm_batch=64)
     torch.testing.assert_close(loss, torch.tensor(0.9 * mean_squared_error + 0.1 * norm_error))
 
 
+def test_norms_are_taken_over_the_authors_batch_however_many_directions_a_step_sees() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(10, 3, generator=generator), torch.randn(10, 3, generator=generator)
+    batches = list(zip(predicted.split(4), target.split(4), strict=True))
+    norm_error = sum((p.norm() - t.norm()) ** 2 for p, t in batches) / len(batches)
+    wanted = 0.9 * (predicted - target).square().mean() + 0.1 * norm_error
+    torch.testing.assert_close(prediction_loss(predicted, target, 0.1, norm_batch=4), wanted)
+
+
 def test_training_is_that_of_a_plain_loop_over_all_samples(settings: Callable[..., LesaExpand]) -> None:
+    """The reference's: one batch a step, whose norm is one number, at a constant learning rate."""
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(5, 6, 3, generator=generator)
-    chosen = settings(epochs=3)
+    chosen = settings(variant="reference", epochs=3)
     predictor = Predictor(3, 16, seed=1)
     naive = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     naive.load_state_dict(predictor.state_dict())
-    train_predictor(predictor, right, chosen, seed=2, note=lambda epoch, loss: None)
+    train_predictor(predictor, right, chosen, seed=2, note=_quiet)
 
     inputs = torch.cat([torch.cat([right[i - 1], right[i + 1]], dim=1) for i in (1, 2, 3)])
     targets = torch.cat([right[i] for i in (1, 2, 3)])
@@ -114,7 +129,7 @@ def test_training_learns(settings: Callable[..., LesaExpand]) -> None:
     right = torch.stack([direction * (1 + 0.1 * layer) for layer in range(6)])
     losses: list[float] = []
     train_predictor(
-        Predictor(8, 32, seed=0), right, settings(epochs=30), seed=0, note=lambda epoch, loss: losses.append(loss)
+        Predictor(8, 32, seed=0), right, settings(epochs=30), seed=0, note=lambda step, steps, loss: losses.append(loss)
     )
     assert losses[-1] < losses[0] / 20
 
@@ -128,7 +143,7 @@ def test_new_matrices_are_predicted_from_an_exact_svd(
         tensor = LayerTensor(name, architecture_of("llama").layer[name])
         predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
         spectrum = decompose(lambda layer: base[layer][tensor], 5)  # noqa: B023  called at once
-        train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=lambda epoch, loss: None)
+        train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)
         linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
         matrices = _matrices(base, name)
         for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
@@ -145,7 +160,7 @@ def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
     tensor = LayerTensor(name, architecture_of("llama").layer[name])
     predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
     spectrum = decompose(lambda layer: base[layer][tensor], 4)
-    train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=lambda epoch, loss: None)
+    train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)
     first = predictor(torch.cat([spectrum.right[1], spectrum.right[2]], dim=1))
     second = predictor(torch.cat([first, spectrum.right[2]], dim=1))
     torch.testing.assert_close(made[2][tensor], (spectrum.left @ first).detach())
@@ -210,7 +225,57 @@ def test_the_journal_has_a_record_for_each_matrix(
     assert all(facts["loss"] > 0 for facts in journal.records.values())
 
 
+def test_only_the_directions_given_are_learnt_from(settings: Callable[..., LesaExpand]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(5, 6, 3, generator=generator)
+    some, without_the_rest = Predictor(3, 16, seed=1), Predictor(3, 16, seed=1)
+    train_predictor(some, right, settings(), seed=2, note=_quiet, directions=torch.tensor([0, 2, 5]))
+    train_predictor(without_the_rest, right[:, [0, 2, 5]], settings(), seed=2, note=_quiet)
+    for got, wanted in zip(some.parameters(), without_the_rest.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_cosine_schedule_warms_up_and_ends_near_zero() -> None:
+    rates = [_rate("cosine", step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2, rel=1e-3)
+    assert max(rates) == rates[4] == pytest.approx((1 + math.cos(0.04 * math.pi)) / 2)
+    assert rates[99] == pytest.approx((1 + math.cos(0.99 * math.pi)) / 2)
+    assert {_rate("constant", step, 100) for step in range(100)} == {1.0}
+
+
+def test_an_interrupted_expansion_goes_on_with_the_roles_that_are_missing(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+) -> None:
+    base, chosen = random_layers(4), settings()
+    plan, whole, _ = _expand(base, chosen)
+    made = {(layer, tensor) for layer in whole for tensor in base[0] if tensor.role.name in ("q", "gate")}
+    lacking = {key for key in made if key[0] == max(whole) and key[1].role.name == "gate"}  # so gate is made again
+    rest = list(lesa.expand(base, plan, chosen, 0, Journal(made=made - lacking)))
+    assert {new.tensor.role.name for new in rest if new.tensor.role.kind == "matrix"} == {
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    }
+    assert all(torch.equal(new.value, whole[new.layer][new.tensor]) for new in rest)
+
+
+def test_a_large_role_is_taught_alone_to_the_same_result(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = random_layers(4)
+    _, small, _ = _expand(base, settings())
+    monkeypatch.setattr(lesa, "LARGE_BYTES", 0)
+    _, large, journal = _expand(base, settings())
+    assert all(torch.equal(small[layer][t], large[layer][t]) for layer in small for t in small[layer])
+    assert len(journal.records) == 7
+
+
 def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
+    fast = expand_settings("lesa")
+    assert isinstance(fast, LesaExpand) and fast.variant == "fast"
     reference, paper = expand_settings("lesa", variant="reference"), expand_settings("lesa", variant="paper")
     assert isinstance(reference, LesaExpand) and isinstance(paper, LesaExpand)
     assert (reference.epochs, reference.norm_loss_weight) == (10, 5e-4)

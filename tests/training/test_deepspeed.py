@@ -39,7 +39,9 @@ def test_overrides_come_last_and_leave_their_neighbours_alone():
     overrides = {"zero_optimization": {"overlap_comm": False}, "gradient_clipping": 7.0}
     config = deepspeed_config(train_settings(deepspeed={"overrides": overrides}), "float32", 1)
     assert config["gradient_clipping"] == 7.0
-    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 50_000_000, "overlap_comm": False}
+    changed = config["zero_optimization"]
+    assert changed.pop("overlap_comm") is False
+    assert changed == deepspeed_config(train_settings(), "float32", 1)["zero_optimization"]
 
 
 def test_merge_does_not_touch_its_arguments():

@@ -1,0 +1,120 @@
+"""The other contender: transformers' Trainer with its DeepSpeed integration, as its documentation sets it up.
+
+``python -m scripts.benchmarks.hf_trainer JOB.json`` starts torchrun; under torchrun it is the worker. The ZeRO 2
+section is the one of huggingface.co/docs/transformers/deepspeed, with "auto" wherever that page writes it; the
+optimizer is Trainer's default, torch's fused AdamW. Nothing is saved, evaluated or reported while it trains.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import read_json, write_json
+from pipeline.config import Launch
+from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
+from pipeline.watchdog import end_with_parent
+
+SECONDS_FILE = "seconds.json"
+
+
+def deepspeed_config(zero_stage: int) -> dict[str, Any]:
+    """The documentation's configuration file for this stage."""
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage in (1, 2):
+        zero |= {
+            "allgather_partitions": True, "allgather_bucket_size": 5e8, "overlap_comm": True, "reduce_scatter": True,
+            "reduce_bucket_size": 5e8, "contiguous_gradients": True, "round_robin_gradients": True,
+        }  # fmt: skip
+    if zero_stage == 3:
+        zero |= {
+            "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+        }  # fmt: skip
+    return {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+
+
+def train(job: dict[str, Any], out: Path) -> None:
+    """Trains for ``job["steps"]`` steps and writes when each of them ended."""
+    import numpy as np
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from pipeline.training.freeze import freeze_others, select_trainable
+
+    class Blocks(Dataset[dict[str, torch.Tensor]]):
+        def __init__(self) -> None:
+            self._ids = np.load(Path(job["data"]) / "train.input_ids.npy", mmap_mode="r")
+
+        def __len__(self) -> int:
+            return len(self._ids)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            ids = torch.from_numpy(self._ids[index].astype(np.int64))
+            return {"input_ids": ids, "labels": ids}
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_train_begin(self, *arguments: Any, **names: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_step_end(self, *arguments: Any, **names: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    # Before the model, as the documentation asks: ZeRO 3 takes its slices while the weights are loaded.
+    arguments = TrainingArguments(
+        output_dir=str(out / "trainer"),
+        deepspeed=deepspeed_config(job["zero_stage"]),
+        per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=job["global_batch"] // job["micro_batch"],
+        max_steps=job["steps"],
+        bf16=job["precision"] == "bfloat16",
+        use_cpu=job["device"] == "cpu",
+        ddp_backend="gloo" if job["device"] == "cpu" else None,
+        learning_rate=1e-3, lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
+        gradient_checkpointing=job["activation_checkpointing"],
+        save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    model_dir = Path(job["model"])
+    dtype = getattr(torch, job["precision"])
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+    freeze_others(model, select_trainable("pretrain", "auto", model, model_dir))
+    clock = Clock()
+    Trainer(model=model, args=arguments, train_dataset=Blocks(), callbacks=[clock]).train()
+    write_json(out / SECONDS_FILE, [later - before for before, later in pairwise(clock.times)])
+
+
+def main() -> None:
+    """As a worker under torchrun, or as the process that starts it."""
+    job = read_json(Path(sys.argv[1]))
+    out = Path(job["out"])
+    if LOG_DIR_VARIABLE not in os.environ:
+        launch = Launch(device=job["device"], processes=1, threads="auto")
+        run_workers("scripts.benchmarks.hf_trainer", Path(sys.argv[1]), launch, out / "logs")
+        return
+    end_with_parent()
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for inference only
+    train(job, out)
+    write_json(Path(os.environ[LOG_DIR_VARIABLE]) / OUTCOME_FILE, {"status": "done"})
+
+
+if __name__ == "__main__":
+    main()

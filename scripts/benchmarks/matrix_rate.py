@@ -1,0 +1,17 @@
+"""The machine's matrix-product rate: ``python -m scripts.benchmarks.matrix_rate cpu|cuda OUT.json``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.artifact import write_json
+from pipeline.training.precision import DTYPES, best_matrix_rate
+
+if __name__ == "__main__":
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = torch.device(sys.argv[1])
+    write_json(Path(sys.argv[2]), {name: best_matrix_rate(dtype, device) for name, dtype in DTYPES.items()})

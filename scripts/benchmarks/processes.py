@@ -1,0 +1,123 @@
+"""Running a contender in a process of its own, and reading the memory of all it started from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory held at once, in bytes."""
+
+    host: int  # anonymous and shared pages (RssAnon + RssShmem) of the process and its descendants
+    gpu: int  # what the driver reports beyond what was in use before; 0 without one
+
+
+def run_module(
+    module: str, *arguments: str, log: Path, until: Callable[[], bool] | None = None, timeout: float = 1800.0
+) -> Peak:
+    """Runs ``python -m module arguments`` to its end, or ends it once ``until`` holds.
+
+    Raises:
+        RuntimeError: it failed or took longer than ``timeout`` seconds; the message holds its last lines.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), os.environ.get("PYTHONPATH", "")))}
+    idle = gpu_memory()
+    host = gpu = 0
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdout=stream, stderr=stream, stdin=subprocess.PIPE,
+            env=environment, cwd=REPOSITORY,
+        )  # fmt: skip
+        deadline = time.monotonic() + timeout
+        ended_by_us = False
+        gpu_peak = _GpuWatch()
+        while process.poll() is None:
+            host = max(host, sum(map(resident_bytes, descendants(process.pid))))
+            if (until is not None and until()) or time.monotonic() > deadline:
+                ended_by_us = True
+                process.kill()  # its workers end with it
+            time.sleep(SAMPLE_SECONDS)
+        gpu = gpu_peak.stop()
+    if (process.returncode != 0 and not ended_by_us) or time.monotonic() > deadline:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n" + "\n".join(_last_lines(log)))
+    _wait_for_free_gpu(idle)
+    return Peak(host, max(0, gpu - idle))
+
+
+def _last_lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-30:]
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """A process and everything below it; those that end meanwhile are left out."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = path.read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            yield from descendants(int(child))
+
+
+def resident_bytes(pid: int) -> int:
+    """Pages that are no file's; 0 for a process that is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * sum(int(size) for size in re.findall(r"^Rss(?:Anon|Shmem):\s*(\d+) kB", status, re.MULTILINE))
+
+
+# --------------------------------------------------------------------------------------------- GPU
+
+
+def gpu_memory() -> int:
+    """Bytes in use on the first GPU as its driver sees it; 0 without one."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(answer.stdout.split()[0]) * 2**20
+
+
+class _GpuWatch:
+    """Polls the driver in a thread, for it answers slowly."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if shutil.which("nvidia-smi") is not None:
+            self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            self._peak = max(self._peak, gpu_memory())
+
+    def stop(self) -> int:
+        """Ends the watch and returns the peak in bytes."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        return self._peak
+
+
+def _wait_for_free_gpu(idle: int) -> None:
+    """A killed process gives its memory back a moment later."""
+    deadline = time.monotonic() + 20.0
+    while gpu_memory() > idle + 2**28 and time.monotonic() < deadline:
+        time.sleep(0.5)

@@ -1,0 +1,215 @@
+"""Every method on a tiny random model of every family, from directory to directory, judged by plain transformers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from one_task import make_task
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, layers_by_role, save_tiny
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.artifact import read_json, write_json
+from pipeline.config import METHODS, AnyExpand
+from pipeline.stage import Metrics
+from pipeline.stages import expand
+
+ExpandSettings = Callable[..., AnyExpand]
+NEW_LAYERS = 2
+TINY_LESA = {"epochs": 1, "hidden_size": 8, "batch_size": 256}
+KEEPS_LOGITS = ("llama_pro", "opt_deus", "lesa zeroed", "none")
+CASES = [*METHODS, "lesa zeroed"]
+TOKENS = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than the windows
+
+
+class Deeper(NamedTuple):
+    """What a method made of a base."""
+
+    base: Path
+    path: Path
+    model: PreTrainedModel
+    rows: list[dict[str, Any]]  # of expansion.json
+    metrics: Metrics
+
+
+@pytest.fixture(scope="module")
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """One family's model."""
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param), tiny_tokenizer)
+
+
+def _settings(expand_settings: ExpandSettings, case: str, position: object = "interleaved") -> AnyExpand:
+    method, _, zeroed = case.partition(" ")
+    own = {**TINY_LESA, "zero_init": bool(zeroed)} if method == "lesa" else {}
+    return expand_settings(method, new_layers=NEW_LAYERS, position=position, **own)
+
+
+def _grow(base: Path, settings: AnyExpand, out: Path) -> Deeper:
+    metrics = expand.run(make_task("expand", settings, out, {"load": base}))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    return Deeper(base, out, model, read_json(out / "expansion.json")["layers"], metrics)
+
+
+def _loss(model: PreTrainedModel) -> Tensor:
+    loss: Tensor = model(TOKENS, labels=TOKENS, use_cache=False).loss
+    return loss
+
+
+@pytest.mark.parametrize("base", FAMILIES, indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_on_every_family(base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path) -> None:
+    _check(_grow(base, _settings(expand_settings, case), tmp_path / "out"), case)
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("position", ["top", "middle", "bottom", [0, 3]], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "none"])
+def test_every_method_at_every_position(
+    base: Path, case: str, position: object, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    if case == "solar" and isinstance(position, list):
+        pytest.skip("its settings refuse a list")
+    _check(_grow(base, _settings(expand_settings, case, position), tmp_path / "out"), case)
+
+
+def _check(deeper: Deeper, case: str) -> None:
+    _check_kinds_of_layers(deeper)
+    _check_generation(deeper.model)
+    if case in KEEPS_LOGITS:
+        original = AutoModelForCausalLM.from_pretrained(deeper.base, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(deeper.model(TOKENS).logits, original(TOKENS).logits)
+        if case != "none":
+            _check_first_step(deeper)
+
+
+def _check_kinds_of_layers(deeper: Deeper) -> None:
+    """Finite, tied as the base, and each layer of the kind of its lower source."""
+    for name, parameter in deeper.model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (deeper.base, deeper.path))
+    sources = [row["from"][0] for row in deeper.rows]
+    for name in ("layer_types", "no_rope_layers"):
+        if before.get(name):
+            assert after[name] == [before[name][source] for source in sources]
+    if before.get("max_window_layers") in (1, 2):
+        assert after["max_window_layers"] == sum(source < before["max_window_layers"] for source in sources)
+    tied = deeper.model.get_output_embeddings().weight is deeper.model.get_input_embeddings().weight
+    assert tied == before["tie_word_embeddings"]
+
+
+def _check_generation(model: PreTrainedModel) -> None:
+    cached, uncached = (
+        model.generate(
+            TOKENS[:1, :12], max_new_tokens=6, do_sample=False, use_cache=use_cache, output_logits=True,
+            return_dict_in_generate=True, eos_token_id=None,
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    assert torch.isfinite(torch.stack(uncached.logits)).all()
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-4, rtol=1e-4)
+
+
+def _check_first_step(deeper: Deeper) -> None:
+    """One AdamW step on the new layers moves all that is silent, and the loss hardly."""
+    model = deeper.model
+    before = _loss(model).item()
+    new = {f"layers.{row['layer']}." for row in deeper.rows if row["new"]}
+    trained = {name: p for name, p in model.named_parameters() if any(layer in name for layer in new)}
+    optimizer = torch.optim.AdamW(trained.values(), lr=2e-4)
+    _loss(model).backward()
+    moving = {name for name, p in trained.items() if p.grad is not None and p.grad.any()}
+    optimizer.step()
+    assert len({name.partition("layers.")[2].partition(".")[0] for name in moving}) == NEW_LAYERS
+    assert _loss(model).item() == pytest.approx(before, rel=0.01)
+
+
+# ---------------------------------------------------------------------- what is fused, and experts
+
+
+@pytest.fixture(scope="module")
+def fused_and_plain(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, tuple[Path, Path]]:
+    """Pairs of the same model: fused on disk, and with every matrix as a tensor of its own."""
+    folder = tmp_path_factory.mktemp("pairs")
+    phi3 = save_tiny("phi3", folder / "phi3", tiny_tokenizer)
+    moe = save_tiny("qwen3_moe", folder / "moe", tiny_tokenizer)
+    stacked = save_tiny("qwen3_moe", folder / "stacked", tiny_tokenizer, save_original_format=False)
+    return {"phi3": (phi3, _as_llama(phi3, folder / "llama")), "qwen3_moe": (stacked, moe)}
+
+
+def _as_llama(phi3: Path, llama: Path) -> Path:
+    """A Phi-3 with its matrices stored as Llama stores them."""
+    shutil.copytree(phi3, llama)
+    stored = load_file(phi3 / "model.safetensors")
+    outside = {name: tensor for name, tensor in stored.items() if "layers" not in name}
+    inside = {
+        f"model.layers.{layer}.{name}": tensor.contiguous()
+        for layer, tensors in enumerate(layers_by_role(phi3))
+        for name, tensor in tensors.items()
+    }
+    save_file({**outside, **inside}, llama / "model.safetensors", metadata={"format": "pt"})
+    changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sliding_window": None}
+    write_json(llama / "config.json", {**read_json(phi3 / "config.json"), **changes})
+    return llama
+
+
+@pytest.mark.parametrize("case", ["lesa", "llama_pro", "opt_deus", "average"])
+@pytest.mark.parametrize("pair", ["phi3", "qwen3_moe"])
+def test_what_is_fused_on_disk_is_made_as_if_it_were_not(
+    pair: str, case: str, fused_and_plain: Any, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    made = []
+    for name, base in zip(("fused", "plain"), fused_and_plain[pair], strict=True):
+        made.append(layers_by_role(_grow(base, _settings(expand_settings, case), tmp_path / name).path))
+    for fused, plain in zip(*made, strict=True):
+        assert set(fused) == set(plain)
+        for name, tensor in plain.items():
+            torch.testing.assert_close(fused[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["qwen2_moe", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("case", ["lesa", "average", "opt_deus"])
+def test_routers_follow_their_rule_and_expert_goes_with_expert(
+    base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    deeper = _grow(base, _settings(expand_settings, case, position=[1, 2]), tmp_path / "out")
+    before, after = layers_by_role(base), layers_by_role(deeper.path)
+    lower, made, upper = before[1], after[2], before[2]
+    routers = [name for name in made if "router" in name or name.removesuffix(".weight").endswith("gate")]
+    for name in routers:
+        if case == "lesa":
+            assert torch.equal(made[name], lower[name])
+        elif case == "average" or name.endswith("bias"):
+            torch.testing.assert_close(made[name], (lower[name] + upper[name]) / 2)
+        else:  # a soft permutation of what the router reads: every expert's row stays its own
+            moved = 2 * made[name] - upper[name]
+            torch.testing.assert_close(moved.sum(dim=1), lower[name].sum(dim=1), rtol=0.02, atol=0.02)
+    if case == "average":
+        assert all(torch.equal(tensor, (lower[name] + upper[name]) / 2) for name, tensor in made.items())
+    if case == "opt_deus":
+        outputs = [tensor for name, tensor in made.items() if "down_proj" in name or "o_proj" in name]
+        assert len(outputs) > 3 and not any(tensor.any() for tensor in outputs)
+
+
+# ------------------------------------------------------------------------------------- any amount
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("case", ["lesa", "lesa zeroed", "llama_pro", "opt_deus", "average", "copy"])
+def test_four_new_layers_for_each_of_the_base_s(
+    base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path
+) -> None:
+    settings = _settings(expand_settings, case).model_copy(update={"new_layers": 16})
+    deeper = _grow(base, settings, tmp_path / "out")
+    _check_kinds_of_layers(deeper)
+    assert [row["new"] for row in deeper.rows] == [False, *[True] * 4] * 4
+    assert sum("3 times the parameters" in warning for warning in deeper.metrics["warnings"]) == ("lesa" in case)
+    if case in KEEPS_LOGITS:
+        assert deeper.metrics["check"]["logit_difference"] == 0.0

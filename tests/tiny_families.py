@@ -1,0 +1,79 @@
+"""A tiny random model of every family in the architecture table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.architecture import Place, architecture_of
+from pipeline.artifact import read_json
+
+LAYERS = 4
+SMALL = {
+    "vocab_size": 384, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "use_cache": True,
+}  # fmt: skip
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8, "attention_bias": True},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 4},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 4, "sliding_window_pattern": 3},
+    "phi3": {"sliding_window": 8},
+    "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 3},
+    "gpt_neox": {},
+    "granite": {"residual_multiplier": 0.5, "attention_bias": True, "mlp_bias": True},
+    "starcoder2": {"use_bias": True, "sliding_window": 8},
+    "stablelm": {"use_qkv_bias": True, "qk_layernorm": True},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": EXPERTS,
+    "olmoe": {"num_experts": 3, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8},
+}
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """Every parameter drawn away from its default: norm scales, biases, sinks and routers too."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            drawn = torch.randn_like(tensor)
+            if tensor.dim() > 1:
+                tensor.copy_(0.2 * drawn)
+            else:  # biases start at 0, scales at 0 or 1
+                tensor.add_(0.2 * drawn + 0.1)
+    return model
+
+
+def save_tiny(family: str, directory: Path, tokenizer: Any, save_original_format: bool = True) -> Path:
+    """The model and a tokenizer as a Hugging Face directory; tensors named as published, or as in memory."""
+    tiny_model(family).save_pretrained(directory, save_original_format=save_original_format)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def layers_by_role(directory: Path) -> list[dict[str, Tensor]]:
+    """Every layer's tensors by the names that methods see, fused ones taken apart."""
+    config, stored = read_json(directory / "config.json"), load_file(directory / "model.safetensors")
+    architecture = architecture_of(config["model_type"])
+    tensors = architecture.layer_tensors(stored, config)
+
+    def read(layer: int, name: str, place: Place | None) -> Tensor:
+        whole = stored[architecture.tensor_name(layer, name)]
+        part: Tensor = whole if place is None else place.read(whole)
+        return part
+
+    layers = range(config["num_hidden_layers"])
+    return [{tensor.name: read(layer, tensor.stored, tensor.place) for tensor in tensors} for layer in layers]

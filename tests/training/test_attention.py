@@ -1,0 +1,117 @@
+"""Attention by document against a dense mask, in value and gradients, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from pipeline.errors import UserError
+from pipeline.training.attention import DOCUMENTS, attend_by_document, document_bounds, resolve_attention
+from pipeline.training.loss import SummedLoss
+from tests.training.small import train_settings
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BATCH, LENGTH, HEADS, GROUPS, SIZE = 3, 24, 6, 2, 8
+# Blocks of one, four and three documents; some have a single token.
+DOCUMENTS_OF_BLOCKS = [[24], [9, 1, 13, 1], [1, 1, 22]]
+
+
+def positions(blocks: list[list[int]], device: torch.device = CPU) -> torch.Tensor:
+    rows = [torch.cat([torch.arange(length) for length in block]) for block in blocks]
+    return torch.stack(rows).to(device)
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Every pair of tokens, masked: [B, S, H, D]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    documents = (position_ids == 0).cumsum(1)
+    seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def random_heads(dtype: torch.dtype, device: torch.device = CPU, size: int = SIZE) -> list[torch.Tensor]:
+    """Query, key and value as layers make them: views of [B, S, heads, size]."""
+    torch.manual_seed(0)
+    made = [torch.randn(BATCH, LENGTH, heads, size).to(device, dtype) for heads in (HEADS, GROUPS, GROUPS)]
+    return [x.transpose(1, 2).requires_grad_() for x in made]
+
+
+def results(function, heads: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = function(*heads)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), heads)]
+
+
+@pytest.mark.parametrize("blocks", [DOCUMENTS_OF_BLOCKS, [[24]] * 3, [[12, 12]] * 3], ids=["ragged", "whole", "even"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])
+def test_equals_a_dense_mask_in_float64(blocks: list[list[int]], compiled: bool):
+    position_ids, heads = positions(blocks), random_heads(torch.float64)
+    bounds = document_bounds(position_ids)
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend_by_document(torch.nn.Module(), q, k, v, None, document_bounds=bounds)[0]
+
+    function = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    for mine, theirs in zip(results(function, heads), results(lambda *x: naive(*x, position_ids), heads), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_equals_a_dense_mask_on_a_gpu():
+    position_ids, heads = positions(DOCUMENTS_OF_BLOCKS, CUDA), random_heads(torch.bfloat16, CUDA, size=64)
+    bounds = document_bounds(position_ids)
+    mine = results(lambda *x: attend_by_document(torch.nn.Module(), *x, None, document_bounds=bounds)[0], heads)
+    wide = [x.detach().double().requires_grad_() for x in heads]
+    for ours, theirs in zip(mine, results(lambda *x: naive(*x, position_ids), wide), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=3e-2, atol=3e-2)
+
+
+def test_bounds_are_where_positions_restart():
+    bounds = document_bounds(positions(DOCUMENTS_OF_BLOCKS))
+    assert bounds.tolist() == [0, 24, 33, 34, 47, 48, 49, 50, 72] and bounds.dtype == torch.int32
+
+
+def test_a_model_gets_the_loss_and_gradients_that_a_mask_gives_it(tiny_llama_dir):
+    position_ids = positions(DOCUMENTS_OF_BLOCKS)
+    ids = torch.randint(0, 384, position_ids.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for attention in (DOCUMENTS, "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64, attn_implementation=attention)
+        loss = SummedLoss(model)(ids, position_ids, position_ids > 0)
+        found.append((loss, *torch.autograd.grad(loss, list(model.base_model.layers.parameters()))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_no_mask_over_pairs_of_tokens_is_made(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
+    """The largest tensor kept for the backward pass grows with the block, not with its square."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32, attn_implementation=DOCUMENTS)
+    kept: list[torch.Size] = []
+    position_ids = positions([[200, 56]])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        SummedLoss(model)(torch.zeros_like(position_ids), position_ids, position_ids > 0)
+    assert kept and not [shape for shape in kept if list(shape).count(256) > 1]
+
+
+# ------------------------------------------------------------------------------------------ choice
+
+
+def test_auto_takes_documents_where_it_can():
+    config = LlamaConfig()
+    auto = train_settings(attention="auto")
+    assert resolve_attention("pretrain", auto, config, "float32", CPU) == DOCUMENTS
+    assert resolve_attention("pretrain", auto, config, "bfloat16", CUDA) == DOCUMENTS
+    assert resolve_attention("pretrain", auto, config, "float32", CUDA) == "sdpa"
+    assert resolve_attention("pretrain", train_settings(attention="sdpa"), config, "float32", CPU) == "sdpa"
+
+
+def test_a_window_shorter_than_the_block_needs_the_mask():
+    short, long = MistralConfig(sliding_window=16), MistralConfig(sliding_window=64)
+    assert resolve_attention("pretrain", train_settings(), short, "float32", CPU) == "sdpa"
+    assert resolve_attention("pretrain", train_settings(), long, "float32", CPU) == DOCUMENTS
+    with pytest.raises(UserError, match=r"pretrain.attention.*see 16 tokens back"):
+        resolve_attention("pretrain", train_settings(attention=DOCUMENTS), short, "float32", CPU)
