@@ -29,7 +29,8 @@ LAYERS = (
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
-    "attempts", "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog", "disk",
+    "config", "artifact", "attempts", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+    "disk",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from pipeline.training.precision import DTYPES, Precision, best_matrix_rate
+from pipeline.training.precision import DTYPES, Precision, matrix_rate
 
 # Dense bfloat16 FLOP/s, without sparsity, by what the device's name contains; the first match counts.
 BFLOAT16_PEAKS = {
@@ -25,6 +25,7 @@ BFLOAT16_PEAKS = {
     "L40S": 362.05e12,
     "RTX 4090": 165.2e12,
 }
+MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to be fast, small enough to take no time
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ def peak_of(device: torch.device, precision: Precision) -> Peak:
         if known is not None:
             return Peak(known * distributed.get_world_size(), f"data sheet: {name}, dense bfloat16")
     distributed.barrier()
-    rate = torch.tensor(best_matrix_rate(DTYPES[precision], device), dtype=torch.float64, device=device)
+    rate = torch.tensor(
+        matrix_rate(DTYPES[precision], device, MEASURED_SIZE[device.type]), dtype=torch.float64, device=device
+    )
     distributed.all_reduce(rate)
-    return Peak(rate.item(), f"measured: the best {precision} matrix product")
+    return Peak(rate.item(), f"measured: {precision} product of two square matrices of {MEASURED_SIZE[device.type]}")
 
 
 def memory_in_use(device: torch.device) -> int:
