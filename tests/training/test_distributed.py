@@ -49,7 +49,8 @@ class Case:
         # Without the threshold ZeRO 3 would keep tensors as small as these whole on every rank.
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if self.zero == 3 else {}
         return train_settings(
-            global_batch=BATCH[self.precision], steps=STEPS, warmup_fraction=0.2, precision=self.precision, micro_batch=self.micro_batch,
+            global_batch=BATCH[self.precision], steps=STEPS, warmup_fraction=0.2, precision=self.precision,
+            micro_batch=self.micro_batch,
             activation_checkpointing=self.recompute, trainable=self.trainable,
             deepspeed={
                 "zero_stage": self.zero, "overrides": overrides, "offload_optimizer": self.offload,
