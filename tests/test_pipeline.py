@@ -153,7 +153,7 @@ def _kill_tree(pid: int) -> None:
             continue
 
 
-def _wait_for(path: Path, pattern: str, seconds: float = 90.0) -> None:
+def _wait_for(path: Path, pattern: str, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not list(path.rglob(pattern)):
         assert time.monotonic() < deadline, f"{pattern} never appeared"
