@@ -103,5 +103,7 @@ def test_models_on_the_way_stand_between_their_stages(tmp_path: Path) -> None:
         "base", "expanded", "pre-trained, 20 %", "pre-trained, 80 %", "pre-trained", "tuned"
     ]  # fmt: skip
     assert [row[0] for row in artifact_table([run]).rows][-2:] == ["evaluate/pretrain-at-20", "evaluate/pretrain-at-80"]
-    assert write_report([run], tmp_path / "report") == rows
-    assert (tmp_path / "report" / "scores.png").exists()
+    out = tmp_path / "report"
+    out.mkdir()
+    assert write_report([run], out) == rows
+    assert (out / "scores.png").exists()
