@@ -49,7 +49,6 @@ class Progress:
     spikes: list[dict[str, float]] = field(default_factory=list)
     saves: int = 0  # checkpoints written before this one
     save_seconds: float = 0.0
-    checkpoint_bytes: int = 0  # of the last one
     held_out: list[dict[str, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

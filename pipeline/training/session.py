@@ -1,9 +1,7 @@
-"""One training stage on one rank, from its task to its artifact: read, freeze, start or resume, train, export."""
+"""One training stage on one rank, from its task to its artifact: read, freeze, start or resume, train, finish."""
 
 from __future__ import annotations
 
-import resource
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,53 +17,24 @@ from torch import distributed
 from pipeline.artifact import write_json
 from pipeline.config import Train
 from pipeline.errors import UserError
-from pipeline.model_dir import ModelDirectory, export_with_replaced
+from pipeline.model_dir import ModelDirectory
 from pipeline.stage import StageTask
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint, freeze, on_the_way, resume
 from pipeline.training.batches import Blocks
+from pipeline.training.context import Session
 from pipeline.training.deepspeed import deepspeed_config
 from pipeline.training.engine import load_model, start_distributed, start_engine
+from pipeline.training.finish import finish
 from pipeline.training.flops import TrainingFlops
 from pipeline.training.gradients import GradientNorms, parts_of_parameters
-from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE, kept_model
+from pipeline.training.job import START_FILE, kept_model
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.masters import Masters
 from pipeline.training.memory import named_when_out_of_memory
-from pipeline.training.precision import Precision, resolve_precision, slow_bfloat16_note
+from pipeline.training.precision import resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
-from pipeline.training.spikes import DEVIATIONS
-from pipeline.training.utilisation import Peak, peak_of
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a stage's functions share on one rank."""
-
-    task: StageTask
-    settings: Train
-    log_dir: Path
-    device: torch.device
-    precision: Precision
-    rank: int
-    ranks: int
-
-    @property
-    def model_dir(self) -> Path:
-        """The model to train."""
-        return self.task.parents["model"]
-
-    @property
-    def data_dir(self) -> Path:
-        """The token blocks to train on."""
-        return self.task.parents["data"]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the state goes while training lasts."""
-        return self.task.out / CHECKPOINTS
+from pipeline.training.utilisation import peak_of
 
 
 def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -148,7 +117,7 @@ def _train(session: Session, wants_stop: Callable[[], bool]) -> Status:
             tracker=tracker,
         ).run()
     if status == "done":
-        _finish(session, prepared, progress, peak)
+        finish(session, prepared.rows, progress, peak)
     return status
 
 
@@ -214,11 +183,10 @@ def _save(session: Session, masters: Masters, belongs_to: dict[str, Any], progre
     state = {"identity": belongs_to, "progress": progress.to_json(), "spread": _spread(session)}
     kept, writes = session.settings.keep_checkpoints, session.rank == 0
     started = time.perf_counter()
-    size = checkpoint.save(session.checkpoints, progress.step, masters, state, writes, kept)
+    checkpoint.save(session.checkpoints, progress.step, masters, state, writes, kept)
     distributed.barrier()
     progress.saves += 1
     progress.save_seconds += time.perf_counter() - started
-    progress.checkpoint_bytes = size
 
 
 def _keep(session: Session, masters: Masters, fraction: float) -> None:
@@ -253,65 +221,3 @@ def _tracker(session: Session, progress: Progress) -> AbstractContextManager[Tra
         return nullcontext()
     resume_after = progress.step if progress.step else None
     return Tracker(session.task.tracking, session.task.out, session.settings.model_dump(mode="json"), resume_after)
-
-
-# ----------------------------------------------------------------------------------------- finishing
-
-
-def _finish(session: Session, prepared: Prepared, progress: Progress, peak: Peak) -> None:
-    """Writes the trained model and, last, the numbers that say that all is there. Collective."""
-    memory = _peak_memory(session)
-    if session.rank != 0:
-        return
-    last = checkpoint.Checkpoint(session.checkpoints / checkpoint.directory_name(progress.step))
-    export_with_replaced(session.model_dir, session.task.out, last.tensors())
-    _carry_chat_template(session)
-    rows = prepared.rows
-    summary = {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "flops": progress.flops,
-        "seconds": progress.seconds,
-        "world_size": session.ranks,
-        "precision": session.precision,
-        "zero_stage": session.settings.deepspeed.zero_stage,
-        "trainable_parameters": sum(row.parameters for row in rows if row.trained),
-        "total_parameters": sum(row.parameters for row in rows),
-        "final_loss": progress.loss,
-        "held_out": progress.held_out,
-        "mfu": progress.flops / progress.seconds / peak.rate,
-        "peak_flops_per_second": {"rate": peak.rate, "source": peak.source},
-        "checkpoints": {
-            "saved": progress.saves,
-            "bytes": progress.checkpoint_bytes,
-            "seconds_each": progress.save_seconds / progress.saves,
-        },
-        "warnings": _spike_warnings(progress),
-        **memory,
-    }
-    write_json(session.task.out / TRAINING_FILE, summary)
-
-
-def _spike_warnings(progress: Progress) -> list[str]:
-    if not progress.spikes:
-        return []
-    steps = ", ".join(f"{spike['step']} ({spike['loss']:.3g})" for spike in progress.spikes)
-    return [f"the loss spiked at {len(progress.spikes)} step(s), more than {DEVIATIONS:g} deviations up: {steps}"]
-
-
-def _carry_chat_template(session: Session) -> None:
-    """The template that the conversations were rendered with goes with the model that learnt it."""
-    template = session.data_dir / CHAT_TEMPLATE_FILE
-    if template.is_file():
-        shutil.copyfile(template, session.task.out / CHAT_TEMPLATE_FILE)
-
-
-def _peak_memory(session: Session) -> dict[str, int]:
-    """Host memory of all ranks together, and the fullest GPU's."""
-    host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=session.device)
-    distributed.all_reduce(host)
-    if session.device.type != "cuda":
-        return {"peak_memory_bytes": int(host)}
-    gpu = torch.tensor(torch.cuda.max_memory_allocated(session.device), device=session.device)
-    distributed.all_reduce(gpu, op=distributed.ReduceOp.MAX)
-    return {"peak_memory_bytes": int(host), "peak_gpu_memory_bytes": int(gpu)}

@@ -86,7 +86,7 @@ def main() -> None:
     say(f"{machine(device)}. {options.shape} with {options.new_layers} new layers, {options.precision}, ZeRO 2.", "")
     say(row("a checkpoint", "GB", "seconds"), row("---", "---", "---"))
     for name, numbers in found.items():
-        say(row(name, f"{numbers['bytes'] / 1e9:.2f}", f"{numbers['seconds_each']:.1f}"))
+        say(row(name, f"{numbers['bytes'] / 1e9:.2f}", f"{numbers['seconds'] / numbers['saved']:.1f}"))
 
 
 if __name__ == "__main__":

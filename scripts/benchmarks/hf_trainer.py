@@ -108,7 +108,7 @@ def train(job: dict[str, Any], out: Path) -> None:
     if clock.saves:
         last = out / "trainer" / f"checkpoint-{job['steps']}"
         size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
-        write_json(out / SAVES_FILE, {"seconds_each": sum(clock.saves) / len(clock.saves), "bytes": size})
+        write_json(out / SAVES_FILE, {"saved": len(clock.saves), "seconds": sum(clock.saves), "bytes": size})
 
 
 def main() -> None:

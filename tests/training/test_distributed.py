@@ -262,7 +262,7 @@ def test_training_json_says_what_was_done(runs: Runs):
     assert [entry["step"] for entry in summary["held_out"]] == [0, STEPS]
     assert summary["trainable_parameters"] * 2 == summary["total_parameters"] - 384 * 33 - 33
     assert summary["peak_memory_bytes"] > 0
-    assert summary["checkpoints"]["saved"] == 1 and summary["checkpoints"]["seconds_each"] > 0
+    assert summary["checkpoints"]["saved"] == 1 and summary["checkpoints"]["seconds"] > 0
     float32_state = 3 * 4 * summary["trainable_parameters"]  # weights and two moments, and little beside them
     assert float32_state < summary["checkpoints"]["bytes"] < 1.1 * float32_state + 16384
     assert summary["mfu"] == pytest.approx(
