@@ -47,8 +47,8 @@ class Progress:
     loss: float | None = None  # of the last step
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured against
     spikes: list[dict[str, float]] = field(default_factory=list)
-    saves: int = 0  # checkpoints written before this one
-    save_seconds: float = 0.0
+    saves: int = 0  # checkpoints written, this one too
+    save_seconds: float = 0.0  # of those before this one
     held_out: list[dict[str, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -180,12 +180,12 @@ def _spread(session: Session) -> dict[str, Any]:
 
 
 def _save(session: Session, masters: Masters, belongs_to: dict[str, Any], progress: Progress) -> None:
+    progress.saves += 1
     state = {"identity": belongs_to, "progress": progress.to_json(), "spread": _spread(session)}
     kept, writes = session.settings.keep_checkpoints, session.rank == 0
     started = time.perf_counter()
     checkpoint.save(session.checkpoints, progress.step, masters, state, writes, kept)
     distributed.barrier()
-    progress.saves += 1
     progress.save_seconds += time.perf_counter() - started
 
 
