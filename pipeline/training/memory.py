@@ -27,8 +27,8 @@ def named_when_out_of_memory(section: str, train: Train, ranks: int) -> Iterator
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and CPU_ALLOCATOR not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_ALLOCATOR not in str(error):
             raise
         said = str(error).strip().partition("\n")[0]
         raise OutOfMemoryFailure(f"out of memory: {said}. {less_memory(section, train, ranks)}") from error
