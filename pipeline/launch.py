@@ -37,6 +37,7 @@ LOG_DIR_VARIABLE = "PIPELINE_LOG_DIR"  # set for workers that have a driver
 LAUNCHER_LOG = "torchrun.log"
 POLL_SECONDS = 0.2
 SHOWN_LOG_LINES = 15
+MEMORY_HINT = "the system may have run out of memory"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -232,6 +233,10 @@ def _read_outcome(log_dir: Path, exit_status: int, processes: int) -> dict[str, 
 
 def explain_failure(log_dir: Path, outcome: Mapping[str, Any], exit_status: int, processes: int) -> str:
     """One message about the rank that failed first: which, how, its last lines, its log."""
+    if outcome.get("named"):  # the launcher may have had to kill the others, who waited for this rank
+        return (
+            f"rank {outcome['rank']} of {processes}: {outcome['cause']}\nits log: {rank_log(log_dir, outcome['rank'])}"
+        )
     deaths = worker_deaths((log_dir / LAUNCHER_LOG).read_text(errors="replace"))
     # The launcher ends the others with SIGTERM, and they may report a lost connection before that; a rank that
     # another signal took is the cause.
@@ -259,7 +264,7 @@ def rank_log(log_dir: Path, rank: int) -> Path:
 
 
 def _signal_cause(number: int) -> str:
-    hint = "; the system may have run out of memory" if number == signal.SIGKILL else ""
+    hint = f"; {MEMORY_HINT}" if number == signal.SIGKILL else ""
     return f"killed by {signal.Signals(number).name}{hint}"
 
 

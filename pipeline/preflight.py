@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
-from pipeline.config import Settings
+from pipeline.config import EvaluateOnTheWay, Settings, Target
 from pipeline.data import sources
 from pipeline.disk import free_bytes, no_room
 from pipeline.errors import UserError
@@ -20,6 +20,7 @@ from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
 from pipeline.shape import shape_of
 from pipeline.source import ModelSource, check_shape, config_of
+from pipeline.training.job import kept_model
 from pipeline.training.validate import validate as validate_training
 from pipeline.weight_files import read_headers, refuse_quantised
 
@@ -120,6 +121,7 @@ def checks(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]
         found["sft"] = lambda: validate_training("sft", run.sft, run.launch, context)
     if "evaluate" in stages:
         found["evaluate"] = lambda: validate_evaluation(run.evaluate)
+        found["kept"] = lambda: _check_kept(missing)
     if "tokenize/corpus" in missing:
         found["corpus"] = lambda: sources.check(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
@@ -134,6 +136,21 @@ def _check_model(run: Settings, config: Mapping[str, Any]) -> None:
     refuse_quantised(config, run.model.path)
     architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
     check_shape(run.model, config)
+
+
+def _check_kept(missing: Mapping[str, Node]) -> None:
+    """A model on the way can be scored where training is still to come, or kept it."""
+    for node in missing.values():
+        if not isinstance(node.settings, EvaluateOnTheWay):
+            continue
+        trained, target = node.parents["model"], Target(node.parents["model"].stage, node.settings.fraction)
+        if trained.name not in missing and not kept_model(trained.artifact.path, node.settings.fraction).is_dir():
+            raise UserError(
+                setting="evaluate.targets",
+                value=target,
+                rule=f"{trained.name} is finished and did not keep its model there",
+                remedy=f"Leave it out, or train again with force=[{trained.name}].",
+            )
 
 
 def _check_chat_template(run: Settings, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline import attempts
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Settings
 from pipeline.disk import refused_where_full
@@ -75,11 +76,13 @@ def _build(run: Settings, node: Node, redo: bool, console: Console) -> float:
     resumed = node.artifact.partial.exists()
     node.artifact.partial.mkdir(parents=True, exist_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
+    attempts.begin(node.artifact.partial)
     started = time.monotonic()
     metrics = _execute(make_task(run, node))
     seconds = time.monotonic() - started
+    number, together = attempts.finish(node.artifact.partial)
     with refused_where_full(node.artifact.partial):
-        node.artifact.commit(_manifest(node, metrics, seconds))
+        node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)

@@ -34,13 +34,13 @@ LAYERS = (
     }
     | {"layer_surgery", "shard_writer"}
     | {"launch", "tracking", "progress", "estimate"},
-    {"architecture", "artifact", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
+    {"architecture", "artifact", "attempts", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
     | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:3] for room in rooms} | {
-    "config", "artifact", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog", "disk",
-    "flops", "estimate",
+    "config", "artifact", "attempts", "launch", "errors", "stage", "source", "hub", "shape", "architecture", "watchdog",
+    "disk", "flops", "estimate",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

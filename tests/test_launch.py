@@ -236,6 +236,14 @@ def test_a_stop_asked_for_while_the_last_worker_finished_is_not_lost(tmp_path: P
         launch._read_outcome(tmp_path, 0, processes=1)
 
 
+def test_a_named_failure_is_the_cause_whoever_the_launcher_had_to_kill(tmp_path: Path):
+    outcome = {"status": "failed", "rank": 0, "cause": "the disk is full", "named": True}
+    (tmp_path / launch.OUTCOME_FILE).write_text(json.dumps(outcome))
+    (tmp_path / launch.LAUNCHER_LOG).write_text("rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n")
+    with pytest.raises(WorkersFailed, match="^rank 0 of 2: the disk is full\nits log: .*rank-0.log$"):
+        launch._read_outcome(tmp_path, 1, processes=2)
+
+
 def test_workers_that_leave_no_outcome_have_failed(tmp_path: Path):
     (tmp_path / launch.LAUNCHER_LOG).write_text("no such module\n")
     with pytest.raises(WorkersFailed, match="no such module"):

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.architecture import ARCHITECTURES, Role
 from pipeline.artifact import read_json
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
@@ -59,6 +60,37 @@ def faults(section: str, train: Train, processes: int, context_length: int | Non
             remedy=f"Say {section}.deepspeed.zero_stage=2, or offload_optimizer=false.",
         )
     yield from _bad_pattern(section, train.trainable)
+    yield from _unknown_roles(section, train)
+
+
+def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
+    entries = [entry for family in ARCHITECTURES.values() for entry in family.layer.values()]
+    known = {entry.name for entry in entries if isinstance(entry, Role)}
+    unknown = sorted(set(train.role_learning_rates) - known)
+    if unknown:
+        yield UserError(
+            setting=f"{section}.role_learning_rates",
+            value=", ".join(unknown),
+            rule=f"roles are {', '.join(sorted(known))}",
+            remedy=f"For example {section}.role_learning_rates={{o: 2.0, down: 2.0}}.",
+        )
+
+
+def less_memory(section: str, train: Train, processes: int) -> str:
+    """What to type when memory ran out. None of it changes the numbers, so that a run goes on from its checkpoint."""
+    smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
+    deepspeed = train.deepspeed
+    wanted = {
+        f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
+        "activation_checkpointing=true": not train.activation_checkpointing,
+        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3,
+        "deepspeed.offload_optimizer=true": deepspeed.zero_stage > 0 and not deepspeed.offload_optimizer,
+        "deepspeed.offload_parameters=true": deepspeed.zero_stage == 3 and not deepspeed.offload_parameters,
+    }
+    settings = [f"{section}.{setting}" for setting, helps in wanted.items() if helps]
+    if not settings:
+        return f"All that spares memory is set; use more processes or a shorter {section}.sequence_length."
+    return f"Less is needed with {', '.join(settings)}; the same command with one of these goes on where it stood."
 
 
 def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:

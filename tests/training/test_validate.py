@@ -29,6 +29,7 @@ def test_a_sound_request_passes():
         ({"trainable": "layers.(3"}, 1, "trainable", "Correct it"),
         ({"float32_products": True, "deepspeed": {"zero_stage": 0}}, 1, "float32_products", "float32_products=false"),
         ({"compile": True, "deepspeed": {"zero_stage": 3}}, 1, "compile", "zero_stage=2"),
+        ({"role_learning_rates": {"o_proj": 2.0}}, 1, "role_learning_rates", "{o: 2.0, down: 2.0}"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
