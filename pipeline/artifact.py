@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ class Fingerprints:
 
     def of_file(self, path: Path) -> str:
         """The hash of one file; recomputed when its size or time changed."""
-        status = path.stat()
-        name = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        known = read_json(self.memo) if self.memo.exists() else {}
+        name, known = self._name(path), self._known()
         if name not in known:
             known[name] = sha256_file(path)
             if self.writes:
@@ -74,10 +73,31 @@ class Fingerprints:
                 write_json(self.memo, known)
         return str(known[name])
 
+    def _name(self, path: Path) -> str:
+        status = path.stat()
+        return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+
+    def _known(self) -> dict[str, str]:
+        known: dict[str, str] = read_json(self.memo) if self.memo.exists() else {}
+        return known
+
     def of_files(self, paths: Iterable[Path]) -> str:
         """One hash for a list of files: their names and contents, in order."""
         lines = [f"{path.name} {self.of_file(path)}" for path in paths]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class RememberedFingerprints(Fingerprints):
+    """Only what is remembered: nothing is read, nothing is written."""
+
+    def of_file(self, path: Path) -> str:
+        """The hash of a file as it was when it was last read; for one never read, what tells it from others."""
+        name = self._name(path)
+        return self._remembered.get(name, f"unread {name}")
+
+    @cached_property
+    def _remembered(self) -> dict[str, str]:
+        return self._known()
 
 
 # ---------------------------------------------------------------------------------------- the store

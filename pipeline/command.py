@@ -17,12 +17,12 @@ from pipeline.config import Settings
 from pipeline.errors import UserError
 from pipeline.graph import Node, build_graph, lineage, make_report, select
 from pipeline.machine import Machine
+from pipeline.planning import Planner, print_plan
 from pipeline.preflight import check, check_output, identify, pin_data
 from pipeline.requeue import counted_restarts
 from pipeline.run import link, missing, run_graph
-from pipeline.shape import shape_of
 from pipeline.slurm import require as require_slurm
-from pipeline.source import ModelSource, config_of, resolve
+from pipeline.source import ModelSource, resolve
 from pipeline.status import print_status
 from pipeline.submit import folder, print_scripts, stage_jobs, submit
 
@@ -50,8 +50,11 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     Raises:
         UserError: one of the jobs cannot work; none was started.
     """
-    prepared = [_prepare(job.settings) for job in jobs]
     action = jobs[0].settings.action
+    if action == "plan":
+        _plan_all(jobs, console)
+        return
+    prepared = [_prepare(job.settings) for job in jobs]
     if action == "run":
         _run_all(prepared, jobs[0].sweep, console)
     if action == "submit":
@@ -59,8 +62,16 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     for job in prepared:
         if action == "status":
             print_status(job.run, job.nodes, console)
-        elif action == "plan":
-            _print_plan(job, console)
+
+
+def _plan_all(jobs: Sequence[Job], console: Console) -> None:
+    planner = Planner()
+    for job in jobs:
+        print_plan(planner.plan(job.settings), console)
+    if jobs[0].sweep:
+        first = jobs[0].settings
+        place = Path(first.output_dir) / first.name.rpartition("/")[0] / "report"
+        console.print(f"and one report over all {len(jobs)} jobs: {place}")
 
 
 def execute_batch_job(file: Path, console: Console) -> None:
@@ -178,21 +189,3 @@ def _sweep_report(jobs: Sequence[Prepared]) -> tuple[Settings, dict[str, Node]]:
     """The sweep as a run of its own, and its one node."""
     whole = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
     return whole, {"report": make_report(whole, [(job.run, select(job.nodes, job.run.stages)) for job in jobs])}
-
-
-# -------------------------------------------------------------------------------------------- plan
-
-
-def _print_plan(job: Prepared, console: Console) -> None:
-    """Layers and parameters before and after, and each stage cached or to do."""
-    shape = shape_of(config_of(job.source))
-    deeper = shape.with_layers(shape.num_hidden_layers + job.run.expand.new_layers)
-    console.print(f"[bold]{job.run.name}[/]  {job.run.expand.method}")
-    console.print(
-        f"  layers {shape.num_hidden_layers} -> {deeper.num_hidden_layers}, "
-        f"parameters {shape.parameters / 1e9:.3g}B -> {deeper.parameters / 1e9:.3g}B"
-    )
-    todo = missing(job.run, job.nodes)
-    for name, node in select(job.nodes, job.run.stages).items():
-        console.print(f"  {'to do' if name in todo else 'there':<8} {name:<24} {node.artifact.key[:12]}")
-    check(job.run, job.source, todo)

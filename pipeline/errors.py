@@ -30,6 +30,10 @@ class Stopped(Exception):
     """A signal stopped the run after its state was saved: exit code 75, the same command goes on."""
 
 
+class NamedFailure(Exception):
+    """What ended the work and can be said in a sentence, with what to do about it: exit code 1, no traceback."""
+
+
 class WorkersFailed(RuntimeError):
     """A process of a stage died: exit code 1; the message says which, how, its last lines and where its log is."""
 

@@ -14,6 +14,7 @@ from pipeline.watchdog import ORPHANED
 LAUNCHER_LOGS = "torchrun*.log"  # one a node, and one of the driver's side where there are several
 LAUNCHER_LOG = "torchrun.log"
 SHOWN_LOG_LINES = 15
+MEMORY_HINT = "the system may have run out of memory"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def how_it_ended(status: int) -> str:
     """A process's exit status in words; negative ones are signals."""
     if status >= 0:
         return f"ended with exit status {status}"
-    hint = "; the system may have run out of memory" if status == -signal.SIGKILL else ""
+    hint = f"; {MEMORY_HINT}" if status == -signal.SIGKILL else ""
     return f"killed by {signal.Signals(-status).name}{hint}"
 
 
@@ -66,6 +67,9 @@ def explain_workers(
         processes: a node.
         nodes: names of the nodes, in the order of their ranks; empty on a single machine.
     """
+    if outcome.get("named"):  # the launcher may have had to kill the others, who waited for this rank
+        where, log = _where(outcome["rank"], processes, nodes), rank_log(log_dir, outcome["rank"])
+        return f"rank {outcome['rank']}{where}: {outcome['cause']}\nits log: {log}"
     # The launcher ends the others with SIGTERM, then SIGKILL, and they may report a lost connection before that; the
     # first that a signal other than SIGTERM took is the cause.
     deaths = [death for death in worker_deaths(log_dir) if death.code != ORPHANED]
@@ -78,10 +82,13 @@ def explain_workers(
         rank, cause = deaths[0].rank, how_it_ended(deaths[0].code)
     else:
         return last_words(f"the launcher {how_it_ended(exit_status)}", _talkative(log_dir))
-    where = f" on node {nodes[rank // processes]}" if nodes else ""
-    log = rank_log(log_dir, rank)
-    ranks = processes * max(1, len(nodes))
-    return last_words(f"rank {rank} of {ranks}{where}: {cause}", log if log.exists() else _talkative(log_dir))
+    where, log = _where(rank, processes, nodes), rank_log(log_dir, rank)
+    return last_words(f"rank {rank}{where}: {cause}", log if log.exists() else _talkative(log_dir))
+
+
+def _where(rank: int, processes: int, nodes: Sequence[str]) -> str:
+    node = f" on node {nodes[rank // processes]}" if nodes else ""
+    return f" of {processes * max(1, len(nodes))}{node}"
 
 
 def _talkative(log_dir: Path) -> Path:

@@ -13,9 +13,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pipeline.artifact import Artifact, make_key
-from pipeline.config import LesaExpand, Report, Section, Settings, Tokenize
+from pipeline.config import (
+    Evaluate,
+    EvaluateOnTheWay,
+    LesaExpand,
+    Report,
+    Section,
+    Settings,
+    Target,
+    Tokenize,
+    Train,
+)
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,11 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     corpus, instructions = _tokenize_settings(run)
     graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
-    graph.add("pretrain", run.pretrain, {"model": "expand", "data": "tokenize/corpus"})
-    graph.add("sft", run.sft, {"model": "pretrain", "data": "tokenize/instructions"})
-    for target in run.evaluate.targets:
-        parents = {"model": target, "corpus": "tokenize/corpus"}
-        graph.add(f"evaluate/{target}", run.evaluate, parents, interpreter=inputs.interpreter)
+    graph.add("pretrain", _keeping(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
+    graph.add("sft", _keeping(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
+    for target in run.evaluate.models():
+        parents = {"model": target.stage, "corpus": "tokenize/corpus"}
+        graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter)
     report = make_report(run, [(run, graph.nodes)])
     graph.nodes["report"] = report
     return graph.nodes
@@ -141,6 +152,18 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         chat_template=run.data.chat_template,
     )
     return corpus, instructions
+
+
+def _keeping(run: Settings, stage: Literal["pretrain", "sft"]) -> Train:
+    """A training section that also keeps the models on its way that are to be scored."""
+    train: Train = getattr(run, stage)
+    return train.keeping(t.fraction for t in run.evaluate.models() if t.stage == stage and t.fraction is not None)
+
+
+def _evaluate_settings(run: Settings, target: Target) -> Evaluate:
+    if target.fraction is None:
+        return run.evaluate
+    return EvaluateOnTheWay(**run.evaluate.model_dump(), fraction=target.fraction)
 
 
 def select(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:

@@ -79,14 +79,16 @@ def place(launch: Launch, machine: Machine) -> Placement:
     Raises:
         UserError: GPUs are asked for that are not there.
     """
-    device = launch.device if launch.device != "auto" else "cuda" if machine.gpus else "cpu"
+    device = launch.kind if launch.kind != "auto" else "cuda" if machine.gpus else "cpu"
     processes = launch.processes if launch.processes != "auto" else machine.gpus if device == "cuda" else 1
     if device == "cuda" and not 1 <= processes <= machine.gpus:
         raise UserError(
             setting="launch.processes" if machine.gpus else "launch.device",
-            value=processes if machine.gpus else "cuda",
+            value=processes if machine.gpus else launch.device,
             rule=f"one process drives one GPU, and {machine.gpus} can be used here",
-            remedy=f"Say launch.processes={machine.gpus}." if machine.gpus else "Say launch.device=cpu.",
+            remedy=f"Say launch.processes={machine.gpus}."
+            if machine.gpus
+            else "Go where there are GPUs, or say launch.device=cpu.",
         )
     threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
     return Placement(device, processes, threads, machine.nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from pipeline.shard_writer import ShardWriter
 from pipeline.source import SIDE_FILES
 from pipeline.stored_names import by_stored_name
 from pipeline.tensor_spec import DTYPES, StoredBytes, TensorSpec
-from pipeline.weight_files import read_headers
+from pipeline.weight_files import read_header, read_headers
 
 EXPANSION_FILE = "expansion.json"
 
 
 class ModelDirectory:
     """A model directory whose tensors are read one at a time.
+
+    Args:
+        files: its weight files; None: those of a whole model, as its index names them.
 
     Attributes:
         specs: every tensor by name.
@@ -31,12 +34,13 @@ class ModelDirectory:
         UserError: it holds no whole safetensors model, or tensors of a packed type.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Iterable[Path] | None = None) -> None:
         self.path = path
         self.specs: dict[str, TensorSpec] = {}
         self._places: dict[str, StoredBytes] = {}
         self._open: dict[Path, Any] = {}
-        for shard, (entries, first) in read_headers(path).items():
+        shards = read_headers(path) if files is None else {shard: read_header(shard) for shard in files}
+        for shard, (entries, first) in shards.items():
             for name, entry in entries.items():
                 self.specs[name] = TensorSpec(_dtype(entry.dtype, name, path), entry.shape)
                 self._places[name] = StoredBytes(shard, first + entry.begin)
@@ -55,9 +59,27 @@ class ModelDirectory:
         tensor: Tensor = self._open[shard].get_tensor(name)
         return tensor
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors by name, each read from disk whenever it is asked for."""
+        return _StoredTensors(self)
+
     def place(self, name: str) -> StoredBytes:
         """Where one tensor's bytes lie; for ``ShardWriter.copy``."""
         return self._places[name]
+
+
+class _StoredTensors(Mapping[str, Tensor]):
+    def __init__(self, directory: ModelDirectory) -> None:
+        self._directory = directory
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._directory.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._directory.specs)
+
+    def __len__(self) -> int:
+        return len(self._directory.specs)
 
 
 def _dtype(name: str, tensor: str, path: Path) -> dtype:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
-from pipeline.config import Settings
+from pipeline.config import EvaluateOnTheWay, Settings, Target
 from pipeline.data import sources
 from pipeline.disk import free_bytes, no_room
 from pipeline.errors import UserError
+from pipeline.estimate import Disk, disk_of, trained_part
 from pipeline.evaluation.catalogue import validate as validate_evaluation
+from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
 from pipeline.machine import Machine, detect_machine
 from pipeline.shape import shape_of
-from pipeline.source import ModelSource, config_of
+from pipeline.source import ModelSource, check_shape, config_of
+from pipeline.training.job import kept_model
 from pipeline.training.validate import validate as validate_training
 from pipeline.weight_files import read_headers, refuse_quantised
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FREE_SPACE_MARGIN = 512 * 2**20  # corpora, logs, reports
 
 
 def check_output(run: Settings) -> None:
@@ -38,8 +39,24 @@ def check_output(run: Settings) -> None:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(place, error.strerror or "it cannot be made") from error
-    if not os.access(place, os.W_OK | os.X_OK):
+    check_writable(run)
+
+
+def check_writable(run: Settings) -> None:
+    """The output directory, or where it is to be made, can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = _existing(Path(run.output_dir))
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise _unwritable(place, "it cannot be written")
+
+
+def _existing(place: Path) -> Path:
+    """The place, or what of its path there is."""
+    place = place.absolute()
+    return place if place.exists() else _existing(place.parent)
 
 
 def _unwritable(place: Path, why: str) -> UserError:
@@ -73,12 +90,16 @@ def identify(run: Settings, source: ModelSource) -> Inputs:
     )
 
 
-def check(
-    run: Settings,
-    source: ModelSource,
-    missing: Mapping[str, Node],
-    machine_of: Callable[[str], Machine] = lambda stage: detect_machine(),
-) -> None:
+Check = Callable[[], None]
+MachineOf = Callable[[str], Machine]
+
+
+def here(stage: str) -> Machine:
+    """Every stage runs on this machine, or on the nodes of the Slurm job around this process."""
+    return detect_machine()
+
+
+def check(run: Settings, source: ModelSource, missing: Mapping[str, Node], machine_of: MachineOf = here) -> None:
     """Checks what the missing stages will need.
 
     Args:
@@ -87,40 +108,70 @@ def check(
     Raises:
         UserError: the first thing that cannot work, with its remedy.
     """
-    stages = {node.stage for node in missing.values()}
-    if not stages:
+    if not missing:
         return
-    config = config_of(source)
-    if "load" in stages:
-        _check_weights(source, config)
-    architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
-    validate_expansion(run.expand, config["num_hidden_layers"])
+    for each in checks(run, config_of(source), missing, machine_of).values():
+        each()
+    if "load" in missing and source.directory is not None and source.gguf_file is None:
+        read_headers(source.directory)  # weights that lie on this machine are whole
+
+
+def checks(
+    run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node], machine_of: MachineOf = here
+) -> dict[str, Check]:
+    """What the missing stages will need, each by what it looks at; every one raises a UserError where it fails.
+
+    Args:
+        config: the model's.
+        machine_of: where a stage will run.
+    """
+    context, stages = config.get("max_position_embeddings"), {node.stage for node in missing.values()}
+    found: dict[str, Check] = {
+        "model": lambda: _check_model(run, config),
+        "expand": lambda: validate_expansion(run.expand, config["num_hidden_layers"]),
+    }
     if "pretrain" in stages:
-        context = config.get("max_position_embeddings")
-        validate_training("pretrain", run.pretrain, run.launch, context, machine_of("pretrain"))
+        found["pretrain"] = lambda: validate_training(
+            "pretrain", run.pretrain, run.launch, context, machine_of("pretrain")
+        )
     if "sft" in stages:
-        context = config.get("max_position_embeddings")
-        validate_training("sft", run.sft, run.launch, context, machine_of("sft"))
+        found["sft"] = lambda: validate_training("sft", run.sft, run.launch, context, machine_of("sft"))
     if "evaluate" in stages:
-        validate_evaluation(run.evaluate)
+        found["evaluate"] = lambda: validate_evaluation(run.evaluate)
+        found["kept"] = lambda: _check_kept(missing)
     if "tokenize/corpus" in missing:
-        sources.check(run.data.corpus, "corpus")
+        found["corpus"] = lambda: sources.check(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
-        sources.check(run.data.instructions, "instructions")
-        _check_chat_template(run, config)
-    _check_login(run)
-    _check_disk(run, config, stages)
+        found["instructions"] = lambda: sources.check(run.data.instructions, "instructions")
+        found["chat_template"] = lambda: _check_chat_template(run, config)
+    found["login"] = lambda: _check_login(run)
+    found["disk"] = lambda: check_disk(run, disk_needed(run, config, missing))
+    return found
 
 
-def _check_weights(source: ModelSource, config: Mapping[str, object]) -> None:
-    """The weights are plain, and those that lie on this machine are whole."""
-    refuse_quantised(config, source.repo or source.directory)
-    if source.directory is not None and source.gguf_file is None:
-        read_headers(source.directory)
+def _check_model(run: Settings, config: Mapping[str, Any]) -> None:
+    refuse_quantised(config, run.model.path)
+    architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
+    check_shape(run.model, config)
 
 
-def _check_chat_template(run: Settings, config: Mapping[str, object]) -> None:
-    if run.data.chat_template == "model" and not config.get("has_chat_template"):
+def _check_kept(missing: Mapping[str, Node]) -> None:
+    """A model on the way can be scored where training is still to come, or kept it."""
+    for node in missing.values():
+        if not isinstance(node.settings, EvaluateOnTheWay):
+            continue
+        trained, target = node.parents["model"], Target(node.parents["model"].stage, node.settings.fraction)
+        if trained.name not in missing and not kept_model(trained.artifact.path, node.settings.fraction).is_dir():
+            raise UserError(
+                setting="evaluate.targets",
+                value=target,
+                rule=f"{trained.name} is finished and did not keep its model there",
+                remedy=f"Leave it out, or train again with force=[{trained.name}].",
+            )
+
+
+def _check_chat_template(run: Settings, config: Mapping[str, Any]) -> None:
+    if run.data.chat_template == "model" and not config.get("has_chat_template", True):
         raise UserError(
             setting="data.chat_template",
             value="model",
@@ -142,24 +193,37 @@ def _check_login(run: Settings) -> None:
         )
 
 
-def _check_disk(run: Settings, config: Mapping[str, int], stages: set[str]) -> None:
-    """Every model stage writes the model once; training keeps two checkpoints of what trains beside it."""
-    shape = shape_of(config)
-    deeper = shape.with_layers(shape.num_hidden_layers + run.expand.new_layers)
-    width = BYTES[run.model.dtype]
-    need = shape.parameters * width if "load" in stages else 0
-    need += deeper.parameters * width * len(stages & {"expand", "pretrain", "sft"})
-    if stages & {"pretrain", "sft"}:
-        trained = run.expand.new_layers * shape.per_layer or deeper.parameters
-        need += 2 * trained * 12  # float32 master weight and two moments
+def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]) -> Disk:
+    """What the missing stages will write.
+
+    Raises:
+        UserError: the model cannot be expanded so, or nothing of it would train.
+    """
+    base, plan = shape_of(config), make_plan(run.expand, config["num_hidden_layers"])
+    grown = base.with_layers(plan.config_sources)
+    expansion = {"method": run.expand.method, "layers": plan.to_json()}
+    stages = {node.stage for node in missing.values()}
+    sections = {name: getattr(run, name) for name in ("pretrain", "sft") if name in stages}
+    trained = {name: trained_part(name, train.trainable, grown, expansion) for name, train in sections.items()}
+    return disk_of(
+        {name: node.stage for name, node in missing.items()},
+        base,
+        grown,
+        run.model.dtype,
+        {name: part.parameters for name, part in trained.items()},
+        {"tokenize/corpus": run.data.max_corpus_tokens or 0},
+    )
+
+
+def check_disk(run: Settings, disk: Disk) -> None:
+    """There is room for what will be written.
+
+    Raises:
+        UserError: there is not.
+    """
     free = free_bytes(_existing(Path(run.output_dir)))
-    if free < need + FREE_SPACE_MARGIN:
-        raise no_room(run.output_dir, f"{_gib(need + FREE_SPACE_MARGIN)} are needed there and {_gib(free)} are free")
-
-
-def _existing(place: Path) -> Path:
-    """The place, or what of its path is there already."""
-    return place if place.exists() else _existing(place.absolute().parent)
+    if free < disk.total:
+        raise no_room(run.output_dir, f"{_gib(disk.total)} are needed there and {_gib(free)} are free")
 
 
 def _gib(count: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline import attempts
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Settings
 from pipeline.disk import refused_where_full
@@ -81,6 +82,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     failure.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
+    attempts.begin(node.artifact.partial)
     started = time.monotonic()
     try:
         metrics = _execute(make_task(run, node))
@@ -88,9 +90,10 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
+    number, together = attempts.finish(node.artifact.partial)
     lock.confirm()
     with refused_where_full(node.artifact.partial):
-        node.artifact.commit(_manifest(node, metrics, seconds))
+        node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)

@@ -5,7 +5,7 @@ but a hub model's small JSON files, and nothing from the model is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,18 +140,21 @@ def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:
         )
 
 
-def config_of(source: ModelSource) -> dict[str, Any]:
+def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
     """The model's config before any weight is read, with ``has_chat_template`` added.
 
     From config.json, or for a GGUF file the entries that sizes and limits are taken from. A GGUF file on the hub is
     fetched into the hub's cache for that, where loading finds it.
+
+    Args:
+        keep: whether what is fetched from the hub may stay in its cache.
 
     Raises:
         UserError: the files cannot be read as a model's.
     """
     if source.gguf_file is not None:
         return read_metadata(local_file(source, source.gguf_file)).config()
-    config = _read_json(local_file(source, "config.json"))
+    config = _json_of(source, "config.json", keep)
     if "num_hidden_layers" not in config:
         raise UserError(
             setting="model.path",
@@ -159,7 +162,25 @@ def config_of(source: ModelSource) -> dict[str, Any]:
             rule="its config.json has no num_hidden_layers, so it is no plain causal language model",
             remedy="Give a decoder-only language model.",
         )
-    return {**config, "has_chat_template": _has_chat_template(source)}
+    return {**config, "has_chat_template": _has_chat_template(source, keep)}
+
+
+def check_shape(model: Model, config: Mapping[str, Any]) -> None:
+    """The config agrees with what ``model.shape`` says of it.
+
+    Raises:
+        UserError: it does not.
+    """
+    wanted = model.shape or {}
+    differing = [name for name, value in wanted.items() if name in config and config[name] != value]
+    if differing:
+        said, is_ = (", ".join(f"{name} {of[name]}" for name in differing) for of in (wanted, config))
+        raise UserError(
+            setting="model.shape",
+            value=said,
+            rule=f"the config of {model.path} says {is_}",
+            remedy="Give the model that is meant, or say model.shape=null to go by its config alone.",
+        )
 
 
 def local_file(source: ModelSource, name: str) -> Path:
@@ -170,12 +191,19 @@ def local_file(source: ModelSource, name: str) -> Path:
     return hub.fetch_file(source.repo, source.commit, name)
 
 
-def _has_chat_template(source: ModelSource) -> bool:
+def _json_of(source: ModelSource, name: str, keep: bool) -> dict[str, Any]:
+    if keep or source.directory is not None:
+        return _read_json(local_file(source, name))
+    assert source.repo is not None and source.commit is not None
+    return hub.read_json_file(source.repo, source.commit, name)
+
+
+def _has_chat_template(source: ModelSource, keep: bool) -> bool:
     if "chat_template.jinja" in source.names or "chat_template.json" in source.names:
         return True
     if "tokenizer_config.json" not in source.names:
         return False
-    return bool(_read_json(local_file(source, "tokenizer_config.json")).get("chat_template"))
+    return bool(_json_of(source, "tokenizer_config.json", keep).get("chat_template"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.artifact import Artifact, Fingerprints, make_key, read_json, sha256_file, write_json
+from pipeline.artifact import (
+    Artifact,
+    Fingerprints,
+    RememberedFingerprints,
+    make_key,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 
 def _built(root: Path, key: str = "k") -> Artifact:
@@ -83,3 +91,18 @@ def test_an_invalidated_artifact_is_missing_until_it_is_made_anew_and_keeps_its_
     assert not artifact.is_complete() and not artifact.partial.exists()
     assert (artifact.path / "weights").read_text() == "new"
     assert _built(tmp_path).is_complete()
+
+
+def test_what_is_only_remembered_is_neither_read_nor_written(tmp_path: Path) -> None:
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    known.write_text("one")
+    unknown.write_text("two")
+    memo = tmp_path / "memo.json"
+    wanted = Fingerprints(memo).of_file(known)
+    before = memo.read_bytes()
+    remembered = RememberedFingerprints(memo)
+    assert remembered.of_file(known) == wanted
+    assert remembered.of_file(unknown) != sha256_file(unknown)
+    assert remembered.of_files([known]) == Fingerprints(memo).of_files([known])
+    assert memo.read_bytes() == before
+    assert not RememberedFingerprints(tmp_path / "none.json").memo.exists()

@@ -18,20 +18,21 @@ PACKAGE = REPOSITORY / "pipeline"
 # A room may import rooms of its own layer and of those below, never of one above; within a layer there is no circle.
 LAYERS = (
     {"__main__"},
-    {"command", "plan"},
+    {"command", "planning"},
     {"submit", "status", "requeue"},
     {"run", "graph", "preflight", "messages"},
     {"stages"},
     {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
-    | {"layer_surgery", "shard_writer", "stored_names", "launch", "machine", "failure", "tracking", "progress"},
-    {"architecture", "artifact", "stage", "config", "errors", "shape", "watchdog", "disk"}
+    | {"layer_surgery", "shard_writer", "stored_names", "launch", "machine", "failure", "tracking", "progress"}
+    | {"estimate"},
+    {"architecture", "artifact", "attempts", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
     | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"}
     | {"slurm", "allocation", "lock"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:4] for room in rooms} | {
-    "config", "artifact", "launch", "machine", "failure", "errors", "stage", "source", "hub", "shape", "architecture",
-    "watchdog", "disk", "slurm", "allocation", "lock",
+    "config", "artifact", "attempts", "launch", "machine", "failure", "errors", "stage", "source", "hub", "shape",
+    "architecture", "watchdog", "disk", "slurm", "allocation", "lock", "flops", "estimate",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

@@ -19,14 +19,16 @@ from pipeline.launch import Placement, WorkersFailed, place, run_workers, torchr
 from pipeline.machine import Machine
 
 ONE = Placement("cpu", 1, 1)
-TWO = Launch(device="cpu", processes=2, threads=1)
+TWO = Launch(device="cpu", processes=2, threads=1, nodes=1, utilization=0.4)
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------ pure functions
 
 
 def settings(**changes) -> Launch:
-    return Launch(**{"device": "auto", "processes": "auto", "threads": "auto", **changes})
+    return Launch(
+        **{"device": "auto", "processes": "auto", "nodes": 1, "threads": "auto", "utilization": 0.4, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ def settings(**changes) -> Launch:
         ({}, Machine(cores=8, gpus=0), Placement("cpu", 1, 8)),
         ({}, Machine(cores=16, gpus=4), Placement("cuda", 4, 4)),
         ({"device": "cpu"}, Machine(cores=16, gpus=4), Placement("cpu", 1, 16)),
+        ({"device": "h100_80gb"}, Machine(cores=16, gpus=4), Placement("cuda", 4, 4)),
         ({"processes": 2}, Machine(cores=2, gpus=0), Placement("cpu", 2, 1)),
         ({"processes": 4, "threads": 3}, Machine(cores=2, gpus=0), Placement("cpu", 4, 3)),
         ({"processes": 2}, Machine(cores=16, gpus=4), Placement("cuda", 2, 8)),
@@ -46,7 +49,11 @@ def test_placement_follows_settings_and_machine(changes: dict, machine: Machine,
 
 @pytest.mark.parametrize(
     "changes, gpus, setting",
-    [({"device": "cuda"}, 0, "launch.device"), ({"processes": 3}, 2, "launch.processes")],
+    [
+        ({"device": "cuda"}, 0, "launch.device"),
+        ({"device": "a100_40gb"}, 0, "launch.device"),
+        ({"processes": 3}, 2, "launch.processes"),
+    ],
 )
 def test_more_gpus_than_there_are_are_refused(changes: dict, gpus: int, setting: str):
     with pytest.raises(UserError) as error:
@@ -229,6 +236,14 @@ def test_a_stop_asked_for_while_the_last_worker_finished_is_not_lost(tmp_path: P
     (tmp_path / launch.STOP_FILE).touch()
     with pytest.raises(Stopped):
         launch._read_outcome(tmp_path, 0, ONE)
+
+
+def test_a_named_failure_is_the_cause_whoever_the_launcher_had_to_kill(tmp_path: Path):
+    outcome = {"status": "failed", "rank": 0, "cause": "the disk is full", "named": True}
+    (tmp_path / launch.OUTCOME_FILE).write_text(json.dumps(outcome))
+    (tmp_path / launch.LAUNCHER_LOG).write_text("rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n")
+    with pytest.raises(WorkersFailed, match="^rank 0 of 2: the disk is full\nits log: .*rank-0.log$"):
+        launch._read_outcome(tmp_path, 1, processes=2)
 
 
 def test_workers_that_leave_no_outcome_have_failed(tmp_path: Path):

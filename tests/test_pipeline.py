@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import CONF
-from pipeline.artifact import sha256_file
-from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from pipeline.artifact import read_json, sha256_file
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.messages import list_experiments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -153,7 +154,7 @@ def _kill_tree(pid: int) -> None:
             continue
 
 
-def _wait_for(path: Path, pattern: str, seconds: float = 90.0) -> None:
+def _wait_for(path: Path, pattern: str, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not list(path.rglob(pattern)):
         assert time.monotonic() < deadline, f"{pattern} never appeared"
@@ -175,17 +176,32 @@ def test_when_the_driver_alone_is_killed_its_workers_are_gone_within_ten_seconds
     assert _alive(workers) == []
 
 
-def test_a_terminated_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path: Path) -> None:
+def _last_step(metrics: Path) -> int:
+    return max((json.loads(line)["step"] for line in metrics.read_text().split("\n")[:-1]), default=0)
+
+
+def test_a_stopped_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path: Path) -> None:
+    """By a signal to the driver, and by one to a worker that the driver did not send."""
     command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=400"]
-    process = start(*command, cwd=tmp_path)
-    _wait_for(tmp_path / "outputs" / "artifacts" / "pretrain", "metrics.jsonl")
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED, output
-    assert "the same command goes on" in output
+    place = tmp_path / "outputs" / "artifacts" / "pretrain"
+    stopped_after = 0
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process = start(*command, cwd=tmp_path)
+        _wait_for(place, "metrics.jsonl")
+        (metrics,) = place.rglob("metrics.jsonl")
+        while _last_step(metrics) <= stopped_after:
+            time.sleep(0.01)
+        workers = [pid for pid in _children(process.pid) if "pipeline.training.worker" in _name_of(pid)]
+        os.kill(process.pid if number == signal.SIGTERM else workers[-1], number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == EXIT_STOPPED, output
+        assert "the same command goes on" in output
+        stopped_after = _last_step(metrics)
     status, output = run(*command, cwd=tmp_path)
     assert status == EXIT_DONE, output
     assert "resume" in output
+    manifest = read_json(tmp_path / "outputs" / "quickstart" / "pretrain" / "manifest.json")
+    assert manifest["attempts"] == 3 and manifest["seconds"] > manifest["metrics"]["seconds"]
 
 
 def test_a_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_path: Path) -> None:
@@ -219,3 +235,52 @@ def test_two_runs_of_the_same_at_once_build_it_once(shrunk: list[str], tmp_path:
         assert sorted(len(re.findall(rf"^ *done +{stage} ", output, re.MULTILINE)) for output in outputs) == [0, 1]
     assert any(re.search(r"waits +\w+ +process \d+ on .* is building it", output) for output in outputs), outputs
     assert not list(tmp_path.glob("outputs/artifacts/*/*.partial"))
+
+
+def _name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+PLAIN_USER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (kind.from_pretrained("model") for kind in (AutoTokenizer, AutoModelForCausalLM))
+chat = [{"role": "user", "content": "What is item 3?"}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+assert answer.shape[1] > prompt["input_ids"].shape[1]
+assert not any(name == "pipeline" or name.startswith("pipeline.") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_a_trained_model_is_any_transformers_users_wherever_it_lies(
+    stage: str, shrunk: list[str], outputs: Path, tmp_path: Path
+) -> None:
+    """Copied elsewhere, and loaded by a process that knows nothing of this package."""
+    assert run("+experiment=quickstart", *shrunk, cwd=outputs)[0] == EXIT_DONE
+    shutil.copytree((outputs / "outputs" / "quickstart" / stage).resolve(), tmp_path / "model")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN_USER], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_models_on_the_way_are_scored_and_reported(shrunk: list[str], outputs: Path) -> None:
+    targets = "evaluate.targets=[load,expand,pretrain@33%,pretrain@67%,pretrain,sft]"
+    status, output = run("+experiment=quickstart", *shrunk, "seed=5", "name=way", targets, cwd=outputs)
+    assert status == EXIT_DONE, output
+    way = outputs / "outputs" / "way"
+    rows = json.loads((way / "report" / "results.json").read_text())
+    scores = {row["target"]: row["value"] for row in rows if row["metric"] == "byte_perplexity"}
+    assert list(scores) == ["load", "expand", "pretrain@33%", "pretrain@67%", "pretrain", "sft"]
+    assert len(set(scores.values())) >= 5  # each its own model, though surgery may keep the base's numbers
+    assert {path.name for path in (way / "evaluate").iterdir()} >= {"pretrain-at-33", "pretrain-at-67"}
+    assert not list(way.rglob("*%*"))
+    assert "pre-trained, 33 %" in (way / "report" / "report.md").read_text()
+    status, output = run(
+        "+experiment=quickstart", *shrunk, "seed=5", "name=way", "evaluate.targets=[pretrain@50%]", cwd=outputs
+    )
+    assert status == EXIT_REQUEST
+    assert "pretrain is finished and did not keep its model there" in output and "force=[pretrain]" in output

@@ -20,7 +20,14 @@ from pipeline.source import config_of, resolve
 
 
 def _model(path: object, **changes: object) -> Model:
-    settings = {"revision": None, "gguf_file": None, "package": None, "dtype": "float32", "trust_remote_code": False}
+    settings = {
+        "revision": None,
+        "gguf_file": None,
+        "package": None,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "shape": None,
+    }
     return Model.model_validate({"path": str(path), **settings, **changes})
 
 

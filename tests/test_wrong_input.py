@@ -240,6 +240,11 @@ def test_a_task_that_is_not_known(base: Arguments, capsys: pytest.CaptureFixture
     assert "held_out_text" in message
 
 
+def test_a_target_that_is_no_model(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, "evaluate.targets=[pretrain@100%]")
+    assert "evaluate.targets" in message and "say expand for 0 % and pretrain for 100 %" in message
+
+
 def test_tuning_a_model_without_a_chat_template(
     base: Arguments, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

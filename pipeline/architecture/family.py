@@ -91,6 +91,18 @@ class Architecture:
         split = self.split(tensor_name)
         return split is not None and split[1] in self.derived
 
+    def role_of(self, tensor_name: str) -> Role | None:
+        """What a stored tensor does; None outside the layers, and where several roles are stored as one."""
+        split = self.split(tensor_name)
+        entry = None if split is None else self._entry(split[1])
+        if isinstance(entry, Fused):
+            roles = list(entry.parts.values())
+            return roles[0] if len({role.name for role in roles}) == 1 else None
+        return entry
+
+    def _entry(self, name: str) -> Role | Fused | None:
+        return self.layer.get(name) or self.layer.get(re.sub(r"\.\d+\.", ".{i}.", name))
+
     def layer_tensors(self, tensor_names: Iterable[str], config: Config) -> list[LayerTensor]:
         """The tensors that every layer has, fused ones taken apart, in the order of layer 0's names.
 
@@ -119,7 +131,7 @@ class Architecture:
         return held
 
     def _tensors(self, name: str, config: Config) -> list[LayerTensor]:
-        entry = self.layer.get(name) or self.layer.get(re.sub(r"\.\d+\.", ".{i}.", name))
+        entry = self._entry(name)
         if entry is None:
             raise UserError(
                 setting="model.path",

@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pipeline.comparison.curves import Curve, curves
 from pipeline.comparison.measures import count, scientific
 from pipeline.comparison.plot_style import INK, colours, figure, label_ends
-from pipeline.comparison.run_artifacts import TRAINING_STAGES, RunArtifacts, labels
+from pipeline.comparison.run_artifacts import RunArtifacts, labels
+from pipeline.config import TRAINING_STAGES
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training time"}
 

@@ -18,6 +18,12 @@ TASK_NAMES = {
 _PREFERRED = (*PERPLEXITIES, "acc", "exact_match", "acc_norm")
 
 
+def target_name(target: str) -> str:
+    """``pre-trained``, or ``pre-trained, 20 %`` for a model on the way."""
+    stage, _, share = target.rstrip("%").partition("@")
+    return f"{TARGET_NAMES[stage]}, {share} %" if share else TARGET_NAMES[stage]
+
+
 def direction(metric: str) -> int:
     """+1 where more is better, -1 where less is better, 0 where this project does not know."""
     if metric in SHARES:

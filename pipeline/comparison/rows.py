@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
 from pipeline.comparison.curves import perplexity
-from pipeline.comparison.run_artifacts import TRAINING_STAGES, RunArtifacts
-from pipeline.config import MODEL_TARGETS
+from pipeline.comparison.run_artifacts import RunArtifacts
+from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
 
 CURVE_TASKS = {"pretrain": "held_out_loss", "sft": "held_out_instruction_loss"}
 COST_TASK = "cost"
@@ -38,9 +38,8 @@ def collect(runs: Iterable[RunArtifacts]) -> list[Row]:
 
 
 def _scores(run: RunArtifacts) -> Iterator[Row]:
-    for target in MODEL_TARGETS:
-        evaluation = run.evaluation(target) or {"rows": []}
-        for row in evaluation["rows"]:
+    for target in run.scored_targets():
+        for row in (run.evaluation(target) or {"rows": []})["rows"]:
             yield _row(run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"])
 
 
@@ -48,7 +47,7 @@ def _curves(run: RunArtifacts) -> Iterator[Row]:
     for stage in TRAINING_STAGES:
         training = run.training(stage) or {"held_out": []}
         for point in training["held_out"]:
-            target = f"{stage}@{100 * point['fraction']:g}%"
+            target = str(Target(stage, point["fraction"]))
             values = {"loss": point["loss"], "perplexity": perplexity(point)}
             values |= {metric: point[metric] for metric in ("tokens", "flops", "seconds")}
             for metric, value in values.items():
@@ -81,7 +80,7 @@ class Scores:
     """lm-eval's rows of a report, looked up by run, target, task and metric."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        scored = [row for row in rows if row["target"] in MODEL_TARGETS and row["task"] != COST_TASK]
+        scored = [row for row in rows if row["task"] not in (COST_TASK, *CURVE_TASKS.values())]
         self._rows = {(row["run"], row["target"], row["task"], row["metric"]): row for row in scored}
 
     def get(self, run: str, target: str, measure: tuple[str, str]) -> Row | None:
@@ -93,9 +92,13 @@ class Scores:
         return list(dict.fromkeys((task, metric) for _, _, task, metric in self._rows))
 
     def targets(self, run: str) -> list[str]:
-        """The targets of that run that were scored, from base to tuned."""
+        """The finished models of that run that were scored, from base to tuned."""
+        return [target for target in self.targets_on_the_way(run) if target in MODEL_TARGETS]
+
+    def targets_on_the_way(self, run: str) -> list[str]:
+        """The same, and between them the models kept on the way."""
         scored = {target for name, target, _, _ in self._rows if name == run}
-        return [target for target in MODEL_TARGETS if target in scored]
+        return sorted(scored, key=lambda target: Target.parse(target).place)
 
     def shared_base(self, runs: Sequence[str]) -> bool:
         """Whether all runs grew from a base with the same scores."""

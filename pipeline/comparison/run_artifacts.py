@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_json
+from pipeline.config import MODEL_TARGETS, Target
 
 ROLES = (
     "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
     "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
 )  # fmt: skip
-TRAINING_STAGES = ("pretrain", "sft")
 METHOD_NAMES = {
     "lesa": "LESA",
     "llama_pro": "LLaMA Pro",
@@ -49,8 +49,13 @@ class RunArtifacts:
         return self.read(role, "manifest.json")
 
     def evaluation(self, target: str) -> dict[str, Any] | None:
-        """The scores of one model, under "rows"."""
-        return self.read(f"evaluate/{target}", "evaluation.json")
+        """The scores of one model, under "rows"; ``target`` as in results.json."""
+        return self.read(Target.parse(target).role, "evaluation.json")
+
+    def scored_targets(self) -> list[str]:
+        """The models that were scored, from base to tuned, those on the way too."""
+        named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/")]
+        return list(map(str, sorted(named, key=lambda target: target.place)))
 
     def training(self, stage: str) -> dict[str, Any] | None:
         """Totals and held-out losses of ``pretrain`` or ``sft``."""
@@ -77,6 +82,13 @@ class RunArtifacts:
             return []
         lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
         return sorted((line for line in lines if "loss" in line), key=lambda line: line["step"])
+
+
+def roles(runs: Sequence[RunArtifacts]) -> list[str]:
+    """``ROLES``, and after them the scores of models on the way that some run has."""
+    targets = {target for run in runs for target in run.scored_targets()} - set(MODEL_TARGETS)
+    on_the_way = sorted(map(Target.parse, targets), key=lambda target: target.place)
+    return [*ROLES, *(target.role for target in on_the_way)]
 
 
 def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:

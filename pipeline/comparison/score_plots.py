@@ -16,7 +16,7 @@ from pipeline.comparison.measures import SHARES, TARGET_NAMES, duration, number
 from pipeline.comparison.plot_style import INK, QUIET, colours, figure
 from pipeline.comparison.rows import Row, Scores
 from pipeline.comparison.run_artifacts import RunArtifacts, labels
-from pipeline.config import MODEL_TARGETS
+from pipeline.config import MODEL_TARGETS, Target
 
 MAX_PANELS, COLUMNS = 12, 3
 DODGE = 0.5  # of the distance between two targets, over which methods stand side by side
@@ -49,7 +49,7 @@ def scores_by_target(runs: Sequence[RunArtifacts], scores: Scores, path: Path) -
 
 
 def _score_panel(axes: Axes, runs: Sequence[RunArtifacts], scores: Scores, measure: tuple[str, str]) -> None:
-    palette = colours(runs)
+    palette, targets = colours(runs), _drawn_targets(runs, scores)
     shared = scores.shared_base([run.name for run in runs])
     base = scores.get(runs[0].name, "load", measure)
     if shared and base is not None:
@@ -57,10 +57,16 @@ def _score_panel(axes: Axes, runs: Sequence[RunArtifacts], scores: Scores, measu
         _points(axes, [(0, base)], INK, with_values=len(runs) == 1)
     for rank, run in enumerate(runs):
         offset = DODGE * (rank - (len(runs) - 1) / 2) / max(len(runs) - 1, 1)
-        rows = [(x, scores.get(run.name, target, measure)) for x, target in enumerate(MODEL_TARGETS)]
+        rows = [(x, scores.get(run.name, target, measure)) for x, target in enumerate(targets)]
         present = [(x + offset, row) for x, row in rows if row is not None and not (shared and x == 0)]
         _points(axes, present, palette[run.name], with_values=len(runs) == 1)
-    _dress(axes, measure)
+    _dress(axes, measure, targets)
+
+
+def _drawn_targets(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
+    """The four stages' models, and between them those on the way that some run has."""
+    scored = {target for run in runs for target in scores.targets_on_the_way(run.name)}
+    return sorted(scored | set(MODEL_TARGETS), key=lambda target: Target.parse(target).place)
 
 
 def _points(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, with_values: bool) -> None:
@@ -72,12 +78,14 @@ def _points(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, with_v
             axes.annotate(text, place, xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8.5)
 
 
-def _dress(axes: Axes, measure: tuple[str, str]) -> None:
+def _dress(axes: Axes, measure: tuple[str, str], targets: Sequence[str]) -> None:
     task, metric = measure
     axes.set_title(task, pad=20)
     axes.text(0, 1.04, metric.replace("_", " "), transform=axes.transAxes, color=QUIET, fontsize=8.5)
-    axes.set_xticks(range(len(MODEL_TARGETS)), [TARGET_NAMES[target] for target in MODEL_TARGETS])
-    axes.set_xlim(-0.5, len(MODEL_TARGETS) - 0.4)
+    # On the way the share alone stands, between the names of its stages.
+    names = [TARGET_NAMES.get(target, target.partition("@")[2].replace("%", " %")) for target in targets]
+    axes.set_xticks(range(len(targets)), names)
+    axes.set_xlim(-0.5, len(targets) - 0.4)
     axes.tick_params(axis="x", length=0, labelsize=8)
     axes.margins(y=0.12)
     axes.yaxis.set_major_locator(MaxNLocator(5))

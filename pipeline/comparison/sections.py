@@ -13,7 +13,7 @@ from pipeline.comparison.findings import final_target, lead_findings
 from pipeline.comparison.markdown import Table, bold, bullets, code, escape, figure, table
 from pipeline.comparison.measures import TARGET_NAMES, duration, number
 from pipeline.comparison.rows import Scores
-from pipeline.comparison.run_artifacts import METHOD_NAMES, ROLES, RunArtifacts, labels, layouts
+from pipeline.comparison.run_artifacts import METHOD_NAMES, RunArtifacts, labels, layouts, roles
 
 Blocks = list[str]
 LEGEND = (
@@ -152,7 +152,7 @@ def reproduction(runs: Sequence[RunArtifacts]) -> Blocks:
     names = labels(runs)
     users: dict[tuple[str, str], list[str]] = {}
     environments: dict[str, None] = {}
-    for role in ROLES:
+    for role in roles(runs):
         for run in runs:
             manifest = run.manifest(role)
             if manifest is not None:

@@ -12,7 +12,6 @@ from pipeline.comparison.curves import Curve, common_budget, loss_at, perplexity
 from pipeline.comparison.differences import Difference, Verdict, best, leader, mark
 from pipeline.comparison.markdown import Table, bold, escape, quiet
 from pipeline.comparison.measures import (
-    TARGET_NAMES,
     count,
     duration,
     memory,
@@ -20,10 +19,12 @@ from pipeline.comparison.measures import (
     scientific,
     signed,
     significant,
+    target_name,
     with_error,
 )
 from pipeline.comparison.rows import Row, Scores
-from pipeline.comparison.run_artifacts import ROLES, TRAINING_STAGES, RunArtifacts, labels
+from pipeline.comparison.run_artifacts import RunArtifacts, labels, roles
+from pipeline.config import TRAINING_STAGES
 
 STEPS = {
     ("load", "expand"): "surgery",
@@ -39,15 +40,15 @@ NOTHING = "–"
 
 
 def score_table(scores: Scores, run: str) -> Table:
-    """Task × target for one run."""
-    targets = scores.targets(run)
+    """Task × target for one run, the models on its way too."""
+    targets = scores.targets_on_the_way(run)
     rows = []
     for measure in scores.measures():
         line = [scores.get(run, target, measure) for target in targets]
         rows.append(
             [*_measure_cells(measure, line), *_score_cells(line, [scores.get(run, "load", measure)] * len(line))]
         )
-    return Table(["task", "metric", "n", *(TARGET_NAMES[target] for target in targets)], rows, text_columns=2)
+    return Table(["task", "metric", "n", *(target_name(target) for target in targets)], rows, text_columns=2)
 
 
 def method_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
@@ -208,7 +209,7 @@ def artifact_table(runs: Sequence[RunArtifacts]) -> Table:
     names = labels(runs)
     users: dict[tuple[str, str], list[str]] = {}
     manifests = {}
-    for role in ROLES:
+    for role in roles(runs):
         for run in runs:
             manifest = run.manifest(role)
             if manifest is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from pipeline.config.data import Data, Source, Tokenize
-from pipeline.config.evaluation import Evaluate, Report
+from pipeline.config.evaluation import Evaluate, EvaluateOnTheWay, Report
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import (
     METHODS,
@@ -28,17 +28,17 @@ from pipeline.config.expand import (
 )
 from pipeline.config.model import Model
 from pipeline.config.section import NonNegative, NotInKey, Section
+from pipeline.config.targets import MODEL_TARGETS, TRAINING_STAGES, Target
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
-    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "AnyExpand", "AverageExpand", "CopyExpand", "Data",
-    "DeepSpeed", "Evaluate", "Expand", "Launch", "LesaExpand", "LlamaProExpand", "Model", "NoExpand", "NotInKey",
-    "OptDeusExpand", "Report", "Resources", "Section", "Settings", "Slurm", "SolarExpand", "Source", "Tokenize",
-    "Tracking", "Train",
+    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand", "AverageExpand",
+    "CopyExpand", "Data", "DeepSpeed", "Evaluate", "EvaluateOnTheWay", "Expand", "Launch", "LesaExpand",
+    "LlamaProExpand", "Model", "NoExpand", "NotInKey", "OptDeusExpand", "Report", "Resources", "Section", "Settings",
+    "Slurm", "SolarExpand", "Source", "Target", "Tokenize", "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
-MODEL_TARGETS = ("load", "expand", "pretrain", "sft")
 StageName = Literal["load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report"]
 
 
@@ -74,6 +74,6 @@ STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {
     "tokenize": TypeAdapter(Tokenize),
     "pretrain": TypeAdapter(Train),
     "sft": TypeAdapter(Train),
-    "evaluate": TypeAdapter(Evaluate),
+    "evaluate": TypeAdapter(EvaluateOnTheWay | Evaluate),
     "report": TypeAdapter(Report),
 }

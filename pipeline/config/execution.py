@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import NonNegative, Positive, Section
+from pipeline.config.devices import DEVICES
+from pipeline.config.section import Fraction, NonNegative, Positive, Section
 
 
 class Tracking(Section):
@@ -20,9 +21,23 @@ class Tracking(Section):
 class Launch(Section):
     """Where workers run. Never changes numbers."""
 
-    device: Literal["auto", "cpu", "cuda"]
+    device: str  # auto | cpu | cuda, or a GPU of DEVICES, which means cuda and lets action=plan say what fits
     processes: Positive | Literal["auto"]  # worker processes on this node; auto: one a GPU, else one
+    nodes: Positive  # machines, for action=plan; a run takes those that it stands on
     threads: Positive | Literal["auto"]  # CPU threads a process; auto: cores / processes
+    utilization: Fraction  # of the device's peak that training reaches (MFU); action=plan's hours follow from it
+
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str) -> str:
+        if device not in ("auto", "cpu", "cuda", *DEVICES):
+            raise ValueError(f"devices are auto, cpu, cuda, {', '.join(DEVICES)}")
+        return device
+
+    @property
+    def kind(self) -> Literal["auto", "cpu", "cuda"]:
+        """The device without its name."""
+        return "cuda" if self.device in DEVICES else self.device  # type: ignore[return-value]  # validated above
 
 
 SlurmTime = Annotated[

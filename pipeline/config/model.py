@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.config.section import Dtype, Section
+from typing import Annotated
+
+from pipeline.config.section import Dtype, NotInKey, Section
 
 
 class Model(Section):
@@ -14,3 +16,6 @@ class Model(Section):
     package: str | None  # what pip must have installed where path is package:NAME
     dtype: Dtype  # of the artifact's weights
     trust_remote_code: bool
+    # Entries of its config.json from which sizes follow: action=plan counts by them where that file cannot be read, and
+    # loading refuses a model that has others.
+    shape: Annotated[dict[str, str | int | bool] | None, NotInKey]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
@@ -28,6 +29,7 @@ class Train(Section):
     steps: Positive | None  # exactly one of steps and epochs
     epochs: PositiveFloat | None
     learning_rate: PositiveFloat
+    role_learning_rates: dict[str, PositiveFloat]  # multiples of it by role of the architecture table: {o: 2.0}
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"]
     warmup_fraction: Fraction  # of the steps
     decay_fraction: Fraction  # of the steps; warmup_stable_decay only
@@ -42,10 +44,13 @@ class Train(Section):
     evaluate_at: list[Fraction]  # fractions of the steps at which the held-out loss is taken
     held_out_blocks: Positive  # blocks of sequence_length that the held-out loss is taken on
     micro_batch: Annotated[Positive, NotInKey]  # sequences a rank and forward pass
+    keep_at: Annotated[list[Fraction], NotInKey]  # fractions of the steps at which the model is kept for scoring
     checkpoint_every_steps: Annotated[Positive, NotInKey]
+    keep_checkpoints: Annotated[Positive, NotInKey]  # the newest so many
     activation_checkpointing: Annotated[bool, NotInKey]
     compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
-    attention: Annotated[Literal["auto", "documents", "sdpa"], NotInKey]
+    float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
+    attention: Annotated[Literal["auto", "documents", "sdpa", "eager"], NotInKey]
     deepspeed: Annotated[DeepSpeed, NotInKey]
 
     @model_validator(mode="after")
@@ -53,3 +58,7 @@ class Train(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs; the other is null")
         return self
+
+    def keeping(self, fractions: Iterable[float]) -> Train:
+        """The same training, which keeps its model at these fractions too."""
+        return self.model_copy(update={"keep_at": sorted({*self.keep_at, *fractions})})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 from pipeline.artifact import write_json
-from pipeline.config import Evaluate
+from pipeline.config import Evaluate, EvaluateOnTheWay
 from pipeline.evaluation.harness import Target, score
 from pipeline.machine import detect_machine, place
 from pipeline.stage import Metrics, StageTask
+from pipeline.training.on_the_way import rebuild
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -19,9 +22,15 @@ def run(task: StageTask) -> Metrics:
     """
     settings = task.settings
     assert isinstance(settings, Evaluate)
+    model = task.parents["model"]
+    if isinstance(settings, EvaluateOnTheWay):
+        model = task.out / "model"  # whole only while it is scored
+        rebuild(task.parents["model"], settings.fraction, model)
     placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
-    target = Target(task.name, task.parents["model"], task.parents["corpus"], task.out, placement)
+    target = Target(task.name, model, task.parents["corpus"], task.out, placement)
     evaluation = score(target, settings)
+    if model != task.parents["model"]:
+        shutil.rmtree(model)
     write_json(task.out / EVALUATION_FILE, evaluation)
     columns = ["task", "metric", "value", "stderr", "n"]
     return {

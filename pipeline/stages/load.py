@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model_dir import ModelDirectory, copy_side_files
 from pipeline.progress import progress
 from pipeline.shard_writer import ShardWriter, remove_weights
-from pipeline.source import ModelSource, resolve, wanted_files
+from pipeline.source import ModelSource, check_shape, config_of, resolve, wanted_files
 from pipeline.stage import Metrics, StageTask
 from pipeline.tensor_spec import TensorSpec, is_finite
 from pipeline.weight_files import refuse_quantised
@@ -40,6 +40,7 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(model, Model)
     source = resolve(model)
     directory = _fetch(source, model)
+    check_shape(model, config_of(source))
     if source.gguf_file is None:
         copy_safetensors(directory, task.out, model)
     else:

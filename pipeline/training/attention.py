@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.library import custom_op
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 from pipeline.config import Train
 from pipeline.errors import UserError
 from pipeline.training.precision import Precision
 
-DOCUMENTS = "documents"  # the name under which transformers finds the function below
-KEYWORD = "document_bounds"  # how the bounds travel from the model's forward to its attention
-Attention = Literal["documents", "sdpa"]
+DOCUMENTS: Literal["documents"] = "documents"  # the name under which transformers finds the function below
+# How these travel from the model's forward to its attention.
+KEYWORD, FLOAT32_KEYWORD = "document_bounds", "float32_products"
+Attention = Literal["documents", "sdpa", "eager"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -33,14 +34,15 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def resolve_attention(
     section: str, train: Train, config: PretrainedConfig, precision: Precision, device: torch.device
 ) -> Attention:
-    """``auto`` attends by document wherever the model and the device can; anything else is obeyed.
+    """``auto`` attends by document wherever the model and the device can, else as fast as they can with a mask.
 
     Raises:
         UserError: attention by document is asked for and cannot be had.
     """
-    obstacle = _obstacle(train, config.get_text_config(), precision, device)
+    unknown_terms = _unknown_terms(config)
+    obstacle = unknown_terms or _obstacle(train, config.get_text_config(), precision, device)
     if train.attention == "auto":
-        return "sdpa" if obstacle else DOCUMENTS
+        return DOCUMENTS if obstacle is None else "sdpa" if unknown_terms is None else "eager"
     if train.attention == DOCUMENTS and obstacle:
         raise UserError(
             setting=f"{section}.attention", value=DOCUMENTS, rule=obstacle, remedy=f"Say {section}.attention=sdpa."
@@ -48,13 +50,20 @@ def resolve_attention(
     return train.attention
 
 
+def _unknown_terms(config: PretrainedConfig) -> str | None:
+    """What the model's scores have that no kernel knows (gemma 2 caps them, gpt-oss adds sinks)."""
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "the model caps its attention scores, which the kernels cannot"
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        return "the model's attention is not the plain one that the kernels compute"
+    return None
+
+
 def _obstacle(train: Train, config: Any, precision: Precision, device: torch.device) -> str | None:
-    """Why attention by document cannot be had."""
+    """Why attention by document cannot be had where the scores are plain."""
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < train.sequence_length:
         return f"the model's layers see {window} tokens back, and blocks have {train.sequence_length}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "the model caps its attention scores, which the kernels cannot"
     if device.type == "cuda" and precision != "bfloat16":
         return f"on GPUs it computes in bfloat16, and precision is {precision}"
     return None
@@ -78,13 +87,20 @@ def attend_by_document(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D], result [B, S, H, D]."""
     assert attention_mask is None and dropout == 0.0
-    bounds: torch.Tensor = others[KEYWORD]
+    assert others.get("softcap") is None and others.get("s_aux") is None
+    assert (window := others.get("sliding_window")) is None or window >= query.shape[2]
+    bounds = others.get(KEYWORD)
+    if bounds is None:  # stablelm's layers hand on nothing that they do not know
+        bounds = document_bounds(others["position_ids"])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what was rotated in float32
     if query.device.type == "cuda":
         return _on_gpu(query, key, value, bounds, scale), None
+    dtype = value.dtype
+    if others.get(FLOAT32_KEYWORD, False):
+        query, key, value = query.float(), key.float(), value.float()
     out, _ = _attend(query, key, value, bounds, scale)
-    return out, None
+    return out.to(dtype), None
 
 
 AttentionInterface.register(DOCUMENTS, attend_by_document)
@@ -95,9 +111,9 @@ def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Ten
 
     batch, heads, length, size = q.shape
     groups = heads // k.shape[1]
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    flat[1:] = [x.repeat_interleave(groups, dim=1) for x in flat[1:]]
-    out = varlen_attn(*flat, bounds, bounds, length, length, scale=scale, window_size=(-1, 0))
+    flat_q = q.transpose(1, 2).flatten(0, 1)
+    flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1).repeat_interleave(groups, dim=1) for x in (k, v))
+    out = varlen_attn(flat_q, flat_k, flat_v, bounds, bounds, length, length, scale=scale, window_size=(-1, 0))
     assert isinstance(out, torch.Tensor)
     return out.view(batch, length, heads, size)
 

@@ -3,7 +3,7 @@
 A checkpoint is a directory ``step-00000100`` of safetensors shards and ``state.json``, which names every shard with
 its hash and says what the state belongs to (the base model and the data by hash, the settings). Frozen weights are
 never written again. The directory gets its name by one rename after everything in it has reached the disk, so a
-checkpoint is whole or absent; the newest and the one before it are kept. Tensors are whole and named as in the
+checkpoint is whole or absent; the newest few are kept. Tensors are whole and named as in the
 model, so other numbers of ranks and other ZeRO stages can read them.
 
 The order of data and the random numbers need no state: both are functions of (seed, step).
@@ -11,23 +11,30 @@ The order of data and the random numbers need no state: both are functions of (s
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.artifact import read_json, sha256_file, sync, write_json
+from pipeline.errors import NamedFailure
 from pipeline.training.masters import PARTS, Masters
 
-KEPT = 2
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(NamedFailure):
+    """A disk, quota or file size limit took no more; what had been saved before is intact."""
 
 
 @dataclass(frozen=True)
@@ -99,29 +106,77 @@ def newest(directory: Path, report: Callable[[str], None]) -> Checkpoint | None:
 # ------------------------------------------------------------------------------------------- saving
 
 
+def directory_name(step: int) -> str:
+    """A checkpoint's name in its directory."""
+    return f"step-{step:08d}"
+
+
 def save(
-    directory: Path, step: int, masters: Masters, state: Mapping[str, Any], writes: bool, shard_bytes: int = SHARD_BYTES
-) -> None:
+    directory: Path,
+    step: int,
+    masters: Masters,
+    state: Mapping[str, Any],
+    writes: bool,
+    kept: int,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
     """Saves everything that training changed. Collective: all ranks read, the one with ``writes`` writes.
 
     Args:
         state: JSON values that ``Checkpoint.content`` gives back, beside "shards" and "tensors".
+        kept: older checkpoints than the newest so many are removed.
         shard_bytes: a shard is written when it holds so much, so that memory stays bounded.
+
+    Returns:
+        Its size in bytes; 0 where nothing was written.
+
+    Raises:
+        DiskFullError: it does not fit; older checkpoints are as they were.
     """
-    final = directory / f"step-{step:08d}"
+    final = directory / directory_name(step)
     partial = final.with_name(f"{final.name}.partial")
-    if writes:
+    if not writes:
+        _write_shards(partial, masters, writes, shard_bytes)
+        return 0
+    with named_when_disk_is_full(partial, f"the checkpoint of step {step}"):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
         partial.mkdir(parents=True)
-    shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)
-    if writes:
+        shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)
         write_json(partial / STATE_FILE, {**state, "shards": shards, "tensors": shard_of})
         for path in (*partial.iterdir(), partial):
             sync(path)
-        os.replace(partial, final)
-        sync(directory)
-        _remove_old(directory)
+    os.replace(partial, final)
+    sync(directory)
+    _remove_old(directory, kept)
+    return sum(path.stat().st_size for path in final.iterdir())
+
+
+@contextmanager
+def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
+    """Turns the faults of a disk that takes no more into one message, and clears what was half written.
+
+    Raises:
+        DiskFullError: instead of the system's error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise DiskFullError(
+            f"{what} could not be saved in {partial.parent}: {error}. What was saved before is intact; "
+            f"{shutil.disk_usage(partial.parent).free / 2**20:,.0f} MiB are free there now. Free some space and give "
+            "the same command again; it goes on from the last checkpoint."
+        ) from error
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    """safetensors tells the system's error number in its text only."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"os error {number})" in str(error) for number in DISK_FULL)
 
 
 def _write_shards(
@@ -152,9 +207,8 @@ def _write_shards(
     return shard_of, shards
 
 
-def _remove_old(directory: Path) -> None:
-    complete = sorted(directory.glob("step-????????"))
-    for path in complete[:-KEPT]:
+def _remove_old(directory: Path, kept: int) -> None:
+    for path in sorted(directory.glob("step-????????"))[:-kept]:
         shutil.rmtree(path)
 
 

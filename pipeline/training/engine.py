@@ -16,8 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.config import Train
 from pipeline.training.attention import resolve_attention
 from pipeline.training.deepspeed import uses_bfloat16_parameters
-from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
+from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
+from pipeline.training.linear import use_float32_products
 from pipeline.training.loss import SummedLoss, compiled_chunk_loss, loss_and_gradient
+from pipeline.training.optimizer import make_adamw, parameter_groups
 from pipeline.training.precision import DTYPES, Precision
 
 
@@ -56,34 +58,22 @@ def load_model(
 
 
 def start_engine(
-    model: PreTrainedModel, train: Train, precision: Precision, config: Mapping[str, Any]
+    section: str, model: PreTrainedModel, train: Train, precision: Precision, config: Mapping[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps the model, frozen as it is to stay, into the engine that computes ``SummedLoss``."""
     if train.activation_checkpointing:
         _checkpoint_activations(model)
+    if train.float32_products:
+        use_float32_products(decoder_layers(model))
     if train.compile:
         _compile_layers(model)
     autocast = None if uses_bfloat16_parameters(train, precision) else DTYPES[precision]
     chunk_loss = compiled_chunk_loss() if train.compile else loss_and_gradient
-    module = SummedLoss(model, None if autocast == torch.float32 else autocast, chunk_loss)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay),
-        lr=train.learning_rate,
-        betas=(train.beta1, train.beta2),
-        eps=train.epsilon,
-        fused=True,
-    )
+    autocast = None if autocast == torch.float32 else autocast
+    module = SummedLoss(model, autocast, chunk_loss, train.float32_products)
+    optimizer = make_adamw(parameter_groups(section, model, train), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
     return engine
-
-
-def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters for the optimizer; norms and biases do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if len(full_shape(p)) >= 2]
-    vectors = [p for p in trained if len(full_shape(p)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _compile_layers(model: PreTrainedModel) -> None:
@@ -97,6 +87,7 @@ def _compile_layers(model: PreTrainedModel) -> None:
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     """Recomputes layers in the backward pass, but only those that it reaches; below, nothing is stored anyway."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # transformers lets embeddings ask for gradients, which only reentrant needs
     for layer in decoder_layers(model)[: lowest_trainable_layer(model)]:
         assert isinstance(layer, GradientCheckpointingLayer)
         layer.gradient_checkpointing = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,9 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.architecture import Role, architecture_of
 from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.model_dir import EXPANSION_FILE
+from pipeline.training.selection import BY_EXPANSION, select
 
 
 @dataclass(frozen=True)
@@ -42,45 +43,27 @@ def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
     return {name: owner.get(id(p)) for name, p in model.named_parameters()}
 
 
-def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
-    """The names of the parameters that train.
+def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
+    """The role of every parameter that has one alone, by name; those outside the layers are left out."""
+    architecture = architecture_of(model.config.model_type)
+    found = {name: architecture.role_of(name) for name, _ in model.named_parameters()}
+    return {name: role for name, role in found.items() if role is not None}
 
-    ``auto`` means the new layers where the method inserts some, and everything where nothing is new or where base
-    layers are repeated (solar); ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
-    searched in parameter names.
+
+def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
+    """The names of the parameters that train; see ``pipeline.training.selection``.
 
     Raises:
         UserError: nothing would train, or the model directory does not say which layers are new.
     """
     layers = layer_of_parameter(model)
-    if trainable == "all":
-        return set(layers)
-    if trainable in ("auto", "new_layers"):
-        return _by_expansion(section, trainable, layers, model_dir)
-    chosen = {name for name in layers if re.search(trainable, name)}
-    if not chosen:
-        raise UserError(
-            setting=f"{section}.trainable",
-            value=trainable,
-            rule="it is searched in parameter names and matches none, so nothing would train",
-            remedy="Names look like " + next(name for name, layer in layers.items() if layer is not None) + ".",
-        )
-    return chosen
+    expansion = _read_expansion(section, trainable, model_dir) if trainable in BY_EXPANSION else {}
+    return select(section, trainable, layers, expansion)
 
 
-def _by_expansion(section: str, trainable: str, layers: Mapping[str, int | None], model_dir: Path) -> set[str]:
-    expansion = _read_expansion(section, trainable, model_dir)
-    new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
-    if trainable == "auto" and (not new or expansion["method"] == "solar"):
-        return set(layers)
-    if not new:
-        raise UserError(
-            setting=f"{section}.trainable",
-            value=trainable,
-            rule=f"method {expansion['method']} added no layer, so nothing would train",
-            remedy=f"Say {section}.trainable=all.",
-        )
-    return {name for name, layer in layers.items() if layer in new}
+def new_layers(expansion: Mapping[str, Any]) -> set[int]:
+    """The layers that ``expansion.json`` calls new."""
+    return {entry["layer"] for entry in expansion["layers"] if entry["new"]}
 
 
 def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:
@@ -141,25 +124,38 @@ def format_rows(rows: list[Row]) -> str:
     lines = [f"{'layer':>5}  {'role':<40} {'parameters':>14}  {'':<7}  dtype"]
     for row in rows:
         layer = "-" if row.layer is None else str(row.layer)
-        state = "trained" if row.trained else "frozen"
-        lines.append(f"{layer:>5}  {row.role:<40} {row.parameters:>14,}  {state:<7}  {_dtypes(row)}")
+        lines.append(f"{layer:>5}  {row.role:<40} {row.parameters:>14,}  {_state(row):<7}  {_dtypes(row)}")
     return "\n".join(lines)
 
 
 def format_summary(rows: list[Row]) -> str:
-    """The table for the terminal: neighbouring layers that fare alike share a line."""
-    lines = [f"{'layers':>9}  {'parameters':>14}  {'trained':>14}  dtype"]
+    """The table for the terminal: neighbouring layers that fare alike share lines, and so do a layer's roles."""
+    lines = [f"{'layers':>9}  {'role':<34} {'parameters':>16}  {'':<7}  dtype"]
     layers = [(layer, list(group)) for layer, group in groupby(rows, key=lambda row: row.layer)]
     for _, run in groupby(layers, key=lambda item: (item[0] is None, *_fate(item[1]))):
         members = list(run)
         first, last = members[0][0], members[-1][0]
         label = "others" if first is None else str(first) if first == last else f"{first}-{last}"
-        inside = [row for _, group in members for row in group]
-        trained = [row for row in inside if row.trained]
-        dtypes = _dtypes((trained or inside)[0])
-        lines.append(f"{label:>9}  {_count(inside):>14,}  {_count(trained):>14,}  {dtypes}")
-    lines.append(f"{'all':>9}  {_count(rows):>14,}  {_count([row for row in rows if row.trained]):>14,}")
+        lines += [f"{label:>9}  {line}" for line in _role_lines([row for _, group in members for row in group])]
+    trained = _count([row for row in rows if row.trained])
+    lines.append(f"{trained:,} of {_count(rows):,} parameters train")
     return "\n".join(lines)
+
+
+def _role_lines(rows: list[Row]) -> list[str]:
+    """One line for all roles where they fare alike, else one a role."""
+    alike = len({(row.trained, row.dtype) for row in rows}) == 1
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault("all" if alike else row.role, []).append(row)
+    return [
+        f"{role:<34} {_count(members):>16,}  {_state(members[0]):<7}  {_dtypes(members[0])}"
+        for role, members in groups.items()
+    ]
+
+
+def _state(row: Row) -> str:
+    return "trained" if row.trained else "frozen"
 
 
 def _fate(rows: list[Row]) -> tuple[tuple[str, int, bool], ...]:

@@ -13,15 +13,20 @@ from typing import Any
 
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Train
+from pipeline.config.targets import percent
+from pipeline.errors import WorkersFailed
+from pipeline.failure import MEMORY_HINT
 from pipeline.launch import run_workers
+from pipeline.machine import detect_machine, place
 from pipeline.progress import Bar, progress
 from pipeline.stage import Metrics, StageTask, task_to_json
 from pipeline.tracking import METRICS_FILE
 from pipeline.training.schedule import total_steps
-from pipeline.training.validate import validate_data
+from pipeline.training.validate import less_memory, validate_data
 
 WORKER = "pipeline.training.worker"
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # the second is removed when training is done
+ON_THE_WAY = "on_the_way"  # models kept at fractions of the steps
 START_FILE = "start.json"  # in the logs: what the workers are about to train
 TRAINING_FILE = "training.json"  # written last: where it stands, training is done
 TAIL_BYTES = 16384
@@ -54,7 +59,18 @@ def _run(task: StageTask) -> None:
     write_json(job_file, task_to_json(task))
     blocks = read_json(task.parents["data"] / "dataset.json")["blocks"]["train"]
     with progress(task.name, total=total_steps(settings, blocks)) as bar:
-        run_workers(WORKER, job_file, task.launch, logs, on_poll=Watch(task.out, bar))
+        try:
+            run_workers(WORKER, job_file, task.launch, logs, on_poll=Watch(task.out, bar))
+        except WorkersFailed as error:
+            if MEMORY_HINT not in str(error):
+                raise
+            processes = place(task.launch, detect_machine()).ranks
+            raise WorkersFailed(f"{error}\n{less_memory(task.name, settings, processes)}") from error
+
+
+def kept_model(artifact: Path, fraction: float) -> Path:
+    """Where a training artifact keeps what it had trained after ``fraction`` of its steps."""
+    return artifact / ON_THE_WAY / percent(fraction)
 
 
 class Watch:

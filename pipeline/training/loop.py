@@ -19,15 +19,20 @@ import torch
 from torch import distributed
 
 from pipeline.config import Train
+from pipeline.errors import NamedFailure
+from pipeline.flops import TrainingFlops
 from pipeline.tracking import Tracker
 from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
-from pipeline.training.flops import TrainingFlops
-from pipeline.training.schedule import evaluation_steps, learning_rate
+from pipeline.training.gradients import WHOLE, GradientNorms
+from pipeline.training.optimizer import MULTIPLE
+from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
+from pipeline.training.spikes import WINDOW, is_spike
+from pipeline.training.utilisation import Peak, memory_in_use
 
 Status = Literal["done", "stopped"]
 
 
-class TrainingDiverged(ArithmeticError):
+class TrainingDiverged(NamedFailure):
     """A loss or gradient norm is not finite; nothing was saved over the last good state."""
 
 
@@ -40,6 +45,10 @@ class Progress:
     flops: int = 0
     seconds: float = 0.0  # of training steps alone
     loss: float | None = None  # of the last step
+    recent_losses: list[float] = field(default_factory=list)  # what a spike is measured against
+    spikes: list[dict[str, float]] = field(default_factory=list)
+    saves: int = 0  # checkpoints written, this one too
+    save_seconds: float = 0.0  # of those before this one
     held_out: list[dict[str, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +64,7 @@ class Loop:
         section: "pretrain" or "sft", for messages.
         wants_stop: asked once a step; any rank may say yes, and then all stop after the same step.
         save: writes a checkpoint of the current progress; called by all ranks together.
+        keep: keeps the model as it is for a fraction of the steps; called by all ranks together.
         tracker: where numbers go; None on all ranks but the first.
     """
 
@@ -65,11 +75,14 @@ class Loop:
     blocks: Blocks
     held_out: Blocks
     engine: deepspeed.DeepSpeedEngine
+    gradients: GradientNorms
     flops: TrainingFlops
+    peak: Peak
     device: torch.device
     progress: Progress
     wants_stop: Callable[[], bool]
     save: Callable[[Progress], None]
+    keep: Callable[[float], None]
     tracker: Tracker | None
 
     def run(self) -> Status:
@@ -78,10 +91,10 @@ class Loop:
         Raises:
             TrainingDiverged: a loss or gradient norm is not finite.
         """
-        self._evaluate_if_due()
+        self._look_if_due()
         while self.progress.step < self.steps:
             stop = self._step()
-            self._evaluate_if_due()
+            self._look_if_due()
             last = self.progress.step == self.steps
             if stop or last or self.progress.step % self.train.checkpoint_every_steps == 0:
                 self.save(self.progress)
@@ -98,15 +111,17 @@ class Loop:
         self._seed(step)
         rate = learning_rate(self.train, step, self.steps)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[MULTIPLE]
         indices = global_batch(self.seed, step, len(self.blocks), self.train.global_batch)
         supervised = self.blocks.supervised_tokens(indices)
         loss, stop = self._accumulate(indices, supervised)
         self._check(loss, "loss", step)
-        norm = self._update()
-        self._check(norm, "gradient norm", step)
-        self._count(step, loss, supervised, time.perf_counter() - started)
-        self._log_step(loss, rate, norm, time.perf_counter() - started)
+        norms = self.gradients.read()
+        self._check(norms[WHOLE], "gradient norm", step)
+        self.engine.step()
+        seconds = time.perf_counter() - started
+        flops = self._count(step, loss, supervised, seconds)
+        self._log_step(loss, rate, norms, flops, seconds)
         return stop
 
     def _seed(self, step: int) -> None:
@@ -134,18 +149,6 @@ class Loop:
         summed, stops = self._all_reduce(total.item(), float(self.wants_stop()))
         return summed / count, stops > 0
 
-    def _update(self) -> float:
-        """Applies the accumulated gradients; returns their norm before clipping."""
-        norm = self._plain_gradient_norm()
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
-
-    def _plain_gradient_norm(self) -> torch.Tensor | None:
-        """ZeRO 0 in DeepSpeed clips without telling the norm, so it is taken here; None at other stages."""
-        if not isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            return None
-        return torch.nn.utils.get_total_norm(p.grad for p in self.engine.module.parameters() if p.grad is not None)
-
     def _check(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             rate = learning_rate(self.train, step, self.steps)
@@ -155,26 +158,46 @@ class Loop:
                 f"or raise {self.section}.warmup_fraction."
             )
 
-    def _count(self, step: int, loss: float, supervised: int, seconds: float) -> None:
+    def _count(self, step: int, loss: float, supervised: int, seconds: float) -> int:
+        """Adds a step to the progress; returns its operations."""
+        progress = self.progress
         tokens = self.train.global_batch * self.blocks.sequence_length
-        self.progress.step = step
-        self.progress.loss = loss
-        self.progress.tokens += tokens
-        self.progress.flops += self.flops.of_tokens(tokens, supervised)
-        self.progress.seconds += seconds
+        flops = self.flops.of_tokens(tokens, supervised)
+        if is_spike(loss, progress.recent_losses):
+            progress.spikes.append({"step": step, "loss": loss})
+        progress.recent_losses = [*progress.recent_losses, loss][-WINDOW:]
+        progress.step, progress.loss = step, loss
+        progress.tokens += tokens
+        progress.flops += flops
+        progress.seconds += seconds
+        return flops
 
-    def _log_step(self, loss: float, rate: float, norm: float, seconds: float) -> None:
+    def _log_step(self, loss: float, rate: float, norms: dict[str, float], flops: int, seconds: float) -> None:
         if self.tracker is None:
             return
-        tokens = self.train.global_batch * self.blocks.sequence_length
-        numbers = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": tokens / seconds}
+        spiked = any(spike["step"] == self.progress.step for spike in self.progress.spikes)
+        numbers = {
+            "loss": loss,
+            "learning_rate": rate,
+            **{f"grad_norm/{part}" if part else "grad_norm": norm for part, norm in norms.items()},
+            "tokens_per_second": self.train.global_batch * self.blocks.sequence_length / seconds,
+            "mfu": flops / seconds / self.peak.rate,
+            "memory_bytes": memory_in_use(self.device),
+            **({"loss_spike": 1} if spiked else {}),
+        }
         self.tracker.log({**numbers, **self._spent()}, step=self.progress.step)
 
     def _spent(self) -> dict[str, float]:
         progress = self.progress
         return {"tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds}
 
-    # ------------------------------------------------------------------------------------- held out
+    # ---------------------------------------------------------------------------------- on the way
+
+    def _look_if_due(self) -> None:
+        """What is to be known or kept of the model as it is now."""
+        self._evaluate_if_due()
+        for fraction in fractions_at(self.train.keep_at, self.progress.step, self.steps):
+            self.keep(fraction)
 
     def _evaluate_if_due(self) -> None:
         step = self.progress.step

@@ -19,9 +19,8 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from pipeline.training.attention import DOCUMENTS, KEYWORD, document_bounds
-
-CHUNK_LOGITS = 2**24  # elements of logits alive at once: 64 MiB in float32
+from pipeline.training.attention import DOCUMENTS, FLOAT32_KEYWORD, KEYWORD, document_bounds
+from pipeline.training.sizes import CHUNK_LOGITS
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,7 @@ class SummedLoss(nn.Module):
         model: a transformers causal language model.
         autocast: compute in this dtype over parameters of another one; None computes in the parameters' own.
         chunk_loss: how a chunk's loss and gradient are computed.
+        float32_products: the head's and attention's products are taken by the float32 units (see ``linear``).
     """
 
     def __init__(
@@ -153,10 +153,12 @@ class SummedLoss(nn.Module):
         model: PreTrainedModel,
         autocast: torch.dtype | None = None,
         chunk_loss: ChunkLoss = loss_and_gradient,
+        float32_products: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self._chunk_loss = chunk_loss
+        self._float32_products = float32_products
         config = model.config.get_text_config()
         self._rule = LogitRule.of_config(config)
         self._by_document = config._attn_implementation == DOCUMENTS
@@ -169,13 +171,17 @@ class SummedLoss(nn.Module):
         Positions restart at every document. Attention by document is told where; for any other, transformers sees
         it in the positions, with no mask given and no cache, and builds the mask that keeps documents apart.
         """
-        bounds = {KEYWORD: document_bounds(position_ids)} if self._by_document else {}
+        told: dict[str, Any] = {}
+        if self._by_document:
+            told = {KEYWORD: document_bounds(position_ids), FLOAT32_KEYWORD: self._float32_products}
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=self._autocast, enabled=self._autocast is not None):
             output = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **bounds
+                input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **told
             )
             supervised = loss_mask[:, 1:]
             x_NH = output.last_hidden_state[:, :-1][supervised]
             weight = self.model.get_output_embeddings().weight
+            if self._float32_products:
+                x_NH, weight = x_NH.float(), weight.float()
             return chunked_cross_entropy(x_NH, weight, input_ids[:, 1:][supervised], self._rule, self._chunk_loss)

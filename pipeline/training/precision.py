@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-Precision = Literal["bfloat16", "float32"]
+from pipeline.training.processor import BFLOAT16_FLAGS, cpu_flags
+from pipeline.training.sizes import Precision
+
 DTYPES: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 def resolve_precision(setting: Literal["auto", "bfloat16", "float32"], device: torch.device) -> Precision:
@@ -19,14 +19,6 @@ def resolve_precision(setting: Literal["auto", "bfloat16", "float32"], device: t
         return setting
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(BFLOAT16_FLAGS & cpu_flags())
     return "bfloat16" if native else "float32"
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What Linux says the processor can do; empty on other systems."""
-    if not cpuinfo.is_file():
-        return set()
-    flags = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
-    return set(next(flags, "").partition(":")[2].split())
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
@@ -61,5 +53,5 @@ def slow_bfloat16_note(section: str) -> str | None:
         return None
     return (
         f"bfloat16 matrix products run at {bfloat16:.0f} GFLOP/s on this processor and float32 at {float32:.0f}; "
-        f"{section}.precision=float32 would be faster"
+        f"{section}.precision=float32 would be faster, or {section}.float32_products=true in bfloat16"
     )

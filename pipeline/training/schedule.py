@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from pipeline.config import Train
 
@@ -45,3 +46,8 @@ def _decay(train: Train, step: int, steps: int, warmup: int) -> float:
     progress = max(0.0, (step - start) / max(1, steps - start))
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1.0 - progress
     return final + (1.0 - final) * remaining
+
+
+def fractions_at(fractions: Iterable[float], step: int, steps: int) -> list[float]:
+    """Those of ``fractions`` that stand for this step; several do where steps are few."""
+    return [fraction for fraction in fractions if round(fraction * steps) == step]

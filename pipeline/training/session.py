@@ -1,10 +1,9 @@
-"""One training stage on one rank, from its task to its artifact: read, freeze, start or resume, train, export."""
+"""One training stage on one rank, from its task to its artifact: read, freeze, start or resume, train, finish."""
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
-import resource
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,51 +14,28 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import distributed
 
-from pipeline.artifact import read_json, sha256_file, write_json
+from pipeline.artifact import write_json
 from pipeline.config import Train
 from pipeline.errors import UserError
-from pipeline.model_dir import ModelDirectory, export_with_replaced
+from pipeline.flops import TrainingFlops
+from pipeline.model_dir import ModelDirectory
 from pipeline.stage import StageTask
 from pipeline.tracking import Tracker
-from pipeline.training import checkpoint, freeze
+from pipeline.training import checkpoint, freeze, on_the_way, resume
 from pipeline.training.batches import Blocks
-from pipeline.training.chat_files import carry_chat_files
+from pipeline.training.context import Session
 from pipeline.training.deepspeed import deepspeed_config
 from pipeline.training.engine import load_model, start_distributed, start_engine
-from pipeline.training.flops import TrainingFlops
-from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE
+from pipeline.training.finish import finish
+from pipeline.training.flops import training_flops
+from pipeline.training.gradients import GradientNorms, parts_of_parameters
+from pipeline.training.job import START_FILE, kept_model
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.masters import Masters
-from pipeline.training.precision import Precision, resolve_precision, slow_bfloat16_note
+from pipeline.training.memory import named_when_out_of_memory
+from pipeline.training.precision import resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a stage's functions share on one rank."""
-
-    task: StageTask
-    settings: Train
-    log_dir: Path
-    device: torch.device
-    precision: Precision
-    rank: int
-    ranks: int
-
-    @property
-    def model_dir(self) -> Path:
-        """The model to train."""
-        return self.task.parents["model"]
-
-    @property
-    def data_dir(self) -> Path:
-        """The token blocks to train on."""
-        return self.task.parents["data"]
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the state goes while training lasts."""
-        return self.task.out / CHECKPOINTS
+from pipeline.training.utilisation import peak_of
 
 
 def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -70,7 +46,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
 
     Raises:
         UserError: nothing would train, or a checkpoint belongs to another run.
-        TrainingDiverged: a number is not finite.
+        NamedFailure: a number is not finite, a disk is full, or memory ran out.
     """
     settings = task.settings
     assert isinstance(settings, Train)
@@ -78,7 +54,8 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     precision = resolve_precision(settings.precision, device)
     session = Session(task, settings, log_dir, device, precision, rank, ranks)
-    status = _train(session, wants_stop)
+    with named_when_out_of_memory(task.name, settings, ranks):
+        status = _train(session, wants_stop)
     distributed.barrier()
     return {"status": status}
 
@@ -91,6 +68,8 @@ class Prepared:
     flops: TrainingFlops
     engine: DeepSpeedEngine
     masters: Masters
+    gradients: GradientNorms
+    steps: int
 
 
 def _prepare(session: Session) -> Prepared:
@@ -99,107 +78,139 @@ def _prepare(session: Session) -> Prepared:
     config = deepspeed_config(settings, session.precision, session.ranks)
     model = load_model(section, session.model_dir, settings, session.precision, session.device, config)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, session.model_dir))
-    rows, flops = freeze.describe(model), TrainingFlops.of_model(model, settings.sequence_length)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    engine = start_engine(model, settings, session.precision, config)
-    return Prepared(rows, flops, engine, Masters(engine, trained))
+    parts = parts_of_parameters(model, session.model_dir)
+    rows, flops = freeze.describe(model), training_flops(model, settings.sequence_length)
+    engine = start_engine(section, model, settings, session.precision, config)
+    return Prepared(
+        rows=rows,
+        flops=flops,
+        engine=engine,
+        masters=Masters(engine, trained),
+        gradients=GradientNorms(engine, parts),
+        steps=total_steps(settings, len(Blocks(session.data_dir, "train"))),
+    )
 
 
 def _train(session: Session, wants_stop: Callable[[], bool]) -> Status:
-    prepared, identity = _prepare(session), _identity(session)
-    progress = _resume(session, prepared.masters, identity) or _start(session, prepared.masters)
+    prepared = _prepare(session)
+    progress, belongs_to, notes = _begin(session, prepared)
+    peak = peak_of(session.device, session.precision)
     if session.rank == 0:
-        _announce(session, prepared.rows, progress.step)
-    blocks = Blocks(session.data_dir, "train")
+        _announce(session, prepared.rows, progress.step, notes)
     with _tracker(session, progress) as tracker:
         status = Loop(
             section=session.task.name,
             train=session.settings,
             seed=session.task.seed,
-            steps=total_steps(session.settings, len(blocks)),
-            blocks=blocks,
+            steps=prepared.steps,
+            blocks=Blocks(session.data_dir, "train"),
             held_out=Blocks(session.data_dir, "held_out"),
             engine=prepared.engine,
+            gradients=prepared.gradients,
             flops=prepared.flops,
+            peak=peak,
             device=session.device,
             progress=progress,
             wants_stop=wants_stop,
-            save=lambda state: _save(session, prepared.masters, identity, state),
+            save=lambda state: _save(session, prepared.masters, belongs_to, state),
+            keep=lambda fraction: _keep(session, prepared.masters, fraction),
             tracker=tracker,
         ).run()
     if status == "done":
-        _finish(session, prepared.rows, progress)
+        finish(session, prepared.rows, progress, peak)
     return status
 
 
 # ------------------------------------------------------------------------------- starting and resuming
 
 
-def _start(session: Session, masters: Masters) -> Progress:
+def _begin(session: Session, prepared: Prepared) -> tuple[Progress, dict[str, Any], list[str]]:
+    """Puts the start or the newest good checkpoint into the engine.
+
+    Returns:
+        Where training stands, what its checkpoints belong to, and what to tell about it.
+    """
+    found = resume.newest_checkpoint(session.checkpoints, session.device)
+    task = session.task
+    belongs_to = resume.identity(
+        session.model_dir, session.data_dir, session.settings, task.seed, session.device, read_weights=found is not None
+    )
+    if found is None:
+        _write_base_weights(session, prepared.masters)
+        return Progress(), belongs_to, []
+    resume.check_belongs(found, belongs_to, task.name)
+    content = found.content()
+    progress = Progress(**content["progress"])
+    _check_kept(session, progress, prepared.steps)
+    checkpoint.restore(found, prepared.masters)
+    note = resume.rounding_note(content["spread"], _spread(session))
+    return progress, belongs_to, [] if note is None else [note]
+
+
+def _write_base_weights(session: Session, masters: Masters) -> None:
     """Master weights come from the model's own files: the compute weights may have been rounded to bfloat16."""
     base = ModelDirectory(session.model_dir)
     for name in masters.names():
         masters.write(name, "weight", base.read(name))
-    return Progress()
 
 
-def _resume(session: Session, masters: Masters, identity: dict[str, Any]) -> Progress | None:
-    """Restores the newest good checkpoint; None where there is none."""
-    step = torch.full((), -1, dtype=torch.int64, device=session.device)
-    if session.rank == 0 and (found := checkpoint.newest(session.checkpoints, print)) is not None:
-        step.fill_(found.step)
-    distributed.broadcast(step, src=0)  # one rank decides, or a damaged file could part them
-    if step < 0:
-        return None
-    chosen = checkpoint.Checkpoint(session.checkpoints / f"step-{int(step):08d}")
-    content = chosen.content()
-    differing = [name for name, value in identity.items() if content["identity"].get(name) != value]
-    if differing:
-        raise UserError(
-            setting="output_dir",
-            value=chosen.path,
-            rule=f"this checkpoint belongs to another run: {', '.join(differing)} differ",
-            remedy=f"Delete {session.checkpoints}, or say force=[{session.task.name}].",
-        )
-    checkpoint.restore(chosen, masters)
-    return Progress(**content["progress"])
+def _check_kept(session: Session, progress: Progress, steps: int) -> None:
+    """A model that was to be kept before now cannot be kept any more."""
+    for fraction in session.settings.keep_at:
+        if round(fraction * steps) <= progress.step and not kept_model(session.task.out, fraction).is_dir():
+            raise UserError(
+                setting=f"{session.task.name}.keep_at",
+                value=fraction,
+                rule=f"training stands after step {progress.step} of {steps} and did not keep its model there",
+                remedy=f"Leave that fraction out, or start the stage anew with force=[{session.task.name}].",
+            )
 
 
-def _identity(session: Session) -> dict[str, Any]:
-    """What a checkpoint belongs to."""
+def _spread(session: Session) -> dict[str, Any]:
+    """What orders the sums: with the same, a resumed run is the same to the bit."""
+    settings = session.settings
     return {
-        "model": content_hash(session.model_dir, "*.safetensors"),
-        "data": content_hash(session.data_dir, "*.npy"),
-        "settings": session.settings.key_settings(),
-        "seed": session.task.seed,
+        "device": session.device.type,
+        "precision": session.precision,
+        "ranks": session.ranks,
+        "threads": torch.get_num_threads(),
+        "zero_stage": settings.deepspeed.zero_stage,
+        "micro_batch": settings.micro_batch,
     }
 
 
-def content_hash(directory: Path, pattern: str) -> str:
-    """One hash over a directory's files of that name; an artifact's manifest knows theirs already."""
-    manifest = directory / "manifest.json"
-    if manifest.is_file():
-        files = {name: entry["sha256"] for name, entry in read_json(manifest)["files"].items()}
+def _save(session: Session, masters: Masters, belongs_to: dict[str, Any], progress: Progress) -> None:
+    progress.saves += 1
+    state = {"identity": belongs_to, "progress": progress.to_json(), "spread": _spread(session)}
+    kept, writes = session.settings.keep_checkpoints, session.rank == 0
+    started = time.perf_counter()
+    checkpoint.save(session.checkpoints, progress.step, masters, state, writes, kept)
+    distributed.barrier()
+    progress.save_seconds += time.perf_counter() - started
+
+
+def _keep(session: Session, masters: Masters, fraction: float) -> None:
+    """Keeps the trained weights as they are now for the evaluation of a model on the way."""
+    names = list(masters.names())
+    weights = ((name, masters.read(name, "weight")) for name in names)
+    if session.rank == 0:
+        place = kept_model(session.task.out, fraction)
+        with checkpoint.named_when_disk_is_full(place, f"the model at {fraction:g} of the steps"):
+            on_the_way.keep(place, ModelDirectory(session.model_dir), names, weights)
     else:
-        files = {path.name: sha256_file(path) for path in directory.glob(pattern)}
-    lines = [f"{name} {files[name]}" for name in sorted(files) if fnmatch.fnmatch(name, pattern)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _save(session: Session, masters: Masters, identity: dict[str, Any], progress: Progress) -> None:
-    state = {"identity": identity, "progress": progress.to_json(), "ranks": session.ranks}
-    checkpoint.save(session.checkpoints, progress.step, masters, state, writes=session.rank == 0)
+        deque(weights, maxlen=0)  # reading is collective
     distributed.barrier()
 
 
 # ------------------------------------------------------------------------------------------- telling
 
 
-def _announce(session: Session, rows: list[freeze.Row], resumed_after: int) -> None:
+def _announce(session: Session, rows: list[freeze.Row], resumed_after: int, notes: list[str]) -> None:
     """Writes what is about to be trained, for the log and for the driver's terminal."""
-    bfloat16_on_cpu = session.device.type == "cpu" and session.precision == "bfloat16"
-    note = slow_bfloat16_note(session.task.name) if bfloat16_on_cpu else None
-    notes = [] if note is None else [note]
+    native_on_cpu = session.device.type == "cpu" and not session.settings.float32_products
+    slow = slow_bfloat16_note(session.task.name) if native_on_cpu and session.precision == "bfloat16" else None
+    notes = [*notes, *([] if slow is None else [slow])]
     print(freeze.format_rows(rows), *notes, sep="\n", flush=True)
     start = {"summary": freeze.format_summary(rows), "notes": notes, "resumed_after": resumed_after}
     write_json(session.log_dir / START_FILE, start)
@@ -211,42 +222,3 @@ def _tracker(session: Session, progress: Progress) -> AbstractContextManager[Tra
         return nullcontext()
     resume_after = progress.step if progress.step else None
     return Tracker(session.task.tracking, session.task.out, session.settings.model_dump(mode="json"), resume_after)
-
-
-# ----------------------------------------------------------------------------------------- finishing
-
-
-def _finish(session: Session, rows: list[freeze.Row], progress: Progress) -> None:
-    """Writes the trained model and, last, the numbers that say that all is there. Collective."""
-    memory = _peak_memory(session)
-    if session.rank != 0:
-        return
-    last = checkpoint.Checkpoint(session.checkpoints / f"step-{progress.step:08d}")
-    export_with_replaced(session.model_dir, session.task.out, last.tensors())
-    carry_chat_files(session.data_dir, session.task.out)
-    summary = {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "flops": progress.flops,
-        "seconds": progress.seconds,
-        "world_size": session.ranks,
-        "precision": session.precision,
-        "zero_stage": session.settings.deepspeed.zero_stage,
-        "trainable_parameters": sum(row.parameters for row in rows if row.trained),
-        "total_parameters": sum(row.parameters for row in rows),
-        "final_loss": progress.loss,
-        "held_out": progress.held_out,
-        **memory,
-    }
-    write_json(session.task.out / TRAINING_FILE, summary)
-
-
-def _peak_memory(session: Session) -> dict[str, int]:
-    """Host memory of all ranks together, and the fullest GPU's."""
-    host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=session.device)
-    distributed.all_reduce(host)
-    if session.device.type != "cuda":
-        return {"peak_memory_bytes": int(host)}
-    gpu = torch.tensor(torch.cuda.max_memory_allocated(session.device), device=session.device)
-    distributed.all_reduce(gpu, op=distributed.ReduceOp.MAX)
-    return {"peak_memory_bytes": int(host), "peak_gpu_memory_bytes": int(gpu)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.architecture import ARCHITECTURES, Role
 from pipeline.artifact import read_json
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
@@ -25,11 +28,15 @@ def validate(section: str, train: Train, launch: Launch, context_length: int | N
     Raises:
         UserError: the first fault found.
     """
-    for fault in _faults(section, train, place(launch, machine).ranks, context_length):
+    placement = place(launch, machine)
+    for fault in faults(section, train, placement.ranks, context_length):
+        raise fault
+    for fault in (*_compilation(section, train, placement.device), *_products(section, train, placement.device)):
         raise fault
 
 
-def _faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
+def faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
+    """Everything that is wrong with one training section, for so many processes; see ``validate``."""
     if context_length is not None and train.sequence_length > context_length:
         yield UserError(
             setting=f"{section}.sequence_length",
@@ -54,6 +61,67 @@ def _faults(section: str, train: Train, processes: int, context_length: int | No
             remedy=f"Say {section}.deepspeed.zero_stage=2, or offload_optimizer=false.",
         )
     yield from _bad_pattern(section, train.trainable)
+    yield from _unknown_roles(section, train)
+
+
+def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
+    entries = [entry for family in ARCHITECTURES.values() for entry in family.layer.values()]
+    known = {entry.name for entry in entries if isinstance(entry, Role)}
+    unknown = sorted(set(train.role_learning_rates) - known)
+    if unknown:
+        yield UserError(
+            setting=f"{section}.role_learning_rates",
+            value=", ".join(unknown),
+            rule=f"roles are {', '.join(sorted(known))}",
+            remedy=f"For example {section}.role_learning_rates={{o: 2.0, down: 2.0}}.",
+        )
+
+
+def less_memory(section: str, train: Train, processes: int) -> str:
+    """What to type when memory ran out. None of it changes the numbers, so that a run goes on from its checkpoint."""
+    smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
+    deepspeed = train.deepspeed
+    wanted = {
+        f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
+        "activation_checkpointing=true": not train.activation_checkpointing,
+        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3,
+        "deepspeed.offload_optimizer=true": deepspeed.zero_stage > 0 and not deepspeed.offload_optimizer,
+        "deepspeed.offload_parameters=true": deepspeed.zero_stage == 3 and not deepspeed.offload_parameters,
+    }
+    settings = [f"{section}.{setting}" for setting, helps in wanted.items() if helps]
+    if not settings:
+        return f"All that spares memory is set; use more processes or a shorter {section}.sequence_length."
+    return f"Less is needed with {', '.join(settings)}; the same command with one of these goes on where it stood."
+
+
+def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:
+    if not train.compile:
+        return
+    if train.deepspeed.zero_stage == 3:
+        yield UserError(
+            setting=f"{section}.compile",
+            value="true",
+            rule="ZeRO 3 gathers parameters in hooks that compiled layers do not have, and zero_stage is 3",
+            remedy=f"Say {section}.compile=false, or {section}.deepspeed.zero_stage=2.",
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(compiler) is None:
+        yield UserError(
+            setting=f"{section}.compile",
+            value="true",
+            rule=f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not there",
+            remedy=f"Install g++, set CXX to a compiler, or say {section}.compile=false.",
+        )
+
+
+def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
+    if train.float32_products and (device != "cpu" or train.deepspeed.zero_stage not in (1, 2)):
+        yield UserError(
+            setting=f"{section}.float32_products",
+            value="true",
+            rule=f"it is for CPUs at ZeRO 1 and 2; this is {device} at ZeRO {train.deepspeed.zero_stage}",
+            remedy=f"Say {section}.float32_products=false.",
+        )
 
 
 def _indivisible(section: str, train: Train, processes: int) -> UserError:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline.artifact import read_json, write_json
-from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
 from pipeline.failure import rank_log
 from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 from pipeline.watchdog import end_with_parent
@@ -56,6 +56,9 @@ def main(task_file: Path, log_dir: Path) -> int:
     except UserError as error:
         write_outcome(log_dir, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
+    except NamedFailure as error:
+        write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": str(error), "named": True})
+        return EXIT_FAILED
     except Exception as error:
         write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": f"{type(error).__name__}: {error}"})
         raise

@@ -5,7 +5,7 @@
 LESA beside a full SVD and the authors' loop over batches of 64 (``published_lesa.py``), with what both are worth: the
 perplexity of held-out text right after surgery, the loss on singular directions that were held out of the predictor's
 training, and the size of what is predicted against what is known (a predictor of zeros would keep the perplexity).
-OpT-DeUS beside the same flow with POT's log-domain Sinkhorn (float32, torch backend), for the authors' plain one returns
+OpT-DeUS beside the same flow with POT's log-domain Sinkhorn (float32, torch), for the authors' plain one returns
 zeros on this model; both to an L1 marginal error of 1e-3. Methods that copy beside ``cp -r`` on what they wrote.
 Times are of writing the new model's weights, reading the base included; self-check and hashing come on top for ours.
 

@@ -2,7 +2,8 @@
 
 ``python -m scripts.benchmarks.hf_trainer JOB.json`` starts torchrun; under torchrun it is the worker. The ZeRO 2
 section is the one of huggingface.co/docs/transformers/deepspeed, with "auto" wherever that page writes it; the
-optimizer is Trainer's default, torch's fused AdamW. Nothing is saved, evaluated or reported while it trains.
+optimizer is Trainer's default, torch's fused AdamW. Nothing is evaluated or reported while it trains, and nothing
+saved unless ``save`` is in the job.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 from pipeline.watchdog import end_with_parent
 
 SECONDS_FILE = "seconds.json"
+SAVES_FILE = "saves.json"
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def train(job: dict[str, Any], out: Path) -> None:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.saves: list[float] = []  # seconds
 
         def on_train_begin(self, *arguments: Any, **names: Any) -> None:
             self.times.append(time.perf_counter())
@@ -76,6 +79,9 @@ def train(job: dict[str, Any], out: Path) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter())
+
+        def on_save(self, *arguments: Any, **names: Any) -> None:
+            self.saves.append(time.perf_counter() - self.times[-1])
 
     # Before the model, as the documentation asks: ZeRO 3 takes its slices while the weights are loaded.
     arguments = TrainingArguments(
@@ -89,7 +95,8 @@ def train(job: dict[str, Any], out: Path) -> None:
         ddp_backend="gloo" if job["device"] == "cpu" else None,
         learning_rate=1e-3, lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
         gradient_checkpointing=job["activation_checkpointing"],
-        save_strategy="no", logging_steps=1, report_to="none", disable_tqdm=True,
+        save_strategy="steps" if job.get("save") else "no", save_steps=1, save_total_limit=2,
+        logging_steps=1, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     model_dir = Path(job["model"])
     dtype = getattr(torch, job["precision"])
@@ -98,6 +105,10 @@ def train(job: dict[str, Any], out: Path) -> None:
     clock = Clock()
     Trainer(model=model, args=arguments, train_dataset=Blocks(), callbacks=[clock]).train()
     write_json(out / SECONDS_FILE, [later - before for before, later in pairwise(clock.times)])
+    if clock.saves:
+        last = out / "trainer" / f"checkpoint-{job['steps']}"
+        size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+        write_json(out / SAVES_FILE, {"saved": len(clock.saves), "seconds": sum(clock.saves), "bytes": size})
 
 
 def main() -> None:
@@ -105,7 +116,7 @@ def main() -> None:
     job = read_json(Path(sys.argv[1]))
     out = Path(job["out"])
     if LOG_DIR_VARIABLE not in os.environ:
-        launch = Launch(device=job["device"], processes=1, threads="auto")
+        launch = Launch(device=job["device"], processes=1, threads="auto", nodes=1, utilization=0.4)
         run_workers("scripts.benchmarks.hf_trainer", Path(sys.argv[1]), launch, out / "logs")
         return
     end_with_parent()

@@ -1,7 +1,7 @@
-"""The expanded models that are trained: ``python -m scripts.benchmarks.models SHAPE NEW_LAYERS POSITION DTYPE OUT``.
+"""The expanded models that are trained: ``python -m scripts.benchmarks.models SHAPE NEW_LAYERS POSITION OUT``.
 
-SmolLM2 is the real model from its package, read by the load stage. The Llama shapes have random weights: speed does
-not depend on them, and nothing has to be downloaded. All are expanded by the expand stage with LLaMA Pro's method.
+SmolLM2 is the real model from its package, read and expanded by the stages themselves with LLaMA Pro's method. The
+Llama shapes have random weights and that method's plan: speed does not depend on weights, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
+from pipeline.artifact import write_json
 from pipeline.config import AnyExpand, Launch, Model, Tracking
 from pipeline.stage import StageTask, TrackingTarget
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # hidden size, intermediate size, layers, heads, key and value heads, head size, vocabulary, tied head
 LLAMA = {
+    "tiny": (64, 128, 4, 4, 2, 16, 49152, True),  # to see that the program runs
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
 }
@@ -35,54 +37,58 @@ def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path) ->
         parents=parents,
         out=out,
         seed=0,
-        launch=Launch(device="auto", processes=1, threads="auto"),
+        launch=Launch(device="auto", processes=1, threads="auto", nodes=1, utilization=0.4),
         tracking=TrackingTarget(tracking, "benchmark", name, "benchmark", out / "wandb"),
     )
 
 
-def make(shape: str, new_layers: int, position: str, dtype: str, out: Path) -> None:
-    """Writes the base beside ``out`` unless it is there, and the expanded model into ``out``."""
-    from pipeline.stages import expand
-
-    base = out.parent / f"base-{shape}-{dtype}"
-    if not (base / "config.json").exists():
-        base.mkdir(parents=True, exist_ok=True)
-        _write_base(shape, dtype, base)
+def make(shape: str, new_layers: int, position: str, out: Path) -> None:
+    """Writes the expanded model into ``out``; SmolLM2's base goes beside it unless it is there."""
     values = yaml.safe_load((CONF / "expand" / "llama_pro.yaml").read_text())
-    settings: Any = TypeAdapter(AnyExpand).validate_json(
-        json.dumps({**values, "new_layers": new_layers, "position": position})
-    )
+    changed = json.dumps({**values, "new_layers": new_layers, "position": position})
+    settings: Any = TypeAdapter(AnyExpand).validate_json(changed)
     out.mkdir(parents=True, exist_ok=True)
+    if shape == "smollm2":
+        _expand_smollm2(settings, out)
+    else:
+        _write_random(shape, settings, out)
+
+
+def _expand_smollm2(settings: Any, out: Path) -> None:
+    from pipeline.stages import expand, load
+
+    base = out.parent / "base"
+    if not (base / "config.json").exists():
+        base.mkdir()
+        model = yaml.safe_load((CONF / "model" / "smollm2.yaml").read_text())
+        load.run(stage_task("load", Model.model_validate_json(json.dumps(model)), {}, base))
     expand.run(stage_task("expand", settings, {"load": base}, out))
 
 
-def _write_base(shape: str, dtype: str, out: Path) -> None:
-    if shape == "smollm2":
-        from pipeline.stages import load
-
-        values = yaml.safe_load((CONF / "model" / "smollm2.yaml").read_text())
-        settings = Model.model_validate_json(json.dumps({**values, "dtype": dtype}))
-        load.run(stage_task("load", settings, {}, out))
-        return
-    _write_random(shape, dtype, out)
-
-
-def _write_random(shape: str, dtype: str, out: Path) -> None:
+def _write_random(shape: str, settings: Any, out: Path) -> None:
+    """A model of the deeper shape at once, in bfloat16, and the plan that says which of its layers are new."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from pipeline.expansion.layer_plan import make_plan
+    from pipeline.model_dir import EXPANSION_FILE
+    from pipeline.stages.expand import describe
+
     hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary, tied = LLAMA[shape]
+    plan = make_plan(settings, layers)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=key_value_heads, head_dim=head_dim, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=len(plan.layers),
+        num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=head_dim, vocab_size=vocabulary,
+        tie_word_embeddings=tied, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(out)
+    write_json(out / EXPANSION_FILE, describe(settings, plan))
 
 
 if __name__ == "__main__":
-    shape, new_layers, position, dtype, out = sys.argv[1:]
-    make(shape, int(new_layers), position, dtype, Path(out))
+    shape, new_layers, position, out = sys.argv[1:]
+    make(shape, int(new_layers), position, Path(out))

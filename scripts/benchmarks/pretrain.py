@@ -1,6 +1,7 @@
 """Continual pre-training: tokens a second, memory and FLOPs utilisation beside transformers' Trainer under DeepSpeed.
 
-    python -m scripts.benchmarks.pretrain                                          # SmolLM2 30 -> 45, this machine
+    python -m scripts.benchmarks.pretrain                          # SmolLM2 30 -> 45 on this machine, in bfloat16
+    python -m scripts.benchmarks.pretrain --precision float32
     python -m scripts.benchmarks.pretrain --tables position profile
     python -m scripts.benchmarks.pretrain --shape llama-3.2-1b --new-layers 8 --sequence-length 2048 \\
         --global-batch 32 --micro-batches 2 4 8 16 --our-micro-batch 16 --steps 5  # one GPU
@@ -11,168 +12,37 @@ run is a process of its own; a search finds the Trainer's fastest micro-batch fi
 step's seconds are the median over all but the first step of all turns; what our first step takes beyond that is
 compilation, stated apart. Memory is read from outside: RssAnon + RssShmem of the processes, and what the GPU's driver
 reports. FLOPs are those that this training needs (``pipeline/training/flops.py``), and utilisation is their rate over
-the best of several square matrix products, measured here in bfloat16 and in the precision used.
+the best of several square matrix products, measured here in bfloat16 and, on a CPU, in float32 too. Where that says
+that bfloat16 is the slower one, our worker multiplies bfloat16 operands by the float32 units (``float32_products``).
 
-Expected on two quiet CPU cores in float32, before it was run there: matrix products take 70 % of our step and
-attention 17 %; the Trainer spends 10 to 15 % more on unfused small operations and on the logits of the whole batch. So
-1.15 to 1.3 times its tokens a second, in half its memory or less, at 60 to 75 % of the float32 matrix rate; top
-placement takes about 0.6 of the seconds that bottom placement takes. The whole of it fits in eight minutes.
+Expected on two quiet CPU cores whose float32 products are 1.8 times as fast as their bfloat16 ones, before it was run
+there. Float32: matrix products take 70 to 75 % of our step and attention 17 %, so 60 to 75 % of the matrix rate; the
+Trainer spends 10 to 15 % more on small operations and on the logits of a whole micro-batch, so 1.1 to 1.25 times its
+tokens a second in less memory. Bfloat16: its products run at half the speed of ours, so 1.3 to 1.6 times its tokens a
+second. Top placement needs 0.87 of the FLOPs that bottom placement needs (15 of its 45 layers are only run forwards),
+and about that share of its seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import numpy as np
-import yaml
-
-from pipeline.artifact import read_json, write_json
-from pipeline.config import Train
+from pipeline.artifact import read_json
 from pipeline.launch import detect_machine
-from pipeline.stage import task_to_json
-from scripts.benchmarks.hf_trainer import SECONDS_FILE
-from scripts.benchmarks.models import CONF, SHAPES, stage_task
-from scripts.benchmarks.our_worker import PROFILE_FILE
-from scripts.benchmarks.processes import Peak, run_module
+from scripts.benchmarks.models import SHAPES
+from scripts.benchmarks.processes import run_module
+from scripts.benchmarks.runs import Bench, Run
 
 TABLES = ("trainer", "position", "profile")
 POSITIONS = ("top", "middle", "interleaved", "bottom")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One process's steps."""
-
-    seconds: list[float]  # of every step, the first included
-    flops_a_step: int  # 0 where the contender does not count
-    peak: Peak
-
-    @property
-    def settled(self) -> list[float]:
-        """Without the first step, which compiles and fills caches."""
-        return self.seconds[1:]
-
-
-class Bench:
-    """The runs on one model in one working directory."""
-
-    def __init__(self, options: argparse.Namespace, work: Path, device: str, precision: str) -> None:
-        self.options, self.work, self.device, self.precision = options, work, device, precision
-        self._number = 0
-        self.data = write_blocks(work / "data", options)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an optimizer step."""
-        return int(self.options.global_batch * self.options.sequence_length)
-
-    def model(self, position: str) -> Path:
-        """The expanded model with new layers there, made when it is first asked for."""
-        options = self.options
-        out = self.work / f"model-{position}"
-        if not (out / "expansion.json").exists():
-            dtype = "float32" if options.shape == "smollm2" else "bfloat16"
-            arguments = (options.shape, str(options.new_layers), position, dtype, str(out))
-            run_module("scripts.benchmarks.models", *arguments, log=self.work / "models.log")
-        return out
-
-    def ours(self, position: str, profile: bool = False) -> Run:
-        """Our worker until it logged enough steps; or to the end of a profile."""
-        out = self._new_directory("ours")
-        task = stage_task("pretrain", self._settings(), {"model": self.model(position), "data": self.data}, out)
-        write_json(out / "task.json", task_to_json(task))
-        wanted = self.options.steps + 1
-        peak = run_module(
-            "scripts.benchmarks.our_worker", str(out / "task.json"), *(["profile"] if profile else []),
-            log=out / "log", until=None if profile else lambda: len(logged(out)) >= wanted,
-        )  # fmt: skip
-        lines = logged(out)[:wanted]
-        totals = [0.0, *(line["seconds"] for line in lines)]
-        seconds = [later - before for before, later in pairwise(totals)]
-        return Run(seconds, lines[0]["flops"], peak)
-
-    def profile(self) -> dict[str, float]:
-        """Seconds of one of our steps by part."""
-        self.ours(self.options.position, profile=True)
-        seconds: dict[str, float] = read_json(self._directory("ours") / PROFILE_FILE)
-        return seconds
-
-    def trainer(self, micro_batch: int, steps: int) -> Run:
-        """The Trainer for so many settled steps."""
-        options, out = self.options, self._new_directory("trainer")
-        job = {
-            "model": str(self.model(options.position)), "data": str(self.data), "out": str(out),
-            "device": self.device, "precision": self.precision, "zero_stage": options.zero_stage,
-            "global_batch": options.global_batch, "micro_batch": micro_batch, "steps": steps + 1,
-            "activation_checkpointing": options.activation_checkpointing,
-        }  # fmt: skip
-        write_json(out / "job.json", job)
-        peak = run_module("scripts.benchmarks.hf_trainer", str(out / "job.json"), log=out / "log")
-        return Run(read_json(out / SECONDS_FILE), 0, peak)
-
-    def _settings(self) -> Train:
-        options = self.options
-        values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
-        values |= {
-            "sequence_length": options.sequence_length, "global_batch": options.global_batch, "steps": 1000,
-            "micro_batch": options.our_micro_batch, "precision": self.precision, "evaluate_at": [],
-            "checkpoint_every_steps": 1000, "activation_checkpointing": options.activation_checkpointing,
-            "compile": options.compile, "attention": options.attention,
-        }  # fmt: skip
-        values["deepspeed"] |= {"zero_stage": options.zero_stage}
-        return Train.model_validate_json(json.dumps(values))
-
-    def _directory(self, contender: str) -> Path:
-        return self.work / f"{self._number:02d}-{contender}"
-
-    def _new_directory(self, contender: str) -> Path:
-        self._number += 1
-        self._directory(contender).mkdir()
-        return self._directory(contender)
-
-
-def logged(out: Path) -> list[dict[str, Any]]:
-    """The steps in a running task's metrics."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines if '"loss"' in line]
-
-
-def write_blocks(directory: Path, options: argparse.Namespace) -> Path:
-    """Random tokens as a tokenize artifact, enough for every step of one run."""
-    directory.mkdir()
-    blocks, length = options.global_batch * (options.steps + 1), options.sequence_length
-    positions = np.tile(np.arange(length) % (options.document_tokens or length), (blocks, 1))
-    tokens = np.random.default_rng(0).integers(0, 49152, (blocks, length))
-    for split, count in (("train", blocks), ("held_out", 0)):
-        for name, values, dtype in (
-            ("input_ids", tokens, np.uint32), ("position_ids", positions, np.uint32),
-            ("loss_mask", positions > 0, np.uint8),
-        ):  # fmt: skip
-            np.save(directory / f"{split}.{name}.npy", values[:count].astype(dtype), allow_pickle=False)
-    sizes = {"train": blocks, "held_out": 0}
-    dataset = {
-        "purpose": "corpus", "sequence_length": length, "vocab_size": 49152, "blocks": sizes, "documents": sizes,
-        "tokens": sizes, "supervised_tokens": {"train": int((positions > 0).sum()), "held_out": 0}, "dropped": {},
-    }  # fmt: skip
-    write_json(directory / "dataset.json", dataset)
-    return directory
-
-
-# ------------------------------------------------------------------------------------------- tables
 
 
 def say(*lines: str) -> None:
@@ -260,7 +130,7 @@ def measure_rates(work: Path, device: str) -> dict[str, float]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Continual pre-training beside transformers' Trainer.")
-    add = partial(parser.add_argument)
+    add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=["trainer"])
     add("--shape", choices=SHAPES, default="smollm2")
     add("--new-layers", type=int, default=15)
@@ -272,9 +142,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--micro-batches", type=int, nargs="+", default=[2, 4, 8], help="what the Trainer's search tries")
     add("--steps", type=int, default=2, help="measured steps a run, after the first")
     add("--repeats", type=int, default=2)
-    add("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: the faster one here")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of both contenders")
     add("--zero-stage", type=int, choices=range(4), default=2)
     add("--attention", default="auto")
+    add("--float32-products", action=argparse.BooleanOptionalAction, help="default: where float32 is measured faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False)
     return parser.parse_args(arguments)
@@ -289,15 +160,16 @@ def machine(device: str) -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name},{gpu} Python {platform.python_version()}, {versions}"
 
 
-def introduce(options: argparse.Namespace, device: str, precision: str, rates: dict[str, float]) -> None:
+def introduce(options: argparse.Namespace, device: str, rates: dict[str, float]) -> None:
     """Says what is measured, and on what."""
     rates_named = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
     say(
         f"`{' '.join(['python -m scripts.benchmarks.pretrain', *sys.argv[1:]])}`",
         "",
         f"{machine(device)}. {options.shape} with {options.new_layers} new layers ({options.position}), "
-        f"{options.global_batch} x {options.sequence_length} tokens a step, {precision}, ZeRO {options.zero_stage}, "
-        f"compile={options.compile}. Measured matrix rates: {rates_named}.",
+        f"{options.global_batch} x {options.sequence_length} tokens a step, {options.precision}, "
+        f"ZeRO {options.zero_stage}; ours with compile={options.compile}, float32_products={options.float32_products}. "
+        f"Measured matrix rates: {rates_named}.",
     )
 
 
@@ -308,10 +180,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as folder:
         work = Path(folder)
         rates = measure_rates(work, device)
-        precision = max(rates, key=lambda name: rates[name]) if options.precision == "auto" else options.precision
-        rates = {name: rates[name] for name in dict.fromkeys(("bfloat16", precision))}
-        introduce(options, device, precision, rates)
-        bench = Bench(options, work, device, precision)
+        if options.float32_products is None:
+            slow_bfloat16 = device == "cpu" and rates["float32"] > rates["bfloat16"]
+            options.float32_products = options.precision == "bfloat16" and slow_bfloat16
+        if device == "cuda":
+            rates = {name: rates[name] for name in dict.fromkeys(("bfloat16", options.precision))}
+        introduce(options, device, rates)
+        bench = Bench(options, work, device)
         tables = {"trainer": compare, "position": by_position, "profile": by_part}
         for name in options.tables:
             tables[name](bench, rates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ class Peak:
 
 
 def run_module(
-    module: str, *arguments: str, log: Path, until: Callable[[], bool] | None = None, timeout: float = 1800.0
+    module: str, *arguments: str, log: Path, until: Callable[[], bool] = lambda: False, timeout: float = 1800.0
 ) -> Peak:
     """Runs ``python -m module arguments`` to its end, or ends it once ``until`` holds.
 
@@ -34,27 +35,32 @@ def run_module(
         RuntimeError: it failed or took longer than ``timeout`` seconds; the message holds its last lines.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), os.environ.get("PYTHONPATH", "")))}
-    idle = gpu_memory()
-    host = gpu = 0
+    command = [sys.executable, "-m", module, *arguments]
+    deadline = time.monotonic() + timeout
+    idle, gpu_watch = gpu_memory(), _GpuWatch()
     with open(log, "wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], stdout=stream, stderr=stream, stdin=subprocess.PIPE,
-            env=environment, cwd=REPOSITORY,
-        )  # fmt: skip
-        deadline = time.monotonic() + timeout
-        ended_by_us = False
-        gpu_peak = _GpuWatch()
-        while process.poll() is None:
-            host = max(host, sum(map(resident_bytes, descendants(process.pid))))
-            if (until is not None and until()) or time.monotonic() > deadline:
-                ended_by_us = True
-                process.kill()  # its workers end with it
-            time.sleep(SAMPLE_SECONDS)
-        gpu = gpu_peak.stop()
-    if (process.returncode != 0 and not ended_by_us) or time.monotonic() > deadline:
-        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n" + "\n".join(_last_lines(log)))
-    _wait_for_free_gpu(idle)
+            command, stdout=stream, stderr=stream, stdin=subprocess.PIPE, env=environment, cwd=REPOSITORY
+        )
+        host, family = _watch(process, lambda: until() or time.monotonic() > deadline)
+    gpu = gpu_watch.stop()
+    if time.monotonic() > deadline or process.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"{' '.join(command[2:])} failed:\n" + "\n".join(_last_lines(log)))
+    _wait_for_end(family, idle)
     return Peak(host, max(0, gpu - idle))
+
+
+def _watch(process: subprocess.Popen[bytes], enough: Callable[[], bool]) -> tuple[int, set[int]]:
+    """Waits for its end or ends it, and returns the peak of host memory and all processes that took part."""
+    peak, family = 0, set[int]()
+    while process.poll() is None:
+        living = list(descendants(process.pid))
+        family.update(living)
+        peak = max(peak, sum(map(resident_bytes, living)))
+        if enough():
+            process.kill()  # its workers end with it
+        time.sleep(SAMPLE_SECONDS)
+    return peak, family
 
 
 def _last_lines(log: Path) -> list[str]:
@@ -116,8 +122,10 @@ class _GpuWatch:
         return self._peak
 
 
-def _wait_for_free_gpu(idle: int) -> None:
-    """A killed process gives its memory back a moment later."""
+def _wait_for_end(family: set[int], idle: int) -> None:
+    """Workers end, and give their memory back, a moment after the process that started them."""
     deadline = time.monotonic() + 20.0
-    while gpu_memory() > idle + 2**28 and time.monotonic() < deadline:
-        time.sleep(0.5)
+    while any(map(resident_bytes, family)) or gpu_memory() > idle + 2**28:
+        if time.monotonic() > deadline:
+            raise RuntimeError("workers of the last run would disturb the next one: they have not ended")
+        time.sleep(0.2)

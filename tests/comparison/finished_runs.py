@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.comparison.run_artifacts import RunArtifacts
+from pipeline.config import Target
 
 NUM_BASE, NUM_NEW, STEPS, TOKENS = 6, 2, 10, 1000
 STAGES = (
@@ -75,7 +76,7 @@ def finished_run(
             trained = 400_000 if method != "none" else 1_500_000
             _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained)
         elif stage.startswith("evaluate/"):
-            _evaluation(directory, stage.partition("/")[2], measures)
+            _evaluation(directory, str(Target.of_role(stage)), measures)
     return RunArtifacts(name, method, directories)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.comparison import write_report
 from pipeline.comparison.rows import Scores, collect
+from pipeline.comparison.tables import artifact_table, score_table
 from tests.comparison.finished_runs import MEASURES, STAGES, finished_run
 
 COLUMNS = ["run", "method", "target", "task", "metric", "value", "stderr", "n"]
@@ -85,3 +87,23 @@ def test_runs_from_different_bases_share_none(tmp_path: Path) -> None:
     other = {key: (n, e, {**values, "load": 0.5}) for key, (n, e, values) in MEASURES.items()}
     runs = [finished_run(tmp_path / "1", name="a"), finished_run(tmp_path / "2", name="b", measures=other)]
     assert not Scores(collect(runs)).shared_base(["a", "b"])
+
+
+def test_models_on_the_way_stand_between_their_stages(tmp_path: Path) -> None:
+    way = {"load": 35.0, "expand": 50.0, "pretrain@20%": 40.0, "pretrain@80%": 30.0, "pretrain": 26.0, "sft": 27.0}
+    measures = {("held_out_text", "word_perplexity"): (40, 0.4, way)}
+    stages = [*STAGES, "evaluate/pretrain-at-80", "evaluate/pretrain-at-20"]
+    run = finished_run(tmp_path, stages=stages, measures=measures)
+    rows = collect([run])
+    scored = {row["target"]: row["value"] for row in rows if row["task"] == "held_out_text"}
+    assert list(scored.items()) == list(way.items())
+    scores = Scores(rows)
+    assert scores.targets(run.name) == ["load", "expand", "pretrain", "sft"]
+    assert score_table(scores, run.name).columns[3:] == [
+        "base", "expanded", "pre-trained, 20 %", "pre-trained, 80 %", "pre-trained", "tuned"
+    ]  # fmt: skip
+    assert [row[0] for row in artifact_table([run]).rows][-2:] == ["evaluate/pretrain-at-20", "evaluate/pretrain-at-80"]
+    out = tmp_path / "report"
+    out.mkdir()
+    assert write_report([run], out) == rows
+    assert (out / "scores.png").exists()

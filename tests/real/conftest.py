@@ -27,7 +27,7 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parents={},
             out=directory,
             seed=0,
-            launch=Launch(device="cpu", processes=1, threads="auto"),
+            launch=Launch(device="cpu", processes=1, threads="auto", nodes=1, utilization=0.4),
             tracking=TrackingTarget(
                 Tracking(wandb="disabled", project="test", entity=None), "test", "load", "test", directory / "wandb"
             ),

@@ -60,7 +60,7 @@ def data_set(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory
         chat_template=request.param,
     )  # fmt: skip
     tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "g", "tokenize", "i", out)
-    launch = Launch(device="cpu", processes=1, threads=1)
+    launch = Launch(device="cpu", processes=1, threads=1, nodes=1, utilization=0.4)
     tokenize.run(StageTask("tokenize/instructions", settings, {"load": smollm2_dir}, out, 0, launch, tracking))
     return out
 

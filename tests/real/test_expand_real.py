@@ -30,7 +30,7 @@ def _matrix(directory: Path, layer: int, module: str) -> Tensor:
 
 
 def _expand(base: Path, settings: AnyExpand, out: Path) -> Metrics:
-    launch = Launch(device="cpu", processes=1, threads="auto")
+    launch = Launch(device="cpu", processes=1, threads="auto", nodes=1, utilization=0.4)
     tracking = Tracking(wandb="disabled", project="test", entity=None)
     target = TrackingTarget(tracking, "test", "expand", "test", out / "wandb")
     return expand.run(StageTask("expand", settings, {"load": base}, out, 0, launch, target))

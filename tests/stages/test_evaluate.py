@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.artifact import read_json
-from pipeline.config import Evaluate, Launch, Tracking
+from pipeline.config import Evaluate, EvaluateOnTheWay, Launch, Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.stage import StageTask, TrackingTarget
+from pipeline.model_dir import ModelDirectory, export_with_replaced
+from pipeline.stage import StageTask, TrackingTarget, task_from_json, task_to_json
 from pipeline.stages import evaluate
+from pipeline.training.job import kept_model
+from pipeline.training.on_the_way import keep
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
         "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
     }  # fmt: skip
     out.mkdir(exist_ok=True)
-    launch = Launch(device="cpu", processes=2, threads=1)
+    launch = Launch(device="cpu", processes=2, threads=1, nodes=1, utilization=0.4)
     tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "group", "evaluate/load", "id", out)
     settings = Evaluate(**{**values, **changes})
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)
@@ -148,3 +152,24 @@ def test_long_documents_give_their_beginning(tmp_path: Path) -> None:
 def test_minimal_pairs_are_written_as_they_are(corpus: Path, tmp_path: Path) -> None:
     path = write_documents("minimal_pairs", corpus, tmp_path, 1)
     assert [json.loads(line)["choices"] for line in path.open()] == [pair.choices for pair in build_pairs()]
+
+
+def test_a_model_on_the_way_is_scored_as_it_was_and_leaves_no_copy(
+    tiny_llama_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The finished model's layer 1 is spoilt; the one kept at 20 % is the untouched model again."""
+    base, name = ModelDirectory(tiny_llama_dir), "model.layers.1.mlp.down_proj.weight"
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    keep(kept_model(artifact, 0.2), base, [name], iter([(name, base.read(name))]))
+    export_with_replaced(tiny_llama_dir, artifact, {name: base.read(name) * 50})
+    plain = _task(tiny_llama_dir, corpus, tmp_path / "plain", tasks=["held_out_text"])
+    task = _task(artifact, corpus, tmp_path / "way", tasks=["held_out_text"])
+    on_the_way = EvaluateOnTheWay(**task.settings.model_dump(), fraction=0.2)
+    rows = [evaluate.run(each)["scores"] for each in (plain, replace(task, settings=on_the_way))]
+    assert rows[0] == rows[1]
+    spoilt = evaluate.run(_task(artifact, corpus, tmp_path / "end", tasks=["held_out_text"]))["scores"]
+    assert spoilt != rows[0]
+    assert not (task.out / "model").exists()
+    again = task_from_json(json.loads(json.dumps(task_to_json(replace(task, settings=on_the_way)))))
+    assert again.settings == on_the_way

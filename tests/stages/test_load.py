@@ -36,7 +36,14 @@ def run(out: Path) -> Load:
     """``run(path, dtype="bfloat16")`` loads into ``out``."""
 
     def load_model(path: object, **changes: object) -> Metrics:
-        plain = {"revision": None, "gguf_file": None, "package": None, "dtype": "float32", "trust_remote_code": False}
+        plain = {
+            "revision": None,
+            "gguf_file": None,
+            "package": None,
+            "dtype": "float32",
+            "trust_remote_code": False,
+            "shape": None,
+        }
         return load.run(make_task("load", Model.model_validate({"path": str(path), **plain, **changes}), out))
 
     return load_model
@@ -109,6 +116,13 @@ def test_a_head_that_contradicts_the_config(run: Load, model: Path) -> None:
     _change_weights(model, **{"lm_head.weight": embeddings + 1})
     with pytest.raises(UserError, match="tie_word_embeddings"):
         run(model)
+
+
+def test_a_model_of_another_shape_than_stated_is_refused(run: Load, tiny_llama_dir: Path) -> None:
+    stated = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4}
+    run(tiny_llama_dir, shape=stated)
+    with pytest.raises(UserError, match=r"model.shape = num_hidden_layers 32: .*says num_hidden_layers 4"):
+        run(tiny_llama_dir, shape={**stated, "num_hidden_layers": 32})
 
 
 def test_quantised_weights_are_refused(run: Load, model: Path) -> None:

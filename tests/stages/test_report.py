@@ -22,7 +22,7 @@ def _task(root: Path, runs: list[RunArtifacts]) -> StageTask:
         parents={f"{run.name}:{role}": path for run in runs for role, path in run.directories.items()},
         out=out,
         seed=0,
-        launch=Launch(device="cpu", processes=1, threads=1),
+        launch=Launch(device="cpu", processes=1, threads=1, nodes=1, utilization=0.4),
         tracking=TrackingTarget(tracking, "quickstart", "report", "0" * 16, root / "wandb"),
     )
 

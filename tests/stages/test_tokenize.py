@@ -35,7 +35,7 @@ def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: An
     values = {"sequence_length": 64, "held_out_fraction": 0.2, "max_tokens": None, "chat_template": "model"}
     settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
-    launch = Launch(device="cpu", processes=1, threads=1)
+    launch = Launch(device="cpu", processes=1, threads=1, nodes=1, utilization=0.4)
     tracking = TrackingTarget(
         Tracking(wandb="disabled", project="p", entity=None), "group", f"tokenize/{purpose}", "id", out
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import Train
 from pipeline.stage import StageTask
+from tests.training.forked import ForkedRanks
 from tests.training.small import NEW_LAYERS, VOCABULARY, training_task, write_blocks
 
 
@@ -52,3 +53,11 @@ def make_task(tmp_path_factory: pytest.TempPathFactory, grown_dir: Path, blocks_
         return training_task(settings, grown_dir, blocks_dir, out or tmp_path_factory.mktemp("out"), processes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def forked_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRanks]:
+    """Ranks at the price of a fork; mark users with the xdist group "distributed", so that one server serves them."""
+    server = ForkedRanks(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()

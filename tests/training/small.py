@@ -38,7 +38,7 @@ def write_blocks(
 ) -> Path:
     """A tokenize artifact in documents of random lengths, of random tokens or of those of ``text``.
 
-    ``ragged`` masks random targets too.
+    ``ragged`` masks random targets too, and one block of training has none at all.
     """
     random = np.random.default_rng(0)
     directory.mkdir(parents=True, exist_ok=True)
@@ -48,6 +48,7 @@ def write_blocks(
         mask = positions > 0
         if ragged:
             mask &= random.random(mask.shape) < random.random((count, 1))
+            mask[3:4] &= split == "held_out"
         start = 0 if split == "train" else blocks * length
         ids = np.resize(text[start:], (count, length)) if text else random.integers(3, VOCABULARY, (count, length))
         _save(directory / f"{split}.input_ids.npy", ids, np.uint32)
@@ -85,7 +86,7 @@ def training_task(settings: Train, model: Path, data: Path, out: Path, processes
         parents={"model": model, "data": data},
         out=out,
         seed=0,
-        launch=Launch(device="cpu", processes=processes, threads=1),
+        launch=Launch(device="cpu", processes=processes, threads=1, nodes=1, utilization=0.4),
         tracking=TrackingTarget(tracking, "test", "pretrain", "test", out / "wandb"),
     )
 

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from pipeline.errors import UserError
 from pipeline.training.attention import DOCUMENTS, attend_by_document, document_bounds, resolve_attention
 from pipeline.training.loss import SummedLoss
+from tests.tiny_families import FAMILIES, tiny_model
 from tests.training.small import train_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -87,6 +88,25 @@ def test_a_model_gets_the_loss_and_gradients_that_a_mask_gives_it(tiny_llama_dir
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_as_with_a_mask(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever ``auto`` takes for blocks that no window is shorter than, on a real forward pass."""
+    if "sliding_window" in FAMILIES[family]:
+        monkeypatch.setitem(FAMILIES[family], "sliding_window", LENGTH)
+    if family == "stablelm":  # a quarter of so small a head is one number, which cannot turn
+        monkeypatch.setitem(FAMILIES[family], "partial_rotary_factor", 0.5)
+    model = tiny_model(family)
+    position_ids = positions(DOCUMENTS_OF_BLOCKS)
+    ids = torch.randint(3, 384, position_ids.shape, generator=torch.Generator().manual_seed(0))
+    chosen = resolve_attention("pretrain", train_settings(sequence_length=LENGTH), model.config, "float32", CPU)
+    assert (chosen == "eager") == (family in ("gemma2", "gpt_oss")) and chosen != "sdpa"
+    losses = []
+    for attention in (chosen, "eager"):
+        model.set_attn_implementation(attention)
+        losses.append(SummedLoss(model)(ids, position_ids, position_ids > 0))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0.0)
+
+
 def test_no_mask_over_pairs_of_tokens_is_made(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
     """The largest tensor kept for the backward pass grows with the block, not with its square."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32, attn_implementation=DOCUMENTS)
@@ -110,6 +130,8 @@ def test_auto_takes_documents_where_it_can():
 
 
 def test_a_window_shorter_than_the_block_needs_the_mask():
+    capped = Gemma2Config()
+    assert resolve_attention("pretrain", train_settings(), capped, "float32", CPU) == "eager"
     short, long = MistralConfig(sliding_window=16), MistralConfig(sliding_window=64)
     assert resolve_attention("pretrain", train_settings(), short, "float32", CPU) == "sdpa"
     assert resolve_attention("pretrain", train_settings(), long, "float32", CPU) == DOCUMENTS

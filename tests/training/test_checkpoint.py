@@ -1,3 +1,7 @@
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +32,8 @@ class DictMasters:
         self.step = step
 
 
-def save(directory: Path, step: int, fill: float, **options) -> None:
-    checkpoint.save(directory, step, DictMasters(fill), {"progress": {"step": step}}, writes=True, **options)
+def save(directory: Path, step: int, fill: float, kept: int = 2, **options) -> int:
+    return checkpoint.save(directory, step, DictMasters(fill), {"progress": {"step": step}}, True, kept, **options)
 
 
 @pytest.mark.parametrize("shard_bytes, shards", [(1, 4), (2 * 3 * 60, 2), (2**30, 1)])
@@ -45,10 +49,51 @@ def test_what_was_saved_comes_back_from_any_number_of_shards(tmp_path: Path, sha
     assert dict(found.tensors()).keys() == set("abcd")
 
 
-def test_the_newest_two_are_kept(tmp_path: Path):
-    for step in (1, 2, 3):
-        save(tmp_path, step, fill=step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_the_newest_so_many_are_kept(tmp_path: Path, kept: int):
+    for step in range(1, 6):
+        save(tmp_path, step, fill=step, kept=kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in range(6 - kept, 6)]
+
+
+def test_it_holds_the_float32_state_and_little_else(tmp_path: Path):
+    """Four tensors of 60 bytes, each with two moments; headers and state.json are all that comes on top."""
+    size = save(tmp_path, 1, fill=1.0)
+    assert size == sum(path.stat().st_size for path in (tmp_path / "step-00000001").iterdir())
+    assert 4 * 3 * 60 < size < 4 * 3 * 60 + 4096
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory that takes 64 KiB: a disk of that size for root, else a limit on the size of a file."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+        yield disk
+        subprocess.run(["umount", str(disk)], check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_disk: Path):
+    save(small_disk, 1, fill=1.0)
+
+    class Large(DictMasters):
+        def __init__(self) -> None:
+            super().__init__(2.0)
+            self.tensors = {key: torch.full((100, 100), 2.0) for key in self.tensors}
+
+    with pytest.raises(checkpoint.DiskFullError, match="the checkpoint of step 2 could not be saved") as error:
+        checkpoint.save(small_disk, 2, Large(), {"progress": {"step": 2}}, writes=True, kept=1)
+    assert "Free some space and give the same command again" in str(error.value)
+    assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
+    assert checkpoint.newest(small_disk, pytest.fail).step == 1
+    save(small_disk, 2, fill=2.0)
+    assert checkpoint.newest(small_disk, pytest.fail).step == 2
 
 
 def test_half_a_save_is_not_a_checkpoint_and_does_not_block_the_next(tmp_path: Path):

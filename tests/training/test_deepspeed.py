@@ -35,6 +35,12 @@ def test_offload_reaches_the_zero_section():
     assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu"}
 
 
+def test_bucket_sizes_reach_the_zero_section():
+    settings = {"reduce_bucket_size": 12345, "allgather_bucket_size": 54321}
+    zero = deepspeed_config(train_settings(deepspeed=settings), "float32", 1)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (12345, 54321)
+
+
 def test_overrides_come_last_and_leave_their_neighbours_alone():
     overrides = {"zero_optimization": {"overlap_comm": False}, "gradient_clipping": 7.0}
     config = deepspeed_config(train_settings(deepspeed={"overrides": overrides}), "float32", 1)

@@ -1,15 +1,16 @@
 """The same training however it is spread: ZeRO stages, ranks, micro-batches, interruptions.
 
-Two launches of workers run all cases one after another (see ``many_tasks``); the oracle is a plain torch loop with
-all logits at once, a hand-made attention mask and no DeepSpeed.
+One launch for every number of ranks runs all cases one after another; the oracle is a plain torch loop with all
+logits at once, a hand-made attention mask and no DeepSpeed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import Train
-from pipeline.launch import run_workers
 from pipeline.stage import StageTask, task_to_json
+from tests.training.forked import ForkedRanks
 from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
@@ -42,13 +43,14 @@ class Case:
     recompute: bool = False
     offload: bool = False
     trainable: str = "auto"
+    batch: int = 4
 
     def settings(self) -> Train:
         # Without the threshold ZeRO 3 would keep tensors as small as these whole on every rank.
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if self.zero == 3 else {}
         return train_settings(
-            steps=STEPS, warmup_fraction=0.2, precision=self.precision, micro_batch=self.micro_batch,
-            activation_checkpointing=self.recompute, trainable=self.trainable,
+            global_batch=self.batch, steps=STEPS, warmup_fraction=0.2, precision=self.precision,
+            micro_batch=self.micro_batch, activation_checkpointing=self.recompute, trainable=self.trainable,
             deepspeed={
                 "zero_stage": self.zero, "overrides": overrides, "offload_optimizer": self.offload,
                 "offload_parameters": self.offload and self.zero == 3,
@@ -56,18 +58,24 @@ class Case:
         )  # fmt: skip
 
 
+# Rounding to bfloat16 averages out over tokens, of which there are few here: twice as many where it is looked at.
+EXACT_8, BFLOAT16_2 = Case(1, 2, batch=8), Case(2, 2, "bfloat16", 2, True, batch=8)
+MATRIX = [
+    Case(ranks, zero, precision, 2 if recompute else 1, recompute, batch=8 if precision == "bfloat16" else 4)
+    for ranks, zero in itertools.product((1, 2), range(4))
+    for precision, recompute in (("float32", False), ("float32", True), ("bfloat16", ranks == 2))
+]
 CASES = [
-    *(Case(2, zero, precision) for zero in range(4) for precision in ("float32", "bfloat16")),
-    *(Case(1, zero) for zero in (0, 2, 3)),
-    *(Case(1, zero, "bfloat16") for zero in (0, 2)),
-    *(Case(2, zero, micro_batch=2, recompute=True) for zero in (2, 3)),
+    *MATRIX,
+    EXACT_8,
     *(Case(2, zero, trainable="all") for zero in (0, 2, 3)),
     *(Case(2, zero, offload=True) for zero in (2, 3)),
     Case(1, 2, micro_batch=4),
+    Case(2, 2, micro_batch=2),
 ]
-INTERRUPTED = [Case(2, 2), Case(2, 3, "bfloat16"), Case(2, 0), Case(2, 2, offload=True)]
+INTERRUPTED = [replace(BFLOAT16_2, zero=3), Case(2, 0), Case(2, 2, offload=True)]
 # What a checkpoint of two ranks at ZeRO 2 is resumed as.
-ELASTIC = [Case(1, 2), Case(2, 3), Case(1, 0)]
+ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0)]
 
 
 @dataclass(frozen=True)
@@ -80,33 +88,39 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask) -> Runs:
-    """Runs everything in one launch of two ranks and one of one rank."""
+def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks) -> Runs:
+    """Runs everything in one launch of two ranks, which also leaves the checkpoints, then one of one and of four."""
     straight = {case: make_task(case.settings(), case.ranks) for case in CASES}
     resumed = {case: make_task(case.settings(), case.ranks) for case in INTERRUPTED}
     elastic = {case: make_task(case.settings(), case.ranks) for case in ELASTIC}
     stopped = [(task, STOP_AFTER) for task in resumed.values()]
     stopped += [(make_task(Case(2, 2).settings(), 2, task.out), STOP_AFTER) for task in elastic.values()]
     finished = [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
-    for ranks in (2, 1):
+    for ranks in (2, 1, 4):
         plan = [
             {"task": task_to_json(task), "stop_after": stop}
             for task, stop in (*stopped, *finished)
             if task.launch.processes == ranks
         ]
-        directory = tmp_path_factory.mktemp("launch")
-        (directory / "plan.json").write_text(json.dumps(plan))
-        launch = finished[0][0].launch.model_copy(update={"processes": ranks})
-        run_workers("tests.training.many_tasks", directory / "plan.json", launch, directory)
+        forked_ranks.run_plan(ranks, plan, tmp_path_factory.mktemp("launch"))
     return Runs(straight, resumed, elastic)
 
 
 # ------------------------------------------------------------------------------------------- oracle
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The choice of parameters, and the loss and the gradient norms of every step."""
+
+    trainable: str
+    losses: list[float]
+    norms: list[dict[str, float]]
+
+
 @pytest.fixture(scope="module", params=["auto", "all"])
-def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path) -> tuple[str, list[float]]:
-    """The choice of parameters and the losses of a plain float32 loop."""
+def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path) -> Reference:
+    """A plain float32 loop."""
     train = Case(1, 0, trainable=request.param).settings()
     model = AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32, attn_implementation="eager")
     for name, parameter in model.named_parameters():
@@ -119,19 +133,32 @@ def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path)
     optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=False)
     arrays = [np.load(blocks_dir / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
     order = np.concatenate([np.random.default_rng([0, epoch]).permutation(len(arrays[0])) for epoch in range(STEPS)])
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         chosen = order[step * train.global_batch : (step + 1) * train.global_batch]
         ids, positions, mask = (torch.from_numpy(array[chosen].astype(np.int64)) for array in arrays)
         loss = naive_loss(model, ids, positions, mask)
         loss.backward()
+        norms.append(naive_norms(model))
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = naive_rate(step + 1)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return request.param, losses
+    return Reference(request.param, losses, norms)
+
+
+def naive_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Gradient norms before clipping: of all, of the new layers' outputs, of the rest."""
+    outputs = {f"layers.{layer}.{name}" for layer in NEW_LAYERS for name in ("self_attn.o_proj", "mlp.down_proj")}
+    parts: dict[str, list[torch.Tensor]] = {"o_proj": [], "down_proj": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            place = name.removeprefix("model.").removesuffix(".weight")
+            parts[place.rpartition(".")[2] if place in outputs else "rest"].append(parameter.grad.flatten())
+    norms = {f"grad_norm/{part}": torch.cat(gradients).norm().item() for part, gradients in parts.items()}
+    return {**norms, "grad_norm": math.hypot(*norms.values())}
 
 
 def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -153,25 +180,40 @@ def naive_rate(step: int) -> float:
 # -------------------------------------------------------------------------------------------- tests
 
 
-def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: tuple[str, list[float]]):
-    trainable, expected = reference
-    cases = [case for case in CASES if case.trainable == trainable and case.precision == "float32"]
+def float32_cases(trainable: str) -> list[Case]:
+    wanted = (trainable, "float32", 4)
+    return [case for case in CASES if (case.trainable, case.precision, case.batch) == wanted]
+
+
+def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: Reference):
+    cases, expected = float32_cases(reference.trainable), reference.losses
     assert len(cases) >= 3
     for case in cases:
-        assert logged(runs.straight[case], "loss") == pytest.approx(expected, abs=2e-6), case
+        assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-6), case
     assert expected[-1] < expected[0] - 0.1  # it learns, so that a wrong gradient would show
 
 
+def test_gradient_norms_by_part_are_those_of_a_plain_loop(runs: Runs, reference: Reference):
+    limit = Case(1, 0).settings().max_grad_norm
+    assert any(norms["grad_norm"] > limit for norms in reference.norms)  # so that clipping was seen at work
+    for case in float32_cases(reference.trainable):
+        for name in ("grad_norm", "grad_norm/o_proj", "grad_norm/down_proj", "grad_norm/rest"):
+            expected = [norms[name] for norms in reference.norms]
+            assert logged(runs.straight[case], name) == pytest.approx(expected, rel=1e-4), (case, name)
+
+
 def test_bfloat16_losses_agree_across_stages_and_ranks(runs: Runs):
-    expected = logged(runs.straight[Case(1, 2)], "loss")
-    for case in (case for case in CASES if case.precision == "bfloat16"):
-        assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-3), case
+    losses = {case: logged(runs.straight[case], "loss") for case in MATRIX if case.precision == "bfloat16"}
+    assert {(case.ranks, case.zero) for case in losses} == set(itertools.product((1, 2), range(4)))
+    expected = logged(runs.straight[EXACT_8], "loss")
+    for case, found in losses.items():
+        assert found == pytest.approx(expected, rel=1e-3), case
 
 
-def test_held_out_loss_and_gradient_norm_agree(runs: Runs):
+def test_held_out_loss_and_counters_agree(runs: Runs):
     base = runs.straight[Case(1, 0)]
-    for case in (case for case in CASES if case.trainable == "auto" and case.precision == "float32"):
-        for name in ("held_out_loss", "grad_norm", "learning_rate", "tokens", "flops"):
+    for case in float32_cases("auto"):
+        for name in ("held_out_loss", "learning_rate", "tokens", "flops"):
             assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
 
 
@@ -188,10 +230,10 @@ def test_not_one_other_tensor_changes_by_a_bit(runs: Runs, grown_dir: Path):
 def test_master_weights_start_from_the_files_not_from_bfloat16(runs: Runs, grown_dir: Path):
     """With bfloat16 compute the float32 weights of the export still hold what bfloat16 cannot."""
     base = load_file(grown_dir / "model.safetensors")
-    trained = load_file(runs.straight[Case(2, 2, "bfloat16")].out / "model.safetensors")
+    trained = load_file(runs.straight[BFLOAT16_2].out / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     moved = (trained[name] - base[name]).abs().max()
-    assert moved <= 1.1 * sum(logged(runs.straight[Case(2, 2, "bfloat16")], "learning_rate")) * 1.5
+    assert moved <= 1.1 * sum(logged(runs.straight[BFLOAT16_2], "learning_rate")) * 1.5
     assert not torch.equal(trained[name], trained[name].bfloat16().float())
 
 
@@ -212,14 +254,21 @@ def test_a_checkpoint_resumes_on_other_ranks_and_stages(runs: Runs, case: Case):
 
 
 def test_training_json_says_what_was_done(runs: Runs):
-    task = runs.straight[Case(2, 3, "bfloat16")]
+    task = runs.straight[replace(BFLOAT16_2, zero=3)]
     summary = json.loads((task.out / "training.json").read_text())
     assert (summary["steps"], summary["world_size"], summary["zero_stage"]) == (STEPS, 2, 3)
     assert summary["precision"] == "bfloat16"
-    assert summary["tokens"] == STEPS * 4 * 32
+    assert summary["tokens"] == STEPS * 8 * 32
     assert [entry["step"] for entry in summary["held_out"]] == [0, STEPS]
     assert summary["trainable_parameters"] * 2 == summary["total_parameters"] - 384 * 33 - 33
     assert summary["peak_memory_bytes"] > 0
+    assert summary["checkpoints"]["saved"] == 1 and summary["checkpoints"]["seconds"] > 0
+    float32_state = 3 * 4 * summary["trainable_parameters"]  # weights and two moments, and little beside them
+    assert float32_state < summary["checkpoints"]["bytes"] < 1.1 * float32_state + 16384
+    assert summary["mfu"] == pytest.approx(
+        summary["flops"] / summary["seconds"] / summary["peak_flops_per_second"]["rate"]
+    )
+    assert summary["peak_flops_per_second"]["source"].startswith("measured: bfloat16")
     assert AutoModelForCausalLM.from_pretrained(task.out).config.num_hidden_layers == 4
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.training.flops import TrainingFlops
+from pipeline.training.flops import training_flops
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
 
@@ -29,5 +29,5 @@ def test_equals_torchs_counter(tiny_llama_dir: Path, trained: tuple[str, ...]):
     with FlopCounterMode(display=False) as angles:  # rotary angles are made by a matrix product
         model.base_model.rotary_emb(torch.zeros(BATCH, 1), positions)
     expected = counter.get_total_flops() - angles.get_total_flops()
-    ours = TrainingFlops.of_model(model, LENGTH).of_tokens(BATCH * LENGTH, int(mask.sum()))
+    ours = training_flops(model, LENGTH).of_tokens(BATCH * LENGTH, int(mask.sum()))
     assert ours == expected

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.training import freeze
-from pipeline.training.engine import parameter_groups
 
 
 @pytest.fixture
@@ -97,12 +96,18 @@ def test_the_table_names_every_parameter_once_and_the_summary_adds_up(model: nn.
     assert [row.name for row in rows] == [name for name, _ in model.named_parameters()]
     assert {row.layer for row in rows if row.trained} == {1, 3}
     assert "self_attn.q_proj.weight" in freeze.format_rows(rows)
-    last = freeze.format_summary(rows).splitlines()[-1].replace(",", "").split()
+    summary = freeze.format_summary(rows).splitlines()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert last == ["all", str(sum(p.numel() for p in model.parameters())), str(trained)]
+    assert summary[-1] == f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"
+    table = [line.replace(",", "").split() for line in summary[1:-1]]
+    assert [cells[0] for cells in table] == ["others", "0", "1", "2", "3", "others"]
+    assert [cells[3] for cells in table] == ["frozen", "frozen", "trained", "frozen", "trained", "frozen"]
+    assert sum(int(cells[2]) for cells in table if cells[3] == "trained") == trained
 
 
-def test_norms_and_biases_do_not_decay(model: nn.Module):
-    matrices, vectors = parameter_groups(model, weight_decay=0.1)
-    assert matrices["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in matrices["params"])
-    assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
+def test_roles_of_a_layer_that_fare_otherwise_have_lines_of_their_own(model: nn.Module, grown_dir: Path):
+    freeze.freeze_others(model, freeze.select_trainable("pretrain", r"layers\.[12]\.mlp\.down", model, grown_dir))
+    lines = [line.split() for line in freeze.format_summary(freeze.describe(model)).splitlines()]
+    both = [cells[1:4:2] for cells in lines if cells[0] == "1-2"]
+    assert ["mlp.down_proj.weight", "trained"] in both and ["mlp.up_proj.weight", "frozen"] in both
+    assert [cells[0] for cells in lines].count("1-2") == 9

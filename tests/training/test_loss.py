@@ -1,14 +1,25 @@
 from pathlib import Path
+from weakref import finalize
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.training import loss as loss_module
-from pipeline.training.loss import LogitRule, SummedLoss, chunked_cross_entropy
+from pipeline.training.attention import DOCUMENTS
+from pipeline.training.loss import (
+    ChunkLoss,
+    LogitRule,
+    SummedLoss,
+    chunked_cross_entropy,
+    compiled_chunk_loss,
+    loss_and_gradient,
+)
 
 N, H, V = 37, 12, 51
 
@@ -28,11 +39,22 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(scale=0.25), LogitRule(softcap=3.0), LogitRule(2.0, 5.0)])
 def test_chunked_equals_plain_in_float64(small_chunks: None, rule: LogitRule):
+    check_equals_plain(rule, loss_and_gradient)
+
+
+def test_a_compiled_chunk_equals_plain_in_float64(small_chunks: None):
+    check_equals_plain(LogitRule(2.0, 5.0), compiled_chunk_loss())
+
+
+def check_equals_plain(rule: LogitRule, chunk_loss: ChunkLoss) -> None:
+    def chunked(*arguments):
+        return chunked_cross_entropy(*arguments, chunk_loss)
+
     torch.manual_seed(0)
     x, w = torch.randn(N, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
     targets = torch.randint(0, V, (N,))
     results = []
-    for function in (chunked_cross_entropy, plain):
+    for function in (chunked, plain):
         leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
         value = function(*leaves, targets, rule)
         (value * 0.37).backward()
@@ -114,21 +136,82 @@ def test_only_masked_in_tokens_are_targets(tiny_llama: nn.Module):
     assert torch.allclose(sum(single), model(ids, positions, positions > 0), rtol=1e-12)
 
 
-def test_layers_below_the_lowest_trainable_store_nothing():
-    """Bytes kept for the backward pass do not grow with the number of frozen layers below."""
+# ----------------------------------------------------------------------- below the lowest trainable layer
 
-    def stored_bytes(frozen: int) -> int:
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=frozen + 2, num_attention_heads=2,
-            num_key_value_heads=1, tie_word_embeddings=True,
-        )  # fmt: skip
-        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-        model.requires_grad_(False)
-        model.base_model.layers[frozen].requires_grad_(True)
-        ids, positions = torch.zeros(2, 32, dtype=torch.int64), torch.arange(32).expand(2, 32)
-        stored = []
-        with saved_tensors_hooks(lambda tensor: stored.append(tensor.nbytes) or tensor, lambda tensor: tensor):
-            SummedLoss(model)(ids, positions, positions > 0)
-        return sum(stored)
 
-    assert stored_bytes(frozen=1) == stored_bytes(frozen=6)
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live; a model's parameters are not theirs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def partly_frozen(below: int, attention: str, trained: int = 1) -> SummedLoss:
+    """Frozen layers, then ``trained`` layers that train, then one frozen layer."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=below + trained + 1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
+    model.requires_grad_(False)
+    model.base_model.layers[below : below + trained].requires_grad_(True)
+    return SummedLoss(model)
+
+
+IDS, POSITIONS = torch.zeros(2, 32, dtype=torch.int64), torch.arange(32).repeat(2, 1)
+
+
+def stored_bytes(model: SummedLoss) -> int:
+    stored = []
+    with saved_tensors_hooks(lambda tensor: stored.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        model(IDS, POSITIONS, POSITIONS > 0)
+    return sum(stored)
+
+
+def peak_bytes(model: SummedLoss) -> int:
+    with LiveBytes(model) as memory:
+        model(IDS, POSITIONS, POSITIONS > 0).backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("attention", [DOCUMENTS, "sdpa"])
+@pytest.mark.parametrize("measure", [stored_bytes, peak_bytes])
+def test_frozen_layers_below_the_lowest_trainable_one_cost_no_activation_memory(measure, attention: str):
+    few, many = (measure(partly_frozen(below, attention)) for below in (1, 9))
+    assert few == many > 0
+    assert measure(partly_frozen(1, attention, trained=4)) > few  # what is trained above them does
+
+
+def test_nothing_runs_backwards_below_the_lowest_trainable_layer():
+    model = partly_frozen(below=3, attention=DOCUMENTS)
+    layers = model.model.base_model.layers
+    outputs: list[torch.Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model(IDS, POSITIONS, POSITIONS > 0).backward()
+    assert [output.requires_grad for output in outputs] == [False, False, False, True, True]
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        name for name, _ in model.named_parameters() if ".layers.3." in name
+    ]

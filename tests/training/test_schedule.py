@@ -1,8 +1,9 @@
+import math
 from itertools import pairwise
 
 import pytest
 
-from pipeline.training.schedule import evaluation_steps, learning_rate, total_steps
+from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate, total_steps
 from tests.training.small import train_settings
 
 STEPS = 100
@@ -24,6 +25,25 @@ def test_ends_on_the_final_fraction_and_never_rises(schedule: str, last: float):
     after = rates(schedule=schedule)[9:]
     assert after[-1] == pytest.approx(last)
     assert all(later <= earlier for earlier, later in pairwise(after))
+
+
+def naive(schedule: str, step: int) -> float:
+    """Ten steps of warm-up to 1, then down to 0.1 at step 100; written out anew."""
+    if step <= 10:
+        return step / 10
+    share = (step - 10) / 90
+    return {
+        "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * share)),
+        "linear": 1.0 - 0.9 * share,
+        "constant": 1.0,
+        "warmup_stable_decay": 1.0 if step <= 80 else 1.0 - 0.9 * (step - 80) / 20,
+    }[schedule]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
+def test_every_step_has_the_rate_of_the_formula(schedule: str):
+    expected = [naive(schedule, step) for step in range(1, STEPS + 1)]
+    assert rates(schedule=schedule, decay_fraction=0.2) == pytest.approx(expected, rel=1e-12)
 
 
 def test_cosine_is_half_way_in_the_middle():
@@ -50,3 +70,8 @@ def test_epochs_become_whole_global_batches(epochs: float, steps: int):
 def test_fractions_become_steps_with_zero_before_the_first():
     train = train_settings(evaluate_at=[0.0, 0.2, 0.5, 1.0])
     assert evaluation_steps(train, 20) == {0: 0.0, 4: 0.2, 10: 0.5, 20: 1.0}
+
+
+def test_fractions_that_fall_on_one_step_are_all_found_there():
+    assert fractions_at([0.2, 0.4, 1.0], 1, steps=3) == [0.2, 0.4]
+    assert fractions_at([0.2, 0.4, 1.0], 2, steps=3) == []

@@ -13,7 +13,7 @@ MACHINE = Machine(cores=2, gpus=0)
 
 
 def launch(processes: int) -> Launch:
-    return Launch(device="cpu", processes=processes, threads=1)
+    return Launch(device="cpu", processes=processes, threads=1, nodes=1, utilization=0.4)
 
 
 def test_a_sound_request_passes():
@@ -30,6 +30,9 @@ def test_a_sound_request_passes():
         ({"deepspeed": {"offload_parameters": True}}, 1, "deepspeed.offload_parameters", "zero_stage=3"),
         ({"deepspeed": {"zero_stage": 0, "offload_optimizer": True}}, 1, "deepspeed.offload_optimizer", "zero_stage=2"),
         ({"trainable": "layers.(3"}, 1, "trainable", "Correct it"),
+        ({"float32_products": True, "deepspeed": {"zero_stage": 0}}, 1, "float32_products", "float32_products=false"),
+        ({"compile": True, "deepspeed": {"zero_stage": 3}}, 1, "compile", "zero_stage=2"),
+        ({"role_learning_rates": {"o_proj": 2.0}}, 1, "role_learning_rates", "{o: 2.0, down: 2.0}"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
@@ -44,6 +47,13 @@ def test_the_ranks_of_all_nodes_share_a_batch():
     validate("pretrain", train_settings(global_batch=4, micro_batch=1), launch(2), 32, two_nodes)
     with pytest.raises(UserError, match="4 process"):
         validate("pretrain", train_settings(global_batch=6, micro_batch=1), launch(2), 32, two_nodes)
+
+
+def test_compiling_on_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    validate("pretrain", train_settings(compile=True), launch(1), context_length=32)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler is not there"):
+        validate("pretrain", train_settings(compile=True), launch(1), context_length=32)
 
 
 def write_model(directory: Path, vocab_size: int = 384) -> Path:

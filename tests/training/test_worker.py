@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import read_json
-from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
 from pipeline.launch import OUTCOME_FILE, STOP_FILE
 from pipeline.training import worker
 
@@ -63,6 +63,15 @@ def test_a_defect_names_rank_and_cause_and_keeps_its_traceback(monkeypatch: pyte
         run_with(monkeypatch, tmp_path, fail)
     cause = "ZeroDivisionError: one over nothing"
     assert read_json(tmp_path / OUTCOME_FILE) == {"status": "failed", "rank": 0, "cause": cause}
+
+
+def test_a_named_failure_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def fail():
+        raise NamedFailure("the disk is full; free some space")
+
+    exit_status, outcome = run_with(monkeypatch, tmp_path, fail)
+    assert exit_status == EXIT_FAILED
+    assert outcome == {"status": "failed", "rank": 0, "cause": "the disk is full; free some space", "named": True}
 
 
 def test_the_first_rank_to_know_decides(tmp_path: Path):

@@ -1,0 +1,50 @@
+"""Disk that a run needs: every stage's artifact, and checkpoints while training lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.shape import Shape
+from pipeline.training.sizes import CHECKPOINT_BYTES, CHECKPOINTS_KEPT
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TOKEN_BYTES = 9  # of a token block: two uint32 and one uint8
+SMALL = 20 * 2**20  # tokenizer, logs, scores, plots: of every artifact together with its model or blocks
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes by what needs them."""
+
+    artifacts: Mapping[str, int]  # by node, those that are missing
+    checkpoints: int  # the larger training stage's; they are removed when it ends
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment."""
+        return sum(self.artifacts.values()) + self.checkpoints
+
+
+def disk_of(
+    missing: Mapping[str, str],
+    base: Shape,
+    grown: Shape,
+    dtype: str,
+    trained: Mapping[str, int],
+    tokens: Mapping[str, int],
+) -> Disk:
+    """What the missing stages will write.
+
+    Args:
+        missing: node -> stage, such as "tokenize/corpus" -> "tokenize".
+        dtype: of the artifacts' weights.
+        trained: training stage -> parameters that train.
+        tokens: tokenize node -> tokens, where that is known.
+    """
+    width = DTYPE_BYTES[dtype]
+    models = {"load": base.parameters * width, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters * width)}
+    artifacts = {node: SMALL + models.get(stage, tokens.get(node, 0) * TOKEN_BYTES) for node, stage in missing.items()}
+    training = [trained[stage] for stage in missing.values() if stage in trained]
+    # A new checkpoint is whole before an old one is removed.
+    return Disk(artifacts, max(training, default=0) * CHECKPOINT_BYTES * (CHECKPOINTS_KEPT + 1))

@@ -1,0 +1,92 @@
+"""What comes from outside, looked up without a change to any file: the model's config, and what names the contents.
+
+Where the hub is asked it is asked for everything at once, so that the answer to a plan takes no longer than the
+slowest of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import hub
+from pipeline.artifact import RememberedFingerprints
+from pipeline.config import Model, Settings
+from pipeline.data import sources
+from pipeline.errors import UserError
+from pipeline.evaluation.catalogue import validate as validate_evaluation
+from pipeline.graph import Inputs
+from pipeline.source import ModelSource, config_of, resolve
+
+UNKNOWN = "unknown"  # the content of an input that could not be looked up: nothing was ever made from it
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What is known of a run's inputs.
+
+    Attributes:
+        config: the model's config, or the entries of it that ``model.shape`` gives; None where neither is to be had.
+        config_from: where it comes from, in words.
+        faults: what could not be looked up, by input: model, corpus, instructions, evaluate.
+    """
+
+    config: Mapping[str, Any] | None
+    config_from: str
+    inputs: Inputs
+    faults: Mapping[str, UserError]
+
+
+def look_up(run: Settings) -> Outside:
+    """Asks for everything at once; takes no longer than the slowest answer (``hub.ANSWER_WITHIN_SECONDS``)."""
+    remembered = RememberedFingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json")
+    with ThreadPoolExecutor() as pool:
+        model = pool.submit(_read_model, run.model)
+        corpus = pool.submit(sources.fingerprint, run.data.corpus, "corpus", remembered)
+        instructions = pool.submit(sources.fingerprint, run.data.instructions, "instructions", remembered)
+        evaluate = pool.submit(validate_evaluation, run.evaluate)
+    asked: dict[str, Future[Any]] = {"model": model, "corpus": corpus, "instructions": instructions}
+    faults = {name: fault for name, future in {**asked, "evaluate": evaluate}.items() if (fault := _fault(future))}
+    source, config = (None, None) if "model" in faults else model.result()
+    inputs = Inputs(
+        model=UNKNOWN if source is None else source.identity or remembered.of_files(source.files),
+        corpus=UNKNOWN if "corpus" in faults else corpus.result(),
+        instructions=UNKNOWN if "instructions" in faults else instructions.result(),
+        interpreter=sources.interpreter_fingerprint(),
+    )
+    if source is not None and config is not None:
+        return Outside(config, f"the config in {_place(source)}", inputs, faults)
+    return Outside(*_second_best(run.model), inputs, faults)
+
+
+def _fault(future: Future[Any]) -> UserError | None:
+    """The user's fault that a look-up ended with; a defect of ours is raised."""
+    error = future.exception()
+    if error is None or isinstance(error, UserError):
+        return error
+    raise error
+
+
+def _read_model(model: Model) -> tuple[ModelSource, dict[str, Any] | None]:
+    source = resolve(model)
+    if source.gguf_file is not None and source.directory is None:
+        return source, None  # its config is inside the file, which would have to be downloaded
+    return source, config_of(source, keep=False)
+
+
+def _place(source: ModelSource) -> str:
+    return f"{source.repo} on the hub" if source.directory is None else str(source.directory)
+
+
+def _second_best(model: Model) -> tuple[Mapping[str, Any] | None, str]:
+    """A config where the model itself could not be looked up: from the hub's cache, else from ``model.shape``."""
+    cached = hub.cached_file(model.path, model.revision, "config.json") if hub.is_repo_id(model.path) else None
+    if cached is not None and model.gguf_file is None:
+        return json.loads(cached.read_text()), "the config in the hub's cache"
+    if model.shape is not None:
+        return model.shape, "model.shape, since its config cannot be read"
+    return None, "nowhere"

@@ -1,0 +1,193 @@
+"""A plan on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.estimate import Memory
+from pipeline.planning.plan import Plan, Sizes
+from pipeline.planning.training import TrainingPlan, usable
+from pipeline.shape import Shape
+
+UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+NOT_YET = "known once tokenized"
+MOST_NAMES = 4
+COMPONENTS = {
+    "weights": "weights", "gradients": "gradients, float32", "optimizer": "optimizer, float32 masters",
+    "activations": "activations", "logits": "logits and loss", "buckets": "reduction buckets",
+}  # fmt: skip
+Row = tuple[str, Callable[[TrainingPlan], str]]
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Everything about one run; blockers last, where they are seen."""
+    console.print(f"[bold]{plan.run.name}[/]  {plan.run.expand.method}, seed {plan.run.seed}")
+    _print_model(plan, console)
+    _print_stages(plan, console)
+    if plan.training:
+        _print_training(plan.training, console)
+    _print_disk(plan, console)
+    _print_blockers(plan, console)
+
+
+def _print_model(plan: Plan, console: Console) -> None:
+    console.print(f"  model {plan.run.model.path}; sizes from {plan.config_from}", markup=False)
+    if plan.sizes is None:
+        return
+    base, grown = plan.sizes.base, plan.sizes.grown
+    console.print(
+        f"  layers {len(base.layers)} -> {len(grown.layers)}{_new_layers(plan.sizes)}\n"
+        f"  parameters {_parameters(base)} -> {_parameters(grown)}"
+    )
+
+
+def _new_layers(sizes: Sizes) -> str:
+    new = [layer.layer for layer in sizes.layers.layers if layer.new]
+    return f", new: {ranges(new)}" if new else ""
+
+
+def _parameters(shape: Shape) -> str:
+    total, active = shape.parameters, shape.active_parameters
+    return billions(total) if total == active else f"{billions(total)} ({billions(active)} active)"
+
+
+def _print_stages(plan: Plan, console: Console) -> None:
+    table = _table("", "stage", "state", "blocked by")
+    for line in plan.lines:
+        table.add_row("", line.name, line.state, _few(line.blocked_by))
+    console.print(table)
+
+
+def _few(names: Sequence[str]) -> str:
+    """All of them, or the first ones where they are many."""
+    rest = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# --------------------------------------------------------------------------------------------- training
+
+ROWS: tuple[Row, ...] = (
+    ("trains", lambda plan: _share(plan)),
+    ("in layers", lambda plan: ranges(plan.trained.layers) or "none"),
+    ("tokens a step", lambda plan: f"{plan.setup.train.global_batch * plan.setup.train.sequence_length:,}"),
+    ("steps", lambda plan: NOT_YET if plan.amount.steps is None else f"{plan.amount.steps:,}"),
+    ("tokens", lambda plan: _or_not_yet(plan.amount.tokens(plan.setup.train), "{}")),
+    ("FLOPs a step", lambda plan: big(plan.step_flops)),
+    ("FLOPs", lambda plan: _or_not_yet(plan.flops, "{}")),
+    ("devices", lambda plan: f"{plan.setup.ranks} × {_device(plan)}"),
+    ("hours", lambda plan: _hours(plan)),
+)
+
+
+def _print_training(plans: Iterable[TrainingPlan], console: Console) -> None:
+    plans = list(plans)
+    table = _table("", "training", *(plan.section for plan in plans))
+    for name, value in ROWS:
+        table.add_row("", name, *map(value, plans))
+    table.add_section()
+    table.add_row("", "memory a device", *map(_how, plans))
+    for field in fields(Memory):
+        table.add_row("", f"  {COMPONENTS[field.name]}", *(gib(getattr(plan.memory, field.name)) for plan in plans))
+    table.add_row("", "  together", *map(_together, plans))
+    table.add_row("", "largest micro-batch", *map(_largest, plans))
+    console.print(table)
+
+
+def _share(plan: TrainingPlan) -> str:
+    trained, total = plan.trained.parameters, plan.trained.shape.parameters
+    return f"{billions(trained)} of {billions(total)}, {100 * trained / total:.1f} %"
+
+
+def _or_not_yet(count: int | None, form: str) -> str:
+    return NOT_YET if count is None else form.format(big(count))
+
+
+def _hours(plan: TrainingPlan) -> str:
+    if plan.device is None:
+        return "say launch.device=h100_80gb or the like"
+    if plan.hours is None:
+        return NOT_YET
+    return f"{plan.hours:.3g} at {plan.launch.utilization:.0%} of {plan.device.bfloat16_tflops:.0f} TFLOP/s each"
+
+
+def _device(plan: TrainingPlan) -> str:
+    return plan.launch.device if plan.device is not None else "GPU" if plan.setup.on_gpu else "CPU"
+
+
+def _how(plan: TrainingPlan) -> str:
+    train = plan.setup.train
+    stored = ", activation checkpointing" if train.activation_checkpointing else ""
+    return f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}{stored}"
+
+
+def _together(plan: TrainingPlan) -> str:
+    of = "" if plan.device is None else f" of {gib(usable(plan.device))}"
+    return gib(plan.memory.total) + of
+
+
+def _largest(plan: TrainingPlan) -> str:
+    if plan.largest_micro_batch is None:
+        return "likewise"
+    return str(plan.largest_micro_batch or "none fits")
+
+
+# -------------------------------------------------------------------------------------- disk and blockers
+
+
+def _print_disk(plan: Plan, console: Console) -> None:
+    if plan.disk is None:
+        return
+    largest = sorted(plan.disk.artifacts.items(), key=lambda item: -item[1])[:4]
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in largest)
+    console.print(
+        f"  disk {gib(plan.disk.total)}: {shown}, ...; checkpoints while training {gib(plan.disk.checkpoints)}"
+    )
+
+
+def _print_blockers(plan: Plan, console: Console) -> None:
+    if not plan.blockers:
+        console.print("  nothing known would stop it")
+    for number, blocker in enumerate(plan.blockers, 1):
+        fault = blocker.fault
+        console.print(f"  {number}. {fault.setting} = {fault.value}: {fault.rule}.", style="red", markup=False)
+        console.print(f"     {fault.remedy}", markup=False)
+
+
+# --------------------------------------------------------------------------------------------- numbers
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+
+
+def billions(count: int) -> str:
+    """8.03B, 135M."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def big(count: int) -> str:
+    """1.23 P."""
+    for unit, name in UNITS:
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """0-3, 7, 9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,171 @@
+"""What one training stage will take: tokens, operations, memory on each device, hours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.artifact import read_json
+from pipeline.config import Data, Launch, Train
+from pipeline.config.devices import DEVICES, Device
+from pipeline.data import sources
+from pipeline.errors import UserError
+from pipeline.estimate import Memory, Setup, Trained, memory_of
+from pipeline.graph import Node
+from pipeline.machine import Machine
+from pipeline.training.processor import BFLOAT16_FLAGS, cpu_flags
+from pipeline.training.schedule import total_steps
+from pipeline.training.sizes import Precision
+
+HEADROOM = 0.06  # of a device's memory: CUDA's context, NCCL, and gaps that the allocator cannot use
+BYTES_A_TOKEN = 4.0  # of English text, about
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much a stage trains on; None where nobody knows before the data are tokenized."""
+
+    steps: int | None
+    supervised: float  # of all tokens, the share that has a target
+
+    def tokens(self, train: Train) -> int | None:
+        """In all steps."""
+        return None if self.steps is None else self.steps * train.global_batch * train.sequence_length
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One training stage."""
+
+    section: str
+    trained: Trained
+    setup: Setup
+    amount: Amount
+    launch: Launch
+    memory: Memory
+    largest_micro_batch: int | None  # on the named device; 0 where none fits
+
+    @property
+    def device(self) -> Device | None:
+        """The one that is named."""
+        return DEVICES.get(self.launch.device)
+
+    @property
+    def step_flops(self) -> int:
+        """Operations of one optimizer step."""
+        tokens = self.setup.train.global_batch * self.setup.train.sequence_length
+        flops = self.trained.flops(self.setup.train.sequence_length)
+        return flops.of_tokens(tokens, round(tokens * self.amount.supervised))
+
+    @property
+    def flops(self) -> int | None:
+        """Operations of all steps."""
+        return None if self.amount.steps is None else self.amount.steps * self.step_flops
+
+    @property
+    def hours(self) -> float | None:
+        """On all devices together, at the stated utilization."""
+        if self.device is None or self.flops is None or self.launch.utilization == 0:
+            return None
+        rate = self.setup.ranks * self.device.bfloat16_tflops * 1e12 * self.launch.utilization
+        return self.flops / rate / 3600
+
+    def fault(self) -> UserError | None:
+        """Why it will run out of the named device's memory, and what would fit."""
+        if self.device is None or self.memory.total <= usable(self.device):
+            return None
+        needed, there = self.memory.total / 2**30, usable(self.device) / 2**30
+        return UserError(
+            setting=f"{self.section}.micro_batch",
+            value=self.setup.train.micro_batch,
+            rule=f"it needs {needed:.1f} GiB a device, and {self.launch.device} has {there:.1f} for it",
+            remedy=f"Say {self._what_fits()}.",
+        )
+
+    def _what_fits(self) -> str:
+        """The mildest change that fits: a smaller micro-batch, then less stored, then more shared out."""
+        assert self.device is not None
+        if self.largest_micro_batch:
+            return f"{self.section}.micro_batch={self.largest_micro_batch}"
+        train = self.setup.train
+        sharing = train.deepspeed.model_copy(update={"zero_stage": 3})
+        offloading = sharing.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
+        name = self.section
+        steps: list[tuple[dict[str, object], str]] = [
+            ({"activation_checkpointing": True}, f"{name}.activation_checkpointing=true"),
+            ({"deepspeed": sharing}, f"{name}.deepspeed.zero_stage=3"),
+            ({"deepspeed": offloading}, f"{name}.deepspeed.offload_optimizer=true offload_parameters=true there"),
+        ]
+        changes: dict[str, object] = {"micro_batch": 1}
+        said = [f"{name}.micro_batch=1"]
+        for change, words in steps:
+            changes |= change
+            said.append(words)
+            if memory_of(self.trained, self.setup.with_train(**changes)).total <= usable(self.device):
+                return " ".join(said)
+        return "launch.processes or launch.nodes with more devices, or name a larger one: nothing else fits"
+
+
+def setup_of(train: Train, launch: Launch, machine: Machine) -> Setup:
+    """How the engine will train on these devices."""
+    on_gpu = launch.kind == "cuda" or (launch.kind == "auto" and machine.gpus > 0)
+    return Setup(train, _precision(train, on_gpu), ranks(launch, machine), on_gpu)
+
+
+def plan_training(section: str, trained: Trained, setup: Setup, launch: Launch, amount: Amount) -> TrainingPlan:
+    """The plan of one section."""
+    device = DEVICES.get(launch.device)
+    largest = None if device is None else largest_micro_batch(trained, setup, usable(device))
+    return TrainingPlan(section, trained, setup, amount, launch, memory_of(trained, setup), largest)
+
+
+def ranks(launch: Launch, machine: Machine) -> int:
+    """Worker processes of all nodes together; where GPUs are meant and not here, one a node."""
+    here = 1 if launch.kind == "cpu" else max(1, machine.gpus)
+    return (here if launch.processes == "auto" else launch.processes) * launch.nodes
+
+
+def _precision(train: Train, on_gpu: bool) -> Precision:
+    if train.precision != "auto":
+        return train.precision
+    return "bfloat16" if on_gpu or BFLOAT16_FLAGS & cpu_flags() else "float32"
+
+
+def usable(device: Device) -> int:
+    """Bytes of a device that training can fill."""
+    return int(device.memory_gib * 2**30 * (1 - HEADROOM))
+
+
+def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
+    """The largest micro-batch, of those that divide a device's share of the global batch, in so much memory; or 0."""
+    share = max(1, setup.train.global_batch // setup.ranks)
+    sizes = (size for size in range(share, 0, -1) if share % size == 0)
+    fitting = (size for size in sizes if memory_of(trained, setup.with_train(micro_batch=size)).total <= memory)
+    return next(fitting, 0)
+
+
+# ------------------------------------------------------------------------------------ how much there is
+
+
+def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
+    """Steps, from the settings or the token blocks; before these are there, from about how many tokens to expect."""
+    if data.artifact.is_complete():
+        dataset = read_json(data.artifact.path / "dataset.json")
+        share = dataset["supervised_tokens"]["train"] / max(1, dataset["tokens"]["train"])
+        return Amount(total_steps(train, dataset["blocks"]["train"]), share)
+    if train.steps is None and expected is None:
+        return Amount(None, 1.0)
+    return Amount(total_steps(train, (expected or 0) // train.sequence_length), 1.0)
+
+
+def expected_tokens(data: Data, purpose: sources.Purpose) -> int | None:
+    """About how many tokens a data set will have; None where nobody knows before reading it."""
+    several = data.corpus if purpose == "corpus" else data.instructions
+    limit = data.max_corpus_tokens if purpose == "corpus" else None
+    there = None
+    if all(source.kind == "files" for source in several):
+        settings = [sources.setting_of(several, number, purpose) for number in range(len(several))]
+        found = (
+            sources.expected_bytes(source, purpose, setting) for source, setting in zip(several, settings, strict=True)
+        )
+        there = round(sum(found) / BYTES_A_TOKEN)
+    return min((size for size in (there, limit) if size is not None), default=None)

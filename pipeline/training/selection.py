@@ -1,0 +1,57 @@
+"""What ``trainable`` means, for the engine's model and for one that is only planned. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+
+BY_EXPANSION = ("auto", "new_layers")  # what these mean, ``expansion.json`` says
+
+
+def select(section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]) -> set[str]:
+    """The names of the parameters that train.
+
+    ``auto`` means the new layers where the method inserts some, and everything where nothing is new or where base
+    layers are repeated (solar); ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
+    searched in parameter names.
+
+    Args:
+        section: "pretrain" or "sft", for the messages.
+        layers: every parameter's decoder layer, None outside of them.
+        expansion: the method and the layers of ``expansion.json``; read for ``BY_EXPANSION`` only.
+
+    Raises:
+        UserError: nothing would train.
+    """
+    if trainable == "all":
+        return set(layers)
+    if trainable in BY_EXPANSION:
+        return _by_expansion(section, trainable, layers, expansion)
+    chosen = {name for name in layers if re.search(trainable, name)}
+    if not chosen:
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule="it is searched in parameter names and matches none, so nothing would train",
+            remedy="Names look like " + next(name for name, layer in layers.items() if layer is not None) + ".",
+        )
+    return chosen
+
+
+def _by_expansion(
+    section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]
+) -> set[str]:
+    new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
+    if trainable == "auto" and (not new or expansion["method"] == "solar"):
+        return set(layers)
+    if not new:
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule=f"method {expansion['method']} added no layer, so nothing would train",
+            remedy=f"Say {section}.trainable=all.",
+        )
+    return {name for name, layer in layers.items() if layer in new}

@@ -1,0 +1,140 @@
+"""The runs of one benchmark: what a contender is given, and what is read from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline.artifact import read_json, write_json
+from pipeline.config import Train
+from pipeline.stage import task_to_json
+from scripts.benchmarks.hf_trainer import SECONDS_FILE
+from scripts.benchmarks.models import CONF, stage_task
+from scripts.benchmarks.our_worker import PROFILE_FILE
+from scripts.benchmarks.processes import Peak, run_module
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's steps."""
+
+    seconds: list[float]  # of every step, the first included
+    flops_a_step: int  # 0 where the contender does not count
+    peak: Peak
+
+    @property
+    def settled(self) -> list[float]:
+        """Without the first step, which compiles and fills caches."""
+        return self.seconds[1:]
+
+
+class Bench:
+    """The runs on one model in one working directory."""
+
+    def __init__(self, options: argparse.Namespace, work: Path, device: str) -> None:
+        self.options, self.work, self.device = options, work, device
+        self._number = 0
+        self.data = write_blocks(work / "data", options)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return int(self.options.global_batch * self.options.sequence_length)
+
+    def model(self, position: str) -> Path:
+        """The expanded model with new layers there, made when it is first asked for."""
+        options = self.options
+        out = self.work / f"model-{position}"
+        if not (out / "expansion.json").exists():
+            arguments = (options.shape, str(options.new_layers), position, str(out))
+            run_module("scripts.benchmarks.models", *arguments, log=self.work / "models.log")
+        return out
+
+    def ours(self, position: str, profile: bool = False) -> Run:
+        """Our worker until it logged enough steps; or to the end of a profile."""
+        out = self._new_directory("ours")
+        task = stage_task("pretrain", self._settings(), {"model": self.model(position), "data": self.data}, out)
+        write_json(out / "task.json", task_to_json(task))
+        wanted = self.options.steps + 1
+        peak = run_module(
+            "scripts.benchmarks.our_worker", str(out / "task.json"), *(["profile"] if profile else []),
+            log=out / "log", until=lambda: not profile and len(logged(out)) >= wanted,
+        )  # fmt: skip
+        lines = logged(out)[:wanted]
+        totals = [0.0, *(line["seconds"] for line in lines)]
+        seconds = [later - before for before, later in pairwise(totals)]
+        return Run(seconds, lines[0]["flops"], peak)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of one of our steps by part."""
+        self.ours(self.options.position, profile=True)
+        seconds: dict[str, float] = read_json(self._directory("ours") / PROFILE_FILE)
+        return seconds
+
+    def trainer(self, micro_batch: int, steps: int) -> Run:
+        """The Trainer for so many settled steps."""
+        options, out = self.options, self._new_directory("trainer")
+        job = {
+            "model": str(self.model(options.position)), "data": str(self.data), "out": str(out),
+            "device": self.device, "precision": options.precision, "zero_stage": options.zero_stage,
+            "global_batch": options.global_batch, "micro_batch": micro_batch, "steps": steps + 1,
+            "activation_checkpointing": options.activation_checkpointing,
+        }  # fmt: skip
+        write_json(out / "job.json", job)
+        peak = run_module("scripts.benchmarks.hf_trainer", str(out / "job.json"), log=out / "log")
+        return Run(read_json(out / SECONDS_FILE), 0, peak)
+
+    def _settings(self) -> Train:
+        options = self.options
+        values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
+        values |= {
+            "sequence_length": options.sequence_length, "global_batch": options.global_batch, "steps": 1000,
+            "micro_batch": options.our_micro_batch, "precision": options.precision, "evaluate_at": [],
+            "checkpoint_every_steps": 1000, "activation_checkpointing": options.activation_checkpointing,
+            "compile": options.compile, "attention": options.attention, "float32_products": options.float32_products,
+        }  # fmt: skip
+        values["deepspeed"] |= {"zero_stage": options.zero_stage}
+        return Train.model_validate_json(json.dumps(values))
+
+    def _directory(self, contender: str) -> Path:
+        return self.work / f"{self._number:02d}-{contender}"
+
+    def _new_directory(self, contender: str) -> Path:
+        self._number += 1
+        self._directory(contender).mkdir()
+        return self._directory(contender)
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """The steps in a running task's metrics."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines if '"loss"' in line]
+
+
+def write_blocks(directory: Path, options: argparse.Namespace) -> Path:
+    """Random tokens as a tokenize artifact, enough for every step of one run."""
+    directory.mkdir()
+    blocks, length = options.global_batch * (options.steps + 1), options.sequence_length
+    positions = np.tile(np.arange(length) % (options.document_tokens or length), (blocks, 1))
+    tokens = np.random.default_rng(0).integers(0, 49152, (blocks, length))
+    for split, count in (("train", blocks), ("held_out", 0)):
+        for name, values, dtype in (
+            ("input_ids", tokens, np.uint32), ("position_ids", positions, np.uint32),
+            ("loss_mask", positions > 0, np.uint8),
+        ):  # fmt: skip
+            np.save(directory / f"{split}.{name}.npy", values[:count].astype(dtype), allow_pickle=False)
+    sizes = {"train": blocks, "held_out": 0}
+    dataset = {
+        "purpose": "corpus", "sequence_length": length, "vocab_size": 49152, "blocks": sizes, "documents": sizes,
+        "tokens": sizes, "supervised_tokens": {"train": int((positions > 0).sum()), "held_out": 0}, "dropped": {},
+    }  # fmt: skip
+    write_json(directory / "dataset.json", dataset)
+    return directory

@@ -1,0 +1,323 @@
+"""``action=plan``: right numbers, everything that would stop a run, and not one byte changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import compose_jobs, main
+from pipeline.errors import EXIT_DONE, EXIT_REQUEST
+from pipeline.graph import build_graph
+from pipeline.preflight import identify
+from pipeline.source import resolve
+from tests.fake_hub import COMMIT, REPO, serve
+from tests.training.small import write_blocks
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Plan = Callable[..., str]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+    """``plan("quickstart", "seed=1")`` gives what is printed; the directory it runs in is empty before and after."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(experiment: str, *arguments: str) -> str:
+        assert main([f"+experiment={experiment}", *arguments, "action=plan"]) == EXIT_DONE
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        assert list(Path.cwd().iterdir()) == []
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are not resolved, whatever the machine has."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def _blockers(output: str) -> dict[str, str]:
+    """The settings at fault, each with its line."""
+    lines = re.findall(r"^ +\d+\. ([\w.]+) = (.*)$", output, re.MULTILINE)
+    return dict(lines)
+
+
+def _states(output: str) -> dict[str, str]:
+    """Stage -> what the table says of it."""
+    rows = re.findall(
+        r"^ +((?:load|expand|tokenize|pretrain|sft|evaluate|report)\S*) +(\S.*?) *$", output, re.MULTILINE
+    )
+    return {name: rest for name, rest in rows if not rest.startswith("sft")}
+
+
+def _hash_of(*folders: Path) -> str:
+    """One hash over every name, link and byte."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+            digest.update(f"{path} {path.lstat().st_mtime_ns} ".encode() + content)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------- right numbers
+
+
+@pytest.mark.parametrize(
+    "experiment, layers, before, after",
+    [
+        ("lesa_llama3", "32 -> 48", "8.03B", "11.52B"),
+        ("llama_pro_llama2", "32 -> 40", "6.74B", "8.36B"),
+        ("opt_deus_llama32_1b", "16 -> 24", "1.24B", "1.72B"),
+        ("opt_deus_llama31_8b", "32 -> 48", "8.03B", "11.52B"),
+        ("solar_mistral", "32 -> 48", "7.24B", "10.73B"),
+        ("quickstart", "30 -> 38", "134.5M", "162.8M"),
+    ],
+)
+def test_published_sizes_come_out(plan: Plan, experiment: str, layers: str, before: str, after: str) -> None:
+    output = plan(experiment)
+    assert f"layers {layers}" in output
+    assert f"parameters {before} -> {after}" in output
+
+
+def test_lesa_s_training_in_numbers(plan: Plan) -> None:
+    """6 000 steps of 64 sequences of 2 048 tokens; 16 of 48 layers train."""
+    output = plan("lesa_llama3", "launch.device=h100_80gb", "launch.processes=8")
+    assert "3.49B of 11.52B, 30.3 %" in output
+    assert re.search(r"steps +6,000", output) and re.search(r"tokens a step +131,072", output)
+    assert re.search(r"tokens +786 M", output)
+    assert "sizes from model.shape" in output
+
+
+def test_hours_follow_from_devices_and_utilization(plan: Plan) -> None:
+    command = ("lesa_llama3", "launch.device=h100_80gb", "launch.processes=8")
+    assert re.search(r"hours +3.29 at 40%", plan(*command))
+    assert re.search(r"hours +1.65 at 40%", plan(*command, "launch.nodes=2"))
+    assert re.search(r"hours +6.59 at 20%", plan(*command, "launch.utilization=0.2"))
+
+
+def test_a_directory_s_own_config_is_preferred_and_named(plan: Plan, shrunk: list[str], tiny_llama_dir: Path) -> None:
+    output = plan("quickstart", *shrunk)
+    assert f"sizes from the config in {tiny_llama_dir}" in output
+    assert "layers 4 -> 6" in output
+    assert _blockers(output) == {}
+
+
+# ------------------------------------------------------------------------------- nothing is changed
+
+
+def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
+    shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Every tree that it could write to is compared, and every file that it opens is watched."""
+    home, model = tmp_path / "home", tmp_path / "model"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    shutil.copytree(tiny_llama_dir, model)
+    probe = (
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == 'open' else None)\n"
+        "from pipeline.__main__ import main; status = main(sys.argv[1:])\n"
+        "weights = [path for path in opened if path.endswith('.safetensors')]\n"
+        "heavy = sorted({'torch', 'transformers', 'numpy', 'wandb'} & set(sys.modules))\n"
+        "print('status', status, 'imported', heavy, 'read', weights, any('config.json' in path for path in opened))"
+    )
+    environment = {**os.environ, "HOME": str(home), "HF_HOME": str(home / "hf"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    before = _hash_of(tmp_path, REPOSITORY / "pipeline", REPOSITORY / "conf")
+    answer = subprocess.run(
+        [sys.executable, "-c", probe, "+experiment=quickstart", *shrunk, f"model.path={model}", "action=plan"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "status 0 imported [] read [] True" in answer.stdout, answer.stdout + answer.stderr
+    assert _hash_of(tmp_path, REPOSITORY / "pipeline", REPOSITORY / "conf") == before
+
+
+def _pretend(command: list[str], *names: str) -> None:
+    """Artifacts of these nodes, with no more in them than a plan looks at."""
+    run = compose_jobs(command, False, None)[0].settings
+    nodes = build_graph(run, identify(run, resolve(run.model)))
+    for name in names:
+        artifact = nodes[name].artifact
+        artifact.partial.mkdir(parents=True)
+        if name.startswith("tokenize/"):
+            write_blocks(artifact.partial, blocks=40, length=64)
+        artifact.commit({"key": artifact.key})
+
+
+def test_what_is_there_is_cached_and_token_blocks_are_counted(
+    shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_dir = f"output_dir={tmp_path / 'out'}"
+    command = ["+experiment=quickstart", *shrunk, "sft.steps=null", "sft.epochs=2.0", output_dir]
+    there = {"load", "expand", "tokenize/corpus", "tokenize/instructions"}
+    _pretend(command, *there)
+    before = _hash_of(tmp_path)
+    assert main([*command, "action=plan"]) == EXIT_DONE
+    output = capsys.readouterr().out
+    assert {name for name, state in _states(output).items() if state == "cached"} == there
+    assert _states(output)["pretrain"] == "to do"
+    assert re.search(r"steps +3 +20 *$", output, re.MULTILINE)  # 2 epochs of 40 blocks, 4 a step
+    assert _hash_of(tmp_path) == before
+    assert main([*command, "force=[load]", "action=plan"]) == EXIT_DONE
+    assert set(_states(capsys.readouterr().out).values()) == {"to do"}
+
+
+# ------------------------------------------------------------------------------ what would stop a run
+
+
+def test_every_blocker_is_listed_not_only_the_first(
+    plan: Plan, no_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    blockers = _blockers(
+        plan(
+            "lesa_llama3",
+            "tracking=online",
+            "launch.device=rtx4090_24gb",
+            "launch.processes=4",
+            "data.corpus.kind=files",
+            "data.corpus.path=/no/such/corpus",
+            "data.corpus.split=null",
+            "data.corpus.config_name=null",
+            "pretrain.sequence_length=16384",
+            "pretrain.micro_batch=3",
+        )
+    )
+    assert set(blockers) == {
+        "model.path", "data.corpus.path", "data.instructions.path", "tracking.wandb", "output_dir", "launch.device",
+        "pretrain.sequence_length", "pretrain.global_batch", "pretrain.micro_batch", "sft.micro_batch",
+    }  # fmt: skip
+
+
+def test_stages_say_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    command = ("lesa_llama3", "launch.device=cpu", "data=python_docs", "evaluate=bundled")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**13))
+    output = plan(*command)
+    assert set(_blockers(output)) == {"model.path"}
+    states = _states(output)
+    assert re.fullmatch(r"blocked +1", states["load"]) and re.fullmatch(r"blocked +load", states["expand"])
+    assert "expand" in states["pretrain"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    assert all(state.startswith("blocked") for state in _states(plan(*command)).values())
+
+
+def test_no_chat_template_for_tuning(plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    output = plan("quickstart", *shrunk, f"model.path={tmp_path / 'model'}", "data.chat_template=model")
+    assert set(_blockers(output)) == {"data.chat_template"}
+    assert _states(output)["tokenize/corpus"] == "to do"
+
+
+def test_a_gated_model_on_the_hub(
+    plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tiny_llama_dir, tmp_path / "cache", monkeypatch) as hub:
+        hub.refusal = "GatedRepo"
+        output = plan("quickstart", *shrunk, f"model.path={REPO}")
+    assert set(_blockers(output)) == {"model.path"} and "hf auth login" in output
+    assert "sizes from nowhere" in output
+    everything = plan("quickstart", "model=hub", "model.path=/no/such/model", "launch.device=h100_80gb")
+    assert set(_blockers(everything)) == {"model.path", "launch.device"}
+
+
+def test_a_model_on_the_hub_is_read_without_filling_its_cache(
+    plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tiny_llama_dir, tmp_path / "cache", monkeypatch) as hub:
+        output = plan("quickstart", *shrunk, f"model.path={REPO}")
+    assert f"sizes from the config in {REPO} on the hub" in output and "layers 4 -> 6" in output
+    assert not (tmp_path / "cache").exists()
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+
+
+def test_a_config_in_the_hub_s_cache_serves_where_the_hub_does_not_answer(
+    plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    with serve(tiny_llama_dir, tmp_path / "cache", monkeypatch) as hub:
+        hf_hub_download(REPO, "config.json", revision=COMMIT)
+        hub.refusal = "RepoNotFound"
+        output = plan("quickstart", *shrunk, f"model.path={REPO}", f"model.revision={COMMIT}")
+    assert "sizes from the config in the hub's cache" in output and "layers 4 -> 6" in output
+
+
+def test_memory_that_does_not_fit_says_what_would(plan: Plan) -> None:
+    output = plan("lesa_llama3", "launch.device=a100_40gb", "launch.processes=8")
+    assert "pretrain.micro_batch" not in _blockers(output)
+    too_large = plan("lesa_llama3", "launch.device=a100_40gb", "launch.processes=8", "pretrain.micro_batch=8",
+                     "pretrain.activation_checkpointing=false")  # fmt: skip
+    assert "Say pretrain.micro_batch=" in too_large
+    smaller = plan("lesa_llama3", "launch.device=rtx4090_24gb", "launch.processes=8")
+    assert "pretrain.deepspeed.zero_stage=3" in smaller
+
+
+def test_a_family_that_cannot_be_expanded_is_a_blocker(plan: Plan, shrunk: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / "model" / name).write_bytes(b"")
+    output = plan("quickstart", *shrunk, f"model.path={tmp_path / 'model'}")
+    assert set(_blockers(output)) == {"model.path"} and "mamba" in output
+
+
+def test_a_model_of_another_shape_is_a_blocker(plan: Plan, shrunk: list[str]) -> None:
+    output = plan("quickstart", *shrunk, "+model.shape={hidden_size: 64}")
+    assert "hidden_size 64" in _blockers(output)["model.shape"] and "hidden_size 32" in output
+
+
+@pytest.mark.parametrize(
+    "wrong", ["pretrain.micro_batch=0", "launch.device=h1000", "no.such=1", "expand.position=[1,2,3]"]
+)
+def test_settings_that_are_wrong_in_themselves_are_refused(shrunk: list[str], wrong: str) -> None:
+    assert main(["+experiment=quickstart", *shrunk, wrong, "action=plan"]) == EXIT_REQUEST
+
+
+# --------------------------------------------------------------------------------------- sweeps, speed
+
+
+def test_a_sweep_marks_what_its_jobs_share(plan: Plan, shrunk: list[str]) -> None:
+    output = plan("quickstart", "--multirun", *shrunk, "expand=copy,none")
+    first, second = output.split("quickstart/expand-none")[0], output.split("quickstart/expand-none")[1]
+    assert "with" not in " ".join(_states(first).values())
+    shared = {name for name, state in _states(second).items() if state == "with quickstart/expand-copy"}
+    assert shared == {"load", "tokenize/corpus", "tokenize/instructions", "evaluate/load"}
+    assert "and one report over all 2 jobs: outputs/quickstart/report" in output
+
+
+def test_an_answer_within_ten_seconds_where_no_name_server_answers(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(12))
+    started = time.monotonic()
+    output = plan("lesa_llama3")
+    assert time.monotonic() - started < 10
+    assert {"model.path", "data.corpus.path", "data.instructions.path", "evaluate.tasks"} <= set(_blockers(output))

@@ -1,0 +1,55 @@
+"""Runs one training task as a worker does, and measures how its memory grows: ``measured_task.py TASK.json``.
+
+Memory is what is anonymous or shared and resident, as Linux counts it, since before the model is loaded and after
+everything is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline.artifact import read_json, write_json
+from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE
+from pipeline.stage import task_from_json
+from pipeline.watchdog import end_with_parent
+
+SAMPLE_SECONDS = 0.005
+COUNTED = ("RssAnon", "RssShmem")
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(int(count) for count in re.findall(rf"(?:{'|'.join(COUNTED)}):\s*(\d+)", status))
+
+
+class Watch(threading.Thread):
+    """Knows the most that was ever resident since it started."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.peak = resident()
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, resident())
+            time.sleep(SAMPLE_SECONDS)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    import transformers.models.llama.modeling_llama  # noqa: F401  before the count begins
+
+    from pipeline.training.session import train
+
+    logs = Path(os.environ[LOG_DIR_VARIABLE])
+    task = task_from_json(read_json(sys.argv[1]))
+    watch = Watch()
+    watch.start()
+    train(task, logs, lambda: False)
+    write_json(logs / OUTCOME_FILE, {"status": "done", "growth": watch.peak - watch.before})

@@ -1,0 +1,138 @@
+"""Stopped anywhere, by any signal to any rank, or killed in the middle of a save: the result is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.artifact import read_json
+from pipeline.launch import OUTCOME_FILE
+from pipeline.stage import StageTask
+from pipeline.training import checkpoint
+from pipeline.training.job import CHECKPOINTS, TRAINING_FILE
+from tests.training.forked import ForkedRanks, Launch
+from tests.training.small import logged, train_settings
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+RANKS, STEPS, SAVE_EVERY = 2, 60, 3
+FILE_EVENTS_A_SAVE = 14  # directories made, files opened, renamed and removed, about
+COMPARED = ("step", "loss", "learning_rate", "grad_norm", "grad_norm/rest", "held_out_loss", "tokens", "flops")
+MakeTask = Callable[..., StageTask]
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """One end of an attempt: a signal some time after some steps, or ``kill -9`` of rank 0 at some file event."""
+
+    number: signal.Signals
+    rank: int = 0
+    steps: int = 0
+    delay: float = 0.0  # seconds after those steps
+    file_event: int | None = None
+
+
+def interruptions(seed: int) -> list[Interruption]:
+    """Ten of them, in random order: six signals that ask, two that kill, and two kills within a save."""
+    chance = random.Random(seed)
+
+    def anywhere(number: signal.Signals) -> Interruption:
+        return Interruption(number, chance.randrange(RANKS), chance.randint(0, 2), chance.uniform(0, 0.03))
+
+    found = [anywhere(number) for number in 3 * [signal.SIGTERM, signal.SIGUSR1] + 2 * [signal.SIGKILL]]
+    for _ in range(2):
+        found.append(Interruption(signal.SIGKILL, file_event=chance.randint(2, 2 * FILE_EVENTS_A_SAVE)))
+    chance.shuffle(found)
+    return found
+
+
+def last_step(task: StageTask) -> int:
+    """The last logged step, 0 before the first."""
+    path = task.out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def interrupt(launch: Launch, task: StageTask, how: Interruption) -> dict[int, int]:
+    """Waits for the right moment, sends the signal, and waits for the end."""
+    if how.file_event is None:
+        first = saved_step(task)
+        while last_step(task) <= first + how.steps:
+            time.sleep(0.001)
+        time.sleep(how.delay)
+        launch.kill(how.rank, how.number)
+    return launch.wait()
+
+
+def saved_step(task: StageTask) -> int:
+    """The step of the newest good checkpoint, 0 where there is none."""
+    found = checkpoint.newest(task.out / CHECKPOINTS, print)
+    return 0 if found is None else found.step
+
+
+@pytest.mark.parametrize(
+    "seed, changes",
+    [(1, {}), (2, {"precision": "bfloat16", "deepspeed": {"zero_stage": 3}})],
+    ids=["ZeRO 2 float32", "ZeRO 3 bfloat16"],
+)
+def test_ten_interruptions_leave_no_trace(make_task: MakeTask, forked_ranks: ForkedRanks, seed: int, changes: dict):
+    settings = train_settings(
+        steps=STEPS, checkpoint_every_steps=SAVE_EVERY, evaluate_at=[0.0, 0.2, 0.5, 1.0], keep_at=[0.1], **changes
+    )
+    straight, broken = make_task(settings, RANKS), make_task(settings, RANKS)
+    assert set(forked_ranks.work(straight).wait().values()) == {0}
+    for how in interruptions(seed):
+        request = {} if how.file_event is None else {"die_at_file_event": how.file_event}
+        statuses = interrupt(forked_ranks.work(broken, **request), broken, how)
+        assert not (broken.out / TRAINING_FILE).exists(), "it was done before it was interrupted"
+        if how.number == signal.SIGKILL:
+            assert statuses[how.rank] == -signal.SIGKILL, how
+        else:  # both ranks stopped after the same step, saved it, and call that no failure
+            assert set(statuses.values()) == {0}, how
+            assert read_json(broken.out / "logs" / OUTCOME_FILE) == {"status": "stopped"}
+            assert saved_step(broken) == last_step(broken)
+    assert set(forked_ranks.work(broken).wait().values()) == {0}
+    for name in COMPARED:
+        assert logged(broken, name) == logged(straight, name), name
+    for file in ("model.safetensors", "on_the_way/10/model.safetensors"):
+        ours, theirs = (load_file(task.out / file) for task in (broken, straight))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(make_task: MakeTask, forked_ranks: ForkedRanks):
+    settings = train_settings(steps=6, checkpoint_every_steps=2)
+    straight, cut = make_task(settings), make_task(settings)
+    forked_ranks.work(straight).wait()
+    first = forked_ranks.work(cut, die_at_file_event=2 * FILE_EVENTS_A_SAVE)
+    first.wait()
+    before = saved_step(cut)
+    assert before > 0
+    assert forked_ranks.work(cut, limits={"RLIMIT_FSIZE": 50_000}).wait() == {0: 1}
+    outcome = read_json(cut.out / "logs" / OUTCOME_FILE)
+    assert outcome["named"] and f"the checkpoint of step {before + 2} could not be saved" in outcome["cause"]
+    assert "Free some space and give the same command again" in outcome["cause"]
+    assert saved_step(cut) == before
+    assert forked_ranks.work(cut).wait() == {0: 0}
+    assert logged(cut, "loss") == logged(straight, "loss")
+
+
+def test_a_number_that_is_not_finite_ends_training_by_name_over_the_last_good_state(
+    make_task: MakeTask, forked_ranks: ForkedRanks
+):
+    task = make_task(train_settings(learning_rate=1e30, warmup_fraction=0.0, checkpoint_every_steps=1))
+    assert forked_ranks.work(task).wait() == {0: 1}
+    cause = read_json(task.out / "logs" / OUTCOME_FILE)["cause"]
+    assert "is nan at step 2" in cause and "Lower pretrain.learning_rate" in cause
+    assert not (task.out / TRAINING_FILE).exists()
+    found = checkpoint.newest(task.out / CHECKPOINTS, pytest.fail)
+    assert found is not None and found.step == 1
+    assert all(torch.isfinite(tensor).all() for tensor in found.tensors().values())

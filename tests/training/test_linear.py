@@ -1,0 +1,58 @@
+"""bfloat16 products by the float32 units: as exact as the native ones, on the same operands."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.training.attention import DOCUMENTS
+from pipeline.training.linear import use_float32_products
+from pipeline.training.loss import SummedLoss
+
+
+@pytest.mark.parametrize("trains", [(True, True), (False, True), (True, False)], ids=["both", "input", "weight"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients_are_the_exact_ones_rounded_once(trains: tuple[bool, bool], bias: bool):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16)
+    layer.weight.requires_grad_(trains[0])
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(2, 7, 96, dtype=torch.bfloat16, requires_grad=trains[1])
+    wide = x.detach().double().requires_grad_(trains[1])
+    use_float32_products(nn.ModuleList([layer]))
+    grad = torch.randn(2, 7, 40, dtype=torch.bfloat16)
+    layer(x).backward(grad)
+    exact(wide).backward(grad.double())
+    torch.testing.assert_close(layer(x).double(), exact(wide), rtol=2**-7, atol=1e-2)
+    for mine, theirs in ((x.grad, wide.grad), (layer.weight.grad, exact.weight.grad)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine.double(), theirs, rtol=2**-8, atol=1e-6)
+
+
+def test_a_whole_models_loss_is_the_native_one_up_to_rounding(tiny_llama_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16, attn_implementation=DOCUMENTS)
+    ids = torch.randint(0, 384, (2, 48), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(48).repeat(2, 1)
+    native = SummedLoss(model)(ids, positions, positions > 0)
+    use_float32_products(model.base_model.layers)
+    ours = SummedLoss(model, float32_products=True)(ids, positions, positions > 0)
+    ours.backward()
+    assert ours.dtype == torch.float32 and all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(ours, native, rtol=2e-3, atol=0.0)
+
+
+def test_a_frozen_weight_keeps_no_input_alive():
+    """As in torch's own: below and inside frozen layers only what the gradient needs is stored."""
+    layer = nn.Linear(96, 40, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    use_float32_products(nn.ModuleList([layer]))
+    stored: list[tuple[int, ...]] = []
+    x = torch.randn(5, 96, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: stored.append(tuple(tensor.shape)) or tensor, id):
+        layer(x)
+    assert stored == [(40, 96)]

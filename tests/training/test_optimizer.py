@@ -1,0 +1,67 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.training import freeze
+from pipeline.training.optimizer import MULTIPLE, make_adamw, parameter_groups
+from tests.training.small import train_settings
+
+
+@pytest.fixture
+def model(grown_dir: Path) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32)
+    freeze.freeze_others(model, freeze.select_trainable("pretrain", "auto", model, grown_dir))
+    return model
+
+
+def names_of(model: nn.Module, group: dict) -> set[str]:
+    wanted = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def test_norms_and_biases_do_not_decay(model: nn.Module):
+    matrices, vectors = parameter_groups("pretrain", model, train_settings(weight_decay=0.1))
+    assert matrices["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in matrices["params"])
+    assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names_of(model, matrices) | names_of(model, vectors) == trained
+
+
+def test_a_role_can_learn_faster_than_the_rest(model: nn.Module):
+    groups = parameter_groups("pretrain", model, train_settings(role_learning_rates={"o": 2.0, "down": 4.0}))
+    by_multiple = {
+        multiple: set().union(*(names_of(model, group) for group in groups if group[MULTIPLE] == multiple))
+        for multiple in (1.0, 2.0, 4.0)
+    }
+    assert by_multiple[2.0] == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 3)}
+    assert by_multiple[4.0] == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 3)}
+    assert len(by_multiple[1.0]) == 2 * 7
+
+
+def test_a_rate_for_a_role_that_does_not_train_is_refused(model: nn.Module):
+    with pytest.raises(UserError, match="nothing that trains has this role") as error:
+        parameter_groups("sft", model, train_settings(role_learning_rates={"q_norm": 2.0}))
+    assert error.value.setting == "sft.role_learning_rates" and error.value.value == "q_norm"
+
+
+def test_a_step_is_that_of_adamw_as_it_is_written_down():
+    """Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, by hand, over three steps."""
+    train = train_settings(learning_rate=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8)
+    weight = nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
+    optimizer = make_adamw([{"params": [weight], "weight_decay": 0.1}], train)
+    assert optimizer.defaults["fused"]
+    expected, first, second = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
+    for step, gradient in enumerate(([0.5, -0.1], [0.2, 0.3], [-0.4, 0.0]), start=1):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        for i, g in enumerate(gradient):
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.95 * second[i] + 0.05 * g * g
+            direction = (first[i] / (1 - 0.9**step)) / (math.sqrt(second[i] / (1 - 0.95**step)) + 1e-8)
+            expected[i] -= 0.01 * (direction + 0.1 * expected[i])
+        assert weight.tolist()[0] == pytest.approx(expected, rel=1e-12)

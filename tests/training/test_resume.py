@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import sha256_file, write_json
+from pipeline.errors import UserError
+from pipeline.training.checkpoint import STATE_FILE, Checkpoint
+from pipeline.training.resume import check_belongs, content_hash, rounding_note
+from tests.training.small import train_settings
+
+MINE = {"model": "m", "data": "d", "settings": train_settings().key_settings(), "seed": 0}
+
+
+def checkpoint_of(directory: Path, identity: dict) -> Checkpoint:
+    path = directory / "step-00000003"
+    path.mkdir()
+    write_json(path / STATE_FILE, {"identity": json.loads(json.dumps(identity))})
+    return Checkpoint(path)
+
+
+def test_a_checkpoint_of_this_run_is_taken(tmp_path: Path):
+    check_belongs(checkpoint_of(tmp_path, MINE), MINE, "pretrain")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model": "other"}, "the model's files"),
+        ({"data": "other"}, "the data's files"),
+        ({"seed": 7}, "seed (7 there, 0 here)"),
+        ({"settings": train_settings(learning_rate=0.5).key_settings()}, "sft.learning_rate (0.5 there, 0.001 here)"),
+    ],
+)
+def test_another_runs_is_refused_with_what_differs(tmp_path: Path, change: dict, said: str):
+    with pytest.raises(UserError) as error:
+        check_belongs(checkpoint_of(tmp_path, {**MINE, **change}), MINE, "sft")
+    assert error.value.rule.endswith(f"what differs: {said}")
+    assert "step-00000003" in str(error.value.value) and "force=[sft]" in error.value.remedy
+
+
+def test_files_are_hashed_where_the_manifest_is_not_to_be_believed(tmp_path: Path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"frozen weights")
+    write_json(tmp_path / "manifest.json", {"files": {
+        weights.name: {"sha256": sha256_file(weights)}, "on_the_way/20/model.safetensors": {"sha256": "x"},
+    }})  # fmt: skip
+    before = content_hash(tmp_path, "*.safetensors", believe_manifest=False)
+    assert content_hash(tmp_path, "*.safetensors", believe_manifest=True) == before
+    weights.write_bytes(b"frozen weighty")
+    assert content_hash(tmp_path, "*.safetensors", believe_manifest=True) == before
+    assert content_hash(tmp_path, "*.safetensors", believe_manifest=False) != before
+
+
+def test_another_spread_is_said_to_round_otherwise():
+    saved = {"ranks": 2, "zero_stage": 2, "micro_batch": 4}
+    assert rounding_note(saved, saved) is None
+    note = rounding_note(saved, {**saved, "ranks": 4})
+    assert note is not None and "ranks (2 there, 4 here)" in note and "not to the bit" in note
