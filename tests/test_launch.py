@@ -243,7 +243,7 @@ def test_a_named_failure_is_the_cause_whoever_the_launcher_had_to_kill(tmp_path:
     (tmp_path / launch.OUTCOME_FILE).write_text(json.dumps(outcome))
     (tmp_path / launch.LAUNCHER_LOG).write_text("rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n")
     with pytest.raises(WorkersFailed, match="^rank 0 of 2: the disk is full\nits log: .*rank-0.log$"):
-        launch._read_outcome(tmp_path, 1, processes=2)
+        launch._read_outcome(tmp_path, 1, Placement("cpu", 2, 1))
 
 
 def test_workers_that_leave_no_outcome_have_failed(tmp_path: Path):

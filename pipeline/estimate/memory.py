@@ -165,7 +165,8 @@ def _layer(trained: Trained, setup: Setup, layer: Layer, names: frozenset[str]) 
 def _attention(shape: Shape, setup: Setup) -> int:
     """Bytes a token that one layer's attention stores."""
     queries = shape.heads * shape.head_size
-    by_document = setup.train.attention != "sdpa"
+    attention = setup.train.attention
+    by_document = attention == "documents" or (attention == "auto" and not setup.on_gpu)
     keys = shape.key_size if by_document and not setup.on_gpu else queries
     mask = 0 if by_document else setup.width * setup.train.sequence_length
     return setup.width * 2 * (queries + keys) + WIDE * shape.heads + mask

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline import hub
 from pipeline.artifact import RememberedFingerprints
-from pipeline.config import Model, Settings
+from pipeline.config import Data, Model, Settings, Source
 from pipeline.data import sources
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import validate as validate_evaluation
@@ -32,12 +32,15 @@ class Outside:
     Attributes:
         config: the model's config, or the entries of it that ``model.shape`` gives; None where neither is to be had.
         config_from: where it comes from, in words.
+        model, data: the run's, with what was found put in the place of branches and tags.
         faults: what could not be looked up, by input: model, corpus, instructions, evaluate.
     """
 
     config: Mapping[str, Any] | None
     config_from: str
     inputs: Inputs
+    model: Model
+    data: Data
     faults: Mapping[str, UserError]
 
 
@@ -45,22 +48,46 @@ def look_up(run: Settings) -> Outside:
     """Asks for everything at once; takes no longer than the slowest answer (``hub.ANSWER_WITHIN_SECONDS``)."""
     remembered = RememberedFingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json")
     with ThreadPoolExecutor() as pool:
-        model = pool.submit(_read_model, run.model)
-        corpus = pool.submit(sources.fingerprint, run.data.corpus, "corpus", remembered)
-        instructions = pool.submit(sources.fingerprint, run.data.instructions, "instructions", remembered)
+        read_model = pool.submit(_read_model, run.model)
+        corpus = pool.submit(_read_sources, run.data.corpus, "corpus", remembered)
+        instructions = pool.submit(_read_sources, run.data.instructions, "instructions", remembered)
         evaluate = pool.submit(validate_evaluation, run.evaluate)
-    asked: dict[str, Future[Any]] = {"model": model, "corpus": corpus, "instructions": instructions}
+    asked: dict[str, Future[Any]] = {"model": read_model, "corpus": corpus, "instructions": instructions}
     faults = {name: fault for name, future in {**asked, "evaluate": evaluate}.items() if (fault := _fault(future))}
-    source, config = (None, None) if "model" in faults else model.result()
+    source: ModelSource | None = None
+    config: Mapping[str, Any] | None = None
+    if "model" not in faults:
+        source, config = read_model.result()
     inputs = Inputs(
         model=UNKNOWN if source is None else source.identity or remembered.of_files(source.files),
-        corpus=UNKNOWN if "corpus" in faults else corpus.result(),
-        instructions=UNKNOWN if "instructions" in faults else instructions.result(),
+        corpus=UNKNOWN if "corpus" in faults else corpus.result()[1],
+        instructions=UNKNOWN if "instructions" in faults else instructions.result()[1],
         interpreter=sources.interpreter_fingerprint(),
     )
-    if source is not None and config is not None:
-        return Outside(config, f"the config in {_place(source)}", inputs, faults)
-    return Outside(*_second_best(run.model), inputs, faults)
+    if source is None or config is None:
+        config, config_from = _second_best(run.model)
+    else:
+        config_from = f"the config in {_place(source)}"
+    model, data = _pinned_model(run.model, source), _pinned_data(run.data, asked, faults)
+    return Outside(config, config_from, inputs, model, data, faults)
+
+
+def _read_sources(
+    several: list[Source], purpose: sources.Purpose, remembered: RememberedFingerprints
+) -> tuple[list[Source], str]:
+    """The sources with their revisions resolved, and their content identity."""
+    pinned = sources.pin(several, purpose)
+    return pinned, sources.fingerprint(pinned, purpose, remembered)
+
+
+def _pinned_model(model: Model, source: ModelSource | None) -> Model:
+    commit = None if source is None else source.commit
+    return model if commit is None else model.model_copy(update={"revision": commit})
+
+
+def _pinned_data(data: Data, asked: Mapping[str, Future[Any]], faults: Mapping[str, UserError]) -> Data:
+    known = {"corpus", "instructions"} - faults.keys()
+    return data.model_copy(update={purpose: asked[purpose].result()[0] for purpose in known})
 
 
 def _fault(future: Future[Any]) -> UserError | None:

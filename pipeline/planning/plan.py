@@ -24,8 +24,8 @@ TRAINING: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructio
 STOPS = {  # what a fault of an input or check stops; a stage stands for all its nodes
     "model": ("load",), "expand": ("expand",), "corpus": ("tokenize/corpus",),
     "instructions": ("tokenize/instructions",), "chat_template": ("tokenize/instructions",),
-    "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "devices": ("pretrain", "sft"),
-    "output": STAGE_NAMES, "disk": STAGE_NAMES, "login": STAGE_NAMES,
+    "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "kept": ("evaluate",),
+    "devices": ("pretrain", "sft"), "output": STAGE_NAMES, "disk": STAGE_NAMES, "login": STAGE_NAMES,
 }  # fmt: skip
 BY_SIZE = ("model", "expand", "disk")  # checks that need the model's config
 
@@ -86,6 +86,7 @@ class Planner:
             UserError: the settings contradict the model, so that there is nothing to plan.
         """
         outside = self._look_up(run)
+        run = run.model_copy(update={"model": outside.model, "data": outside.data})
         nodes = build_graph(run, outside.inputs)
         todo, machine = missing(run, nodes), detect_machine()
         faults = list(_outside_faults(outside, todo))

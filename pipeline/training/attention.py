@@ -34,7 +34,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def resolve_attention(
     section: str, train: Train, config: PretrainedConfig, precision: Precision, device: torch.device
 ) -> Attention:
-    """``auto`` attends by document wherever the model and the device can, else as fast as they can with a mask.
+    """``auto`` attends by document on CPUs where the model can, else as fast as it can with a mask.
+
+    On GPUs attention by document has to be asked for: torch's kernel for it is young, and its arguments still change.
 
     Raises:
         UserError: attention by document is asked for and cannot be had.
@@ -42,7 +44,8 @@ def resolve_attention(
     unknown_terms = _unknown_terms(config)
     obstacle = unknown_terms or _obstacle(train, config.get_text_config(), precision, device)
     if train.attention == "auto":
-        return DOCUMENTS if obstacle is None else "sdpa" if unknown_terms is None else "eager"
+        by_document = obstacle is None and device.type == "cpu"
+        return DOCUMENTS if by_document else "sdpa" if unknown_terms is None else "eager"
     if train.attention == DOCUMENTS and obstacle:
         raise UserError(
             setting=f"{section}.attention", value=DOCUMENTS, rule=obstacle, remedy=f"Say {section}.attention=sdpa."

@@ -68,7 +68,7 @@ def main() -> None:
 
 def names_of(base: Path, method: str, **changes: Any) -> tuple[Names, Any]:
     """A base's tensors under the plan of a method's settings."""
-    settings = expand_settings(method, new_layers=NEW_LAYERS, position="top", **changes)
+    settings = expand_settings(method, **{"new_layers": NEW_LAYERS, "position": "top", **changes})
     model = ModelDirectory(base)
     return Names(model, architecture_of("llama"), make_plan(settings, model.config["num_hidden_layers"])), settings
 
@@ -82,14 +82,21 @@ def seconds_of(work: Callable[[], object], out: Path) -> float:
     return time.perf_counter() - started
 
 
-def ours(base: Path, method: str, seed: int, device: torch.device, out: Path, **changes: Any) -> Journal:
+def ours(base: Path, method: str, seed: int, device: torch.device, out: Path, **changes: Any) -> Names:
     """One of the pipeline's own methods, weights only."""
+    return ours_with_journal(base, method, seed, device, out, **changes)[0]
+
+
+def ours_with_journal(
+    base: Path, method: str, seed: int, device: torch.device, out: Path, **changes: Any
+) -> tuple[Names, Journal]:
+    """The same, with what the method had to say."""
     names, settings = names_of(base, method, **changes)
 
     def make(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
         return expand_function(method)(layers, plan, settings, seed, journal)
 
-    return write_weights(names, make, device, out)
+    return names, write_weights(names, make, device, out)
 
 
 # ------------------------------------------------------------------------------------------ copies
@@ -123,7 +130,9 @@ def print_opt_deus(base: Path, place: Path, device: torch.device) -> None:
         lambda: write_weights(names, fuse_with_pot(settings, errors), device, place / "pot"), place / "pot"
     )
     journals: list[Journal] = []
-    mine = seconds_of(lambda: journals.append(ours(base, "opt_deus", 0, device, place / "ours")), place / "ours")
+    mine = seconds_of(
+        lambda: journals.append(ours_with_journal(base, "opt_deus", 0, device, place / "ours")[1]), place / "ours"
+    )
     worst = max(facts["marginal_error"] for facts in journals[0].records.values())
     print("\n| OpT-DeUS | seconds | largest L1 marginal error of its solves | ratio |\n|---|---:|---:|---:|")
     print(f"| POT, log domain, float32 | {published:.1f} | {max(errors):.1e} | 1.00 |")

@@ -45,15 +45,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", default="llama-3-8b", choices=LLAMA)
+    parser.add_argument("--layers", type=int, help="a slice of the depth, at full width")
     parser.add_argument("--new-layers", type=int, default=16)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     chosen = parser.parse_args()
-    base = chosen.directory / chosen.shape
+    base = chosen.directory / f"{chosen.shape}-{chosen.layers or 'all'}"
     if not (base / "config.json").is_file():
-        write_random_checkpoint(chosen.shape, base)
+        write_random_checkpoint(chosen.shape, base, chosen.layers)
     copy_rate = seconds_per_gigabyte(base)
     threads = torch.get_num_threads()
-    print(f"{chosen.shape}, {chosen.new_layers} new layers, torch {torch.__version__}, {threads} threads; ", end="")
+    depth = "" if chosen.layers is None else f" cut to {chosen.layers} layers"
+    print(
+        f"{chosen.shape}{depth}, {chosen.new_layers} new layers, torch {torch.__version__}, {threads} threads; ", end=""
+    )
     print(f"cp takes {copy_rate:.2f} s a GB here\n")
     print("| method | minutes in all | writing weights, minutes | times cp | peak memory, GB | self-check |")
     print("|---|---:|---:|---:|---:|---|")
@@ -61,15 +65,15 @@ def main() -> None:
         print(row(method, base, chosen.directory, chosen.new_layers, copy_rate), flush=True)
 
 
-def write_random_checkpoint(shape: str, directory: Path) -> None:
-    """Normal numbers, standard deviation 0.02, norms at one; SmolLM2's tokenizer."""
-    hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary, tied = LLAMA[shape]
+def write_random_checkpoint(shape: str, directory: Path, layers: int | None = None) -> None:
+    """Normal numbers, standard deviation 0.02, norms at one; SmolLM2's tokenizer. ``layers``: a slice of the depth."""
+    hidden, intermediate, depth, heads, key_value_heads, head_dim, vocabulary, tied = LLAMA[shape]
     directory.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=key_value_heads, head_dim=head_dim, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers or depth,
+        num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=head_dim, vocab_size=vocabulary,
+        tie_word_embeddings=tied, max_position_embeddings=8192, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )  # fmt: skip
     specs = {name: TensorSpec(torch.bfloat16, shape) for name, shape in llama_tensors(config)}
     generator = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import write_json
-from pipeline.launch import rank_log
+from pipeline.failure import rank_log
 from pipeline.stage import StageTask, task_to_json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -120,11 +120,13 @@ def test_no_mask_over_pairs_of_tokens_is_made(tiny_llama_dir, monkeypatch: pytes
 # ------------------------------------------------------------------------------------------ choice
 
 
-def test_auto_takes_documents_where_it_can():
+def test_auto_takes_documents_on_cpus_and_they_can_be_asked_for_on_gpus():
     config = LlamaConfig()
     auto = train_settings(attention="auto")
     assert resolve_attention("pretrain", auto, config, "float32", CPU) == DOCUMENTS
-    assert resolve_attention("pretrain", auto, config, "bfloat16", CUDA) == DOCUMENTS
+    assert resolve_attention("pretrain", auto, config, "bfloat16", CUDA) == "sdpa"
+    asked = train_settings(attention=DOCUMENTS)
+    assert resolve_attention("pretrain", asked, config, "bfloat16", CUDA) == DOCUMENTS
     assert resolve_attention("pretrain", auto, config, "float32", CUDA) == "sdpa"
     assert resolve_attention("pretrain", train_settings(attention="sdpa"), config, "float32", CPU) == "sdpa"
 

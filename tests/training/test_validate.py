@@ -50,10 +50,10 @@ def test_the_ranks_of_all_nodes_share_a_batch():
 
 
 def test_compiling_on_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
-    validate("pretrain", train_settings(compile=True), launch(1), context_length=32)
+    validate("pretrain", train_settings(compile=True), launch(1), 32, Machine(cores=2, gpus=0))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler is not there"):
-        validate("pretrain", train_settings(compile=True), launch(1), context_length=32)
+        validate("pretrain", train_settings(compile=True), launch(1), 32, Machine(cores=2, gpus=0))
 
 
 def write_model(directory: Path, vocab_size: int = 384) -> Path:

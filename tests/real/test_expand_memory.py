@@ -1,0 +1,37 @@
+"""Expansion at Llama-3-8B's full width holds a few tensors, never a model: two layers stand for all thirty-two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import read_json, write_json
+from pipeline.stage import task_to_json
+from scripts.benchmarks.expand_memory import write_random_checkpoint
+from scripts.benchmarks.expansions import expand_settings, expand_task
+from scripts.benchmarks.processes import run_module
+
+GIGABYTE = 1e9
+
+
+@pytest.fixture(scope="module")
+def slice_of_llama_3_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, bfloat16, 3 GB; written by a writer that holds one tensor."""
+    directory: Path = tmp_path_factory.mktemp("full_width") / "base"
+    write_random_checkpoint("llama-3-8b", directory, layers=2)
+    return directory
+
+
+@pytest.mark.parametrize(("method", "gigabytes"), [("llama_pro", 2), ("solar", 2), ("opt_deus", 6)])
+def test_what_a_method_holds(slice_of_llama_3_8b: Path, tmp_path: Path, method: str, gigabytes: int) -> None:
+    """Anonymous and shared pages from outside, self-check included, which goes layer by layer."""
+    out, task, outcome = tmp_path / "out", tmp_path / "task.json", tmp_path / "outcome.json"
+    out.mkdir()
+    settings = expand_settings(method, new_layers=1, position="top")
+    write_json(task, task_to_json(expand_task(settings, slice_of_llama_3_8b, out)))
+    peak = run_module("pipeline.stages", str(task), str(outcome), log=tmp_path / "log")
+    check = read_json(outcome)["metrics"]["check"]
+    assert check["logits_of"].startswith("layer by layer")
+    assert check["logit_difference"] == (None if method == "solar" else 0.0)
+    assert 0.2 * GIGABYTE < peak.host < gigabytes * GIGABYTE
