@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Workplace
+from tests.slurm.cluster import Workplace, ends
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STAGES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
@@ -58,7 +58,8 @@ def whole(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def tokenized(whole: Workplace, tmp_path: Path) -> Workplace:
-    """A place of its own in which everything before training is there."""
+    """A place of its own in which everything before training is there, made once the whole run is over."""
+    ends(entry["job"] for entry in whole.jobs().values())
     for stage in ("load", "expand", "tokenize"):
         shutil.copytree(whole.directory / "outputs" / "artifacts" / stage, tmp_path / "outputs" / "artifacts" / stage)
     return Workplace(tmp_path, whole.overrides)

@@ -13,15 +13,9 @@ from tests.slurm.cluster import Workplace, ends, info, slurm, wait_until, worker
 from tests.slurm.conftest import REPOSITORY, STEPS
 
 
-def _finish(place: Workplace) -> None:
-    """Waits for the uninterrupted run."""
-    ends(entry["job"] for entry in place.jobs().values())
-
-
 def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weights(
     whole: Workplace, tokenized: Workplace
 ) -> None:
-    _finish(whole)
     job = tokenized.submit("stages=[pretrain]")["pretrain"]
 
     wait_until(lambda: tokenized.steps_done("pretrain") >= 20)
@@ -42,7 +36,6 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
 
 
 def test_a_time_limit_is_survived_in_one_job_of_scripts_submit(whole: Workplace, tokenized: Workplace) -> None:
-    _finish(whole)
     shutil.rmtree(tokenized.directory / "outputs" / "artifacts" / "expand")
     command = ["+experiment=quickstart", *tokenized.overrides, "stages=[pretrain]"]
     options = ["--nodes=2", "--cpus-per-task=8", "--time=30", "--signal=B:USR1@60", "--chdir", tokenized.directory]
@@ -73,7 +66,6 @@ def test_a_time_limit_is_survived_in_one_job_of_scripts_submit(whole: Workplace,
 
 
 def test_a_killed_worker_takes_all_others_along_and_is_named(whole: Workplace, tokenized: Workplace) -> None:
-    _finish(whole)
     jobs = tokenized.submit("stages=[sft]", "pretrain.steps=100000")
     wait_until(lambda: tokenized.steps_done("pretrain") >= 3)
     ranks = workers(tokenized.directory)
@@ -101,7 +93,6 @@ with socket.create_server(("127.0.0.1", current_allocation().ports()[0])):
 
 
 def test_inside_an_allocation_it_uses_all_nodes_and_finds_a_free_port(whole: Workplace, tokenized: Workplace) -> None:
-    _finish(whole)
     shutil.rmtree(tokenized.directory / "outputs" / "artifacts" / "expand")
     command = ["+experiment=quickstart", *tokenized.overrides, "stages=[pretrain]", "pretrain.steps=2"]
     python = str(REPOSITORY / ".venv" / "bin" / "python")
