@@ -1,8 +1,8 @@
 """When a step's loss counts as a spike.
 
 A loss is a spike when it lies more than ``DEVIATIONS`` standard deviations above the mean of the up to ``WINDOW``
-steps before it, and there are at least ``LEAST`` of those. The measure is OLMo 2's spike score (arXiv 2501.00656,
-section 3), over a window short enough for runs of some hundred steps.
+steps before it, and there are at least ``LEAST`` of those. The measure is OLMo 2's spike score (arXiv 2501.00656),
+over a window short enough for runs of some hundred steps.
 """
 
 from __future__ import annotations
