@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,7 @@ def _prepare(session: Session) -> Prepared:
     model = load_model(section, session.model_dir, settings, session.precision, session.device, config)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, session.model_dir))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _refuse_stored_apart(section, trained, session.model_dir)
     parts = parts_of_parameters(model, session.model_dir)
     rows, flops = freeze.describe(model), training_flops(model, settings.sequence_length)
     engine = start_engine(section, model, settings, session.precision, config)
@@ -90,6 +91,22 @@ def _prepare(session: Session) -> Prepared:
         gradients=GradientNorms(engine, parts),
         steps=total_steps(settings, len(Blocks(session.data_dir, "train"))),
     )
+
+
+def _refuse_stored_apart(section: str, trained: Collection[str], model_dir: Path) -> None:
+    """Master weights are read by name, so what trains must be stored as it is held.
+
+    Raises:
+        UserError: a parameter is put together on loading, as the experts of most mixtures are.
+    """
+    apart = sorted(set(trained) - ModelDirectory(model_dir).specs.keys())
+    if apart:
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=apart[0],
+            rule="this parameter is stored in several tensors and held as one, and cannot be trained yet",
+            remedy=f"Say {section}.trainable=REGEX with a pattern that leaves it out, such as self_attn.",
+        )
 
 
 def _train(session: Session, wants_stop: Callable[[], bool]) -> Status:

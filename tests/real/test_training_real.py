@@ -33,13 +33,13 @@ def grown_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def tasks(grown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], StageTask]:
-    """Finished runs by (ranks, ZeRO stage), in the precision that suits this processor."""
+    """Finished runs by (ranks, ZeRO stage), in float32: in bfloat16 Adam's first steps blow roundings up to 1e-3."""
     text = AutoTokenizer.from_pretrained(grown_dir)(topics["assert"] + topics["del"] + topics["if"]).input_ids
     data = write_blocks(tmp_path_factory.mktemp("data"), length=LENGTH, text=text)
     made = {}
     for ranks, zero in ((2, 2), (2, 3), (1, 2)):
         settings = train_settings(
-            steps=STEPS, sequence_length=LENGTH, learning_rate=2e-4, precision="auto", deepspeed={"zero_stage": zero}
+            steps=STEPS, sequence_length=LENGTH, learning_rate=2e-4, precision="float32", deepspeed={"zero_stage": zero}
         )
         made[ranks, zero] = training_task(settings, grown_dir, data, tmp_path_factory.mktemp("out"), ranks)
     for ranks in (2, 1):
@@ -56,7 +56,7 @@ def test_two_ranks_get_the_losses_of_one(tasks: dict[tuple[int, int], StageTask]
     before, after = logged(alone, "held_out_loss")
     assert len(logged(alone, "loss")) == STEPS and after < before
     for name in ("loss", "held_out_loss"):
-        assert logged(tasks[2, zero], name) == pytest.approx(logged(alone, name), abs=1e-3)
+        assert logged(tasks[2, zero], name) == pytest.approx(logged(alone, name), rel=1e-5)
 
 
 def test_not_one_other_tensor_changes_by_a_bit(tasks: dict[tuple[int, int], StageTask], grown_dir: Path):

@@ -6,7 +6,9 @@ import pytest
 from pipeline.config import Launch
 from pipeline.errors import UserError
 from pipeline.machine import Machine
+from pipeline.training.session import _refuse_stored_apart
 from pipeline.training.validate import validate, validate_data
+from tests.tiny_families import tiny_model
 from tests.training.small import train_settings, write_blocks
 
 MACHINE = Machine(cores=2, gpus=0)
@@ -85,3 +87,12 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path):
     data = write_blocks(tmp_path / "data")
     with pytest.raises(UserError, match="vocabulary has 100"):
         validate_data("pretrain", train_settings(), data, write_model(tmp_path / "model", vocab_size=100))
+
+
+def test_experts_that_are_stored_apart_cannot_be_trained_yet(tmp_path: Path):
+    mixture = tiny_model("mixtral")
+    mixture.save_pretrained(tmp_path)
+    trained = dict(mixture.named_parameters())
+    with pytest.raises(UserError, match=r"pretrain.trainable = .*experts.*stored in several tensors.*self_attn"):
+        _refuse_stored_apart("pretrain", trained, tmp_path)
+    _refuse_stored_apart("pretrain", [name for name in trained if "self_attn" in name], tmp_path)
