@@ -274,8 +274,9 @@ def test_a_large_role_is_taught_alone_to_the_same_result(
 
 
 def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
-    fast = expand_settings("lesa")
-    assert isinstance(fast, LesaExpand) and fast.variant == "fast"
+    default, fast = expand_settings("lesa"), expand_settings("lesa", variant="fast")
+    assert isinstance(default, LesaExpand) and default.variant == "reference"
+    assert isinstance(fast, LesaExpand) and (fast.epochs, fast.batch_size, fast.norm_batch) == (2, 512, 64)
     reference, paper = expand_settings("lesa", variant="reference"), expand_settings("lesa", variant="paper")
     assert isinstance(reference, LesaExpand) and isinstance(paper, LesaExpand)
     assert (reference.epochs, reference.norm_loss_weight) == (10, 5e-4)
