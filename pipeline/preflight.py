@@ -9,11 +9,11 @@ from typing import Any
 
 from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
-from pipeline.config import EvaluateOnTheWay, Settings, Target
+from pipeline.config import EvaluateOnTheWay, Settings, Target, Train
 from pipeline.data import sources
 from pipeline.disk import free_bytes, no_room
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, disk_of, trained_part
+from pipeline.estimate import Disk, Kept, disk_of, trained_part
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layer_plan import validate as validate_expansion
@@ -202,15 +202,17 @@ def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, 
     base, plan = shape_of(config), make_plan(run.expand, config["num_hidden_layers"])
     grown = base.with_layers(plan.config_sources)
     expansion = {"method": run.expand.method, "layers": plan.to_json()}
-    stages = {node.stage for node in missing.values()}
-    sections = {name: getattr(run, name) for name in ("pretrain", "sft") if name in stages}
-    trained = {name: trained_part(name, train.trainable, grown, expansion) for name, train in sections.items()}
+    trained = {}
+    for name, node in missing.items():
+        if isinstance(train := node.settings, Train):
+            part = trained_part(name, train.trainable, grown, expansion)
+            trained[name] = Kept(part.parameters, train.keep_checkpoints, len(train.keep_at))
     return disk_of(
         {name: node.stage for name, node in missing.items()},
         base,
         grown,
         run.model.dtype,
-        {name: part.parameters for name, part in trained.items()},
+        trained,
         {"tokenize/corpus": run.data.max_corpus_tokens or 0},
     )
 

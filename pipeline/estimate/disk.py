@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.shape import Shape
-from pipeline.training.sizes import CHECKPOINT_BYTES, CHECKPOINTS_KEPT
+from pipeline.training.sizes import CHECKPOINT_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_BYTES = 9  # of a token block: two uint32 and one uint8
@@ -26,12 +26,21 @@ class Disk:
         return sum(self.artifacts.values()) + self.checkpoints
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a training stage keeps of the parameters that train."""
+
+    parameters: int
+    checkpoints: int  # the newest so many, while it lasts
+    models: int  # on the way, in its artifact
+
+
 def disk_of(
     missing: Mapping[str, str],
     base: Shape,
     grown: Shape,
     dtype: str,
-    trained: Mapping[str, int],
+    trained: Mapping[str, Kept],
     tokens: Mapping[str, int],
 ) -> Disk:
     """What the missing stages will write.
@@ -39,12 +48,18 @@ def disk_of(
     Args:
         missing: node -> stage, such as "tokenize/corpus" -> "tokenize".
         dtype: of the artifacts' weights.
-        trained: training stage -> parameters that train.
+        trained: by training stage.
         tokens: tokenize node -> tokens, where that is known.
     """
     width = DTYPE_BYTES[dtype]
-    models = {"load": base.parameters * width, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters * width)}
-    artifacts = {node: SMALL + models.get(stage, tokens.get(node, 0) * TOKEN_BYTES) for node, stage in missing.items()}
-    training = [trained[stage] for stage in missing.values() if stage in trained]
+    models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
+    for stage, kept in trained.items():
+        models[stage] += kept.models * kept.parameters
+    artifacts = {
+        node: SMALL + (models[stage] * width if stage in models else tokens.get(node, 0) * TOKEN_BYTES)
+        for node, stage in missing.items()
+    }
     # A new checkpoint is whole before an old one is removed.
-    return Disk(artifacts, max(training, default=0) * CHECKPOINT_BYTES * (CHECKPOINTS_KEPT + 1))
+    training = [trained[stage] for stage in missing.values() if stage in trained]
+    checkpoints = max((kept.parameters * (kept.checkpoints + 1) for kept in training), default=0)
+    return Disk(artifacts, checkpoints * CHECKPOINT_BYTES)

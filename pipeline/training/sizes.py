@@ -8,5 +8,4 @@ Precision = Literal["bfloat16", "float32"]
 
 BYTES: dict[Precision, int] = {"bfloat16": 2, "float32": 4}
 CHUNK_LOGITS = 2**24  # elements of logits alive at once: 64 MiB in float32
-CHECKPOINTS_KEPT = 2  # the newest and the one before it; a third stands beside them while it is written
 CHECKPOINT_BYTES = 12  # a trained parameter: float32 master weight and two moments

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.estimate import Setup, Trained, disk_of, memory_of, trained_part
+from pipeline.estimate import Kept, Setup, Trained, disk_of, memory_of, trained_part
 from pipeline.shape import Shape, shape_of
 from tests.training.small import train_settings
 
@@ -84,11 +84,24 @@ def test_overrides_of_deepspeed_s_own_settings_count() -> None:
 def test_disk_holds_every_model_and_three_checkpoints_while_one_is_written() -> None:
     trained = _trained()
     missing = {"load": "load", "expand": "expand", "tokenize/corpus": "tokenize", "pretrain": "pretrain"}
-    disk = disk_of(
-        missing, trained.shape, trained.shape, "bfloat16", {"pretrain": trained.parameters}, {"tokenize/corpus": 10**9}
-    )
+    kept = {"pretrain": Kept(trained.parameters, checkpoints=2, models=0)}
+    disk = disk_of(missing, trained.shape, trained.shape, "bfloat16", kept, {"tokenize/corpus": 10**9})
     assert disk.checkpoints == 3 * 12 * trained.parameters
     weights = trained.shape.parameters * 2
     assert [round(disk.artifacts[name] / weights, 2) for name in ("load", "expand", "pretrain")] == [1.0, 1.0, 1.0]
     assert disk.artifacts["tokenize/corpus"] == pytest.approx(9e9, rel=0.01)
     assert disk.total == sum(disk.artifacts.values()) + disk.checkpoints
+
+
+def test_disk_counts_what_the_settings_keep() -> None:
+    trained = _trained()
+    shapes = (trained.shape, trained.shape)
+    plain, more = (
+        disk_of({"pretrain": "pretrain"}, *shapes, "bfloat16", {"pretrain": kept}, {})
+        for kept in (
+            Kept(trained.parameters, checkpoints=2, models=0),
+            Kept(trained.parameters, checkpoints=4, models=3),
+        )
+    )
+    assert more.checkpoints - plain.checkpoints == 2 * 12 * trained.parameters
+    assert more.artifacts["pretrain"] - plain.artifacts["pretrain"] == 3 * 2 * trained.parameters
