@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, LAYERS, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.architecture import ARCHITECTURES, LayerTensor, Place, architecture_of, num_experts
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import UserError
+from tests.tiny_families import FAMILIES, LAYERS, tiny_model
 
 families = pytest.mark.parametrize("family", ARCHITECTURES)
 

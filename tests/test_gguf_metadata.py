@@ -6,10 +6,10 @@ from pathlib import Path
 
 import gguf
 import pytest
-from tiny_gguf import write_gguf
 
 from pipeline.errors import UserError
 from pipeline.gguf_metadata import read_metadata
+from tests.tiny_gguf import write_gguf
 
 
 @pytest.fixture(scope="module")

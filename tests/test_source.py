@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_hub import COMMIT, REPO, FakeHub, serve
 
 from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.source import config_of, resolve
+from tests.fake_hub import COMMIT, REPO, FakeHub, serve
 
 
 def _model(path: object, **changes: object) -> Model:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
 from pipeline.model_dir import export_with_replaced
+from tests.tiny_families import FAMILIES, save_tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)

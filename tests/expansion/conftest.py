@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_layer import Layers, random_layer
 
 from pipeline.architecture import LayerTensor, architecture_of
+from tests.expansion.random_layer import Layers, random_layer
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_layer import Layers
 from torch import Tensor
 
 from pipeline.architecture import LayerTensor, Role
@@ -14,6 +13,7 @@ from pipeline.config import AnyExpand
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal
 from pipeline.expansion.methods import expand_function
+from tests.expansion.random_layer import Layers
 
 ExpandSettings = Callable[..., AnyExpand]
 RandomLayers = Callable[[int], Layers]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from naive import predicted_matrix, svd_factors
-from random_layer import Layers
 from torch import Tensor, nn
 
 from pipeline.architecture import LayerTensor, architecture_of
@@ -18,6 +16,8 @@ from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal
 from pipeline.expansion.predictor import Predictor, _rate, prediction_loss, train_predictor
 from pipeline.expansion.spectrum import decompose
+from tests.expansion.random_layer import Layers
+from tests.naive import predicted_matrix, svd_factors
 
 ExpandSettings = Callable[..., AnyExpand]
 RandomLayers = Callable[[int], Layers]

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from naive import distances, sinkhorn
-from random_layer import Layers
 from torch import Tensor
 
 from pipeline.architecture import LayerTensor
@@ -16,6 +14,8 @@ from pipeline.expansion import opt_deus
 from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layers import Journal
 from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
+from tests.expansion.random_layer import Layers
+from tests.naive import distances, sinkhorn
 
 ExpandSettings = Callable[..., AnyExpand]
 RandomLayers = Callable[[int], Layers]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from naive import predicted_matrix, sinkhorn_in_logs, svd_factors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +17,7 @@ from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
 from pipeline.model_dir import ModelDirectory
 from pipeline.stage import Metrics, StageTask, TrackingTarget
 from pipeline.stages import expand
+from tests.naive import predicted_matrix, sinkhorn_in_logs, svd_factors
 
 MODULES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",

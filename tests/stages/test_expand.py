@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from one_task import make_task
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +20,7 @@ from pipeline.config import METHODS, AnyExpand
 from pipeline.errors import UserError
 from pipeline.stage import Metrics
 from pipeline.stages import expand
+from tests.stages.one_task import make_task
 
 ExpandSettings = Callable[..., AnyExpand]
 POSITIONS = ["top", "middle", "bottom", "interleaved", [0, 2, 2]]

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from one_task import make_task
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, layers_by_role, save_tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +17,8 @@ from pipeline.artifact import read_json, write_json
 from pipeline.config import METHODS, AnyExpand
 from pipeline.stage import Metrics
 from pipeline.stages import expand
+from tests.stages.one_task import make_task
+from tests.tiny_families import FAMILIES, layers_by_role, save_tiny
 
 ExpandSettings = Callable[..., AnyExpand]
 NEW_LAYERS = 2

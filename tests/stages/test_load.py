@@ -11,16 +11,16 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from fake_hub import COMMIT, REPO, serve
-from one_task import make_task
 from safetensors.torch import load_file, save_file
-from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.stage import Metrics
 from pipeline.stages import load
+from tests.fake_hub import COMMIT, REPO, serve
+from tests.stages.one_task import make_task
+from tests.tiny_gguf import write_gguf
 
 Load = Callable[..., Metrics]
 PROMPT = "The quick brown fox"
