@@ -13,6 +13,11 @@ from pipeline.errors import UserError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk's end, the user's quota's, the process's limit
 
 
+def gib(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.1f} GiB"
+
+
 def free_bytes(directory: Path | str) -> int:
     """What an ordinary user may still write there."""
     return shutil.disk_usage(directory).free

@@ -4,6 +4,8 @@ was promised, computes what another one does. On the model's own tokenizer and a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +57,7 @@ class Outcome:
 
 
 def check_model(directory: Path, config: Config, same_logits_as: Path | None, memory: int) -> Outcome:
-    """Checks shapes, values, per-layer config entries, tied weights, cached decoding, and logits.
+    """Checks shapes, values, per-layer config entries, tied weights, cached decoding, and logits: finite, as promised.
 
     A model that takes more than ``memory`` bytes in float32 is not held: its logits are computed layer by layer from
     disk, in the dtype it is stored in, and decoding is compared on a narrow random model of the same config and depth.
@@ -74,14 +76,13 @@ def check_model(directory: Path, config: Config, same_logits_as: Path | None, me
     entries = sum(torch.Size(spec.shape).numel() for spec in ModelDirectory(directory).specs.values())
     whole = entries * torch.float32.itemsize <= memory
     prompts = _prompts(directory)
-    promised = None if same_logits_as is None else _logits(same_logits_as, prompts, whole)
-    logits = _logits(directory, prompts, whole)
-    logit_difference = None if promised is None else _difference(promised, logits)
-    if logit_difference is not None:
-        _require(logit_difference <= LOGIT_TOLERANCE, f"its logits differ from the base's by {logit_difference:.2g}")
-    decoded = _load(directory) if whole else _narrow_twin(directory)
-    cache_difference = _cache_difference(decoded, prompts % decoded.config.vocab_size)
-    _require(cache_difference <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {cache_difference:.2g}")
+    promised = None
+    if same_logits_as is not None:
+        with _opened(same_logits_as, whole) as base:
+            promised = _logits(base, prompts)
+    with _opened(directory, whole) as model:
+        logit_difference = _check_logits(_logits(model, prompts), promised)
+        cache_difference = _check_cache(model if whole else _narrow_twin(directory), prompts)
     return Outcome(
         cache_difference,
         logit_difference,
@@ -117,14 +118,38 @@ def _prompts(directory: Path) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-@torch.inference_mode()
-def _logits(directory: Path, prompts: Tensor, whole: bool) -> Tensor:
-    """``[sentences, longest, vocabulary]``."""
+@contextmanager
+def _opened(directory: Path, whole: bool) -> Iterator[PreTrainedModel]:
+    """A directory's model: held in float32, or read from disk layer by layer, in its own dtype, as it computes."""
+    if whole:
+        yield _load(directory)
+        return
     with TemporaryDirectory(prefix=".check-", dir=directory) as room:  # for weights that loading rearranges
-        streamed = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": room}
-        model = _load(directory) if whole else _load(directory, **streamed)
-        logits: Tensor = model(prompts, use_cache=False).logits
+        yield _load(directory, dtype="auto", device_map={"": "disk"}, offload_folder=room)
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, prompts: Tensor) -> Tensor:
+    """``[sentences, longest, vocabulary]``."""
+    logits: Tensor = model(prompts, use_cache=False).logits
     return logits
+
+
+def _check_logits(logits: Tensor, promised: Tensor | None) -> float | None:
+    """How far they are from what was promised; None where nothing was."""
+    _require(bool(logits.isfinite().all()), "its logits are not finite")
+    if promised is None:
+        return None
+    difference = _difference(promised, logits)
+    _require(difference <= LOGIT_TOLERANCE, f"its logits differ from the base's by {difference:.2g}")
+    return difference
+
+
+def _check_cache(model: PreTrainedModel, prompts: Tensor) -> float:
+    """How far cached decoding is from uncached."""
+    difference = _cache_difference(model, prompts % model.config.vocab_size)
+    _require(difference <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {difference:.2g}")
+    return difference
 
 
 def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreTrainedModel:

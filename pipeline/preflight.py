@@ -11,7 +11,7 @@ from pipeline.architecture import architecture_of
 from pipeline.artifact import Fingerprints
 from pipeline.config import EvaluateOnTheWay, Settings, Target, Train
 from pipeline.data import sources
-from pipeline.disk import free_bytes, no_room
+from pipeline.disk import free_bytes, gib, no_room
 from pipeline.errors import UserError
 from pipeline.estimate import Disk, Kept, disk_of, trained_part
 from pipeline.evaluation.catalogue import validate as validate_evaluation
@@ -225,8 +225,4 @@ def check_disk(run: Settings, disk: Disk) -> None:
     """
     free = free_bytes(_existing(Path(run.output_dir)))
     if free < disk.total:
-        raise no_room(run.output_dir, f"{_gib(disk.total)} are needed there and {_gib(free)} are free")
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+        raise no_room(run.output_dir, f"{gib(disk.total)} are needed there and {gib(free)} are free")

@@ -12,13 +12,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from pipeline import slurm
-from pipeline.artifact import read_json, write_json
+from pipeline.artifact import read_json, sha256_file, write_json
 from pipeline.config import Settings
 from pipeline.errors import NoProgress
 from pipeline.graph import Node
 from pipeline.submit import folder
 
 DURABLE = ("checkpoints/step-*", "tasks/*.json")  # what a stage that was cut off need not do again
+GROWING = (".model.kept", "checkpoint/progress.json")  # what expand and tokenize say of how far they got
 
 
 def requeue_this_job() -> str | None:
@@ -86,5 +87,8 @@ def _finished(node: Node) -> list[str]:
     """What of a node need not be done again."""
     if node.artifact.is_complete():
         return [node.artifact.key]
-    found = (path for pattern in DURABLE for path in node.artifact.partial.glob(pattern))
-    return [f"{node.artifact.key}/{path.name}" for path in found if path.suffix != ".partial"]
+    partial = node.artifact.partial
+    found = (path for pattern in DURABLE for path in partial.glob(pattern))
+    whole = [path.name for path in found if path.suffix != ".partial"]
+    growing = [f"{name} {sha256_file(partial / name)}" for name in GROWING if (partial / name).is_file()]
+    return [f"{node.artifact.key}/{name}" for name in whole + growing]

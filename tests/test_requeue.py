@@ -64,6 +64,21 @@ def test_a_half_written_checkpoint_is_no_progress(
         _begin(monkeypatch, settings, node, 3)
 
 
+@pytest.mark.parametrize("file", [".model.kept", "checkpoint/progress.json"])
+def test_what_grows_is_progress_and_what_is_written_again_is_none(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node, file: str
+) -> None:
+    path = node.artifact.partial / file
+    path.parent.mkdir(exist_ok=True)
+    for restarts in range(10):
+        path.write_text("one more\n" * (restarts // 2))
+        _begin(monkeypatch, settings, node, restarts)
+    path.write_text(path.read_text())
+    _begin(monkeypatch, settings, node, 10)
+    with pytest.raises(NoProgress):
+        _begin(monkeypatch, settings, node, 11)
+
+
 def test_outside_a_batch_job_nothing_is_counted(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node, tmp_path: Path
 ) -> None:

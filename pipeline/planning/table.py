@@ -8,6 +8,7 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.disk import gib
 from pipeline.estimate import Memory
 from pipeline.planning.plan import Plan, Sizes
 from pipeline.planning.training import TrainingPlan, usable
@@ -167,11 +168,6 @@ def _table(*columns: str) -> Table:
 def billions(count: int) -> str:
     """8.03B, 135M."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def gib(size: int) -> str:
-    """Bytes in GiB."""
-    return f"{size / 2**30:.1f} GiB"
 
 
 def big(count: int) -> str:

@@ -11,7 +11,6 @@ The order of data and the random numbers need no state: both are functions of (s
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -25,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.artifact import read_json, sha256_file, sync, write_json
+from pipeline.disk import FULL, free_bytes
 from pipeline.errors import NamedFailure
 from pipeline.training.masters import PARTS, Masters
 
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFullError(NamedFailure):
@@ -167,7 +166,7 @@ def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
         shutil.rmtree(partial, ignore_errors=True)
         raise DiskFullError(
             f"{what} could not be saved in {partial.parent}: {error}. What was saved before is intact; "
-            f"{shutil.disk_usage(partial.parent).free / 2**20:,.0f} MiB are free there now. Free some space and give "
+            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there now. Free some space and give "
             "the same command again; it goes on from the last checkpoint."
         ) from error
 
@@ -175,8 +174,8 @@ def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
 def _is_disk_full(error: OSError | SafetensorError) -> bool:
     """safetensors tells the system's error number in its text only."""
     if isinstance(error, OSError):
-        return error.errno in DISK_FULL
-    return any(f"os error {number})" in str(error) for number in DISK_FULL)
+        return error.errno in FULL
+    return any(f"os error {number})" in str(error) for number in FULL)
 
 
 def _write_shards(

@@ -11,31 +11,29 @@ whole model, 188 million parameters, in the precision it trains in, so 1.4 GB in
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.artifact import read_json, write_json
-from pipeline.config import Train
-from pipeline.launch import detect_machine
+from pipeline.machine import detect_machine
 from pipeline.stage import task_to_json
 from scripts.benchmarks.hf_trainer import SAVES_FILE
-from scripts.benchmarks.models import CONF, SHAPES, stage_task
-from scripts.benchmarks.pretrain import machine, row, say, write_blocks
+from scripts.benchmarks.machine import machine
+from scripts.benchmarks.pretrain import PACKAGES, row, say
 from scripts.benchmarks.processes import run_module
+from scripts.benchmarks.runs import write_blocks
+from scripts.benchmarks.shapes import SHAPES
+from scripts.benchmarks.tasks import pretrain_settings, stage_task
 
 
 def ours(options: argparse.Namespace, model: Path, data: Path, out: Path) -> dict[str, Any]:
     """Bytes and seconds of our checkpoints."""
-    values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
-    values |= {
-        "sequence_length": options.sequence_length, "global_batch": options.global_batch, "micro_batch": 1,
-        "steps": options.steps, "evaluate_at": [], "checkpoint_every_steps": 1, "precision": options.precision,
-    }  # fmt: skip
-    task = stage_task("pretrain", Train.model_validate_json(json.dumps(values)), {"model": model, "data": data}, out)
+    settings = pretrain_settings(
+        sequence_length=options.sequence_length, global_batch=options.global_batch, micro_batch=1,
+        steps=options.steps, evaluate_at=[], checkpoint_every_steps=1, precision=options.precision,
+    )  # fmt: skip
+    task = stage_task("pretrain", settings, {"model": model, "data": data}, out)
     write_json(out / "task.json", task_to_json(task))
     run_module("scripts.benchmarks.our_worker", str(out / "task.json"), log=out / "log")
     checkpoints: dict[str, Any] = read_json(out / "training.json")["checkpoints"]
@@ -73,8 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="checkpoint-benchmark-") as folder:
         work = Path(folder)
         model, data = work / "model", write_blocks(work / "data", options)
-        dtype = "float32" if options.shape == "smollm2" else "bfloat16"
-        arguments = (options.shape, str(options.new_layers), "top", dtype, str(model))
+        arguments = (options.shape, str(options.new_layers), "top", str(model))
         run_module("scripts.benchmarks.models", *arguments, log=work / "models.log")
         places = {name: work / name for name in ("ours", "trainer")}
         for place in places.values():
@@ -83,7 +80,8 @@ def main() -> None:
             "ours": ours(options, model, data, places["ours"]),
             "Trainer": trainer(options, model, data, places["trainer"], device),
         }
-    say(f"{machine(device)}. {options.shape} with {options.new_layers} new layers, {options.precision}, ZeRO 2.", "")
+    on = machine(*PACKAGES, gpu=device == "cuda")
+    say(f"{on}. {options.shape} with {options.new_layers} new layers, {options.precision}, ZeRO 2.", "")
     say(row("a checkpoint", "GB", "seconds"), row("---", "---", "---"))
     for name, numbers in found.items():
         say(row(name, f"{numbers['bytes'] / 1e9:.2f}", f"{numbers['seconds'] / numbers['saved']:.1f}"))

@@ -41,8 +41,9 @@ from pipeline.expansion.predictor import Predictor, prediction_loss, train_predi
 from pipeline.expansion.spectrum import decompose
 from pipeline.layer_surgery import Method, Names, write_weights
 from pipeline.model_dir import ModelDirectory
-from scripts.benchmarks.expansions import expand_settings, held_out_perplexity, load_smollm2, write_model
+from scripts.benchmarks.expansions import held_out_perplexity, write_model
 from scripts.benchmarks.published_lesa import publish_lesa
+from scripts.benchmarks.tasks import expand_settings, load_smollm2
 
 NEW_LAYERS = 15
 REPEATS = 5  # of what takes less than a second

@@ -32,9 +32,9 @@ from pipeline.model_dir import copy_side_files
 from pipeline.shard_writer import ShardWriter
 from pipeline.stage import task_to_json
 from pipeline.tensor_spec import TensorSpec
-from scripts.benchmarks.expansions import expand_settings, expand_task, load_smollm2
-from scripts.benchmarks.models import LLAMA
 from scripts.benchmarks.processes import run_module
+from scripts.benchmarks.shapes import LLAMA
+from scripts.benchmarks.tasks import expand_settings, expand_task, load_smollm2
 
 GIGABYTE = 1e9
 METHODS = ("llama_pro", "solar", "copy", "average", "opt_deus", "lesa")

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from scripts.benchmarks.expand import ours
-from scripts.benchmarks.expansions import held_out_perplexity, load_smollm2, write_model
+from scripts.benchmarks.expansions import held_out_perplexity, write_model
+from scripts.benchmarks.tasks import load_smollm2
 
 POSITIONS = ("top", "middle", "bottom", "interleaved")
 METHODS = ("lesa", "average", "copy", "opt_deus", "llama_pro")

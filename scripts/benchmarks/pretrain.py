@@ -26,21 +26,20 @@ and about that share of its seconds.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from pipeline.artifact import read_json
-from pipeline.launch import detect_machine
-from scripts.benchmarks.models import SHAPES
+from pipeline.machine import detect_machine
+from scripts.benchmarks.machine import machine
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.runs import Bench, Run
+from scripts.benchmarks.shapes import SHAPES
 
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")  # whose versions matter
 TABLES = ("trainer", "position", "profile")
 POSITIONS = ("top", "middle", "interleaved", "bottom")
 
@@ -151,22 +150,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def machine(device: str) -> str:
-    """What it ran on, with versions."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "deepspeed"))
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.processor()
-    gpu = " and a GPU," if device == "cuda" else ""
-    return f"{len(os.sched_getaffinity(0))} cores of {name},{gpu} Python {platform.python_version()}, {versions}"
-
-
 def introduce(options: argparse.Namespace, device: str, rates: dict[str, float]) -> None:
     """Says what is measured, and on what."""
+    on = machine(*PACKAGES, gpu=device == "cuda")
     rates_named = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
     say(
         f"`{' '.join(['python -m scripts.benchmarks.pretrain', *sys.argv[1:]])}`",
         "",
-        f"{machine(device)}. {options.shape} with {options.new_layers} new layers ({options.position}), "
+        f"{on}. {options.shape} with {options.new_layers} new layers ({options.position}), "
         f"{options.global_batch} x {options.sequence_length} tokens a step, {options.precision}, "
         f"ZeRO {options.zero_stage}; ours with compile={options.compile}, float32_products={options.float32_products}. "
         f"Measured matrix rates: {rates_named}.",

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Train
 from pipeline.stage import task_to_json
 from scripts.benchmarks.hf_trainer import SECONDS_FILE
-from scripts.benchmarks.models import CONF, stage_task
 from scripts.benchmarks.our_worker import PROFILE_FILE
 from scripts.benchmarks.processes import Peak, run_module
+from scripts.benchmarks.tasks import pretrain_settings, stage_task
 
 
 @dataclass(frozen=True)
@@ -93,15 +92,13 @@ class Bench:
 
     def _settings(self) -> Train:
         options = self.options
-        values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
-        values |= {
-            "sequence_length": options.sequence_length, "global_batch": options.global_batch, "steps": 1000,
-            "micro_batch": options.our_micro_batch, "precision": options.precision, "evaluate_at": [],
-            "checkpoint_every_steps": 1000, "activation_checkpointing": options.activation_checkpointing,
-            "compile": options.compile, "attention": options.attention, "float32_products": options.float32_products,
-        }  # fmt: skip
-        values["deepspeed"] |= {"zero_stage": options.zero_stage}
-        return Train.model_validate_json(json.dumps(values))
+        return pretrain_settings(
+            sequence_length=options.sequence_length, global_batch=options.global_batch, steps=1000,
+            micro_batch=options.our_micro_batch, precision=options.precision, evaluate_at=[],
+            checkpoint_every_steps=1000, activation_checkpointing=options.activation_checkpointing,
+            compile=options.compile, attention=options.attention, float32_products=options.float32_products,
+            deepspeed__zero_stage=options.zero_stage,
+        )  # fmt: skip
 
     def _directory(self, contender: str) -> Path:
         return self.work / f"{self._number:02d}-{contender}"

@@ -12,11 +12,9 @@ from outside.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,8 +26,9 @@ from pipeline.config import Source, Tokenize
 from pipeline.data import python_docs
 from pipeline.data.encoders import available_cores
 from pipeline.stage import task_to_json
-from scripts.benchmarks.models import stage_task
+from scripts.benchmarks.machine import machine
 from scripts.benchmarks.processes import run_module
+from scripts.benchmarks.tasks import stage_task
 
 BATCH_DOCUMENTS = 256
 MEGABYTE = 10**6
@@ -123,20 +122,13 @@ def time_stage(model: Path, corpus: Path, place: Path) -> tuple[float, int, int]
 
 def print_table(size: int, tokens: int, alone: float, stage: float, peak: int) -> None:
     """Markdown."""
-    print(f"{size / MEGABYTE:,.0f} MB of text, {tokens:,} tokens, {available_cores()} cores ({cpu_name()}), ", end="")
-    print(f"tokenizers {importlib.metadata.version('tokenizers')}, Python {platform.python_version()}\n")
+    print(f"{size / MEGABYTE:,.0f} MB of text, {tokens:,} tokens; {machine('tokenizers')}\n")
     print("| | seconds | MB/s | times the library | memory, GiB |\n|---|---:|---:|---:|---:|")
     print(f"| tokenizers alone, `encode_batch_fast` | {alone:.1f} | {size / alone / MEGABYTE:.2f} | 1.00 | |")
     print(
         f"| the whole tokenize stage | {stage:.1f} | {size / stage / MEGABYTE:.2f} | {stage / alone:.2f} "
         f"| {peak / GIBIBYTE:.2f} |"
     )
-
-
-def cpu_name() -> str:
-    """As the kernel tells it."""
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pytest
 from pipeline.artifact import read_json, write_json
 from pipeline.stage import task_to_json
 from scripts.benchmarks.expand_memory import write_random_checkpoint
-from scripts.benchmarks.expansions import expand_settings, expand_task
 from scripts.benchmarks.processes import run_module
+from scripts.benchmarks.tasks import expand_settings, expand_task
 
 GIGABYTE = 1e9
 
