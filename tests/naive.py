@@ -21,16 +21,20 @@ def svd_factors(matrices: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def predicted_matrix(
-    matrices: list[Tensor], lower: int, upper: int, layers_of_predictor: list[tuple[Tensor, Tensor]]
+    matrices: list[Tensor],
+    lower: int,
+    upper: int,
+    layers_of_predictor: list[tuple[Tensor, Tensor]],
+    scale: float = 1.0,
 ) -> Tensor:
-    """LESA's new matrix between two base layers, given the predictor's (weight, bias) pairs."""
+    """LESA's new matrix between two base layers, given the (weight, bias) pairs of a predictor of scaled vectors."""
     left, values, right = svd_factors(matrices)
-    hidden = torch.cat([right[lower], right[upper]], dim=1)
+    hidden = torch.cat([right[lower], right[upper]], dim=1) * scale
     for index, (weight, bias) in enumerate(layers_of_predictor):
         hidden = hidden @ weight.double().T + bias.double()
         if index < len(layers_of_predictor) - 1:
             hidden = hidden.clamp(min=0)
-    return left @ torch.diag(values) @ hidden
+    return left @ torch.diag(values) @ (hidden / scale)
 
 
 def sinkhorn(cost: Tensor, regularization: float, iterations: int = 5000) -> Tensor:

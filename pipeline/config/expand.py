@@ -49,6 +49,7 @@ class LesaExpand(Expand):
     batch_size: Positive  # singular directions a step
     norm_batch: Positive  # singular directions over which the loss takes a norm; the authors': their batch
     hidden_size: Positive  # of the predictor
+    standardized: bool  # inputs of unit variance, first predictions centred and of the targets' size; else raw
     norms: Literal["layer0", "neighbour", "average"]  # where a new layer's norms come from
     zero_init: bool  # zero the outputs, so that logits stay
 

@@ -6,15 +6,14 @@ as in the authors' code, from layer 0: its small norms damp the new layer, witho
 
 One role is one unit of work with its own random numbers, so that roles can be made in any order, and an interrupted
 expansion goes on with the roles that are missing. A predictor of a small model is worth no more than one thread, and
-suffers where cores are shared: decompositions use all threads, and then several predictors are taught at once.
+suffers where cores are shared: a group of roles is decomposed with all threads, then taught side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -29,8 +28,8 @@ from pipeline.expansion.predictor import Predictor, train_predictor
 from pipeline.expansion.spectrum import Spectrum, decompose
 
 MAX_GROWTH = 3  # times the base, as far as the authors went
-MAX_ROLES_AT_ONCE = 4  # each holds its V of all layers, as large as the role's matrices in float32
-LARGE_BYTES = 1_000_000_000  # of V; such a role has all threads for itself
+MAX_ROLES_AT_ONCE = 4  # whose predictors are taught side by side
+GROUP_BYTES = 1_000_000_000  # of V of all layers; a role that has more is worth all threads by itself
 
 
 def expand(
@@ -72,19 +71,27 @@ def _borrowed(base: Sequence[Layer], planned: PlannedLayer, settings: LesaExpand
 def _predict(
     base: Sequence[Layer], plan: LayerPlan, settings: LesaExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
-    """All matrices of the new layers that are not made yet, role by role in the order of ``base[0]``."""
-    at_once = min(torch.get_num_threads(), MAX_ROLES_AT_ONCE)
-    taught: deque[tuple[RoleWork, Future[float]]] = deque()
-    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for tensor in base[0]:
-            if tensor.role.kind != "matrix" or _is_made(tensor, plan, journal):
-                continue
-            work = prepare(base, tensor, settings, seed, journal)
-            taught.append((work, _teach(work, settings, journal, pool)))
-            if len(taught) == at_once or work.is_large:
-                yield from _collect(*taught.popleft(), plan, journal)
-        while taught:
-            yield from _collect(*taught.popleft(), plan, journal)
+    """All matrices of the new layers that are not made yet."""
+    missing = [tensor for tensor in base[0] if tensor.role.kind == "matrix" and not _is_made(tensor, plan, journal)]
+    for group in _groups(base, missing):
+        works = [prepare(base, tensor, settings, seed, journal) for tensor in group]
+        for work, loss in zip(works, _teach(works, settings, journal), strict=True):
+            yield from _make(work, loss, plan, journal)
+
+
+def _groups(base: Sequence[Layer], tensors: Iterable[LayerTensor]) -> Iterator[list[LayerTensor]]:
+    """Roles whose V of all layers may be held together, the largest first so that none is left for last."""
+    group: list[LayerTensor] = []
+    held = 0
+    for tensor in sorted(tensors, key=lambda tensor: base[0][tensor].numel(), reverse=True):
+        size = base[0][tensor].numel() * len(base) * torch.float32.itemsize
+        if group and held + size > GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(tensor)
+        held += size
+    if group:
+        yield group
 
 
 def _is_made(tensor: LayerTensor, plan: LayerPlan, journal: Journal) -> bool:
@@ -92,24 +99,30 @@ def _is_made(tensor: LayerTensor, plan: LayerPlan, journal: Journal) -> bool:
     return all((planned.layer, tensor) in journal.made for planned in plan.new_layers)
 
 
-def _teach(work: RoleWork, settings: LesaExpand, journal: Journal, pool: ThreadPoolExecutor) -> Future[float]:
-    """Trains a small role's predictor in the background, a large one's at once with all threads."""
-    if not work.is_large:
-        return pool.submit(work.teach, settings, journal)
-    done: Future[float] = Future()
-    done.set_result(work.teach(settings, journal))
-    return done
+def _teach(works: Sequence[RoleWork], settings: LesaExpand, journal: Journal) -> Iterator[float]:
+    """Trains predictors, several side by side with a thread each or one with all, and gives their losses in turn."""
+    if len(works) == 1:
+        yield works[0].teach(settings, journal)
+        return
+    at_once = min(torch.get_num_threads(), MAX_ROLES_AT_ONCE)
+    with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(lambda work: work.teach(settings, journal), works)
 
 
-def _collect(work: RoleWork, loss: Future[float], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
-    """Waits for a role's predictor and makes its matrices."""
-    facts = {"rank": work.spectrum.rank, "rows": work.spectrum.d_out, "loss": loss.result()}
-    norms = []
+def _make(work: RoleWork, loss: float, plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
+    """A role's matrices of all new layers."""
+    spectrum, norms = work.spectrum, []
     for layer, predicted in work.predict(plan):
         norms.append(float(torch.linalg.vector_norm(predicted)))
-        yield NewTensor(layer, work.tensor, work.spectrum.left @ predicted)
-    known = work.spectrum.right[1:-1].square().sum(dim=(1, 2)).mean().sqrt()
-    journal.record(work.tensor.module, **facts, predicted_norm_ratio=sum(norms) / len(norms) / float(known))
+        yield NewTensor(layer, work.tensor, spectrum.left @ predicted)
+    known = spectrum.right[1:-1].square().sum(dim=(1, 2)).mean().sqrt()
+    journal.record(
+        work.tensor.module,
+        rank=spectrum.rank,
+        rows=spectrum.d_out,
+        loss=loss / spectrum.scale**2,
+        predicted_norm_ratio=sum(norms) / len(norms) / float(known),
+    )
 
 
 @dataclass(frozen=True)
@@ -120,12 +133,6 @@ class RoleWork:
     seed: int  # the role's own
     spectrum: Spectrum
     predictor: Predictor
-
-    @property
-    def is_large(self) -> bool:
-        """Whether the role is worth all threads by itself."""
-        right = self.spectrum.right
-        return right.numel() * right.element_size() > LARGE_BYTES
 
     def teach(self, settings: LesaExpand, journal: Journal) -> float:
         """Trains the predictor; returns its last epoch's mean loss."""
@@ -159,7 +166,7 @@ class RoleWork:
 def prepare(base: Sequence[Layer], tensor: LayerTensor, settings: LesaExpand, seed: int, journal: Journal) -> RoleWork:
     """Decomposes a role and draws its predictor's first weights."""
     journal.note(f"{tensor.module} decomposition")
-    spectrum = decompose(lambda layer: base[layer][tensor], len(base), journal.scratch)
+    spectrum = decompose(lambda layer: base[layer][tensor], len(base), journal.scratch, settings.standardized)
     seed = role_seed(seed, tensor)
     predictor = Predictor(spectrum.d_in, settings.hidden_size, seed).to(spectrum.right.device)
     return RoleWork(tensor, seed, spectrum, predictor)

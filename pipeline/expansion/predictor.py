@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.config import LesaExpand
 
 WARMUP_FRACTION = 0.05  # of the steps; of a cosine schedule
+FITTED_DIRECTIONS = 4096  # that first predictions are centred and sized on
 
 
 class Predictor(nn.Sequential):
@@ -29,6 +30,31 @@ class Predictor(nn.Sequential):
                 nn.ReLU(),
                 nn.Linear(hidden_size, d_in),
             )
+
+    @torch.no_grad()
+    def fit_first_predictions(self, rows: Tensor, rank: int, samples: Tensor, seed: int) -> None:
+        """Starts from predictions without a common part and of the targets' size, for inputs of unit variance.
+
+        Weights after He et al. (arXiv 1502.01852, eq. 10); the last layer's then fitted to some of the data
+        (Krähenbühl et al., arXiv 1511.06856, section 3.1). PyTorch's own start hardly sees entries as small as those
+        of singular vectors beside its random biases: every direction gets one and the same prediction, and since the
+        norm in the loss is cheapest met by making that one longer, most of it stays. A layer of such predictions has
+        rank one and a spectral norm of up to ten times its neighbours'.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        *inner, last = (module for module in self if isinstance(module, nn.Linear))
+        for linear in (*inner, last):
+            gain = 1.0 if linear is last else 2.0
+            fresh = torch.randn(linear.weight.shape, generator=generator) * math.sqrt(gain / linear.in_features)
+            linear.weight.copy_(fresh)
+            linear.bias.zero_()
+        some = samples[torch.randperm(len(samples), generator=generator)[:FITTED_DIRECTIONS]].to(rows.device)
+        inputs, target = _inputs_and_target(rows, rank, some)
+        first = self(inputs)
+        common = first.mean(dim=0)
+        size = torch.linalg.vector_norm(target) / torch.linalg.vector_norm(first - common)
+        last.weight.mul_(size)
+        last.bias.copy_(-common * size)
 
 
 def prediction_loss(predicted: Tensor, target: Tensor, norm_loss_weight: float, norm_batch: int) -> Tensor:
@@ -73,6 +99,8 @@ def train_predictor(
     """
     rows = right.flatten(0, 1)
     samples = _samples(right.shape[0], right.shape[1], directions)
+    if settings.standardized:
+        predictor.fit_first_predictions(rows, right.shape[1], samples, seed)
     steps_per_epoch = -(-len(samples) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
     optimizer = torch.optim.AdamW(
@@ -91,6 +119,12 @@ def _samples(layers: int, rank: int, directions: Tensor | None) -> Tensor:
     """Row numbers of V_i in the rows of all layers; its neighbours' are ``rank`` rows away."""
     inner = torch.arange(1, layers - 1)[:, None] * rank
     return (inner + (torch.arange(rank) if directions is None else directions)).flatten()
+
+
+def _inputs_and_target(rows: Tensor, rank: int, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """What G is given for some rows of V_i, ``[n, 2 d_in]``, and what it is to say, ``[n, d_in]``."""
+    inputs = rows[torch.stack([samples - rank, samples + rank], dim=1)].view(len(samples), 2 * rows.shape[1])
+    return inputs, rows[samples]
 
 
 def _rate(schedule: str, step: int, total: int) -> float:
@@ -116,9 +150,8 @@ def _epochs(
     for _ in range(settings.epochs):
         losses = []
         for target in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
-            target = target.to(rows.device)
-            inputs = rows[torch.stack([target - rank, target + rank], dim=1)].view(len(target), 2 * rows.shape[1])
-            loss = prediction_loss(predictor(inputs), rows[target], settings.norm_loss_weight, settings.norm_batch)
+            inputs, known = _inputs_and_target(rows, rank, target.to(rows.device))
+            loss = prediction_loss(predictor(inputs), known, settings.norm_loss_weight, settings.norm_batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -30,12 +30,13 @@ class Spectrum:
     """One role's factors, float32.
 
     Attributes:
-        left: U S, ``[d_out, rank]``, singular values descending.
-        right: V_i of every base layer, ``[layers, rank, d_in]``.
+        left: U S over ``scale``, ``[d_out, rank]``, singular values descending.
+        right: V_i times ``scale`` of every base layer, ``[layers, rank, d_in]``.
     """
 
     left: Tensor
     right: Tensor
+    scale: float = 1.0
 
     @property
     def d_out(self) -> int:
@@ -53,25 +54,28 @@ class Spectrum:
         return self.left.shape[1]
 
 
-def decompose(read: Callable[[int], Tensor], num_layers: int, scratch: Scratch = in_memory) -> Spectrum:
+def decompose(
+    read: Callable[[int], Tensor], num_layers: int, scratch: Scratch = in_memory, standardized: bool = False
+) -> Spectrum:
     """The factors of ``read(0) ... read(num_layers - 1)``, each ``[d_out, d_in]`` and read twice.
+
+    ``standardized``: a direction is a unit vector over all layers, so its entries have unit variance once they are
+    multiplied by the square root of their number.
 
     Each left singular vector's largest entry is positive, because what is learnt from the factors depends on their
     signs. Directions with a singular value of numerically zero have no right vector and are left out. Holds at most
     four ``[d_out, d_out]`` matrices in float64, beside V where ``scratch`` gives memory.
     """
     values, vectors = _left_factors(read, num_layers)
-    left = (vectors * values).float()
-    to_right = vectors.div_(values).T.float()  # [rank, d_out]; exact to 1e-6 of a row at the conditions met in practice
+    d_in = read(0).shape[1]
+    scale = float(num_layers * d_in) ** 0.5 if standardized else 1.0
+    left = (vectors * (values / scale)).float()
+    to_right = vectors.div_(values / scale).T.float()  # [rank, d_out]; exact to 1e-6 at the conditions met in practice
     del vectors
-    right: Tensor | None = None
+    right = scratch((num_layers, len(values), d_in), left.device)
     for layer in range(num_layers):
-        matrix = read(layer).float()
-        if right is None:
-            right = scratch((num_layers, len(values), matrix.shape[1]), matrix.device)
-        torch.mm(to_right, matrix, out=right[layer])
-    assert right is not None, "a model has layers"
-    return Spectrum(left, right)
+        torch.mm(to_right, read(layer).float(), out=right[layer])
+    return Spectrum(left, right, scale)
 
 
 def _left_factors(read: Callable[[int], Tensor], num_layers: int) -> tuple[Tensor, Tensor]:

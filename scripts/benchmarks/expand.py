@@ -22,7 +22,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +202,7 @@ def print_predictors(base: Path, seeds: int) -> None:
     for tensor in names.tensors:
         if tensor.role.kind != "matrix":
             continue
-        right = decompose(lambda index: layers[index][tensor], len(layers)).right  # noqa: B023
-        published, mine = (judge(tensor, right, settings, reference, seeds) for settings in (reference, fast))
+        published, mine = (judge(tensor, layers, settings, reference, seeds) for settings in (reference, fast))
         ratios.append(mine[0] / published[0])
         print(f"| {tensor.module} | {published[0]:.3e} | {mine[0]:.3e} | {ratios[-1]:.3f} | ", end="")
         print(f"{published[1]:.3f} | {mine[1]:.3f} |", flush=True)
@@ -211,10 +210,11 @@ def print_predictors(base: Path, seeds: int) -> None:
 
 
 def judge(
-    tensor: LayerTensor, right: Tensor, settings: LesaExpand, judged_by: LesaExpand, seeds: int
+    tensor: LayerTensor, layers: Sequence[Layer], settings: LesaExpand, judged_by: LesaExpand, seeds: int
 ) -> tuple[float, float]:
     """Means over seeds: the authors' loss on every tenth direction, and the predictions' size against the truth's."""
-    rank = right.shape[1]
+    spectrum = decompose(lambda index: layers[index][tensor], len(layers), standardized=settings.standardized)
+    right, rank = spectrum.right, spectrum.rank
     held_out = torch.arange(0, rank, HELD_OUT_DIRECTIONS)
     learnt = torch.tensor([direction for direction in range(rank) if direction % HELD_OUT_DIRECTIONS])
     losses, sizes = [], []
@@ -222,7 +222,7 @@ def judge(
         predictor = Predictor(right.shape[2], settings.hidden_size, role_seed(seed, tensor))
         train_predictor(predictor, right, settings, role_seed(seed, tensor), say_nothing, learnt)
         loss, size = on_directions(predictor, right[:, held_out], judged_by)
-        losses.append(loss)
+        losses.append(loss / spectrum.scale**2)
         sizes.append(size)
     return statistics.mean(losses), statistics.mean(sizes)
 

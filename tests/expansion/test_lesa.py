@@ -123,6 +123,26 @@ def test_training_is_that_of_a_plain_loop_over_all_samples(settings: Callable[..
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
 
+def test_standardized_factors_have_unit_variance_and_the_same_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(6, 9, generator=generator) for _ in range(4)]
+    spectrum = decompose(lambda layer: matrices[layer], 4, standardized=True)
+    variances = spectrum.right.square().mean(dim=(0, 2))
+    torch.testing.assert_close(variances, torch.ones(6), atol=1e-4, rtol=1e-4)
+    for layer in range(4):
+        torch.testing.assert_close(spectrum.left @ spectrum.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_first_predictions_are_centred_and_of_the_targets_size() -> None:
+    right = torch.randn(5, 40, 12, generator=torch.Generator().manual_seed(0))
+    predictor = Predictor(12, 32, seed=0)
+    predictor.fit_first_predictions(right.flatten(0, 1), 40, torch.arange(40, 160), seed=1)
+    with torch.no_grad():
+        first = predictor(torch.cat([right[:-2], right[2:]], dim=2)).flatten(0, 1)
+    torch.testing.assert_close(first.mean(dim=0), torch.zeros(12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(first.norm(), right[1:-1].norm(), rtol=1e-5, atol=0)
+
+
 def test_training_learns(settings: Callable[..., LesaExpand]) -> None:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(64, 8, generator=generator)
@@ -134,27 +154,29 @@ def test_training_learns(settings: Callable[..., LesaExpand]) -> None:
     assert losses[-1] < losses[0] / 20
 
 
+@pytest.mark.parametrize("variant", ["fast", "reference"])
 def test_new_matrices_are_predicted_from_an_exact_svd(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers, variant: str
 ) -> None:
-    base, chosen = random_layers(5), settings(position=[1, 4])
+    base, chosen = random_layers(5), settings(position=[1, 4], variant=variant)
     _, made, _ = _expand(base, chosen)
     for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
         tensor = LayerTensor(name, architecture_of("llama").layer[name])
         predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
-        spectrum = decompose(lambda layer: base[layer][tensor], 5)  # noqa: B023  called at once
+        spectrum = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
         train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)
         linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
         matrices = _matrices(base, name)
         for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
-            wanted = predicted_matrix(matrices, lower, upper, linears)
+            scale = math.sqrt(5 * matrices[0].shape[1]) if variant == "fast" else 1.0
+            wanted = predicted_matrix(matrices, lower, upper, linears, scale)
             torch.testing.assert_close(made[layer][tensor].double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
     settings: Callable[..., LesaExpand], random_layers: RandomLayers
 ) -> None:
-    base, chosen = random_layers(4), settings(position=[1, 1])
+    base, chosen = random_layers(4), settings(position=[1, 1], variant="reference")
     _, made, _ = _expand(base, chosen)
     name = "self_attn.q_proj.weight"
     tensor = LayerTensor(name, architecture_of("llama").layer[name])
@@ -267,7 +289,7 @@ def test_a_large_role_is_taught_alone_to_the_same_result(
 ) -> None:
     base = random_layers(4)
     _, small, _ = _expand(base, settings())
-    monkeypatch.setattr(lesa, "LARGE_BYTES", 0)
+    monkeypatch.setattr(lesa, "GROUP_BYTES", 0)
     _, large, journal = _expand(base, settings())
     assert all(torch.equal(small[layer][t], large[layer][t]) for layer in small for t in small[layer])
     assert len(journal.records) == 7
@@ -276,8 +298,9 @@ def test_a_large_role_is_taught_alone_to_the_same_result(
 def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
     default, fast = expand_settings("lesa"), expand_settings("lesa", variant="fast")
     assert isinstance(default, LesaExpand) and default.variant == "reference"
-    assert isinstance(fast, LesaExpand) and (fast.epochs, fast.batch_size, fast.norm_batch) == (2, 512, 64)
+    assert isinstance(fast, LesaExpand) and (fast.epochs, fast.batch_size, fast.norm_batch) == (3, 256, 64)
+    assert fast.standardized
     reference, paper = expand_settings("lesa", variant="reference"), expand_settings("lesa", variant="paper")
     assert isinstance(reference, LesaExpand) and isinstance(paper, LesaExpand)
-    assert (reference.epochs, reference.norm_loss_weight) == (10, 5e-4)
-    assert (paper.epochs, paper.norm_loss_weight) == (5, 5e-5)
+    assert (reference.epochs, reference.norm_loss_weight, reference.standardized) == (10, 5e-4, False)
+    assert (paper.epochs, paper.norm_loss_weight, paper.standardized) == (5, 5e-5, False)
