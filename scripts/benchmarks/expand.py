@@ -83,21 +83,14 @@ def seconds_of(work: Callable[[], object], out: Path) -> float:
     return time.perf_counter() - started
 
 
-def ours(base: Path, method: str, seed: int, device: torch.device, out: Path, **changes: Any) -> Names:
-    """One of the pipeline's own methods, weights only."""
-    return ours_with_journal(base, method, seed, device, out, **changes)[0]
-
-
-def ours_with_journal(
-    base: Path, method: str, seed: int, device: torch.device, out: Path, **changes: Any
-) -> tuple[Names, Journal]:
-    """The same, with what the method had to say."""
-    names, settings = names_of(base, method, **changes)
+def expand_by(method: str, made_with: tuple[Names, Any], seed: int, device: torch.device, out: Path) -> Journal:
+    """Writes the weights that one of the pipeline's own methods makes; returns what it had to say."""
+    names, settings = made_with
 
     def make(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
         return expand_function(method)(layers, plan, settings, seed, journal)
 
-    return names, write_weights(names, make, device, out)
+    return write_weights(names, make, device, out)
 
 
 # ------------------------------------------------------------------------------------------ copies
@@ -108,9 +101,10 @@ def print_copies(base: Path, place: Path) -> None:
     print("| method | seconds | cp -r of what it wrote | ratio |\n|---|---:|---:|---:|")
     out, copied = place / "out", place / "copied"
     for method in ("llama_pro", "solar", "copy"):
+        made_with = names_of(base, method)
         surgery, cp = [], []
         for _ in range(REPEATS):
-            surgery.append(seconds_of(lambda: ours(base, method, 0, torch.device("cpu"), out), out))  # noqa: B023
+            surgery.append(seconds_of(lambda: expand_by(method, made_with, 0, torch.device("cpu"), out), out))  # noqa: B023
             shutil.rmtree(copied, ignore_errors=True)
             started = time.perf_counter()
             subprocess.run(["cp", "-r", str(out), str(copied)], check=True)
@@ -126,13 +120,13 @@ def print_copies(base: Path, place: Path) -> None:
 def print_opt_deus(base: Path, place: Path, device: torch.device) -> None:
     """The same fusions by two solvers, to the same error."""
     errors: list[float] = []
-    names, settings = names_of(base, "opt_deus")
+    names, settings = made_with = names_of(base, "opt_deus")
     published = seconds_of(
         lambda: write_weights(names, fuse_with_pot(settings, errors), device, place / "pot"), place / "pot"
     )
     journals: list[Journal] = []
     mine = seconds_of(
-        lambda: journals.append(ours_with_journal(base, "opt_deus", 0, device, place / "ours")[1]), place / "ours"
+        lambda: journals.append(expand_by("opt_deus", made_with, 0, device, place / "ours")), place / "ours"
     )
     worst = max(facts["marginal_error"] for facts in journals[0].records.values())
     print("\n| OpT-DeUS | seconds | largest L1 marginal error of its solves | ratio |\n|---|---:|---:|---:|")
@@ -167,12 +161,13 @@ def fuse_with_pot(settings: OptDeusExpand, errors: list[float]) -> Method:
 def print_lesa(base: Path, place: Path, device: torch.device, seeds: int) -> None:
     """Both variants beside the authors' procedure: time, perplexity, and what the predictors learnt."""
     rows: dict[str, list[tuple[float, float]]] = {"published procedure": [], "ours, reference": [], "ours, fast": []}
-    names, reference = names_of(base, "lesa", variant="reference")
+    names, reference = authors = names_of(base, "lesa", variant="reference")
+    fast = names_of(base, "lesa", variant="fast")
     for seed in range(seeds):
         for name, work in (
             ("published procedure", lambda out: publish_lesa(names, reference, seed, device, out)),  # noqa: B023
-            ("ours, reference", lambda out: ours(base, "lesa", seed, device, out, variant="reference")),  # noqa: B023
-            ("ours, fast", lambda out: ours(base, "lesa", seed, device, out, variant="fast")),  # noqa: B023
+            ("ours, reference", lambda out: expand_by("lesa", authors, seed, device, out)),  # noqa: B023
+            ("ours, fast", lambda out: expand_by("lesa", fast, seed, device, out)),  # noqa: B023
         ):
             out = place / "out"
             seconds = seconds_of(lambda: work(out), out)  # noqa: B023

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmarks.expand import ours
+from scripts.benchmarks.expand import expand_by, names_of
 from scripts.benchmarks.expansions import held_out_perplexity, write_model
 from scripts.benchmarks.tasks import load_smollm2
 
@@ -43,11 +43,12 @@ def main() -> None:
 def cell(base: Path, method: str, position: str, out: Path) -> str:
     """Mean over the method's seeds, with its spread where there are several."""
     found = []
+    made_with = names_of(base, method, position=position)
     for seed in range(SEEDS.get(method, 1)):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        names = ours(base, method, seed, torch.device("cpu"), out, position=position)
-        write_model(names, base, out)
+        expand_by(method, made_with, seed, torch.device("cpu"), out)
+        write_model(made_with[0], base, out)
         found.append(held_out_perplexity(out))
     mean = f"{statistics.mean(found):.2f}"
     return mean if len(found) == 1 else f"{mean} ({min(found):.2f} to {max(found):.2f})"
