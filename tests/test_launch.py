@@ -17,9 +17,10 @@ from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError
 from pipeline.launch import Placement, WorkersFailed, place, run_workers, torchrun_command, worker_environment
 from pipeline.machine import Machine
+from tests.plain_settings import cpu_launch
 
 ONE = Placement("cpu", 1, 1)
-TWO = Launch(device="cpu", processes=2, threads=1, nodes=1, utilization=0.4)
+TWO = cpu_launch(processes=2)
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------ pure functions

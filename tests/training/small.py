@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.config import Launch, Tracking, Train
+from pipeline.config import Tracking, Train
 from pipeline.stage import StageTask, TrackingTarget
+from tests.plain_settings import cpu_launch
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VOCABULARY = 384
@@ -86,7 +87,7 @@ def training_task(settings: Train, model: Path, data: Path, out: Path, processes
         parents={"model": model, "data": data},
         out=out,
         seed=0,
-        launch=Launch(device="cpu", processes=processes, threads=1, nodes=1, utilization=0.4),
+        launch=cpu_launch(processes),
         tracking=TrackingTarget(tracking, "test", "pretrain", "test", out / "wandb"),
     )
 

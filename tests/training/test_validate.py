@@ -3,24 +3,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Launch
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.training.session import _refuse_stored_apart
 from pipeline.training.validate import validate, validate_data
+from tests.plain_settings import cpu_launch
 from tests.tiny_families import tiny_model
 from tests.training.small import train_settings, write_blocks
 
 MACHINE = Machine(cores=2, gpus=0)
 
 
-def launch(processes: int) -> Launch:
-    return Launch(device="cpu", processes=processes, threads=1, nodes=1, utilization=0.4)
-
-
 def test_a_sound_request_passes():
-    validate("pretrain", train_settings(), launch(2), 32, MACHINE)
-    validate("pretrain", train_settings(trainable=r"layers\.3\."), launch(1), None, MACHINE)
+    validate("pretrain", train_settings(), cpu_launch(2), 32, MACHINE)
+    validate("pretrain", train_settings(trainable=r"layers\.3\."), cpu_launch(1), None, MACHINE)
 
 
 @pytest.mark.parametrize(
@@ -39,23 +35,23 @@ def test_a_sound_request_passes():
 )
 def test_what_cannot_work_is_refused_with_its_remedy(changes: dict, processes: int, setting: str, remedy: str):
     with pytest.raises(UserError) as error:
-        validate("pretrain", train_settings(**changes), launch(processes), 32, MACHINE)
+        validate("pretrain", train_settings(**changes), cpu_launch(processes), 32, MACHINE)
     assert error.value.setting == f"pretrain.{setting}"
     assert remedy in error.value.remedy
 
 
 def test_the_ranks_of_all_nodes_share_a_batch():
     two_nodes = Machine(cores=2, gpus=0, nodes=2)
-    validate("pretrain", train_settings(global_batch=4, micro_batch=1), launch(2), 32, two_nodes)
+    validate("pretrain", train_settings(global_batch=4, micro_batch=1), cpu_launch(2), 32, two_nodes)
     with pytest.raises(UserError, match="4 process"):
-        validate("pretrain", train_settings(global_batch=6, micro_batch=1), launch(2), 32, two_nodes)
+        validate("pretrain", train_settings(global_batch=6, micro_batch=1), cpu_launch(2), 32, two_nodes)
 
 
 def test_compiling_on_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
-    validate("pretrain", train_settings(compile=True), launch(1), 32, Machine(cores=2, gpus=0))
+    validate("pretrain", train_settings(compile=True), cpu_launch(1), 32, Machine(cores=2, gpus=0))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler is not there"):
-        validate("pretrain", train_settings(compile=True), launch(1), 32, Machine(cores=2, gpus=0))
+        validate("pretrain", train_settings(compile=True), cpu_launch(1), 32, Machine(cores=2, gpus=0))
 
 
 def write_model(directory: Path, vocab_size: int = 384) -> Path:

@@ -1,0 +1,25 @@
+"""Settings that many tests need and none is about."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipeline.config import Launch, Model
+
+
+def cpu_launch(processes: int = 1, threads: int | Literal["auto"] = 1) -> Launch:
+    """On this machine's CPU."""
+    return Launch(device="cpu", processes=processes, threads=threads, nodes=1, utilization=0.4)
+
+
+def model_at(path: object, **changes: object) -> Model:
+    """A model directory or a hub's name, in float32."""
+    settings = {
+        "revision": None,
+        "gguf_file": None,
+        "package": None,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "shape": None,
+    }
+    return Model.model_validate({"path": str(path), **settings, **changes})
