@@ -12,6 +12,7 @@ from pipeline.config import LesaExpand
 
 WARMUP_FRACTION = 0.05  # of the steps; of a cosine schedule
 FITTED_DIRECTIONS = 4096  # that first predictions are centred and sized on
+TUNED_WIDTH = 576  # d_in for which a standardized predictor's learning rate is meant
 
 
 class Predictor(nn.Sequential):
@@ -99,12 +100,14 @@ def train_predictor(
     """
     rows = right.flatten(0, 1)
     samples = _samples(right.shape[0], right.shape[1], directions)
+    learning_rate = settings.learning_rate
     if settings.standardized:
         predictor.fit_first_predictions(rows, right.shape[1], samples, seed)
+        learning_rate *= TUNED_WIDTH / right.shape[2]  # Adam's best goes with one over the width (arXiv 2203.03466)
     steps_per_epoch = -(-len(samples) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
     optimizer = torch.optim.AdamW(
-        predictor.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        predictor.parameters(), lr=learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(settings.schedule, step, total))
     mean_loss, done = float("nan"), 0

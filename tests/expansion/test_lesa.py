@@ -297,7 +297,7 @@ def test_a_large_role_is_taught_alone_to_the_same_result(
 
 def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
     default, fast = expand_settings("lesa"), expand_settings("lesa", variant="fast")
-    assert isinstance(default, LesaExpand) and default.variant == "reference"
+    assert isinstance(default, LesaExpand) and default.variant == "fast"
     assert isinstance(fast, LesaExpand) and (fast.epochs, fast.batch_size, fast.norm_batch) == (3, 256, 64)
     assert fast.standardized
     reference, paper = expand_settings("lesa", variant="reference"), expand_settings("lesa", variant="paper")
