@@ -43,7 +43,7 @@ class LesaExpand(Expand):
     variant: str  # the preset the numbers below came from; for the record, never read by the method
     epochs: Positive
     norm_loss_weight: Fraction  # the loss's lambda
-    learning_rate: PositiveFloat  # AdamW's; where standardized, for 576 columns, and goes with one over their number
+    learning_rate: PositiveFloat  # AdamW's; where standardized, as one over the width beyond 576 columns
     weight_decay: NonNegativeFloat  # AdamW's
     schedule: Literal["constant", "cosine"]  # of the learning rate; cosine has a short warm-up
     batch_size: Positive  # singular directions a step

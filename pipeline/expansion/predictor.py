@@ -12,7 +12,7 @@ from pipeline.config import LesaExpand
 
 WARMUP_FRACTION = 0.05  # of the steps; of a cosine schedule
 FITTED_DIRECTIONS = 4096  # that first predictions are centred and sized on
-TUNED_WIDTH = 576  # d_in for which a standardized predictor's learning rate is meant
+TUNED_WIDTH = 576  # the largest d_in at which a standardized predictor has its learning rate undiminished
 
 
 class Predictor(nn.Sequential):
@@ -103,7 +103,7 @@ def train_predictor(
     learning_rate = settings.learning_rate
     if settings.standardized:
         predictor.fit_first_predictions(rows, right.shape[1], samples, seed)
-        learning_rate *= TUNED_WIDTH / right.shape[2]  # Adam's best goes with one over the width (arXiv 2203.03466)
+        learning_rate *= min(1.0, TUNED_WIDTH / right.shape[2])  # Adam's best is as one over the width (2203.03466)
     steps_per_epoch = -(-len(samples) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
     optimizer = torch.optim.AdamW(
