@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +18,18 @@ from torch import Tensor
 from pipeline.architecture import Architecture, LayerTensor
 from pipeline.artifact import read_json, write_json
 from pipeline.disk import refused_where_full
+from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.spectrum import Scratch, in_memory
 from pipeline.model_dir import ModelDirectory
 from pipeline.progress import progress
-from pipeline.shard_writer import ShardWriter
+from pipeline.shard_writer import KEPT, ShardWriter
+from pipeline.tensor_spec import TensorSpec
 
 KEEP_EVERY_SECONDS = 10.0  # what an interruption can cost, beside the piece of work in hand
 SCRATCH_ON_DISK_BYTES = 1_000_000_000  # room that a method asks for is in memory below this
-RECORDS = ".expansion.records.json"  # what the method had to say of the tensors that are kept
+RECORDS = ".expansion.records.json"  # what the method had to say of what is kept, and the sign that it was
 
 Method = Callable[[list[Layer], LayerPlan, Journal], Iterator[NewTensor]]
 
@@ -119,7 +120,7 @@ class Names:
 def write_weights(names: Names, method: Method, device: torch.device, out: Path) -> Journal:
     """Writes every tensor of the deeper model into ``out``: the base's as they are, new ones rounded to its dtypes.
 
-    What an interrupted attempt has kept there is not made again.
+    What an interrupted attempt has kept there is not made again; where that was everything, nothing is.
 
     Args:
         method: what makes the new tensors, on ``device``.
@@ -128,28 +129,73 @@ def write_weights(names: Names, method: Method, device: torch.device, out: Path)
         UserError: the disk has no room.
     """
     specs = {name: names.base.specs[source] for name, source in names.sources.items()}
+    if _is_finished(out, specs):
+        return Journal(**read_json(out / RECORDS))
     with ShardWriter(out, specs, names.parts) as writer:
         _copy_base(writer, names)
         made = {key for key, name in names.new.items() if name in writer.written}
-        with progress("expand", total=len(names.new)) as bar:
-            bar.move_to(len(made))
+        records = read_json(out / RECORDS)["records"] if made else {}
+        if not made:
+            forget_records(out)
+        with progress("expand", total=sum(_millions(names, *key) for key in names.new)) as bar:
+            bar.move_to(sum(_millions(names, *key) for key in made))
+            keeper = _Keeper(writer, out, has_kept=bool(made))
             journal = Journal(
                 note=lambda note, **numbers: bar.advance(0, note=note, **numbers),
                 made=made,
+                keep=lambda: keeper.keep(journal),
                 scratch=_scratch_in(out),
-                records=_kept_records(out) if made else {},
+                records=records,
             )
-            kept_at = time.monotonic()
             for new in method(names.base_layers(device), names.plan, journal):
-                if time.monotonic() - kept_at > KEEP_EVERY_SECONDS:
-                    write_json(out / RECORDS, journal.records)
-                    writer.keep()
-                    kept_at = time.monotonic()
+                keeper.keep_now_and_then(journal)
                 if (new.layer, new.tensor) not in made:
                     _write_new(writer, names, new)
-                    bar.advance(1, note=names.new[new.layer, new.tensor])
-    (out / RECORDS).unlink(missing_ok=True)
+                    bar.advance(_millions(names, *new[:2]), note=names.new[new.layer, new.tensor])
+            if keeper.has_kept:
+                keeper.keep(journal)
     return journal
+
+
+def forget_records(out: Path) -> None:
+    """The weights that are there are final, or wrong: what was said of them is of no use to another attempt."""
+    (out / RECORDS).unlink(missing_ok=True)
+
+
+class _Keeper:
+    """Makes work outlast an interruption: when it is told to, and every few seconds."""
+
+    def __init__(self, writer: ShardWriter, out: Path, has_kept: bool) -> None:
+        self._writer, self._out = writer, out
+        self._last = time.monotonic()
+        self.has_kept = has_kept  # at the end only then: what is made within seconds is not worth waiting for the disk
+
+    def keep(self, journal: Journal) -> None:
+        """Now."""
+        write_json(self._out / RECORDS, {"records": journal.records, "warnings": journal.warnings})
+        self._writer.keep()
+        self._last, self.has_kept = time.monotonic(), True
+
+    def keep_now_and_then(self, journal: Journal) -> None:
+        """Where the last time is a while ago."""
+        if time.monotonic() - self._last > KEEP_EVERY_SECONDS:
+            self.keep(journal)
+
+
+def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether an attempt that was cut off later had written, and kept, all of it."""
+    if not (out / RECORDS).is_file() or (out / KEPT).exists():
+        return False
+    try:
+        return ModelDirectory(out, out.glob("model*.safetensors")).specs == specs
+    except UserError:  # a file that is cut short
+        return False
+
+
+def _millions(names: Names, layer: int, tensor: LayerTensor) -> float:
+    """A new tensor's entries, by which its work is counted; of the stored one where it is a part."""
+    spec = names.base.specs[names.sources[names.stored(layer, tensor)]]
+    return torch.Size(spec.shape).numel() / 1e6
 
 
 def _copy_base(writer: ShardWriter, names: Names) -> None:
@@ -172,11 +218,6 @@ def _write_new(writer: ShardWriter, names: Names, new: NewTensor) -> None:
         new.tensor.place.write(writer.part(stored, name), new.value.to("cpu"))
 
 
-def _kept_records(out: Path) -> dict[str, dict[str, Any]]:
-    records: dict[str, dict[str, Any]] = read_json(out / RECORDS)
-    return records
-
-
 def _scratch_in(directory: Path) -> Scratch:
     """Room in a file of ``directory`` for what is large and not on a GPU; the file has no name, so none is left."""
 
@@ -185,10 +226,11 @@ def _scratch_in(directory: Path) -> Scratch:
         if device.type != "cpu" or size <= SCRATCH_ON_DISK_BYTES:
             return in_memory(shape, device)
         path = directory / ".scratch"
-        with refused_where_full(directory, size), open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-        mapped = torch.from_file(str(path), shared=True, size=size // torch.float32.itemsize)
-        path.unlink()
-        return mapped.view(shape)
+        try:
+            with refused_where_full(directory, size), open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_file(str(path), shared=True, size=size // torch.float32.itemsize).view(shape)
+        finally:
+            path.unlink()
 
     return room

@@ -4,8 +4,7 @@ was promised, computes what another one does. On the model's own tokenizer and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +26,8 @@ SENTENCES = (
 DECODED_TOKENS = 8
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below one: float32 rounding
 CACHE_TOLERANCE = 1e-3  # likewise; a cache sums in another order, which depth amplifies
+
+ROOM = ".check-"  # begins the name of a folder to work in
 
 # A narrow twin's sizes. Head width stays: rotary tables have its length.
 NARROW = {
@@ -76,11 +77,11 @@ def check_model(directory: Path, config: Config, same_logits_as: Path | None, me
     entries = sum(torch.Size(spec.shape).numel() for spec in ModelDirectory(directory).specs.values())
     whole = entries * torch.float32.itemsize <= memory
     prompts = _prompts(directory)
-    promised = None
-    if same_logits_as is not None:
-        with _opened(same_logits_as, whole) as base:
-            promised = _logits(base, prompts)
-    with _opened(directory, whole) as model:
+    for stale in directory.glob(f"{ROOM}*"):  # of an attempt that was cut off
+        shutil.rmtree(stale)
+    with TemporaryDirectory(prefix=ROOM, dir=directory) as room:
+        promised = None if same_logits_as is None else _logits(_opened(same_logits_as, whole, room), prompts)
+        model = _opened(directory, whole, room)
         logit_difference = _check_logits(_logits(model, prompts), promised)
         cache_difference = _check_cache(model if whole else _narrow_twin(directory), prompts)
     return Outcome(
@@ -118,14 +119,14 @@ def _prompts(directory: Path) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-@contextmanager
-def _opened(directory: Path, whole: bool) -> Iterator[PreTrainedModel]:
-    """A directory's model: held in float32, or read from disk layer by layer, in its own dtype, as it computes."""
+def _opened(directory: Path, whole: bool, room: str) -> PreTrainedModel:
+    """A directory's model: held in float32, or read from disk layer by layer, in its own dtype, as it computes.
+
+    ``room`` is a folder for weights that loading rearranges.
+    """
     if whole:
-        yield _load(directory)
-        return
-    with TemporaryDirectory(prefix=".check-", dir=directory) as room:  # for weights that loading rearranges
-        yield _load(directory, dtype="auto", device_map={"": "disk"}, offload_folder=room)
+        return _load(directory)
+    return _load(directory, dtype="auto", device_map={"": "disk"}, offload_folder=room)
 
 
 @torch.inference_mode()

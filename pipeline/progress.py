@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
 LINE_SECONDS = 60.0  # between lines in a log
+SPEED_SECONDS = 3600.0  # over which a bar looks back: some work comes in pieces of minutes
 
 _stream: TextIO | None = None  # None: standard error
 
@@ -82,5 +83,12 @@ def progress(description: str, total: float) -> Iterator[Bar]:
         TimeLeftColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    bar = Progress(
+        *columns,
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        speed_estimate_period=SPEED_SECONDS,
+    )
+    with bar:
         yield Bar(bar, bar.add_task(description, total=total, note=""))

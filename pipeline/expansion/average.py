@@ -13,7 +13,7 @@ def expand(
     base: Sequence[Layer], plan: LayerPlan, settings: AverageExpand, seed: int, journal: Journal
 ) -> Iterator[NewTensor]:
     """Every new layer is halfway between the two it is made from."""
-    yield from grow(base, plan, lambda index, lower, upper: _mean(lower, upper))
+    yield from grow(base, plan, journal, lambda index, lower, upper: _mean(lower, upper))
 
 
 def _mean(lower: Layer, upper: Layer) -> Layer:

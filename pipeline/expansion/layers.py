@@ -33,6 +33,10 @@ def _say_nothing(note: str, **numbers: float) -> None:
     pass
 
 
+def _keep_nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Journal:
     """Where a method tells how it goes, reads what an earlier attempt had made, and finds room to work.
@@ -41,6 +45,8 @@ class Journal:
         note: shows a line of text and named numbers to whoever watches.
         made: layers' indices in the new model and tensors that an interrupted attempt has written already; a method
             may leave them out, as long as what it yields does not depend on that.
+        keep: makes what was yielded so far outlast an interruption, with ``records``; for a method that knows what
+            would be dear to make again. Whoever writes does it every few seconds anyway.
         scratch: gives float32 tensors to work in, on disk where they are large.
         records: facts for the manifest, by what they are about.
         warnings: what somebody who uses the result should know.
@@ -48,6 +54,7 @@ class Journal:
 
     note: Callable[..., None] = _say_nothing
     made: Collection[tuple[int, LayerTensor]] = ()
+    keep: Callable[[], None] = _keep_nothing
     scratch: Scratch = in_memory
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -79,8 +86,10 @@ def copies(base: Sequence[Layer], plan: LayerPlan) -> Iterator[NewTensor]:
             yield NewTensor(planned.layer, tensor, value)
 
 
-def grow(base: Sequence[Layer], plan: LayerPlan, make: Callable[[int, Layer, Layer], Layer]) -> Iterator[NewTensor]:
-    """Makes whole layers, each from the two it lies between.
+def grow(
+    base: Sequence[Layer], plan: LayerPlan, journal: Journal, make: Callable[[int, Layer, Layer], Layer]
+) -> Iterator[NewTensor]:
+    """Makes whole layers, each from the two it lies between, but for those that are made and no other needs.
 
     Args:
         make: (index in the new model, lower layer, upper layer) -> the layer between them.
@@ -94,8 +103,10 @@ def grow(base: Sequence[Layer], plan: LayerPlan, make: Callable[[int, Layer, Lay
     while remaining:
         planned = remaining.pop(0)
         lower, upper = planned.made_from
+        needed = {index for later in remaining for index in later.made_from}
+        if planned.layer not in needed and all((planned.layer, tensor) in journal.made for tensor in base[0]):
+            continue
         made[planned.layer] = make(planned.layer, layer_at(lower), layer_at(upper))
         for tensor, value in made[planned.layer].items():
             yield NewTensor(planned.layer, tensor, value)
-        needed = {index for later in remaining for index in later.made_from}
         made = {index: layer for index, layer in made.items() if index in needed}

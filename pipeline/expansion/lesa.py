@@ -123,6 +123,7 @@ def _make(work: RoleWork, loss: float, plan: LayerPlan, journal: Journal) -> Ite
         loss=loss / spectrum.scale**2,
         predicted_norm_ratio=sum(norms) / len(norms) / float(known),
     )
+    journal.keep()
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,35 @@ from pipeline.artifact import MANIFEST, read_json, sha256_file
 from pipeline.weight_files import find_weights
 
 
-def model_card(expansion: Mapping[str, Any], seed: int, base: Path) -> str:
+def model_card(expansion: Mapping[str, Any], base: Path) -> str:
     """The card's text.
 
     Args:
         expansion: the content of ``expansion.json``.
-        seed: of the expansion.
         base: the directory that was expanded; its manifest, where it has one, says where it came from.
     """
-    manifest = read_json(base / MANIFEST) if (base / MANIFEST).is_file() else {}
-    model = manifest.get("settings", {})
+    model = _manifest(base).get("settings", {})
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if model.get("path"):
+    if model.get("revision"):  # else it is a directory, whose name says nothing to others
         header.append(f"base_model: {json.dumps(model['path'])}")
     header += ["tags:", "- depth-growth", f"- {expansion['method']}", "---", ""]
-    return "\n".join([*header, *_body(expansion, seed, model, _weights(base, manifest))]) + "\n"
+    return "\n".join([*header, *_body(expansion, model)]) + "\n"
 
 
-def _weights(base: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+def base_weights(base: Path) -> dict[str, str]:
     """SHA-256 of the base's weight files by name."""
-    files = manifest.get("files", {})
+    files = _manifest(base).get("files", {})
     return {
         path.name: files[path.name]["sha256"] if path.name in files else sha256_file(path)
         for path in find_weights(base)
     }
 
 
-def _body(expansion: Mapping[str, Any], seed: int, model: Mapping[str, Any], weights: Mapping[str, str]) -> list[str]:
+def _manifest(base: Path) -> dict[str, Any]:
+    return read_json(base / MANIFEST) if (base / MANIFEST).is_file() else {}
+
+
+def _body(expansion: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
     came_from = " ".join(str(model[part]) for part in ("path", "gguf_file", "revision") if model.get(part))
     new = [layer for layer in expansion["layers"] if layer["new"]]
     return [
@@ -46,7 +48,7 @@ def _body(expansion: Mapping[str, Any], seed: int, model: Mapping[str, Any], wei
         f"- Base: {came_from or 'a local model directory'}",
         f"- Method: {expansion['source']}",
         f"- New layers: {', '.join(str(layer['layer']) for layer in new) or 'none'}",
-        f"- Seed: {seed}",
+        f"- Seed: {expansion['seed']}",
         "",
         "It was not trained after that; `expansion.json` says where every layer comes from.",
         "",
@@ -54,9 +56,9 @@ def _body(expansion: Mapping[str, Any], seed: int, model: Mapping[str, Any], wei
         "",
         *_table(("setting", "value"), expansion["settings"]),
         "",
-        "## The base's weights",
+        "## The base's weights, as loaded",
         "",
-        *_table(("file", "SHA-256"), weights),
+        *_table(("file", "SHA-256"), expansion["base"]),
     ]
 
 

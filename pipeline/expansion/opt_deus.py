@@ -45,7 +45,7 @@ def expand(
 
         return fuse(lower, upper, solve)
 
-    for layer, tensor, value in grow(base, plan, make):
+    for layer, tensor, value in grow(base, plan, journal, make):
         yield NewTensor(layer, tensor, silenced(tensor, value))
     _warn_of_unsolved(journal)
 

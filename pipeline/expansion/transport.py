@@ -112,8 +112,8 @@ def sinkhorn_pot(cost: Tensor, regularization: float, max_iterations: int, margi
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what POT warns of is in the marginal error
         plan = ot.sinkhorn(
-            torch.full((rows,), 1 / rows),
-            torch.full((columns,), 1 / columns),
+            torch.full((rows,), 1 / rows, device=cost.device),
+            torch.full((columns,), 1 / columns, device=cost.device),
             cost.float(),
             regularization,
             numItermax=max_iterations,

@@ -15,10 +15,10 @@ from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.methods import METHODS, expand_function
-from pipeline.expansion.model_card import model_card
+from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.layer_config import rebuild_config, spelled_out_config
-from pipeline.layer_surgery import Names, write_weights
-from pipeline.model_check import check_model
+from pipeline.layer_surgery import Names, forget_records, write_weights
+from pipeline.model_check import CheckFailedError, check_model
 from pipeline.model_dir import EXPANSION_FILE, ModelDirectory, copy_side_files
 from pipeline.stage import Metrics, StageTask
 
@@ -47,12 +47,17 @@ def run(task: StageTask) -> Metrics:
     deeper = rebuild_config(config, plan.config_sources)
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
-    description = describe(settings, plan)
+    description = describe(settings, plan) | {"seed": task.seed, "base": base_weights(base.path)}
     write_json(task.out / EXPANSION_FILE, description)
-    (task.out / "README.md").write_text(model_card(description, task.seed, base.path))
+    (task.out / "README.md").write_text(model_card(description, base.path))
 
     keeps_logits = METHODS[settings.method].keeps_logits(settings)
-    outcome = check_model(task.out, deeper, base.path if keeps_logits else None, settings.check_memory)
+    try:
+        outcome = check_model(task.out, deeper, base.path if keeps_logits else None, settings.check_memory)
+    except CheckFailedError:
+        forget_records(task.out)  # so that another attempt does not take these weights for done
+        raise
+    forget_records(task.out)
     return {
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),

@@ -150,7 +150,7 @@ def fuse_with_pot(settings: OptDeusExpand, errors: list[float]) -> Method:
         return plan * count
 
     def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
-        for layer, tensor, value in grow(layers, plan, lambda index, lower, upper: fuse(lower, upper, solve)):
+        for layer, tensor, value in grow(layers, plan, journal, lambda index, lower, upper: fuse(lower, upper, solve)):
             yield NewTensor(layer, tensor, silenced(tensor, value))
 
     return method

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import sha256_file, write_json
-from pipeline.expansion.model_card import model_card
+from pipeline.expansion.model_card import base_weights, model_card
 
 EXPANSION: dict[str, Any] = {
     "method": "llama_pro",
@@ -33,7 +33,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_directory_from_anywhere_is_named_by_its_weights(base: Path) -> None:
-    card = model_card(EXPANSION, seed=3, base=base)
+    card = model_card(EXPANSION | {"seed": 3, "base": base_weights(base)}, base)
     assert "# 2 layers grown to 3 by llama_pro" in card
     assert "arXiv 2401.02415" in card
     assert "- New layers: 1\n" in card
@@ -47,7 +47,7 @@ def test_what_the_manifest_knows_is_taken_from_it(base: Path) -> None:
     files = {"model.safetensors": {"bytes": 7, "sha256": "abc"}}
     settings = {"path": "meta-llama/Llama-3.2-1B", "revision": "0123456", "gguf_file": None}
     write_json(base / "manifest.json", {"settings": settings, "files": files})
-    card = model_card(EXPANSION, seed=0, base=base)
+    card = model_card(EXPANSION | {"seed": 0, "base": base_weights(base)}, base)
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert 'base_model: "meta-llama/Llama-3.2-1B"' in card
     assert "- Base: meta-llama/Llama-3.2-1B 0123456" in card
