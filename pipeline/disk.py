@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk's end, the user's quota's, the process's limit
 
+SCRATCH_ON_DISK_BYTES = 1_000_000_000  # room to work in that an expansion asks for is in memory below this
+
 
 def gib(size: int) -> str:
     """Bytes as people read them."""

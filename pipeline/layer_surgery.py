@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.architecture import Architecture, LayerTensor
 from pipeline.artifact import read_json, write_json
-from pipeline.disk import refused_where_full
+from pipeline.disk import SCRATCH_ON_DISK_BYTES, refused_where_full
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
@@ -28,7 +28,6 @@ from pipeline.shard_writer import KEPT, ShardWriter
 from pipeline.tensor_spec import TensorSpec
 
 KEEP_EVERY_SECONDS = 10.0  # what an interruption can cost, beside the piece of work in hand
-SCRATCH_ON_DISK_BYTES = 1_000_000_000  # room that a method asks for is in memory below this
 RECORDS = ".expansion.records.json"  # what the method had to say of what is kept, and the sign that it was
 
 Method = Callable[[list[Layer], LayerPlan, Journal], Iterator[NewTensor]]

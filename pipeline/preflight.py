@@ -13,7 +13,7 @@ from pipeline.config import EvaluateOnTheWay, Settings, Target, Train
 from pipeline.data import sources
 from pipeline.disk import free_bytes, gib, no_room
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, Kept, disk_of, trained_part
+from pipeline.estimate import Disk, Kept, disk_of, lesa_scratch, trained_part
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layer_plan import validate as validate_expansion
@@ -71,21 +71,28 @@ def _unwritable(place: Path, why: str) -> UserError:
 def pin_data(run: Settings) -> Settings:
     """The run with its hub data sets' revisions resolved: what a branch stands for now is what will be read.
 
+    Where nothing will be read, data that cannot be had are no obstacle.
+
     Raises:
         UserError: the hub cannot be reached, or has no such data set or revision.
     """
+    if not run.reads_data:
+        return run
     corpus, instructions = run.data.corpus, run.data.instructions
     pinned = {"corpus": sources.pin(corpus, "corpus"), "instructions": sources.pin(instructions, "instructions")}
     return run.model_copy(update={"data": run.data.model_copy(update=pinned)})
 
 
 def identify(run: Settings, source: ModelSource) -> Inputs:
-    """The content identity of everything that comes from outside."""
+    """The content identity of everything that comes from outside; data that no chosen stage reads have none."""
     fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json", writes=not run.only_looks)
+    data = {
+        name: sources.fingerprint(getattr(run.data, name), name, fingerprints) if run.reads_data else ""
+        for name in ("corpus", "instructions")
+    }
     return Inputs(
         model=source.identity or fingerprints.of_files(source.files),
-        corpus=sources.fingerprint(run.data.corpus, "corpus", fingerprints),
-        instructions=sources.fingerprint(run.data.instructions, "instructions", fingerprints),
+        **data,
         interpreter=sources.interpreter_fingerprint(),
     )
 
@@ -214,6 +221,7 @@ def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, 
         run.model.dtype,
         trained,
         {"tokenize/corpus": run.data.max_corpus_tokens or 0},
+        lesa_scratch(base) if "expand" in missing and run.expand.method == "lesa" else 0,
     )
 
 

@@ -136,7 +136,8 @@ def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:
             setting="model.gguf_file",
             value=gguf_file,
             rule=f"there is no such file in {where}",
-            remedy=f"Name one that is there: {', '.join(n for n in names if n.endswith('.gguf')) or 'none'}.",
+            remedy=f"Name one that is there: {', '.join(n for n in names if n.endswith('.gguf')) or 'none'}. "
+            "A directory of safetensors is given by model=hub model.path=DIRECTORY.",
         )
 
 

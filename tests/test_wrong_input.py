@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.errors import EXIT_REQUEST
+from pipeline.errors import EXIT_DONE, EXIT_REQUEST
 from pipeline.weight_files import INDEX
 
 Arguments = list[str]
@@ -265,3 +265,17 @@ def test_online_tracking_without_a_login(
 def test_no_experiment_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == EXIT_REQUEST
     assert "quickstart" in capsys.readouterr().err
+
+
+def test_a_hub_data_set_that_is_a_path(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, "data=wikipedia", "data.corpus.path=/texts/corpus.jsonl")
+    assert "data.corpus.path = /texts/corpus.jsonl" in message and "kind: files" in message
+
+
+def test_data_that_no_chosen_stage_reads_are_no_obstacle(
+    base: Arguments, offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = ["data=wikipedia", "data.corpus.path=wikimedia/wikipedia", "data.instructions.path=vicgalle/alpaca-gpt4"]
+    assert "data.corpus.path = wikimedia/wikipedia" in _refused(capsys, *base, *hub, "stages=[tokenize]")
+    assert main(["+experiment=quickstart", *base, *hub, "stages=[expand]"]) == EXIT_DONE
+    assert (tmp_path / "out" / "quickstart" / "expand" / "expansion.json").is_file()

@@ -63,6 +63,11 @@ class Settings(Section):
     slurm: Slurm
 
     @property
+    def reads_data(self) -> bool:
+        """Some chosen stage hangs on the corpus or the instructions."""
+        return not set(self.stages) <= {"load", "expand"}
+
+    @property
     def only_looks(self) -> bool:
         """The command is to leave no trace in the file tree."""
         return self.action in ("plan", "status") or (self.action == "submit" and self.dry_run)

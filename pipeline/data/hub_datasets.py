@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Source
 from pipeline.data.files import Position, Record
 from pipeline.errors import UserError
-from pipeline.hub import ANSWER_WITHIN_SECONDS, in_time
+from pipeline.hub import ANSWER_WITHIN_SECONDS, in_time, is_repo_id
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SWITCHED_OFF = ("", "0", "false", "no", "off")
@@ -34,6 +34,9 @@ def dataset_commit(source: Source, setting: str) -> str:
     from huggingface_hub import HfApi, errors
 
     repo = str(source.path)
+    if not is_repo_id(repo):
+        rule = "kind is hub, and this is no data set's name there (NAME or ORGANISATION/NAME)"
+        raise _refuse(setting, repo, rule, "For text on this machine say kind: files, as in data=files.")
     if is_offline():
         raise _refuse(setting, repo, "it is streamed from the hub, and the environment says offline", DOWNLOAD_INSTEAD)
 

@@ -1,10 +1,12 @@
-"""Disk that a run needs: every stage's artifact, and checkpoints while training lasts."""
+"""Disk that a run needs: every stage's artifact, room to work in, and checkpoints while training lasts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
+from pipeline.disk import SCRATCH_ON_DISK_BYTES
 from pipeline.shape import Shape
 from pipeline.training.sizes import CHECKPOINT_BYTES
 
@@ -19,11 +21,12 @@ class Disk:
 
     artifacts: Mapping[str, int]  # by node, those that are missing
     checkpoints: int  # the larger training stage's; they are removed when it ends
+    scratch: int  # expand's while it lasts
 
     @property
     def total(self) -> int:
-        """At the fullest moment."""
-        return sum(self.artifacts.values()) + self.checkpoints
+        """No less than at the fullest moment."""
+        return sum(self.artifacts.values()) + max(self.checkpoints, self.scratch)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def disk_of(
     dtype: str,
     trained: Mapping[str, Kept],
     tokens: Mapping[str, int],
+    scratch: int = 0,
 ) -> Disk:
     """What the missing stages will write.
 
@@ -50,6 +54,7 @@ def disk_of(
         dtype: of the artifacts' weights.
         trained: by training stage.
         tokens: tokenize node -> tokens, where that is known.
+        scratch: what expanding needs beside its artifact.
     """
     width = DTYPE_BYTES[dtype]
     models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
@@ -62,4 +67,11 @@ def disk_of(
     # A new checkpoint is whole before an old one is removed.
     training = [trained[stage] for stage in missing.values() if stage in trained]
     checkpoints = max((kept.parameters * (kept.checkpoints + 1) for kept in training), default=0)
-    return Disk(artifacts, checkpoints * CHECKPOINT_BYTES)
+    return Disk(artifacts, checkpoints * CHECKPOINT_BYTES, scratch)
+
+
+def lesa_scratch(base: Shape) -> int:
+    """LESA's V of the largest role, ``[layers, out, in]`` in float32, where that lies on disk."""
+    matrices = (shape for layer in base.layers for shape in layer.tensors.values() if len(shape) == 2)
+    size = max(map(prod, matrices)) * len(base.layers) * 4
+    return size if size > SCRATCH_ON_DISK_BYTES else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.estimate import Kept, Setup, Trained, disk_of, memory_of, trained_part
+from pipeline.estimate import Kept, Setup, Trained, disk_of, lesa_scratch, memory_of, trained_part
 from pipeline.shape import Shape, shape_of
 from tests.training.small import train_settings
 
@@ -105,3 +105,15 @@ def test_disk_counts_what_the_settings_keep() -> None:
     )
     assert more.checkpoints - plain.checkpoints == 2 * 12 * trained.parameters
     assert more.artifacts["pretrain"] - plain.artifacts["pretrain"] == 3 * 2 * trained.parameters
+
+
+def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more() -> None:
+    llama = shape_of(LLAMA3_8B)
+    assert lesa_scratch(llama) == 32 * 14336 * 4096 * 4
+    alone = disk_of({"expand": "expand"}, llama, llama, "bfloat16", {}, {}, lesa_scratch(llama))
+    assert alone.total == alone.artifacts["expand"] + lesa_scratch(llama)
+    kept = {"pretrain": Kept(3 * 10**9, checkpoints=2, models=0)}
+    trained = disk_of({"pretrain": "pretrain"}, llama, llama, "bfloat16", kept, {}, lesa_scratch(llama))
+    assert trained.total == trained.artifacts["pretrain"] + trained.checkpoints
+    small = shape_of({**LLAMA3_8B, "hidden_size": 1024, "intermediate_size": 4096})
+    assert lesa_scratch(small) == 0  # in memory
