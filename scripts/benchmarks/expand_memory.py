@@ -58,7 +58,8 @@ def main() -> None:
     print(
         f"{chosen.shape}{depth}, {chosen.new_layers} new layers, torch {torch.__version__}, {threads} threads; ", end=""
     )
-    print(f"cp takes {copy_rate:.2f} s a GB here\n")
+    print(f"cp takes {copy_rate:.2f} s a GB here.")
+    print("Weights are random, which Sinkhorn finds easy: OpT-DeUS's minutes are not those of a trained model.\n")
     print("| method | minutes in all | writing weights, minutes | times cp | peak memory, GB | self-check |")
     print("|---|---:|---:|---:|---:|---|")
     for method in chosen.methods:
@@ -129,24 +130,24 @@ def row(method: str, base: Path, directory: Path, new_layers: int, copy_rate: fl
     task, outcome = directory / f"{method}.task.json", directory / f"{method}.outcome.json"
     settings = expand_settings(method, new_layers=new_layers, position="top")
     write_json(task, task_to_json(expand_task(settings, base, out)))
+    outcome.unlink(missing_ok=True)  # an earlier one's
     started = time.perf_counter()
 
-    def note_progress() -> bool:
-        write_json(history, {**before, "seconds": before["seconds"] + time.perf_counter() - started})
+    def note_progress(peak: int) -> bool:
+        seconds = before["seconds"] + time.perf_counter() - started
+        write_json(history, {"seconds": seconds, "memory": max(before["memory"], peak)})
         return False
 
-    peak = run_module(
-        "pipeline.stages", str(task), str(outcome), log=directory / "log", until=note_progress, timeout=4 * 3600
-    )
+    run_module("pipeline.stages", str(task), str(outcome), log=directory / "log", until=note_progress, timeout=4 * 3600)
     seconds = before["seconds"] + time.perf_counter() - started
-    metrics = read_json(outcome)["metrics"]
+    metrics, memory = read_json(outcome)["metrics"], read_json(history)["memory"]
     written = sum(path.stat().st_size for path in out.glob("model*.safetensors")) / GIGABYTE
     weights = metrics["weights_seconds"] + before["seconds"]
     shutil.rmtree(out)
     history.unlink()
     return (
         f"| {method} | {seconds / 60:.1f} | {weights / 60:.1f} | {weights / written / copy_rate:.2f} "
-        f"| {peak.host / GIGABYTE:.2f} | {metrics['check']['logits_of']}, difference "
+        f"| {memory / GIGABYTE:.2f} | {metrics['check']['logits_of']}, difference "
         f"{metrics['check']['logit_difference']} |"
     )
 

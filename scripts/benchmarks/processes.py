@@ -27,9 +27,9 @@ class Peak:
 
 
 def run_module(
-    module: str, *arguments: str, log: Path, until: Callable[[], bool] = lambda: False, timeout: float = 1800.0
+    module: str, *arguments: str, log: Path, until: Callable[[int], bool] = lambda peak: False, timeout: float = 1800.0
 ) -> Peak:
-    """Runs ``python -m module arguments`` to its end, or ends it once ``until`` holds.
+    """Runs ``python -m module arguments`` to its end, or ends it once ``until`` holds of the host's peak so far.
 
     Raises:
         RuntimeError: it failed or took longer than ``timeout`` seconds; the message holds its last lines.
@@ -42,7 +42,7 @@ def run_module(
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, stdin=subprocess.PIPE, env=environment, cwd=REPOSITORY
         )
-        host, family = _watch(process, lambda: until() or time.monotonic() > deadline)
+        host, family = _watch(process, lambda peak: until(peak) or time.monotonic() > deadline)
     gpu = gpu_watch.stop()
     if time.monotonic() > deadline or process.returncode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"{' '.join(command[2:])} failed:\n" + "\n".join(_last_lines(log)))
@@ -50,14 +50,14 @@ def run_module(
     return Peak(host, max(0, gpu - idle))
 
 
-def _watch(process: subprocess.Popen[bytes], enough: Callable[[], bool]) -> tuple[int, set[int]]:
+def _watch(process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> tuple[int, set[int]]:
     """Waits for its end or ends it, and returns the peak of host memory and all processes that took part."""
     peak, family = 0, set[int]()
     while process.poll() is None:
         living = list(descendants(process.pid))
         family.update(living)
         peak = max(peak, sum(map(resident_bytes, living)))
-        if enough():
+        if enough(peak):
             process.kill()  # its workers end with it
         time.sleep(SAMPLE_SECONDS)
     return peak, family

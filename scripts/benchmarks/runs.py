@@ -64,7 +64,7 @@ class Bench:
         wanted = self.options.steps + 1
         peak = run_module(
             "scripts.benchmarks.our_worker", str(out / "task.json"), *(["profile"] if profile else []),
-            log=out / "log", until=lambda: not profile and len(logged(out)) >= wanted,
+            log=out / "log", until=lambda peak: not profile and len(logged(out)) >= wanted,
         )  # fmt: skip
         lines = logged(out)[:wanted]
         totals = [0.0, *(line["seconds"] for line in lines)]
