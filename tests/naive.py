@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -61,5 +63,43 @@ def sinkhorn_in_logs(cost: Tensor, regularization: float, iterations: int) -> Te
 
 
 def distances(first: Tensor, second: Tensor) -> Tensor:
-    """Euclidean distance of every row of one matrix from every row of the other, pair by pair."""
-    return torch.stack([torch.stack([(a - b).norm() for b in second]) for a in first])
+    """Euclidean distance of every row of one matrix from every row of the other, difference by difference."""
+    return torch.stack([(row - second).norm(dim=1) for row in first])
+
+
+def fused_layer(
+    lower: Mapping[str, Tensor], upper: Mapping[str, Tensor], iterations: Mapping[str, int], rescale: bool
+) -> dict[str, Tensor]:
+    """OpT-DeUS between two Llama layers before outputs are silenced, module by module as the paper's appendix lists
+    them; float64.
+
+    Args:
+        iterations: of Sinkhorn at the authors' regularization of 0.06, by module.
+        rescale: the plan's rows sum to one (the paper's) and not to 1 / n (the released code's).
+    """
+    lower, upper = ({name: tensor.double() for name, tensor in layer.items()} for layer in (lower, upper))
+    identity, plans = torch.eye(len(lower["input_layernorm.weight"])).double(), dict[str, Tensor]()
+
+    def fuse(module: str, t_in: Tensor) -> None:
+        w1, w2 = lower[f"{module}.weight"] @ t_in, upper[f"{module}.weight"]
+        plan = sinkhorn_in_logs(distances(w1, w2), 0.06, iterations[module])
+        plans[module] = plan * len(w1) if rescale else plan
+        fused[f"{module}.weight"] = (plans[module].T @ w1 + w2) / 2
+        if f"{module}.bias" in lower:
+            fused[f"{module}.bias"] = (plans[module].T @ lower[f"{module}.bias"] + upper[f"{module}.bias"]) / 2
+
+    before, after = "input_layernorm.weight", "post_attention_layernorm.weight"
+    fused = {before: (lower[before] + upper[before]) / 2}
+    for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
+        fuse(module, t_in=identity)
+    t_o = plans["self_attn.o_proj"]
+    fused[after] = (lower[after] @ (0.5 * t_o + 0.5 * identity) + upper[after]) / 2
+    for module in ("mlp.gate_proj", "mlp.up_proj"):
+        fuse(module, t_in=t_o)
+    fuse("mlp.down_proj", t_in=torch.eye(lower["mlp.down_proj.weight"].shape[1]).double())
+    return fused
+
+
+def relative_difference(got: Tensor, wanted: Tensor) -> float:
+    """In the Frobenius norm."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
