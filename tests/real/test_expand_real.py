@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import AnyExpand, Tracking
-from pipeline.expansion.predictor import Predictor
+from pipeline.architecture import LayerTensor, architecture_of
+from pipeline.config import AnyExpand, LesaExpand, OptDeusExpand, Tracking
+from pipeline.expansion import lesa, opt_deus
+from pipeline.expansion.layer_plan import make_plan
+from pipeline.expansion.layers import Journal, Layer
 from pipeline.expansion.spectrum import decompose
 from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
 from pipeline.model_dir import ModelDirectory
 from pipeline.stage import Metrics, StageTask, TrackingTarget
 from pipeline.stages import expand
-from tests.naive import predicted_matrix, sinkhorn_in_logs, svd_factors
+from tests.naive import fused_layer, predicted_matrix, relative_difference, sinkhorn_in_logs, svd_factors
 from tests.plain_settings import cpu_launch
 
 MODULES = (
@@ -28,6 +32,16 @@ MODULES = (
 
 def _matrix(directory: Path, layer: int, module: str) -> Tensor:
     return ModelDirectory(directory).read(f"model.layers.{layer}.{module}.weight").float()
+
+
+def _layer(directory: Path, layer: int) -> Layer:
+    """All tensors of a Llama layer, float32."""
+    stored = ModelDirectory(directory)
+    return {
+        LayerTensor(name, role): stored.read(f"model.layers.{layer}.{name}").float()
+        for name, role in architecture_of("llama").layer.items()
+        if f"model.layers.{layer}.{name}" in stored.specs
+    }
 
 
 def _expand(base: Path, settings: AnyExpand, out: Path) -> Metrics:
@@ -56,25 +70,32 @@ def test_the_base_s_logits_stay(
     assert metrics["warnings"] == []
 
 
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    """Relative, in the Frobenius norm."""
-    return float((got.double() - wanted).norm() / wanted.norm())
-
-
+@pytest.mark.parametrize("standardized", [False, True])
 @pytest.mark.parametrize("module", MODULES)
-def test_lesa_on_three_trained_layers_is_the_plain_svd(smollm2_dir: Path, module: str) -> None:
-    """Factors to 1e-5, and what a predictor makes of them to 1e-4."""
-    matrices = [_matrix(smollm2_dir, layer, module) for layer in (14, 15, 16)]
-    spectrum = decompose(matrices.__getitem__, 3)
-    left, values, right = svd_factors(matrices)
-    assert _difference(spectrum.left, left * values) < 1e-5
-    assert all(_difference(got, wanted) < 1e-5 for got, wanted in zip(spectrum.right, right, strict=True))
+def test_lesa_on_three_trained_layers_is_the_plain_svd(
+    expand_settings: Callable[..., AnyExpand], smollm2_dir: Path, module: str, standardized: bool
+) -> None:
+    """Factors, and what a predictor makes of them, to 1e-5.
 
-    predictor = Predictor(spectrum.d_in, 256, seed=0)
+    A standardized predictor sees right vectors times the square root of their length over all layers, and what it
+    says is divided by that.
+    """
+    matrices = [_matrix(smollm2_dir, layer, module) for layer in (14, 15, 16)]
+    settings = expand_settings("lesa", new_layers=1, position=[0], standardized=standardized)
+    assert isinstance(settings, LesaExpand)
+    tensor = LayerTensor(f"{module}.weight", architecture_of("llama").layer[f"{module}.weight"])
+    work = lesa.prepare([{tensor: matrix} for matrix in matrices], tensor, settings, 0, Journal())
+    spectrum, scale = work.spectrum, math.sqrt(3 * matrices[0].shape[1]) if standardized else 1.0
+    left, values, right = svd_factors(matrices)
+    assert relative_difference(spectrum.left * scale, left * values) < 1e-5
+    for got, wanted in zip(spectrum.right, right, strict=True):
+        assert relative_difference(got / scale, wanted) < 1e-5
+
+    ((_, predicted),) = work.predict(make_plan(settings, 3))
+    linears = [(linear.weight, linear.bias) for linear in work.predictor if isinstance(linear, nn.Linear)]
     with torch.no_grad():
-        made = spectrum.left @ predictor(torch.cat([spectrum.right[0], spectrum.right[1]], dim=1))
-    linears = [(linear.weight.detach(), linear.bias.detach()) for linear in predictor if isinstance(linear, nn.Linear)]
-    assert _difference(made, predicted_matrix(matrices, 0, 1, linears)) < 1e-4
+        wanted = predicted_matrix(matrices, 0, 1, linears, scale)
+    assert relative_difference(spectrum.left @ predicted, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -87,7 +108,32 @@ def test_opt_deus_on_trained_layers_is_the_plain_sinkhorn(smollm2_dir: Path, mod
     assert solved.iterations is not None
     plan = sinkhorn_in_logs(torch.cdist(w1.double(), w2.double()), 0.06, solved.iterations)
     wanted = (scale * plan.T @ w1.double() + w2.double()) / 2
-    assert _difference((scale * solved.plan.T @ w1 + w2) / 2, wanted) < 1e-5
+    assert relative_difference((scale * solved.plan.T @ w1 + w2) / 2, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_opt_deus_fuses_whole_trained_layers_along_the_flow(
+    expand_settings: Callable[..., AnyExpand], smollm2_dir: Path, rescale: bool
+) -> None:
+    """Every tensor, the two that are silenced afterwards included, to 1e-5 after as many iterations.
+
+    Where the plan is not rescaled, what is moved is some 1e-3 of a fused matrix, and of gate and up, which are moved
+    twice, 5e-8: there this states no more than that it is as little.
+    """
+    lower, upper = (_layer(smollm2_dir, layer) for layer in (15, 16))
+    settings, journal = expand_settings("opt_deus", rescale_plan=rescale), Journal()
+    assert isinstance(settings, OptDeusExpand)
+
+    def solve(tensor: LayerTensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return opt_deus._solve(w1, w2, settings, tensor.module, journal)
+
+    fused = {tensor.name: value for tensor, value in opt_deus.fuse(lower, upper, solve).items()}
+    iterations = {module: facts["iterations"] for module, facts in journal.records.items()}
+    named = ({tensor.name: value for tensor, value in layer.items()} for layer in (lower, upper))
+    wanted = fused_layer(*named, iterations, rescale)
+    assert set(fused) == set(wanted) and len(fused) == 9
+    for name, value in fused.items():
+        assert relative_difference(value, wanted[name]) < 1e-5, name
 
 
 def test_the_gram_route_is_exact_on_trained_weights(smollm2_dir: Path) -> None:
