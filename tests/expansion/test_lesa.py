@@ -96,11 +96,14 @@ def test_norms_are_taken_over_the_authors_batch_however_many_directions_a_step_s
     torch.testing.assert_close(prediction_loss(predicted, target, 0.1, norm_batch=4), wanted)
 
 
-def test_training_is_that_of_a_plain_loop_over_all_samples(settings: Callable[..., LesaExpand]) -> None:
-    """The reference's: one batch a step, whose norm is one number, at a constant learning rate."""
+@pytest.mark.parametrize(("variant", "norm_loss_weight"), [("reference", 5e-4), ("paper", 5e-5)])
+def test_training_is_that_of_a_plain_loop_over_all_samples(
+    settings: Callable[..., LesaExpand], variant: str, norm_loss_weight: float
+) -> None:
+    """The authors': one batch a step, whose norm is one number, at a constant learning rate."""
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(5, 6, 3, generator=generator)
-    chosen = settings(variant="reference", epochs=3)
+    chosen = settings(variant=variant, epochs=3)
     predictor = Predictor(3, 16, seed=1)
     naive = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     naive.load_state_dict(predictor.state_dict())
@@ -114,8 +117,8 @@ def test_training_is_that_of_a_plain_loop_over_all_samples(settings: Callable[..
         order = torch.randperm(len(inputs), generator=order_generator)
         for batch in order.split(8):
             output = naive(inputs[batch])
-            loss = (1 - 5e-4) * (output - targets[batch]).pow(2).mean()
-            loss = loss + 5e-4 * (output.norm() - targets[batch].norm()).pow(2)
+            loss = (1 - norm_loss_weight) * (output - targets[batch]).pow(2).mean()
+            loss = loss + norm_loss_weight * (output.norm() - targets[batch].norm()).pow(2)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -304,3 +307,7 @@ def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> Non
     assert isinstance(reference, LesaExpand) and isinstance(paper, LesaExpand)
     assert (reference.epochs, reference.norm_loss_weight, reference.standardized) == (10, 5e-4, False)
     assert (paper.epochs, paper.norm_loss_weight, paper.standardized) == (5, 5e-5, False)
+    for authors in (reference, paper):
+        assert (authors.batch_size, authors.norm_batch, authors.hidden_size) == (64, 64, 256)
+        assert (authors.learning_rate, authors.weight_decay, authors.schedule) == (1e-3, 0.01, "constant")
+        assert (authors.norms, authors.zero_init) == ("layer0", False)
