@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import model_check
+from pipeline.layer_config import spelled_out_config
 from pipeline.model_check import CheckFailedError, check_model
+from tests.tiny_families import FAMILIES, save_tiny
 
 WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes that the check may hold
 
@@ -108,3 +110,21 @@ def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.M
     assert (twin.config.num_hidden_layers, twin.config.num_attention_heads, twin.config.hidden_size) == (4, 2, 16)
     assert outcome.logits_of.startswith("layer by layer") and outcome.cache_of.startswith("a narrow")
     assert not list(tiny_llama_dir.glob(".check-*"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """From disk a sound model agrees with itself, its narrow twin decodes, and one layer in disorder is found."""
+    base = save_tiny(family, tmp_path / "base", tiny_tokenizer)
+    config = spelled_out_config(base)
+    outcome = check_model(base, config, same_logits_as=base, memory=LAYER_BY_LAYER)
+    assert outcome.logits_of.startswith("layer by layer") and outcome.cache_of.startswith("a narrow")
+    assert outcome.logit_difference == 0.0
+    assert outcome.cache_difference < 1e-5
+
+    spoilt = Path(shutil.copytree(base, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    name = next(name for name in tensors if "layers.2." in name and tensors[name].dim() > 1)
+    _change(spoilt, name, tensors[name].flip(0))  # which no norm makes up for, as it may for a scale or a shift
+    with pytest.raises(CheckFailedError, match="logits differ from the base's"):
+        check_model(spoilt, config, same_logits_as=base, memory=LAYER_BY_LAYER)
