@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import model_check
+from pipeline.__main__ import main
 from pipeline.artifact import write_json
 from pipeline.config import METHODS, AnyExpand
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.stage import Metrics
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
@@ -172,6 +173,22 @@ def test_the_seed_changes_lesa_and_nothing_else_does(
     assert not torch.equal(*(w["model.layers.2.mlp.up_proj.weight"] for w in (weights[0], weights[2])))
 
 
+def test_what_lies_beside_the_weights_is_the_base_s_byte_for_byte(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
+) -> None:
+    """Tokenizer, chat template and generation config, though a library would write them otherwise."""
+    base = Path(shutil.copytree(tiny_llama_dir, tmp_path / "base"))
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    for name in names:
+        with open(base / name, "a") as file:
+            file.write("\n\n")
+    for name in ("added_tokens.json", "special_tokens_map.json"):  # as older libraries wrote them
+        (base / name).write_text("{ }")
+    _run(base, expand_settings("copy", new_layers=1), out)
+    for name in (*names, "added_tokens.json", "special_tokens_map.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes(), name
+
+
 def test_layer_kinds_follow_the_layers(
     expand_settings: ExpandSettings, tiny_tokenizer: Any, tmp_path: Path, out: Path
 ) -> None:
@@ -207,6 +224,32 @@ def test_a_failed_check_fails_the_stage(
     monkeypatch.setattr(model_check, "CACHE_TOLERANCE", -1.0)
     with pytest.raises(model_check.CheckFailedError, match="cached decoding"):
         _run(tiny_llama_dir, expand_settings("copy", new_layers=1), out)
+
+
+FAULT = """
+import sys
+if "pipeline.stages" in sys.orig_argv:
+    from pipeline import model_check
+    model_check.CACHE_TOLERANCE = -1.0
+"""  # read at the start of every process; acts in those of stages
+
+
+def test_a_failed_check_leaves_no_artifact(
+    shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the driver: one message, no manifest, no link, and the same command makes it anew."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
+    command = ["+experiment=quickstart", *shrunk, f"output_dir={tmp_path}", "stages=[expand]", "expand=copy"]
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        assert main(command) == EXIT_FAILED
+    message = capsys.readouterr().err
+    assert "stage expand" in message and "cached decoding differs from uncached" in message
+    made, link = tmp_path / "artifacts" / "expand", tmp_path / "quickstart" / "expand"
+    assert list(made.glob("*.partial")) and not list(made.rglob("manifest.json")) and not link.exists()
+    assert main(command) == EXIT_DONE
+    assert (link / "manifest.json").is_file() and not list(made.glob("*.partial"))
 
 
 def test_a_family_without_a_row_is_refused(
