@@ -13,6 +13,7 @@ from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.tasks import expand_settings, expand_task
 
 GIGABYTE = 1e9
+LLAMA_3_8B_INTERMEDIATE = 14336  # rows of gate and up: the largest that LESA decomposes
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,17 @@ def test_what_a_method_holds(slice_of_llama_3_8b: Path, tmp_path: Path, method: 
     assert check["logits_of"].startswith("layer by layer")
     assert check["logit_difference"] == (None if method == "solar" else 0.0)
     assert 0.2 * GIGABYTE < peak.host < gigabytes * GIGABYTE
+
+
+def test_what_lesa_s_decomposition_holds(tmp_path: Path) -> None:
+    """Four square matrices of d_out in float64, whatever the depth: for all of Llama-3-8B less than 8 GB.
+
+    LESA needs three layers, and at full width and depth takes an hour; so one role of hidden width stands for gate
+    and up, whose Gram matrices are twelve times as large. In memory V alone would be another four.
+    """
+    width, layers, matrices = 4096, 8, 4.5
+    peak = run_module("tests.real.decompose_alone", str(width), str(layers), str(tmp_path), log=tmp_path / "log")
+    before = int((tmp_path / "before").read_text())
+    assert 3 < (peak.host - before) / (8 * width**2) < matrices
+    assert before < 0.5 * GIGABYTE
+    assert 0.5 * GIGABYTE + matrices * 8 * LLAMA_3_8B_INTERMEDIATE**2 < 8 * GIGABYTE
