@@ -12,7 +12,8 @@ Times are of writing the new model's weights, reading the base included; self-ch
 Expected before the first run: LESA's fast variant 10 times as fast (Gram matrices instead of SVDs 7 times, a fifth of
 the steps 10 times), with no difference in any of the three measures beyond seeds; OpT-DeUS 3 times; copies at 1.2 times
 cp. Found: with the authors' start of the predictor fewer steps made models whose perplexity seeds moved by orders of
-magnitude, for nearly all predictions were one and the same vector. From standardized and centred ones they are like theirs.
+magnitude, for nearly all predictions were one and the same vector. From standardized and centred ones they are like the
+authors'.
 """
 
 from __future__ import annotations
