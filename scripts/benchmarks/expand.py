@@ -26,7 +26,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ot
 import torch
@@ -186,12 +186,19 @@ def print_lesa(base: Path, place: Path, device: torch.device, seeds: int) -> Non
     print_predictors(base, seeds)
 
 
+class Judged(NamedTuple):
+    """What predictions of unseen directions are like."""
+
+    loss: float  # the authors'
+    size: float  # ‖V̂‖/‖V‖
+    shared: float  # the length of their mean over their root mean square length: 1 where all are one vector
+
+
 def print_predictors(base: Path, seeds: int) -> None:
-    """Loss and size of predictions on directions that no predictor saw."""
-    print(
-        "\n| predictor on held-out directions | published: loss | fast: loss | ratio | published: size | fast: size |"
-    )
-    print("|---|---:|---:|---:|---:|---:|")
+    """Loss, size and sameness of predictions on directions that no predictor saw, trained as published and fast."""
+    columns = [f"{variant}: {name}" for name in ("size", "shared") for variant in ("reference", "fast")]
+    print("\n| on held-out directions | reference: loss | fast: loss | ratio | " + " | ".join(columns) + " |")
+    print("|---" + "|---:" * 7 + "|")
     names, reference = names_of(base, "lesa", variant="reference")
     _, fast = names_of(base, "lesa", variant="fast")
     layers = names.base_layers(torch.device("cpu"))
@@ -199,40 +206,40 @@ def print_predictors(base: Path, seeds: int) -> None:
     for tensor in names.tensors:
         if tensor.role.kind != "matrix":
             continue
-        published, mine = (judge(tensor, layers, settings, reference, seeds) for settings in (reference, fast))
-        ratios.append(mine[0] / published[0])
-        print(f"| {tensor.module} | {published[0]:.3e} | {mine[0]:.3e} | {ratios[-1]:.3f} | ", end="")
-        print(f"{published[1]:.3f} | {mine[1]:.3f} |", flush=True)
-    print(f"| all, geometric mean | | | {math.exp(statistics.mean(map(math.log, ratios))):.3f} | | |")
+        first, second = (judge(tensor, layers, settings, reference, seeds) for settings in (reference, fast))
+        ratios.append(second.loss / first.loss)
+        print(f"| {tensor.module} | {first.loss:.3e} | {second.loss:.3e} | {ratios[-1]:.3f} ", end="")
+        print(f"| {first.size:.3f} | {second.size:.3f} | {first.shared:.2f} | {second.shared:.2f} |", flush=True)
+    print(f"| all, geometric mean | | | {math.exp(statistics.mean(map(math.log, ratios))):.3f} | | | | |")
 
 
 def judge(
     tensor: LayerTensor, layers: Sequence[Layer], settings: LesaExpand, judged_by: LesaExpand, seeds: int
-) -> tuple[float, float]:
-    """Means over seeds: the authors' loss on every tenth direction, and the predictions' size against the truth's."""
+) -> Judged:
+    """Means over seeds, on every tenth direction after training on the others."""
     spectrum = decompose(lambda index: layers[index][tensor], len(layers), standardized=settings.standardized)
     right, rank = spectrum.right, spectrum.rank
     held_out = torch.arange(0, rank, HELD_OUT_DIRECTIONS)
     learnt = torch.tensor([direction for direction in range(rank) if direction % HELD_OUT_DIRECTIONS])
-    losses, sizes = [], []
+    found = []
     for seed in range(seeds):
         predictor = Predictor(right.shape[2], settings.hidden_size, role_seed(seed, tensor))
         train_predictor(predictor, right, settings, role_seed(seed, tensor), say_nothing, learnt)
-        loss, size = on_directions(predictor, right[:, held_out], judged_by)
-        losses.append(loss / spectrum.scale**2)
-        sizes.append(size)
-    return statistics.mean(losses), statistics.mean(sizes)
+        judged = on_directions(predictor, right[:, held_out], judged_by)
+        found.append(judged._replace(loss=judged.loss / spectrum.scale**2))
+    return Judged(*map(statistics.mean, zip(*found, strict=True)))
 
 
 @torch.no_grad()
-def on_directions(predictor: Predictor, right: Tensor, settings: LesaExpand) -> tuple[float, float]:
-    """The loss on every inner layer, and ‖V̂‖/‖V‖, for ``[layers, directions, d_in]``."""
+def on_directions(predictor: Predictor, right: Tensor, settings: LesaExpand) -> Judged:
+    """On every inner layer of ``[layers, directions, d_in]``."""
     inputs = torch.cat([right[:-2], right[2:]], dim=2).flatten(0, 1)
     target = right[1:-1].flatten(0, 1)
     predicted = predictor(inputs)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))
     loss = prediction_loss(predicted[order], target[order], settings.norm_loss_weight, settings.norm_batch)
-    return float(loss), float(predicted.norm() / target.norm())
+    length = predicted.square().sum(dim=1).mean().sqrt()
+    return Judged(float(loss), float(predicted.norm() / target.norm()), float(predicted.mean(dim=0).norm() / length))
 
 
 def say_nothing(step: int, steps: int, loss: float) -> None:

@@ -24,6 +24,16 @@ def slurm(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def bring_back(node: str) -> None:
+    """Takes a node that was down into service, unless Slurm has: it does when it hears from the node's daemon."""
+
+    def serves() -> bool:
+        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], capture_output=True)
+        return "DOWN" not in slurm("scontrol", "show", "node", node, "--oneliner").upper().split("STATE=")[1].split()[0]
+
+    wait_until(serves)
+
+
 def info(job: int) -> JobInfo:
     found = job_info(job)
     assert found is not None

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from tests.slurm.cluster import Workplace, ends, info, slurm, wait_until, workers
+from tests.slurm.cluster import Workplace, bring_back, ends, info, slurm, wait_until, workers
 from tests.slurm.conftest import REPOSITORY, STEPS
 
 
@@ -29,7 +29,7 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
     assert f"resumed after step {saved}" in tokenized.log("pretrain")
     slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     wait_until(lambda: info(job).restarts == 2)
-    slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
+    bring_back("n2")
 
     assert ends([job]) == {job: "COMPLETED"}, tokenized.log("pretrain")
     assert tokenized.weights("pretrain") == whole.weights("pretrain")
