@@ -4,8 +4,8 @@ SmolLM2-135M from 30 to 45 layers, untrained, on 4,096 held-out tokens of the em
 draws random numbers, is made with three seeds. SOLAR has a placement of its own.
 
 Expected before the first run: zero-initialised methods at the base's perplexity to the last digit; LESA and averaging
-lower than copying; everything better the fewer of the last layers it touches. Found: the first holds, LESA is worse than
-copying and averaging at every position, and all that change logits are best at the top, but for copying in the middle.
+lower than copying; everything better the fewer of the last layers it touches. Found: the first holds; LESA is worse
+than copying and averaging at every position; what changes logits is best at the top, copying in the middle.
 """
 
 from __future__ import annotations
