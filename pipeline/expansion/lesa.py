@@ -74,17 +74,25 @@ def _predict(
     """All matrices of the new layers that are not made yet."""
     missing = [tensor for tensor in base[0] if tensor.role.kind == "matrix" and not _is_made(tensor, plan, journal)]
     for group in _groups(base, missing):
-        works = [prepare(base, tensor, settings, seed, journal) for tensor in group]
-        for work, loss in zip(works, _teach(works, settings, journal), strict=True):
-            yield from _make(work, loss, plan, journal)
+        yield from _predict_group(base, group, plan, settings, seed, journal)
+
+
+def _predict_group(
+    base: Sequence[Layer], group: Sequence[LayerTensor], plan: LayerPlan, settings: LesaExpand, seed: int,
+    journal: Journal,
+) -> Iterator[NewTensor]:  # fmt: skip
+    """All matrices of some roles, whose factors are let go with the last of them: a group's room is the next one's."""
+    works = [prepare(base, tensor, settings, seed, journal) for tensor in group]
+    for work, loss in zip(works, _teach(works, settings, journal), strict=True):
+        yield from _make(work, loss, plan, journal)
 
 
 def _groups(base: Sequence[Layer], tensors: Iterable[LayerTensor]) -> Iterator[list[LayerTensor]]:
     """Roles whose V of all layers may be held together, the largest first so that none is left for last."""
+    sizes = {tensor: base[0][tensor].numel() * len(base) * torch.float32.itemsize for tensor in tensors}
     group: list[LayerTensor] = []
     held = 0
-    for tensor in sorted(tensors, key=lambda tensor: base[0][tensor].numel(), reverse=True):
-        size = base[0][tensor].numel() * len(base) * torch.float32.itemsize
+    for tensor, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if group and held + size > GROUP_BYTES:
             yield group
             group, held = [], 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -296,6 +298,24 @@ def test_a_large_role_is_taught_alone_to_the_same_result(
     _, large, journal = _expand(base, settings())
     assert all(torch.equal(small[layer][t], large[layer][t]) for layer in small for t in small[layer])
     assert len(journal.records) == 7
+
+
+def test_a_group_s_factors_are_let_go_before_the_next_is_decomposed(
+    settings: Callable[..., LesaExpand], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lesa, "GROUP_BYTES", 0)
+    held: list[weakref.ref[lesa.RoleWork]] = []
+    prepare = lesa.prepare
+
+    def watched(*arguments: Any) -> lesa.RoleWork:
+        assert all(reference() is None for reference in held)
+        work = prepare(*arguments)
+        held.append(weakref.ref(work))
+        return work
+
+    monkeypatch.setattr(lesa, "prepare", watched)
+    _expand(random_layers(4), settings())
+    assert len(held) == 7
 
 
 def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
