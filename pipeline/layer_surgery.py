@@ -108,6 +108,10 @@ class Names:
         """The name of the stored tensor that holds this one."""
         return self.architecture.tensor_name(layer, tensor.stored)
 
+    def spec(self, layer: int, tensor: LayerTensor) -> TensorSpec:
+        """Dtype and shape of the stored tensor that holds this one."""
+        return self.base.specs[self.sources[self.stored(layer, tensor)]]
+
     def base_layers(self, device: torch.device) -> list[Layer]:
         """The base as a method sees it."""
         return [
@@ -193,8 +197,7 @@ def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
 
 def _millions(names: Names, layer: int, tensor: LayerTensor) -> float:
     """A new tensor's entries, by which its work is counted; of the stored one where it is a part."""
-    spec = names.base.specs[names.sources[names.stored(layer, tensor)]]
-    return torch.Size(spec.shape).numel() / 1e6
+    return names.spec(layer, tensor).entries / 1e6
 
 
 def _copy_base(writer: ShardWriter, names: Names) -> None:
@@ -210,8 +213,7 @@ def _write_new(writer: ShardWriter, names: Names, new: NewTensor) -> None:
     """Rounds a new tensor to the dtype of what it came from; a part goes to its place in the stored tensor."""
     stored = names.stored(new.layer, new.tensor)
     if new.tensor.place is None:
-        dtype = names.base.specs[names.sources[stored]].dtype
-        writer.write(stored, new.value.to("cpu", dtype))
+        writer.write(stored, new.value.to("cpu", names.spec(new.layer, new.tensor).dtype))
     else:
         name = names.new[new.layer, new.tensor]
         new.tensor.place.write(writer.part(stored, name), new.value.to("cpu"))

@@ -74,7 +74,7 @@ def check_model(directory: Path, config: Config, same_logits_as: Path | None, me
     """
     _check_config(directory, config)
     _check_values(directory)
-    entries = sum(torch.Size(spec.shape).numel() for spec in ModelDirectory(directory).specs.values())
+    entries = sum(spec.entries for spec in ModelDirectory(directory).specs.values())
     whole = entries * torch.float32.itemsize <= memory
     prompts = _prompts(directory)
     for stale in directory.glob(f"{ROOM}*"):  # of an attempt that was cut off

@@ -25,9 +25,14 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return torch.Size(self.shape).numel()
+
+    @property
     def bytes(self) -> int:
         """Its size in a file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.entries * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def run(task: StageTask) -> Metrics:
         "commit": source.commit,
         "model_type": written.config["model_type"],
         "num_hidden_layers": written.config["num_hidden_layers"],
-        "parameters": sum(torch.Size(spec.shape).numel() for spec in written.specs.values()),
+        "parameters": sum(spec.entries for spec in written.specs.values()),
         "dtype": model.dtype,
     }
 

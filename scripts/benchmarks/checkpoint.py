@@ -24,7 +24,7 @@ from scripts.benchmarks.pretrain import PACKAGES, row, say
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.runs import write_blocks
 from scripts.benchmarks.shapes import SHAPES
-from scripts.benchmarks.tasks import pretrain_settings, stage_task
+from scripts.benchmarks.tasks import one_process, pretrain_settings, stage_task
 
 
 def ours(options: argparse.Namespace, model: Path, data: Path, out: Path) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def ours(options: argparse.Namespace, model: Path, data: Path, out: Path) -> dic
 def trainer(options: argparse.Namespace, model: Path, data: Path, out: Path, device: str) -> dict[str, Any]:
     """Bytes and seconds of the Trainer's checkpoints."""
     job = {
-        "model": str(model), "data": str(data), "out": str(out), "device": device, "precision": options.precision,
+        "model": str(model), "data": str(data), "out": str(out), "device": device, "launch": one_process(device),
+        "precision": options.precision,
         "zero_stage": 2, "global_batch": options.global_batch, "micro_batch": 1, "steps": options.steps,
         "activation_checkpointing": False, "save": True,
     }  # fmt: skip

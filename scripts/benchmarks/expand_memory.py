@@ -37,6 +37,7 @@ from scripts.benchmarks.shapes import LLAMA
 from scripts.benchmarks.tasks import expand_settings, expand_task, load_smollm2
 
 GIGABYTE = 1e9
+NOTE_SECONDS = 5.0  # between notes of how far a run got, for one that is interrupted
 METHODS = ("llama_pro", "solar", "copy", "average", "opt_deus", "lesa")
 
 
@@ -131,20 +132,25 @@ def row(method: str, base: Path, directory: Path, new_layers: int, copy_rate: fl
     settings = expand_settings(method, new_layers=new_layers, position="top")
     write_json(task, task_to_json(expand_task(settings, base, out)))
     outcome.unlink(missing_ok=True)  # an earlier one's
-    started = time.perf_counter()
+    started = noted = time.perf_counter()
 
     def note_progress(peak: int) -> bool:
-        seconds = before["seconds"] + time.perf_counter() - started
-        write_json(history, {"seconds": seconds, "memory": max(before["memory"], peak)})
+        nonlocal noted
+        now = time.perf_counter()
+        if now - noted > NOTE_SECONDS:
+            noted = now
+            write_json(history, {"seconds": before["seconds"] + now - started, "memory": max(before["memory"], peak)})
         return False
 
-    run_module("pipeline.stages", str(task), str(outcome), log=directory / "log", until=note_progress, timeout=4 * 3600)
+    peak = run_module(
+        "pipeline.stages", str(task), str(outcome), log=directory / "log", until=note_progress, timeout=4 * 3600
+    )
     seconds = before["seconds"] + time.perf_counter() - started
-    metrics, memory = read_json(outcome)["metrics"], read_json(history)["memory"]
+    metrics, memory = read_json(outcome)["metrics"], max(before["memory"], peak.host)
     written = sum(path.stat().st_size for path in out.glob("model*.safetensors")) / GIGABYTE
     weights = metrics["weights_seconds"] + before["seconds"]
     shutil.rmtree(out)
-    history.unlink()
+    history.unlink(missing_ok=True)
     return (
         f"| {method} | {seconds / 60:.1f} | {weights / 60:.1f} | {weights / written / copy_rate:.2f} "
         f"| {memory / GIGABYTE:.2f} | {metrics['check']['logits_of']}, difference "

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_json, write_json
+from pipeline.config import Launch
 from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 from pipeline.watchdog import end_with_parent
-from scripts.benchmarks.tasks import quickstart
 
 SECONDS_FILE = "seconds.json"
 SAVES_FILE = "saves.json"
@@ -116,7 +116,7 @@ def main() -> None:
     job = read_json(Path(sys.argv[1]))
     out = Path(job["out"])
     if LOG_DIR_VARIABLE not in os.environ:
-        launch = quickstart(f"launch.device={job['device']}", "launch.processes=1").launch
+        launch = Launch.model_validate(job["launch"])
         run_workers("scripts.benchmarks.hf_trainer", Path(sys.argv[1]), launch, out / "logs")
         return
     end_with_parent()

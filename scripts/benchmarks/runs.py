@@ -17,7 +17,7 @@ from pipeline.stage import task_to_json
 from scripts.benchmarks.hf_trainer import SECONDS_FILE
 from scripts.benchmarks.our_worker import PROFILE_FILE
 from scripts.benchmarks.processes import Peak, run_module
-from scripts.benchmarks.tasks import pretrain_settings, stage_task
+from scripts.benchmarks.tasks import one_process, pretrain_settings, stage_task
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Bench:
         options, out = self.options, self._new_directory("trainer")
         job = {
             "model": str(self.model(options.position)), "data": str(self.data), "out": str(out),
-            "device": self.device, "precision": options.precision, "zero_stage": options.zero_stage,
+            "device": self.device, "launch": one_process(self.device),
+            "precision": options.precision, "zero_stage": options.zero_stage,
             "global_batch": options.global_batch, "micro_batch": micro_batch, "steps": steps + 1,
             "activation_checkpointing": options.activation_checkpointing,
         }  # fmt: skip

@@ -31,6 +31,11 @@ def _overrides(group: str, changes: dict[str, Any]) -> list[str]:
     return [f"{group}.{name.replace('__', '.')}={json.dumps(value)}" for name, value in changes.items()]
 
 
+def one_process(device: str) -> dict[str, Any]:
+    """How a contender is started, as JSON values."""
+    return quickstart(f"launch.device={device}", "launch.processes=1").launch.model_dump(mode="json")
+
+
 def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path, seed: int = 0) -> StageTask:
     """A task on this machine as it is."""
     run = quickstart()
