@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
 LINE_SECONDS = 60.0  # between lines in a log
+FORETELLABLE = 0.01  # of the work must be done before the rest's time means anything
 SPEED_SECONDS = 3600.0  # over which a bar looks back: some work comes in pieces of minutes
 
 _stream: TextIO | None = None  # None: standard error
@@ -61,7 +62,7 @@ def _left(task: Task, begun_at: float, seconds: float) -> str:
     """Time gone and, where the work goes on as evenly as so far, left."""
     gone = f"{timedelta(seconds=round(seconds))} gone"
     done = task.completed - begun_at
-    if done <= 0 or not task.total:
+    if not task.total or done < FORETELLABLE * task.total:
         return gone
     return f"{gone}, {timedelta(seconds=round(seconds * (task.total - task.completed) / done))} left"
 

@@ -123,7 +123,7 @@ def _make(work: RoleWork, loss: float, plan: LayerPlan, journal: Journal) -> Ite
     for layer, predicted in work.predict(plan):
         norms.append(float(torch.linalg.vector_norm(predicted)))
         yield NewTensor(layer, work.tensor, spectrum.left @ predicted)
-    known = spectrum.right[1:-1].square().sum(dim=(1, 2)).mean().sqrt()
+    known = torch.stack([torch.linalg.vector_norm(right) for right in spectrum.right[1:-1]]).square().mean().sqrt()
     journal.record(
         work.tensor.module,
         rank=spectrum.rank,
