@@ -3,12 +3,19 @@
 The ids are exactly what ``apply_chat_template(tokenize=True)`` gives, so that training sees what generation sees. The
 mask is found without knowing the template: an assistant turn is what the rendering up to it, with generation prompt,
 lacks of the rendering including it; of that, what follows the last control token (a newline, usually) is not taught.
+A template that writes a turn otherwise once later ones follow (Qwen3's takes the thinking out) gives one example a
+turn, each as it is when that turn is generated.
+
+One beginning-of-sequence token comes first where the tokenizer has one; what a template writes before later turns
+(Llama 2's writes another) is its authors' choice.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -28,9 +35,15 @@ PLAIN_TEMPLATE = (
 )
 
 
+TODAY = date(2024, 7, 26)  # for templates that write it: the same data set on every day; Llama 3.2's own default
+CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<layout>.*?)(?P=quote)\s*\)""")
+
+Spans = list[tuple[int, int]]  # of characters
+
+
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation as tokens; both lists have one element a token."""
+    """A conversation as tokens; both lists have one element a token."""
 
     input_ids: list[int]
     loss_mask: list[int]  # 1 where the token is taught
@@ -62,9 +75,10 @@ def end_of_turn(tokenizer: TextTokenizer, template: str) -> int:
         UserError: the template cannot be trained on.
     """
     rendered = ChatRenderer(tokenizer, template, longest=2**20, dropped=Counter()).render(turn("Hi.", "Hello."))
-    if rendered is None:
+    if not rendered:
         raise _unusable("it refuses a question with its answer")
-    return max(zip(rendered.loss_mask, range(len(rendered.loss_mask)), rendered.input_ids, strict=True))[2]
+    mask, ids = rendered[0].loss_mask, rendered[0].input_ids
+    return max(zip(mask, range(len(mask)), ids, strict=True))[2]
 
 
 class ChatRenderer:
@@ -77,13 +91,14 @@ class ChatRenderer:
     """
 
     def __init__(self, tokenizer: TextTokenizer, template: str, longest: int, dropped: Counter[str]) -> None:
-        self._tokenizer, self._template, self._longest, self._dropped = tokenizer, template, longest, dropped
+        self._tokenizer, self._longest, self._dropped = tokenizer, longest, dropped
+        self._template = _with_constant_date(template)
         control = {id_: token.content for id_, token in _added_tokens(tokenizer) if token.special}
         self._control_ids = frozenset(control) | {tokenizer.eos}
         self._control_texts = [*control.values(), tokenizer.inner.eos_token]
 
-    def render(self, conversation: Conversation) -> Rendered | None:
-        """Ids and mask, or None where the conversation is dropped; why is counted.
+    def render(self, conversation: Conversation) -> list[Rendered]:
+        """Ids and masks of the whole, or of every turn where turns change; none where it is dropped, which is counted.
 
         Raises:
             UserError: the template cannot be used, whatever the conversation.
@@ -96,23 +111,27 @@ class ChatRenderer:
         if conversation[0]["role"] == "assistant":
             return self._drop("begins_with_the_assistant")
         try:
-            text, spans = self._assistant_spans(conversation)
+            texts = self._texts(conversation)
         except TemplateError:
             return self._drop("refused_by_template")
-        return self._fit(self._tokenize(text, spans))
+        return [fitting for text, spans in texts for fitting in self._fit(self._tokenize(text, spans))]
 
-    def _assistant_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The rendering, and where in it each assistant turn lies, from its first character to the next turn."""
-        text = self._render(conversation, generation_prompt=False)
-        spans = []
-        for number, message in enumerate(conversation):
-            if message["role"] == "assistant":
-                before = self._render(conversation[:number], generation_prompt=True)
-                upto = self._render(conversation[: number + 1], generation_prompt=False)
-                if not (text.startswith(upto) and upto.startswith(before)):
-                    raise _unusable("it renders earlier turns differently once later ones follow")
-                spans.append((len(before), len(upto)))
-        return text, spans
+    def _texts(self, conversation: Conversation) -> list[tuple[str, Spans]]:
+        """What is written, and where in it each assistant turn lies, from its first character to the next turn."""
+        turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+        whole = self._render(conversation, generation_prompt=False)
+        written = {turn: self._upto(conversation, turn) for turn in turns}
+        if all(whole.startswith(text) for text, _ in written.values()):
+            return [(whole, [span for _, span in written.values()])]
+        return [(text, [span]) for text, span in written.values()]
+
+    def _upto(self, conversation: Conversation, turn: int) -> tuple[str, tuple[int, int]]:
+        """A conversation that ends with an assistant turn, and where that lies."""
+        before = self._render(conversation[:turn], generation_prompt=True)
+        upto = self._render(conversation[: turn + 1], generation_prompt=False)
+        if not upto.startswith(before):
+            raise _unusable("it writes an answer otherwise than it asks for one")
+        return upto, (len(before), len(upto))
 
     def _render(self, messages: Conversation, generation_prompt: bool) -> str:
         rendered: str = self._tokenizer.inner.apply_chat_template(
@@ -120,7 +139,7 @@ class ChatRenderer:
         )
         return rendered
 
-    def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
+    def _tokenize(self, text: str, spans: Spans) -> Rendered:
         encoded = self._tokenizer.inner(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         mask = [0] * len(ids)
@@ -142,20 +161,25 @@ class ChatRenderer:
             raise _unusable("it ends an assistant's turn with no control token, so the model would never learn to stop")
         return ends[-1]
 
-    def _fit(self, rendered: Rendered) -> Rendered | None:
+    def _fit(self, rendered: Rendered) -> list[Rendered]:
         if len(rendered.input_ids) <= self._longest:
-            return rendered
+            return [rendered]
         mask = rendered.loss_mask
         ends = [at for at in range(1, self._longest + 1) if mask[at - 1] and not mask[at]]
         if not ends:
             return self._drop("too_long")
         if any(mask[ends[-1] :]):  # else only what the template puts behind the last turn is lost
             self._dropped["cut_to_whole_turns"] += 1
-        return Rendered(rendered.input_ids[: ends[-1]], rendered.loss_mask[: ends[-1]])
+        return [Rendered(rendered.input_ids[: ends[-1]], rendered.loss_mask[: ends[-1]])]
 
-    def _drop(self, reason: str) -> Rendered | None:
+    def _drop(self, reason: str) -> list[Rendered]:
         self._dropped[reason] += 1
-        return None
+        return []
+
+
+def _with_constant_date(template: str) -> str:
+    """The clock is the one thing that a template sees and that cannot be handed to it otherwise."""
+    return CLOCK.sub(lambda call: repr(TODAY.strftime(call["layout"])), template)
 
 
 def _added_tokens(tokenizer: TextTokenizer) -> list[tuple[int, Any]]:

@@ -10,6 +10,7 @@ Three formats are told apart by their columns:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 from pipeline.data.files import Record
@@ -19,6 +20,7 @@ Message = dict[str, str]
 Conversation = list[Message]
 
 ROLES = ("system", "user", "assistant")
+REMEDY = "Correct or remove that record; of a data set of the hub, in a copy of yours (kind: files)."
 
 
 def turn(prompt: str, answer: str) -> Conversation:
@@ -27,7 +29,7 @@ def turn(prompt: str, answer: str) -> Conversation:
 
 
 def conversation_of(record: Record, setting: str) -> Conversation:
-    """The record's messages.
+    """The record's messages; none, which is dropped and counted as blank, where a content is null.
 
     Args:
         setting: the source's dotted name, ``data.instructions``.
@@ -78,10 +80,12 @@ def _checked(messages: Any, where: str, setting: str) -> Conversation:
     for message in messages:
         if message.get("role") not in ROLES:
             raise _malformed(where, setting, f"the role {message.get('role')!r} is none of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
+        if not isinstance(message.get("content"), (str, NoneType)):
             raise _malformed(where, setting, f"the content of a {message['role']} message must be text")
+    if any(message.get("content") is None for message in messages):  # a call of a tool, say: nothing to answer or learn
+        return []
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _malformed(where: str, setting: str, rule: str) -> UserError:
-    return UserError(setting=f"{setting}.path", value=where, rule=rule, remedy="Correct or remove that record.")
+    return UserError(setting=f"{setting}.path", value=where, rule=rule, remedy=REMEDY)

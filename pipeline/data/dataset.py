@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -47,11 +48,12 @@ class DatasetWriter:
         packer.add(ids)
         self._keep(split, {"text": text})
 
-    def add_conversation(self, split: Split, conversation: Conversation, rendered: Rendered) -> None:
-        """A conversation as it was rendered; it stays whole."""
+    def add_conversation(self, split: Split, conversation: Conversation, rendered: Sequence[Rendered]) -> None:
+        """A conversation as it was rendered, in one example or several; each stays whole."""
         packer = self._packers[split]
         assert isinstance(packer, ExamplePacker)
-        packer.add(rendered.input_ids, rendered.loss_mask)
+        for example in rendered:
+            packer.add(example.input_ids, example.loss_mask)
         self._keep(split, {"messages": conversation})
 
     def _keep(self, split: Split, row: dict[str, str] | dict[str, Conversation]) -> None:

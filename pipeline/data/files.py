@@ -5,11 +5,12 @@ A record is a text, or a row with named columns. Nothing here knows what the rec
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
-import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,14 +19,18 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-import zstandard
-
 from pipeline.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 if TYPE_CHECKING:
     import pyarrow
 
 TEXT_PIECE = 32_768  # characters after which a text file is cut at the next blank line into another document
+LONGEST_TEXT = 8 * TEXT_PIECE  # where no blank line comes, it is cut at the next line's end; a longer line is cut up
 ARROW_ROWS = 1024  # made into Python values at a time
 
 Position = dict[str, Any]  # JSON values that say where a stream stands
@@ -116,7 +121,7 @@ def read_records(path: Path) -> Iterator[Record]:
     reader = READERS[kind_of(path)]
     try:
         yield from reader(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError) as error:
         raise BadFile(path.name, f"it is not a whole {path.suffix} file ({error})") from error
 
 
@@ -127,8 +132,8 @@ def _read_text(path: Path) -> Iterator[Record]:
     """A text file is one document, or several where it is long."""
     piece: list[str] = []
     length = 0
-    for number, line in _lines(path):
-        if length >= TEXT_PIECE and not line.strip():
+    for number, line in _lines(path, longest=LONGEST_TEXT):
+        if length >= LONGEST_TEXT or (length >= TEXT_PIECE and not line.strip()):
             yield Record("".join(piece), f"{path.name}, before line {number}")
             piece, length = [], 0
         piece.append(line)
@@ -150,16 +155,24 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
         yield Record(row, where)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8 text; a byte order mark is dropped."""
+def _lines(path: Path, longest: int = -1) -> Iterator[tuple[int, str]]:
+    """Numbered lines of UTF-8 text, a line of more than ``longest`` bytes in pieces; a byte order mark is dropped."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a piece may end within a character
+    number = 1
     with closing(OPENERS.get(path.suffix, _open_plain)(path)) as stream:
-        for number, line in enumerate(stream, 1):
-            if b"\0" in line:
-                raise BadFile(f"{path.name}, line {number}", "it holds NUL bytes, so it is not text")
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise BadFile(f"{path.name}, line {number}", f"it is not UTF-8 text ({error})") from error
+        while line := stream.readline(longest):
+            yield number, _decoded(decoder, line, f"{path.name}, line {number}")
+            number += line.endswith(b"\n")
+    _decoded(decoder, b"", f"{path.name}, line {number}", final=True)
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, line: bytes, where: str, final: bool = False) -> str:
+    if b"\0" in line:
+        raise BadFile(where, "it holds NUL bytes, so it is not text")
+    try:
+        return decoder.decode(line, final)
+    except UnicodeDecodeError as error:
+        raise BadFile(where, f"it is not UTF-8 text ({error})") from error
 
 
 def _open_plain(path: Path) -> IO[bytes]:
@@ -171,8 +184,7 @@ def _open_gzip(path: Path) -> IO[bytes]:
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:
-    stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-    return io.BufferedReader(cast("io.RawIOBase", stream))
+    return cast("IO[bytes]", zstd.open(path, "rb"))
 
 
 OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstandard}
@@ -216,11 +228,21 @@ def _arrow_batches(source: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
 
 def _rows(path: Path, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Record]:
     row = 0
-    for batch in batches:
+    for batch in _readable(path, batches):
         for start in range(0, batch.num_rows, ARROW_ROWS):
             for value in batch.slice(start, ARROW_ROWS).to_pylist():
                 row += 1
                 yield Record(value, f"{path.name}, row {row}")
+
+
+def _readable(path: Path, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """The batches; one that cannot be read is the file's fault."""
+    import pyarrow
+
+    try:
+        yield from batches
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadFile(path.name, f"it is damaged, or not whole ({error})") from error
 
 
 ARROW_MAGIC = b"ARROW1"

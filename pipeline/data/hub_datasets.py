@@ -86,13 +86,18 @@ class HubStream:
         self._rows: Any = None
 
     def __iter__(self) -> Iterator[Record]:
-        """Raises UserError where there is no such configuration or split."""
+        """Raises UserError where there is no such configuration or split, or rows cannot be had any more."""
         self._rows = self._open()
         if self._state is not None:
             self._rows.load_state_dict(self._state)
-        for row in self._rows:
-            self._number += 1
-            yield Record(dict(row), f"{self._source.path}, row {self._number}")
+        try:
+            for row in self._rows:
+                self._number += 1
+                yield Record(dict(row), f"{self._source.path}, row {self._number}")
+        except Exception as error:  # of a network, of a file there, of datasets: each library has its own
+            rule = f"reading stopped behind row {self._number} ({type(error).__name__}: {error})"
+            remedy = f"The same command goes on there, once it can be read. {DOWNLOAD_INSTEAD}"
+            raise _refuse(f"{self._setting}.path", str(self._source.path), rule, remedy) from error
 
     def position(self) -> Position:
         """Behind the row that was given last."""
@@ -107,6 +112,9 @@ class HubStream:
         except ValueError as error:  # datasets' word for an unknown configuration or split
             remedy = "Set its config_name and split to what is there."
             raise _refuse(f"{self._setting}.path", repo, str(error), remedy) from error
+        except Exception as error:  # a data set that needs its own code, a hub that went away, files of no known kind
+            rule = f"it cannot be opened ({type(error).__name__}: {error})"
+            raise _refuse(f"{self._setting}.path", repo, rule, DOWNLOAD_INSTEAD) from error
 
 
 def _refuse(setting: str, value: str, rule: str, remedy: str) -> UserError:

@@ -36,7 +36,8 @@ class DatasetBuilder:
     """One data set in the making.
 
     Args:
-        directory: where the files go; an earlier attempt at the same data set that was killed there is gone on with.
+        directory: where the files go; an earlier attempt at the same data set that was killed there is gone on with,
+            for as long as ``forget_checkpoint`` was not called.
         settings: with pinned sources.
 
     Raises:
@@ -82,6 +83,7 @@ class DatasetBuilder:
 
     def _make_renderers(self, directory: Path) -> list[ChatRenderer]:
         """One a part, since each counts what it drops."""
+        assert self._settings.chat_template is not None, "instructions have one"
         template = chat_template(self._tokenizer, self._settings.chat_template)
         (directory / TEMPLATE_FILE).write_text(template)
         self._end_of_turn = end_of_turn(self._tokenizer, template)
@@ -104,7 +106,6 @@ class DatasetBuilder:
                 self._save()
                 saved = time.monotonic()
         self._writer.finish()
-        self._checkpoint.remove()
         return self._summary()
 
     def _add(self, number: int, split: Split, example: Example, ids: Ids | None) -> None:
@@ -115,9 +116,9 @@ class DatasetBuilder:
             return
         conversation = cast("Conversation", example.content)
         rendered = self._renderers[number].render(conversation)
-        if rendered is not None:
+        if rendered:
             self._writer.add_conversation(split, conversation, rendered)
-            part.count(split, len(rendered.input_ids))
+            part.count(split, sum(len(each.input_ids) for each in rendered))
 
     def _save(self) -> None:
         state = {**self._writer.save(), "parts": [part.state() for part in self._mixture.parts]}
@@ -184,6 +185,11 @@ class DatasetBuilder:
 
 def _found(documents: Counter[str], dropped: Counter[str]) -> str:
     return f"{documents.total()} documents were kept; dropped: {dict(dropped) or 'none'}"
+
+
+def forget_checkpoint(directory: Path) -> None:
+    """The data set is whole: what an interrupted attempt would go on from is not part of it."""
+    Checkpoint(directory).remove()
 
 
 def expected_total(settings: Tokenize) -> int:

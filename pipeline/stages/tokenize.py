@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.artifact import write_json
+from pipeline.artifact import read_json, sync, write_json
 from pipeline.config import Tokenize
-from pipeline.data.tokenizing import DatasetBuilder, expected_total
+from pipeline.data.tokenizing import DatasetBuilder, expected_total, forget_checkpoint
 from pipeline.data.tokens import TextTokenizer
 from pipeline.progress import progress
 from pipeline.stage import Metrics, StageTask
@@ -21,9 +21,19 @@ def run(task: StageTask) -> Metrics:
         UserError: a source cannot be read, or gives an empty split.
     """
     assert isinstance(task.settings, Tokenize)
+    done = task.out / DATASET_FILE
+    if not done.exists():  # else an attempt that was killed when only its files' hashes were missing
+        write_json(done, _build(task, task.settings))
+    forget_checkpoint(task.out)
+    summary: Metrics = read_json(done)
+    return summary
+
+
+def _build(task: StageTask, settings: Tokenize) -> Metrics:
     tokenizer = TextTokenizer(task.parents["load"])
-    total = expected_total(task.settings)
-    with progress(task.name, total) as bar, DatasetBuilder(task.out, task.settings, tokenizer) as builder:
+    total = expected_total(settings)
+    with progress(task.name, total) as bar, DatasetBuilder(task.out, settings, tokenizer) as builder:
         summary = builder.build(bar)
-    write_json(task.out / DATASET_FILE, summary)
+    for path in task.out.iterdir():
+        sync(path)  # before the file that says that all is there
     return summary

@@ -33,6 +33,12 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+QWEN_3 = (  # an answer's thinking is left out once another turn follows
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.fixture
@@ -51,8 +57,7 @@ def _renderer(tokenizer: TextTokenizer, template: str, longest: int = 10_000) ->
 
 
 def _render(tokenizer: TextTokenizer, template: str, conversation: Conversation = TURNS) -> Rendered:
-    rendered = _renderer(tokenizer, template)[0].render(conversation)
-    assert rendered is not None
+    (rendered,) = _renderer(tokenizer, template)[0].render(conversation)
     return rendered
 
 
@@ -128,10 +133,27 @@ def test_the_token_that_ends_a_turn_is_found_in_any_template(bos_tokenizer: Text
         assert end_of_turn(bos_tokenizer, template) == bos_tokenizer.inner.convert_tokens_to_ids(name)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: TextTokenizer) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_turn(tokenizer: TextTokenizer) -> None:
+    examples = _renderer(tokenizer, QWEN_3)[0].render(TURNS)
+    assert [_taught(tokenizer, example) for example in examples] == [
+        ["<think>\n\n</think>\n\nIt makes a string.\n\nAlways.<|im_end|>"],
+        ["<think>\n\n</think>\n\n It is size – 😀.<|im_end|>"],
+    ]
+    for example, turns in zip(examples, (TURNS[:3], TURNS), strict=True):
+        assert example.input_ids == tokenizer.inner.apply_chat_template(
+            turns, chat_template=QWEN_3, tokenize=True, return_dict=False
+        )
+
+
+def test_a_template_that_rewrites_what_was_asked_is_refused(tokenizer: TextTokenizer) -> None:
     rewriting = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{{ eos_token }}{% endfor %}"
-    with pytest.raises(UserError, match="earlier turns differently"):
+    with pytest.raises(UserError, match="otherwise than it asks for one"):
         _render(tokenizer, rewriting)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_on_every_day(tokenizer: TextTokenizer) -> None:
+    dated = _render(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN_TEMPLATE)
+    assert tokenizer.inner.decode(dated.input_ids).startswith("26 Jul 2024")
 
 
 def test_a_model_without_template_asks_for_the_plain_one(tokenizer: TextTokenizer) -> None:
@@ -148,10 +170,11 @@ def test_too_long_conversations_are_cut_to_whole_turns_or_dropped(tokenizer: Tex
     whole = _render(tokenizer, template)
     for longest in range(1, len(whole.input_ids) + 2):
         renderer, dropped = _renderer(tokenizer, template, longest)
-        rendered = renderer.render(TURNS)
-        if rendered is None:
+        examples = renderer.render(TURNS)
+        if not examples:
             assert dropped == {"too_long": 1}
             continue
+        (rendered,) = examples
         assert len(rendered.input_ids) <= longest
         assert rendered.input_ids == whole.input_ids[: len(rendered.input_ids)]
         if dropped:
@@ -178,12 +201,12 @@ def test_what_cannot_be_taught_is_dropped_and_counted(
     conversation: Conversation, reason: str, tokenizer: TextTokenizer
 ) -> None:
     renderer, dropped = _renderer(tokenizer, chat_template(tokenizer, "model"))
-    assert renderer.render(conversation) is None
+    assert renderer.render(conversation) == []
     assert dropped == {reason: 1}
 
 
 def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tokenizer: TextTokenizer) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
     renderer, dropped = _renderer(tokenizer, strict)
-    assert renderer.render(TURNS) is None and dropped == {"refused_by_template": 1}
-    assert renderer.render(TURNS[1:]) is not None
+    assert renderer.render(TURNS) == [] and dropped == {"refused_by_template": 1}
+    assert len(renderer.render(TURNS[1:])) == 1

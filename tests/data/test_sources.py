@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
 
 from pipeline.artifact import Fingerprints
 from pipeline.config import Source
@@ -58,7 +57,7 @@ def _gzip(path: Path, data: bytes) -> Path:
 
 
 def _zstandard(path: Path, data: bytes) -> Path:
-    frames = (zstandard.compress(part) for part in (data[:30], data[30:]))
+    frames = (files.zstd.compress(part) for part in (data[:30], data[30:]))
     return _plain(path.with_name(path.name + ".zst"), b"".join(frames))
 
 
@@ -76,6 +75,15 @@ def test_a_long_text_file_becomes_documents_cut_at_blank_lines(tmp_path: Path) -
     assert "".join(found) == text
     assert len(found) > 1 and max(map(len, found)) < files.TEXT_PIECE + 3000
     assert all(document.lstrip().startswith("Paragraph") for document in found)
+
+
+@pytest.mark.parametrize("line", ["a sentence – so lang\n", "ä" * 3 * files.LONGEST_TEXT])
+def test_a_long_text_file_without_blank_lines_is_cut_too(line: str, tmp_path: Path) -> None:
+    """A line a sentence, and one endless line, whose pieces end within characters."""
+    text = "x" + line * (3 * files.LONGEST_TEXT // len(line) or 1)
+    found = _texts(_source(_plain(tmp_path / "long.txt", text.encode())))
+    assert "".join(found) == text
+    assert len(found) >= 3 and max(map(len, found)) < files.LONGEST_TEXT + files.TEXT_PIECE
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -142,6 +150,8 @@ def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_
         ("a.txt.gz", b"not gzip", ["whole .gz file"]),
         ("a.txt.gz", gzip.compress(b"text " * 10000)[:40], ["whole .gz file"]),
         ("a.jsonl.zst", b"not zstd", ["whole .zst file"]),
+        ("a.txt.zst", files.zstd.compress(b"text " * 10000)[:-5], ["whole .zst file"]),
+        ("a.txt", "größer".encode()[:-3], ["line 1", "UTF-8"]),
         ("a.parquet", b"not parquet", ["Parquet"]),
         ("a.arrow", b"not arrow, but long enough to look at", ["Arrow"]),
     ],
@@ -157,7 +167,7 @@ def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, wor
     [
         ({"question": "x", "answer": "y"}, ["question, answer", "known conversation format"]),
         ({"messages": [{"role": "robot", "content": "x"}]}, ["'robot'", "user"]),
-        ({"messages": [{"role": "user", "content": None}]}, ["must be text"]),
+        ({"messages": [{"role": "user", "content": 3}]}, ["must be text"]),
         ({"messages": "hello"}, ["list of objects"]),
     ],
 )
@@ -222,8 +232,16 @@ def test_of_a_large_data_set_only_what_is_asked_for_is_read(tmp_path: Path) -> N
         _plain(tmp_path / f"part-{number:02}.jsonl", b"{broken")
     source = _source(tmp_path, kind="hub", split="train")
     assert len(list(islice(_stream(source, "corpus"), 80))) == 80
-    with pytest.raises(ValueError, match="JSON parse error"):
-        _texts(source)
+    message = _refusal(lambda: _texts(source))
+    assert message.startswith("data.corpus.path") and "behind row 100" in message and "JSON parse error" in message
+
+
+def test_a_row_without_text_is_dropped_and_no_end(tmp_path: Path) -> None:
+    rows = _rows(tmp_path / "a.jsonl", {"text": "first"}, {"text": None}, {"text": "last"})
+    assert [example.is_blank for example in _stream(_source(rows), "corpus")] == [False, True, False]
+    called = {"messages": [{"role": "user", "content": "Call it."}, {"role": "assistant", "content": None}]}
+    (chat,) = _stream(_source(_rows(tmp_path / "b.jsonl", called), text_field=None), "instructions")
+    assert chat.is_blank
 
 
 # ------------------------------------------------------------------------------------------- resume

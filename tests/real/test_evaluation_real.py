@@ -44,8 +44,7 @@ def test_its_own_chat_template_is_taught_up_to_the_end_of_turn(smollm2_dir: Path
 
     tokenizer = TextTokenizer(smollm2_dir)
     renderer = ChatRenderer(tokenizer, chat_template(tokenizer, "model"), 512, Counter())
-    rendered = renderer.render(turn("What does gc.collect do?", "Run the garbage collector."))
-    assert rendered is not None
+    (rendered,) = renderer.render(turn("What does gc.collect do?", "Run the garbage collector."))
     text = tokenizer.inner.decode(rendered.input_ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>\n")
     taught = [id_ for id_, taught in zip(rendered.input_ids, rendered.loss_mask, strict=True) if taught]

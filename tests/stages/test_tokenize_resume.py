@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Source
-from pipeline.data import tokenizing
+from pipeline.data import encoders, tokenizing
 from pipeline.data.encoders import Encoders
 from pipeline.progress import Bar
 from pipeline.stage import StageTask, task_to_json
@@ -85,13 +85,25 @@ def test_interrupted_anywhere_and_often_is_as_if_never(
     monkeypatch.setattr(tokenizing, "SAVE_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(tokenizing.DatasetBuilder, "_save", save_now_and_then)
     task = _same_task(tiny_llama_dir, tmp_path / "interrupted", purpose, sources)
-    for survived in (3, 40, 7, 61, 33):
+    for survived, cores in ((3, 2), (40, 1), (7, 3), (61, 2), (33, 1)):
         with monkeypatch.context() as patched:
+            patched.setattr(encoders, "available_cores", lambda cores=cores: cores)
             patched.setattr(Bar, "advance", _dying_after(survived))
             with pytest.raises(Killed):
                 tokenize.run(task)
     tokenize.run(task)
     assert _files(task.out) == _files(tmp_path / "whole")
+
+
+def test_killed_while_the_files_are_hashed_nothing_is_read_again(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = _same_task(tiny_llama_dir, tmp_path / "done", "corpus", _corpus(tmp_path / "texts", 30))
+    metrics = tokenize.run(task)
+    written = _files(task.out)
+    monkeypatch.setattr(tokenize, "TextTokenizer", lambda directory: pytest.fail("it tokenizes again"))
+    assert tokenize.run(task) == metrics
+    assert _files(task.out) == written and not (task.out / "checkpoint").exists()
 
 
 def _dying_after(survived: int) -> Callable[..., None]:
