@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ from pipeline.messages import (
 from pipeline.requeue import requeue_this_job
 
 PACKAGED_CONF = Path(__file__).resolve().parent / "conf"
+FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # its keys are additions to Hydra, and pydantic's to judge
 LOG_WIDTH = 120  # columns, where the output is no terminal
 CONF = PACKAGED_CONF if PACKAGED_CONF.is_dir() else PACKAGED_CONF.parent.parent / "conf"
 
@@ -114,6 +116,7 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
     if not any(item.startswith("+experiment=") for item in overrides):
         raise no_experiment(folders)
     _check_quoting(overrides)
+    overrides = [f"++{item}" if FREE_DICTIONARY.match(item) else item for item in overrides]
     try:
         jobs = _split_sweep(overrides) if multirun else [(overrides, "")]
         return [Job(_compose(job, suffix, folders), sweep=suffix != "") for job, suffix in jobs]

@@ -38,6 +38,10 @@ class WorkersFailed(RuntimeError):
     """A process of a stage died: exit code 1; the message says which, how, its last lines and where its log is."""
 
 
+class OutOfMemory(WorkersFailed):
+    """It died because it, or the system, had no more memory to give."""
+
+
 class NoProgress(RuntimeError):
     """A batch job was requeued again and again and got nowhere: exit code 1."""
 

@@ -14,7 +14,8 @@ from pipeline.watchdog import ORPHANED
 LAUNCHER_LOGS = "torchrun*.log"  # one a node, and one of the driver's side where there are several
 LAUNCHER_LOG = "torchrun.log"
 SHOWN_LOG_LINES = 15
-MEMORY_HINT = "the system may have run out of memory"
+OUT_OF_MEMORY = "out of memory"  # in whatever is said of it
+MEMORY_HINT = f"the system may have run {OUT_OF_MEMORY}"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pipeline.config import (
     Report,
     Section,
     Settings,
+    Source,
     Target,
     Tokenize,
     Train,
@@ -41,9 +42,9 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "load": Stage(version=1),
     "expand": Stage(version=1, draws=(LesaExpand,)),
-    "tokenize": Stage(version=1),
-    "pretrain": Stage(version=1, own_process=False, draws=(Section,)),
-    "sft": Stage(version=1, own_process=False, draws=(Section,)),
+    "tokenize": Stage(version=2),
+    "pretrain": Stage(version=2, own_process=False, draws=(Section,)),
+    "sft": Stage(version=2, own_process=False, draws=(Section,)),
     "evaluate": Stage(version=1),
     "report": Stage(version=1),
 }
@@ -137,21 +138,26 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
     """One tokenize node a data set; what matters to it is gathered from ``data`` and the training sections."""
     corpus = Tokenize(
         purpose="corpus",
-        sources=run.data.corpus,
+        sources=_weighted(run.data.corpus),
         sequence_length=run.pretrain.sequence_length,
         held_out_fraction=run.data.held_out_fraction,
         max_tokens=run.data.max_corpus_tokens,
-        chat_template=run.data.chat_template,
+        chat_template=None,
     )
     instructions = Tokenize(
         purpose="instructions",
-        sources=run.data.instructions,
+        sources=_weighted(run.data.instructions),
         sequence_length=run.sft.sequence_length,
         held_out_fraction=run.data.held_out_fraction,
         max_tokens=None,
         chat_template=run.data.chat_template,
     )
     return corpus, instructions
+
+
+def _weighted(sources: list[Source]) -> list[Source]:
+    """The sources as they matter: one alone has no share."""
+    return sources if len(sources) > 1 else [sources[0].model_copy(update={"weight": 1.0})]
 
 
 def _keeping(run: Settings, stage: Literal["pretrain", "sft"]) -> Train:

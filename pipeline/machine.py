@@ -73,6 +73,19 @@ def _visible_gpus(prefix: list[str]) -> int:
     return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
 
 
+def device_memory(placement: Placement) -> int:
+    """Bytes of one device: the smallest GPU's, or a process's share of a node's memory."""
+    if placement.device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
+        return min(int(line) for line in _said_on_first_node(command).split()) * 2**20
+    total = next(line for line in _said_on_first_node(["cat", "/proc/meminfo"]).splitlines() if "MemTotal" in line)
+    return int(total.split()[1]) * 1024 // placement.processes
+
+
+def _said_on_first_node(command: list[str]) -> str:
+    return subprocess.run([*on_first_node(), *command], capture_output=True, text=True, check=True).stdout
+
+
 def place(launch: Launch, machine: Machine) -> Placement:
     """Device, processes and threads for these settings on this machine.
 

@@ -23,6 +23,7 @@ from pipeline.shape import shape_of
 from pipeline.source import ModelSource, check_shape, config_of
 from pipeline.training.job import kept_model
 from pipeline.training.validate import validate as validate_training
+from pipeline.training.validate import validate_length
 from pipeline.weight_files import read_headers, refuse_quantised
 
 
@@ -147,8 +148,10 @@ def checks(
         found["evaluate"] = lambda: validate_evaluation(run.evaluate)
         found["kept"] = lambda: _check_kept(missing)
     if "tokenize/corpus" in missing:
+        found["corpus_length"] = lambda: validate_length("pretrain", run.pretrain, context)
         found["corpus"] = lambda: sources.check(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
+        found["instructions_length"] = lambda: validate_length("sft", run.sft, context)
         found["instructions"] = lambda: sources.check(run.data.instructions, "instructions")
         found["chat_template"] = lambda: _check_chat_template(run, config)
     found["login"] = lambda: _check_login(run)

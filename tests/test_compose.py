@@ -54,6 +54,17 @@ def test_published_hyper_parameters() -> None:
     assert (deus.pretrain.sequence_length, deus.pretrain.steps, deus.sft.epochs) == (2048, 12100, 1.0)
 
 
+def test_a_free_dictionary_is_typed_like_any_other_value() -> None:
+    settings = _compose(
+        "+experiment=quickstart", "pretrain.role_learning_rates={o: 2.0, down: 4.0}",
+        "sft.deepspeed.overrides={zero_optimization: {overlap_comm: true}}",
+    )  # fmt: skip
+    assert settings.pretrain.role_learning_rates == {"o": 2.0, "down": 4.0}
+    assert settings.sft.deepspeed.overrides == {"zero_optimization": {"overlap_comm": True}}
+    wrong = _refusal("+experiment=quickstart", "pretrain.role_learning_rate={o: 2.0}")
+    assert "role_learning_rates" in wrong.remedy
+
+
 def test_variants_are_presets_of_explicit_settings() -> None:
     reference = _compose("+experiment=quickstart", "expand=lesa", "expand.variant=reference").expand
     paper = _compose("+experiment=quickstart", "expand=lesa", "expand.variant=paper").expand

@@ -45,6 +45,8 @@ def test_settings_that_cannot_change_numbers_are_in_no_key(override: str) -> Non
     ("override", "changed"),
     [
         ("sft.learning_rate=1e-5", AFTER_SFT),
+        ("data.chat_template=plain", {"tokenize/instructions", *AFTER_SFT}),
+        ("sft.deepspeed.overrides={gradient_clipping: 0.1}", AFTER_SFT),
         ("expand=average", AFTER_EXPAND),
         ("expand.position=bottom", AFTER_EXPAND),
         ("pretrain.steps=7", AFTER_EXPAND - {"expand", "evaluate/expand"}),

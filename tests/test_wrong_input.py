@@ -195,6 +195,7 @@ def test_a_fault_in_one_of_several_sources_says_in_which(
 def test_a_sequence_longer_than_the_model_reads(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "pretrain.sequence_length=512")
     assert "pretrain.sequence_length = 512" in message and "256" in message
+    assert _refused(capsys, *base, "pretrain.sequence_length=512", "stages=[tokenize]") == message
 
 
 def test_a_batch_that_the_ranks_do_not_divide(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,4 +65,4 @@ class Tokenize(Section):
     sequence_length: Positive
     held_out_fraction: Fraction
     max_tokens: Positive | None
-    chat_template: Literal["model", "plain"]
+    chat_template: Literal["model", "plain"] | None  # null for a corpus

@@ -13,12 +13,12 @@ from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, Positi
 class DeepSpeed(Section):
     """DeepSpeed's engine, as far as it is ours to choose."""
 
-    zero_stage: Literal[0, 1, 2, 3]
-    offload_optimizer: bool
-    offload_parameters: bool  # ZeRO 3 only
-    reduce_bucket_size: Positive  # elements
-    allgather_bucket_size: Positive  # elements; ZeRO 1 and 2
-    overrides: dict[str, Any]  # merged last into DeepSpeed's own configuration
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NotInKey]
+    offload_optimizer: Annotated[bool, NotInKey]
+    offload_parameters: Annotated[bool, NotInKey]  # ZeRO 3 only
+    reduce_bucket_size: Annotated[Positive, NotInKey]  # elements
+    allgather_bucket_size: Annotated[Positive, NotInKey]  # elements; ZeRO 1 and 2
+    overrides: dict[str, Any]  # merged last into DeepSpeed's own configuration; may change numbers, so in the key
 
 
 class Train(Section):
@@ -51,7 +51,7 @@ class Train(Section):
     compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
     float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
     attention: Annotated[Literal["auto", "documents", "sdpa", "eager"], NotInKey]
-    deepspeed: Annotated[DeepSpeed, NotInKey]
+    deepspeed: DeepSpeed
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -9,12 +9,12 @@ from typing import Any
 from pipeline.config import STAGE_NAMES, Settings
 from pipeline.data import sources
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, trained_part
+from pipeline.estimate import Disk, ranks, setup_of, trained_part
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.graph import Node, build_graph, select
 from pipeline.machine import Machine, detect_machine, place
 from pipeline.planning.inputs import Outside, look_up
-from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training, ranks, setup_of
+from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training
 from pipeline.preflight import check_writable, checks, disk_needed
 from pipeline.run import missing
 from pipeline.shape import Shape, shape_of
@@ -24,6 +24,7 @@ TRAINING: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructio
 STOPS = {  # what a fault of an input or check stops; a stage stands for all its nodes
     "model": ("load",), "expand": ("expand",), "corpus": ("tokenize/corpus",),
     "instructions": ("tokenize/instructions",), "chat_template": ("tokenize/instructions",),
+    "corpus_length": ("tokenize/corpus",), "instructions_length": ("tokenize/instructions",),
     "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "kept": ("evaluate",),
     "devices": ("pretrain", "sft"), "output": STAGE_NAMES, "disk": STAGE_NAMES, "login": STAGE_NAMES,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from rich.table import Table
 from pipeline.disk import gib
 from pipeline.estimate import Memory
 from pipeline.planning.plan import Plan, Sizes
-from pipeline.planning.training import TrainingPlan, usable
+from pipeline.planning.training import TrainingPlan, room
 from pipeline.shape import Shape
 
 UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -126,7 +126,7 @@ def _how(plan: TrainingPlan) -> str:
 
 
 def _together(plan: TrainingPlan) -> str:
-    of = "" if plan.device is None else f" of {gib(usable(plan.device))}"
+    of = "" if plan.device is None else f" of {gib(room(plan.device))}"
     return gib(plan.memory.total) + of
 
 

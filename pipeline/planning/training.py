@@ -9,14 +9,11 @@ from pipeline.config import Data, Launch, Train
 from pipeline.config.devices import DEVICES, Device
 from pipeline.data import sources
 from pipeline.errors import UserError
-from pipeline.estimate import Memory, Setup, Trained, memory_of
+from pipeline.estimate import Memory, Setup, Trained, largest_micro_batch, memory_of, usable, what_fits
 from pipeline.graph import Node
-from pipeline.machine import Machine
-from pipeline.training.processor import BFLOAT16_FLAGS, cpu_flags
 from pipeline.training.schedule import total_steps
-from pipeline.training.sizes import Precision
 
-HEADROOM = 0.06  # of a device's memory: CUDA's context, NCCL, and gaps that the allocator cannot use
+NOTHING_FITS = "launch.processes or launch.nodes with more devices, or name a larger one: nothing else fits"
 BYTES_A_TOKEN = 4.0  # of English text, about
 
 
@@ -71,76 +68,28 @@ class TrainingPlan:
 
     def fault(self) -> UserError | None:
         """Why it will run out of the named device's memory, and what would fit."""
-        if self.device is None or self.memory.total <= usable(self.device):
+        if self.device is None or self.memory.total <= room(self.device):
             return None
-        needed, there = self.memory.total / 2**30, usable(self.device) / 2**30
+        needed, there = self.memory.total / 2**30, room(self.device) / 2**30
+        fits = what_fits(self.section, self.trained, self.setup, room(self.device))
         return UserError(
             setting=f"{self.section}.micro_batch",
             value=self.setup.train.micro_batch,
             rule=f"it needs {needed:.1f} GiB a device, and {self.launch.device} has {there:.1f} for it",
-            remedy=f"Say {self._what_fits()}.",
+            remedy=f"Say {fits or NOTHING_FITS}.",
         )
 
-    def _what_fits(self) -> str:
-        """The mildest change that fits: a smaller micro-batch, then less stored, then more shared out."""
-        assert self.device is not None
-        if self.largest_micro_batch:
-            return f"{self.section}.micro_batch={self.largest_micro_batch}"
-        train = self.setup.train
-        sharing = train.deepspeed.model_copy(update={"zero_stage": 3})
-        offloading = sharing.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
-        name = self.section
-        steps: list[tuple[dict[str, object], str]] = [
-            ({"activation_checkpointing": True}, f"{name}.activation_checkpointing=true"),
-            ({"deepspeed": sharing}, f"{name}.deepspeed.zero_stage=3"),
-            ({"deepspeed": offloading}, f"{name}.deepspeed.offload_optimizer=true offload_parameters=true there"),
-        ]
-        changes: dict[str, object] = {"micro_batch": 1}
-        said = [f"{name}.micro_batch=1"]
-        for change, words in steps:
-            changes |= change
-            said.append(words)
-            if memory_of(self.trained, self.setup.with_train(**changes)).total <= usable(self.device):
-                return " ".join(said)
-        return "launch.processes or launch.nodes with more devices, or name a larger one: nothing else fits"
 
-
-def setup_of(train: Train, launch: Launch, machine: Machine) -> Setup:
-    """How the engine will train on these devices."""
-    on_gpu = launch.kind == "cuda" or (launch.kind == "auto" and machine.gpus > 0)
-    return Setup(train, _precision(train, on_gpu), ranks(launch, machine), on_gpu)
+def room(device: Device) -> int:
+    """Bytes of a named device that training can fill."""
+    return usable(device.memory_gib * 2**30)
 
 
 def plan_training(section: str, trained: Trained, setup: Setup, launch: Launch, amount: Amount) -> TrainingPlan:
     """The plan of one section."""
     device = DEVICES.get(launch.device)
-    largest = None if device is None else largest_micro_batch(trained, setup, usable(device))
+    largest = None if device is None else largest_micro_batch(trained, setup, room(device))
     return TrainingPlan(section, trained, setup, amount, launch, memory_of(trained, setup), largest)
-
-
-def ranks(launch: Launch, machine: Machine) -> int:
-    """Worker processes of all nodes together; where GPUs are meant and not here, one a node."""
-    here = 1 if launch.kind == "cpu" else max(1, machine.gpus)
-    return (here if launch.processes == "auto" else launch.processes) * launch.nodes
-
-
-def _precision(train: Train, on_gpu: bool) -> Precision:
-    if train.precision != "auto":
-        return train.precision
-    return "bfloat16" if on_gpu or BFLOAT16_FLAGS & cpu_flags() else "float32"
-
-
-def usable(device: Device) -> int:
-    """Bytes of a device that training can fill."""
-    return int(device.memory_gib * 2**30 * (1 - HEADROOM))
-
-
-def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
-    """The largest micro-batch, of those that divide a device's share of the global batch, in so much memory; or 0."""
-    share = max(1, setup.train.global_batch // setup.ranks)
-    sizes = (size for size in range(share, 0, -1) if share % size == 0)
-    fitting = (size for size in sizes if memory_of(trained, setup.with_train(micro_batch=size)).total <= memory)
-    return next(fitting, 0)
 
 
 # ------------------------------------------------------------------------------------ how much there is

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pipeline.estimate.out_of_memory import naming_what_fits
 from pipeline.stage import Metrics, StageTask
 from pipeline.training.job import run_training
 
 
 def run(task: StageTask) -> Metrics:
     """Writes the tuned model, ``metrics.jsonl`` and ``training.json``; parents are "model" and "data"."""
-    return run_training(task)
+    with naming_what_fits(task):
+        return run_training(task)

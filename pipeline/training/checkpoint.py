@@ -11,6 +11,8 @@ The order of data and the random numbers need no state: both are functions of (s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +38,10 @@ class DiskFullError(NamedFailure):
     """A disk, quota or file size limit took no more; what had been saved before is intact."""
 
 
+class NotFiniteError(NamedFailure):
+    """A step made a weight or moment that is no number; it was not saved, and what had been saved before is intact."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk."""
@@ -54,9 +60,13 @@ class Checkpoint:
 
     def fault(self) -> str | None:
         """What is wrong with the files, read whole and hashed; None when nothing is."""
-        if not (self.path / STATE_FILE).is_file():
-            return f"{STATE_FILE} is missing"
-        for name, expected in self.content()["shards"].items():
+        try:
+            content = self.content()
+            if content.pop("sha256") != _hash_of(content):
+                return f"{STATE_FILE} does not have the hash it was saved with"
+        except (OSError, ValueError, LookupError, AttributeError) as error:
+            return f"{STATE_FILE} is missing or cannot be read ({type(error).__name__})"
+        for name, expected in content["shards"].items():
             shard = self.path / name
             if not shard.is_file():
                 return f"{name} is missing"
@@ -89,6 +99,11 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._shard_of)
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """Of JSON values, however they are laid out in a file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def newest(directory: Path, report: Callable[[str], None]) -> Checkpoint | None:
@@ -131,6 +146,7 @@ def save(
 
     Raises:
         DiskFullError: it does not fit; older checkpoints are as they were.
+        NotFiniteError: so is what would have been saved.
     """
     final = directory / directory_name(step)
     partial = final.with_name(f"{final.name}.partial")
@@ -142,12 +158,13 @@ def save(
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
         partial.mkdir(parents=True)
         shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)
-        write_json(partial / STATE_FILE, {**state, "shards": shards, "tensors": shard_of})
+        content = {**state, "shards": shards, "tensors": shard_of}
+        write_json(partial / STATE_FILE, {**content, "sha256": _hash_of(content)})
         for path in (*partial.iterdir(), partial):
             sync(path)
     os.replace(partial, final)
     sync(directory)
-    _remove_old(directory, kept)
+    _remove_others(final, kept)
     return sum(path.stat().st_size for path in final.iterdir())
 
 
@@ -197,6 +214,7 @@ def _write_shards(
     for parameter in masters.names():
         for part in PARTS:
             value = masters.read(parameter, part)
+            _refuse_not_finite(value, parameter, part)
             pending[f"{part}.{parameter}"] = value if writes else value.new_empty(0)
         shard_of[parameter] = f"{len(shards):05d}.safetensors"
         if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes:
@@ -206,8 +224,20 @@ def _write_shards(
     return shard_of, shards
 
 
-def _remove_old(directory: Path, kept: int) -> None:
-    for path in sorted(directory.glob("step-????????"))[:-kept]:
+def _refuse_not_finite(value: torch.Tensor, parameter: str, part: str) -> None:
+    """Every rank reads the same and raises at the same tensor."""
+    if not torch.isfinite(value).all():
+        raise NotFiniteError(
+            f"the last step left a {part} of {parameter} that is not finite; it was not saved, and the last saved "
+            "state is kept. Lower learning_rate or max_grad_norm, or raise warmup_fraction."
+        )
+
+
+def _remove_others(newest: Path, kept: int) -> None:
+    """All but the newest so many. Later steps than this one's were passed over as damaged, or it would not be new."""
+    found = sorted(newest.parent.glob("step-????????"))
+    last = found.index(newest) + 1
+    for path in (*found[: max(0, last - kept)], *found[last:]):
         shutil.rmtree(path)
 
 

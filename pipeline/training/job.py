@@ -14,15 +14,14 @@ from typing import Any
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Train
 from pipeline.config.targets import percent
-from pipeline.errors import WorkersFailed
-from pipeline.failure import MEMORY_HINT
+from pipeline.errors import OutOfMemory, WorkersFailed
+from pipeline.failure import OUT_OF_MEMORY
 from pipeline.launch import run_workers
-from pipeline.machine import detect_machine, place
 from pipeline.progress import Bar, progress
 from pipeline.stage import Metrics, StageTask, task_to_json
 from pipeline.tracking import METRICS_FILE
 from pipeline.training.schedule import total_steps
-from pipeline.training.validate import less_memory, validate_data
+from pipeline.training.validate import validate_data
 
 WORKER = "pipeline.training.worker"
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # the second is removed when training is done
@@ -39,6 +38,7 @@ def run_training(task: StageTask) -> Metrics:
         UserError: the workers refused the job.
         Stopped: a signal stopped them after they saved.
         WorkersFailed: one of them died.
+        OutOfMemory: for want of memory.
     """
     done = task.out / TRAINING_FILE
     if not done.exists():
@@ -62,10 +62,9 @@ def _run(task: StageTask) -> None:
         try:
             run_workers(WORKER, job_file, task.launch, logs, on_poll=Watch(task.out, bar))
         except WorkersFailed as error:
-            if MEMORY_HINT not in str(error):
-                raise
-            processes = place(task.launch, detect_machine()).ranks
-            raise WorkersFailed(f"{error}\n{less_memory(task.name, settings, processes)}") from error
+            if OUT_OF_MEMORY in str(error):
+                raise OutOfMemory(str(error)) from error
+            raise
 
 
 def kept_model(artifact: Path, fraction: float) -> Path:

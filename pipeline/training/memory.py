@@ -1,4 +1,4 @@
-"""Out of memory, said with the settings that need less."""
+"""Out of memory, said in one sentence; the driver adds the settings that would fit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline.config import Train
 from pipeline.errors import NamedFailure
-from pipeline.training.validate import less_memory
+from pipeline.failure import OUT_OF_MEMORY
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError for the host's memory
 
@@ -19,8 +18,8 @@ class OutOfMemoryFailure(NamedFailure):
 
 
 @contextmanager
-def named_when_out_of_memory(section: str, train: Train, ranks: int) -> Iterator[None]:
-    """Turns torch's and Python's own errors into one message that names what to change.
+def named_when_out_of_memory() -> Iterator[None]:
+    """Turns torch's and Python's own errors into one.
 
     Raises:
         OutOfMemoryFailure: instead of them.
@@ -31,4 +30,4 @@ def named_when_out_of_memory(section: str, train: Train, ranks: int) -> Iterator
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_ALLOCATOR not in str(error):
             raise
         said = str(error).strip().partition("\n")[0]
-        raise OutOfMemoryFailure(f"out of memory: {said}. {less_memory(section, train, ranks)}") from error
+        raise OutOfMemoryFailure(f"{OUT_OF_MEMORY}: {said}") from error

@@ -34,7 +34,8 @@ def parameter_groups(section: str, model: PreTrainedModel, train: Train) -> list
             continue
         role = role_of[name].name if name in role_of else None
         unused.discard(role or "")
-        decay = train.weight_decay if len(full_shape(parameter)) >= 2 else 0.0
+        is_bias = name.endswith("bias")  # gpt_oss's experts have theirs in one matrix
+        decay = 0.0 if is_bias or len(full_shape(parameter)) < 2 else train.weight_decay
         groups[decay, multiples.get(role or "", 1.0)].append(parameter)
     if unused:
         raise _no_such_role(section, sorted(unused), sorted({role.name for role in role_of.values()}))

@@ -24,13 +24,15 @@ from pipeline.training.checkpoint import Checkpoint
 NONE = -1
 
 
-def newest_checkpoint(directory: Path, device: torch.device) -> Checkpoint | None:
-    """The newest whole checkpoint, as the first rank finds it. Collective."""
-    step = torch.full((), NONE, dtype=torch.int64, device=device)
-    if distributed.get_rank() == 0 and (found := checkpoint.newest(directory, print)) is not None:
+def newest_checkpoint(directory: Path, device: torch.device) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, as the first rank finds it, and there what was wrong with others. Collective."""
+    step, faults = torch.full((), NONE, dtype=torch.int64, device=device), list[str]()
+    if distributed.get_rank() == 0 and (found := checkpoint.newest(directory, faults.append)) is not None:
         step.fill_(found.step)
     distributed.broadcast(step, src=0)
-    return None if step == NONE else Checkpoint(directory / checkpoint.directory_name(int(step)))
+    if step == NONE:
+        return None, [*faults, *(["no whole checkpoint is left; training starts anew"] if faults else [])]
+    return Checkpoint(directory / checkpoint.directory_name(int(step))), faults
 
 
 def identity(

@@ -54,7 +54,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     precision = resolve_precision(settings.precision, device)
     session = Session(task, settings, log_dir, device, precision, rank, ranks)
-    with named_when_out_of_memory(task.name, settings, ranks):
+    with named_when_out_of_memory():
         status = _train(session, wants_stop)
     distributed.barrier()
     return {"status": status}
@@ -148,21 +148,21 @@ def _begin(session: Session, prepared: Prepared) -> tuple[Progress, dict[str, An
     Returns:
         Where training stands, what its checkpoints belong to, and what to tell about it.
     """
-    found = resume.newest_checkpoint(session.checkpoints, session.device)
+    found, notes = resume.newest_checkpoint(session.checkpoints, session.device)
     task = session.task
     belongs_to = resume.identity(
         session.model_dir, session.data_dir, session.settings, task.seed, session.device, read_weights=found is not None
     )
     if found is None:
         _write_base_weights(session, prepared.masters)
-        return Progress(), belongs_to, []
+        return Progress(), belongs_to, notes
     resume.check_belongs(found, belongs_to, task.name)
     content = found.content()
     progress = Progress(**content["progress"])
     _check_kept(session, progress, prepared.steps)
     checkpoint.restore(found, prepared.masters)
     note = resume.rounding_note(content["spread"], _spread(session))
-    return progress, belongs_to, [] if note is None else [note]
+    return progress, belongs_to, notes if note is None else [*notes, note]
 
 
 def _write_base_weights(session: Session, masters: Masters) -> None:
@@ -185,7 +185,7 @@ def _check_kept(session: Session, progress: Progress, steps: int) -> None:
 
 
 def _spread(session: Session) -> dict[str, Any]:
-    """What orders the sums: with the same, a resumed run is the same to the bit."""
+    """What orders and rounds the sums: with the same, a resumed run is the same to the bit."""
     settings = session.settings
     return {
         "device": session.device.type,
@@ -193,7 +193,11 @@ def _spread(session: Session) -> dict[str, Any]:
         "ranks": session.ranks,
         "threads": torch.get_num_threads(),
         "zero_stage": settings.deepspeed.zero_stage,
+        "offload_optimizer": settings.deepspeed.offload_optimizer,
         "micro_batch": settings.micro_batch,
+        "attention": settings.attention,
+        "compile": settings.compile,
+        "float32_products": settings.float32_products,
     }
 
 

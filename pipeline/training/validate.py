@@ -37,13 +37,7 @@ def validate(section: str, train: Train, launch: Launch, context_length: int | N
 
 def faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
     """Everything that is wrong with one training section, for so many processes; see ``validate``."""
-    if context_length is not None and train.sequence_length > context_length:
-        yield UserError(
-            setting=f"{section}.sequence_length",
-            value=train.sequence_length,
-            rule=f"the model's context is {context_length} tokens",
-            remedy=f"Say {section}.sequence_length={context_length} or less.",
-        )
+    yield from _too_long(section, train, context_length)
     if train.global_batch % (processes * train.micro_batch):
         yield _indivisible(section, train, processes)
     if train.deepspeed.offload_parameters and train.deepspeed.zero_stage != 3:
@@ -64,6 +58,26 @@ def faults(section: str, train: Train, processes: int, context_length: int | Non
     yield from _unknown_roles(section, train)
 
 
+def validate_length(section: str, train: Train, context_length: int | None) -> None:
+    """What of a training section already decides over its token blocks.
+
+    Raises:
+        UserError: a block would be longer than the model's context.
+    """
+    for fault in _too_long(section, train, context_length):
+        raise fault
+
+
+def _too_long(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:
+    if context_length is not None and train.sequence_length > context_length:
+        yield UserError(
+            setting=f"{section}.sequence_length",
+            value=train.sequence_length,
+            rule=f"the model's context is {context_length} tokens",
+            remedy=f"Say {section}.sequence_length={context_length} or less.",
+        )
+
+
 def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
     entries = [entry for family in ARCHITECTURES.values() for entry in family.layer.values()]
     known = {entry.name for entry in entries if isinstance(entry, Role)}
@@ -78,7 +92,7 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
 
 
 def less_memory(section: str, train: Train, processes: int) -> str:
-    """What to type when memory ran out. None of it changes the numbers, so that a run goes on from its checkpoint."""
+    """What needs less memory and is not set yet. None of it changes the numbers."""
     smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
     deepspeed = train.deepspeed
     wanted = {

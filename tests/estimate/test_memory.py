@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pipeline.estimate import Kept, Setup, Trained, disk_of, lesa_scratch, memory_of, trained_part
+from pipeline.estimate import Kept, Setup, Trained, disk_of, lesa_scratch, memory_of, trained_part, when_out_of_memory
 from pipeline.shape import Shape, shape_of
 from tests.training.small import train_settings
 
@@ -62,6 +63,29 @@ def test_training_everything_stores_more_than_training_the_top() -> None:
     top, whole = (memory_of(_trained(trainable=choice), _setup()) for choice in ("auto", "all"))
     for part in ("gradients", "optimizer", "activations", "logits"):
         assert getattr(whole, part) > getattr(top, part)
+
+
+@pytest.mark.parametrize(
+    "gibibytes, changes",
+    [
+        (24, {"micro_batch": 2}),
+        (20, {"micro_batch": 1, "activation_checkpointing": True}),
+        (18, {"micro_batch": 1, "activation_checkpointing": True, "zero_stage": 3}),
+    ],
+)
+def test_out_of_memory_names_the_mildest_change_that_fits(gibibytes: int, changes: dict[str, Any]) -> None:
+    trained, setup, there = _trained(), _setup(ranks=2), gibibytes * 2**30
+    said = when_out_of_memory("pretrain", trained, setup, there)
+    assert "26.1 GiB a device are needed" in said and f"{gibibytes}.0 GiB are there" in said
+    typed = re.findall(r"pretrain\.(?:deepspeed\.)?(\w+)=(\w+)", said)
+    assert typed == [(name, str(value).lower()) for name, value in changes.items()]
+    sharing = setup.train.deepspeed.model_copy(update={"zero_stage": changes.pop("zero_stage", 2)})
+    assert memory_of(trained, setup.with_train(**changes, deepspeed=sharing)).total <= there
+
+
+def test_out_of_memory_says_where_nothing_fits_and_where_it_should_have_fitted() -> None:
+    assert "more devices" in when_out_of_memory("pretrain", _trained(), _setup(ranks=2), 2**30)
+    assert "Less is needed with pretrain.micro_batch=2" in when_out_of_memory("pretrain", _trained(), _setup(), 2**40)
 
 
 def test_an_offloaded_optimizer_is_not_on_the_device() -> None:

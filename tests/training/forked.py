@@ -185,13 +185,18 @@ def _child(request: dict[str, Any], rank: int) -> int:
     return worker.main(Path(request["task_file"]), logs)
 
 
+def is_half_written(path: str) -> bool:
+    """Whether it is a checkpoint without its name yet, or lies in one."""
+    return "checkpoints" in path and ".partial" in path
+
+
 def _dying_hook(last: int) -> Callable[[str, tuple[Any, ...]], None]:
-    """Kills this process, as ``kill -9`` does, at the ``last``-th thing done to a file below ``checkpoints``."""
+    """Kills this process, as ``kill -9`` does, at the ``last``-th thing done to a checkpoint that is being written."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and "checkpoints" in str(arguments[0]):
+        if event in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and is_half_written(str(arguments[0])):
             seen += 1
             if seen == last:
                 os.kill(os.getpid(), signal.SIGKILL)

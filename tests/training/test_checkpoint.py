@@ -96,6 +96,17 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_disk: Path)
     assert checkpoint.newest(small_disk, pytest.fail).step == 2
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_state_that_is_no_number_is_not_saved(bad: float, tmp_path: Path):
+    save(tmp_path, 1, fill=1.0)
+    masters = DictMasters(2.0)
+    masters.tensors["c", "exp_avg_sq"][1, 2] = bad
+    with pytest.raises(checkpoint.NotFiniteError, match="exp_avg_sq of c"):
+        checkpoint.save(tmp_path, 2, masters, {}, True, 1)
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found is not None and found.step == 1
+
+
 def test_half_a_save_is_not_a_checkpoint_and_does_not_block_the_next(tmp_path: Path):
     save(tmp_path, 1, fill=1.0)
     partial = tmp_path / "step-00000002.partial"
@@ -106,20 +117,37 @@ def test_half_a_save_is_not_a_checkpoint_and_does_not_block_the_next(tmp_path: P
     assert checkpoint.newest(tmp_path, pytest.fail).step == 2 and not partial.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "shard", "state"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "shard", "state", "state cut", "state flip"])
 def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path: Path, damage: str):
     save(tmp_path, 1, fill=1.0)
     save(tmp_path, 2, fill=2.0)
-    shard = tmp_path / "step-00000002" / "00000.safetensors"
+    shard, state = (tmp_path / "step-00000002" / name for name in ("00000.safetensors", "state.json"))
     if damage == "truncate":
         shard.write_bytes(shard.read_bytes()[:-7])
     elif damage == "flip":
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+    elif damage == "state cut":
+        state.write_text(state.read_text()[:-20])
+    elif damage == "state flip":
+        state.write_text(state.read_text().replace('"step": 2', '"step": 3'))
     else:
-        (shard if damage == "shard" else shard.with_name("state.json")).unlink()
+        (shard if damage == "shard" else state).unlink()
     reports: list[str] = []
     assert checkpoint.newest(tmp_path, reports.append).step == 1
     assert len(reports) == 1 and "step-00000002" in reports[0]
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_damaged_newer_ones_do_not_push_out_what_is_saved_after_the_one_before_them(kept: int, tmp_path: Path):
+    """As when training fell back and was stopped before the step of the damaged ones."""
+    for step in (2, 5, 6):
+        save(tmp_path, step, fill=step, kept=3)
+    for step in (5, 6):
+        (tmp_path / checkpoint.directory_name(step) / "00000.safetensors").unlink()
+    save(tmp_path, 3, fill=3.0, kept=kept)
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found is not None and found.step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (2, 3)[-kept:]]
 
 
 def test_nothing_there_is_nothing_found(tmp_path: Path):

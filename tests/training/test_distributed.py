@@ -47,7 +47,7 @@ class Case:
 
     def settings(self) -> Train:
         # Without the threshold ZeRO 3 would keep tensors as small as these whole on every rank.
-        overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if self.zero == 3 else {}
+        overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         return train_settings(
             global_batch=self.batch, steps=STEPS, warmup_fraction=0.2, precision=self.precision,
             micro_batch=self.micro_batch, activation_checkpointing=self.recompute, trainable=self.trainable,
@@ -62,8 +62,7 @@ class Case:
 EXACT_8, BFLOAT16_2 = Case(1, 2, batch=8), Case(2, 2, "bfloat16", 2, True, batch=8)
 MATRIX = [
     Case(ranks, zero, precision, 2 if recompute else 1, recompute, batch=8 if precision == "bfloat16" else 4)
-    for ranks, zero in itertools.product((1, 2), range(4))
-    for precision, recompute in (("float32", False), ("float32", True), ("bfloat16", ranks == 2))
+    for ranks, zero, precision, recompute in itertools.product((1, 2), range(4), ("float32", "bfloat16"), (False, True))
 ]
 CASES = [
     *MATRIX,
@@ -75,7 +74,7 @@ CASES = [
 ]
 INTERRUPTED = [replace(BFLOAT16_2, zero=3), Case(2, 0), Case(2, 2, offload=True)]
 # What a checkpoint of two ranks at ZeRO 2 is resumed as.
-ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0)]
+ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0), replace(BFLOAT16_2, ranks=1, zero=3)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_r
     resumed = {case: make_task(case.settings(), case.ranks) for case in INTERRUPTED}
     elastic = {case: make_task(case.settings(), case.ranks) for case in ELASTIC}
     stopped = [(task, STOP_AFTER) for task in resumed.values()]
-    stopped += [(make_task(Case(2, 2).settings(), 2, task.out), STOP_AFTER) for task in elastic.values()]
+    stopped += [
+        (make_task(replace(case, ranks=2, zero=2).settings(), 2, task.out), STOP_AFTER)
+        for case, task in elastic.items()
+    ]
     finished = [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
     for ranks in (2, 1, 4):
         plan = [
@@ -249,8 +251,9 @@ def test_interrupted_equals_uninterrupted_to_the_bit(runs: Runs, case: Case):
 
 @pytest.mark.parametrize("case", ELASTIC, ids=str)
 def test_a_checkpoint_resumes_on_other_ranks_and_stages(runs: Runs, case: Case):
-    expected = logged(runs.straight[Case(1, 0)], "loss")
-    assert logged(runs.elastic[case], "loss") == pytest.approx(expected, abs=2e-6)
+    exact = case.precision == "float32"
+    expected = logged(runs.straight[Case(1, 0) if exact else EXACT_8], "loss")
+    assert logged(runs.elastic[case], "loss") == pytest.approx(expected, **({"abs": 2e-6} if exact else {"rel": 1e-3}))
 
 
 def test_training_json_says_what_was_done(runs: Runs):

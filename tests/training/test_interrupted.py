@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import read_json
 from pipeline.launch import OUTCOME_FILE
 from pipeline.stage import StageTask
 from pipeline.training import checkpoint
-from pipeline.training.job import CHECKPOINTS, TRAINING_FILE
+from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE
 from tests.training.forked import ForkedRanks, Launch
 from tests.training.small import logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
 RANKS, STEPS, SAVE_EVERY = 2, 60, 3
-FILE_EVENTS_A_SAVE = 14  # directories made, files opened, renamed and removed, about
+FILE_EVENTS_A_SAVE = 9  # directories made, files opened and renamed; one more where a half-written one is cleared
+FIRST_INSIDE = 4  # of them; before it, nothing may be there yet
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "grad_norm/rest", "held_out_loss", "tokens", "flops")
 MakeTask = Callable[..., StageTask]
 
@@ -49,7 +52,7 @@ def interruptions(seed: int) -> list[Interruption]:
 
     found = [anywhere(number) for number in 3 * [signal.SIGTERM, signal.SIGUSR1] + 2 * [signal.SIGKILL]]
     for _ in range(2):
-        found.append(Interruption(signal.SIGKILL, file_event=chance.randint(2, 2 * FILE_EVENTS_A_SAVE)))
+        found.append(Interruption(signal.SIGKILL, file_event=chance.randint(FIRST_INSIDE, FILE_EVENTS_A_SAVE - 1)))
     chance.shuffle(found)
     return found
 
@@ -95,6 +98,7 @@ def test_ten_interruptions_leave_no_trace(make_task: MakeTask, forked_ranks: For
         assert not (broken.out / TRAINING_FILE).exists(), "it was done before it was interrupted"
         if how.number == signal.SIGKILL:
             assert statuses[how.rank] == -signal.SIGKILL, how
+            assert how.file_event is None or list((broken.out / CHECKPOINTS).glob("*.partial")), how  # within a save
         else:  # both ranks stopped after the same step, saved it, and call that no failure
             assert set(statuses.values()) == {0}, how
             assert read_json(broken.out / "logs" / OUTCOME_FILE) == {"status": "stopped"}
@@ -112,7 +116,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(make_task: MakeTa
     settings = train_settings(steps=6, checkpoint_every_steps=2)
     straight, cut = make_task(settings), make_task(settings)
     forked_ranks.work(straight).wait()
-    first = forked_ranks.work(cut, die_at_file_event=2 * FILE_EVENTS_A_SAVE)
+    first = forked_ranks.work(cut, die_at_file_event=FILE_EVENTS_A_SAVE + FIRST_INSIDE)
     first.wait()
     before = saved_step(cut)
     assert before > 0
@@ -123,6 +127,39 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(make_task: MakeTa
     assert saved_step(cut) == before
     assert forked_ranks.work(cut).wait() == {0: 0}
     assert logged(cut, "loss") == logged(straight, "loss")
+
+
+def test_a_base_whose_frozen_weights_changed_is_not_gone_on_with(
+    make_task: MakeTask, forked_ranks: ForkedRanks, tmp_path: Path
+):
+    task = make_task(train_settings(steps=6, checkpoint_every_steps=2))
+    model = Path(shutil.copytree(task.parents["model"], tmp_path / "model"))
+    task = replace(task, parents={**task.parents, "model": model})
+    forked_ranks.work(task, die_at_file_event=FILE_EVENTS_A_SAVE + FIRST_INSIDE).wait()
+    assert saved_step(task) > 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1.0  # frozen
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert forked_ranks.work(task).wait() == {0: 2}
+    outcome = read_json(task.out / "logs" / OUTCOME_FILE)
+    assert outcome["status"] == "refused" and "the model's files" in outcome["rule"]
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_is_gone_on_with(
+    make_task: MakeTask, forked_ranks: ForkedRanks
+):
+    settings = train_settings(steps=8, checkpoint_every_steps=2)
+    straight, damaged = make_task(settings), make_task(settings)
+    forked_ranks.work(straight).wait()
+    forked_ranks.work(damaged, die_at_file_event=2 * FILE_EVENTS_A_SAVE + FIRST_INSIDE).wait()
+    newest = saved_step(damaged)
+    state = damaged.out / CHECKPOINTS / checkpoint.directory_name(newest) / checkpoint.STATE_FILE
+    state.write_text(state.read_text()[:-100])
+    assert 0 < saved_step(damaged) < newest
+    assert forked_ranks.work(damaged).wait() == {0: 0}
+    told = read_json(damaged.out / "logs" / START_FILE)
+    assert told["resumed_after"] < newest and f"{state.parent} cannot be used" in told["notes"][0]
+    assert logged(damaged, "loss") == logged(straight, "loss")
 
 
 def test_a_number_that_is_not_finite_ends_training_by_name_over_the_last_good_state(

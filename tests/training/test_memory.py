@@ -1,30 +1,48 @@
+import os
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from pipeline.errors import OutOfMemory, WorkersFailed
+from pipeline.estimate import out_of_memory
+from pipeline.estimate.out_of_memory import naming_what_fits
+from pipeline.machine import Placement, device_memory
+from pipeline.stage import StageTask
 from pipeline.training.memory import OutOfMemoryFailure, named_when_out_of_memory
 from pipeline.training.validate import less_memory
 from tests.training.small import train_settings
 
 
-def test_the_allocators_error_names_the_settings_that_need_less():
-    train = train_settings(global_batch=12, micro_batch=4, deepspeed={"zero_stage": 2})
-    with pytest.raises(OutOfMemoryFailure) as error, named_when_out_of_memory("pretrain", train, ranks=2):
+def test_the_allocators_error_is_known():
+    with pytest.raises(OutOfMemoryFailure, match="^out of memory: "), named_when_out_of_memory():
         torch.empty(2**55)  # the real one, of this system's allocator
-    message = str(error.value)
-    for setting in ("micro_batch=3", "activation_checkpointing=true", "deepspeed.zero_stage=3"):
-        assert f"pretrain.{setting}" in message
-    assert "goes on where it stood" in message
+
+
+@pytest.mark.parametrize("there, said", [(2**20, "What fits: "), (2**40, "Less is needed with ")])
+def test_the_stage_adds_what_would_fit(
+    there: int, said: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(out_of_memory, "device_memory", lambda placement: there)
+    task = make_task(train_settings(micro_batch=2))
+    with pytest.raises(WorkersFailed, match=f"^rank 0 of 1: out of memory\n.*{said}"), naming_what_fits(task):
+        raise OutOfMemory("rank 0 of 1: out of memory")
+
+
+def test_a_process_has_its_share_of_the_nodes_memory():
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert device_memory(Placement("cpu", 2, 1)) == pytest.approx(there / 2, rel=0.02)
 
 
 def test_a_gpus_error_is_known_too():
     said = "CUDA out of memory. Tried to allocate 2.00 GiB"
-    with pytest.raises(OutOfMemoryFailure, match=said), named_when_out_of_memory("sft", train_settings(), ranks=1):
+    with pytest.raises(OutOfMemoryFailure, match=said), named_when_out_of_memory():
         raise torch.OutOfMemoryError(f"{said}\nGPU 0 has ...")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, RecursionError, torch.distributed.DistBackendError])
 def test_other_errors_pass(kind: type[RuntimeError]):
-    with pytest.raises(kind, match="a defect"), named_when_out_of_memory("sft", train_settings(), 1):
+    with pytest.raises(kind, match="a defect"), named_when_out_of_memory():
         raise kind("a defect")
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import UserError
 from pipeline.training import freeze
 from pipeline.training.optimizer import MULTIPLE, make_adamw, parameter_groups
+from tests.tiny_families import tiny_model
 from tests.training.small import train_settings
 
 
@@ -30,6 +31,14 @@ def test_norms_and_biases_do_not_decay(model: nn.Module):
     assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names_of(model, matrices) | names_of(model, vectors) == trained
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2", "gpt_oss"])
+def test_no_bias_decays_be_it_a_vector_or_a_matrix_of_experts(family: str):
+    model = tiny_model(family)
+    decaying, _ = parameter_groups("pretrain", model, train_settings(weight_decay=0.1))
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert biases and decaying["weight_decay"] == 0.1 and not biases & names_of(model, decaying)
 
 
 def test_a_role_can_learn_faster_than_the_rest(model: nn.Module):
