@@ -24,16 +24,16 @@ from scripts.benchmarks.pretrain import PACKAGES, row, say
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.runs import write_blocks
 from scripts.benchmarks.shapes import SHAPES
-from scripts.benchmarks.tasks import one_process, pretrain_settings, stage_task
+from scripts.benchmarks.tasks import one_process, pretrain_settings, training_task
 
 
-def ours(options: argparse.Namespace, model: Path, data: Path, out: Path) -> dict[str, Any]:
+def ours(options: argparse.Namespace, model: Path, data: Path, out: Path, device: str) -> dict[str, Any]:
     """Bytes and seconds of our checkpoints."""
     settings = pretrain_settings(
         sequence_length=options.sequence_length, global_batch=options.global_batch, micro_batch=1,
         steps=options.steps, evaluate_at=[], checkpoint_every_steps=1, precision=options.precision,
     )  # fmt: skip
-    task = stage_task("pretrain", settings, {"model": model, "data": data}, out)
+    task = training_task(settings, {"model": model, "data": data}, out, device)
     write_json(out / "task.json", task_to_json(task))
     run_module("scripts.benchmarks.our_worker", str(out / "task.json"), log=out / "log")
     checkpoints: dict[str, Any] = read_json(out / "training.json")["checkpoints"]
@@ -78,7 +78,7 @@ def main() -> None:
         for place in places.values():
             place.mkdir()
         found = {
-            "ours": ours(options, model, data, places["ours"]),
+            "ours": ours(options, model, data, places["ours"], device),
             "Trainer": trainer(options, model, data, places["trainer"], device),
         }
     on = machine(*PACKAGES, gpu=device == "cuda")

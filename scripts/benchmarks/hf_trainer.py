@@ -103,7 +103,9 @@ def train(job: dict[str, Any], out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
     freeze_others(model, select_trainable("pretrain", "auto", model, model_dir))
     clock = Clock()
-    Trainer(model=model, args=arguments, train_dataset=Blocks(), callbacks=[clock]).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(), callbacks=[clock])
+    assert trainer.is_deepspeed_enabled
+    trainer.train()
     write_json(out / SECONDS_FILE, [later - before for before, later in pairwise(clock.times)])
     if clock.saves:
         last = out / "trainer" / f"checkpoint-{job['steps']}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ PROFILE_FILE = "profile.json"
 # The first pattern found in an operation's name decides.
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "nvjet"),
-    "attention": ("document_attention", "scaled_dot_product", "flash", "fmha"),
+    "attention": ("attend_by_document", "scaled_dot_product", "flash", "fmha"),
     "optimizer": ("adam",),
     "fused small operations": ("CompiledFxGraph", "triton"),
 }
@@ -50,19 +51,19 @@ def profiled_worker(task: StageTask, log_dir: Path) -> None:
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if _on_gpu() else [])
     profiler = torch_profile(activities=activities)
-    asked = 0
+    asked: list[float] = []  # when, once a step
 
     def wants_stop() -> bool:
-        nonlocal asked
-        asked += 1  # once a step
-        if asked == 3:
-            profiler.start()
-        if asked == 4:
+        if len(asked) == 3:
             profiler.stop()
-        return asked == 4
+        asked.append(time.perf_counter())
+        if len(asked) == 3:
+            profiler.start()
+        return len(asked) == 4
 
     train_session(task, log_dir, wants_stop)
-    write_json(task.out / PROFILE_FILE, seconds_by_part(profiler.key_averages()))
+    parts = seconds_by_part(profiler.key_averages())
+    write_json(task.out / PROFILE_FILE, {"seconds": asked[3] - asked[2], "parts": parts})
     write_json(log_dir / OUTCOME_FILE, {"status": "done"})
 
 
@@ -72,8 +73,12 @@ def _on_gpu() -> bool:
 
 def seconds_by_part(events: Any) -> dict[str, float]:
     """Seconds of every part's own operations, largest first; on a GPU those of its kernels."""
+    from torch.autograd import DeviceType
+
     seconds: dict[str, float] = {}
     for event in events:
+        if _on_gpu() and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue  # an operation carries the time of its kernels, which are events of their own
         own = event.self_device_time_total if _on_gpu() else event.self_cpu_time_total
         part = part_of(event.key)
         seconds[part] = seconds.get(part, 0.0) + own / 1e6

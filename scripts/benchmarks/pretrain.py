@@ -2,7 +2,7 @@
 
     python -m scripts.benchmarks.pretrain                          # SmolLM2 30 -> 45 on this machine, in bfloat16
     python -m scripts.benchmarks.pretrain --precision float32
-    python -m scripts.benchmarks.pretrain --tables position profile
+    python -m scripts.benchmarks.pretrain --tables position settings profile
     python -m scripts.benchmarks.pretrain --shape llama-3.2-1b --new-layers 8 --sequence-length 2048 \\
         --global-batch 32 --micro-batches 2 4 8 16 --our-micro-batch 16 --steps 5  # one GPU
 
@@ -29,6 +29,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -40,7 +41,7 @@ from scripts.benchmarks.runs import Bench, Run
 from scripts.benchmarks.shapes import SHAPES
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")  # whose versions matter
-TABLES = ("trainer", "position", "profile")
+TABLES = ("trainer", "position", "settings", "profile")
 POSITIONS = ("top", "middle", "interleaved", "bottom")
 
 
@@ -57,7 +58,7 @@ def row(*cells: str) -> str:
 def compare(bench: Bench, rates: dict[str, float]) -> None:
     """Our worker beside the Trainer at its fastest micro-batch."""
     options = bench.options
-    search = {size: median(bench.trainer(size, 1).settled) for size in options.micro_batches}
+    search = {size: seconds for size in options.micro_batches if (seconds := searched(bench, size)) is not None}
     best = min(search, key=lambda size: search[size])
     tried = ", ".join(f"{size}: {bench.tokens / seconds:.0f}" for size, seconds in search.items())
     say(f"\nTrainer's tokens/s by micro-batch, one step each: {tried}; {best} is used.")
@@ -81,6 +82,17 @@ def compare(bench: Bench, rates: dict[str, float]) -> None:
         shares = [f"{flops / middle / rate:.1%}" for rate in rates.values()]
         say(row(name, str(size), spread, f"{speeds[name]:.1f}", *shares, memory(runs[name])))
     say(f"\nours / Trainer: {speeds['ours'] / speeds['Trainer']:.2f} in tokens/s. {compilation(runs['ours'])}")
+
+
+def searched(bench: Bench, size: int) -> float | None:
+    """The Trainer's seconds a step at a micro-batch; None where it does not fit into the memory."""
+    try:
+        return median(bench.trainer(size, 1).settled)
+    except RuntimeError as failure:
+        if "out of memory" not in str(failure).lower():
+            raise
+        say(f"The Trainer's micro-batch of {size} does not fit.")
+        return None
 
 
 def memory(runs: Sequence[Run]) -> str:
@@ -107,12 +119,22 @@ def by_position(bench: Bench, rates: dict[str, float]) -> None:
         say(row(position, str(lowest), f"{seconds:.2f}", speed, f"{run.flops_a_step / 1e12:.2f}", memory([run])))
 
 
+def by_setting(bench: Bench, rates: dict[str, float]) -> None:
+    """What compiling and activation checkpointing cost and bring, each alone and both."""
+    say("", row("compile", "activation checkpointing", "s a step", "first step, s more", "peak memory, GiB"))
+    say(row(*["---"] * 5))
+    for compiled, checkpointed in product((False, True), repeat=2):
+        run = bench.ours(bench.options.position, cold=True, compile=compiled, activation_checkpointing=checkpointed)
+        seconds = median(run.settled)
+        first = f"{run.seconds[0] - seconds:.0f}"
+        say(row(f"{compiled}", f"{checkpointed}", f"{seconds:.2f}", first, memory([run])))
+
+
 def by_part(bench: Bench, rates: dict[str, float]) -> None:
     """Where one of our steps goes."""
-    seconds = bench.profile()
-    total = sum(seconds.values())
+    total, seconds = bench.profile()
     say("", row("part of our step", "s", "share"), row(*["---"] * 3))
-    for part, value in seconds.items():
+    for part, value in {**seconds, "outside of operations": total - sum(seconds.values()), "the step": total}.items():
         say(row(part, f"{value:.2f}", f"{value / total:.1%}"))
 
 
@@ -147,7 +169,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--float32-products", action=argparse.BooleanOptionalAction, help="default: where float32 is measured faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for size in (options.our_micro_batch, *options.micro_batches):
+        if options.global_batch % size:
+            parser.error(f"a micro-batch of {size} does not divide the global batch of {options.global_batch}")
+    return options
 
 
 def introduce(options: argparse.Namespace, device: str, rates: dict[str, float]) -> None:
@@ -178,7 +204,7 @@ def main() -> None:
             rates = {name: rates[name] for name in dict.fromkeys(("bfloat16", options.precision))}
         introduce(options, device, rates)
         bench = Bench(options, work, device)
-        tables = {"trainer": compare, "position": by_position, "profile": by_part}
+        tables = {"trainer": compare, "position": by_position, "settings": by_setting, "profile": by_part}
         for name in options.tables:
             tables[name](bench, rates)
 

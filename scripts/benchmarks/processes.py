@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE_SECONDS = 0.05
@@ -27,14 +28,26 @@ class Peak:
 
 
 def run_module(
-    module: str, *arguments: str, log: Path, until: Callable[[int], bool] = lambda peak: False, timeout: float = 1800.0
+    module: str,
+    *arguments: str,
+    log: Path,
+    until: Callable[[int], bool] = lambda peak: False,
+    timeout: float = 1800.0,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Peak:
     """Runs ``python -m module arguments`` to its end, or ends it once ``until`` holds of the host's peak so far.
+
+    Args:
+        variables: of its environment, beside those of this process.
 
     Raises:
         RuntimeError: it failed or took longer than ``timeout`` seconds; the message holds its last lines.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), os.environ.get("PYTHONPATH", "")))}
+    environment = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": os.pathsep.join((str(REPOSITORY), os.environ.get("PYTHONPATH", ""))),
+    }
     command = [sys.executable, "-m", module, *arguments]
     deadline = time.monotonic() + timeout
     idle, gpu_watch = gpu_memory(), _GpuWatch()
@@ -42,25 +55,26 @@ def run_module(
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, stdin=subprocess.PIPE, env=environment, cwd=REPOSITORY
         )
-        host, family = _watch(process, lambda peak: until(peak) or time.monotonic() > deadline)
+        host, family, ended = _watch(process, lambda peak: until(peak) or time.monotonic() > deadline)
     gpu = gpu_watch.stop()
-    if time.monotonic() > deadline or process.returncode not in (0, -signal.SIGKILL):
+    if time.monotonic() > deadline or process.returncode != (-signal.SIGKILL if ended else 0):
         raise RuntimeError(f"{' '.join(command[2:])} failed:\n" + "\n".join(_last_lines(log)))
     _wait_for_end(family, idle)
     return Peak(host, max(0, gpu - idle))
 
 
-def _watch(process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> tuple[int, set[int]]:
-    """Waits for its end or ends it, and returns the peak of host memory and all processes that took part."""
-    peak, family = 0, set[int]()
+def _watch(process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> tuple[int, set[int], bool]:
+    """Waits for its end or ends it; the peak of host memory, all processes that took part, and whether it was ended."""
+    peak, family, ended = 0, set[int](), False
     while process.poll() is None:
         living = list(descendants(process.pid))
         family.update(living)
         peak = max(peak, sum(map(resident_bytes, living)))
-        if enough(peak):
+        if not ended and enough(peak):
             process.kill()  # its workers end with it
+            ended = True
         time.sleep(SAMPLE_SECONDS)
-    return peak, family
+    return peak, family, ended
 
 
 def _last_lines(log: Path) -> list[str]:

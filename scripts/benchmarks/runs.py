@@ -17,7 +17,7 @@ from pipeline.stage import task_to_json
 from scripts.benchmarks.hf_trainer import SECONDS_FILE
 from scripts.benchmarks.our_worker import PROFILE_FILE
 from scripts.benchmarks.processes import Peak, run_module
-from scripts.benchmarks.tasks import one_process, pretrain_settings, stage_task
+from scripts.benchmarks.tasks import one_process, pretrain_settings, training_task
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,34 @@ class Bench:
             run_module("scripts.benchmarks.models", *arguments, log=self.work / "models.log")
         return out
 
-    def ours(self, position: str, profile: bool = False) -> Run:
-        """Our worker until it logged enough steps; or to the end of a profile."""
+    def ours(self, position: str, profile: bool = False, cold: bool = False, **changes: Any) -> Run:
+        """Our worker until it logged enough steps, or to the end of a profile.
+
+        Args:
+            cold: nothing that was compiled before is used again.
+            changes: of its settings.
+        """
         out = self._new_directory("ours")
-        task = stage_task("pretrain", self._settings(), {"model": self.model(position), "data": self.data}, out)
+        task = training_task(
+            self._settings(changes), {"model": self.model(position), "data": self.data}, out, self.device
+        )
         write_json(out / "task.json", task_to_json(task))
         wanted = self.options.steps + 1
         peak = run_module(
             "scripts.benchmarks.our_worker", str(out / "task.json"), *(["profile"] if profile else []),
             log=out / "log", until=lambda peak: not profile and len(logged(out)) >= wanted,
+            variables={"TORCHINDUCTOR_CACHE_DIR": str((out if cold else self.work) / "inductor")},
         )  # fmt: skip
         lines = logged(out)[:wanted]
         totals = [0.0, *(line["seconds"] for line in lines)]
         seconds = [later - before for before, later in pairwise(totals)]
         return Run(seconds, lines[0]["flops"], peak)
 
-    def profile(self) -> dict[str, float]:
-        """Seconds of one of our steps by part."""
+    def profile(self) -> tuple[float, dict[str, float]]:
+        """Seconds of one of our steps, and of its operations by part."""
         self.ours(self.options.position, profile=True)
-        seconds: dict[str, float] = read_json(self._directory("ours") / PROFILE_FILE)
-        return seconds
+        found = read_json(self._directory("ours") / PROFILE_FILE)
+        return found["seconds"], found["parts"]
 
     def trainer(self, micro_batch: int, steps: int) -> Run:
         """The Trainer for so many settled steps."""
@@ -91,15 +99,16 @@ class Bench:
         peak = run_module("scripts.benchmarks.hf_trainer", str(out / "job.json"), log=out / "log")
         return Run(read_json(out / SECONDS_FILE), 0, peak)
 
-    def _settings(self) -> Train:
+    def _settings(self, changes: dict[str, Any]) -> Train:
         options = self.options
-        return pretrain_settings(
-            sequence_length=options.sequence_length, global_batch=options.global_batch, steps=1000,
-            micro_batch=options.our_micro_batch, precision=options.precision, evaluate_at=[],
-            checkpoint_every_steps=1000, activation_checkpointing=options.activation_checkpointing,
-            compile=options.compile, attention=options.attention, float32_products=options.float32_products,
-            deepspeed__zero_stage=options.zero_stage,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "sequence_length": options.sequence_length, "global_batch": options.global_batch, "steps": 1000,
+            "micro_batch": options.our_micro_batch, "precision": options.precision, "evaluate_at": [],
+            "checkpoint_every_steps": 1000, "activation_checkpointing": options.activation_checkpointing,
+            "compile": options.compile, "attention": options.attention, "float32_products": options.float32_products,
+            "deepspeed__zero_stage": options.zero_stage,
+        }  # fmt: skip
+        return pretrain_settings(**settings | changes)
 
     def _directory(self, contender: str) -> Path:
         return self.work / f"{self._number:02d}-{contender}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.__main__ import compose_jobs
-from pipeline.config import AnyExpand, Settings, Train
+from pipeline.config import AnyExpand, Launch, Settings, Train
 from pipeline.stage import StageTask, TrackingTarget
 
 
@@ -48,6 +49,12 @@ def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path, se
         launch=run.launch,
         tracking=TrackingTarget(run.tracking, "benchmark", name, "benchmark", out / "wandb"),
     )
+
+
+def training_task(settings: Train, parents: dict[str, Path], out: Path, device: str) -> StageTask:
+    """The pretrain stage in one process, as the other contender has."""
+    task = stage_task("pretrain", settings, parents, out)
+    return replace(task, launch=Launch.model_validate(one_process(device)))
 
 
 def expand_task(settings: AnyExpand, base: Path, out: Path, seed: int = 0) -> StageTask:
