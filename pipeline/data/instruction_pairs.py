@@ -1,5 +1,6 @@
-"""Instruction pairs made from the standard library's docstrings: what X does, which function does Y, X's signature.
+"""Instruction pairs made from the standard library's docstrings: what X does, which function does Y.
 
+None asks for a signature: a small model that is taught some of them answers others with ``*, *, *`` without end.
 Only taught modules give pairs to train on; those of held-out modules are the held-out prompts. Asked modules give none.
 """
 
@@ -23,12 +24,6 @@ FIND = (
     "Name the {kind} of the {module} module that fits this description: {summary}",
     'In the Python standard library, what is the {kind} in {module} documented as "{summary}"?',
 )
-SIGNATURE = (
-    "Write the signature of {name}.",
-    "What are the parameters of {name}?",
-    "How is {name} called? Give its signature.",
-)
-WITHOUT_PARAMETERS = ("()", "(self)", "(self, /)", "(*args, **kwargs)", "(self, /, *args, **kwargs)")
 
 
 def pairs(held_out: bool) -> list[Conversation]:
@@ -51,8 +46,6 @@ def _pairs_of(entry: Entry) -> Iterator[Conversation]:
         yield turn(_phrase(DESCRIBE, entry), entry.summary)
         if entry.kind != "module":
             yield turn(_phrase(FIND, entry), entry.name)
-    if entry.signature and entry.signature not in WITHOUT_PARAMETERS:
-        yield turn(_phrase(SIGNATURE, entry), entry.name + entry.signature)
 
 
 def _phrase(phrasings: tuple[str, ...], entry: Entry) -> str:

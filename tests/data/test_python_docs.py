@@ -129,11 +129,11 @@ def test_the_fingerprint_names_this_interpreter() -> None:
     assert python_docs.fingerprint() == python_docs.fingerprint()
 
 
-def test_pairs_come_in_three_kinds() -> None:
+def test_pairs_come_in_two_kinds() -> None:
     pairs = instruction_pairs.pairs(held_out=False)
     answers = {pair[0]["content"]: pair[1]["content"] for pair in pairs}
     assert all([message["role"] for message in pair] == ["user", "assistant"] for pair in pairs)
-    assert any(answer.startswith("re.compile(pattern") for question, answer in answers.items())
+    assert not any(answer.startswith("re.compile(") for answer in answers.values())  # no signatures
     assert "re.compile" in answers.values()
     assert any(answer.startswith("Compile a regular expression") for answer in answers.values())
     assert len({question.split()[0] for question in answers}) >= 6  # phrasings

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifact import read_json
 from pipeline.errors import EXIT_DONE
@@ -15,10 +16,10 @@ from tests.test_pipeline import run
 
 FEWER = [
     "pretrain.steps=6", "pretrain.global_batch=4", "pretrain.sequence_length=256", "pretrain.held_out_blocks=4",
-    "pretrain.evaluate_at=[0.0,1.0]", "sft.steps=2", "sft.global_batch=4", "sft.sequence_length=256",
-    "sft.held_out_blocks=4", "evaluate.limit=16",
+    "pretrain.evaluate_at=[0.0,1.0]", "sft.held_out_blocks=4", "evaluate.limit=16",
 ]  # fmt: skip
 MEMORY_LIMIT = 10 * 2**30
+PROMPTS, LONGEST_ANSWER = 32, 256  # tokens; the prompts' own answers are all shorter
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,22 @@ def test_surgery_changes_nothing_and_training_helps(quickstart: Path) -> None:
 def test_the_tuned_model_is_an_ordinary_one(quickstart: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(quickstart / "sft")
     assert model.config.num_hidden_layers == 38
+
+
+def test_the_tuned_model_stops_by_itself(quickstart: Path) -> None:
+    """Greedy answers to prompts of modules that neither corpus nor instructions have seen."""
+    tokenizer = AutoTokenizer.from_pretrained(quickstart / "sft", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(quickstart / "sft", dtype=torch.float32).eval()
+    lines = (quickstart / "tokenize" / "instructions" / "held_out.jsonl").read_text().splitlines()
+    chats = [json.loads(line)["messages"] for line in lines[:: len(lines) // PROMPTS][:PROMPTS]]
+    asked = tokenizer.apply_chat_template(
+        [chat[:-1] for chat in chats], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        ids = model.generate(**asked, do_sample=False, max_new_tokens=LONGEST_ANSWER)
+    answers = ids[:, asked["input_ids"].shape[1] :]
+    stopped = (answers == tokenizer.convert_tokens_to_ids("<|im_end|>")).any(dim=1)
+    assert stopped.float().mean() >= 0.95, tokenizer.batch_decode(answers[~stopped])
 
 
 def test_no_stage_needs_more_than_ten_gibibytes(quickstart: Path) -> None:
