@@ -115,13 +115,13 @@ def train(job: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     """As a worker under torchrun, or as the process that starts it."""
+    end_with_parent()
     job = read_json(Path(sys.argv[1]))
     out = Path(job["out"])
     if LOG_DIR_VARIABLE not in os.environ:
         launch = Launch.model_validate(job["launch"])
         run_workers("scripts.benchmarks.hf_trainer", Path(sys.argv[1]), launch, out / "logs")
         return
-    end_with_parent()
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for inference only

@@ -95,9 +95,9 @@ def part_of(operation: str) -> str:
 
 def main() -> None:
     """As a worker, a driver to be profiled, or a driver."""
+    end_with_parent()  # else a benchmark that is interrupted would leave a training of a thousand steps behind
     task = task_from_json(read_json(Path(sys.argv[1])))
     if LOG_DIR_VARIABLE in os.environ:
-        end_with_parent()
         profiled_worker(task, Path(os.environ[LOG_DIR_VARIABLE]))
     elif sys.argv[2:] == ["profile"]:
         profile(task)

@@ -16,11 +16,10 @@ the best of several square matrix products, measured here in bfloat16 and, on a 
 that bfloat16 is the slower one, our worker multiplies bfloat16 operands by the float32 units (``float32_products``).
 
 Expected on two quiet CPU cores whose float32 products are 1.8 times as fast as their bfloat16 ones, before it was run
-there. Float32: matrix products take 70 to 75 % of our step and attention 17 %, so 60 to 75 % of the matrix rate; the
-Trainer spends 10 to 15 % more on small operations and on the logits of a whole micro-batch, so 1.1 to 1.25 times its
-tokens a second in less memory. Bfloat16: its products run at half the speed of ours, so 1.3 to 1.6 times its tokens a
-second. Top placement needs 0.87 of the FLOPs that bottom placement needs (15 of its 45 layers are only run forwards),
-and about that share of its seconds.
+there: in float32 60 to 75 % of the matrix rate and 1.1 to 1.25 times the Trainer's tokens a second, in bfloat16, whose
+products run at half the speed of ours, 1.3 to 1.6 times. Found where they were 2.2 times as fast: 69 % and 1.10 times;
+2.03 times. Top placement needs 0.87 of the FLOPs that bottom placement needs (15 of its 45 layers are only run
+forwards), and about that share of its seconds.
 """
 
 from __future__ import annotations
