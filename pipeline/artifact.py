@@ -45,8 +45,12 @@ def make_key(
     stage: str, version: int, settings: Mapping[str, Any], parents: Mapping[str, str], inputs: Mapping[str, str]
 ) -> str:
     """64 hexadecimal digits naming the one artifact that these inputs make."""
-    recipe = {"stage": stage, "version": version, "settings": settings, "parents": parents, "inputs": inputs}
-    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256_json({"stage": stage, "version": version, "settings": settings, "parents": parents, "inputs": inputs})
+
+
+def sha256_json(value: Mapping[str, Any]) -> str:
+    """The SHA-256 of JSON values, however they would be laid out in a file."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -142,7 +146,7 @@ class Artifact:
             if path.is_file() and path.name != MANIFEST
         }
         write_json(self.partial / MANIFEST, {**manifest, "files": files})
-        _sync_directory(self.partial)
+        sync_directory(self.partial)
         if self.path.exists():
             # A rename cannot replace a directory that holds files; the old one steps aside first.
             old = self.path.with_name(f"{self.key}.old")
@@ -187,7 +191,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_directory(directory: Path) -> None:
-    """So that a crash after the rename cannot leave a hollow artifact."""
+def sync_directory(directory: Path) -> None:
+    """Flushes everything in it: a crash after what then says that all is there cannot leave it hollow."""
     for path in [*directory.rglob("*"), directory]:
         sync(path)

@@ -80,9 +80,9 @@ def _checked(messages: Any, where: str, setting: str) -> Conversation:
     for message in messages:
         if message.get("role") not in ROLES:
             raise _malformed(where, setting, f"the role {message.get('role')!r} is none of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), (str, NoneType)):
+        if "content" not in message or not isinstance(message["content"], (str, NoneType)):
             raise _malformed(where, setting, f"the content of a {message['role']} message must be text")
-    if any(message.get("content") is None for message in messages):  # a call of a tool, say: nothing to answer or learn
+    if any(message["content"] is None for message in messages):  # a call of a tool, say: nothing to answer or learn
         return []
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 

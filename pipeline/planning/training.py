@@ -8,6 +8,7 @@ from pipeline.artifact import read_json
 from pipeline.config import Data, Launch, Train
 from pipeline.config.devices import DEVICES, Device
 from pipeline.data import sources
+from pipeline.disk import gib
 from pipeline.errors import UserError
 from pipeline.estimate import Memory, Setup, Trained, largest_micro_batch, memory_of, usable, what_fits
 from pipeline.graph import Node
@@ -68,14 +69,13 @@ class TrainingPlan:
 
     def fault(self) -> UserError | None:
         """Why it will run out of the named device's memory, and what would fit."""
-        if self.device is None or self.memory.total <= room(self.device):
+        if self.device is None or self.memory.total <= (there := room(self.device)):
             return None
-        needed, there = self.memory.total / 2**30, room(self.device) / 2**30
-        fits = what_fits(self.section, self.trained, self.setup, room(self.device))
+        fits = what_fits(self.section, self.trained, self.setup, there)
         return UserError(
             setting=f"{self.section}.micro_batch",
             value=self.setup.train.micro_batch,
-            rule=f"it needs {needed:.1f} GiB a device, and {self.launch.device} has {there:.1f} for it",
+            rule=f"it needs {gib(self.memory.total)} a device, and {self.launch.device} has {there / 2**30:.1f} for it",
             remedy=f"Say {fits or NOTHING_FITS}.",
         )
 

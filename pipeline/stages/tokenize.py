@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.artifact import read_json, sync, write_json
+from pipeline.artifact import read_json, sync_directory, write_json
 from pipeline.config import Tokenize
 from pipeline.data.tokenizing import DatasetBuilder, expected_total, forget_checkpoint
 from pipeline.data.tokens import TextTokenizer
@@ -34,6 +34,5 @@ def _build(task: StageTask, settings: Tokenize) -> Metrics:
     total = expected_total(settings)
     with progress(task.name, total) as bar, DatasetBuilder(task.out, settings, tokenizer) as builder:
         summary = builder.build(bar)
-    for path in task.out.iterdir():
-        sync(path)  # before the file that says that all is there
+    sync_directory(task.out)  # before the file that says that all is there
     return summary

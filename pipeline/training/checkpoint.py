@@ -11,8 +11,6 @@ The order of data and the random numbers need no state: both are functions of (s
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.artifact import read_json, sha256_file, sync, write_json
+from pipeline.artifact import read_json, sha256_file, sha256_json, sync, sync_directory, write_json
 from pipeline.disk import FULL, free_bytes
 from pipeline.errors import NamedFailure
 from pipeline.training.masters import PARTS, Masters
@@ -62,7 +60,7 @@ class Checkpoint:
         """What is wrong with the files, read whole and hashed; None when nothing is."""
         try:
             content = self.content()
-            if content.pop("sha256") != _hash_of(content):
+            if content.pop("sha256") != sha256_json(content):
                 return f"{STATE_FILE} does not have the hash it was saved with"
         except (OSError, ValueError, LookupError, AttributeError) as error:
             return f"{STATE_FILE} is missing or cannot be read ({type(error).__name__})"
@@ -99,11 +97,6 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._shard_of)
-
-
-def _hash_of(content: Mapping[str, Any]) -> str:
-    """Of JSON values, however they are laid out in a file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def newest(directory: Path, report: Callable[[str], None]) -> Checkpoint | None:
@@ -159,9 +152,8 @@ def save(
         partial.mkdir(parents=True)
         shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)
         content = {**state, "shards": shards, "tensors": shard_of}
-        write_json(partial / STATE_FILE, {**content, "sha256": _hash_of(content)})
-        for path in (*partial.iterdir(), partial):
-            sync(path)
+        write_json(partial / STATE_FILE, {**content, "sha256": sha256_json(content)})
+        sync_directory(partial)
     os.replace(partial, final)
     sync(directory)
     _remove_others(final, kept)

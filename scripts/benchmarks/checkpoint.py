@@ -44,7 +44,8 @@ def ours(options: argparse.Namespace, model: Path, data: Path, out: Path, device
 def trainer(options: argparse.Namespace, model: Path, data: Path, out: Path, device: str) -> dict[str, Any]:
     """Bytes and seconds of the Trainer's checkpoints."""
     job = {
-        "model": str(model), "data": str(data), "out": str(out), "device": device, "launch": one_process(device),
+        "model": str(model), "data": str(data), "out": str(out), "device": device,
+        "launch": one_process(device).model_dump(mode="json"),
         "precision": options.precision,
         "zero_stage": 2, "global_batch": options.global_batch, "micro_batch": 1, "steps": options.steps,
         "activation_checkpointing": False, "save": True,

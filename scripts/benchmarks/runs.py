@@ -90,7 +90,7 @@ class Bench:
         options, out = self.options, self._new_directory("trainer")
         job = {
             "model": str(self.model(options.position)), "data": str(self.data), "out": str(out),
-            "device": self.device, "launch": one_process(self.device),
+            "device": self.device, "launch": one_process(self.device).model_dump(mode="json"),
             "precision": options.precision, "zero_stage": options.zero_stage,
             "global_batch": options.global_batch, "micro_batch": micro_batch, "steps": steps + 1,
             "activation_checkpointing": options.activation_checkpointing,

@@ -32,9 +32,9 @@ def _overrides(group: str, changes: dict[str, Any]) -> list[str]:
     return [f"{group}.{name.replace('__', '.')}={json.dumps(value)}" for name, value in changes.items()]
 
 
-def one_process(device: str) -> dict[str, Any]:
-    """How a contender is started, as JSON values."""
-    return quickstart(f"launch.device={device}", "launch.processes=1").launch.model_dump(mode="json")
+def one_process(device: str) -> Launch:
+    """How a contender is started."""
+    return quickstart(f"launch.device={device}", "launch.processes=1").launch
 
 
 def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path, seed: int = 0) -> StageTask:
@@ -54,7 +54,7 @@ def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path, se
 def training_task(settings: Train, parents: dict[str, Path], out: Path, device: str) -> StageTask:
     """The pretrain stage in one process, as the other contender has."""
     task = stage_task("pretrain", settings, parents, out)
-    return replace(task, launch=Launch.model_validate(one_process(device)))
+    return replace(task, launch=one_process(device))
 
 
 def expand_task(settings: AnyExpand, base: Path, out: Path, seed: int = 0) -> StageTask:

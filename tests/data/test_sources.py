@@ -168,6 +168,7 @@ def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, wor
         ({"question": "x", "answer": "y"}, ["question, answer", "known conversation format"]),
         ({"messages": [{"role": "robot", "content": "x"}]}, ["'robot'", "user"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["must be text"]),
+        ({"messages": [{"role": "user", "text": "x"}]}, ["must be text"]),
         ({"messages": "hello"}, ["list of objects"]),
     ],
 )
