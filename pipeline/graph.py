@@ -34,7 +34,7 @@ from pipeline.config import (
 class Stage:
     """One row of the table: what a stage's artifacts depend on beside settings, and where it runs."""
 
-    version: int  # raise it when the same settings would give other numbers
+    version: int  # raise it when the same settings would give another artifact
     own_process: bool = True  # the driver starts it in a process; else it starts workers itself
     draws: tuple[type[Section], ...] = ()  # settings with which it draws random numbers: the seed is in the key
 
@@ -42,7 +42,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "load": Stage(version=1),
     "expand": Stage(version=1, draws=(LesaExpand,)),
-    "tokenize": Stage(version=2),
+    "tokenize": Stage(version=3),
     "pretrain": Stage(version=2, own_process=False, draws=(Section,)),
     "sft": Stage(version=2, own_process=False, draws=(Section,)),
     "evaluate": Stage(version=1),

@@ -1,8 +1,8 @@
 """When a difference between two scores counts.
 
 The standard error of a difference of two scores is taken as sqrt(se1² + se2²), and a difference counts when it is
-larger than two of them. Both scores come from the same documents, so a paired error would usually be smaller; the
-per-document results it needs are not kept, and this one errs on the side of "within noise".
+larger than two of them. Both scores come from the same documents, so a paired error (from the samples in ``tasks/``)
+would usually be smaller; this one errs on the side of "within noise".
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from pipeline.comparison.measures import (
     PERPLEXITIES,
     SHARES,
     TARGET_NAMES,
-    TASK_NAMES,
     count,
     number,
     preferred,
     signed,
     significant,
+    task_name,
 )
 from pipeline.comparison.rows import Row, Scores
 from pipeline.comparison.run_artifacts import METHOD_NAMES, RunArtifacts, labels
@@ -89,7 +89,7 @@ def _text_sentence(run: RunArtifacts, target: str, difference: Difference) -> st
     verb = "lowered" if after < before else "raised"
     remark = "" if difference.verdict in (Verdict.BETTER, Verdict.WORSE) else f", {difference.verdict}"
     return (
-        f"{cause.capitalize()} {verb} {_spoken(metric)} on {escape(TASK_NAMES.get(task, task))} by "
+        f"{cause.capitalize()} {verb} {_spoken(metric)} on {escape(task_name(task))} by "
         f"{100 * abs(after / before - 1):.1f} % against the untouched base "
         f"({number(metric, before)} → {number(metric, after)}{remark})."
     )
@@ -116,7 +116,7 @@ def outcome(difference: Difference) -> str:
     """``general-English minimal pairs 81.4 % → 80.9 % (−0.5 points, within noise)``."""
     metric, task = difference.after["metric"], difference.after["task"]
     before, after = number(metric, difference.before["value"]), number(metric, difference.after["value"])
-    what = escape(TASK_NAMES.get(task, task)) + ("" if metric in SHARES else f", {_spoken(metric)}")
+    what = escape(task_name(task)) + ("" if metric in SHARES else f", {_spoken(metric)}")
     change = "" if difference.verdict is Verdict.SAME else f"{signed(metric, difference.value, None)}, "
     return f"{what} {before} → {after} ({change}{difference.verdict})"
 
@@ -154,7 +154,7 @@ def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> 
 
 def _lead_sentence(first: Row, line: Sequence[Row | None], names: dict[str, str]) -> str:
     task, metric = first["task"], first["metric"]
-    where = escape(TASK_NAMES.get(task, task))
+    where = escape(task_name(task))
     ahead = (
         f"{escape(names[first['run']])} has the best {_spoken(metric)} on {where} ({number(metric, first['value'])})"
     )

@@ -18,6 +18,14 @@ TASK_NAMES = {
 _PREFERRED = (*PERPLEXITIES, "acc", "exact_match", "acc_norm")
 
 
+def task_name(task: str) -> str:
+    """``held-out corpus text``, or ``held-out corpus text of data.corpus.1`` for one of several sources."""
+    name, _, source = task.partition("/")
+    if name not in TASK_NAMES:
+        return task
+    return f"{TASK_NAMES[name]} of {source}" if source else TASK_NAMES[name]
+
+
 def target_name(target: str) -> str:
     """``pre-trained``, or ``pre-trained, 20 %`` for a model on the way."""
     stage, _, share = target.rstrip("%").partition("@")

@@ -17,7 +17,7 @@ class Evaluate(Section):
     targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a model on the way: pretrain@20%
     num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or by task; null: each task's own
     limit: Positive | None  # documents a task
-    held_out_characters: Positive  # of the corpus's held-out text, for the task held_out_text
+    held_out_characters: Positive  # of every source's held-out text, for the task held_out_text
     prompt_format: Literal["plain", "chat"]  # one for all targets of a table
     dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
     batch_size: Annotated[Positive, NotInKey]  # sequences, fewer where they are long

@@ -41,22 +41,24 @@ class DatasetWriter:
         self._held_out.truncate(state["held_out_bytes"] if state else 0)
         self._held_out.seek(0, os.SEEK_END)
 
-    def add_document(self, split: Split, text: str, ids: Ids) -> None:
-        """A text; every token but its first is a target."""
+    def add_document(self, split: Split, source: str, text: str, ids: Ids) -> None:
+        """A text, and the setting it came by, such as ``data.corpus.1``; every token but its first is a target."""
         packer = self._packers[split]
         assert isinstance(packer, DocumentPacker)
         packer.add(ids)
-        self._keep(split, {"text": text})
+        self._keep(split, {"text": text, "source": source})
 
-    def add_conversation(self, split: Split, conversation: Conversation, rendered: Sequence[Rendered]) -> None:
+    def add_conversation(
+        self, split: Split, source: str, conversation: Conversation, rendered: Sequence[Rendered]
+    ) -> None:
         """A conversation as it was rendered, in one example or several; each stays whole."""
         packer = self._packers[split]
         assert isinstance(packer, ExamplePacker)
         for example in rendered:
             packer.add(example.input_ids, example.loss_mask)
-        self._keep(split, {"messages": conversation})
+        self._keep(split, {"messages": conversation, "source": source})
 
-    def _keep(self, split: Split, row: dict[str, str] | dict[str, Conversation]) -> None:
+    def _keep(self, split: Split, row: dict[str, str | Conversation]) -> None:
         if split == "held_out":
             self._held_out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 

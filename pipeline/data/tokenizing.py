@@ -109,15 +109,15 @@ class DatasetBuilder:
         return self._summary()
 
     def _add(self, number: int, split: Split, example: Example, ids: Ids | None) -> None:
-        part = self._mixture.parts[number]
+        part, source = self._mixture.parts[number], self._names[number]
         if ids is not None:
-            self._writer.add_document(split, cast("str", example.content), ids)
+            self._writer.add_document(split, source, cast("str", example.content), ids)
             part.count(split, len(ids))
             return
         conversation = cast("Conversation", example.content)
         rendered = self._renderers[number].render(conversation)
         if rendered:
-            self._writer.add_conversation(split, conversation, rendered)
+            self._writer.add_conversation(split, source, conversation, rendered)
             part.count(split, sum(len(each.input_ids) for each in rendered))
 
     def _save(self) -> None:

@@ -16,7 +16,8 @@ from pipeline.config import Evaluate
 from pipeline.data.hub_datasets import check_reachable, is_offline
 from pipeline.errors import UserError
 
-BUNDLED = ("held_out_text", "python_docs_mcq", "minimal_pairs")
+HELD_OUT_TEXT = "held_out_text"
+BUNDLED = (HELD_OUT_TEXT, "python_docs_mcq", "minimal_pairs")
 
 # What conf/evaluate/ names, so that a paper's suite is accepted without reading thousands of files.
 PUBLISHED = frozenset(

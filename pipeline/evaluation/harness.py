@@ -22,9 +22,9 @@ from lm_eval.tasks import TaskManager
 from pipeline.artifact import read_json, write_json
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
-from pipeline.evaluation.catalogue import BUNDLED, PREFETCH
+from pipeline.evaluation.catalogue import BUNDLED, HELD_OUT_TEXT, PREFETCH
 from pipeline.evaluation.judge import Judge
-from pipeline.evaluation.scores import samples_of, scores_of
+from pipeline.evaluation.scores import samples_of, scores_by_source, scores_of
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.machine import Placement
 
@@ -148,7 +148,7 @@ def _score_task(name: str, loaded: Any, judge: Judge, settings: Evaluate) -> dic
         "task": name,
         "versions": results["versions"],
         "num_fewshot": results["n-shot"],
-        "rows": scores_of(name, results),
+        "rows": [*scores_of(name, results), *(scores_by_source(name, results) if name == HELD_OUT_TEXT else ())],
         "first_tokens": judge.first_tokens,
         "seconds": round(time.monotonic() - started, 2),
         "samples": samples_of(results),

@@ -57,6 +57,39 @@ def _count(task: str, results: Mapping[str, Any]) -> int:
     return sum(_count(child, results) for child in results["group_subtasks"][task])
 
 
+def scores_by_source(task: str, results: Mapping[str, Any]) -> list[Score]:
+    """A text task's perplexities on each source's documents alone, as ``<task>/<source>``, where they have several."""
+    samples: dict[str, list[Any]] = {}
+    for sample in results["samples"][task]:
+        samples.setdefault(sample["doc"]["source"], []).append(sample)
+    if len(samples) < 2:
+        return []
+    return [
+        _weighted(f"{task}/{source}", metric, [sample[metric] for sample in samples[source]])
+        for source in sorted(samples)
+        for metric in WEIGHTED
+    ]
+
+
+def _weighted(task: str, metric: str, items: Sequence[tuple[float, int]]) -> Score:
+    value, stderr = weighted_value(metric, items), weighted_stderr(metric, items)
+    return Score(task=task, metric=metric, value=value, stderr=stderr, n=len(items))
+
+
+def weighted_value(metric: str, items: Sequence[tuple[float, int]]) -> float:
+    """A perplexity or bits per byte, as lm-eval takes them: from the rate r of all documents together.
+
+    Args:
+        items: (log likelihood in nats, length in words or bytes) of each document.
+    """
+    rate = _rate(items)
+    return rate / math.log(2) if WEIGHTED[metric] == "bits" else math.exp(rate)
+
+
+def _rate(items: Sequence[tuple[float, int]]) -> float:
+    return -sum(loglikelihood for loglikelihood, _ in items) / sum(length for _, length in items)
+
+
 def weighted_stderr(metric: str, items: Sequence[tuple[float, int]]) -> float | None:
     """Standard error of a perplexity or of bits per byte over documents of unequal length.
 
@@ -68,8 +101,7 @@ def weighted_stderr(metric: str, items: Sequence[tuple[float, int]]) -> float | 
     """
     if len(items) < 2:
         return None
-    total = sum(length for _, length in items)
-    rate = -sum(loglikelihood for loglikelihood, _ in items) / total
+    total, rate = sum(length for _, length in items), _rate(items)
     residuals = sum((-loglikelihood - rate * length) ** 2 for loglikelihood, length in items)
     error = math.sqrt(len(items) / (len(items) - 1) * residuals) / total
     return error / math.log(2) if WEIGHTED[metric] == "bits" else math.exp(rate) * error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: 
 
     Args:
         corpus: the tokenize/corpus artifact, for its held-out text.
-        held_out_characters: of held-out text to score; the last passage is not cut.
+        held_out_characters: of every source's held-out text to score; the last passage is not cut.
     """
     makers: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]] = {
         "held_out_text": lambda: _held_out_text(corpus, held_out_characters),
@@ -38,17 +38,33 @@ def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: 
 
 
 def _held_out_text(corpus: Path, characters: int) -> list[dict[str, str]]:
-    """Passages from the start of held-out documents, drawn by hash, up to the number of characters."""
+    """Passages from the start of held-out documents, so many characters of every source, in the order of their hashes.
+
+    A source with a small share of the tokens gets as many as any other, so that its own score has as small an error.
+    """
+    passages: dict[str, set[str]] = {}
     with open(corpus / HELD_OUT_FILE, encoding="utf-8") as stream:
-        passages = {_passage(json.loads(line)["text"]) for line in stream}
-    drawn: list[dict[str, str]] = []
-    for passage in sorted(passages, key=lambda text: sha256(text.encode()).hexdigest()):
+        for line in stream:
+            document = json.loads(line)
+            passages.setdefault(document["source"], set()).add(_passage(document["text"]))
+    drawn = [
+        {"text": passage, "source": source} for source in passages for passage in _draw(passages[source], characters)
+    ]
+    return sorted(drawn, key=lambda row: (_place(row["text"]), row["source"]))
+
+
+def _draw(passages: Iterable[str], characters: int) -> Iterator[str]:
+    """Up to the number of characters; the last is not cut."""
+    for passage in sorted(passages, key=_place):
         if characters <= 0:
-            break
+            return
         if words(passage):
-            drawn.append({"text": passage})
+            yield passage
             characters -= len(passage)
-    return drawn
+
+
+def _place(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
 
 
 def _passage(text: str) -> str:

@@ -8,6 +8,7 @@ from pipeline.comparison.caveats import caveats
 from pipeline.comparison.findings import final_target, headline, lead_findings, title
 from pipeline.comparison.rows import Scores, collect
 from pipeline.comparison.run_artifacts import RunArtifacts, labels
+from pipeline.config import MODEL_TARGETS
 from tests.comparison.finished_runs import MEASURES, finished_run
 
 
@@ -35,6 +36,19 @@ def test_one_run_in_numbers(tmp_path: Path) -> None:
 def test_a_rise_is_called_a_rise(tmp_path: Path) -> None:
     text = _headline(finished_run(tmp_path, measures=_measures({"held_out_text": 70.0})))
     assert "raised word perplexity on held-out corpus text by 100.0 %" in text
+
+
+def test_every_source_of_a_mixture_has_its_sentence(tmp_path: Path) -> None:
+    """What was learnt of the one and forgotten of the other."""
+    values = {"data.corpus.0": (20.0, 20.0, 15.0, 15.0), "data.corpus.1": (16.0, 16.0, 18.0, 18.0)}
+    by_source = {
+        (f"held_out_text/{source}", "word_perplexity"): (40, 0.4, dict(zip(MODEL_TARGETS, of, strict=True)))
+        for source, of in values.items()
+    }
+    text = _headline(finished_run(tmp_path, measures={**MEASURES, **by_source}))
+    assert "lowered word perplexity on held-out corpus text by 24.0 %" in text
+    assert "lowered word perplexity on held-out corpus text of data.corpus.0 by 25.0 %" in text
+    assert "raised word perplexity on held-out corpus text of data.corpus.1 by 12.5 %" in text
 
 
 def test_a_small_drop_is_called_noise_and_an_unknown_error_is_named(tmp_path: Path) -> None:

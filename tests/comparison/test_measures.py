@@ -13,6 +13,7 @@ from pipeline.comparison.measures import (
     scientific,
     signed,
     significant,
+    task_name,
     with_error,
 )
 
@@ -31,6 +32,9 @@ from pipeline.comparison.measures import (
         (signed("word_perplexity", -8.4, 0.566), "−8.40 ± 0.57"),
         (signed("word_perplexity", 15.0, None), "+15.00"),
         (significant(12345.6), "12,346"),
+        (task_name("held_out_text"), "held-out corpus text"),
+        (task_name("held_out_text/data.corpus.1"), "held-out corpus text of data.corpus.1"),
+        (task_name("mmlu"), "mmlu"),
         (duration(4.25), "4.2 s"),
         (duration(185), "3 min 05 s"),
         (duration(59.97), "1 min 00 s"),

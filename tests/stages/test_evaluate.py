@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.artifact import read_json
@@ -28,9 +29,18 @@ from tests.plain_settings import cpu_launch
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Held-out text as tokenize/corpus leaves it."""
-    directory = tmp_path_factory.mktemp("corpus_artifact")
     texts = [f"Return item {number} of the container.\n" * (3 + number % 7) for number in range(30)]
-    (directory / "held_out.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return _held_out(tmp_path_factory.mktemp("corpus_artifact"), {"data.corpus": texts})
+
+
+def _held_out(directory: Path, texts: dict[str, list[str]]) -> Path:
+    """The held-out documents of several sources, in turns."""
+    rows = [
+        {"text": text, "source": source} for together in zip(*texts.values(), strict=True)
+        for source, text in zip(texts, together, strict=True)
+    ]  # fmt: skip
+    directory.mkdir(exist_ok=True)
+    (directory / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return directory
 
 
@@ -73,6 +83,26 @@ def test_the_perplexity_is_that_of_its_documents(tiny_llama_dir: Path, corpus: P
     bits = {row["metric"]: row["value"] for row in answer["rows"]}["bits_per_byte"]
     nats = -sum(loglikelihood for loglikelihood, _ in samples)
     assert bits == pytest.approx(nats / 0.6931471805599453 / sum(map(len, texts)))
+
+
+def test_held_out_text_of_several_sources_is_scored_in_all_and_by_source(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """A source's score is what it would be alone; every source gets the number of characters."""
+    texts = {
+        "data.corpus.0": [f"Return item {number} of the container.\n" * 9 for number in range(9)],
+        "data.corpus.1": [f"The {number} ministers met again in spring.\n" * 5 for number in range(9)],
+    }
+    mixed = _held_out(tmp_path / "mixed", texts)
+    settings = {"tasks": ["held_out_text"], "limit": None, "held_out_characters": 1500}
+    found = evaluate.run(_task(tiny_llama_dir, mixed, tmp_path / "out", **settings))["table"]["rows"]
+    expected = []
+    for source, documents in texts.items():
+        alone = _held_out(tmp_path / source, {"data.corpus": documents})
+        rows = evaluate.run(_task(tiny_llama_dir, alone, tmp_path / f"out-{source}", **settings))["table"]["rows"]
+        expected += [[f"{task}/{source}", *numbers] for task, *numbers in rows]
+    assert [row[0] for row in found] == 3 * ["held_out_text"] + [row[0] for row in expected]
+    assert [row[1] for row in found[3:]] == [row[1] for row in expected]
+    np.testing.assert_allclose([row[2:] for row in found[3:]], [row[2:] for row in expected], rtol=1e-5)
+    assert [row[4] for row in found[:3]] == 3 * [expected[0][4] + expected[3][4]]
 
 
 def test_a_killed_evaluation_loses_one_task_at_most(
@@ -145,7 +175,7 @@ def test_held_out_text_is_a_fixed_subset_of_bounded_size(corpus: Path, tmp_path:
 
 def test_long_documents_give_their_beginning(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(2000))
-    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": text}))
+    _held_out(tmp_path, {"data.corpus": [text]})
     (passage,) = _written(tmp_path, tmp_path, 10**6)
     assert text.startswith(passage) and passage.endswith("\n") and 900 < len(passage) <= 1000
 

@@ -179,6 +179,8 @@ def test_a_weight_is_a_share_of_the_training_tokens(
     assert abs(found["left"] - sum(found.values()) * weights[0] / sum(weights)) < longest
     assert sum(found.values()) == metrics["tokens"]["train"] < 5000 + longest
     assert [source["tokens"]["train"] for source in metrics["sources"]] == list(found.values())
+    held_out = {(row["source"], row["text"].split()[0]) for row in _held_out(task.out)}
+    assert held_out == {(f"data.corpus.{number}", word) for number, word in enumerate(found)}
     assert metrics["warnings"] == []
 
 
