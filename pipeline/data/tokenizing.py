@@ -150,7 +150,7 @@ class DatasetBuilder:
         }
 
     def _warnings(self) -> list[str]:
-        """Where less was there than was asked for."""
+        """Where less was there than was asked for or is needed."""
         tokens, budget = self._mixture.training_tokens, self._settings.max_tokens
         ended = [name for name, part in zip(self._names, self._mixture.parts, strict=True) if part.ran_out]
         found = []
@@ -161,6 +161,12 @@ class DatasetBuilder:
             )
         if budget is not None and tokens < budget:
             found.append(f"data.max_corpus_tokens = {budget:,} was not reached: {tokens:,} training tokens are there")
+        found += [
+            f"{name} has no held-out document, so that nothing will say what was learnt or forgotten of it: give it "
+            "more documents, or raise data.held_out_fraction"
+            for name, part in zip(self._names, self._mixture.parts, strict=True)
+            if len(self._names) > 1 and not part.documents["held_out"]
+        ]
         return found
 
     def _refuse_empty(self, supervised: dict[Split, int]) -> None:

@@ -184,6 +184,13 @@ def test_a_weight_is_a_share_of_the_training_tokens(
     assert metrics["warnings"] == []
 
 
+def test_a_source_without_a_held_out_document_is_named(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    few = _source("corpus", _jsonl(tmp_path / "few.jsonl", ["one alone " * 40]), 0.01)
+    task = _task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=[_two(tmp_path, (1.0, 1.0))[0], few])
+    warnings = [warning for warning in tokenize.run(task)["warnings"] if "no held-out document" in warning]
+    assert len(warnings) == 1 and warnings[0].startswith("data.corpus.1 ") and "held_out_fraction" in warnings[0]
+
+
 def test_the_shares_hold_until_the_first_source_runs_out(tiny_llama_dir: Path, tmp_path: Path) -> None:
     task = _task(tiny_llama_dir, tmp_path / "out", "corpus", None, sources=_two(tmp_path, (0.1, 0.9)))
     metrics = tokenize.run(task)
