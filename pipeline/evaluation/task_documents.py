@@ -9,11 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.dataset import HELD_OUT_FILE
 from pipeline.data.overlap import words
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.questions import build_questions
 
-HELD_OUT_FILE = "held_out.jsonl"
 LONGEST_PASSAGE = 1_000  # characters: many short passages have a smaller standard error than few long ones
 
 

@@ -33,23 +33,25 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from pipeline.artifact import write_json
-from pipeline.config import Source, Tokenize, Train
+from pipeline.config import Source
 from pipeline.data import python_docs
 from pipeline.data.dataset import HELD_OUT_FILE
-from pipeline.stage import StageTask, task_to_json
+from pipeline.stage import StageTask
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.models import make
-from scripts.benchmarks.processes import run_module
-from scripts.benchmarks.tasks import quickstart, stage_task
+from scripts.benchmarks.tasks import corpus_settings, pretrain_settings, quickstart, run_stage, stage_task, text_files
 
 HELD_OUT_FRACTION = 0.2
-LEARNING_RATES = {"all": 3.0e-4}  # as the quickstart tunes everything; at the new layers' rate its loss rose
-RECIPE = ("pretrain.global_batch=4", "pretrain.evaluate_at=[]", "pretrain.checkpoint_every_steps=1000")
+RECIPE = {"global_batch": 4, "evaluate_at": [], "checkpoint_every_steps": 1000}
+RECIPES = {
+    # The rate at which the quickstart tunes everything: at that of new layers the loss rose.
+    "all": RECIPE | {"trainable": "all", "learning_rate": 3.0e-4},
+    "auto": RECIPE,
+}
 
 
 class Study:
@@ -80,33 +82,28 @@ class Study:
         out = self.work / f"{trainable}-{share}-{seed}"
         if not (out / "done").exists():
             parents = {"model": self.base, "data": self._data(f"data-{share}", self._mixture(share))}
-            self._run(stage_task("pretrain", recipe(trainable), parents, out, seed))
+            self._run(stage_task("pretrain", pretrain_settings(**RECIPES[trainable]), parents, out, seed))
         return out
 
     def _mixture(self, share: float) -> list[Source]:
-        documentation = source("python_docs", None, weight=1.0 - share)
-        return [documentation, source("files", self.options.replay, weight=share)] if share else [documentation]
+        (documentation,) = quickstart(f"data.corpus.weight={1.0 - share}").data.corpus
+        return [documentation, text_files(self.options.replay, weight=share)] if share else [documentation]
 
     def _held_out(self, name: str, path: str) -> list[str]:
         """The same documents that a mixture holds out of it: their hash decides."""
-        lines = (self._data(name, [source("files", path, weight=1.0)]) / HELD_OUT_FILE).read_text().splitlines()
+        lines = (self._data(name, [text_files(path)]) / HELD_OUT_FILE).read_text().splitlines()
         return [json.loads(line)["text"] for line in lines]
 
-    def _data(self, name: str, sources: Sequence[Source]) -> Path:
+    def _data(self, name: str, sources: list[Source]) -> Path:
         out = self.work / name
         if not (out / "done").exists():
-            settings = Tokenize(
-                purpose="corpus", sources=list(sources), sequence_length=quickstart().pretrain.sequence_length,
-                held_out_fraction=HELD_OUT_FRACTION, max_tokens=None, chat_template=None,
-            )  # fmt: skip
+            settings = corpus_settings(sources, quickstart().pretrain.sequence_length, HELD_OUT_FRACTION)
             self._run(stage_task("tokenize/corpus", settings, {"load": self.base}, out))
         return out
 
     def _run(self, task: StageTask) -> None:
         task.out.mkdir(exist_ok=True)
-        write_json(task.out / "task.json", task_to_json(task))
-        arguments = (str(task.out / "task.json"), str(task.out / "outcome.json"))
-        run_module("pipeline.stages", *arguments, log=task.out / "log")
+        run_stage(task, task.out)
         (task.out / "done").touch()
 
     @torch.inference_mode()
@@ -119,20 +116,6 @@ class Study:
             summed += float(network(ids, labels=ids).loss) * (ids.shape[1] - 1)
             targets += ids.shape[1] - 1
         return math.exp(summed / targets)
-
-
-def recipe(trainable: str) -> Train:
-    """The quickstart's, in smaller batches."""
-    settings = quickstart(*RECIPE, f"pretrain.trainable={trainable}").pretrain
-    return settings.model_copy(update={"learning_rate": LEARNING_RATES.get(trainable, settings.learning_rate)})
-
-
-def source(kind: Literal["python_docs", "files"], path: str | None, weight: float) -> Source:
-    """Documents with this share of the training tokens."""
-    return Source(
-        kind=kind, path=path, config_name=None, split=None, revision=None,
-        text_field="text" if path else None, weight=weight,
-    )  # fmt: skip
 
 
 def cell(found: Sequence[float], before: float) -> str:
@@ -149,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("unseen", metavar="UNSEEN")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.25], help="of the training tokens")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trainable", nargs="+", default=["all", "auto"], help="auto: the new layers")
+    parser.add_argument("--trainable", nargs="+", choices=RECIPES, default=[*RECIPES], help="auto: the new layers")
     parser.add_argument("--documents", type=int, default=16, help="scored of every kind")
     parser.add_argument("--tokens", type=int, default=512, help="of a document's beginning that are scored")
     parser.add_argument("--directory", type=Path, default=Path("benchmarks-replay"))

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.__main__ import compose_jobs
-from pipeline.config import AnyExpand, Launch, Settings, Train
-from pipeline.stage import StageTask, TrackingTarget
+from pipeline.artifact import read_json, write_json
+from pipeline.config import AnyExpand, Launch, Settings, Source, Tokenize, Train
+from pipeline.stage import StageTask, TrackingTarget, task_to_json
+from scripts.benchmarks.processes import Peak, run_module
 
 
 def quickstart(*overrides: str) -> Settings:
@@ -30,6 +32,21 @@ def pretrain_settings(**changes: Any) -> Train:
 
 def _overrides(group: str, changes: dict[str, Any]) -> list[str]:
     return [f"{group}.{name.replace('__', '.')}={json.dumps(value)}" for name, value in changes.items()]
+
+
+def text_files(path: str, weight: float = 1.0) -> Source:
+    """Documents as the tokenize stage finds them in a file, directory or glob."""
+    return Source(
+        kind="files", path=path, config_name=None, split=None, revision=None, text_field="text", weight=weight
+    )
+
+
+def corpus_settings(sources: list[Source], sequence_length: int, held_out_fraction: float) -> Tokenize:
+    """Settings that tokenize all text of these sources."""
+    return Tokenize(
+        purpose="corpus", sources=sources, sequence_length=sequence_length, held_out_fraction=held_out_fraction,
+        max_tokens=None, chat_template=None,
+    )  # fmt: skip
 
 
 def one_process(device: str) -> Launch:
@@ -60,6 +77,19 @@ def training_task(settings: Train, parents: dict[str, Path], out: Path, device: 
 def expand_task(settings: AnyExpand, base: Path, out: Path, seed: int = 0) -> StageTask:
     """The expand stage from directory to directory."""
     return stage_task("expand", settings, {"load": base}, out, seed)
+
+
+def run_stage(task: StageTask, place: Path, timeout: float = 1800.0) -> tuple[Peak, dict[str, Any]]:
+    """Runs a task as the driver does, in a process of its own: its memory and its metrics.
+
+    Args:
+        place: where the task, its outcome and its log are written.
+    """
+    job, outcome = place / "task.json", place / "outcome.json"
+    write_json(job, task_to_json(task))
+    peak = run_module("pipeline.stages", str(job), str(outcome), log=place / "log", timeout=timeout)
+    metrics: dict[str, Any] = read_json(outcome)["metrics"]
+    return peak, metrics
 
 
 def load_smollm2(directory: Path) -> Path:

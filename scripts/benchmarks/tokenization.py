@@ -22,13 +22,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config import Source, Tokenize
 from pipeline.data import python_docs
 from pipeline.data.encoders import available_cores
-from pipeline.stage import task_to_json
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.processes import run_module
-from scripts.benchmarks.tasks import stage_task
+from scripts.benchmarks.tasks import corpus_settings, run_stage, stage_task, text_files
 
 BATCH_DOCUMENTS = 256
 MEGABYTE = 10**6
@@ -104,20 +102,14 @@ def time_library(model: Path, corpus: Path) -> float:
 
 def time_stage(model: Path, corpus: Path, place: Path) -> tuple[float, int, int]:
     """Seconds, peak bytes of memory, and tokens of the whole stage."""
-    source = Source(
-        kind="files", path=str(corpus), config_name=None, split=None, revision=None, text_field="text", weight=1.0
-    )
-    settings = Tokenize(
-        purpose="corpus", sources=[source], sequence_length=2048, held_out_fraction=0.001, max_tokens=None,
-        chat_template="model",
-    )  # fmt: skip
-    out, job, outcome = place / "out", place / "task.json", place / "outcome.json"
+    settings = corpus_settings([text_files(str(corpus))], sequence_length=2048, held_out_fraction=0.001)
+    out = place / "out"
     out.mkdir()
-    job.write_text(json.dumps(task_to_json(stage_task("tokenize/corpus", settings, {"load": model}, out))))
+    task = stage_task("tokenize/corpus", settings, {"load": model}, out)
     started = time.perf_counter()
-    peak = run_module("pipeline.stages", str(job), str(outcome), log=place / "stage.log", timeout=7200.0)
+    peak, metrics = run_stage(task, place, timeout=7200.0)
     seconds = time.perf_counter() - started
-    return seconds, peak.host, sum(json.loads(outcome.read_text())["metrics"]["tokens"].values())
+    return seconds, peak.host, sum(metrics["tokens"].values())
 
 
 def print_table(size: int, tokens: int, alone: float, stage: float, peak: int) -> None:
