@@ -116,6 +116,12 @@ def all_started():
 
 what = json.loads(Path(sys.argv[1]).read_text())
 sleep_until(all_started)
+if what == "signalled":  # as a signal to all of a job's processes while they start
+    for process in (os.getppid(), os.getpid()):
+        os.kill(process, signal.SIGUSR1)
+    from pipeline.training.worker import StopRequest
+    if StopRequest(logs / "stop")() and rank == 0:
+        outcome(status="stopped")
 if what == "done" and rank == 0:
     outcome(status="done", answer=42)
 if what == "refuse" and rank == 0:
@@ -170,6 +176,12 @@ def test_a_dead_rank_is_named_with_its_last_lines_and_its_log(
     assert f"rank 1 of 2: {cause}" in message
     assert str(tmp_path / "logs" / "rank-1.log") in message
     assert "last words" in message if how == "die" else "Traceback" in message
+
+
+def test_a_signal_to_workers_that_are_still_starting_stops_them_in_order(run: Callable[[str], dict]):
+    with pytest.raises(Stopped):
+        run("signalled")
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 DRIVER = "from tests.test_launch import *; run_workers('small_worker', Path('job.json'), TWO, Path('logs'))"

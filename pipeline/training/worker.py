@@ -18,12 +18,15 @@ from typing import Any
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
 from pipeline.failure import rank_log
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
+from pipeline.launch import HELD_BACK, LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 from pipeline.watchdog import end_with_parent
 
 
 class StopRequest:
-    """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file."""
+    """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file.
+
+    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.launch``) and counts too.
+    """
 
     def __init__(self, stop_file: Path) -> None:
         self._stop_file = stop_file
@@ -31,6 +34,7 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

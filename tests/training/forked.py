@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.artifact import write_json
 from pipeline.failure import rank_log
 from pipeline.stage import StageTask, task_to_json
+from pipeline.training.job import START_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600.0  # seconds for one launch
@@ -75,7 +76,7 @@ class ForkedRanks:
         """Starts a task's worker on its ranks, as torchrun would."""
         logs = task.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        for name in ("outcome.json", "stop"):
+        for name in ("outcome.json", "stop", START_FILE):
             (logs / name).unlink(missing_ok=True)
         write_json(logs / "task.json", task_to_json(task))
         return self.start(int(task.launch.processes), {"task_file": str(logs / "task.json"), **request})

@@ -19,7 +19,7 @@ from pipeline.artifact import read_json
 from pipeline.launch import OUTCOME_FILE
 from pipeline.stage import StageTask
 from pipeline.training import checkpoint
-from pipeline.training.job import CHECKPOINTS, START_FILE, TRAINING_FILE
+from pipeline.training.job import CHECKPOINTS, LOGS, START_FILE, TRAINING_FILE
 from tests.training.forked import ForkedRanks, Launch
 from tests.training.small import logged, train_settings
 
@@ -65,10 +65,13 @@ def last_step(task: StageTask) -> int:
 
 
 def interrupt(launch: Launch, task: StageTask, how: Interruption) -> dict[int, int]:
-    """Waits for the right moment, sends the signal, and waits for the end."""
+    """Waits for the right moment, sends the signal, and waits for the end.
+
+    After a kill the log tells of steps that were not saved, until ranks that have started drop them.
+    """
     if how.file_event is None:
         first = saved_step(task)
-        while last_step(task) <= first + how.steps:
+        while not ((task.out / LOGS / START_FILE).exists() and last_step(task) > first + how.steps):
             time.sleep(0.001)
         time.sleep(how.delay)
         launch.kill(how.rank, how.number)
