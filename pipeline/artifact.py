@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,7 @@ def make_key(
     return sha256_json({"stage": stage, "version": version, "settings": settings, "parents": parents, "inputs": inputs})
 
 
-def sha256_json(value: Mapping[str, Any]) -> str:
+def sha256_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
     """The SHA-256 of JSON values, however they would be laid out in a file."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -164,7 +164,7 @@ def _run(job: Prepared, console: Console) -> None:
         console.print("everything is there; nothing was done")
     report = job.nodes.get("report")
     if report is not None and report.name in seconds:
-        console.print(closing_table(read_json(report.artifact.path / "results.json")))
+        console.print(closing_table(report.artifact.path))
         console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
     if any(seconds.values()) and job.run.tracking.wandb == "offline":
         runs = Path(job.run.output_dir) / job.run.name / "wandb" / "offline-run-*"
@@ -181,7 +181,7 @@ def _report_sweep(jobs: Sequence[Prepared], console: Console) -> None:
     whole, nodes = _sweep_report(jobs)
     run_graph(whole, nodes, console)
     node = nodes["report"]
-    console.print(closing_table(read_json(node.artifact.path / "results.json")))
+    console.print(closing_table(node.artifact.path))
     console.print(f"report: {Path(whole.output_dir) / whole.name / 'report' / 'report.md'}")
 
 

@@ -45,8 +45,8 @@ STAGES: dict[str, Stage] = {
     "tokenize": Stage(version=3),
     "pretrain": Stage(version=2, own_process=False, draws=(Section,)),
     "sft": Stage(version=2, own_process=False, draws=(Section,)),
-    "evaluate": Stage(version=1),
-    "report": Stage(version=1),
+    "evaluate": Stage(version=2),
+    "report": Stage(version=2),
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pipeline.comparison.markdown import escape
 from pipeline.comparison.measures import TARGET_NAMES, count
-from pipeline.comparison.rows import Scores
 from pipeline.comparison.run_artifacts import RunArtifacts
+from pipeline.comparison.scores import Scores
 
 SMALL_TOKENS = 100e6
 
@@ -16,12 +16,24 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     """What a reader must not conclude from these numbers."""
     return [
         _seed_caveat(runs),
-        "A difference counts when it exceeds two standard errors, √(se₁² + se₂²) each. The same documents are scored "
-        "for both models, so that a paired error would usually be smaller; ▲ and ▼ are rather too few than too many.",
+        "A difference counts when it exceeds two of its standard errors. Both models are scored on the same documents, "
+        "so the error is taken over pairs of them: it can be far smaller than the errors of the two scores. Of many "
+        "differences without any effect, one in twenty still counts.",
+        *_unpaired_caveats(scores),
         *_size_caveats(runs),
         *_held_out_caveats(runs),
         *_comparison_caveats(runs),
         *_evaluation_caveats(runs, scores),
+    ]
+
+
+def _unpaired_caveats(scores: Scores) -> list[str]:
+    tasks = dict.fromkeys(escape(task) for task, _ in scores.unpaired())
+    if not tasks:
+        return []
+    return [
+        f"No errors over pairs of documents for {', '.join(tasks)}, where the scores are not those of the same "
+        "documents one by one: there √(se₁² + se₂²) stands, which is mostly too large."
     ]
 
 

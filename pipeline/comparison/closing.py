@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from pipeline.comparison.differences import MARKS, Verdict, best, mark
+from pipeline.artifact import read_json
+from pipeline.comparison.differences import MARKS, Verdict
 from pipeline.comparison.measures import TARGET_NAMES, with_error
-from pipeline.comparison.rows import Row, Scores
+from pipeline.comparison.pairs import PAIRED_FILE
+from pipeline.comparison.rows import RESULTS_FILE, Row
+from pipeline.comparison.scores import Scores
 
 _COLOURS = {MARKS[Verdict.BETTER]: "green", MARKS[Verdict.WORSE]: "red"}
 
 
-def closing_table(rows: Sequence[Row]) -> RichTable:
+def closing_table(report: Path) -> RichTable:
     """Scores by target with one standard error, a line a run, task and metric.
 
     Args:
-        rows: those of results.json.
+        report: the directory of a written report.
     """
-    scores = Scores(rows)
+    rows: list[Row] = read_json(report / RESULTS_FILE)
+    scores = Scores(rows, read_json(report / PAIRED_FILE))
     runs = list(dict.fromkeys(row["run"] for row in rows))
     targets = [target for target in TARGET_NAMES if any(target in scores.targets(run) for run in runs)]
     table = RichTable(
@@ -34,17 +39,17 @@ def closing_table(rows: Sequence[Row]) -> RichTable:
         for run in runs:
             line = [scores.get(run, target, measure) for target in targets]
             names = [run, *measure] if len(runs) > 1 else list(measure)
-            table.add_row(*map(escape, names), *_cells(line))
+            table.add_row(*map(escape, names), *_cells(scores, line))
     return table
 
 
-def _cells(line: Sequence[Row | None]) -> list[str]:
-    base, winner = line[0], best(line)
-    return ["–" if row is None else _cell(row, base, row is winner) for row in line]
+def _cells(scores: Scores, line: Sequence[Row | None]) -> list[str]:
+    base = line[0] if line[0] is not None and line[0]["target"] == "load" else None
+    winner = scores.best(line)
+    return ["–" if row is None else _cell(row, scores.mark(base, row), row is winner) for row in line]
 
 
-def _cell(row: Row, base: Row | None, wins: bool) -> str:
-    sign = mark(base if base is not None and base["target"] == "load" else None, row)
+def _cell(row: Row, sign: str, wins: bool) -> str:
     text = with_error(row["metric"], row["value"], row["stderr"])
     text = f"[bold]{text}[/]" if wins else text
     return f"{text} [{_COLOURS[sign]}]{sign}[/]" if sign in _COLOURS else f"{text} {sign}".rstrip()

@@ -1,8 +1,8 @@
 """When a difference between two scores counts.
 
-The standard error of a difference of two scores is taken as sqrt(se1² + se2²), and a difference counts when it is
-larger than two of them. Both scores come from the same documents, so a paired error (from the samples in ``tasks/``)
-would usually be smaller; this one errs on the side of "within noise".
+It counts when it is larger than two of its standard errors. Two models are scored on the same documents, so the error
+is taken over the documents' differences (``pairs``; Miller 2024, Adding Error Bars to Evals, section 4.2). Where that
+cannot be done it is sqrt(se1² + se2²), which takes the scores for independent and is mostly too large.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from enum import StrEnum
 
 from pipeline.comparison.measures import direction
 from pipeline.comparison.rows import Row
+
+FEWEST_CHANGED = 6  # documents: six that all changed for the better are the fewest with 2 · 0.5ⁿ < 0.05 (sign test)
 
 
 class Verdict(StrEnum):
@@ -27,12 +29,22 @@ class Verdict(StrEnum):
     UNKNOWN = "no standard error"
 
 
+MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOISE: "≈", Verdict.SAME: "="}
+
+
 @dataclass(frozen=True)
 class Difference:
-    """``after`` minus ``before`` of one task and metric, in the metric's unit."""
+    """``after`` minus ``before`` of one task and metric, in the metric's unit.
+
+    Attributes:
+        paired_stderr: one standard error of the difference over pairs of documents; None where there is none.
+        changed: the documents on which the two models' numbers are not the same, where that is known.
+    """
 
     before: Row
     after: Row
+    paired_stderr: float | None = None
+    changed: int | None = None
 
     @property
     def value(self) -> float:
@@ -41,7 +53,9 @@ class Difference:
 
     @property
     def stderr(self) -> float | None:
-        """sqrt(se1² + se2²), or None where either is unknown."""
+        """One standard error of the value: over pairs, else sqrt(se1² + se2²), or None where either is unknown."""
+        if self.paired_stderr is not None:
+            return self.paired_stderr
         before, after = self.before["stderr"], self.after["stderr"]
         return None if before is None or after is None else math.hypot(before, after)
 
@@ -52,30 +66,16 @@ class Difference:
             return Verdict.SAME
         if self.stderr is None:
             return Verdict.UNKNOWN
-        if not abs(self.value) > 2 * self.stderr:
+        too_few = self.changed is not None and self.changed < FEWEST_CHANGED
+        if too_few or not abs(self.value) > 2 * self.stderr:
             return Verdict.NOISE
         side = self.value * direction(self.after["metric"])
         return Verdict.CHANGED if side == 0 else Verdict.BETTER if side > 0 else Verdict.WORSE
 
-
-MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOISE: "≈", Verdict.SAME: "="}
-
-
-def mark(base: Row | None, row: Row) -> str:
-    """▲ better than the base, ▼ worse, ≈ within noise, = the same number; nothing where nothing can be said."""
-    if base is None or base is row:
-        return ""
-    return MARKS.get(Difference(base, row).verdict, "")
-
-
-def best(rows: Sequence[Row | None]) -> Row | None:
-    """The row that is better than every other by more than two standard errors, if there is one."""
-    present = [row for row in rows if row is not None]
-    for row in present:
-        others = [other for other in present if other is not row]
-        if others and all(Difference(other, row).verdict is Verdict.BETTER for other in others):
-            return row
-    return None
+    @property
+    def mark(self) -> str:
+        """▲ better, ▼ worse, ≈ within noise, = the same number; nothing where nothing can be said."""
+        return MARKS.get(self.verdict, "")
 
 
 def leader(rows: Sequence[Row | None]) -> Row | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.comparison.curves import base_loss, curves, perplexity
-from pipeline.comparison.differences import Difference, Verdict, best, leader
+from pipeline.comparison.differences import Difference, Verdict, leader
 from pipeline.comparison.markdown import escape
 from pipeline.comparison.measures import (
     PERPLEXITIES,
@@ -18,8 +18,9 @@ from pipeline.comparison.measures import (
     significant,
     task_name,
 )
-from pipeline.comparison.rows import Row, Scores
+from pipeline.comparison.rows import Row
 from pipeline.comparison.run_artifacts import METHOD_NAMES, RunArtifacts, labels
+from pipeline.comparison.scores import Scores
 
 
 def primary_measures(scores: Scores) -> list[tuple[str, str]]:
@@ -109,7 +110,7 @@ def _curve_sentence(run: RunArtifacts) -> list[str]:
 
 def _difference(scores: Scores, run: str, before: str, after: str, measure: tuple[str, str]) -> Difference | None:
     first, second = scores.get(run, before, measure), scores.get(run, after, measure)
-    return None if first is None or second is None or before == after else Difference(first, second)
+    return None if first is None or second is None or before == after else scores.difference(first, second)
 
 
 def outcome(difference: Difference) -> str:
@@ -148,19 +149,20 @@ def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> 
         line = [scores.get(run.name, target, (task, metric)) for run in runs]
         first = leader(line)
         if first is not None:
-            found.append(_lead_sentence(first, line, names))
+            found.append(_lead_sentence(scores, first, line, names))
     return found
 
 
-def _lead_sentence(first: Row, line: Sequence[Row | None], names: dict[str, str]) -> str:
+def _lead_sentence(scores: Scores, first: Row, line: Sequence[Row | None], names: dict[str, str]) -> str:
     task, metric = first["task"], first["metric"]
     where = escape(task_name(task))
     ahead = (
         f"{escape(names[first['run']])} has the best {_spoken(metric)} on {where} ({number(metric, first['value'])})"
     )
-    if best(line) is first:
+    if scores.best(line) is first:
         return f"{ahead}, ahead of all others by more than two standard errors."
-    verdicts = {row["run"]: Difference(row, first).verdict for row in line if row is not None and row is not first}
+    others = [row for row in line if row is not None and row is not first]
+    verdicts = {row["run"]: scores.difference(row, first).verdict for row in others}
     if Verdict.UNKNOWN in verdicts.values():
         return f"{ahead}; without standard errors nothing more can be said."
     rivals = [names[run] for run, verdict in verdicts.items() if verdict is not Verdict.BETTER]

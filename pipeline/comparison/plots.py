@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pipeline.comparison.layer_map import layer_map
 from pipeline.comparison.loss_plots import held_out_loss, training_loss
-from pipeline.comparison.rows import Scores
 from pipeline.comparison.run_artifacts import RunArtifacts
 from pipeline.comparison.score_plots import scores_by_target, seconds_by_stage_plot
+from pipeline.comparison.scores import Scores
 
 LAYERS, SCORES, HELD_OUT, TRAINING, SECONDS = (
     f"{name}.png" for name in ("layers", "scores", "held_out_loss", "training_loss", "seconds")

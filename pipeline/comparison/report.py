@@ -1,4 +1,4 @@
-"""Writes a report: results.json, PNG plots, report.md and the same text as one self-contained report.html."""
+"""Writes a report: its numbers as JSON, PNG plots, report.md and the same text as one self-contained report.html."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pipeline.comparison.caveats import caveats
 from pipeline.comparison.curves import base_loss
 from pipeline.comparison.findings import headline, title
 from pipeline.comparison.markdown import bullets, escape
-from pipeline.comparison.rows import Row, Scores, collect
+from pipeline.comparison.pairs import PAIRED_FILE, paired_differences
+from pipeline.comparison.rows import RESULTS_FILE, Row, collect
 from pipeline.comparison.run_artifacts import RunArtifacts
+from pipeline.comparison.scores import Scores
 
 CAPTIONS = {
     "scores": "Every task's main metric by target, two standard errors to each side; dashed: the base.",
@@ -35,8 +37,10 @@ def write_report(runs: Sequence[RunArtifacts], out: Path) -> list[Row]:
     from pipeline.comparison.plots import draw_all
 
     rows = collect(runs)
-    write_json(out / "results.json", rows)
-    scores = Scores(rows)
+    write_json(out / RESULTS_FILE, rows)
+    paired = paired_differences(runs)
+    write_json(out / PAIRED_FILE, paired)
+    scores = Scores(rows, paired)
     drawn = draw_all(runs, scores, base_loss(runs), out)
     figures = {name: caption for name, caption in CAPTIONS.items() if f"{name}.png" in drawn}
     text = compose(runs, scores, figures)

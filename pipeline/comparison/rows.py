@@ -1,4 +1,4 @@
-"""``results.json``: every number of a report as one row, and a way to look them up.
+"""``results.json``: every number of a report as one row.
 
 ``target`` is the stage whose model was scored: ``load`` (the untouched base), ``expand``, ``pretrain``, ``sft``, or a
 point on the way such as ``pretrain@20%``. Three kinds of task: lm-eval's own names; ``held_out_loss`` (the training
@@ -8,13 +8,14 @@ former), each with the tokens, FLOPs and seconds spent until then; and ``cost`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 from pipeline.comparison.curves import perplexity
 from pipeline.comparison.run_artifacts import RunArtifacts
 from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
 
+RESULTS_FILE = "results.json"
 CURVE_TASKS = {"pretrain": "held_out_loss", "sft": "held_out_instruction_loss"}
 COST_TASK = "cost"
 
@@ -74,38 +75,3 @@ def _row(
     return Row(
         run=run.name, method=run.method, target=target, task=task, metric=metric, value=value, stderr=stderr, n=n
     )
-
-
-class Scores:
-    """lm-eval's rows of a report, looked up by run, target, task and metric."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        scored = [row for row in rows if row["task"] not in (COST_TASK, *CURVE_TASKS.values())]
-        self._rows = {(row["run"], row["target"], row["task"], row["metric"]): row for row in scored}
-
-    def get(self, run: str, target: str, measure: tuple[str, str]) -> Row | None:
-        """The row of that (task, metric), or None where it was not scored."""
-        return self._rows.get((run, target, *measure))
-
-    def measures(self) -> list[tuple[str, str]]:
-        """Every (task, metric) scored, in the order of the evaluation."""
-        return list(dict.fromkeys((task, metric) for _, _, task, metric in self._rows))
-
-    def targets(self, run: str) -> list[str]:
-        """The finished models of that run that were scored, from base to tuned."""
-        return [target for target in self.targets_on_the_way(run) if target in MODEL_TARGETS]
-
-    def targets_on_the_way(self, run: str) -> list[str]:
-        """The same, and between them the models kept on the way."""
-        scored = {target for name, target, _, _ in self._rows if name == run}
-        return sorted(scored, key=lambda target: Target.parse(target).place)
-
-    def shared_base(self, runs: Sequence[str]) -> bool:
-        """Whether all runs grew from a base with the same scores."""
-        measures = self.measures()
-        bases = [[self._value(run, measure) for measure in measures] for run in runs]
-        return all(base == bases[0] for base in bases) and any(value is not None for value in bases[0])
-
-    def _value(self, run: str, measure: tuple[str, str]) -> float | None:
-        row = self.get(run, "load", measure)
-        return None if row is None else row["value"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.artifact import read_json
 from pipeline.config import MODEL_TARGETS, Target
+from pipeline.evaluation.samples import Samples
 
 ROLES = (
     "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
@@ -51,6 +52,18 @@ class RunArtifacts:
     def evaluation(self, target: str) -> dict[str, Any] | None:
         """The scores of one model, under "rows"; ``target`` as in results.json."""
         return self.read(Target.parse(target).role, "evaluation.json")
+
+    def samples(self, target: str) -> dict[str, dict[str, Samples]]:
+        """What the evaluation of one model kept of each document: score's task -> tasks that it is made of -> samples.
+
+        A score of a group (MMLU) is made of all tasks that were scored for it.
+        """
+        found: dict[str, dict[str, Samples]] = {}
+        for file in sorted((self.directories[Target.parse(target).role] / "tasks").glob("*.json")):
+            answer = read_json(file)
+            found |= {task: {task: samples} for task, samples in answer["samples"].items()}
+            found.setdefault(answer["task"], answer["samples"])
+        return found
 
     def scored_targets(self) -> list[str]:
         """The models that were scored, from base to tuned, those on the way too."""

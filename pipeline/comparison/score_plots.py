@@ -14,8 +14,9 @@ from pipeline.comparison.costs import STAGES, is_shared, seconds_by_stage
 from pipeline.comparison.findings import primary_measures
 from pipeline.comparison.measures import SHARES, TARGET_NAMES, duration, number
 from pipeline.comparison.plot_style import INK, QUIET, colours, figure
-from pipeline.comparison.rows import Row, Scores
+from pipeline.comparison.rows import Row
 from pipeline.comparison.run_artifacts import RunArtifacts, labels
+from pipeline.comparison.scores import Scores
 from pipeline.config import MODEL_TARGETS, Target
 
 MAX_PANELS, COLUMNS = 12, 3

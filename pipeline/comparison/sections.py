@@ -12,14 +12,14 @@ from pipeline.comparison.curves import Curve, curves
 from pipeline.comparison.findings import final_target, lead_findings
 from pipeline.comparison.markdown import Table, bold, bullets, code, escape, figure, table
 from pipeline.comparison.measures import TARGET_NAMES, duration, number
-from pipeline.comparison.rows import Scores
 from pipeline.comparison.run_artifacts import METHOD_NAMES, RunArtifacts, labels, layouts, roles
+from pipeline.comparison.scores import Scores
 
 Blocks = list[str]
 LEGEND = (
     "± is one standard error over the task's documents. Against the base: ▲ better, ▼ worse, ≈ within noise, = the "
     "same number. **Bold** beats every other value of its row by more than two standard errors of the difference, "
-    "√(se₁² + se₂²)."
+    "which is taken over pairs of documents."
 )
 
 

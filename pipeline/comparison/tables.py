@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.comparison.curves import Curve, common_budget, loss_at, perplexity
-from pipeline.comparison.differences import Difference, Verdict, best, leader, mark
+from pipeline.comparison.differences import Verdict, leader
 from pipeline.comparison.markdown import Table, bold, escape, quiet
 from pipeline.comparison.measures import (
     count,
@@ -22,8 +22,9 @@ from pipeline.comparison.measures import (
     target_name,
     with_error,
 )
-from pipeline.comparison.rows import Row, Scores
+from pipeline.comparison.rows import Row
 from pipeline.comparison.run_artifacts import RunArtifacts, labels, roles
+from pipeline.comparison.scores import Scores
 from pipeline.config import TRAINING_STAGES
 
 STEPS = {
@@ -45,9 +46,8 @@ def score_table(scores: Scores, run: str) -> Table:
     rows = []
     for measure in scores.measures():
         line = [scores.get(run, target, measure) for target in targets]
-        rows.append(
-            [*_measure_cells(measure, line), *_score_cells(line, [scores.get(run, "load", measure)] * len(line))]
-        )
+        bases = [scores.get(run, "load", measure)] * len(line)
+        rows.append([*_measure_cells(measure, line), *_score_cells(scores, line, bases)])
     return Table(["task", "metric", "n", *(target_name(target) for target in targets)], rows, text_columns=2)
 
 
@@ -61,7 +61,7 @@ def method_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> T
         bases = [scores.get(run.name, "load", measure) for run in runs]
         if with_base:
             line, bases = [bases[0], *line], [bases[0], *bases]
-        rows.append([*_measure_cells(measure, line), *_score_cells(line, bases)])
+        rows.append([*_measure_cells(measure, line), *_score_cells(scores, line, bases)])
     heads = [*(["base"] if with_base else []), *(escape(names[run.name]) for run in runs)]
     return Table(["task", "metric", "n", *heads], rows, text_columns=2)
 
@@ -71,16 +71,16 @@ def _measure_cells(measure: tuple[str, str], line: Sequence[Row | None]) -> list
     return [escape(measure[0]), escape(measure[1]), " / ".join(f"{n:,}" for n in sorted(numbers)) or NOTHING]
 
 
-def _score_cells(line: Sequence[Row | None], bases: Sequence[Row | None]) -> list[str]:
-    winner = best(line)
-    return [_score_cell(row, base, row is not None and row is winner) for row, base in zip(line, bases, strict=True)]
+def _score_cells(scores: Scores, line: Sequence[Row | None], bases: Sequence[Row | None]) -> list[str]:
+    winner = scores.best(line)
+    return [
+        NOTHING if row is None else _score_cell(row, scores.mark(base, row), row is winner)
+        for row, base in zip(line, bases, strict=True)
+    ]
 
 
-def _score_cell(row: Row | None, base: Row | None, wins: bool) -> str:
-    if row is None:
-        return NOTHING
+def _score_cell(row: Row, sign: str, wins: bool) -> str:
     text = with_error(row["metric"], row["value"], row["stderr"])
-    sign = mark(base, row)
     return f"{bold(text) if wins else text} {sign}".strip()
 
 
@@ -94,7 +94,7 @@ def difference_table(scores: Scores, run: str) -> Table:
     rows = [
         [escape(measure[0]), escape(measure[1])]
         + [
-            _difference_cell(scores.get(run, before, measure), scores.get(run, after, measure))
+            _difference_cell(scores, scores.get(run, before, measure), scores.get(run, after, measure))
             for before, after in steps
         ]
         for measure in scores.measures()
@@ -110,21 +110,21 @@ def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Tab
         line = [scores.get(run.name, target, measure) for run in runs]
         first = leader(line)
         if first is not None:
-            cells = [_lead_cell(first, row) for row in line]
+            cells = [_lead_cell(scores, first, row) for row in line]
             rows.append([escape(measure[0]), escape(measure[1]), *cells])
     return Table(["task", "metric", *(escape(names[run.name]) for run in runs)], rows, text_columns=2)
 
 
-def _lead_cell(first: Row, row: Row | None) -> str:
+def _lead_cell(scores: Scores, first: Row, row: Row | None) -> str:
     if row is first:
         return f"{number(row['metric'], row['value'])} leads"
-    return _difference_cell(first, row)
+    return _difference_cell(scores, first, row)
 
 
-def _difference_cell(before: Row | None, after: Row | None) -> str:
+def _difference_cell(scores: Scores, before: Row | None, after: Row | None) -> str:
     if before is None or after is None:
         return NOTHING
-    difference = Difference(before, after)
+    difference = scores.difference(before, after)
     if difference.verdict is Verdict.SAME:
         return quiet(Verdict.SAME.value)
     text = f"{signed(after['metric'], difference.value, difference.stderr)}, {difference.verdict}"

@@ -24,7 +24,8 @@ from pipeline.config import Evaluate
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import BUNDLED, HELD_OUT_TEXT, PREFETCH
 from pipeline.evaluation.judge import Judge
-from pipeline.evaluation.scores import samples_of, scores_by_source, scores_of
+from pipeline.evaluation.samples import by_source, kept_samples
+from pipeline.evaluation.scores import scores_of, text_scores
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.machine import Placement
 
@@ -144,14 +145,15 @@ def _score_task(name: str, loaded: Any, judge: Judge, settings: Evaluate) -> dic
         apply_chat_template=settings.prompt_format == "chat",
     )
     assert results is not None, "there is one process, and it has rank 0"
+    sources = by_source(name, results) if name == HELD_OUT_TEXT else {}
     return {
         "task": name,
         "versions": results["versions"],
         "num_fewshot": results["n-shot"],
-        "rows": [*scores_of(name, results), *(scores_by_source(name, results) if name == HELD_OUT_TEXT else ())],
+        "rows": [*scores_of(name, results), *text_scores(sources)],
         "first_tokens": judge.first_tokens,
         "seconds": round(time.monotonic() - started, 2),
-        "samples": samples_of(results),
+        "samples": kept_samples({**results["samples"], **sources}),
     }
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.comparison import RunArtifacts, closing_table
-from pipeline.comparison.rows import collect
+from pipeline.comparison import RunArtifacts, closing_table, write_report
 from tests.comparison.finished_runs import MEASURES, finished_run
 
 
+def _written(*runs: RunArtifacts) -> Path:
+    report = runs[0].directories["load"].parent / "report"
+    report.mkdir()
+    write_report(runs, report)
+    return report
+
+
 def _printed(*runs: RunArtifacts) -> str:
-    rows = json.loads(json.dumps(collect(runs)))
     console = Console(width=200, record=True, file=StringIO())
-    console.print(closing_table(rows))
+    console.print(closing_table(_written(*runs)))
     return console.export_text()
 
 
@@ -41,4 +45,4 @@ def test_names_from_outside_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_nothing_scored_gives_an_empty_table(tmp_path: Path) -> None:
-    assert closing_table(collect([finished_run(tmp_path, stages=["load", "expand"])])).row_count == 0
+    assert closing_table(_written(finished_run(tmp_path, stages=["load", "expand"]))).row_count == 0

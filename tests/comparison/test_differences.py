@@ -8,8 +8,9 @@ from random import Random
 
 import pytest
 
-from pipeline.comparison.differences import Difference, Verdict, best, leader, mark
+from pipeline.comparison.differences import Difference, Verdict, leader
 from pipeline.comparison.rows import Row
+from pipeline.comparison.scores import Scores
 
 
 def _row(value: float, stderr: float | None = 0.01, metric: str = "acc") -> Row:
@@ -46,14 +47,32 @@ def test_exactly_two_standard_errors_are_noise_and_a_little_more_is_not() -> Non
     assert Difference(_row(0.0, 0.25), _row(bound + 1e-9, 0.25)).verdict is Verdict.BETTER
 
 
+def test_the_error_over_pairs_takes_the_place_of_the_other() -> None:
+    before, after = _row(0.50, 0.05), _row(0.52, 0.05)
+    assert Difference(before, after).verdict is Verdict.NOISE
+    assert Difference(before, after, paired_stderr=0.009, changed=40).verdict is Verdict.BETTER
+    assert Difference(before, after, paired_stderr=0.011, changed=40).verdict is Verdict.NOISE
+
+
+@pytest.mark.parametrize("changed", range(2, 9))
+def test_a_handful_of_changed_documents_counts_only_where_a_sign_test_agrees(changed: int) -> None:
+    """All changed for the better: their standard error alone would count from four on."""
+    chance = 2 * 0.5**changed  # of so many of one sign, either of them
+    n = 500
+    error = math.sqrt(n / (n - 1) * (changed / n**2 - changed**2 / n**3))
+    verdict = Difference(_row(0.5), _row(0.5 + changed / n), paired_stderr=error, changed=changed).verdict
+    assert verdict is (Verdict.BETTER if chance < 0.05 else Verdict.NOISE)
+
+
 def test_without_a_standard_error_nothing_is_claimed() -> None:
     assert Difference(_row(0.1, None), _row(0.9)).verdict is Verdict.UNKNOWN
-    assert best([_row(0.1, None), _row(0.9, None)]) is None
-    assert mark(_row(0.1, None), _row(0.9)) == ""
+    assert Scores([]).best([_row(0.1, None), _row(0.9, None)]) is None
+    assert Scores([]).mark(_row(0.1, None), _row(0.9)) == ""
 
 
 def test_the_best_must_beat_every_other() -> None:
     low, close, high = _row(0.50), _row(0.58), _row(0.60)
+    best = Scores([]).best
     assert best([low, close, high]) is None
     assert best([low, high, None]) is high
     assert best([high]) is None
@@ -62,13 +81,13 @@ def test_the_best_must_beat_every_other() -> None:
 
 def test_the_leader_in_perplexity_is_the_lowest_and_an_unknown_metric_has_none() -> None:
     rows = [_row(9.0, 0.1, "perplexity"), _row(8.0, 0.1, "perplexity")]
-    assert leader(rows) is rows[1] and best(rows) is rows[1]
+    assert leader(rows) is rows[1] and Scores([]).best(rows) is rows[1]
     assert leader([_row(1.0, 0.1, "unheard_of"), _row(2.0, 0.1, "unheard_of")]) is None
     assert leader([None]) is None
 
 
 def test_marks_against_the_base() -> None:
-    base = _row(0.5)
+    base, mark = _row(0.5), Scores([]).mark
     marks = [mark(base, _row(value)) for value in (0.6, 0.4, 0.51, 0.5)]
     assert marks == ["▲", "▼", "≈", "="]
     assert mark(base, base) == "" and mark(None, base) == ""

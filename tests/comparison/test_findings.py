@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pipeline.comparison.caveats import caveats
 from pipeline.comparison.findings import final_target, headline, lead_findings, title
-from pipeline.comparison.rows import Scores, collect
+from pipeline.comparison.rows import collect
 from pipeline.comparison.run_artifacts import RunArtifacts, labels
+from pipeline.comparison.scores import Scores
 from pipeline.config import MODEL_TARGETS
 from tests.comparison.finished_runs import MEASURES, finished_run
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.comparison import write_report
-from pipeline.comparison.rows import Scores, collect
+from pipeline.comparison.rows import collect
+from pipeline.comparison.scores import Scores
 from pipeline.comparison.tables import artifact_table, score_table
 from tests.comparison.finished_runs import MEASURES, STAGES, finished_run
 

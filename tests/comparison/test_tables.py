@@ -7,7 +7,8 @@ from pathlib import Path
 from pipeline.comparison import tables
 from pipeline.comparison.curves import curves
 from pipeline.comparison.markdown import Table
-from pipeline.comparison.rows import Scores, collect
+from pipeline.comparison.rows import collect
+from pipeline.comparison.scores import Scores
 from tests.comparison.finished_runs import MEASURES, finished_run
 
 

@@ -15,6 +15,7 @@ from pipeline.comparison import RunArtifacts, write_report
 from tests.comparison.finished_runs import STAGES, finished_run
 
 ALL_PLOTS = {"scores.png", "held_out_loss.png", "training_loss.png", "layers.png", "seconds.png"}
+TEXTS = {"report.md", "report.html", "results.json", "paired_differences.json"}
 
 
 def _write(runs: list[RunArtifacts], out: Path) -> str:
@@ -39,7 +40,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_run_leaves_these_files_and_no_other(report: Path) -> None:
-    assert {path.name for path in report.iterdir()} == ALL_PLOTS | {"report.md", "report.html", "results.json"}
+    assert {path.name for path in report.iterdir()} == ALL_PLOTS | TEXTS
 
 
 def test_one_run_has_every_section(report: Path) -> None:

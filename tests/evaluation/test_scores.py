@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.scores import samples_of, scores_of, weighted_stderr
+from pipeline.evaluation.samples import influences, kept_samples, standard_error
+from pipeline.evaluation.scores import scores_of
 
 
 def _documents(count: int) -> list[tuple[float, int]]:
@@ -27,12 +28,12 @@ def test_the_error_of_a_rate_is_that_of_the_bootstrap(metric: str) -> None:
         chosen = items[draw.integers(0, len(items), len(items))]
         rates.append(-chosen[:, 0].sum() / chosen[:, 1].sum())
     expected = np.std(np.exp(rates) if metric == "word_perplexity" else np.array(rates) / math.log(2))
-    found = weighted_stderr(metric, [(float(total), int(length)) for total, length in items])
+    found = standard_error(influences(metric, [(float(total), int(length)) for total, length in items]))
     assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_one_document_has_no_error() -> None:
-    assert weighted_stderr("word_perplexity", [(-3.0, 5)]) is None
+    assert standard_error(influences("word_perplexity", [(-3.0, 5)])) is None
 
 
 def _results() -> dict[str, Any]:
@@ -73,5 +74,18 @@ def test_a_model_that_gives_no_finite_number_is_an_error() -> None:
         scores_of("one", results)
 
 
-def test_samples_keep_each_documents_numbers() -> None:
-    assert samples_of(_results()) == {"one": {"acc": [1.0, 0.0]}, "two": {"exact_match": [1.0]}}
+def test_samples_keep_each_documents_numbers_by_the_scores_names() -> None:
+    def sample(document: str, filter_name: str, value: Any) -> dict[str, Any]:
+        return {"metrics": ["em"], "em": value, "filter": filter_name, "doc_hash": document}
+
+    strict = [sample("a", "strict", 1.0), sample("b", "strict", np.int64(0))]
+    both = [*strict, sample("a", "none", 1), sample("b", "none", 1)]
+    kept = kept_samples({"one": both, "other": both[:1]})
+    assert kept["one"]["metrics"] == {"em (strict)": [1.0, 0.0], "em": [1.0, 1.0]}
+    assert kept["one"]["documents"] == kept_samples({"two": both[2:]})["two"]["documents"]
+    assert kept["one"]["documents"] != kept["other"]["documents"]
+
+
+def test_the_error_of_a_mean_is_the_sample_deviation_over_the_root() -> None:
+    numbers = [0.0, 1.0, 1.0, 3.0]
+    assert standard_error(influences("acc", numbers)) == pytest.approx(np.std(numbers, ddof=1) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifact import read_json
+from pipeline.comparison.rows import CURVE_TASKS
 from pipeline.errors import EXIT_DONE
 from tests.test_pipeline import run
 
@@ -42,6 +44,18 @@ def test_every_target_is_scored_on_every_task_with_its_standard_error(quickstart
     for target in ("load", "expand", "pretrain", "sft"):
         for task, metric in metrics.items():
             assert rows[target, task, metric]["stderr"] is not None
+
+
+def test_every_difference_has_its_error_over_pairs_of_documents(quickstart: Path) -> None:
+    rows = _rows(quickstart)
+    pairs = json.loads((quickstart / "report" / "paired_differences.json").read_text())
+    measures = {(task, metric) for _, task, metric in rows if task not in ("cost", *CURVE_TASKS.values())}
+    assert len(pairs) == len(measures) * math.comb(4, 2)
+    for pair in pairs:
+        before, after = (rows[pair[name], pair["task"], pair["metric"]] for name in ("against_target", "target"))
+        assert pair["difference"] == after["value"] - before["value"]
+        if pair["metric"] == "word_perplexity":  # a text that is hard for one model is hard for the others
+            assert pair["stderr"] < 0.7 * math.hypot(before["stderr"], after["stderr"])
 
 
 def test_surgery_changes_nothing_and_training_helps(quickstart: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_perplexity_is_that_of_its_documents(tiny_llama_dir: Path, corpus: P
     evaluate.run(task)
     answer = read_json(task.out / "tasks" / "held_out_text.json")
     texts = [json.loads(line)["text"] for line in (task.out / "documents" / "held_out_text.jsonl").open()]
-    samples = answer["samples"]["held_out_text"]["bits_per_byte"]
+    samples = answer["samples"]["held_out_text"]["metrics"]["bits_per_byte"]
     assert [length for _, length in samples] == [len(text.encode()) for text in texts]
     bits = {row["metric"]: row["value"] for row in answer["rows"]}["bits_per_byte"]
     nats = -sum(loglikelihood for loglikelihood, _ in samples)
@@ -103,6 +103,10 @@ def test_held_out_text_of_several_sources_is_scored_in_all_and_by_source(tiny_ll
     assert [row[1] for row in found[3:]] == [row[1] for row in expected]
     np.testing.assert_allclose([row[2:] for row in found[3:]], [row[2:] for row in expected], rtol=1e-5)
     assert [row[4] for row in found[:3]] == 3 * [expected[0][4] + expected[3][4]]
+    kept = read_json(tmp_path / "out" / "tasks" / "held_out_text.json")["samples"]
+    assert {task: len(samples["metrics"]["bits_per_byte"]) for task, samples in kept.items()} == {
+        task: n for task, metric, _, _, n in found if metric == "bits_per_byte"
+    }
 
 
 def test_a_killed_evaluation_loses_one_task_at_most(
