@@ -30,6 +30,7 @@ from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError, WorkersFailed
 from pipeline.failure import LAUNCHER_LOG, LAUNCHER_LOGS, explain_workers, worker_deaths
 from pipeline.machine import Placement, detect_machine, place
+from pipeline.node import held_back_from_children
 from pipeline.slurm import node_address
 
 OUTCOME_FILE = "outcome.json"
@@ -40,7 +41,6 @@ LOOK_SECONDS = 2.0  # between two looks for a dead rank
 GRACE_SECONDS = 10.0  # for the others to end in order once one has died; then their lifeline is cut
 END_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-HELD_BACK = (signal.SIGUSR1,)  # from ranks, until they can answer; SIGTERM is how torchrun is ended
 
 
 # ------------------------------------------------------------------------------------- command lines
@@ -62,11 +62,9 @@ def srun_command(
     """
     address, port = meeting
     options = [f"--nnodes={placement.nodes}", f"--master-addr={address}", f"--master-port={port}"]
-    # PET_*: torchrun's own variables for its options; only on the node itself is the node's number known. USR1: a
-    # signal to all of a step is for the ranks, and would end torchrun.
-    shell = ["sh", "-c", 'trap "" USR1; PET_NODE_RANK=$SLURM_NODEID exec "$@"', "sh"]
+    node = [sys.executable, "-m", "pipeline.node"]
     output = f"--output={pattern(log_dir.absolute())}/torchrun-%n.log"
-    return [*allocation.srun(placement.nodes, output), *shell, *_torchrun(options, module, job_file, placement)]
+    return [*allocation.srun(placement.nodes, output), *node, *_torchrun(options, module, job_file, placement)]
 
 
 def _torchrun(options: list[str], module: str, job_file: Path, placement: Placement) -> list[str]:
@@ -151,7 +149,7 @@ def _run(command: list[str], environment: Mapping[str, str], log_dir: Path, on_p
         stale.unlink(missing_ok=True)
     with open(log_dir / LAUNCHER_LOG, "wb") as log:
         # A session of its own: Ctrl-C in the terminal must reach the driver alone, which passes it on.
-        with _held_back_from_children():
+        with held_back_from_children():
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -202,16 +200,6 @@ def _port_was_taken(log_dir: Path) -> bool:
     log = log_dir / "torchrun-0.log"
     text = log.read_text(errors="replace") if log.exists() else ""
     return "EADDRINUSE" in text
-
-
-@contextmanager
-def _held_back_from_children() -> Iterator[None]:
-    """A process started meanwhile, and those that it starts, get these signals once they unblock them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

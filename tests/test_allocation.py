@@ -61,7 +61,8 @@ def test_one_torchrun_a_node_is_started_by_srun() -> None:
     command = srun_command(
         "some.module", Path("/x/job.json"), Placement("cuda", 4, 2, 2), two, Path("/x/100%"), ("n1", 5)
     )
-    srun, torchrun = command[: command.index("sh")], command[command.index("sh") :]
+    node = command.index("pipeline.node")
+    srun, torchrun = command[: node - 2], command[node + 1 :]
     assert srun[0] == "srun"
     assert {"--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", "--overlap", "--export=ALL", "--cpus-per-task=8"} <= set(
         srun

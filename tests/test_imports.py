@@ -27,12 +27,12 @@ LAYERS = (
     | {"estimate"},
     {"architecture", "artifact", "attempts", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
     | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"}
-    | {"slurm", "allocation", "lock"},
+    | {"slurm", "allocation", "lock", "node"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 DRIVER = {room for rooms in LAYERS[:4] for room in rooms} | {
     "config", "artifact", "attempts", "launch", "machine", "failure", "errors", "stage", "source", "hub", "shape",
-    "architecture", "watchdog", "disk", "slurm", "allocation", "lock", "flops", "estimate",
+    "architecture", "watchdog", "disk", "slurm", "allocation", "lock", "flops", "estimate", "node",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

@@ -184,6 +184,20 @@ def test_a_signal_to_workers_that_are_still_starting_stops_them_in_order(run: Ca
     assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+ANSWERS = """
+import os, signal
+os.kill(os.getpid(), signal.SIGUSR1)
+print(os.environ["PET_NODE_RANK"], signal.sigpending())
+"""
+
+
+def test_on_a_node_the_launcher_knows_its_number_and_signals_are_held_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_NODEID", "3")
+    command = [sys.executable, "-m", "pipeline.node", sys.executable, "-c", ANSWERS]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split()[0] == "3" and "SIGUSR1" in answer.stdout
+
+
 DRIVER = "from tests.test_launch import *; run_workers('small_worker', Path('job.json'), TWO, Path('logs'))"
 
 

@@ -16,9 +16,9 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     """What a reader must not conclude from these numbers."""
     return [
         _seed_caveat(runs),
-        "A difference counts when it exceeds two of its standard errors. Both models are scored on the same documents, "
-        "so the error is taken over pairs of them: it can be far smaller than the errors of the two scores. Of many "
-        "differences without any effect, one in twenty still counts.",
+        "A difference counts when it exceeds two of its standard errors and at least six documents changed. Both "
+        "models are scored on the same documents, so the error is taken over pairs of them: it can be far smaller than "
+        "the errors of the two scores. Of differences without any effect, about one in twenty still counts.",
         *_unpaired_caveats(scores),
         *_size_caveats(runs),
         *_held_out_caveats(runs),
@@ -28,12 +28,12 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
 
 
 def _unpaired_caveats(scores: Scores) -> list[str]:
-    tasks = dict.fromkeys(escape(task) for task, _ in scores.unpaired())
-    if not tasks:
+    measures = [escape(f"{task} {metric}") for task, metric in scores.unpaired()]
+    if not measures:
         return []
     return [
-        f"No errors over pairs of documents for {', '.join(tasks)}, where the scores are not those of the same "
-        "documents one by one: there √(se₁² + se₂²) stands, which is mostly too large."
+        f"Not all differences in {', '.join(measures)} have errors over pairs: the models were scored on other "
+        "documents, or the score is no mean over documents. There √(se₁² + se₂²) stands, as for independent scores."
     ]
 
 

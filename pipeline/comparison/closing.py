@@ -29,7 +29,7 @@ def closing_table(report: Path) -> RichTable:
     runs = list(dict.fromkeys(row["run"] for row in rows))
     targets = [target for target in TARGET_NAMES if any(target in scores.targets(run) for run in runs)]
     table = RichTable(
-        caption="± one standard error; against the base ▲ better ▼ worse ≈ within noise (two standard errors)"
+        caption="± one standard error; against the base, in pairs of documents, ▲ better ▼ worse ≈ within noise"
     )
     for head in (*(["run"] if len(runs) > 1 else []), "task", "metric"):
         table.add_column(head, no_wrap=True)

@@ -1,8 +1,8 @@
 """When a difference between two scores counts.
 
 It counts when it is larger than two of its standard errors. Two models are scored on the same documents, so the error
-is taken over the documents' differences (``pairs``; Miller 2024, Adding Error Bars to Evals, section 4.2). Where that
-cannot be done it is sqrt(se1² + se2²), which takes the scores for independent and is mostly too large.
+is taken over the documents' differences (``pairs``; Miller 2024, Adding Error Bars to Evals, section 4.2), and at least
+six documents must have changed. Where there are no pairs the scores are taken for independent: sqrt(se1² + se2²).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from enum import StrEnum
 from pipeline.comparison.measures import direction
 from pipeline.comparison.rows import Row
 
+ROUNDING = 1e-6  # relative; a sum in another order is no difference, however surely it is one
 FEWEST_CHANGED = 6  # documents: six that all changed for the better are the fewest with 2 · 0.5ⁿ < 0.05 (sign test)
 
 
@@ -25,7 +26,7 @@ class Verdict(StrEnum):
     WORSE = "worse"
     CHANGED = "changed"  # by more than two standard errors, of a metric whose better side is not known
     NOISE = "within noise"
-    SAME = "the same"
+    SAME = "the same"  # to rounding
     UNKNOWN = "no standard error"
 
 
@@ -61,8 +62,8 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What two standard errors allow to be said."""
-        if self.value == 0:
+        """What may be said of the value; see above."""
+        if math.isclose(self.before["value"], self.after["value"], rel_tol=ROUNDING):
             return Verdict.SAME
         if self.stderr is None:
             return Verdict.UNKNOWN

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pipeline.comparison.differences import Difference, Verdict
-from pipeline.comparison.pairs import PairedDifference
+from pipeline.comparison.pairs import Model, PairedDifference, side_by_side
 from pipeline.comparison.rows import COST_TASK, CURVE_TASKS, Row
 from pipeline.config import MODEL_TARGETS, Target
-
-Model = tuple[str, str]  # run, target
 
 
 class Scores:
@@ -41,10 +38,16 @@ class Scores:
         return Difference(before, after) if pair is None else Difference(before, after, pair["stderr"], pair["changed"])
 
     def unpaired(self) -> list[tuple[str, str]]:
-        """The (task, metric) of which several models have a score, and no two have an error over pairs."""
-        counts = Counter((task, metric) for _, _, task, metric in self._rows)
-        paired = {(task, metric) for _, _, task, metric in self._paired}
-        return [measure for measure, count in counts.items() if count > 1 and measure not in paired]
+        """The (task, metric) in which models side by side have no error over pairs, though each has one of its own."""
+        with_error = [key for key, row in self._rows.items() if row["stderr"] is not None]
+        return [
+            (task, metric)
+            for task, metric in self.measures()
+            if any(
+                (*pair, task, metric) not in self._paired
+                for pair in side_by_side(key[:2] for key in with_error if key[2:] == (task, metric))
+            )
+        ]
 
     def best(self, rows: Sequence[Row | None]) -> Row | None:
         """The row that is better than every other, beyond noise, if there is one."""

@@ -18,8 +18,8 @@ from pipeline.comparison.scores import Scores
 Blocks = list[str]
 LEGEND = (
     "± is one standard error over the task's documents. Against the base: ▲ better, ▼ worse, ≈ within noise, = the "
-    "same number. **Bold** beats every other value of its row by more than two standard errors of the difference, "
-    "which is taken over pairs of documents."
+    "same number. **Bold** beats every other value of its row beyond noise. A difference is noise unless it exceeds "
+    "two of its own standard errors, over pairs of documents, and at least six documents changed."
 )
 
 

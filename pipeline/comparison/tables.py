@@ -1,6 +1,6 @@
 """The report's tables. A value is shown with one standard error, its mark says how it stands to the base:
-▲ better, ▼ worse, ≈ within noise, = the same number. Bold is the one that beats all others by more than two
-standard errors; often there is none.
+▲ better, ▼ worse, ≈ within noise, = the same number. Bold is the one that beats all others beyond noise; often there
+is none.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pipeline.artifact import sha256_json
 
 Sample = Any  # of one document: a number, or (log likelihood in nats, length in words or bytes)
 WEIGHTED = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
+UNWEIGHTED = "perplexity"  # of documents that count alike (LAMBADA); its samples are log likelihoods
 
 
 class Samples(TypedDict):
@@ -40,10 +41,10 @@ def _kept(rows: Sequence[Mapping[str, Any]]) -> Samples:
 
 
 def _plain(value: Any) -> Any:
-    """A number, or a pair of numbers such as (log likelihood, length), as JSON has them; None for anything else."""
+    """A finite number, or several such as (log likelihood, length), as JSON has them; None for anything else."""
     if isinstance(value, (tuple, list)):
         return [_plain(part) for part in value]
-    return float(value) if isinstance(value, Real) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def named(metric: str, filter_name: str) -> str:
@@ -65,10 +66,10 @@ def value_of(metric: str, samples: Sequence[Sample]) -> float:
     Args:
         samples: of each document a number, or (log likelihood in nats, length in words or bytes).
     """
-    if metric not in WEIGHTED:
+    if not _is_rate(metric):
         return sum(samples) / len(samples)
-    rate = _rate(samples)
-    return rate / math.log(2) if WEIGHTED[metric] == "bits" else math.exp(rate)
+    rate = _rate(_items(metric, samples))
+    return rate / math.log(2) if WEIGHTED.get(metric) == "bits" else math.exp(rate)
 
 
 def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
@@ -77,12 +78,13 @@ def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
     For a mean m it is (xᵢ - m)/n. The rate r = -Σ log p / Σ length is a ratio of two sums over documents: there it is
     (-log pᵢ - r·lengthᵢ)/Σ length, and exp(r) times that for a perplexity exp(r).
     """
-    if metric not in WEIGHTED:
+    if not _is_rate(metric):
         mean = value_of(metric, samples)
         return [(sample - mean) / len(samples) for sample in samples]
-    total, rate = sum(length for _, length in samples), _rate(samples)
-    scale = 1 / math.log(2) if WEIGHTED[metric] == "bits" else math.exp(rate)
-    return [scale * (-loglikelihood - rate * length) / total for loglikelihood, length in samples]
+    items = _items(metric, samples)
+    total, rate = sum(length for _, length in items), _rate(items)
+    scale = 1 / math.log(2) if WEIGHTED.get(metric) == "bits" else math.exp(rate)
+    return [scale * (-loglikelihood - rate * length) / total for loglikelihood, length in items]
 
 
 def standard_error(influences: Sequence[float]) -> float | None:
@@ -94,5 +96,21 @@ def standard_error(influences: Sequence[float]) -> float | None:
     return math.sqrt(n / (n - 1) * sum(influence**2 for influence in influences)) if n > 1 else None
 
 
-def _rate(items: Sequence[tuple[float, int]]) -> float:
+def is_sample(metric: str, value: Any) -> bool:
+    """Whether a kept value is of the kind above: F1, BLEU and others are made of lists, by rules of their own."""
+    if metric in WEIGHTED:
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(part, Real) for part in value)
+    return isinstance(value, Real)
+
+
+def _is_rate(metric: str) -> bool:
+    return metric in WEIGHTED or metric == UNWEIGHTED
+
+
+def _items(metric: str, samples: Sequence[Sample]) -> Sequence[tuple[float, float]]:
+    """(log likelihood, length) of each document."""
+    return [(sample, 1.0) for sample in samples] if metric == UNWEIGHTED else samples
+
+
+def _rate(items: Sequence[tuple[float, float]]) -> float:
     return -sum(loglikelihood for loglikelihood, _ in items) / sum(length for _, length in items)

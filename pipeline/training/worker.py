@@ -18,14 +18,15 @@ from typing import Any
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
 from pipeline.failure import rank_log
-from pipeline.launch import HELD_BACK, LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
+from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
+from pipeline.node import HELD_BACK
 from pipeline.watchdog import end_with_parent
 
 
 class StopRequest:
     """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file.
 
-    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.launch``) and counts too.
+    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.node``) and counts too.
     """
 
     def __init__(self, stop_file: Path) -> None:

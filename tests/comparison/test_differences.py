@@ -64,6 +64,11 @@ def test_a_handful_of_changed_documents_counts_only_where_a_sign_test_agrees(cha
     assert verdict is (Verdict.BETTER if chance < 0.05 else Verdict.NOISE)
 
 
+def test_a_sum_in_another_order_is_no_difference() -> None:
+    before, after = _row(20.0, 1.0, "word_perplexity"), _row(20.0 * (1 + 2e-7), 1.0, "word_perplexity")
+    assert Difference(before, after, paired_stderr=1e-7, changed=90).verdict is Verdict.SAME
+
+
 def test_without_a_standard_error_nothing_is_claimed() -> None:
     assert Difference(_row(0.1, None), _row(0.9)).verdict is Verdict.UNKNOWN
     assert Scores([]).best([_row(0.1, None), _row(0.9, None)]) is None

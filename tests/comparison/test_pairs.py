@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from pipeline.comparison import RunArtifacts, write_report
 from pipeline.comparison.differences import Verdict
-from pipeline.comparison.pairs import PairedDifference, paired_differences
+from pipeline.comparison.pairs import PairedDifference, paired_differences, side_by_side
 from pipeline.comparison.rows import collect
 from pipeline.comparison.scores import Scores
 from pipeline.evaluation.samples import Samples, value_of
@@ -104,6 +105,58 @@ def test_other_documents_are_no_pair(tmp_path: Path) -> None:
     runs = [_run(tmp_path / "shared", name) for name in ("a", "b")]
     pair = _only(paired_differences(runs), task="quiz", run="b", target="pretrain", against_target="pretrain")
     assert pair["against_run"] == "a" and pair["stderr"] == 0 and pair["changed"] == 0
+
+
+def test_a_sweep_says_whose_differences_are_not_over_pairs(tmp_path: Path) -> None:
+    """Pairs within each run are no pairs between them."""
+    same = [_run(tmp_path / "same", name) for name in ("a", "b")]
+    assert Scores(collect(same), paired_differences(same)).unpaired() == []
+    other = [_run(tmp_path / name, name, documents=name) for name in ("a", "b")]
+    scores = Scores(collect(other), paired_differences(other))
+    assert scores.unpaired() == scores.measures()
+
+
+def test_runs_are_compared_with_one_base_only() -> None:
+    models = [(run, target) for run in "abc" for target in ("load", "expand", "pretrain")]
+    found = list(side_by_side(models))
+    assert len(found) == len(set(found)) == 3 * 3 + 2 * 3 + 2 * 3  # within runs, by target, with a's base
+    assert all((one, other) in found for one, other in combinations(models[:3], 2))
+    assert (("a", "load"), ("c", "pretrain")) in found and (("b", "load"), ("c", "pretrain")) not in found
+
+
+def test_what_a_metric_of_other_rules_is_made_of_is_left_alone(tmp_path: Path) -> None:
+    """F1 from (gold, said), a share over lists of unequal length, and what is no number: the scores stand unpaired."""
+    run = finished_run(tmp_path, measures={})
+    samples = {
+        "f1": [[1.0, 0.0]] * 9, "inst_level_acc": [[1.0], [0.0, 1.0]], "bleu": [[None, None]] * 9, "em": [1.0, None],
+    }  # fmt: skip
+    for target in ("load", "pretrain"):
+        directory = run.directories[f"evaluate/{target}"]
+        rows = [{"task": "odd", "metric": metric, "value": 0.5, "stderr": 0.1, "n": 9} for metric in samples]
+        evaluation = json.loads((directory / "evaluation.json").read_text())
+        write(directory / "evaluation.json", {**evaluation, "rows": rows})
+        kept = {"odd": Samples(documents="same", metrics=samples)}
+        write(directory / "tasks" / "odd.json", {"task": "odd", "samples": kept})
+    assert paired_differences([run]) == []
+    out = tmp_path / "report"
+    out.mkdir()
+    write_report([run], out)
+    assert "Not all differences in odd f1, odd inst_level_acc, odd bleu, odd em have" in (out / "report.md").read_text()
+
+
+def test_a_perplexity_of_documents_that_count_alike(tmp_path: Path) -> None:
+    """As LAMBADA's: exp of minus the mean log likelihood."""
+    run = finished_run(tmp_path, measures={})
+    numbers = {}
+    for seed, target in enumerate(("load", "pretrain")):
+        numbers[target] = [total / words for total, words in _texts(seed, 0.05 * seed)]
+        parts = {"lambada": Samples(documents="same", metrics={"perplexity": numbers[target]})}
+        scored(run, target, "lambada", parts, "perplexity")
+    (pair,) = paired_differences([run])
+    before, after = (np.exp(-np.mean(numbers[target])) for target in ("load", "pretrain"))
+    assert pair["difference"] == pytest.approx(after - before)
+    moved = before * np.array(numbers["load"]) - after * np.array(numbers["pretrain"])
+    assert pair["stderr"] == pytest.approx(np.std(moved, ddof=1) / math.sqrt(DOCUMENTS))
 
 
 def test_a_group_is_all_its_documents_where_they_give_its_score(tmp_path: Path) -> None:
