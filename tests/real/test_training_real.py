@@ -1,9 +1,10 @@
-"""SmolLM2 under DeepSpeed: two ranks at ZeRO 2 and 3 train as one rank does."""
+"""SmolLM2 under DeepSpeed: two ranks at ZeRO 2 and 3 train as one rank does, and two threads resume to the bit."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,10 +15,13 @@ from transformers import AutoTokenizer
 
 from pipeline.launch import run_workers
 from pipeline.stage import StageTask, task_to_json
+from pipeline.training.job import TRAINING_FILE
+from tests.plain_settings import cpu_launch
 from tests.training.small import logged, train_settings, training_task, write_blocks
 
 NEW_LAYERS = (24, 28)
 STEPS, LENGTH = 5, 32
+LENGTH_OF_TWO_THREADS = 128
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +35,16 @@ def grown_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
+def blocks(model: Path, directory: Path, length: int) -> Path:
+    """Blocks of real text."""
+    text = AutoTokenizer.from_pretrained(model)(topics["assert"] + topics["del"] + topics["if"]).input_ids
+    return write_blocks(directory, length=length, text=text)
+
+
 @pytest.fixture(scope="module")
 def tasks(grown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], StageTask]:
     """Finished runs by (ranks, ZeRO stage), in float32: in bfloat16 Adam's first steps blow roundings up to 1e-3."""
-    text = AutoTokenizer.from_pretrained(grown_dir)(topics["assert"] + topics["del"] + topics["if"]).input_ids
-    data = write_blocks(tmp_path_factory.mktemp("data"), length=LENGTH, text=text)
+    data = blocks(grown_dir, tmp_path_factory.mktemp("data"), LENGTH)
     made = {}
     for ranks, zero in ((2, 2), (2, 3), (1, 2)):
         settings = train_settings(
@@ -44,10 +53,15 @@ def tasks(grown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
         made[ranks, zero] = training_task(settings, grown_dir, data, tmp_path_factory.mktemp("out"), ranks)
     for ranks in (2, 1):
         mine = [task for task in made.values() if task.launch.processes == ranks]
-        logs = tmp_path_factory.mktemp("logs")
-        (logs / "plan.json").write_text(json.dumps([{"task": task_to_json(t), "stop_after": None} for t in mine]))
-        run_workers("tests.training.many_tasks", logs / "plan.json", mine[0].launch, logs)
+        work(tmp_path_factory.mktemp("logs"), *((task, None) for task in mine))
     return made
+
+
+def work(logs: Path, *tasks: tuple[StageTask, int | None]) -> None:
+    """Runs tasks in one set of worker processes, each to its end or to the step given."""
+    plan = [{"task": task_to_json(task), "stop_after": stop_after} for task, stop_after in tasks]
+    (logs / "plan.json").write_text(json.dumps(plan))
+    run_workers("tests.training.many_tasks", logs / "plan.json", tasks[0][0].launch, logs)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -66,3 +80,27 @@ def test_not_one_other_tensor_changes_by_a_bit(tasks: dict[tuple[int, int], Stag
         assert trained.keys() == base.keys()
         changed = {name for name in base if not torch.equal(trained[name], base[name])}
         assert changed == {name for name in base if any(f".layers.{layer}." in name for layer in NEW_LAYERS)}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_two_threads_stopped_and_resumed_end_with_the_same_bits(grown_dir: Path, tmp_path: Path, compiled: bool):
+    """In another process, at sizes where sums are shared out to both threads."""
+    data = blocks(grown_dir, tmp_path / "data", LENGTH_OF_TWO_THREADS)
+    settings = train_settings(
+        steps=4, sequence_length=LENGTH_OF_TWO_THREADS, micro_batch=2, precision="bfloat16", compile=compiled
+    )
+    straight, stopped = (
+        replace(training_task(settings, grown_dir, data, tmp_path / name), launch=cpu_launch(threads=2))
+        for name in ("straight", "stopped")
+    )
+    for task in (straight, stopped):
+        task.out.mkdir()
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    work(first, (straight, None), (stopped, 2))
+    assert not (stopped.out / TRAINING_FILE).exists() and len(logged(stopped, "loss")) == 2
+    work(second, (stopped, None))
+    for name in ("loss", "grad_norm", "held_out_loss"):
+        assert logged(stopped, name) == logged(straight, name)
+    ours, theirs = (load_file(task.out / "model.safetensors") for task in (stopped, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
