@@ -16,19 +16,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline.lock import Holder, Lock
 
 MANIFEST = "manifest.json"
 
 
-# ------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------- files
+
+
+def beside(path: Path) -> Path:
+    """A hidden name beside ``path`` for what will take its place; no other process has it, on any node."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
 
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes ``value`` as JSON so that a reader sees the old file or the whole new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, path)
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from uuid import uuid4
 
 from pipeline import slurm
 
@@ -154,7 +155,7 @@ class Lock:
         """The directory appears with its file in it, or was there: a rename cannot replace what holds a file."""
         if self.directory.exists():
             return
-        new = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.{threading.get_ident()}")
+        new = self.directory.with_name(f".{self.directory.name}.{uuid4().hex}")
         new.mkdir(parents=True)
         (new / FREE).touch()
         try:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import attempts
-from pipeline.artifact import read_json, write_json
+from pipeline.artifact import beside, read_json, write_json
 from pipeline.config import Settings
 from pipeline.disk import refused_where_full
 from pipeline.errors import UserError, WorkersFailed
@@ -186,7 +186,6 @@ def link(run: Settings, node: Node) -> None:
     target = os.path.relpath(node.artifact.path, place.parent)
     if place.is_symlink() and os.readlink(place) == target:
         return
-    temporary = place.with_name(f".{place.name}.link")
-    temporary.unlink(missing_ok=True)
+    temporary = beside(place)  # jobs of one run that start together all link what they share
     temporary.symlink_to(target)
     os.replace(temporary, place)

@@ -21,6 +21,7 @@ def test_a_log_gets_a_line_with_what_is_done_and_what_is_worked_on(
     log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
     with progress("expand", total=8) as bar:
         bar.move_to(2)
         bar.advance(2, note="mlp.up_proj predictor 3/10", loss=0.5)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifact import write_json
+from pipeline.artifact import beside, write_json
 from pipeline.comparison import sections
 from pipeline.comparison.caveats import caveats
 from pipeline.comparison.curves import base_loss
@@ -68,6 +68,6 @@ def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -113,9 +113,9 @@ def _train(session: Session, wants_stop: Callable[[], bool]) -> Status:
     prepared = _prepare(session)
     progress, belongs_to, notes = _begin(session, prepared)
     peak = peak_of(session.device, session.precision)
-    if session.rank == 0:
-        _announce(session, prepared.rows, progress.step, notes)
     with _tracker(session, progress) as tracker:
+        if session.rank == 0:  # once the log holds no more steps than are done: the driver reads both
+            _announce(session, prepared.rows, progress.step, notes)
         status = Loop(
             section=session.task.name,
             train=session.settings,

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
+from pipeline.artifact import beside, read_json, write_json
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
 from pipeline.failure import rank_log
 from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
@@ -85,7 +85,7 @@ def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, 
 
 def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
     """Records how the job ended; the first rank that knows decides, since others then fail for want of it."""
-    mine = log_dir / f"outcome.{os.getpid()}.json"
+    mine = beside(log_dir / OUTCOME_FILE)
     write_json(mine, outcome)
     with suppress(FileExistsError):
         os.link(mine, log_dir / OUTCOME_FILE)  # unlike a rename, this never replaces

@@ -42,7 +42,7 @@ def test_a_process_that_dies_is_told(tiny_llama_dir: Path) -> None:
 
 
 def _encode_with_a_kill(tokenizer: TextTokenizer) -> None:
-    with tokenizer.encoders() as encoders:
+    with Encoders(tokenizer.inner.backend_tokenizer.to_str(), [], [], processes=1) as encoders:
         encoders.submit(["first"]).result()
         for process in encoders._all:
             os.kill(process._process.pid, signal.SIGKILL)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ def cluster() -> Iterator[None]:
     if os.geteuid() != 0:
         pytest.skip("no Slurm here: its daemons must be started as root")
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
-        environment = {**os.environ, "DEV_SLURM_DIR": f"{directory}/slurm", "DEV_SLURM_PORT": "17100"}
+        environment = {**os.environ, "DEV_SLURM_DIR": f"{directory}/slurm", "DEV_SLURM_PORT": str(_free_ports(3))}
         script = str(REPOSITORY / "scripts" / "dev_slurm")
         os.chmod(directory, 0o755)  # munge wants its socket to be within reach
         try:
@@ -37,6 +39,16 @@ def cluster() -> Iterator[None]:
                 yield
         finally:
             subprocess.run([script, "down"], env=environment, check=True)
+
+
+def _free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody has, such as a daemon of an earlier session that was killed."""
+    for first in range(17100, 20000, count):
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("", port)))
+            return first
+    raise RuntimeError("no free ports")
 
 
 @pytest.fixture(scope="session")

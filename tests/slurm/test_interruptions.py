@@ -26,13 +26,13 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
     assert f"job {job} is requeued" in tokenized.log("pretrain")
 
     wait_until(lambda: tokenized.steps_done("pretrain") >= saved + 10)
-    assert f"resumed after step {saved}" in tokenized.log("pretrain")
+    wait_until(lambda: f"resumed after step {saved}" in tokenized.log("pretrain"))
     slurm("scancel", "--signal=USR1", str(job))  # without --batch: to all that the job started on its nodes
     wait_until(lambda: info(job).restarts == 2)
     saved = tokenized.steps_done("pretrain")
 
     wait_until(lambda: tokenized.steps_done("pretrain") >= saved + 10)
-    assert f"resumed after step {saved}" in tokenized.log("pretrain")
+    wait_until(lambda: f"resumed after step {saved}" in tokenized.log("pretrain"))
     slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     wait_until(lambda: info(job).restarts == 3)
     bring_back("n2")

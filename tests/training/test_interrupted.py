@@ -67,7 +67,7 @@ def last_step(task: StageTask) -> int:
 def interrupt(launch: Launch, task: StageTask, how: Interruption) -> dict[int, int]:
     """Waits for the right moment, sends the signal, and waits for the end.
 
-    After a kill the log tells of steps that were not saved, until ranks that have started drop them.
+    After a kill the log tells of steps that were not saved, until ranks drop them and tell that they start.
     """
     if how.file_event is None:
         first = saved_step(task)
