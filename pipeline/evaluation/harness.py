@@ -117,6 +117,10 @@ def _load_fetched(name: str, manager: TaskManager) -> Any:
         raise UserError(
             setting="evaluate.tasks", value=name, rule=f"its data cannot be fetched ({error})", remedy=PREFETCH
         ) from error
+    except (RuntimeError, ValueError) as error:  # datasets: a loading script, another format, no such split
+        raise UserError(
+            setting="evaluate.tasks", value=name, rule=f"its data cannot be read ({error})", remedy="Leave it out."
+        ) from error
 
 
 def _set_fewshot(name: str, tasks: Mapping[str, Any], settings: Evaluate) -> None:

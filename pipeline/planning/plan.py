@@ -153,9 +153,11 @@ def _training(
 
 
 def _outside_faults(outside: Outside, todo: Mapping[str, Node]) -> Iterator[Fault]:
+    """Those of what the missing stages read."""
     stages = {node.stage for node in todo.values()}
+    needed = {"model", *stages, *(name.removeprefix("tokenize/") for name in todo)}
     for name, fault in outside.faults.items():
-        if name != "evaluate" or name in stages:
+        if name in needed:
             yield name, fault
 
 

@@ -87,7 +87,7 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
             setting=f"{section}.role_learning_rates",
             value=", ".join(unknown),
             rule=f"roles are {', '.join(sorted(known))}",
-            remedy=f"For example {section}.role_learning_rates={{o: 2.0, down: 2.0}}.",
+            remedy=f"For example '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', in quotes.",
         )
 
 

@@ -54,6 +54,11 @@ def test_a_misspelt_task_is_refused_with_a_suggestion(wrong: str, right: str) ->
         validate(_evaluate("minimal_pairs", wrong))
 
 
+def test_a_task_whose_data_are_a_script_is_refused_before_anything_starts() -> None:
+    with pytest.raises(UserError, match=r"logiqa: its data set is a loading script.*Leave it out"):
+        validate(_evaluate("minimal_pairs", "logiqa"))
+
+
 def test_no_task_at_all_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to score"):
         validate(_evaluate())

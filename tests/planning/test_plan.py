@@ -229,6 +229,15 @@ def test_stages_say_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch
     assert all(state.startswith("blocked") for state in _states(plan(*command)).values())
 
 
+def test_what_no_chosen_stage_reads_blocks_nothing(
+    plan: Plan, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**13))
+    assert set(_blockers(plan("lesa_llama3", "stages=[expand]"))) == {"model.path"}
+    assert "data.corpus.path" in _blockers(plan("lesa_llama3", "stages=[tokenize]"))
+
+
 def test_no_chat_template_for_tuning(plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
