@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.launch import run_workers
 from pipeline.stage import StageTask, task_to_json
@@ -82,15 +82,26 @@ def test_not_one_other_tensor_changes_by_a_bit(tasks: dict[tuple[int, int], Stag
         assert changed == {name for name in base if any(f".layers.{layer}." in name for layer in NEW_LAYERS)}
 
 
+@pytest.fixture(scope="module")
+def short_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's first four layers, the last two called new: the real sizes, and little to compile."""
+    directory = tmp_path_factory.mktemp("short")
+    AutoModelForCausalLM.from_pretrained(smollm2_dir, num_hidden_layers=4).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(directory)
+    layers = [{"layer": layer, "new": layer >= 2, "from": [layer]} for layer in range(4)]
+    (directory / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
+    return directory
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_two_threads_stopped_and_resumed_end_with_the_same_bits(grown_dir: Path, tmp_path: Path, compiled: bool):
+def test_two_threads_stopped_and_resumed_end_with_the_same_bits(short_dir: Path, tmp_path: Path, compiled: bool):
     """In another process, at sizes where sums are shared out to both threads."""
-    data = blocks(grown_dir, tmp_path / "data", LENGTH_OF_TWO_THREADS)
+    data = blocks(short_dir, tmp_path / "data", LENGTH_OF_TWO_THREADS)
     settings = train_settings(
         steps=4, sequence_length=LENGTH_OF_TWO_THREADS, micro_batch=2, precision="bfloat16", compile=compiled
     )
     straight, stopped = (
-        replace(training_task(settings, grown_dir, data, tmp_path / name), launch=cpu_launch(threads=2))
+        replace(training_task(settings, short_dir, data, tmp_path / name), launch=cpu_launch(threads=2))
         for name in ("straight", "stopped")
     )
     for task in (straight, stopped):
