@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -200,4 +201,5 @@ def sync(path: Path) -> None:
 def sync_directory(directory: Path) -> None:
     """Flushes everything in it: a crash after what then says that all is there cannot leave it hollow."""
     for path in [*directory.rglob("*"), directory]:
-        sync(path)
+        with suppress(FileNotFoundError):  # somebody's temporary file
+            sync(path)

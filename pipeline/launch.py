@@ -19,13 +19,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pipeline.allocation import Allocation, current_allocation, pattern
-from pipeline.artifact import read_json
+from pipeline.artifact import beside, read_json
 from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError, WorkersFailed
 from pipeline.failure import LAUNCHER_LOG, LAUNCHER_LOGS, explain_workers, worker_deaths
@@ -228,6 +228,11 @@ def _signals_ask_to_stop(stop_file: Path) -> Iterator[None]:
 
 def _outcome(log_dir: Path) -> dict[str, Any]:
     path = log_dir / OUTCOME_FILE
+    # NFS remembers for up to a minute that a file was not there, until this host changes the directory itself.
+    with suppress(OSError):
+        look = beside(path)
+        look.touch()
+        look.unlink()
     outcome: dict[str, Any] = read_json(path) if path.exists() else {"status": "lost"}
     return outcome
 

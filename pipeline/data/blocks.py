@@ -47,7 +47,7 @@ class BlockWriter:
         arrays: tuple[npt.NDArray[Any], ...] = (input_ids, position_ids, loss_mask)
         for stream, array in zip(self._streams.values(), arrays, strict=True):
             assert array.ndim == 2 and array.shape[1] == self._length, array.shape
-            array.tofile(stream)
+            stream.write(np.ascontiguousarray(array).data)  # ndarray.tofile swallows a full disk's error
         self.blocks += len(input_ids)
         self.supervised_tokens += int(loss_mask.sum())
 

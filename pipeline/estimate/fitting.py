@@ -51,9 +51,11 @@ def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str 
         return f"{section}.micro_batch={largest}"
     sharing = setup.train.deepspeed.model_copy(update={"zero_stage": 3})
     offloading = sharing.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
+    plain: dict[str, object] = {"compile": False} if setup.train.compile else {}  # ZeRO 3 does not go with it
+    uncompiled = f"{section}.compile=false " if plain else ""
     steps: list[tuple[dict[str, object], str]] = [
         ({"activation_checkpointing": True}, f"{section}.activation_checkpointing=true"),
-        ({"deepspeed": sharing}, f"{section}.deepspeed.zero_stage=3"),
+        ({"deepspeed": sharing, **plain}, f"{uncompiled}{section}.deepspeed.zero_stage=3"),
         (
             {"deepspeed": offloading},
             f"{section}.deepspeed.offload_optimizer=true {section}.deepspeed.offload_parameters=true",

@@ -34,4 +34,5 @@ def _remedy(task: StageTask) -> str:
     shape = shape_of(read_json(model / "config.json"))
     trained = trained_part(task.name, train.trainable, shape, read_json(model / "expansion.json"))
     there = usable(device_memory(place(task.launch, machine)))
-    return when_out_of_memory(task.name, trained, setup_of(train, task.launch, machine), there)
+    launch = task.launch.model_copy(update={"nodes": machine.nodes})  # the setting is for plans
+    return when_out_of_memory(task.name, trained, setup_of(train, launch, machine), there)

@@ -147,7 +147,8 @@ def save(
         _write_shards(partial, masters, writes, shard_bytes)
         return 0
     with named_when_disk_is_full(partial, f"the checkpoint of step {step}"):
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in directory.glob("step-*.partial"):  # of attempts that were killed while saving
+            shutil.rmtree(stale, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
         partial.mkdir(parents=True)
         shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)

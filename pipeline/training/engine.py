@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.training.attention import resolve_attention
 from pipeline.training.deepspeed import uses_bfloat16_parameters
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.linear import use_float32_products
-from pipeline.training.loss import SummedLoss, compiled_chunk_loss, loss_and_gradient
+from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_adamw, parameter_groups
 from pipeline.training.precision import DTYPES, Precision
 
@@ -34,7 +35,10 @@ def start_distributed() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    # While rank 0 hashes, saves or writes a large model on a slow disk the others wait in a collective; DeepSpeed gives
+    # them ten minutes. A dead rank is found by the launcher and the driver, within a minute.
+    patience = timedelta(hours=6)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=patience)
     return device
 
 
@@ -68,9 +72,8 @@ def start_engine(
     if train.compile:
         _compile_layers(model)
     autocast = None if uses_bfloat16_parameters(train, precision) else DTYPES[precision]
-    chunk_loss = compiled_chunk_loss() if train.compile else loss_and_gradient
     autocast = None if autocast == torch.float32 else autocast
-    module = SummedLoss(model, autocast, chunk_loss, train.float32_products)
+    module = SummedLoss(model, autocast, train.compile, train.float32_products)
     optimizer = make_adamw(parameter_groups(section, model, train), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
     return engine

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pipeline.artifact import write_json
+from pipeline.artifact import sync_directory, write_json
 from pipeline.model_dir import export_with_replaced
 from pipeline.training import freeze
 from pipeline.training.chat_files import carry_chat_files
@@ -46,6 +46,7 @@ def finish(session: Session, rows: list[freeze.Row], progress: Progress, peak: P
         "warnings": _spike_warnings(progress),
         **memory,
     }
+    sync_directory(session.task.out)  # the checkpoints go once this file is there
     write_json(session.task.out / TRAINING_FILE, summary)
 
 

@@ -144,7 +144,7 @@ class SummedLoss(nn.Module):
     Args:
         model: a transformers causal language model.
         autocast: compute in this dtype over parameters of another one; None computes in the parameters' own.
-        chunk_loss: how a chunk's loss and gradient are computed.
+        compiled: the model's layers are, and a chunk's loss and gradient are to be.
         float32_products: the head's and attention's products are taken by the float32 units (see ``linear``).
     """
 
@@ -152,12 +152,13 @@ class SummedLoss(nn.Module):
         self,
         model: PreTrainedModel,
         autocast: torch.dtype | None = None,
-        chunk_loss: ChunkLoss = loss_and_gradient,
+        compiled: bool = False,
         float32_products: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self._chunk_loss = chunk_loss
+        self._compiled = compiled
+        self._chunk_loss = compiled_chunk_loss() if compiled else loss_and_gradient
         self._float32_products = float32_products
         config = model.config.get_text_config()
         self._rule = LogitRule.of_config(config)
@@ -173,7 +174,10 @@ class SummedLoss(nn.Module):
         """
         told: dict[str, Any] = {}
         if self._by_document:
-            told = {KEYWORD: document_bounds(position_ids), FLOAT32_KEYWORD: self._float32_products}
+            bounds = document_bounds(position_ids)
+            if self._compiled:  # the number of documents differs by batch; each would be compiled anew
+                torch._dynamo.mark_dynamic(bounds, 0)
+            told = {KEYWORD: bounds, FLOAT32_KEYWORD: self._float32_products}
         kind = input_ids.device.type
         with torch.autocast(kind, dtype=self._autocast, enabled=self._autocast is not None):
             output = self.model.base_model(

@@ -13,27 +13,34 @@ from pathlib import Path
 
 import torch
 
+from pipeline.artifact import sync_directory
 from pipeline.model_dir import ModelDirectory, export_with_replaced
 from pipeline.shard_writer import ShardWriter
 from pipeline.training.job import kept_model
 
 
 def keep(place: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Writes trained weights into the new directory ``place``, which is whole or absent.
+    """Writes trained weights into the new directory ``place``, which is whole or absent, or as it was.
 
     Args:
         base: the model that is trained; weights are rounded to its dtypes.
         names: of all trained weights.
         weights: name and tensor, one at a time.
     """
-    partial = place.with_name(f".{place.name}.partial")
-    for stale in (partial, place):
-        shutil.rmtree(stale, ignore_errors=True)
+    partial = half_kept(place)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with ShardWriter(partial, {name: base.specs[name] for name in names}) as writer:
         for name, weight in weights:
             writer.write(name, weight.to(base.specs[name].dtype))
+    sync_directory(partial)
+    shutil.rmtree(place, ignore_errors=True)  # the same weights, of an attempt that was stopped after this step
     os.replace(partial, place)
+
+
+def half_kept(place: Path) -> Path:
+    """Where ``place`` is while it is not whole."""
+    return place.with_name(f".{place.name}.partial")
 
 
 def rebuild(artifact: Path, fraction: float, out: Path) -> None:

@@ -17,7 +17,11 @@ def resolve_precision(setting: Literal["auto", "bfloat16", "float32"], device: t
     """``auto`` by hardware; anything else is obeyed."""
     if setting != "auto":
         return setting
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else bool(BFLOAT16_FLAGS & cpu_flags())
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else bool(BFLOAT16_FLAGS & cpu_flags())
+    )
     return "bfloat16" if native else "float32"
 
 

@@ -193,6 +193,7 @@ def _spread(session: Session) -> dict[str, Any]:
         "ranks": session.ranks,
         "threads": torch.get_num_threads(),
         "zero_stage": settings.deepspeed.zero_stage,
+        "reduce_bucket_size": settings.deepspeed.reduce_bucket_size,
         "offload_optimizer": settings.deepspeed.offload_optimizer,
         "micro_batch": settings.micro_batch,
         "attention": settings.attention,
@@ -217,7 +218,7 @@ def _keep(session: Session, masters: Masters, fraction: float) -> None:
     weights = ((name, masters.read(name, "weight")) for name in names)
     if session.rank == 0:
         place = kept_model(session.task.out, fraction)
-        with checkpoint.named_when_disk_is_full(place, f"the model at {fraction:g} of the steps"):
+        with checkpoint.named_when_disk_is_full(on_the_way.half_kept(place), f"the model at {fraction:g} of the steps"):
             on_the_way.keep(place, ModelDirectory(session.model_dir), names, weights)
     else:
         deque(weights, maxlen=0)  # reading is collective

@@ -98,7 +98,7 @@ def less_memory(section: str, train: Train, processes: int) -> str:
     wanted = {
         f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
         "activation_checkpointing=true": not train.activation_checkpointing,
-        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3,
+        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3 and not train.compile,
         "deepspeed.offload_optimizer=true": deepspeed.zero_stage > 0 and not deepspeed.offload_optimizer,
         "deepspeed.offload_parameters=true": deepspeed.zero_stage == 3 and not deepspeed.offload_parameters,
     }

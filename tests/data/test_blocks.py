@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.blocks import DTYPES, BlockWriter, DocumentPacker, ExamplePacker
+from pipeline.disk import FULL
 
 PADDING = 99
 
@@ -52,6 +54,26 @@ def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
         assert found[name].dtype == DTYPES[name]
         np.testing.assert_array_equal(found[name], expected[:, :, column])
     assert writer.blocks == len(expected) and writer.supervised_tokens == expected[:, :, 2].sum()
+
+
+@pytest.mark.parametrize("blocks", [1, 40, 4000])
+def test_a_full_disk_is_never_silent(blocks: int, tmp_path: Path) -> None:
+    """Whether it is met while writing or while flushing, and by the system's own number."""
+    arrays = [np.ones((blocks, 16), DTYPES[name]) for name in DTYPES]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = BlockWriter(tmp_path, "train", 16)
+
+    def write() -> None:
+        writer.append(*arrays)
+        writer.save()
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+        with pytest.raises(OSError, match="File too large") as error:
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno in FULL
 
 
 def test_nothing_written_is_an_empty_array(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from pipeline.errors import UserError
 from pipeline.training.attention import DOCUMENTS, attend_by_document, document_bounds, resolve_attention
-from pipeline.training.loss import SummedLoss
+from pipeline.training.loss import SummedLoss, loss_and_gradient
 from tests.tiny_families import FAMILIES, tiny_model
 from tests.training.small import train_settings
 
@@ -115,6 +116,23 @@ def test_no_mask_over_pairs_of_tokens_is_made(tiny_llama_dir, monkeypatch: pytes
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         SummedLoss(model)(torch.zeros_like(position_ids), position_ids, position_ids > 0)
     assert kept and not [shape for shape in kept if list(shape).count(256) > 1]
+
+
+def test_layers_are_not_compiled_anew_for_every_number_of_documents(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
+    """A block of packed text has another number in every batch; compiled for each, training would soon end."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("pipeline.training.loss.compiled_chunk_loss", lambda: loss_and_gradient)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation=DOCUMENTS)
+    compilations = CompileCounter()
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False, backend=compilations)
+    summed, counts = SummedLoss(model, compiled=True), []
+    for documents in range(1, 24):
+        position_ids = positions([[*(documents - 1) * [1], 25 - documents]])
+        summed(torch.zeros_like(position_ids), position_ids, position_ids > 0).backward()
+        counts.append(compilations.frame_count)
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[-1]
 
 
 # ------------------------------------------------------------------------------------------ choice

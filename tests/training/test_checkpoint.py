@@ -117,6 +117,15 @@ def test_half_a_save_is_not_a_checkpoint_and_does_not_block_the_next(tmp_path: P
     assert checkpoint.newest(tmp_path, pytest.fail).step == 2 and not partial.exists()
 
 
+def test_half_a_save_of_another_step_does_not_stay_either(tmp_path: Path):
+    """A killed stop's: the next attempt saves after other steps."""
+    partial = tmp_path / "step-00000007.partial"
+    partial.mkdir()
+    (partial / "00000.safetensors").write_bytes(b"cut")
+    save(tmp_path, 10, fill=1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "shard", "state", "state cut", "state flip"])
 def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path: Path, damage: str):
     save(tmp_path, 1, fill=1.0)

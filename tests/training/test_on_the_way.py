@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +34,20 @@ def test_a_kept_model_is_the_finished_one_with_the_weights_of_then(grown_dir: Pa
     assert torch.equal(ours[TRAINED], changed(base, 2.0))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+
+
+def test_a_kept_model_stays_until_the_next_is_whole(grown_dir: Path, tmp_path: Path):
+    """Or a kill while it is kept again, after a resume at its very step, would end the run for good."""
+    base, place = ModelDirectory(grown_dir), kept_model(tmp_path, 0.4)
+    keep(place, base, [TRAINED], iter([(TRAINED, changed(base, 1.0))]))
+
+    def killed():
+        raise InterruptedError
+        yield
+
+    with pytest.raises(InterruptedError):
+        keep(place, base, [TRAINED], killed())
+    assert torch.equal(load_file(place / "model.safetensors")[TRAINED], changed(base, 1.0))
 
 
 def test_keeping_again_replaces_what_a_killed_attempt_left(grown_dir: Path, tmp_path: Path):
