@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ TINY_TEXT = [
     "Return the number of items in a container.",
     "user assistant system json dumps loads file open read write",
 ] * 50
+
+
+def pytest_collection_finish() -> None:
+    """Tests that compute in this process compute as ours do."""
+    if "torch" in sys.modules:
+        from pipeline.vector_math import settle_vector_math
+
+        settle_vector_math()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ LAYERS = (
     | {"layer_surgery", "shard_writer", "stored_names", "launch", "machine", "failure", "tracking", "progress"}
     | {"estimate"},
     {"architecture", "artifact", "attempts", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
-    | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec"}
+    | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec", "vector_math"}
     | {"slurm", "allocation", "lock", "node"},
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -73,8 +73,9 @@ def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], o
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     before = seconds_of_children()
     answer = subprocess.run(
-        [sys.executable, "-c", probe, *command], cwd=outputs, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-c", probe, *command], cwd=outputs, env=environment, capture_output=True, text=True,
+        timeout=30,
+    )  # fmt: skip
     assert "everything is there" in answer.stdout, answer.stdout + answer.stderr
     assert "imported []" in answer.stdout
     assert seconds_of_children() - before < 5.0
@@ -152,14 +153,16 @@ def _metrics_of(stage: Path, seconds: float = 300.0) -> Path:
     return found[0]
 
 
-def test_when_the_driver_alone_is_killed_its_workers_are_soon_gone(shrunk: list[str], tmp_path: Path) -> None:
+def test_when_the_driver_alone_is_killed_its_workers_are_gone_within_ten_seconds(
+    shrunk: list[str], tmp_path: Path
+) -> None:
     process = start("+experiment=quickstart", *shrunk, "pretrain.steps=100000", cwd=tmp_path)
     _metrics_of(tmp_path / "outputs" / "artifacts" / "pretrain")
     workers = children(process.pid)
     assert len(workers) >= 2, "torchrun and one worker"
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60.0  # the watch ends them at once; torchrun notices, and has much to take down
+    deadline = time.monotonic() + 10.0
     while _alive(workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _alive(workers) == []

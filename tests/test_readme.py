@@ -37,6 +37,18 @@ def _ranks(run: Settings, section: str, command: list[str]) -> int:
     return resources.nodes * max(1, resources.gpus)
 
 
+def test_the_experiment_of_ones_own_composes(tmp_path: Path) -> None:
+    (experiment,) = re.findall(r"^```yaml\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(experiment)
+    (job,) = compose_jobs(["+experiment=mine"], False, tmp_path)
+    assert (job.settings.name, job.settings.pretrain.global_batch, job.settings.data.chat_template) == (
+        "mine",
+        64,
+        "plain",
+    )
+
+
 def test_the_commands_are_found() -> None:
     assert len(_commands()) >= 12
 

@@ -28,6 +28,7 @@ from pipeline.evaluation.samples import by_source, kept_samples
 from pipeline.evaluation.scores import scores_of, text_scores
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.machine import Placement
+from pipeline.vector_math import settle_vector_math
 
 TASK_FILES = Path(__file__).parent / "tasks"
 BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a formula for their standard error
@@ -66,6 +67,7 @@ def score(target: Target, settings: Evaluate) -> dict[str, Any]:
     dtype = dtype_of(settings.dtype, target.placement.device)
     if missing:
         torch.set_num_threads(target.placement.threads)
+        settle_vector_math()
         loaded = _load_tasks(missing, target, settings)  # data first: a model takes longer to load
         judge = Judge(target.model, DTYPES[dtype], target.placement.device, settings.batch_size)
         _check_chat_template(judge, target, settings)

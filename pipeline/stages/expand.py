@@ -21,6 +21,7 @@ from pipeline.layer_surgery import Names, forget_records, write_weights
 from pipeline.model_check import CheckFailedError, check_model
 from pipeline.model_dir import EXPANSION_FILE, ModelDirectory, copy_side_files
 from pipeline.stage import Metrics, StageTask
+from pipeline.vector_math import settle_vector_math
 
 
 def run(task: StageTask) -> Metrics:
@@ -32,6 +33,7 @@ def run(task: StageTask) -> Metrics:
     """
     # Adam's moments of silent units decay into numbers so small that processors take many times as long over them.
     torch.set_flush_denormal(True)
+    settle_vector_math()
     settings: AnyExpand = task.settings  # type: ignore[assignment]  # the stage's settings are one of these
     base = ModelDirectory(task.parents["load"])
     config = spelled_out_config(base.path)

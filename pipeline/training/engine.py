@@ -22,6 +22,7 @@ from pipeline.training.linear import use_float32_products
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_adamw, parameter_groups
 from pipeline.training.precision import DTYPES, Precision
+from pipeline.vector_math import settle_vector_math
 
 
 def start_distributed() -> torch.device:
@@ -29,6 +30,7 @@ def start_distributed() -> torch.device:
     # Moments of silent units decay into numbers so small that processors take many times as long over them. Before
     # the first tensor, for the setting is a thread's own and later threads inherit it.
     torch.set_flush_denormal(True)
+    settle_vector_math()
     # DeepSpeed would compile a shared-memory collective here that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"

@@ -77,10 +77,11 @@ def _hash_of(*folders: Path) -> str:
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            if "__pycache__" in path.parts or path.is_dir():  # whoever imports something first writes them
+            if "__pycache__" in path.parts:  # whoever imports something first writes one, and changes the directory
                 continue
-            content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
-            digest.update(f"{path} {path.lstat().st_mtime_ns} ".encode() + content)
+            content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+            written = None if (path / "__pycache__").exists() else path.lstat().st_mtime_ns
+            digest.update(f"{path} {written} ".encode() + content)
     return digest.hexdigest()
 
 
@@ -329,9 +330,10 @@ def test_an_answer_within_ten_seconds_where_no_name_server_answers(plan: Plan, m
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(12))
-    assert hub.ANSWER_WITHIN_SECONDS < 7
+    waiting = hub.ANSWER_WITHIN_SECONDS
     monkeypatch.setattr(hub, "ANSWER_WITHIN_SECONDS", 2.5)  # four questions one after another would take ten
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     output = plan("lesa_llama3")
     assert time.monotonic() - started < 10
+    assert waiting + time.process_time() - worked < 10
     assert {"model.path", "data.corpus.path", "data.instructions.path", "evaluate.tasks"} <= set(_blockers(output))
