@@ -13,15 +13,16 @@ from pipeline.config import EvaluateOnTheWay, Settings, Target, Train
 from pipeline.data import sources
 from pipeline.disk import free_bytes, gib, no_room
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, Kept, disk_of, lesa_scratch, trained_part
+from pipeline.estimate import Disk, Kept, Trained, disk_of, lesa_scratch, trained_part
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
 from pipeline.machine import Machine, detect_machine
-from pipeline.shape import shape_of
+from pipeline.shape import EXPERTS, shape_of
 from pipeline.source import ModelSource, check_shape, config_of
 from pipeline.training.job import kept_model
+from pipeline.training.selection import stored_apart
 from pipeline.training.validate import validate as validate_training
 from pipeline.training.validate import validate_length
 from pipeline.weight_files import read_headers, refuse_quantised
@@ -137,6 +138,7 @@ def checks(
     found: dict[str, Check] = {
         "model": lambda: _check_model(run, config),
         "expand": lambda: validate_expansion(run.expand, config["num_hidden_layers"]),
+        "experts": lambda: _check_experts(run, config, missing),
     }
     if "pretrain" in stages:
         found["pretrain"] = lambda: validate_training(
@@ -163,6 +165,27 @@ def _check_model(run: Settings, config: Mapping[str, Any]) -> None:
     refuse_quantised(config, run.model.path)
     architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
     check_shape(run.model, config)
+
+
+def _check_experts(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]) -> None:
+    """Nothing trains that loading puts together from tensors of single experts."""
+    if not config.get("experts_apart", False):
+        return
+    for name, part in _trained_parts(run, config, missing).items():
+        if experts := sorted(tensor for tensor in part.names if EXPERTS in tensor):
+            raise stored_apart(name, experts[0])
+
+
+def _trained_parts(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]) -> dict[str, Trained]:
+    """What of the planned model the missing stages train, by their names."""
+    plan = make_plan(run.expand, config["num_hidden_layers"])
+    grown = shape_of(config).with_layers(plan.config_sources)
+    expansion = {"method": run.expand.method, "layers": plan.to_json()}
+    return {
+        name: trained_part(name, node.settings.trainable, grown, expansion)
+        for name, node in missing.items()
+        if isinstance(node.settings, Train)
+    }
 
 
 def _check_kept(missing: Mapping[str, Node]) -> None:
@@ -210,17 +233,15 @@ def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, 
         UserError: the model cannot be expanded so, or nothing of it would train.
     """
     base, plan = shape_of(config), make_plan(run.expand, config["num_hidden_layers"])
-    grown = base.with_layers(plan.config_sources)
-    expansion = {"method": run.expand.method, "layers": plan.to_json()}
     trained = {}
-    for name, node in missing.items():
-        if isinstance(train := node.settings, Train):
-            part = trained_part(name, train.trainable, grown, expansion)
-            trained[name] = Kept(part.parameters, train.keep_checkpoints, len(train.keep_at))
+    for name, part in _trained_parts(run, config, missing).items():
+        train = missing[name].settings
+        assert isinstance(train, Train)
+        trained[name] = Kept(part.parameters, train.keep_checkpoints, len(train.keep_at))
     return disk_of(
         {name: node.stage for name, node in missing.items()},
         base,
-        grown,
+        base.with_layers(plan.config_sources),
         run.model.dtype,
         trained,
         {"tokenize/corpus": run.data.max_corpus_tokens or 0},

@@ -5,17 +5,19 @@ but a hub model's small JSON files, and nothing from the model is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import hub
+from pipeline.architecture import num_experts
 from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.gguf_metadata import read_metadata
-from pipeline.weight_files import INDEX, check_names, find_weights
+from pipeline.weight_files import INDEX, SINGLE, check_names, find_weights, read_header
 
 PACKAGE_PREFIX = "package:"
 VOCABULARIES = (
@@ -25,6 +27,7 @@ SIDE_FILES = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip  # what a model directory holds beside config and weights; copied byte for byte
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a tensor that is one expert's
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:
 
 
 def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
-    """The model's config before any weight is read, with ``has_chat_template`` added.
+    """The model's config before any weight is read, with ``has_chat_template`` and ``experts_apart`` added.
 
     From config.json, or for a GGUF file the entries that sizes and limits are taken from. A GGUF file on the hub is
     fetched into the hub's cache for that, where loading finds it.
@@ -163,7 +166,11 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
             rule="its config.json has no num_hidden_layers, so it is no plain causal language model",
             remedy="Give a decoder-only language model.",
         )
-    return {**config, "has_chat_template": _has_chat_template(source, keep)}
+    added = {
+        "has_chat_template": _has_chat_template(source, keep),
+        "experts_apart": num_experts(config) > 0 and any(map(ONE_EXPERT.search, _stored_names(source, keep))),
+    }
+    return {**config, **added}
 
 
 def check_shape(model: Model, config: Mapping[str, Any]) -> None:
@@ -205,6 +212,14 @@ def _has_chat_template(source: ModelSource, keep: bool) -> bool:
     if "tokenizer_config.json" not in source.names:
         return False
     return bool(_json_of(source, "tokenizer_config.json", keep).get("chat_template"))
+
+
+def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
+    """The weights' names, as far as they are known without the weights: not of a single file on the hub."""
+    if INDEX in source.names:
+        index: dict[str, str] = _json_of(source, INDEX, keep)["weight_map"]
+        return index
+    return () if source.directory is None else read_header(source.directory / SINGLE)[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from pipeline.training.validate import faults as training_faults
 
 TRAINING: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructions"}  # section -> what it learns from
 STOPS = {  # what a fault of an input or check stops; a stage stands for all its nodes
-    "model": ("load",), "expand": ("expand",), "corpus": ("tokenize/corpus",),
+    "model": ("load",), "expand": ("expand",), "experts": ("pretrain", "sft"), "corpus": ("tokenize/corpus",),
     "instructions": ("tokenize/instructions",), "chat_template": ("tokenize/instructions",),
     "corpus_length": ("tokenize/corpus",), "instructions_length": ("tokenize/instructions",),
     "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "kept": ("evaluate",),
     "devices": ("pretrain", "sft"), "output": STAGE_NAMES, "disk": STAGE_NAMES, "login": STAGE_NAMES,
 }  # fmt: skip
-BY_SIZE = ("model", "expand", "disk")  # checks that need the model's config
+BY_SIZE = ("model", "expand", "experts", "disk")  # checks that need the model's config
 
 
 Fault = tuple[str, UserError]  # what it is about, a key of STOPS

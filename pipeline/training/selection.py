@@ -41,6 +41,16 @@ def select(section: str, trainable: str, layers: Mapping[str, int | None], expan
     return chosen
 
 
+def stored_apart(section: str, parameter: str) -> UserError:
+    """The refusal of a parameter that is held as one and stored in several tensors, as most mixtures' experts are."""
+    return UserError(
+        setting=f"{section}.trainable",
+        value=parameter,
+        rule="this parameter is stored in several tensors and held as one, and cannot be trained yet",
+        remedy=f"Say {section}.trainable=REGEX with a pattern that leaves it out, such as self_attn.",
+    )
+
+
 def _by_expansion(
     section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]
 ) -> set[str]:

@@ -16,6 +16,7 @@ from torch import distributed
 
 from pipeline.artifact import write_json
 from pipeline.config import Train
+from pipeline.disk import refused_where_full
 from pipeline.errors import UserError
 from pipeline.flops import TrainingFlops
 from pipeline.model_dir import ModelDirectory
@@ -35,6 +36,7 @@ from pipeline.training.masters import Masters
 from pipeline.training.memory import named_when_out_of_memory
 from pipeline.training.precision import resolve_precision, slow_bfloat16_note
 from pipeline.training.schedule import total_steps
+from pipeline.training.selection import stored_apart
 from pipeline.training.utilisation import peak_of
 
 
@@ -45,7 +47,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
         The outcome: ``{"status": "done" | "stopped"}``.
 
     Raises:
-        UserError: nothing would train, or a checkpoint belongs to another run.
+        UserError: nothing would train, a checkpoint belongs to another run, or the disk takes no log line more.
         NamedFailure: a number is not finite, a disk is full, or memory ran out.
     """
     settings = task.settings
@@ -54,7 +56,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     precision = resolve_precision(settings.precision, device)
     session = Session(task, settings, log_dir, device, precision, rank, ranks)
-    with named_when_out_of_memory():
+    with named_when_out_of_memory(), refused_where_full(task.out):
         status = _train(session, wants_stop)
     distributed.barrier()
     return {"status": status}
@@ -101,12 +103,7 @@ def _refuse_stored_apart(section: str, trained: Collection[str], model_dir: Path
     """
     apart = sorted(set(trained) - ModelDirectory(model_dir).specs.keys())
     if apart:
-        raise UserError(
-            setting=f"{section}.trainable",
-            value=apart[0],
-            rule="this parameter is stored in several tensors and held as one, and cannot be trained yet",
-            remedy=f"Say {section}.trainable=REGEX with a pattern that leaves it out, such as self_attn.",
-        )
+        raise stored_apart(section, apart[0])
 
 
 def _train(session: Session, wants_stop: Callable[[], bool]) -> Status:

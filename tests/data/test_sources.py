@@ -77,7 +77,7 @@ def test_a_long_text_file_becomes_documents_cut_at_blank_lines(tmp_path: Path) -
     assert all(document.lstrip().startswith("Paragraph") for document in found)
 
 
-@pytest.mark.parametrize("line", ["a sentence – so lang\n", "ä" * 3 * files.LONGEST_TEXT])
+@pytest.mark.parametrize("line", ["a sentence – so lang\n", "ä" * 3 * files.LONGEST_TEXT], ids=["sentences", "endless"])
 def test_a_long_text_file_without_blank_lines_is_cut_too(line: str, tmp_path: Path) -> None:
     """A line a sentence, and one endless line, whose pieces end within characters."""
     text = "x" + line * (3 * files.LONGEST_TEXT // len(line) or 1)
@@ -148,7 +148,7 @@ def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_
         ("a.jsonl", b'{"body": "x", "title": "y"}\n', ["text_field = text", "body, title"]),
         ("a.jsonl", b'{"text": 3}\n', ["text_field", "int"]),
         ("a.txt.gz", b"not gzip", ["whole .gz file"]),
-        ("a.txt.gz", gzip.compress(b"text " * 10000)[:40], ["whole .gz file"]),
+        ("a.txt.gz", gzip.compress(b"text " * 10000, mtime=0)[:40], ["whole .gz file"]),
         ("a.jsonl.zst", b"not zstd", ["whole .zst file"]),
         ("a.txt.zst", files.zstd.compress(b"text " * 10000)[:-5], ["whole .zst file"]),
         ("a.txt", "größer".encode()[:-3], ["line 1", "UTF-8"]),

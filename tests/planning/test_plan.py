@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from pipeline.graph import build_graph
 from pipeline.preflight import identify
 from pipeline.source import resolve
 from tests.fake_hub import COMMIT, REPO, serve
+from tests.tiny_families import save_tiny
 from tests.training.small import write_blocks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -337,3 +339,18 @@ def test_an_answer_within_ten_seconds_where_no_name_server_answers(plan: Plan, m
     assert time.monotonic() - started < 10
     assert waiting + time.process_time() - worked < 10
     assert {"model.path", "data.corpus.path", "data.instructions.path", "evaluate.tasks"} <= set(_blockers(output))
+
+
+def test_experts_that_are_stored_apart_are_refused_before_anything_starts(
+    plan: Plan, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """As published, a mixture's experts cannot be trained yet; as transformers holds them, or left out, all is well."""
+    published = save_tiny("mixtral", tmp_path / "published", tiny_tokenizer)
+    stacked = save_tiny("mixtral", tmp_path / "stacked", tiny_tokenizer, save_original_format=False)
+    without = ["pretrain.trainable=self_attn", "sft.trainable=self_attn"]
+    at_fault = [
+        {"pretrain.trainable", "sft.trainable"}
+        & _blockers(plan("lesa_llama3", "expand.new_layers=2", "expand.position=top", *arguments)).keys()
+        for arguments in ([f"model.path={published}"], [f"model.path={published}", *without], [f"model.path={stacked}"])
+    ]
+    assert at_fault == [{"pretrain.trainable"}, set(), set()]

@@ -46,7 +46,7 @@ def _corpus(place: Path, documents: int) -> list[Source]:
     place.mkdir()
     for number in range(3):
         rows = "\n".join(json.dumps({"text": draw.choice(texts)}) for _ in range(documents // 3))
-        (place / f"{number}.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+        (place / f"{number}.jsonl.gz").write_bytes(gzip.compress(rows.encode(), mtime=0))
     (place / "other.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[::-1]))
     return [_source("corpus", place / "?.jsonl.gz", 0.7), _source("corpus", place / "other.jsonl", 0.3)]
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.artifact import read_json
+from pipeline.errors import EXIT_REQUEST
 from pipeline.launch import OUTCOME_FILE
 from pipeline.stage import StageTask
 from pipeline.training import checkpoint
@@ -130,6 +131,16 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(make_task: MakeTa
     assert saved_step(cut) == before
     assert forked_ranks.work(cut).wait() == {0: 0}
     assert logged(cut, "loss") == logged(straight, "loss")
+
+
+def test_a_disk_that_takes_no_log_line_more_is_named(make_task: MakeTask, forked_ranks: ForkedRanks):
+    task = make_task(train_settings(steps=60))
+    assert forked_ranks.work(task, limits={"RLIMIT_FSIZE": 16_000}).wait() == {0: EXIT_REQUEST}
+    assert 0 < last_step(task) < 60 and saved_step(task) == 0
+    outcome = read_json(task.out / "logs" / OUTCOME_FILE)
+    assert (outcome["status"], outcome["setting"]) == ("refused", "output_dir")
+    assert "more bytes are needed there" in outcome["rule"] and "Free some space" in outcome["remedy"]
+    assert forked_ranks.work(task).wait() == {0: 0}
 
 
 def test_a_base_whose_frozen_weights_changed_is_not_gone_on_with(
