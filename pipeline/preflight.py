@@ -13,9 +13,8 @@ from pipeline.config import EvaluateOnTheWay, Settings, Target, Train
 from pipeline.data import sources
 from pipeline.disk import free_bytes, gib, no_room
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, Kept, Trained, disk_of, lesa_scratch, trained_part
+from pipeline.estimate import Disk, Kept, disk_of, lesa_scratch, sizes_of
 from pipeline.evaluation.catalogue import validate as validate_evaluation
-from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.graph import Inputs, Node
 from pipeline.machine import Machine, detect_machine
@@ -171,21 +170,16 @@ def _check_experts(run: Settings, config: Mapping[str, Any], missing: Mapping[st
     """Nothing trains that loading puts together from tensors of single experts."""
     if not config.get("experts_apart", False):
         return
-    for name, part in _trained_parts(run, config, missing).items():
+    sizes = sizes_of(run.expand, shape_of(config))
+    for name, train in _training(missing).items():
+        part = sizes.trained(name, train)
         if experts := sorted(tensor for tensor in part.names if EXPERTS in tensor):
             raise stored_apart(name, experts[0])
 
 
-def _trained_parts(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]) -> dict[str, Trained]:
-    """What of the planned model the missing stages train, by their names."""
-    plan = make_plan(run.expand, config["num_hidden_layers"])
-    grown = shape_of(config).with_layers(plan.config_sources)
-    expansion = {"method": run.expand.method, "layers": plan.to_json()}
-    return {
-        name: trained_part(name, node.settings.trainable, grown, expansion)
-        for name, node in missing.items()
-        if isinstance(node.settings, Train)
-    }
+def _training(missing: Mapping[str, Node]) -> dict[str, Train]:
+    """The settings of the missing stages that train."""
+    return {name: node.settings for name, node in missing.items() if isinstance(node.settings, Train)}
 
 
 def _check_kept(missing: Mapping[str, Node]) -> None:
@@ -232,20 +226,19 @@ def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, 
     Raises:
         UserError: the model cannot be expanded so, or nothing of it would train.
     """
-    base, plan = shape_of(config), make_plan(run.expand, config["num_hidden_layers"])
-    trained = {}
-    for name, part in _trained_parts(run, config, missing).items():
-        train = missing[name].settings
-        assert isinstance(train, Train)
-        trained[name] = Kept(part.parameters, train.keep_checkpoints, len(train.keep_at))
+    sizes = sizes_of(run.expand, shape_of(config))
+    trained = {
+        name: Kept(sizes.trained(name, train).parameters, train.keep_checkpoints, len(train.keep_at))
+        for name, train in _training(missing).items()
+    }
     return disk_of(
         {name: node.stage for name, node in missing.items()},
-        base,
-        base.with_layers(plan.config_sources),
+        sizes.base,
+        sizes.grown,
         run.model.dtype,
         trained,
         {"tokenize/corpus": run.data.max_corpus_tokens or 0},
-        lesa_scratch(base) if "expand" in missing and run.expand.method == "lesa" else 0,
+        lesa_scratch(sizes.base) if "expand" in missing and run.expand.method == "lesa" else 0,
     )
 
 

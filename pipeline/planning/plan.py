@@ -9,15 +9,14 @@ from typing import Any
 from pipeline.config import STAGE_NAMES, Settings
 from pipeline.data import sources
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, ranks, setup_of, trained_part
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
+from pipeline.estimate import Disk, Sizes, ranks, setup_of, sizes_of
 from pipeline.graph import Node, build_graph, select
 from pipeline.machine import Machine, detect_machine, place
 from pipeline.planning.inputs import Outside, look_up
 from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training
 from pipeline.preflight import check_writable, checks, disk_needed
 from pipeline.run import missing
-from pipeline.shape import Shape, shape_of
+from pipeline.shape import shape_of
 from pipeline.training.validate import faults as training_faults
 
 TRAINING: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructions"}  # section -> what it learns from
@@ -49,15 +48,6 @@ class Line:
     name: str
     state: str  # "cached" | "to do" | "blocked" | "with NAME", where an earlier job of the sweep makes it
     blocked_by: tuple[str, ...]  # numbers of blockers, from 1; or names of blocked stages that it hangs on
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The model before and after."""
-
-    base: Shape
-    grown: Shape
-    layers: LayerPlan
 
 
 @dataclass(frozen=True)
@@ -131,18 +121,16 @@ def _sizes(run: Settings, config: Mapping[str, Any], faults: list[Fault]) -> Siz
     except UserError as fault:
         faults.append(("model", fault))
         return None
-    layers = make_plan(run.expand, len(base.layers))
-    return Sizes(base, base.with_layers(layers.config_sources), layers)
+    return sizes_of(run.expand, base)
 
 
 def _training(
     run: Settings, nodes: Mapping[str, Node], todo: Mapping[str, Node], sizes: Sizes, outside: Outside, machine: Machine
 ) -> Iterator[TrainingPlan]:
-    expansion = {"method": run.expand.method, "layers": sizes.layers.to_json()}
     for section, purpose in TRAINING.items():
         if section in todo:
             train = getattr(run, section)
-            trained = trained_part(section, train.trainable, sizes.grown, expansion)
+            trained = sizes.trained(section, train)
             expected = None if purpose in outside.faults else expected_tokens(run.data, purpose)
             amount = amount_of(train, nodes[f"tokenize/{purpose}"], expected)
             setup = setup_of(train, run.launch, machine)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.disk import gib
-from pipeline.estimate import Memory
-from pipeline.planning.plan import Plan, Sizes
+from pipeline.estimate import Memory, Sizes
+from pipeline.planning.plan import Plan
 from pipeline.planning.training import TrainingPlan, room
 from pipeline.shape import Shape
 

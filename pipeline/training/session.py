@@ -47,8 +47,9 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
         The outcome: ``{"status": "done" | "stopped"}``.
 
     Raises:
-        UserError: nothing would train, a checkpoint belongs to another run, or the disk takes no log line more.
-        NamedFailure: a number is not finite, a disk is full, or memory ran out.
+        UserError: nothing would train, a checkpoint belongs to another run, or a disk is full while the log
+            or the finished model is written.
+        NamedFailure: a number is not finite, a disk is full while a checkpoint is saved, or memory ran out.
     """
     settings = task.settings
     assert isinstance(settings, Train)
