@@ -29,17 +29,7 @@ from yaml import YAMLError
 
 from pipeline.command import Job, execute, execute_batch_job
 from pipeline.config import Settings
-from pipeline.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_REQUEST,
-    EXIT_STOPPED,
-    NoProgress,
-    Stopped,
-    UserError,
-    WorkersFailed,
-)
-from pipeline.messages import (
+from pipeline.config.messages import (
     badly_quoted,
     explain_hydra,
     list_experiments,
@@ -50,12 +40,21 @@ from pipeline.messages import (
     refuse_secrets,
     validate,
 )
-from pipeline.requeue import requeue_this_job
+from pipeline.driver.requeue import requeue_this_job
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEST,
+    EXIT_STOPPED,
+    NoProgress,
+    Stopped,
+    UserError,
+    WorkersFailed,
+)
 
-PACKAGED_CONF = Path(__file__).resolve().parent / "conf"
+CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a link to the top-level conf/
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # its keys are additions to Hydra, and pydantic's to judge
 LOG_WIDTH = 120  # columns, where the output is no terminal
-CONF = PACKAGED_CONF if PACKAGED_CONF.is_dir() else PACKAGED_CONF.parent.parent / "conf"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

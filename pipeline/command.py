@@ -11,20 +11,20 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from pipeline.artifact import read_json
-from pipeline.comparison.closing import closing_table
 from pipeline.config import Settings
+from pipeline.driver.graph import Node, build_graph, lineage, make_report, select
+from pipeline.driver.requeue import counted_restarts
+from pipeline.driver.run import link, missing, run_graph
+from pipeline.driver.status import print_status
+from pipeline.driver.submit import folder, print_scripts, stage_jobs, submit
 from pipeline.errors import UserError
-from pipeline.graph import Node, build_graph, lineage, make_report, select
-from pipeline.machine import Machine
+from pipeline.files import read_json
+from pipeline.launch.machine import Machine
+from pipeline.launch.slurm import require as require_slurm
+from pipeline.models.source import ModelSource, resolve
 from pipeline.planning import Planner, print_plan
-from pipeline.preflight import check, check_output, identify, pin_data
-from pipeline.requeue import counted_restarts
-from pipeline.run import link, missing, run_graph
-from pipeline.slurm import require as require_slurm
-from pipeline.source import ModelSource, resolve
-from pipeline.status import print_status
-from pipeline.submit import folder, print_scripts, stage_jobs, submit
+from pipeline.planning.checks import check, check_output, identify, pin_data
+from pipeline.report.closing import closing_table
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.stage import TrackingTarget
+from pipeline.artifacts.task import TrackingTarget
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -26,7 +26,7 @@ TINY_TEXT = [
 def pytest_collection_finish() -> None:
     """Tests that compute in this process compute as ours do."""
     if "torch" in sys.modules:
-        from pipeline.vector_math import settle_vector_math
+        from pipeline.models.vector_math import settle_vector_math
 
         settle_vector_math()
 

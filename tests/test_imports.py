@@ -1,4 +1,4 @@
-"""Imports point one way, heavy libraries stay in their rooms, and nothing pickles: read from the source."""
+"""Imports point downwards by package, heavy libraries have one owner, and nothing pickles; checked from the source."""
 
 from __future__ import annotations
 
@@ -7,41 +7,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "pipeline"
 
-# A room may import rooms of its own layer and of those below, never of one above; within a layer there is no circle.
-LAYERS = (
-    {"__main__"},
-    {"command", "planning"},
-    {"submit", "status", "requeue"},
-    {"run", "graph", "preflight", "messages"},
-    {"stages"},
-    {"expansion", "training", "evaluation", "data", "comparison", "model_dir", "model_check", "layer_config"}
-    | {"layer_surgery", "shard_writer", "stored_names", "launch", "machine", "failure", "tracking", "progress"}
-    | {"estimate"},
-    {"architecture", "artifact", "attempts", "stage", "config", "errors", "flops", "shape", "watchdog", "disk"}
-    | {"source", "hub", "gguf_metadata", "weight_files", "tensor_spec", "vector_math"}
-    | {"slurm", "allocation", "lock", "node"},
-)
-LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-DRIVER = {room for rooms in LAYERS[:4] for room in rooms} | {
-    "config", "artifact", "attempts", "launch", "machine", "failure", "errors", "stage", "source", "hub", "shape",
-    "architecture", "watchdog", "disk", "slurm", "allocation", "lock", "flops", "estimate", "node",
-}  # fmt: skip
+# From top to bottom: a package may import from those after it, never from those before it.
+PACKAGES = [
+    "__main__", "command", "planning", "driver", "stages", "estimates", "report", "evaluation", "training", "expansion",
+    "data", "models", "tracking", "progress", "artifacts", "launch", "config", "files", "errors",
+]  # fmt: skip
+DRIVER = {"__main__", "command", "planning", "driver", "estimates", "artifacts", "launch", "config", "files", "errors"}
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {
-    "hydra": {"pipeline/__main__.py"},
-    "omegaconf": {"pipeline/__main__.py"},
-    "wandb": {"pipeline/tracking.py"},
-    "lm_eval": {"pipeline/evaluation/"},
-    "deepspeed": {"pipeline/training/"},
-    "matplotlib": {"pipeline/comparison/"},
+    "hydra": "pipeline/__main__.py",
+    "omegaconf": "pipeline/__main__.py",
+    "wandb": "pipeline/tracking.py",
+    "lm_eval": "pipeline/evaluation/",
+    "deepspeed": "pipeline/training/",
+    "matplotlib": "pipeline/report/",
 }
 PICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -52,12 +36,13 @@ def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), filename=str(file))
 
 
-def _room(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def _imported(file: Path) -> Iterator[str]:
+@cache
+def _imported(file: Path) -> frozenset[str]:
     """Full dotted names of everything a file imports, at module level or inside a function."""
+    return frozenset(_names(file))
+
+
+def _names(file: Path) -> Iterator[str]:
     for node in ast.walk(_tree(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,7 +51,11 @@ def _imported(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _imported_rooms(file: Path) -> set[str]:
+def _package(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _packages(file: Path) -> set[str]:
     return {name.split(".")[1] for name in _imported(file) if name.startswith("pipeline.")}
 
 
@@ -78,58 +67,49 @@ def _name(file: Path) -> str:
     return str(file.relative_to(REPOSITORY))
 
 
-rooms_of_the_house = pytest.mark.parametrize("file", [f for f in FILES if f.name != "__init__.py"], ids=_name)
+def test_there_are_at_most_eight_modules_beside_the_packages() -> None:
+    assert {_package(file) for file in FILES} == {*PACKAGES, "__init__"}
+    assert len([file for file in PACKAGE.glob("*.py") if file.stem != "__init__"]) <= 8
 
 
-def test_every_room_has_a_place_in_the_house() -> None:
-    assert {_room(file) for file in FILES} - {"__init__"} <= set(LAYER)
-
-
-@rooms_of_the_house
-def test_imports_point_downwards(file: Path) -> None:
-    upwards = {room for room in _imported_rooms(file) if LAYER[room] < LAYER[_room(file)]}
+def test_imports_point_downwards_by_package() -> None:
+    rank = {package: number for number, package in enumerate(PACKAGES)}
+    upwards = [
+        f"{_name(file)} imports {package}"
+        for file in FILES
+        if _package(file) in rank
+        for package in _packages(file)
+        if rank[package] < rank[_package(file)]
+    ]
     assert not upwards
 
 
-def test_rooms_do_not_import_each_other_in_circles() -> None:
-    """A ``CycleError`` names the circle."""
-    graph: dict[str, set[str]] = {}
-    for file in FILES:
-        graph.setdefault(_room(file), set()).update(_imported_rooms(file) - {_room(file)})
-    assert list(TopologicalSorter(graph).static_order())
+def test_stages_never_import_each_other() -> None:
+    assert not [_name(file) for file in FILES if _package(file) == "stages" and "stages" in _packages(file)]
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGE / "stages").glob("*.py")), ids=_name)
-def test_stages_never_import_each_other(file: Path) -> None:
-    assert "stages" not in _imported_rooms(file)
-
-
-@pytest.mark.parametrize("file", [f for f in FILES if _room(f) in DRIVER], ids=_name)
-def test_the_driver_never_imports_a_heavy_library(file: Path) -> None:
-    assert not _libraries(file) & HEAVY
-
-
-def test_starting_the_driver_loads_no_heavy_library() -> None:
-    """The rooms that the driver looks into (methods' table, settings' checks) must be light as well."""
-    unwanted = HEAVY | {"wandb", "numpy", "matplotlib"}
+def test_the_driver_imports_no_heavy_library() -> None:
+    assert not [_name(file) for file in FILES if _package(file) in DRIVER and _libraries(file) & HEAVY]
+    unwanted = HEAVY | {"wandb", "numpy", "matplotlib"}  # what the driver imports from other packages is light as well
     program = f"import sys, pipeline.__main__; sys.exit(', '.join({unwanted} & set(sys.modules)) or 0)"
-    answer = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
+    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("library", OWNERS)
-def test_a_library_has_one_owner(library: str) -> None:
-    users = {_name(file) for file in FILES if library in _libraries(file)}
-    assert {user for user in users if not user.startswith(tuple(OWNERS[library]))} == set()
+def test_each_heavy_library_has_one_owner() -> None:
+    for library, owner in OWNERS.items():
+        users = {_name(file) for file in FILES if library in _libraries(file)}
+        assert users, f"no module imports {library}"
+        assert not {user for user in users if not user.startswith(owner)}, library
 
 
-@pytest.mark.parametrize("file", FILES, ids=_name)
-def test_nothing_pickles(file: Path) -> None:
-    assert not _libraries(file) & PICKLING
-    assert not {"torch.load", "torch.save"} & set(_imported(file))
-    for node in ast.walk(_tree(file)):
-        if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
-            assert not (isinstance(node.value, ast.Name) and node.value.id == "torch"), f"line {node.lineno}"
-        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            assert isinstance(node.value, ast.Constant), f"line {node.value.lineno}"
-            assert node.value.value is False, f"line {node.value.lineno}"
+def test_nothing_pickles() -> None:
+    for file in FILES:
+        assert not _libraries(file) & PICKLING, file
+        assert not {"torch.load", "torch.save"} & _imported(file), file
+        for node in ast.walk(_tree(file)):
+            if isinstance(node, ast.Attribute) and node.attr in ("load", "save"):
+                assert not (isinstance(node.value, ast.Name) and node.value.id == "torch"), f"{file}:{node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant), f"{file}:{node.value.lineno}"
+                assert node.value.value is False, f"{file}:{node.value.lineno}"

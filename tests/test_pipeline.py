@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import CONF
-from pipeline.artifact import read_json, sha256_file
+from pipeline.config.messages import list_experiments
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
-from pipeline.messages import list_experiments
+from pipeline.files import read_json, sha256_file
 from tests.processes import children, is_gone, seconds_of_children
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.artifacts.task import TrackingTarget
 from pipeline.config import Tracking
-from pipeline.stage import TrackingTarget
 from pipeline.tracking import Tracker
 
 

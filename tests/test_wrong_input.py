@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
-from pipeline.weight_files import INDEX
+from pipeline.models.weight_files import INDEX
 
 Arguments = list[str]
 

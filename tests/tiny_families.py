@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.architecture import Place, architecture_of
-from pipeline.artifact import read_json
+from pipeline.files import read_json
+from pipeline.models.families import Place, architecture_of
 
 LAYERS = 4
 SMALL = {

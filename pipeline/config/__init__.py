@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from pipeline.config.data import Data, Source, Tokenize
-from pipeline.config.evaluation import Evaluate, EvaluateOnTheWay, Report
+from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateOnTheWay, Report, Target
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import (
     METHODS,
@@ -28,7 +28,6 @@ from pipeline.config.expand import (
 )
 from pipeline.config.model import Model
 from pipeline.config.section import NonNegative, NotInKey, Section
-from pipeline.config.targets import MODEL_TARGETS, TRAINING_STAGES, Target
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from pipeline.data.conversations import Conversation, turn
-from pipeline.data.tokens import TextTokenizer
+from pipeline.data.records import Conversation, turn
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
 # For a base model without a chat template: words only, and the end-of-sequence token it has already.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +14,9 @@ from types import TracebackType
 from pipeline.config import Tokenize
 from pipeline.data.blocks import BlockWriter, DocumentPacker, ExamplePacker, Ids, State
 from pipeline.data.chat import Rendered
-from pipeline.data.conversations import Conversation
+from pipeline.data.records import Conversation
 from pipeline.data.sources import SPLITS, Split
+from pipeline.files import read_json, write_json
 
 HELD_OUT_FILE = "held_out.jsonl"
 
@@ -85,3 +88,56 @@ class DatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._files.__exit__(kind, error, trace)
+
+
+# --------------------------------------------------------------------------------------------------
+# How far tokenizing got: written now and then beside what was written, so that a killed attempt loses seconds.
+#
+# Hashes of what was seen are appended to a file of their own; everything else is a few kilobytes of JSON, replaced as a
+# whole and last.
+
+
+class Checkpoint:
+    """The checkpoint in one artifact's partial directory.
+
+    Attributes:
+        state: what the last attempt saved, or None where there is nothing to go on from.
+        hashes: what it had seen.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "checkpoint"
+        self._directory.mkdir(exist_ok=True)
+        self._json, self._hashes = self._directory / "progress.json", self._directory / "hashes.uint64"
+        self.state: State | None = None
+        self.hashes = array("Q")
+        self._saved_hashes = 0
+        if self._json.exists():
+            self._load()
+
+    def _load(self) -> None:
+        try:
+            self.state = read_json(self._json)
+        except json.JSONDecodeError:  # the machine itself went down in mid-save; nothing is lost but time
+            return
+        assert self.state is not None
+        self._saved_hashes = self.state["hashes"]
+        with open(self._hashes, "rb") as stream:
+            self.hashes.fromfile(stream, self._saved_hashes)
+
+    def save(self, state: State, news: array[int]) -> None:
+        """Saves the state, and the hashes that were not saved yet, which it empties."""
+        with open(self._hashes, "r+b" if self._saved_hashes else "wb") as stream:
+            stream.truncate(self._saved_hashes * news.itemsize)
+            stream.seek(0, os.SEEK_END)
+            news.tofile(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._saved_hashes += len(news)
+        del news[:]
+        write_json(self._json, {"hashes": self._saved_hashes, **state})
+
+    def remove(self) -> None:
+        """Everything is written. The state goes first: without it, what is left over is not looked at."""
+        self._json.unlink(missing_ok=True)
+        shutil.rmtree(self._directory)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Source
 from pipeline.data.files import Position, Record
 from pipeline.errors import UserError
-from pipeline.hub import ANSWER_WITHIN_SECONDS, in_time, is_repo_id
+from pipeline.models.hub import ANSWER_WITHIN_SECONDS, in_time, is_repo_id
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SWITCHED_OFF = ("", "0", "false", "no", "off")

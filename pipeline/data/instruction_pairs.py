@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from hashlib import sha256
 
-from pipeline.data.conversations import Conversation, turn
 from pipeline.data.python_docs import Entry, entries
+from pipeline.data.records import Conversation, turn
 
 DESCRIBE = (
     "What does {name} do in Python?",

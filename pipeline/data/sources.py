@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal, Protocol
 
-from pipeline.artifact import Fingerprints
+from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Source
 from pipeline.data import hub_datasets, instruction_pairs, python_docs
-from pipeline.data.conversations import Conversation, conversation_of
-from pipeline.data.documents import text_of
 from pipeline.data.files import BadFile, FileStream, Position, Record, find_files
+from pipeline.data.records import Conversation, conversation_of, text_of
 from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]

@@ -13,7 +13,7 @@ import json
 from array import array
 from collections import Counter
 
-from pipeline.data.conversations import Conversation
+from pipeline.data.records import Conversation
 from pipeline.data.sources import Example, Split
 
 FIRST_SLOTS = 1024

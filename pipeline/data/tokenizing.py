@@ -17,14 +17,12 @@ from typing import Any, cast
 from pipeline.config import Tokenize
 from pipeline.data.blocks import Ids
 from pipeline.data.chat import ChatRenderer, chat_template, end_of_turn
-from pipeline.data.checkpoint import Checkpoint
-from pipeline.data.conversations import Conversation
-from pipeline.data.dataset import DatasetWriter
-from pipeline.data.lookahead import Lookahead
-from pipeline.data.mixture import COUNTS, Items, Mixture, Part, Unencoded
+from pipeline.data.dataset import Checkpoint, DatasetWriter
+from pipeline.data.mixture import COUNTS, Items, Lookahead, Mixture, Part, Unencoded
+from pipeline.data.records import Conversation
 from pipeline.data.sources import SPLITS, Example, ExampleStream, Split, content_bytes, expected_bytes, setting_of
 from pipeline.data.splits import Sieve
-from pipeline.data.tokens import TextTokenizer
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.progress import Bar
 

@@ -19,16 +19,15 @@ from huggingface_hub.errors import HTTPError
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from pipeline.artifact import read_json, write_json
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import BUNDLED, HELD_OUT_TEXT, PREFETCH
-from pipeline.evaluation.judge import Judge
-from pipeline.evaluation.samples import by_source, kept_samples
-from pipeline.evaluation.scores import scores_of, text_scores
+from pipeline.evaluation.lm import Judge
+from pipeline.evaluation.scores import by_source, kept_samples, scores_of, text_scores
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.machine import Placement
-from pipeline.vector_math import settle_vector_math
+from pipeline.files import read_json, write_json
+from pipeline.launch.machine import Placement
+from pipeline.models.vector_math import settle_vector_math
 
 TASK_FILES = Path(__file__).parent / "tasks"
 BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a formula for their standard error

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import zip_longest
 
-from pipeline.data.overlap import words
-from pipeline.data.python_docs import Entry, askable
+from pipeline.data.python_docs import Entry, askable, words
 
 OPTIONS = 4
 QUESTIONS = 300  # a multiple of OPTIONS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.dataset import HELD_OUT_FILE
-from pipeline.data.overlap import words
+from pipeline.data.python_docs import words
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.questions import build_questions
 

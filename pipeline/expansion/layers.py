@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.architecture import LayerTensor
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.spectrum import Scratch, in_memory
+from pipeline.expansion.svd import Scratch, in_memory
+from pipeline.models.families import LayerTensor
 
 Layer = Mapping[LayerTensor, Tensor]  # a base layer reads from disk on access
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, read_json, sha256_file
-from pipeline.weight_files import find_weights
+from pipeline.artifacts.store import MANIFEST
+from pipeline.files import read_json, sha256_file
+from pipeline.models.weight_files import find_weights
 
 
 def model_card(expansion: Mapping[str, Any], base: Path) -> str:

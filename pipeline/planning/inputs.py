@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import hub
-from pipeline.artifact import RememberedFingerprints
+from pipeline.artifacts.store import RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source
 from pipeline.data import sources
+from pipeline.driver.graph import Inputs
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import validate as validate_evaluation
-from pipeline.graph import Inputs
-from pipeline.source import ModelSource, config_of, resolve
+from pipeline.models import hub
+from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # the content of an input that could not be looked up: nothing was ever made from it
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from pipeline.config import STAGE_NAMES, Settings
 from pipeline.data import sources
+from pipeline.driver.graph import Node, build_graph, select
+from pipeline.driver.run import missing
 from pipeline.errors import UserError
-from pipeline.estimate import Disk, Sizes, ranks, setup_of, sizes_of
-from pipeline.graph import Node, build_graph, select
-from pipeline.machine import Machine, detect_machine, place
+from pipeline.estimates import Disk, Sizes, ranks, setup_of, sizes_of
+from pipeline.launch.machine import Machine, detect_machine, place
+from pipeline.models.shape import shape_of
+from pipeline.planning.checks import check_writable, checks, disk_needed
 from pipeline.planning.inputs import Outside, look_up
 from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training
-from pipeline.preflight import check_writable, checks, disk_needed
-from pipeline.run import missing
-from pipeline.shape import shape_of
 from pipeline.training.validate import faults as training_faults
 
 TRAINING: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructions"}  # section -> what it learns from

@@ -8,11 +8,11 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.disk import gib
-from pipeline.estimate import Memory, Sizes
+from pipeline.estimates import Memory, Sizes
+from pipeline.files import gib
+from pipeline.models.shape import Shape
 from pipeline.planning.plan import Plan
 from pipeline.planning.training import TrainingPlan, room
-from pipeline.shape import Shape
 
 UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 NOT_YET = "known once tokenized"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.artifact import read_json
 from pipeline.config import Data, Launch, Train
-from pipeline.config.devices import DEVICES, Device
+from pipeline.config.execution import DEVICES, Device
 from pipeline.data import sources
-from pipeline.disk import gib
+from pipeline.driver.graph import Node
 from pipeline.errors import UserError
-from pipeline.estimate import Memory, Setup, Trained, largest_micro_batch, memory_of, usable, what_fits
-from pipeline.graph import Node
+from pipeline.estimates import Memory, Setup, Trained, largest_micro_batch, memory_of, usable, what_fits
+from pipeline.files import gib, read_json
 from pipeline.training.schedule import total_steps
 
 NOTHING_FITS = "launch.processes or launch.nodes with more devices, or name a larger one: nothing else fits"

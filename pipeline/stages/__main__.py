@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
-from pipeline.disk import refused_where_full
+from pipeline.artifacts.task import Metrics, StageTask, task_from_json
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.files import read_json, refused_where_full, write_json
+from pipeline.launch.failure import end_with_parent
 from pipeline.progress import draw_on
-from pipeline.stage import Metrics, StageTask, task_from_json
 from pipeline.tracking import Tracker
-from pipeline.watchdog import end_with_parent
 
 
 def main(task_file: Path, outcome_file: Path) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-from pipeline.artifact import write_json
+from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Evaluate, EvaluateOnTheWay
 from pipeline.evaluation.harness import Target, score
-from pipeline.machine import detect_machine, place
-from pipeline.stage import Metrics, StageTask
-from pipeline.training.on_the_way import rebuild
+from pipeline.files import write_json
+from pipeline.launch.machine import detect_machine, place
+from pipeline.training.snapshots import rebuild
 
 EVALUATION_FILE = "evaluation.json"
 

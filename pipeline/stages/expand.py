@@ -8,20 +8,20 @@ from dataclasses import asdict
 
 import torch
 
-from pipeline.architecture import architecture_of
-from pipeline.artifact import write_json
+from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import AnyExpand
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.methods import METHODS, expand_function
 from pipeline.expansion.model_card import base_weights, model_card
-from pipeline.layer_config import rebuild_config, spelled_out_config
-from pipeline.layer_surgery import Names, forget_records, write_weights
-from pipeline.model_check import CheckFailedError, check_model
-from pipeline.model_dir import EXPANSION_FILE, ModelDirectory, copy_side_files
-from pipeline.stage import Metrics, StageTask
-from pipeline.vector_math import settle_vector_math
+from pipeline.expansion.self_check import CheckFailedError, check_model
+from pipeline.expansion.surgery import Names, forget_records, write_weights
+from pipeline.files import write_json
+from pipeline.models.families import architecture_of
+from pipeline.models.layer_config import rebuild_config, spelled_out_config
+from pipeline.models.reading import EXPANSION_FILE, ModelDirectory, copy_side_files
+from pipeline.models.vector_math import settle_vector_math
 
 
 def run(task: StageTask) -> Metrics:

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from pipeline import hub
-from pipeline.architecture import ARCHITECTURES
-from pipeline.artifact import write_json
+from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Model
 from pipeline.errors import UserError
-from pipeline.model_dir import ModelDirectory, copy_side_files
+from pipeline.files import write_json
+from pipeline.models import hub
+from pipeline.models.families import ARCHITECTURES
+from pipeline.models.reading import ModelDirectory, copy_side_files
+from pipeline.models.source import ModelSource, check_shape, config_of, resolve, wanted_files
+from pipeline.models.weight_files import refuse_quantised
+from pipeline.models.writing import ShardWriter, TensorSpec, is_finite, remove_weights
 from pipeline.progress import progress
-from pipeline.shard_writer import ShardWriter, remove_weights
-from pipeline.source import ModelSource, check_shape, config_of, resolve, wanted_files
-from pipeline.stage import Metrics, StageTask
-from pipeline.tensor_spec import TensorSpec, is_finite
-from pipeline.weight_files import refuse_quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.estimate.out_of_memory import naming_what_fits
-from pipeline.stage import Metrics, StageTask
+from pipeline.artifacts.task import Metrics, StageTask
+from pipeline.estimates.fitting import naming_what_fits
 from pipeline.training.job import run_training
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from pipeline.comparison import RunArtifacts, write_report
-from pipeline.comparison.rows import Row
+from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Report
-from pipeline.stage import Metrics, StageTask
+from pipeline.report import RunArtifacts, write_report
+from pipeline.report.results import Row
 
 
 def run(task: StageTask) -> Metrics:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.artifact import read_json, sync_directory, write_json
+from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Tokenize
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizing import DatasetBuilder, expected_total, forget_checkpoint
-from pipeline.data.tokens import TextTokenizer
+from pipeline.files import read_json, sync_directory, write_json
 from pipeline.progress import progress
-from pipeline.stage import Metrics, StageTask
 
 DATASET_FILE = "dataset.json"
 

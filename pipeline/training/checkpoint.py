@@ -23,10 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.artifact import read_json, sha256_file, sha256_json, sync, sync_directory, write_json
-from pipeline.disk import FULL, free_bytes
 from pipeline.errors import NamedFailure
-from pipeline.training.masters import PARTS, Masters
+from pipeline.files import FULL, free_bytes, read_json, sha256_file, sha256_json, sync, sync_directory, write_json
+from pipeline.training.optimizer_state import PARTS, Masters
 
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline.architecture import Role, architecture_of
-from pipeline.artifact import read_json
 from pipeline.errors import UserError
-from pipeline.model_dir import EXPANSION_FILE
+from pipeline.files import read_json
+from pipeline.models.families import Role, architecture_of
+from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.selection import BY_EXPANSION, select
 
 

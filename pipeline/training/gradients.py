@@ -18,9 +18,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import distributed, nn
 from transformers import PreTrainedModel
 
-from pipeline.architecture import Role
-from pipeline.artifact import read_json
-from pipeline.model_dir import EXPANSION_FILE
+from pipeline.files import read_json
+from pipeline.models.families import Role
+from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.freeze import layer_of_parameter, new_layers, roles_of_parameters
 
 WHOLE, REST = "", "rest"  # all that trains; what is in none of the named parts

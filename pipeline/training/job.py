@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
+from pipeline.artifacts.task import Metrics, StageTask, task_to_json
 from pipeline.config import Train
-from pipeline.config.targets import percent
+from pipeline.config.evaluation import percent
 from pipeline.errors import OutOfMemory, WorkersFailed
-from pipeline.failure import OUT_OF_MEMORY
-from pipeline.launch import run_workers
+from pipeline.files import read_json, write_json
+from pipeline.launch.failure import OUT_OF_MEMORY
+from pipeline.launch.workers import run_workers
 from pipeline.progress import Bar, progress
-from pipeline.stage import Metrics, StageTask, task_to_json
 from pipeline.tracking import METRICS_FILE
 from pipeline.training.schedule import total_steps
 from pipeline.training.validate import validate_data

@@ -8,8 +8,9 @@ step, so they need no state.
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,14 +21,13 @@ from torch import distributed
 
 from pipeline.config import Train
 from pipeline.errors import NamedFailure
-from pipeline.flops import TrainingFlops
+from pipeline.models.flops import TrainingFlops
 from pipeline.tracking import Tracker
 from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
 from pipeline.training.gradients import WHOLE, GradientNorms
+from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import MULTIPLE
 from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
-from pipeline.training.spikes import WINDOW, is_spike
-from pipeline.training.utilisation import Peak, memory_in_use
 
 Status = Literal["done", "stopped"]
 
@@ -236,3 +236,21 @@ class Loop:
         distributed.all_reduce(tensor)
         summed: list[float] = tensor.tolist()
         return summed
+
+
+# --------------------------------------------------------------------------------------------------
+# When a step's loss counts as a spike.
+#
+# A loss is a spike when it lies more than ``DEVIATIONS`` standard deviations above the mean of the up to ``WINDOW``
+# steps before it, and there are at least ``LEAST`` of those. The measure is OLMo 2's spike score (arXiv 2501.00656),
+# over a window short enough for runs of some hundred steps.
+
+WINDOW, LEAST, DEVIATIONS = 128, 16, 7.0
+
+
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Whether ``loss`` is a spike after the losses ``before`` it, oldest first."""
+    window = before[-WINDOW:]
+    if len(window) < LEAST:
+        return False
+    return loss > statistics.fmean(window) + DEVIATIONS * statistics.pstdev(window)

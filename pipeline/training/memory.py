@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.errors import NamedFailure
-from pipeline.failure import OUT_OF_MEMORY
+from pipeline.launch.failure import OUT_OF_MEMORY
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError for the host's memory
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pipeline.artifact import MANIFEST, read_json, sha256_file
+from pipeline.artifacts.store import MANIFEST
 from pipeline.config import Train
 from pipeline.errors import UserError
+from pipeline.files import read_json, sha256_file
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 

@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.architecture import ARCHITECTURES, Role
-from pipeline.artifact import read_json
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
-from pipeline.machine import Machine, place
+from pipeline.files import read_json
+from pipeline.launch.machine import Machine, place
+from pipeline.models.families import ARCHITECTURES, Role
 
 NAMED_CHOICES = ("auto", "new_layers", "all")
 

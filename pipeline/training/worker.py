@@ -15,18 +15,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.artifact import beside, read_json, write_json
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
-from pipeline.failure import rank_log
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
-from pipeline.node import HELD_BACK
-from pipeline.watchdog import end_with_parent
+from pipeline.files import beside, read_json, write_json
+from pipeline.launch.failure import end_with_parent, rank_log
+from pipeline.launch.node import HELD_BACK
+from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 
 
 class StopRequest:
     """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file.
 
-    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.node``) and counts too.
+    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.launch.node``) and counts too.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -75,8 +74,8 @@ def main(task_file: Path, log_dir: Path) -> int:
 def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     from torch import distributed
 
-    from pipeline.stage import task_from_json
-    from pipeline.training.session import train
+    from pipeline.artifacts.task import task_from_json
+    from pipeline.training.trainer import train
 
     outcome = train(task_from_json(read_json(task_file)), log_dir, stop)
     distributed.destroy_process_group()

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
-from pipeline.machine import detect_machine
-from pipeline.stage import task_to_json
+from pipeline.artifacts.task import task_to_json
+from pipeline.files import read_json, write_json
+from pipeline.launch.machine import detect_machine
 from scripts.benchmarks.hf_trainer import SAVES_FILE
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.pretrain import PACKAGES, row, say

@@ -32,17 +32,17 @@ import ot
 import torch
 from torch import Tensor
 
-from pipeline.architecture import LayerTensor, architecture_of
 from pipeline.config import LesaExpand, OptDeusExpand
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal, Layer, NewTensor, grow, silenced
-from pipeline.expansion.lesa import role_seed
+from pipeline.expansion.lesa_predictor import Predictor, prediction_loss, train_predictor
 from pipeline.expansion.methods import expand_function
-from pipeline.expansion.opt_deus import fuse
-from pipeline.expansion.predictor import Predictor, prediction_loss, train_predictor
-from pipeline.expansion.spectrum import decompose
-from pipeline.layer_surgery import Method, Names, write_weights
-from pipeline.model_dir import ModelDirectory
+from pipeline.expansion.methods.lesa import role_seed
+from pipeline.expansion.methods.opt_deus import fuse
+from pipeline.expansion.surgery import Method, Names, write_weights
+from pipeline.expansion.svd import decompose
+from pipeline.models.families import LayerTensor, architecture_of
+from pipeline.models.reading import ModelDirectory
 from scripts.benchmarks.expansions import held_out_perplexity, write_model
 from scripts.benchmarks.published_lesa import publish_lesa
 from scripts.benchmarks.tasks import expand_settings, load_smollm2

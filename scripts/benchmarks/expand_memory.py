@@ -27,11 +27,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from pipeline.artifact import read_json, write_json
-from pipeline.model_dir import copy_side_files
-from pipeline.shard_writer import ShardWriter
-from pipeline.stage import task_to_json
-from pipeline.tensor_spec import TensorSpec
+from pipeline.artifacts.task import task_to_json
+from pipeline.files import read_json, write_json
+from pipeline.models.reading import copy_side_files
+from pipeline.models.writing import ShardWriter, TensorSpec
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.shapes import LLAMA
 from scripts.benchmarks.tasks import expand_settings, expand_task, load_smollm2

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.artifact import write_json
 from pipeline.data import python_docs
-from pipeline.layer_config import rebuild_config, spelled_out_config
-from pipeline.layer_surgery import Names
-from pipeline.model_dir import copy_side_files
+from pipeline.expansion.surgery import Names
+from pipeline.files import write_json
+from pipeline.models.layer_config import rebuild_config, spelled_out_config
+from pipeline.models.reading import copy_side_files
 
 
 def write_model(names: Names, base: Path, out: Path) -> None:

@@ -15,10 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
 from pipeline.config import Launch
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
-from pipeline.watchdog import end_with_parent
+from pipeline.files import read_json, write_json
+from pipeline.launch.failure import end_with_parent
+from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 
 SECONDS_FILE = "seconds.json"
 SAVES_FILE = "saves.json"

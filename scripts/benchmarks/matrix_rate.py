@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.artifact import write_json
+from pipeline.files import write_json
 from pipeline.training.precision import DTYPES, best_matrix_rate
 
 if __name__ == "__main__":

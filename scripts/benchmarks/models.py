@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.artifact import write_json
 from pipeline.config import AnyExpand
 from pipeline.expansion.layer_plan import make_plan
-from pipeline.model_dir import EXPANSION_FILE
+from pipeline.files import write_json
+from pipeline.models.reading import EXPANSION_FILE
 from pipeline.stages import expand
 from pipeline.stages.expand import describe
 from scripts.benchmarks.shapes import LLAMA

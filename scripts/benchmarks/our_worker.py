@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import read_json, write_json
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
-from pipeline.stage import StageTask, task_from_json
-from pipeline.watchdog import end_with_parent
+from pipeline.artifacts.task import StageTask, task_from_json
+from pipeline.files import read_json, write_json
+from pipeline.launch.failure import end_with_parent
+from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 
 PROFILE_FILE = "profile.json"
 # The first pattern found in an operation's name decides.
@@ -36,7 +36,7 @@ def train(task: StageTask) -> None:
 def profile(task: StageTask) -> None:
     """Starts this file as a worker that profiles one step."""
     job = task.out / "profile-task.json"
-    from pipeline.stage import task_to_json
+    from pipeline.artifacts.task import task_to_json
 
     write_json(job, task_to_json(task))
     run_workers("scripts.benchmarks.our_worker", job, task.launch, task.out / "logs")
@@ -47,7 +47,7 @@ def profiled_worker(task: StageTask, log_dir: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from pipeline.training.session import train as train_session
+    from pipeline.training.trainer import train as train_session
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if _on_gpu() else [])
     profiler = torch_profile(activities=activities)

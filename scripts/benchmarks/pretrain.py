@@ -32,8 +32,8 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from pipeline.artifact import read_json
-from pipeline.machine import detect_machine
+from pipeline.files import read_json
+from pipeline.launch.machine import detect_machine
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.runs import Bench, Run

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pipeline.config import LesaExpand
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
-from pipeline.layer_surgery import Names, write_weights
+from pipeline.expansion.surgery import Names, write_weights
 
 
 def publish_lesa(names: Names, settings: LesaExpand, seed: int, device: torch.device, out: Path) -> None:

@@ -37,10 +37,10 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts.task import StageTask
 from pipeline.config import Source
 from pipeline.data import python_docs
 from pipeline.data.dataset import HELD_OUT_FILE
-from pipeline.stage import StageTask
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.models import make
 from scripts.benchmarks.tasks import corpus_settings, pretrain_settings, quickstart, run_stage, stage_task, text_files

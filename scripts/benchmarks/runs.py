@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifact import read_json, write_json
+from pipeline.artifacts.task import task_to_json
 from pipeline.config import Train
-from pipeline.stage import task_to_json
+from pipeline.files import read_json, write_json
 from scripts.benchmarks.hf_trainer import SECONDS_FILE
 from scripts.benchmarks.our_worker import PROFILE_FILE
 from scripts.benchmarks.processes import Peak, run_module

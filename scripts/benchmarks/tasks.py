@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.__main__ import compose_jobs
-from pipeline.artifact import read_json, write_json
+from pipeline.artifacts.task import StageTask, TrackingTarget, task_to_json
 from pipeline.config import AnyExpand, Launch, Settings, Source, Tokenize, Train
-from pipeline.stage import StageTask, TrackingTarget, task_to_json
+from pipeline.files import read_json, write_json
 from scripts.benchmarks.processes import Peak, run_module
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.data import python_docs
-from pipeline.data.encoders import available_cores
+from pipeline.data.tokenizer import available_cores
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.tasks import corpus_settings, run_stage, stage_task, text_files

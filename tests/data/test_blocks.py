@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.blocks import DTYPES, BlockWriter, DocumentPacker, ExamplePacker
-from pipeline.disk import FULL
+from pipeline.files import FULL
 
 PADDING = 99
 

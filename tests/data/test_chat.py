@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.data.chat import PLAIN_TEMPLATE, ChatRenderer, Rendered, chat_template, end_of_turn
-from pipeline.data.conversations import Conversation
-from pipeline.data.tokens import TextTokenizer
+from pipeline.data.records import Conversation
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
 TURNS: Conversation = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pipeline.data.overlap import OVERLAP_WORDS, Text, words
+from pipeline.data.python_docs import OVERLAP_WORDS, Text, words
 
 VOCABULARY = "alpha beta gamma delta".split()
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import instruction_pairs, python_docs, stdlib_harvest
-from pipeline.data.overlap import Text, words
-from pipeline.data.python_docs import Entry, askable, documents, entries, part_of, topics
+from pipeline.data.python_docs import Entry, Text, askable, documents, entries, part_of, topics, words
 from tests.processes import seconds_of_children
 
 

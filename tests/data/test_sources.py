@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import Fingerprints
+from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Source
 from pipeline.data import files, sources
 from pipeline.data.sources import ExampleStream, Purpose, check, fingerprint, pin
@@ -209,7 +209,7 @@ def test_the_hub_out_of_reach_is_recognised_at_once(offline: bool, monkeypatch: 
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.hub.ANSWER_WITHIN_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.models.hub.ANSWER_WITHIN_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
     message = _refusal(lambda: check([_source("org/data", kind="hub", split="train")], "corpus"))
     assert "cannot be reached" in message

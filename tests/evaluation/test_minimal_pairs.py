@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from hashlib import sha256
 
-from pipeline.evaluation.minimal_pairs import PHENOMENA, build_pairs
-from pipeline.evaluation.minimal_pairs_words import WORDS
+from pipeline.evaluation.minimal_pairs import PHENOMENA, WORDS, build_pairs
 
 
 def test_there_are_at_least_five_hundred_different_ones_of_many_phenomena() -> None:

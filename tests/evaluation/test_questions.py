@@ -6,8 +6,7 @@ from collections import Counter
 from functools import cache
 
 from pipeline.data import instruction_pairs
-from pipeline.data.overlap import words
-from pipeline.data.python_docs import askable, documents, entries, part_of
+from pipeline.data.python_docs import askable, documents, entries, part_of, words
 from pipeline.evaluation.questions import Question, build_questions
 
 

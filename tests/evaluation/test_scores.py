@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.samples import influences, kept_samples, standard_error
-from pipeline.evaluation.scores import scores_of
+from pipeline.evaluation.scores import influences, kept_samples, scores_of, standard_error
 
 
 def _documents(count: int) -> list[tuple[float, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pipeline.architecture import LayerTensor, architecture_of
+from pipeline.models.families import LayerTensor, architecture_of
 from tests.expansion.random_layer import Layers, random_layer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.architecture import LayerTensor
+from pipeline.models.families import LayerTensor
 
 Layers = list[dict[LayerTensor, Tensor]]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.architecture import LayerTensor, Role
 from pipeline.config import AnyExpand
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal
 from pipeline.expansion.methods import expand_function
+from pipeline.models.families import LayerTensor, Role
 from tests.expansion.random_layer import Layers
 
 ExpandSettings = Callable[..., AnyExpand]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.architecture import LayerTensor, architecture_of
 from pipeline.config import AnyExpand, LesaExpand
-from pipeline.expansion import lesa
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal
-from pipeline.expansion.predictor import Predictor, _rate, prediction_loss, train_predictor
-from pipeline.expansion.spectrum import decompose
+from pipeline.expansion.lesa_predictor import Predictor, _rate, prediction_loss, train_predictor
+from pipeline.expansion.methods import lesa
+from pipeline.expansion.svd import decompose
+from pipeline.models.families import LayerTensor, architecture_of
 from tests.expansion.random_layer import Layers
 from tests.naive import predicted_matrix, svd_factors
 

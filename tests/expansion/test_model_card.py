@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import sha256_file, write_json
 from pipeline.expansion.model_card import base_weights, model_card
+from pipeline.files import sha256_file, write_json
 
 EXPANSION: dict[str, Any] = {
     "method": "llama_pro",

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.architecture import LayerTensor
 from pipeline.config import AnyExpand, OptDeusExpand
-from pipeline.expansion import opt_deus
 from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layers import Journal
-from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
+from pipeline.expansion.methods import opt_deus
+from pipeline.expansion.sinkhorn import sinkhorn_log, sinkhorn_pot
+from pipeline.models.families import LayerTensor
 from tests.expansion.random_layer import Layers
 from tests.naive import distances, fused_layer, relative_difference, sinkhorn, sinkhorn_in_logs
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import hub
 from pipeline.__main__ import compose_jobs, main
+from pipeline.driver.graph import build_graph
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
-from pipeline.graph import build_graph
-from pipeline.preflight import identify
-from pipeline.source import resolve
+from pipeline.models import hub
+from pipeline.models.source import resolve
+from pipeline.planning.checks import identify
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.tiny_families import save_tiny
 from tests.training.small import write_blocks

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.expansion.spectrum import decompose
+from pipeline.expansion.svd import decompose
 from scripts.benchmarks.processes import resident_bytes
 
 

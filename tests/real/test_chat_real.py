@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Source, Tokenize, Tracking
 from pipeline.data import instruction_pairs
 from pipeline.data.chat import PLAIN_TEMPLATE
-from pipeline.stage import StageTask, TrackingTarget
 from pipeline.stages import tokenize
 from tests.plain_settings import cpu_launch
 

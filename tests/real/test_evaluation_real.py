@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pipeline.config import Evaluate
 from pipeline.data.chat import ChatRenderer, chat_template
-from pipeline.data.conversations import turn
-from pipeline.data.tokens import TextTokenizer
+from pipeline.data.records import turn
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.harness import Target, score
-from pipeline.machine import Placement, detect_machine
+from pipeline.launch.machine import Placement, detect_machine
 
 
 def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:

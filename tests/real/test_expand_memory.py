@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import read_json, write_json
-from pipeline.stage import task_to_json
+from pipeline.artifacts.task import task_to_json
+from pipeline.files import read_json, write_json
 from scripts.benchmarks.expand_memory import write_random_checkpoint
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.tasks import expand_settings, expand_task

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.architecture import LayerTensor, architecture_of
+from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget
 from pipeline.config import AnyExpand, LesaExpand, OptDeusExpand, Tracking
-from pipeline.expansion import lesa, opt_deus
 from pipeline.expansion.layer_plan import make_plan
 from pipeline.expansion.layers import Journal, Layer
-from pipeline.expansion.spectrum import decompose
-from pipeline.expansion.transport import sinkhorn_log, sinkhorn_pot
-from pipeline.model_dir import ModelDirectory
-from pipeline.stage import Metrics, StageTask, TrackingTarget
+from pipeline.expansion.methods import lesa, opt_deus
+from pipeline.expansion.sinkhorn import sinkhorn_log, sinkhorn_pot
+from pipeline.expansion.svd import decompose
+from pipeline.models.families import LayerTensor, architecture_of
+from pipeline.models.reading import ModelDirectory
 from pipeline.stages import expand
 from tests.naive import fused_layer, predicted_matrix, relative_difference, sinkhorn_in_logs, svd_factors
 from tests.plain_settings import cpu_launch

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import read_json, write_json
+from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.config import Launch, Train
-from pipeline.estimate import Setup, Trained, memory_of, trained_part
-from pipeline.launch import detect_machine, run_workers
-from pipeline.shape import shape_of
-from pipeline.stage import StageTask, task_to_json
+from pipeline.estimates import Setup, Trained, memory_of, trained_part
+from pipeline.files import read_json, write_json
+from pipeline.launch.workers import detect_machine, run_workers
+from pipeline.models.shape import shape_of
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
 from tests.training.small import train_settings, training_task, write_blocks

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.artifact import read_json
-from pipeline.comparison.rows import CURVE_TASKS
 from pipeline.errors import EXIT_DONE
+from pipeline.files import read_json
+from pipeline.report.results import CURVE_TASKS
 from tests.test_pipeline import run
 
 FEWER = [

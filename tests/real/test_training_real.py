@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.launch import run_workers
-from pipeline.stage import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.launch.workers import run_workers
 from pipeline.training.job import TRAINING_FILE
 from tests.plain_settings import cpu_launch
 from tests.training.small import logged, train_settings, training_task, write_blocks

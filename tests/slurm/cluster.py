@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import sha256_file
 from pipeline.errors import EXIT_DONE
-from pipeline.slurm import JobInfo, job_info
+from pipeline.files import sha256_file
+from pipeline.launch.slurm import JobInfo, job_info
 from tests.test_pipeline import run
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}

@@ -92,7 +92,7 @@ def test_a_killed_worker_takes_all_others_along_and_is_named(whole: Workplace, t
 
 OCCUPY = """
 import os, socket, subprocess, sys
-from pipeline.allocation import current_allocation
+from pipeline.launch.slurm import current_allocation
 with socket.create_server(("127.0.0.1", current_allocation().ports()[0])):
     sys.exit(subprocess.run([sys.executable, "-m", "pipeline", *sys.argv[1:]]).returncode)
 """

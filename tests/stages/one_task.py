@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Launch, Section, Tracking
-from pipeline.stage import StageTask, TrackingTarget
 
 
 def make_task(

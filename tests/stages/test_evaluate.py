@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.artifact import read_json
+from pipeline.artifacts.task import StageTask, TrackingTarget, task_from_json, task_to_json
 from pipeline.config import Evaluate, EvaluateOnTheWay, Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.model_dir import ModelDirectory, export_with_replaced
-from pipeline.stage import StageTask, TrackingTarget, task_from_json, task_to_json
+from pipeline.files import read_json
+from pipeline.models.reading import ModelDirectory, export_with_replaced
 from pipeline.stages import evaluate
 from pipeline.training.job import kept_model
-from pipeline.training.on_the_way import keep
+from pipeline.training.snapshots import keep
 from tests.plain_settings import cpu_launch
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import model_check
 from pipeline.__main__ import main
-from pipeline.artifact import write_json
+from pipeline.artifacts.task import Metrics
 from pipeline.config import METHODS, AnyExpand
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, UserError
-from pipeline.stage import Metrics
+from pipeline.expansion import self_check as model_check
+from pipeline.files import write_json
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.artifact import read_json, write_json
+from pipeline.artifacts.task import Metrics
 from pipeline.config import METHODS, AnyExpand
-from pipeline.stage import Metrics
+from pipeline.files import read_json, write_json
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
 from tests.tiny_families import FAMILIES, layers_by_role, save_tiny

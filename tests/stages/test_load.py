@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.artifacts.task import Metrics
 from pipeline.errors import UserError
-from pipeline.stage import Metrics
 from pipeline.stages import load
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.plain_settings import model_at

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.comparison.run_artifacts import RunArtifacts
+from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Report, Tracking
-from pipeline.stage import StageTask, TrackingTarget
+from pipeline.report.runs import RunArtifacts
 from pipeline.stages.report import directories, run
-from tests.comparison.finished_runs import finished_run
 from tests.plain_settings import cpu_launch
+from tests.report.finished_runs import finished_run
 
 
 def _task(root: Path, runs: list[RunArtifacts]) -> StageTask:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.artifact import read_json
+from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Source, Tokenize, Tracking
 from pipeline.data import python_docs
 from pipeline.errors import UserError
-from pipeline.stage import StageTask, TrackingTarget
+from pipeline.files import read_json
 from pipeline.stages import tokenize
 from tests.plain_settings import cpu_launch
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.config import Source
-from pipeline.data import encoders, tokenizing
-from pipeline.data.encoders import Encoders
+from pipeline.data import tokenizer as encoders
+from pipeline.data import tokenizing
+from pipeline.data.tokenizer import Encoders
 from pipeline.progress import Bar
-from pipeline.stage import StageTask, task_to_json
 from pipeline.stages import tokenize
 from tests.stages.test_tokenize import _source, _task
 
@@ -28,7 +29,7 @@ SAVING_ALWAYS = """
 import json, sys
 from pathlib import Path
 from pipeline.data import tokenizing
-from pipeline.stage import task_from_json
+from pipeline.artifacts.task import task_from_json
 from pipeline.stages import tokenize
 tokenizing.SAVE_EVERY_SECONDS = 0.0
 tokenize.run(task_from_json(json.loads(Path(sys.argv[1]).read_text())))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
-from pipeline.stage import StageTask
 from tests.training.forked import ForkedRanks
 from tests.training.small import NEW_LAYERS, VOCABULARY, training_task, write_blocks
 

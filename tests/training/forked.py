@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import write_json
-from pipeline.failure import rank_log
-from pipeline.stage import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.files import write_json
+from pipeline.launch.failure import rank_log
 from pipeline.training.job import START_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ class ForkedRanks:
 
 def serve() -> None:
     """Forks the ranks of one request after another, and reports every end."""
-    import pipeline.training.session  # noqa: F401  # seconds of imports, once
+    import pipeline.training.trainer  # noqa: F401  # seconds of imports, once
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -167,8 +167,8 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
 
 def _child(request: dict[str, Any], rank: int) -> int:
     """What one rank does: ``plan`` with ``logs``, or ``task_file`` with perhaps ``die_at_file_event`` or ``limits``."""
+    from pipeline.launch.failure import end_with_parent
     from pipeline.training import worker
-    from pipeline.watchdog import end_with_parent
 
     logs = Path(request["logs"]) if "logs" in request else Path(request["task_file"]).parent
     logs.mkdir(parents=True, exist_ok=True)

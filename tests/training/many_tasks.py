@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import write_json
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE
-from pipeline.stage import task_from_json
-from pipeline.watchdog import end_with_parent
+from pipeline.artifacts.task import task_from_json
+from pipeline.files import write_json
+from pipeline.launch.failure import end_with_parent
+from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 
 def run(entry: dict[str, Any]) -> None:
     """One task; the stop request comes while step ``stop_after`` runs."""
-    from pipeline.training.session import train
+    from pipeline.training.trainer import train
 
     task = task_from_json(entry["task"])
     logs = task.out / "logs"

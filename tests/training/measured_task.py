@@ -13,10 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.artifact import read_json, write_json
-from pipeline.launch import LOG_DIR_VARIABLE, OUTCOME_FILE
-from pipeline.stage import task_from_json
-from pipeline.watchdog import end_with_parent
+from pipeline.artifacts.task import task_from_json
+from pipeline.files import read_json, write_json
+from pipeline.launch.failure import end_with_parent
+from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 SAMPLE_SECONDS = 0.005
 COUNTED = ("RssAnon", "RssShmem")
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     end_with_parent()
     import transformers.models.llama.modeling_llama  # noqa: F401  before the count begins
 
-    from pipeline.training.session import train
+    from pipeline.training.trainer import train
 
     logs = Path(os.environ[LOG_DIR_VARIABLE])
     task = task_from_json(read_json(sys.argv[1]))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Tracking, Train
-from pipeline.stage import StageTask, TrackingTarget
 from tests.plain_settings import cpu_launch
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

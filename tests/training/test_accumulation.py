@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.stage import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask, task_to_json
 from tests.training.forked import ForkedRanks
 from tests.training.small import logged, train_settings, write_blocks
 

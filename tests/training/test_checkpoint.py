@@ -9,7 +9,7 @@ import torch
 
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.masters import PARTS
+from pipeline.training.optimizer_state import PARTS
 
 
 class DictMasters:

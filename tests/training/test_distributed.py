@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.config import Train
-from pipeline.stage import StageTask, task_to_json
 from tests.training.forked import ForkedRanks
 from tests.training.small import NEW_LAYERS, logged, train_settings
 

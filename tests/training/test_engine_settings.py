@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch import run_workers
-from pipeline.stage import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.launch.workers import run_workers
 from tests.training.small import logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")

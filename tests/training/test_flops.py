@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.training.flops import training_flops
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
+from pipeline.training.mfu import training_flops
 
 BATCH, LENGTH = 2, 24
 

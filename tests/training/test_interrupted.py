@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifact import read_json
+from pipeline.artifacts.task import StageTask
 from pipeline.errors import EXIT_REQUEST
-from pipeline.launch import OUTCOME_FILE
-from pipeline.stage import StageTask
+from pipeline.files import read_json
+from pipeline.launch.workers import OUTCOME_FILE
 from pipeline.training import checkpoint
 from pipeline.training.job import CHECKPOINTS, LOGS, START_FILE, TRAINING_FILE
 from tests.training.forked import ForkedRanks, Launch

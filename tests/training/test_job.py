@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import write_json
+from pipeline.files import write_json
 from pipeline.training.job import LOGS, START_FILE, Watch, last_logged
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from pipeline.artifacts.task import StageTask
 from pipeline.errors import OutOfMemory, WorkersFailed
-from pipeline.estimate import out_of_memory
-from pipeline.estimate.out_of_memory import naming_what_fits
-from pipeline.machine import Placement, device_memory
-from pipeline.stage import StageTask
+from pipeline.estimates import fitting as out_of_memory
+from pipeline.estimates.fitting import naming_what_fits
+from pipeline.launch.machine import Placement, device_memory
 from pipeline.training.memory import OutOfMemoryFailure, named_when_out_of_memory
 from pipeline.training.validate import less_memory
 from tests.training.small import train_settings

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import sha256_file, write_json
 from pipeline.errors import UserError
+from pipeline.files import sha256_file, write_json
 from pipeline.training.checkpoint import STATE_FILE, Checkpoint
 from pipeline.training.resume import check_belongs, content_hash, rounding_note
 from tests.training.small import train_settings

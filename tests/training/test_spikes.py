@@ -1,6 +1,6 @@
 import random
 
-from pipeline.training.spikes import DEVIATIONS, LEAST, WINDOW, is_spike
+from pipeline.training.loop import DEVIATIONS, LEAST, WINDOW, is_spike
 
 
 def test_a_loss_far_above_the_steps_before_it_is_a_spike():

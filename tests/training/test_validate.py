@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.machine import Machine
-from pipeline.training.session import _refuse_stored_apart
+from pipeline.launch.machine import Machine
+from pipeline.training.trainer import _refuse_stored_apart
 from pipeline.training.validate import validate, validate_data
 from tests.plain_settings import cpu_launch
 from tests.tiny_families import tiny_model

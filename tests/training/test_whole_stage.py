@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pipeline.artifact import write_json
-from pipeline.stage import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.files import write_json
 from pipeline.training.job import CHECKPOINTS, run_training
 from tests.training.small import logged, train_settings
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
 import json, sys
 from pathlib import Path
-from pipeline.stage import task_from_json
+from pipeline.artifacts.task import task_from_json
 from pipeline.training.job import run_training
 run_training(task_from_json(json.loads(Path(sys.argv[1]).read_text())))
 """

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import read_json
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
-from pipeline.launch import OUTCOME_FILE, STOP_FILE
+from pipeline.files import read_json
+from pipeline.launch.workers import OUTCOME_FILE, STOP_FILE
 from pipeline.training import worker
 
 

@@ -1,0 +1,203 @@
+"""From settings to the graph of artifacts: which stages there are, what each hangs on, and every key.
+
+    load ──▶ expand ──▶ pretrain ──▶ sft ──▶ report
+      │         │           │          │        ▲
+      │      tokenize ──────┴──────────┘        │
+      └─────────┴───────────┴──────────┴─▶ evaluate
+
+Pure: nothing is read or built here, and no method is known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipeline.artifacts.store import Artifact, make_key
+from pipeline.config import (
+    Evaluate,
+    EvaluateOnTheWay,
+    LesaExpand,
+    Report,
+    Section,
+    Settings,
+    Source,
+    Target,
+    Tokenize,
+    Train,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: what a stage's artifacts depend on beside settings, and where it runs."""
+
+    version: int  # raise it when the same settings would give another artifact
+    own_process: bool = True  # the driver starts it in a process; else it starts workers itself
+    draws: tuple[type[Section], ...] = ()  # settings with which it draws random numbers: the seed is in the key
+
+
+STAGES: dict[str, Stage] = {
+    "load": Stage(version=1),
+    "expand": Stage(version=1, draws=(LesaExpand,)),
+    "tokenize": Stage(version=3),
+    "pretrain": Stage(version=2, own_process=False, draws=(Section,)),
+    "sft": Stage(version=2, own_process=False, draws=(Section,)),
+    "evaluate": Stage(version=2),
+    "report": Stage(version=2),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What identifies the content that comes from outside, by the input's name."""
+
+    model: str
+    corpus: str
+    instructions: str
+    interpreter: str  # the bundled questions are made from this Python's documentation
+
+
+@dataclass(frozen=True)
+class Node:
+    """One artifact of a run, built or to be built."""
+
+    name: str  # "load", "tokenize/corpus", "evaluate/sft"
+    stage: str
+    settings: Section
+    parents: Mapping[str, Node] = field(repr=False)  # role -> node
+    seed: int
+    artifact: Artifact
+
+
+class _Builder:
+    """Collects nodes in an order in which each follows its parents."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.nodes: dict[str, Node] = {}
+
+    def add(self, name: str, settings: Section, parents: Mapping[str, str], **inputs: str) -> None:
+        """Adds one node; ``parents`` maps a role to the name of an earlier node."""
+        stage = name.partition("/")[0]
+        nodes = {role: self.nodes[parent] for role, parent in parents.items()}
+        self.nodes[name] = make_node(self._settings, name, STAGES[stage], settings, nodes, inputs)
+
+
+def make_node(
+    run: Settings, name: str, stage: Stage, settings: Section, parents: Mapping[str, Node], inputs: Mapping[str, str]
+) -> Node:
+    """One node with its key."""
+    stage_name = name.partition("/")[0]
+    seed = run.seed if isinstance(settings, stage.draws) else 0
+    key = make_key(
+        stage_name,
+        stage.version,
+        {**settings.key_settings(), "seed": seed},
+        {role: node.artifact.key for role, node in parents.items()},
+        inputs,
+    )
+    artifact = Artifact(Path(run.output_dir) / "artifacts", stage_name, key)
+    return Node(name, stage_name, settings, parents, seed, artifact)
+
+
+def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
+    """All nodes of one run, parents first. ``evaluate.targets`` decides which models are scored."""
+    graph = _Builder(run)
+    graph.add("load", run.model, {}, model=inputs.model)
+    graph.add("expand", run.expand, {"load": "load"})
+    corpus, instructions = _tokenize_settings(run)
+    graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
+    graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
+    graph.add("pretrain", _keeping(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
+    graph.add("sft", _keeping(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
+    for target in run.evaluate.models():
+        parents = {"model": target.stage, "corpus": "tokenize/corpus"}
+        graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter)
+    report = make_report(run, [(run, graph.nodes)])
+    graph.nodes["report"] = report
+    return graph.nodes
+
+
+def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Node]]]) -> Node:
+    """The node that sets one run, or all runs of a sweep, side by side."""
+    runs = list(runs)
+    settings = Report(runs={run.name: run.expand.method for run, _ in runs})
+    parents = {
+        f"{run.name}:{name}": node
+        for run, nodes in runs
+        for name, node in nodes.items()
+        if node.stage != "report"
+    }  # fmt: skip
+    return make_node(first, "report", STAGES["report"], settings, parents, {})
+
+
+def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
+    """One tokenize node a data set; what matters to it is gathered from ``data`` and the training sections."""
+    corpus = Tokenize(
+        purpose="corpus",
+        sources=_weighted(run.data.corpus),
+        sequence_length=run.pretrain.sequence_length,
+        held_out_fraction=run.data.held_out_fraction,
+        max_tokens=run.data.max_corpus_tokens,
+        chat_template=None,
+    )
+    instructions = Tokenize(
+        purpose="instructions",
+        sources=_weighted(run.data.instructions),
+        sequence_length=run.sft.sequence_length,
+        held_out_fraction=run.data.held_out_fraction,
+        max_tokens=None,
+        chat_template=run.data.chat_template,
+    )
+    return corpus, instructions
+
+
+def _weighted(sources: list[Source]) -> list[Source]:
+    """The sources as they matter: one alone has no share."""
+    return sources if len(sources) > 1 else [sources[0].model_copy(update={"weight": 1.0})]
+
+
+def _keeping(run: Settings, stage: Literal["pretrain", "sft"]) -> Train:
+    """A training section that also keeps the models on its way that are to be scored."""
+    train: Train = getattr(run, stage)
+    return train.keeping(t.fraction for t in run.evaluate.models() if t.stage == stage and t.fraction is not None)
+
+
+def _evaluate_settings(run: Settings, target: Target) -> Evaluate:
+    if target.fraction is None:
+        return run.evaluate
+    return EvaluateOnTheWay(**run.evaluate.model_dump(), fraction=target.fraction)
+
+
+def select(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:
+    """The nodes of these stages and all they need, in order."""
+    chosen = set(stages)
+    wanted = lineage(node for node in nodes.values() if node.stage in chosen)
+    return {name: node for name, node in nodes.items() if node.artifact.key in wanted}
+
+
+def lineage(nodes: Iterable[Node]) -> set[str]:
+    """The keys of these nodes and of all they need."""
+    keys: set[str] = set()
+
+    def take(node: Node) -> None:
+        if node.artifact.key not in keys:
+            keys.add(node.artifact.key)
+            for parent in node.parents.values():
+                take(parent)
+
+    for node in nodes:
+        take(node)
+    return keys
+
+
+def forced(nodes: Mapping[str, Node], stages: Iterable[str]) -> set[str]:
+    """Names of the nodes to redo: those of ``stages`` and everything below them."""
+    redo: set[str] = set()
+    for name, node in nodes.items():
+        if node.stage in set(stages) or any(parent.name in redo for parent in node.parents.values()):
+            redo.add(name)
+    return redo

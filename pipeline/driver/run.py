@@ -1,0 +1,190 @@
+"""Builds what is missing, in order, and says what is there already. No torch, no method names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.artifacts import store as attempts
+from pipeline.artifacts.lock import Lock
+from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
+from pipeline.config import Settings
+from pipeline.driver.graph import STAGES, Node, forced, select
+from pipeline.errors import UserError, WorkersFailed
+from pipeline.files import beside, read_json, refused_where_full, write_json
+from pipeline.launch.failure import how_it_ended, last_words
+from pipeline.launch.machine import on_first_node
+from pipeline.launch.workers import package_environment
+
+FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt ended
+RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors", "pot")
+
+
+def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dict[str, float]:
+    """Builds the selected nodes of one run.
+
+    Returns:
+        Seconds by node name; 0.0 for what was there already.
+
+    Raises:
+        UserError: a stage refused its input.
+        Stopped: a signal ended a stage after it saved.
+        WorkersFailed: a stage's process died.
+    """
+    selected = select(nodes, run.stages)
+    redo = forced(selected, run.force)
+    seconds = {}
+    for name, node in selected.items():
+        seconds[name] = _provide(run, node, name in redo, console)
+        link(run, node)
+    return seconds
+
+
+def missing(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """The selected nodes that would be built now."""
+    selected = select(nodes, run.stages)
+    redo = forced(selected, run.force)
+    return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
+
+
+def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
+    """Makes sure that the node's artifact is there; builds it under its lock when it is not."""
+    if not redo and node.artifact.is_complete():
+        console.print(f"  [green]there[/]  {node.name:<24} {node.artifact.key[:12]}")
+        return 0.0
+
+    def wait(holder: str) -> None:
+        console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")
+
+    lock = node.artifact.lock()
+    with lock.held(wait):
+        if redo:
+            node.artifact.invalidate()
+        if node.artifact.is_complete():  # the one we waited for has built it
+            return 0.0
+        return _build(run, node, lock, console)
+
+
+def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
+    failure = node.artifact.partial / FAILURE_FILE
+    resumed = node.artifact.partial.exists()
+    failure.parent.mkdir(parents=True, exist_ok=True)
+    failure.unlink(missing_ok=True)
+    console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
+    attempts.begin(node.artifact.partial)
+    started = time.monotonic()
+    try:
+        metrics = _execute(make_task(run, node))
+    except WorkersFailed as error:
+        failure.write_text(f"{error}\n")
+        raise
+    seconds = time.monotonic() - started
+    number, together = attempts.finish(node.artifact.partial)
+    lock.confirm()
+    with refused_where_full(node.artifact.partial):
+        node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
+    console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
+    for warning in metrics.get("warnings", []):
+        console.print(f"           {warning}", markup=False)
+    return seconds
+
+
+def make_task(run: Settings, node: Node) -> StageTask:
+    """What the stage function gets."""
+    group = run.name
+    return StageTask(
+        name=node.name,
+        settings=node.settings,
+        parents={role: parent.artifact.path for role, parent in node.parents.items()},
+        out=node.artifact.partial,
+        seed=node.seed,
+        launch=run.launch,
+        tracking=TrackingTarget(
+            settings=run.tracking,
+            group=group,
+            job_type=node.name,
+            run_id=node.artifact.key[:16],
+            wandb_dir=Path(run.output_dir).absolute() / run.name,
+        ),
+    )
+
+
+def _execute(task: StageTask) -> Metrics:
+    stage = task.name.partition("/")[0]
+    if STAGES[stage].own_process:
+        return _execute_in_process(task)
+    metrics: Metrics = importlib.import_module(f"pipeline.stages.{stage}").run(task)
+    return metrics
+
+
+def _execute_in_process(task: StageTask) -> Metrics:
+    """Runs ``python -m pipeline.stages`` and reads its outcome; the pipe ends it if this process dies."""
+    logs = task.out / "logs"  # not a temporary folder: the stage may run on another node
+    logs.mkdir(parents=True, exist_ok=True)
+    task_file, outcome_file = logs / "task.json", logs / "outcome.json"
+    outcome_file.unlink(missing_ok=True)
+    write_json(task_file, task_to_json(task))
+    command = [*on_first_node(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
+    environment = {**package_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    try:
+        status = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    outcome: dict[str, Any] = read_json(outcome_file) if outcome_file.exists() else {"status": "failed"}
+    if outcome["status"] == "refused":
+        raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
+    if outcome["status"] != "done":
+        raise WorkersFailed(last_words(f"stage {task.name}: {how_it_ended(status)}", logs / "stage.log"))
+    metrics: Metrics = outcome["metrics"]
+    return metrics
+
+
+def _manifest(node: Node, metrics: Metrics, seconds: float) -> dict[str, Any]:
+    return {
+        "key": node.artifact.key,
+        "stage": node.name,
+        "settings": node.settings.model_dump(mode="json"),
+        "seed": node.seed,
+        "parents": {role: parent.artifact.key for role, parent in node.parents.items()},
+        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "python": sys.version.split()[0],
+        "git_commit": _git_commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": metrics.get("peak_memory_bytes"),
+        "metrics": metrics,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, or None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+def link(run: Settings, node: Node) -> None:
+    """``<output_dir>/<name>/<node>`` points to the artifact, relative, so that the tree can be moved."""
+    place = Path(run.output_dir) / run.name / node.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(node.artifact.path, place.parent)
+    if place.is_symlink() and os.readlink(place) == target:
+        return
+    temporary = beside(place)  # jobs of one run that start together all link what they share
+    temporary.symlink_to(target)
+    os.replace(temporary, place)

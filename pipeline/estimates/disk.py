@@ -1,0 +1,77 @@
+"""Disk that a run needs: every stage's artifact, room to work in, and checkpoints while training lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from pipeline.files import SCRATCH_ON_DISK_BYTES
+from pipeline.models.shape import Shape
+from pipeline.training.sizes import CHECKPOINT_BYTES
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TOKEN_BYTES = 9  # of a token block: two uint32 and one uint8
+SMALL = 20 * 2**20  # tokenizer, logs, scores, plots: of every artifact together with its model or blocks
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes by what needs them."""
+
+    artifacts: Mapping[str, int]  # by node, those that are missing
+    checkpoints: int  # the larger training stage's; they are removed when it ends
+    scratch: int  # expand's while it lasts
+
+    @property
+    def total(self) -> int:
+        """No less than at the fullest moment."""
+        return sum(self.artifacts.values()) + max(self.checkpoints, self.scratch)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a training stage keeps of the parameters that train."""
+
+    parameters: int
+    checkpoints: int  # the newest so many, while it lasts
+    models: int  # on the way, in its artifact
+
+
+def disk_of(
+    missing: Mapping[str, str],
+    base: Shape,
+    grown: Shape,
+    dtype: str,
+    trained: Mapping[str, Kept],
+    tokens: Mapping[str, int],
+    scratch: int = 0,
+) -> Disk:
+    """What the missing stages will write.
+
+    Args:
+        missing: node -> stage, such as "tokenize/corpus" -> "tokenize".
+        dtype: of the artifacts' weights.
+        trained: by training stage.
+        tokens: tokenize node -> tokens, where that is known.
+        scratch: what expanding needs beside its artifact.
+    """
+    width = DTYPE_BYTES[dtype]
+    models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
+    for stage, kept in trained.items():
+        models[stage] += kept.models * kept.parameters
+    artifacts = {
+        node: SMALL + (models[stage] * width if stage in models else tokens.get(node, 0) * TOKEN_BYTES)
+        for node, stage in missing.items()
+    }
+    # A new checkpoint is whole before an old one is removed.
+    training = [trained[stage] for stage in missing.values() if stage in trained]
+    checkpoints = max((kept.parameters * (kept.checkpoints + 1) for kept in training), default=0)
+    return Disk(artifacts, checkpoints * CHECKPOINT_BYTES, scratch)
+
+
+def lesa_scratch(base: Shape) -> int:
+    """LESA's V of the largest role, ``[layers, out, in]`` in float32, where that lies on disk."""
+    matrices = (shape for layer in base.layers for shape in layer.tensors.values() if len(shape) == 2)
+    size = max(map(prod, matrices)) * len(base.layers) * 4
+    return size if size > SCRATCH_ON_DISK_BYTES else 0

@@ -1,0 +1,112 @@
+"""Which tensors of a planned model train, and what that asks of memory and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from pipeline.config import AnyExpand, Train
+from pipeline.expansion.layer_plan import LayerPlan, make_plan
+from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops
+from pipeline.models.shape import Shape
+from pipeline.training.selection import select
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the choice of what trains.
+
+    Attributes:
+        names: the full names of the tensors that train.
+    """
+
+    shape: Shape
+    names: frozenset[str]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the tensors that train."""
+        return sum(prod(shape) for name, _, shape in self.shape.tensors() if name in self.names)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers in which something trains."""
+        return tuple(sorted({i for name, i, _ in self.shape.tensors() if i is not None and name in self.names}))
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that gradients must reach; the number of layers where they reach none."""
+        if self.names & set(self.shape.before):
+            return 0
+        return min(self.layers, default=len(self.shape.layers))
+
+    def inside(self, layer: int) -> frozenset[str]:
+        """The names, within one layer, of its tensors that train."""
+        prefix = self.shape.layer_prefix.format(layer=layer)
+        return frozenset(name for name in self.shape.layers[layer].tensors if prefix + name in self.names)
+
+    @property
+    def head_trains(self) -> bool:
+        """Whether the head does, be it the embeddings or its own."""
+        return self.shape.head in self.names
+
+    def flops(self, sequence_length: int) -> TrainingFlops:
+        """Operations a token, by the engine's formula."""
+        shape = self.shape
+        work = [
+            LayerWork(layer.matrix_entries(), layer.matrix_entries(self.inside(index)))
+            for index, layer in enumerate(shape.layers)
+        ]
+        final_norm = any(name in self.names for name in shape.after if name != shape.head)
+        reaches_below = self.lowest < len(shape.layers) or final_norm
+        head = HeadWork(shape.vocab_size * shape.hidden_size, self.head_trains, reaches_below)
+        return TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
+
+
+def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[str, Any]) -> Trained:
+    """What ``pretrain.trainable`` or ``sft.trainable`` chooses in this model.
+
+    Args:
+        expansion: "method" and "layers" as in ``expansion.json``.
+
+    Raises:
+        UserError: nothing would train.
+    """
+    layers = {name: layer for name, layer, _ in shape.tensors()}
+    return Trained(shape, frozenset(select(section, trainable, layers, expansion)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The model before and after, and what of it trains.
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A base and the model that ``expand`` will make of it."""
+
+    base: Shape
+    grown: Shape
+    layers: LayerPlan
+    method: str
+
+    def trained(self, section: str, train: Train) -> Trained:
+        """What a training section chooses in the deeper model.
+
+        Raises:
+            UserError: nothing would train.
+        """
+        expansion = {"method": self.method, "layers": self.layers.to_json()}
+        return trained_part(section, train.trainable, self.grown, expansion)
+
+
+def sizes_of(expand: AnyExpand, base: Shape) -> Sizes:
+    """Both models' sizes.
+
+    Raises:
+        UserError: the base cannot be expanded so.
+    """
+    layers = make_plan(expand, len(base.layers))
+    return Sizes(base, base.with_layers(layers.config_sources), layers, expand.method)

@@ -1,0 +1,274 @@
+"""What happened, in sentences made of the numbers, and what the numbers do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.report.curves import base_loss, curves, perplexity
+from pipeline.report.differences import Difference, Verdict, leader
+from pipeline.report.markup import escape
+from pipeline.report.metrics import (
+    PERPLEXITIES,
+    SHARES,
+    TARGET_NAMES,
+    count,
+    number,
+    preferred,
+    signed,
+    significant,
+    task_name,
+)
+from pipeline.report.results import Row
+from pipeline.report.runs import METHOD_NAMES, RunArtifacts, labels
+from pipeline.report.scores import Scores
+
+
+def primary_measures(scores: Scores) -> list[tuple[str, str]]:
+    """One (task, metric) a task, in the order of the evaluation."""
+    tasks: dict[str, list[str]] = {}
+    for task, metric in scores.measures():
+        tasks.setdefault(task, []).append(metric)
+    return [(task, preferred(metrics)) for task, metrics in tasks.items()]
+
+
+def title(runs: Sequence[RunArtifacts]) -> str:
+    """The report's first line."""
+    if len(runs) > 1:
+        return f"{sweep_name(runs)}: {len(runs)} runs side by side"
+    return f"{runs[0].name}: {_growth(runs[0])}"
+
+
+def sweep_name(runs: Sequence[RunArtifacts]) -> str:
+    """What the runs' names have in common up to the last slash."""
+    stems = {run.name.rpartition("/")[0] for run in runs}
+    return stems.pop() if len(stems) == 1 and stems != {""} else "sweep"
+
+
+def _growth(run: RunArtifacts) -> str:
+    expansion = run.expansion()
+    if expansion is None or expansion["num_layers"] == expansion["num_base_layers"]:
+        return "the base model, not expanded"
+    method = METHOD_NAMES.get(run.method, run.method)
+    return f"from {expansion['num_base_layers']} to {expansion['num_layers']} layers by {method}"
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+def headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
+    """The report's first paragraph: the outcome in a few sentences."""
+    return _sweep_headline(runs, scores) if len(runs) > 1 else _run_headline(runs[0], scores)
+
+
+def _run_headline(run: RunArtifacts, scores: Scores) -> str:
+    last = final_target(scores, [run])
+    differences = [
+        difference
+        for measure in primary_measures(scores)
+        if (difference := _difference(scores, run.name, "load", last, measure)) is not None
+    ]
+    texts = [d for d in differences if d.after["metric"] in PERPLEXITIES]
+    others = [outcome(d) for d in differences if d.after["metric"] not in PERPLEXITIES]
+    sentences = [_text_sentence(run, last, d) for d in texts] or _curve_sentence(run)
+    if others:
+        sentences.append(f"From base to {TARGET_NAMES[last]}: {'; '.join(others)}.")
+    return " ".join([f"{_growth(run)[0].upper()}{_growth(run)[1:]}.", *sentences])
+
+
+def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:
+    """The target that stands for the runs: the pre-trained models (tuning is for conversations), else the last that all
+    have scores of."""
+    targets = [target for target in TARGET_NAMES if all(target in scores.targets(run.name) for run in runs)]
+    return "pretrain" if "pretrain" in targets else targets[-1] if targets else "load"
+
+
+def _text_sentence(run: RunArtifacts, target: str, difference: Difference) -> str:
+    training = run.training("pretrain")
+    cause = f"pre-training on {count(training['tokens'])} tokens" if training and target == "pretrain" else "surgery"
+    task, metric = difference.after["task"], difference.after["metric"]
+    before, after = difference.before["value"], difference.after["value"]
+    verb = "lowered" if after < before else "raised"
+    remark = "" if difference.verdict in (Verdict.BETTER, Verdict.WORSE) else f", {difference.verdict}"
+    return (
+        f"{cause.capitalize()} {verb} {_spoken(metric)} on {escape(task_name(task))} by "
+        f"{100 * abs(after / before - 1):.1f} % against the untouched base "
+        f"({number(metric, before)} → {number(metric, after)}{remark})."
+    )
+
+
+def _curve_sentence(run: RunArtifacts) -> list[str]:
+    """Where no text was scored: what the training loop saw, from the expanded model on."""
+    training, found = run.training("pretrain"), curves([run], "pretrain")
+    if training is None or not found:
+        return []
+    before, after = perplexity(found[0].first), perplexity(found[0].last)
+    return [
+        f"Pre-training on {count(training['tokens'])} tokens took the expanded model's perplexity on held-out blocks "
+        f"of the corpus from {significant(before)} to {significant(after)}."
+    ]
+
+
+def _difference(scores: Scores, run: str, before: str, after: str, measure: tuple[str, str]) -> Difference | None:
+    first, second = scores.get(run, before, measure), scores.get(run, after, measure)
+    return None if first is None or second is None or before == after else scores.difference(first, second)
+
+
+def outcome(difference: Difference) -> str:
+    """``general-English minimal pairs 81.4 % → 80.9 % (−0.5 points, within noise)``."""
+    metric, task = difference.after["metric"], difference.after["task"]
+    before, after = number(metric, difference.before["value"]), number(metric, difference.after["value"])
+    what = escape(task_name(task)) + ("" if metric in SHARES else f", {_spoken(metric)}")
+    change = "" if difference.verdict is Verdict.SAME else f"{signed(metric, difference.value, None)}, "
+    return f"{what} {before} → {after} ({change}{difference.verdict})"
+
+
+def _spoken(metric: str) -> str:
+    return escape(metric.replace("_", " "))
+
+
+# ------------------------------------------------------------------------------------------- a sweep
+
+
+def _sweep_headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
+    names = ", ".join(escape(name) for name in labels(runs).values())
+    found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.last["loss"])
+    sentences = [f"{names}, set side by side."]
+    if found:
+        ranking = ", ".join(f"{escape(curve.label)} {curve.last['loss']:.3f}" for curve in found)
+        base = base_loss(runs)
+        origin = "" if base is None else f" (the base: {base:.3f})"
+        sentences.append(f"Held-out loss after pre-training, one run each{origin}: {ranking}.")
+    return " ".join(sentences)
+
+
+def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> list[str]:
+    """For every task: who leads, and who cannot be told from the leader."""
+    names = labels(runs)
+    found = []
+    for task, metric in primary_measures(scores):
+        line = [scores.get(run.name, target, (task, metric)) for run in runs]
+        first = leader(line)
+        if first is not None:
+            found.append(_lead_sentence(scores, first, line, names))
+    return found
+
+
+def _lead_sentence(scores: Scores, first: Row, line: Sequence[Row | None], names: dict[str, str]) -> str:
+    task, metric = first["task"], first["metric"]
+    where = escape(task_name(task))
+    ahead = (
+        f"{escape(names[first['run']])} has the best {_spoken(metric)} on {where} ({number(metric, first['value'])})"
+    )
+    if scores.best(line) is first:
+        return f"{ahead}, ahead of all others by more than two standard errors."
+    others = [row for row in line if row is not None and row is not first]
+    verdicts = {row["run"]: scores.difference(row, first).verdict for row in others}
+    if Verdict.UNKNOWN in verdicts.values():
+        return f"{ahead}; without standard errors nothing more can be said."
+    rivals = [names[run] for run, verdict in verdicts.items() if verdict is not Verdict.BETTER]
+    return f"{ahead}, but within noise of {', '.join(map(escape, rivals))}."
+
+
+# --------------------------------------------------------------------------------------------------
+# What a reader must not conclude from a report's numbers.
+
+SMALL_TOKENS = 100e6
+
+
+def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
+    """What a reader must not conclude from these numbers."""
+    return [
+        _seed_caveat(runs),
+        "A difference counts when it exceeds two of its standard errors and at least six documents changed. Both "
+        "models are scored on the same documents, so the error is taken over pairs of them: it can be far smaller than "
+        "the errors of the two scores. Of differences without any effect, about one in twenty still counts.",
+        *_unpaired_caveats(scores),
+        *_size_caveats(runs),
+        *_held_out_caveats(runs),
+        *_comparison_caveats(runs),
+        *_evaluation_caveats(runs, scores),
+    ]
+
+
+def _unpaired_caveats(scores: Scores) -> list[str]:
+    measures = [escape(f"{task} {metric}") for task, metric in scores.unpaired()]
+    if not measures:
+        return []
+    return [
+        f"Not all differences in {', '.join(measures)} have errors over pairs: the models were scored on other "
+        "documents, or the score is no mean over documents. There √(se₁² + se₂²) stands, as for independent scores."
+    ]
+
+
+def _seed_caveat(runs: Sequence[RunArtifacts]) -> str:
+    manifests = [manifest for run in runs for role in ("expand", "pretrain") if (manifest := run.manifest(role))]
+    seeds = sorted({str(manifest["seed"]) for manifest in manifests})
+    return (
+        f"One run a row (seed {', '.join(seeds)}). Standard errors are over the documents of a task; they say nothing "
+        "about what another seed would give."
+    )
+
+
+def _size_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
+    tokens = [training["tokens"] for run in runs if (training := run.training("pretrain"))]
+    if not tokens or max(tokens) >= SMALL_TOKENS:
+        return []
+    return [
+        f"Pre-training saw {count(max(tokens))} tokens; the papers use billions. This shows what happened here, "
+        "not which method is best at scale."
+    ]
+
+
+def _held_out_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
+    found = []
+    sizes = {
+        (manifest["settings"]["held_out_blocks"], manifest["settings"]["sequence_length"])
+        for run in runs
+        if (manifest := run.manifest("pretrain"))
+    }
+    for blocks, length in sorted(sizes):
+        found.append(
+            f"The held-out loss is a mean over at most {blocks} blocks of {length} tokens and has no standard error."
+        )
+    if any(run.training("sft") for run in runs):
+        found.append("Held-out loss while tuning is on conversations and cannot be compared with that on the corpus.")
+    return found
+
+
+def _comparison_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
+    if len(runs) < 2:
+        return []
+    found = []
+    if len({run.method for run in runs}) > 1:
+        found.append(
+            "Unless the settings below say otherwise, all methods share one learning rate. The best rate differs by "
+            "method and can move the result more than the method does."
+        )
+    trained = sorted({training["trainable_parameters"] for run in runs if (training := run.training("pretrain"))})
+    if len(trained) > 1:
+        found.append(
+            f"The runs train different numbers of parameters ({count(trained[0])} to {count(trained[-1])}): "
+            "what they start from is not the only difference."
+        )
+    places = {tuple(run.new_layers()) for run in runs if run.new_layers()}
+    if len(places) > 1:
+        found.append(
+            "The new layers do not stand at the same places, so that placement and initialisation are confounded."
+        )
+    return found
+
+
+def _evaluation_caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
+    found = []
+    evaluations = [e for run in runs for target in scores.targets(run.name) if (e := run.evaluation(target))]
+    formats = sorted({str(evaluation["prompt_format"]) for evaluation in evaluations})
+    if len(formats) > 1:
+        found.append(f"Scores were taken with different prompt formats ({', '.join(formats)}): do not compare them.")
+    limits = {m["settings"]["limit"] for run in runs if (m := run.manifest("evaluate/load"))} - {None}
+    if limits:
+        found.append(f"Every task was cut to its first {max(limits)} documents.")
+    for run in runs:
+        absent = [TARGET_NAMES[t] for t in TARGET_NAMES if t in run.directories and t not in scores.targets(run.name)]
+        if absent:
+            found.append(f"Not scored in {escape(run.name)}: {', '.join(absent)}.")
+    return found

@@ -1,0 +1,115 @@
+"""How plots look: one colour a method everywhere, labels beside lines, nothing that carries no number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.report.runs import RunArtifacts
+
+WIDTH = 9.0  # inches; at 100 dots an inch a README shows it at about its own size
+DPI = 200
+INK, QUIET, FAINT = "#1f2328", "#6a737d", "#d8dee4"
+METHOD_COLOURS = {  # Okabe and Ito's palette, told apart by readers with any colour vision
+    "lesa": "#0072b2",
+    "llama_pro": "#d55e00",
+    "opt_deus": "#009e73",
+    "solar": "#cc79a7",
+    "average": "#c98a00",
+    "copy": "#56b4e9",
+    "none": "#7a7a7a",
+}
+SPARE_COLOURS = ("#6a3d9a", "#8c564b", "#b2182b", "#17888f", "#9a9a00", "#4d4d4d", "#e377c2", "#1b4f9c")
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def figure(path: Path, height: float) -> Iterator[Figure]:
+    """A figure of ``WIDTH`` by ``height`` inches, saved to ``path`` as PNG when the block ends.
+
+    It is drawn without pyplot, so that no window system and no global state is involved.
+    """
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        drawing = Figure(figsize=(WIDTH, height))
+        yield drawing
+        drawing.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def colours(runs: Sequence[RunArtifacts]) -> dict[str, str]:
+    """Run name -> colour: its method's, or one of its own where methods repeat or are new."""
+    methods = [run.method for run in runs]
+    distinct = len(set(methods)) == len(methods)
+    spare = iter(SPARE_COLOURS * (1 + len(runs) // len(SPARE_COLOURS)))
+    return {
+        run.name: METHOD_COLOURS[run.method] if distinct and run.method in METHOD_COLOURS else next(spare)
+        for run in runs
+    }  # fmt: skip
+
+
+def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves label positions apart until neighbours are at least ``gap`` from each other, within [low, high].
+
+    Labels that touch are pooled into one block around their common centre; blocks that then touch are pooled again.
+    Their order stays.
+    """
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    blocks: list[list[float]] = []
+    for index in order:
+        blocks.append([positions[index]])
+        while len(blocks) > 1 and _lowest(blocks[-1], gap) < _lowest(blocks[-2], gap) + gap * len(blocks[-2]):
+            last = blocks.pop()
+            blocks[-1] += last
+    apart = [_lowest(block, gap) + rank * gap for block in blocks for rank in range(len(block))]
+    placed = list(positions)
+    for rank, (index, position) in enumerate(zip(order, apart, strict=True)):
+        placed[index] = min(max(position, low + rank * gap), high - (len(order) - 1 - rank) * gap)
+    return placed
+
+
+def _lowest(block: Sequence[float], gap: float) -> float:
+    return sum(block) / len(block) - gap * (len(block) - 1) / 2
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Writes each line's name in its colour in the right margin, at the height where the line ends, without overlaps.
+
+    Args:
+        ends: (y in data units, text, colour) of each line. The axis limits must be final.
+    """
+    low, high = axes.get_ylim()
+    inches = axes.get_window_extent().height / axes.figure.dpi
+    gap = (high - low) * 0.165 / inches
+    for (_, text, colour), y in zip(ends, spread([end[0] for end in ends], gap, low, high), strict=True):
+        axes.annotate(
+            text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            color=colour, va="center", annotation_clip=False,
+        )  # fmt: skip

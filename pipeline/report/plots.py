@@ -1,0 +1,203 @@
+"""All figures of a report as PNG files. Only this module's parts import matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from pipeline.config import TRAINING_STAGES
+from pipeline.report.curves import Curve, curves
+from pipeline.report.metrics import count, scientific
+from pipeline.report.plot_style import FAINT, INK, QUIET, colours, figure, label_ends
+from pipeline.report.runs import RunArtifacts, labels, layouts
+from pipeline.report.score_plots import scores_by_target, seconds_by_stage_plot
+from pipeline.report.scores import Scores
+
+LAYERS, SCORES, HELD_OUT, TRAINING, SECONDS = (
+    f"{name}.png" for name in ("layers", "scores", "held_out_loss", "training_loss", "seconds")
+)
+
+
+def draw_all(runs: Sequence[RunArtifacts], scores: Scores, base_loss: float | None, out: Path) -> set[str]:
+    """Draws what the runs have numbers for into ``out`` and returns the file names."""
+    drawn = {
+        LAYERS: layer_map(runs, out / LAYERS),
+        SCORES: scores_by_target(runs, scores, out / SCORES),
+        HELD_OUT: held_out_loss(runs, base_loss, out / HELD_OUT),
+        TRAINING: training_loss(runs, out / TRAINING),
+        SECONDS: seconds_by_stage_plot(runs, out / SECONDS),
+    }
+    return {name for name, there in drawn.items() if there}
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses as lines: held-out loss against three kinds of cost, and the training loss by step.
+
+AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training time"}
+
+
+def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) -> bool:
+    """Held-out loss of pre-training against tokens, FLOPs and seconds, the base as a dashed line.
+
+    Args:
+        base: the untouched base's loss on the same blocks, or None where no run measured it.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    found = curves(runs, "pretrain")
+    if not found:
+        return False
+    palette = colours(runs)
+    with figure(path, 3.6) as drawing:
+        panels = drawing.subplots(1, len(AXES), sharey=True)
+        for axes, axis in zip(panels, AXES, strict=True):
+            _loss_panel(axes, found, axis, palette)
+            if base is not None:
+                axes.axhline(base, color=INK, linestyle=(0, (5, 4)), linewidth=1.2)
+        _loss_limits(panels[0], found, base, palette)
+        panels[0].set_ylabel("held-out loss (nats a token)")
+        drawing.draw_without_rendering()
+        ends = [(curve.last["loss"], f"{curve.label} {curve.last['loss']:.3f}", palette[curve.run]) for curve in found]
+        label_ends(panels[-1], [*ends, *([(base, f"base {base:.3f}", INK)] if base is not None else [])])
+    return True
+
+
+def _loss_panel(axes: Axes, found: Sequence[Curve], axis: str, palette: dict[str, str]) -> None:
+    scale, name = _unit(axis, max(curve.last[axis] for curve in found))
+    for curve in found:
+        xs, ys = [point[axis] / scale for point in curve.points], [point["loss"] for point in curve.points]
+        axes.plot(xs, ys, marker="o", color=palette[curve.run])
+    axes.set_title(f"by {name}")
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(3 if axis == "flops" else 4))
+    form = {"tokens": count, "flops": scientific, "seconds": "{:g}".format}[axis]
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value) if value else "0"))
+
+
+def _unit(axis: str, longest: float) -> tuple[float, str]:
+    """What to divide by, and what to call the axis."""
+    if axis != "seconds":
+        return 1.0, AXES[axis]
+    scale, unit = (1.0, "seconds") if longest < 180 else (60.0, "minutes") if longest < 3 * 3600 else (3600.0, "hours")
+    return scale, f"{AXES[axis]} ({unit})"
+
+
+def _loss_limits(axes: Axes, found: Sequence[Curve], base: float | None, palette: dict[str, str]) -> None:
+    """Room for what training does: a far higher loss right after surgery runs out of the frame, and is named there."""
+    trained = [point["loss"] for curve in found for point in curve.points[1:]] + ([base] if base is not None else [])
+    low, high = min(trained), max(trained)
+    room = max(high - low, 0.02)
+    above = 0.5 if len(found) > 1 else 3.0  # a lone curve may as well be seen whole
+    top = min(max(curve.first["loss"] for curve in found), high + above * room)
+    axes.set_ylim(low - 0.08 * room, max(top, high) + 0.06 * room)
+    for rank, curve in enumerate(curve for curve in found if curve.first["loss"] > top):
+        text = f"{curve.label} starts at {curve.first['loss']:.2f}"
+        axes.annotate(text, (1, 1), xycoords="axes fraction", xytext=(0, -12 * (rank + 1)), textcoords="offset points",
+                      ha="right", color=palette[curve.run], fontsize=8.5)  # fmt: skip
+
+
+def training_loss(runs: Sequence[RunArtifacts], path: Path) -> bool:
+    """The loss of every optimizer step, a panel a stage. Returns whether there was anything to draw."""
+    stages = [stage for stage in TRAINING_STAGES if any(run.training_steps(stage) for run in runs)]
+    if not stages:
+        return False
+    with figure(path, 2.8) as drawing:
+        panels = drawing.subplots(1, len(stages), squeeze=False)[0]
+        ends = [_training_panel(axes, runs, stage) for axes, stage in zip(panels, stages, strict=True)]
+        drawing.draw_without_rendering()
+        for axes, of_panel in zip(panels, ends, strict=True):
+            label_ends(axes, of_panel)
+    return True
+
+
+def _training_panel(axes: Axes, runs: Sequence[RunArtifacts], stage: str) -> list[tuple[float, str, str]]:
+    palette, names = colours(runs), labels(runs)
+    ends = []
+    for run in runs:
+        lines = run.training_steps(stage)
+        if lines:
+            axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], color=palette[run.name], linewidth=1.3)
+            ends.append((lines[-1]["loss"], names[run.name], palette[run.name]))
+    axes.set_title(f"{stage}: training loss by step")
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return ends
+
+
+# --------------------------------------------------------------------------------------------------
+# A picture of the surgery: the base's layers below, the expanded model's above, and what came from where.
+
+BASE_Y, NEW_Y, CELL = 0.0, 1.9, 0.84
+NARROWEST = 24  # cells that a strip has room for at least, so that those of a small model are not stretched
+OLD, SEVERAL = "#e7eaee", "#44546a"  # a layer of the base; new layers that several methods place alike
+
+
+def layer_map(runs: Sequence[RunArtifacts], path: Path) -> bool:
+    """One strip for all runs whose layers come from the same places. Returns whether there was anything to draw."""
+    groups = layouts(runs)
+    if not groups:
+        return False
+    names, palette = labels(runs), colours(runs)
+    widest = max(NARROWEST, *(expansion["num_layers"] for _, expansion in groups))
+    with figure(path, 1.45 * len(groups)) as drawing:
+        all_axes = drawing.subplots(len(groups), 1, squeeze=False)[:, 0]
+        for axes, (alike, expansion) in zip(all_axes, groups, strict=True):
+            _strip(axes, expansion, palette[alike[0].name] if len(alike) == 1 else SEVERAL, widest)
+            axes.set_title(_title([names[run.name] for run in alike], expansion))
+    return True
+
+
+def _title(names: Sequence[str], expansion: Mapping[str, Any]) -> str:
+    new = sum(layer["new"] for layer in expansion["layers"])
+    return f"{', '.join(names)}: {expansion['num_base_layers']} layers + {new} new = {expansion['num_layers']}"
+
+
+def _strip(axes: Axes, expansion: Mapping[str, Any], colour: str, widest: int) -> None:
+    """Every base layer stands straight below the layer it became, so that the gaps show where new ones went in."""
+    layers = expansion["layers"]
+    base_x = {layer["from"][0]: layer["layer"] for layer in layers if not layer["new"]}
+    for layer in layers:
+        for source in layer["from"]:
+            _connector(axes, base_x[source], layer["layer"], colour if layer["new"] else FAINT, layer["new"])
+        _cell(axes, layer["layer"], NEW_Y, colour if layer["new"] else OLD)
+    for x in base_x.values():
+        _cell(axes, x, BASE_Y, OLD)
+    inks = {layer["layer"]: "white" if layer["new"] else INK for layer in layers}
+    _numbers(axes, {index: index for index in inks}, NEW_Y, inks, widest)
+    _numbers(axes, base_x, BASE_Y, dict.fromkeys(base_x, INK), widest)
+    for y, text in ((BASE_Y, "base"), (NEW_Y, "expanded")):
+        axes.text(-0.5 - 0.01 * widest, y, text, ha="right", va="center", color=QUIET)
+    axes.set_xlim(-0.5 - 0.08 * widest, widest - 0.4)
+    axes.set_ylim(-0.75, NEW_Y + 0.75)
+    axes.axis("off")
+
+
+def _numbers(axes: Axes, places: Mapping[int, int], y: float, inks: Mapping[int, str], widest: int) -> None:
+    """A layer's number in its cell; where two digits would not fit, every tenth number outside the row."""
+    fitting = 330 / widest  # points
+    if fitting >= 5:
+        for index, x in places.items():
+            axes.text(x, y - 0.02, str(index), ha="center", va="center", color=inks[index], fontsize=min(8.0, fitting))
+        return
+    outside = y + 0.62 if y == NEW_Y else y - 0.62
+    for index, x in places.items():
+        if index % 10 == 0:
+            axes.text(x, outside, str(index), ha="center", va="center", color=QUIET, fontsize=7)
+
+
+def _connector(axes: Axes, base_x: float, new_x: float, colour: str, new: bool) -> None:
+    ys = [BASE_Y + CELL / 2 + 0.05, NEW_Y - CELL / 2 - 0.05]
+    axes.plot([base_x, new_x], ys, color=colour, linewidth=1.3 if new else 1.0, zorder=2 if new else 1)
+
+
+def _cell(axes: Axes, x: float, y: float, face: str) -> None:
+    corner = (x - CELL / 2, y - CELL / 2)
+    shape = "round,pad=0,rounding_size=0.14"
+    axes.add_patch(FancyBboxPatch(corner, CELL, CELL, boxstyle=shape, facecolor=face, edgecolor="none"))

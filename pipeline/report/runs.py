@@ -1,0 +1,123 @@
+"""What a finished run left behind: its artifacts' directories, and the JSON files in them.
+
+A role is a stage's name as in ``pipeline.artifacts.task``: ``load``, ``tokenize/corpus``, ``evaluate/sft``, ...
+A role that is not there was not part of the run and reads as ``None``;
+a role that is there is complete, so that a missing file in it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import MODEL_TARGETS, Target
+from pipeline.evaluation.scores import Samples
+from pipeline.files import read_json
+
+ROLES = (
+    "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
+    "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
+)  # fmt: skip
+METHOD_NAMES = {
+    "lesa": "LESA",
+    "llama_pro": "LLaMA Pro",
+    "opt_deus": "OpT-DeUS",
+    "solar": "SOLAR",
+    "average": "averaging",
+    "copy": "copying",
+    "none": "no expansion",
+}
+
+
+@dataclass(frozen=True)
+class RunArtifacts:
+    """One run: its name, its expansion method, and role -> finished artifact directory."""
+
+    name: str
+    method: str
+    directories: Mapping[str, Path]
+
+    def read(self, role: str, file: str) -> Any | None:
+        """The JSON ``file`` of that role's artifact, or None where the run has no such artifact."""
+        directory = self.directories.get(role)
+        return None if directory is None else read_json(directory / file)
+
+    def manifest(self, role: str) -> dict[str, Any] | None:
+        """Key, settings, seconds, peak memory, packages: what ``run.py`` wrote when the artifact was whole."""
+        return self.read(role, "manifest.json")
+
+    def evaluation(self, target: str) -> dict[str, Any] | None:
+        """The scores of one model, under "rows"; ``target`` as in results.json."""
+        return self.read(Target.parse(target).role, "evaluation.json")
+
+    def samples(self, target: str) -> dict[str, dict[str, Samples]]:
+        """What the evaluation of one model kept of each document: score's task -> tasks that it is made of -> samples.
+
+        A score of a group (MMLU) is made of all tasks that were scored for it.
+        """
+        found: dict[str, dict[str, Samples]] = {}
+        for file in sorted((self.directories[Target.parse(target).role] / "tasks").glob("*.json")):
+            answer = read_json(file)
+            found |= {task: {task: samples} for task, samples in answer["samples"].items()}
+            found.setdefault(answer["task"], answer["samples"])
+        return found
+
+    def scored_targets(self) -> list[str]:
+        """The models that were scored, from base to tuned, those on the way too."""
+        named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/")]
+        return list(map(str, sorted(named, key=lambda target: target.place)))
+
+    def training(self, stage: str) -> dict[str, Any] | None:
+        """Totals and held-out losses of ``pretrain`` or ``sft``."""
+        return self.read(stage, "training.json")
+
+    def expansion(self) -> dict[str, Any] | None:
+        """Which layers are new and where they come from."""
+        return self.read("expand", "expansion.json")
+
+    def new_layers(self) -> list[int]:
+        """Indices of the new layers in the expanded model."""
+        expansion = self.expansion() or {"layers": []}
+        return [layer["layer"] for layer in expansion["layers"] if layer["new"]]
+
+    def keeps_logits(self) -> bool:
+        """Whether the expansion stage compared the expanded model's logits with the base's and found them equal."""
+        manifest = self.manifest("expand")
+        return manifest is not None and manifest["metrics"]["check"]["logit_difference"] is not None
+
+    def training_steps(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that carry a training loss, by step; empty where the stage did not run."""
+        directory = self.directories.get(stage)
+        if directory is None:
+            return []
+        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        return sorted((line for line in lines if "loss" in line), key=lambda line: line["step"])
+
+
+def roles(runs: Sequence[RunArtifacts]) -> list[str]:
+    """``ROLES``, and after them the scores of models on the way that some run has."""
+    targets = {target for run in runs for target in run.scored_targets()} - set(MODEL_TARGETS)
+    on_the_way = sorted(map(Target.parse, targets), key=lambda target: target.place)
+    return [*ROLES, *(target.role for target in on_the_way)]
+
+
+def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:
+    """Run name -> what a table's head or a line's end says: the method, or the run's own name where methods repeat."""
+    methods = [run.method for run in runs]
+    if len(set(methods)) == len(methods):
+        return {run.name: METHOD_NAMES.get(run.method, run.method) for run in runs}
+    return {run.name: run.name.rsplit("/", 1)[-1] for run in runs}
+
+
+def layouts(runs: Sequence[RunArtifacts]) -> list[tuple[list[RunArtifacts], dict[str, Any]]]:
+    """Runs that added layers, grouped by where their layers come from, with the expansion of each group's first."""
+    groups: dict[str, tuple[list[RunArtifacts], dict[str, Any]]] = {}
+    for run in runs:
+        expansion = run.expansion()
+        if expansion is not None and run.new_layers():
+            layout = str([(layer["new"], layer["from"]) for layer in expansion["layers"]])
+            groups.setdefault(layout, ([], expansion))[0].append(run)
+    return list(groups.values())

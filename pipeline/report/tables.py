@@ -1,0 +1,234 @@
+"""The report's tables. A value is shown with one standard error, its mark says how it stands to the base:
+▲ better, ▼ worse, ≈ within noise, = the same number. Bold is the one that beats all others beyond noise; often there
+is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.config import TRAINING_STAGES
+from pipeline.report.curves import Curve, common_budget, loss_at, perplexity
+from pipeline.report.differences import Verdict, leader
+from pipeline.report.markup import Table, bold, escape, quiet
+from pipeline.report.metrics import (
+    count,
+    duration,
+    memory,
+    number,
+    scientific,
+    signed,
+    significant,
+    target_name,
+    with_error,
+)
+from pipeline.report.results import Row
+from pipeline.report.runs import RunArtifacts, labels, roles
+from pipeline.report.scores import Scores
+
+STEPS = {
+    ("load", "expand"): "surgery",
+    ("expand", "pretrain"): "pre-training",
+    ("pretrain", "sft"): "tuning",
+    ("load", "pretrain"): "base to pre-trained",
+    ("load", "sft"): "base to tuned",
+}
+NOTHING = "–"
+
+
+# -------------------------------------------------------------------------------------------- scores
+
+
+def score_table(scores: Scores, run: str) -> Table:
+    """Task × target for one run, the models on its way too."""
+    targets = scores.targets_on_the_way(run)
+    rows = []
+    for measure in scores.measures():
+        line = [scores.get(run, target, measure) for target in targets]
+        bases = [scores.get(run, "load", measure)] * len(line)
+        rows.append([*_measure_cells(measure, line), *_score_cells(scores, line, bases)])
+    return Table(["task", "metric", "n", *(target_name(target) for target in targets)], rows, text_columns=2)
+
+
+def method_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
+    """Task × method for one target, the base in front where all runs share it."""
+    names = labels(runs)
+    with_base = scores.shared_base([run.name for run in runs])
+    rows = []
+    for measure in scores.measures():
+        line = [scores.get(run.name, target, measure) for run in runs]
+        bases = [scores.get(run.name, "load", measure) for run in runs]
+        if with_base:
+            line, bases = [bases[0], *line], [bases[0], *bases]
+        rows.append([*_measure_cells(measure, line), *_score_cells(scores, line, bases)])
+    heads = [*(["base"] if with_base else []), *(escape(names[run.name]) for run in runs)]
+    return Table(["task", "metric", "n", *heads], rows, text_columns=2)
+
+
+def _measure_cells(measure: tuple[str, str], line: Sequence[Row | None]) -> list[str]:
+    numbers = {row["n"] for row in line if row is not None and row["n"] is not None}
+    return [escape(measure[0]), escape(measure[1]), " / ".join(f"{n:,}" for n in sorted(numbers)) or NOTHING]
+
+
+def _score_cells(scores: Scores, line: Sequence[Row | None], bases: Sequence[Row | None]) -> list[str]:
+    winner = scores.best(line)
+    return [
+        NOTHING if row is None else _score_cell(row, scores.mark(base, row), row is winner)
+        for row, base in zip(line, bases, strict=True)
+    ]
+
+
+def _score_cell(row: Row, sign: str, wins: bool) -> str:
+    text = with_error(row["metric"], row["value"], row["stderr"])
+    return f"{bold(text) if wins else text} {sign}".strip()
+
+
+# --------------------------------------------------------------------------------------- differences
+
+
+def difference_table(scores: Scores, run: str) -> Table:
+    """What each stage of one run changed, and the whole way."""
+    targets = scores.targets(run)
+    steps = [step for step in STEPS if set(step) <= set(targets)]
+    rows = [
+        [escape(measure[0]), escape(measure[1])]
+        + [
+            _difference_cell(scores, scores.get(run, before, measure), scores.get(run, after, measure))
+            for before, after in steps
+        ]
+        for measure in scores.measures()
+    ]
+    return Table(["task", "metric", *(STEPS[step] for step in steps)], rows, text_columns=2)
+
+
+def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
+    """Every method against the one with the best value; "within noise" means that the order says nothing."""
+    names = labels(runs)
+    rows = []
+    for measure in scores.measures():
+        line = [scores.get(run.name, target, measure) for run in runs]
+        first = leader(line)
+        if first is not None:
+            cells = [_lead_cell(scores, first, row) for row in line]
+            rows.append([escape(measure[0]), escape(measure[1]), *cells])
+    return Table(["task", "metric", *(escape(names[run.name]) for run in runs)], rows, text_columns=2)
+
+
+def _lead_cell(scores: Scores, first: Row, row: Row | None) -> str:
+    if row is first:
+        return f"{number(row['metric'], row['value'])} leads"
+    return _difference_cell(scores, first, row)
+
+
+def _difference_cell(scores: Scores, before: Row | None, after: Row | None) -> str:
+    if before is None or after is None:
+        return NOTHING
+    difference = scores.difference(before, after)
+    if difference.verdict is Verdict.SAME:
+        return quiet(Verdict.SAME.value)
+    text = f"{signed(after['metric'], difference.value, difference.stderr)}, {difference.verdict}"
+    return text if difference.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.CHANGED) else quiet(text)
+
+
+# -------------------------------------------------------------------------------------------- curves
+
+
+def curve_table(found: Sequence[Curve]) -> Table:
+    """Held-out loss and perplexity by fraction of the training steps."""
+    fractions = sorted({point["fraction"] for curve in found for point in curve.points})
+    rows = []
+    for fraction in fractions:
+        points = [next((p for p in curve.points if p["fraction"] == fraction), None) for curve in found]
+        tokens = max(point["tokens"] for point in points if point is not None)
+        cells = [f"{p['loss']:.3f} ({significant(perplexity(p))})" if p is not None else NOTHING for p in points]
+        rows.append([f"{100 * fraction:g} %", count(tokens), *cells])
+    return Table(["trained", "tokens", *(escape(curve.label) for curve in found)], rows, text_columns=1)
+
+
+def budget_table(found: Sequence[Curve]) -> Table:
+    """Held-out loss at the largest budget that all runs reach, counted in tokens, in FLOPs and in seconds."""
+    axes = {"tokens": count, "flops": scientific, "seconds": duration}
+    budgets = {axis: common_budget(found, axis) for axis in axes}
+    heads = [f"at {form(budgets[axis])}{_UNITS[axis]}" for axis, form in axes.items()]
+    rows = [
+        [escape(curve.label), *(f"{loss_at(curve, axis, budgets[axis]):.3f}" for axis in axes)] for curve in found
+    ]  # fmt: skip
+    return Table(["method", *heads], rows)
+
+
+_UNITS = {"tokens": " tokens", "flops": " FLOPs", "seconds": ""}
+
+
+# ---------------------------------------------------------------------------------- training and cost
+
+
+def training_table(runs: Sequence[RunArtifacts]) -> Table:
+    """What was trained, on how much, and how fast."""
+    names, rows = labels(runs), []
+    for run in runs:
+        for stage in TRAINING_STAGES:
+            training = run.training(stage)
+            if training is not None:
+                rows.append([escape(names[run.name]), stage, *_training_cells(training)])
+    heads = [
+        "method",
+        "stage",
+        "trained",
+        "of",
+        "steps",
+        "tokens",
+        "FLOPs",
+        "time",
+        "tokens/s",
+        "ranks",
+        "ZeRO",
+        "precision",
+    ]
+    return Table(heads, rows, text_columns=2)
+
+
+def _training_cells(training: dict[str, Any]) -> list[str]:
+    tokens, seconds = training["tokens"], training["seconds"]
+    return [
+        count(training["trainable_parameters"]),
+        count(training["total_parameters"]),
+        f"{training['steps']:,}",
+        count(tokens),
+        scientific(training["flops"]),
+        duration(seconds),
+        count(tokens / seconds) if seconds else NOTHING,
+        str(training["world_size"]),
+        str(training["zero_stage"]),
+        str(training["precision"]),
+    ]
+
+
+def artifact_table(runs: Sequence[RunArtifacts]) -> Table:
+    """Every artifact once, with what it took, the key that names it, and in a sweep the runs that use it."""
+    names = labels(runs)
+    users: dict[tuple[str, str], list[str]] = {}
+    manifests = {}
+    for role in roles(runs):
+        for run in runs:
+            manifest = run.manifest(role)
+            if manifest is not None:
+                users.setdefault((role, manifest["key"]), []).append(names[run.name])
+                manifests[role, manifest["key"]] = manifest
+    rows = [
+        [role, *_used_by(used_by, len(runs)), *_cost_cells(manifests[role, key])]
+        for (role, key), used_by in users.items()
+    ]  # fmt: skip
+    heads = ["stage", *(["used by"] if len(runs) > 1 else []), "time", "peak memory", "key"]
+    return Table(heads, rows, text_columns=len(heads) - 3)
+
+
+def _used_by(labels_: Sequence[str], num_runs: int) -> list[str]:
+    if num_runs == 1:
+        return []
+    return ["all" if len(labels_) == num_runs else escape(", ".join(labels_))]
+
+
+def _cost_cells(manifest: dict[str, Any]) -> list[str]:
+    peak = manifest["peak_memory_bytes"]
+    return [duration(manifest["seconds"]), memory(peak) if peak else NOTHING, f"`{manifest['key'][:12]}`"]

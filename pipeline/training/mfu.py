@@ -1,0 +1,104 @@
+"""What the hardware could do: the rate that model FLOPs utilisation is measured against.
+
+On a GPU in the table it is the data sheet's dense bfloat16 peak; anywhere else, and for float32, it is the rate of a
+square matrix product, taken on all ranks at once when training starts. ``training.json`` says which of the two.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import PreTrainedModel
+
+from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
+from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
+from pipeline.training.precision import DTYPES, Precision, matrix_rate
+
+# Dense bfloat16 FLOP/s, without sparsity, by what the device's name contains; the first match counts.
+BFLOAT16_PEAKS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362.05e12,
+    "RTX 4090": 165.2e12,
+}
+MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to be fast, small enough to take no time
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Floating-point operations a second of all ranks together, and where the number comes from."""
+
+    rate: float
+    source: str
+
+
+def sheet_rate(device_name: str, precision: Precision) -> float | None:
+    """One device's peak by its data sheet; None where the table has no answer."""
+    if precision != "bfloat16":
+        return None
+    return next((rate for name, rate in BFLOAT16_PEAKS.items() if name in device_name), None)
+
+
+def peak_of(device: torch.device, precision: Precision) -> Peak:
+    """The peak of all ranks. Collective, for a measurement is only fair while every rank measures."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = sheet_rate(name, precision)
+        if known is not None:
+            return Peak(known * distributed.get_world_size(), f"data sheet: {name}, dense bfloat16")
+    distributed.barrier()
+    rate = torch.tensor(
+        matrix_rate(DTYPES[precision], device, MEASURED_SIZE[device.type]), dtype=torch.float64, device=device
+    )
+    distributed.all_reduce(rate)
+    return Peak(rate.item(), f"measured: {precision} product of two square matrices of {MEASURED_SIZE[device.type]}")
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that this rank uses now: allocated on its GPU, or resident in the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+# --------------------------------------------------------------------------------------------------
+# What the engine's model asks of the formula in ``pipeline.models.flops``.
+
+
+def training_flops(model: PreTrainedModel, sequence_length: int) -> TrainingFlops:
+    """Operations a token; counted once, after the choice of what trains."""
+    config, lowest = model.config.get_text_config(), lowest_trainable_layer(model)
+    share = _expert_share(config)
+    layers = []
+    for layer in decoder_layers(model):
+        sizes = [(p, matrix_entries(name, full_shape(p), share)) for name, p in layer.named_parameters()]
+        layers.append(LayerWork(sum(size for _, size in sizes), sum(size for p, size in sizes if p.requires_grad)))
+    weight = model.get_output_embeddings().weight
+    reaches_below = lowest < len(layers) or _final_norm_trains(model)
+    head = HeadWork(full_shape(weight).numel(), weight.requires_grad, reaches_below)
+    return TrainingFlops.count(layers, lowest, head, sequence_length * _attention_size(config))
+
+
+def _expert_share(config: Any) -> Fraction:
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return Fraction(config.num_experts_per_tok, experts) if experts else Fraction(1)
+
+
+def _attention_size(config: Any) -> int:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_size)
+
+
+def _final_norm_trains(model: PreTrainedModel) -> bool:
+    inside = {id(p) for p in decoder_layers(model).parameters()}
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    return any(p.requires_grad for p in model.base_model.parameters() if id(p) not in inside | embeddings)

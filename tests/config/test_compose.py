@@ -1,0 +1,146 @@
+"""Every experiment composes with every method, and every wrong request gets one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import CONF, compose_jobs
+from pipeline.config import METHODS, Settings
+from pipeline.config.messages import list_experiments
+from pipeline.errors import UserError
+
+EXPERIMENTS = list_experiments([CONF])
+
+
+def _compose(*overrides: str, config_dir: Path | None = None) -> Settings:
+    return compose_jobs(list(overrides), False, config_dir)[0].settings
+
+
+def _refusal(*overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        _compose(*overrides)
+    return caught.value
+
+
+def test_the_published_experiments_are_there() -> None:
+    assert set(EXPERIMENTS) >= {
+        "quickstart", "lesa_llama3", "llama_pro_llama2", "opt_deus_llama32_1b", "opt_deus_llama31_8b", "solar_mistral",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_experiment_composes_with_every_method(experiment: str, method: str) -> None:
+    settings = _compose(f"+experiment={experiment}", f"expand={method}")
+    assert settings.expand.method == method
+    assert (settings.expand.new_layers == 0) == (method == "none")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_opens_with_the_command_that_runs_it(experiment: str) -> None:
+    first = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ") and first.endswith(f" +experiment={experiment}")
+    assert _compose(f"+experiment={experiment}").name == experiment
+
+
+def test_published_hyper_parameters() -> None:
+    pro = _compose("+experiment=llama_pro_llama2")
+    assert (pro.pretrain.global_batch, pro.pretrain.sequence_length, pro.pretrain.steps) == (1024, 4096, 15900)
+    assert (pro.pretrain.learning_rate, pro.pretrain.warmup_fraction, pro.pretrain.weight_decay) == (2e-4, 0.06, 0.1)
+    assert (pro.sft.global_batch, pro.sft.learning_rate, pro.sft.trainable) == (128, 2e-5, "all")
+    deus = _compose("+experiment=opt_deus_llama31_8b")
+    assert (deus.pretrain.sequence_length, deus.pretrain.steps, deus.sft.epochs) == (2048, 12100, 1.0)
+
+
+def test_a_free_dictionary_is_typed_like_any_other_value() -> None:
+    settings = _compose(
+        "+experiment=quickstart", "pretrain.role_learning_rates={o: 2.0, down: 4.0}",
+        "sft.deepspeed.overrides={zero_optimization: {overlap_comm: true}}",
+    )  # fmt: skip
+    assert settings.pretrain.role_learning_rates == {"o": 2.0, "down": 4.0}
+    assert settings.sft.deepspeed.overrides == {"zero_optimization": {"overlap_comm": True}}
+    wrong = _refusal("+experiment=quickstart", "pretrain.role_learning_rate={o: 2.0}")
+    assert "role_learning_rates" in wrong.remedy
+
+
+def test_variants_are_presets_of_explicit_settings() -> None:
+    reference = _compose("+experiment=quickstart", "expand=lesa", "expand.variant=reference").expand
+    paper = _compose("+experiment=quickstart", "expand=lesa", "expand.variant=paper").expand
+    own = _compose("+experiment=quickstart", "expand=lesa", "expand.epochs=3").expand
+    assert (reference.epochs, reference.norm_loss_weight) == (10, 5e-4)  # type: ignore[union-attr]
+    assert (paper.epochs, paper.norm_loss_weight) == (5, 5e-5)  # type: ignore[union-attr]
+    assert own.epochs == 3  # type: ignore[union-attr]
+
+
+def test_a_sweep_is_composed_whole_before_anything_runs() -> None:
+    jobs = compose_jobs(["+experiment=quickstart", "expand=lesa,none", "seed=0,1"], True, None)
+    assert [job.settings.name for job in jobs] == [
+        f"quickstart/expand-{method}_seed-{seed}" for method in ("lesa", "none") for seed in (0, 1)
+    ]
+    with pytest.raises(UserError, match="there is no such method"):
+        compose_jobs(["+experiment=quickstart", "expand=lesa,lasa"], True, None)
+
+
+def test_a_config_dir_adds_experiments_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("defaults:\n  - override /expand: copy\nname: mine\n")
+    settings = _compose("+experiment=mine", config_dir=tmp_path)
+    assert (settings.name, settings.expand.method) == ("mine", "copy")
+
+
+def test_a_misspelt_key_inside_an_experiment_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("name: mine\npretrain:\n  learning_rte: 1.0e-4\n")
+    with pytest.raises(UserError) as caught:
+        _compose("+experiment=mine", config_dir=tmp_path)
+    assert caught.value.setting == "pretrain.learning_rte"
+    assert "pretrain.learning_rate" in caught.value.remedy
+
+
+WRONG = [
+    (["+experiment=quickstrt"], "+experiment", "quickstrt", "quickstart?"),
+    (["+experiment=quickstart", "expand=lasa"], "expand", "lasa", "Did you mean lesa?"),
+    (["+experiment=quickstart", "expand.new_layer=3"], "expand.new_layer", "", "expand.new_layers?"),
+    (["+experiment=quickstart", "+pretrain.lerning_rate=3"], "pretrain.lerning_rate", "3", "pretrain.learning_rate?"),
+    (["+experiment=quickstart", "pretrain.steps=abc"], "pretrain.steps", '"abc"', "pretrain.steps="),
+    (["+experiment=quickstart", "pretrain.steps=1.5"], "pretrain.steps", "1.5", "pretrain.steps="),
+    (["+experiment=quickstart", "expand.new_layers=0"], "expand.new_layers", "0", "expand.new_layers="),
+    (["+experiment=quickstart", "expand.position=side"], "expand.position", '"side"', "expand.position="),
+    (["+experiment=quickstart", "expand.method=lesa"], "expand.method", "lesa", "Say expand=lesa"),
+    (["+experiment=quickstart", "model.path=/a=b/c~d"], "model.path", "/a=b/c~d", """'model.path="/a=b/c~d"'"""),
+    (["+experiment=quickstart", "model=hub"], "model.path", "(not given)", "model.path="),
+    (["+experiment=quickstart", "expand=lesa,copy"], "expand", "lesa,copy", "--multirun"),
+    (["+experiment=quickstart", "expand=lesa", "expand.variant=x"], "expand.variant", "x", "reference, paper"),
+    (["+experiment=quickstart", "pretrain.epochs=1"], "pretrain", "{...}", "pretrain"),
+    (["+experiment=quickstart", "action=go"], "action", '"go"', "action="),
+    (["+experiment=quickstart", "modle=hub"], "modle", "", "model?"),
+]
+
+
+@pytest.mark.parametrize(("command", "setting", "value", "remedy"), WRONG, ids=lambda item: str(item)[:40])
+def test_a_wrong_request_names_setting_value_rule_and_remedy(
+    command: list[str], setting: str, value: str, remedy: str
+) -> None:
+    error = _refusal(*command)
+    assert error.setting == setting
+    assert value in str(error.value)
+    assert error.rule
+    assert remedy in error.remedy
+
+
+def test_without_an_experiment_the_message_lists_them() -> None:
+    assert all(name in _refusal().rule for name in EXPERIMENTS)
+
+
+def test_every_fault_is_listed_in_one_message() -> None:
+    error = _refusal("+experiment=quickstart", "pretrain.steps=abc", "sft.beta1=2")
+    assert "sft.beta1" in error.setting + error.rule and "pretrain.steps" in error.setting + error.rule
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "WANDB_API_KEY"])
+def test_a_token_in_a_setting_is_refused_and_not_repeated(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "topsecret-0123456789")
+    error = _refusal("+experiment=quickstart", "model.path=dir/topsecret-0123456789")
+    assert error.setting == "model.path" and "topsecret" not in str(error)

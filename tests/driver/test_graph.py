@@ -1,0 +1,115 @@
+"""Keys: what changes which artifacts, and what changes none."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.__main__ import compose_jobs
+from pipeline.config import Settings
+from pipeline.driver.graph import Inputs, Node, build_graph, forced, make_report, select
+
+INPUTS = Inputs(model="m", corpus="c", instructions="i", interpreter="p")
+
+
+def _settings(*overrides: str) -> Settings:
+    return compose_jobs(["+experiment=quickstart", *overrides], False, None)[0].settings
+
+
+def _keys(*overrides: str, inputs: Inputs = INPUTS) -> dict[str, str]:
+    return {name: node.artifact.key for name, node in build_graph(_settings(*overrides), inputs).items()}
+
+
+def _changed(*overrides: str) -> set[str]:
+    before, after = _keys(), _keys(*overrides)
+    return {name for name in before if before[name] != after[name]}
+
+
+AFTER_EXPAND = {"expand", "pretrain", "sft", "evaluate/expand", "evaluate/pretrain", "evaluate/sft", "report"}
+AFTER_SFT = {"sft", "evaluate/sft", "report"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking=online", "launch.processes=2", "launch.threads=1", "pretrain.micro_batch=2",
+        "pretrain.checkpoint_every_steps=3", "pretrain.deepspeed.zero_stage=3", "evaluate.batch_size=4",
+        "pretrain.keep_at=[0.5]", "sft.keep_checkpoints=4",
+        "force=[expand]", "stages=[load]", "output_dir=elsewhere",
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_change_numbers_are_in_no_key(override: str) -> None:
+    assert _changed(override) == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("sft.learning_rate=1e-5", AFTER_SFT),
+        ("data.chat_template=plain", {"tokenize/instructions", *AFTER_SFT}),
+        ("sft.deepspeed.overrides={gradient_clipping: 0.1}", AFTER_SFT),
+        ("expand=average", AFTER_EXPAND),
+        ("expand.position=bottom", AFTER_EXPAND),
+        ("pretrain.steps=7", AFTER_EXPAND - {"expand", "evaluate/expand"}),
+        ("evaluate.limit=5", {"evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft", "report"}),
+        ("model.dtype=bfloat16", set(_keys())),
+        ("seed=1", AFTER_EXPAND - {"expand", "evaluate/expand"}),  # llama_pro draws nothing
+    ],
+)
+def test_one_changed_setting_redoes_that_stage_and_what_hangs_on_it(override: str, changed: set[str]) -> None:
+    assert _changed(override) == changed
+
+
+def test_the_seed_names_an_expansion_only_where_the_method_draws() -> None:
+    lesa, again = _keys("expand=lesa"), _keys("expand=lesa", "seed=1")
+    assert lesa["expand"] != again["expand"] and lesa["load"] == again["load"]
+
+
+def test_a_report_is_named_after_its_run() -> None:
+    assert _changed("name=another") == {"report"}
+
+
+def test_contents_of_inputs_name_what_is_made_from_them() -> None:
+    before, after = _keys(), _keys(inputs=Inputs(model="m", corpus="other", instructions="i", interpreter="p"))
+    same = {name for name in before if before[name] == after[name]}
+    assert same == {"load", "expand", "tokenize/instructions"}
+
+
+def test_a_sweep_shares_what_does_not_depend_on_the_method() -> None:
+    nodes: dict[str, set[str]] = {}
+    for method in ("lesa", "llama_pro", "none"):
+        for name, key in _keys(f"expand={method}").items():
+            nodes.setdefault(name, set()).add(key)
+    shared = {name for name, keys in nodes.items() if len(keys) == 1}
+    assert shared == {"load", "tokenize/corpus", "tokenize/instructions", "evaluate/load"}
+
+
+def test_stages_selects_these_and_what_they_need() -> None:
+    nodes = build_graph(_settings(), INPUTS)
+    assert list(select(nodes, ["expand"])) == ["load", "expand"]
+    assert list(select(nodes, ["tokenize"])) == ["load", "tokenize/corpus", "tokenize/instructions"]
+    assert list(select(nodes, ["report"])) == list(nodes)
+
+
+def test_force_redoes_a_stage_and_all_below_it() -> None:
+    nodes = build_graph(_settings(), INPUTS)
+    assert forced(nodes, ["expand"]) == AFTER_EXPAND
+    assert forced(nodes, ["sft"]) == AFTER_SFT
+
+
+def test_a_report_over_a_sweep_hangs_on_every_job() -> None:
+    runs = [_settings(f"expand={method}", f"name=q/{method}") for method in ("lesa", "none")]
+    graphs: list[tuple[Settings, dict[str, Node]]] = [(run, build_graph(run, INPUTS)) for run in runs]
+    node = make_report(runs[0], graphs)
+    assert "q/lesa:expand" in node.parents and "q/none:evaluate/sft" in node.parents
+    assert not any(role.endswith(":report") for role in node.parents)
+
+
+def test_a_model_on_the_way_is_a_node_more_and_changes_no_other_key() -> None:
+    way = "evaluate.targets=[load,expand,pretrain@20%,pretrain@40%,pretrain,sft]"
+    plain, asked = _keys(), _keys(way)
+    assert set(asked) - set(plain) == {"evaluate/pretrain-at-20", "evaluate/pretrain-at-40"}
+    assert {name for name in plain if plain[name] != asked[name]} == {"report"}
+    assert asked["evaluate/pretrain-at-20"] != asked["evaluate/pretrain-at-40"]
+    nodes = build_graph(_settings(way), INPUTS)
+    assert nodes["evaluate/pretrain-at-20"].parents["model"] is nodes["pretrain"]
+    assert nodes["pretrain"].settings.keep_at == [0.2, 0.4] and nodes["sft"].settings.keep_at == []

@@ -1,0 +1,94 @@
+"""What status says of a run that is under way, or that failed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.__main__ import compose_jobs
+from pipeline.config import Settings
+from pipeline.driver.graph import Inputs, Node, build_graph
+from pipeline.driver.run import FAILURE_FILE
+from pipeline.driver.status import print_status
+from pipeline.driver.submit import folder
+from pipeline.files import write_json
+from pipeline.launch import slurm
+from pipeline.launch.slurm import JobInfo
+
+Run = tuple[Settings, dict[str, Node]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    settings = compose_jobs(["+experiment=quickstart", f"output_dir={tmp_path}"], False, None)[0].settings
+    return settings, build_graph(settings, Inputs("m", "c", "i", "p"))
+
+
+def _said(run: Run) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_status(*run, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _line(run: Run, name: str) -> str:
+    return next(line for line in _said(run).splitlines() if f" {name} " in line)
+
+
+def _training(run: Run, *lines: dict[str, float]) -> Node:
+    """pretrain under way, its data finished."""
+    node = run[1]["pretrain"]
+    data = node.parents["data"].artifact
+    data.partial.mkdir(parents=True)
+    write_json(data.partial / "dataset.json", {"blocks": {"train": 100}})
+    data.commit({})
+    (node.artifact.partial / "logs").mkdir(parents=True)
+    (node.artifact.partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    return node
+
+
+def test_training_under_way_shows_its_newest_numbers_and_the_time_left(run: Run) -> None:
+    _training(run, {"step": 5, "loss": 3.0, "seconds": 50.0}, {"step": 6, "loss": 2.5, "seconds": 60.0})
+    assert "step 6 of 18, loss 2.5, 0:02:00 left" in _line(run, "pretrain")
+    assert "absent" in _line(run, "sft")
+
+
+def _job(monkeypatch: pytest.MonkeyPatch, run: Run, state: str, reason: str = "None") -> None:
+    info = JobInfo(12, state, reason, 1, batch=True, may_requeue=True, run_time="00:01:00", time_limit="01:00:00")
+    monkeypatch.setattr(slurm, "job_info", lambda job: info)
+    log = folder(run[0]) / "pretrain-12.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("first\nOut of memory\n")
+    entry = {"job": 12, "key": run[1]["pretrain"].artifact.key, "log": str(log)}
+    write_json(log.parent / "jobs.json", {"pretrain": entry})
+
+
+def test_a_running_job_is_shown_with_its_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _job(monkeypatch, run, "RUNNING")
+    assert "job 12 RUNNING 00:01:00 of 01:00:00, restarts 1" in _line(run, "pretrain")
+
+
+def test_a_failed_stage_repeats_its_last_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _job(monkeypatch, run, "FAILED", "NonZeroExitCode")
+    node = _training(run, {"step": 1, "loss": 3.0, "seconds": 1.0})
+    (node.artifact.partial / FAILURE_FILE).write_text("rank 1 of 2: killed by SIGKILL\n  | boom\n")
+    said = _said(run)
+    assert "job 12 FAILED (NonZeroExitCode)" in said and "rank 1 of 2: killed by SIGKILL" in said and "| boom" in said
+    assert " left" not in said
+
+
+def test_a_job_that_died_without_a_word_shows_the_end_of_its_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _job(monkeypatch, run, "OUT_OF_MEMORY", "OutOfMemory")
+    said = _said(run)
+    assert "| Out of memory" in said and "pretrain-12.log" in said
+
+
+def test_a_job_of_other_settings_is_not_this_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _job(monkeypatch, run, "RUNNING")
+    entry = {"job": 12, "key": "another", "log": "x"}
+    write_json(folder(run[0]) / "jobs.json", {"pretrain": entry})
+    assert "job" not in _line(run, "pretrain")

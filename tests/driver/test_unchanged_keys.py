@@ -1,0 +1,51 @@
+"""Artifact keys and finished runs of commit 379a28e, from before the code was divided into packages, stay valid.
+
+``keys.json`` holds the keys that commit gave for some command lines, and ``finished_run.tar.gz`` a run that it finished
+(inputs, command line and outputs). A change that is meant to make artifacts anew raises a stage's version in
+``driver/graph.py`` and updates both.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import compose_jobs, main
+from pipeline.driver.graph import Inputs, build_graph
+
+RECORDED = json.loads(Path(__file__).with_name("keys.json").read_text())
+
+
+def test_keys_of_every_recorded_command_line_are_unchanged() -> None:
+    inputs = Inputs(model="m", corpus="c", instructions="i", interpreter="p")
+    for arguments, recorded in RECORDED.items():
+        settings = compose_jobs(_split(arguments), False, None)[0].settings
+        keys = {name: node.artifact.key for name, node in build_graph(settings, inputs).items()}
+        assert keys == recorded, arguments
+
+
+def _split(arguments: str) -> list[str]:
+    """The recorded command line as arguments; a dictionary's spaces separate nothing."""
+    parts: list[str] = []
+    for part in arguments.split(" "):
+        if parts and parts[-1].count("{") > parts[-1].count("}"):
+            parts[-1] += f" {part}"
+        else:
+            parts.append(part)
+    return parts
+
+
+def test_a_finished_run_is_still_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(Path(__file__).with_name("finished_run.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    assert main((tmp_path / "arguments.txt").read_text().split()) == 0
+    printed = capsys.readouterr().out
+    assert "everything is there" in printed
+    assert printed.count(" there ") == 6
+    assert "build" not in printed and "resume" not in printed

@@ -1,0 +1,143 @@
+"""What must hold of the memory that training takes, whatever the constants."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.estimates import Kept, Setup, Trained, disk_of, lesa_scratch, memory_of, trained_part, when_out_of_memory
+from pipeline.models.shape import Shape, shape_of
+from tests.training.small import train_settings
+
+LLAMA3_8B = {
+    "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+NEW = (28, 30)
+
+
+def _trained(layers: int = 32, new: tuple[int, ...] = NEW, trainable: str = "auto") -> Trained:
+    shape: Shape = shape_of({**LLAMA3_8B, "num_hidden_layers": layers})
+    rows = [{"layer": layer, "new": layer in new, "from": [layer]} for layer in range(layers)]
+    return trained_part("pretrain", trainable, shape, {"method": "copy", "layers": rows})
+
+
+def _setup(ranks: int = 1, stage: int = 2, **changes: Any) -> Setup:
+    train = train_settings(
+        sequence_length=2048, global_batch=64, micro_batch=4, deepspeed={"zero_stage": stage}, **changes
+    )
+    return Setup(train, "bfloat16", ranks, on_gpu=True)
+
+
+def test_every_stage_shares_out_what_deepspeed_says() -> None:
+    """ZeRO (arXiv 1910.02054, section 5): optimizer state, then gradients, then parameters."""
+    trained = _trained()
+    shares = {stage: memory_of(trained, _setup(ranks=8, stage=stage)) for stage in (0, 1, 2, 3)}
+    assert shares[1].optimizer == trained.parameters * 12 // 8
+    assert (shares[1].gradients, shares[2].gradients) == (trained.parameters * 4, trained.parameters * 4 // 8)
+    assert shares[2].weights == trained.shape.parameters * 2
+    assert shares[3].weights < shares[2].weights
+    copies = sum(layer.parameters for layer in trained.shape.layers[28:]) * 2  # autocast's
+    assert shares[0].weights == trained.shape.parameters * 4 + copies
+
+
+def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:
+    setup = _setup()
+    deeper = memory_of(_trained(layers=40, new=(36, 38)), setup)
+    assert deeper.activations == memory_of(_trained(), setup).activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_grow_with_the_micro_batch_and_little_with_checkpointing(checkpointing: bool) -> None:
+    trained, setup = _trained(), _setup(activation_checkpointing=checkpointing)
+    half = memory_of(trained, setup.with_train(micro_batch=2)).activations
+    assert memory_of(trained, setup).activations == 2 * half
+    if checkpointing:
+        assert memory_of(trained, setup).activations < memory_of(trained, _setup()).activations / 2
+
+
+def test_training_everything_stores_more_than_training_the_top() -> None:
+    top, whole = (memory_of(_trained(trainable=choice), _setup()) for choice in ("auto", "all"))
+    for part in ("gradients", "optimizer", "activations", "logits"):
+        assert getattr(whole, part) > getattr(top, part)
+
+
+@pytest.mark.parametrize(
+    "gibibytes, changes",
+    [
+        (24, {"micro_batch": 2}),
+        (20, {"micro_batch": 1, "activation_checkpointing": True}),
+        (18, {"micro_batch": 1, "activation_checkpointing": True, "zero_stage": 3}),
+    ],
+)
+def test_out_of_memory_names_the_mildest_change_that_fits(gibibytes: int, changes: dict[str, Any]) -> None:
+    trained, setup, there = _trained(), _setup(ranks=2), gibibytes * 2**30
+    said = when_out_of_memory("pretrain", trained, setup, there)
+    assert "26.1 GiB a device are needed" in said and f"{gibibytes}.0 GiB are there" in said
+    typed = re.findall(r"pretrain\.(?:deepspeed\.)?(\w+)=(\w+)", said)
+    assert typed == [(name, str(value).lower()) for name, value in changes.items()]
+    sharing = setup.train.deepspeed.model_copy(update={"zero_stage": changes.pop("zero_stage", 2)})
+    assert memory_of(trained, setup.with_train(**changes, deepspeed=sharing)).total <= there
+
+
+def test_out_of_memory_says_where_nothing_fits_and_where_it_should_have_fitted() -> None:
+    assert "more devices" in when_out_of_memory("pretrain", _trained(), _setup(ranks=2), 2**30)
+    assert "Less is needed with pretrain.micro_batch=2" in when_out_of_memory("pretrain", _trained(), _setup(), 2**40)
+
+
+def test_an_offloaded_optimizer_is_not_on_the_device() -> None:
+    setup = _setup(stage=3)
+    offloaded = setup.train.deepspeed.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
+    memory = memory_of(_trained(), setup.with_train(deepspeed=offloaded))
+    assert memory.optimizer == 0
+    assert memory.weights < memory_of(_trained(), setup).weights
+
+
+def test_overrides_of_deepspeed_s_own_settings_count() -> None:
+    overrides = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
+    setup = _setup()
+    changed = setup.train.deepspeed.model_copy(update={"overrides": overrides})
+    memory = memory_of(_trained(), replace(setup, train=setup.train.model_copy(update={"deepspeed": changed})))
+    assert memory.buckets == 4000
+    assert memory.gradients == _trained().parameters * 4
+
+
+def test_disk_holds_every_model_and_three_checkpoints_while_one_is_written() -> None:
+    trained = _trained()
+    missing = {"load": "load", "expand": "expand", "tokenize/corpus": "tokenize", "pretrain": "pretrain"}
+    kept = {"pretrain": Kept(trained.parameters, checkpoints=2, models=0)}
+    disk = disk_of(missing, trained.shape, trained.shape, "bfloat16", kept, {"tokenize/corpus": 10**9})
+    assert disk.checkpoints == 3 * 12 * trained.parameters
+    weights = trained.shape.parameters * 2
+    assert [round(disk.artifacts[name] / weights, 2) for name in ("load", "expand", "pretrain")] == [1.0, 1.0, 1.0]
+    assert disk.artifacts["tokenize/corpus"] == pytest.approx(9e9, rel=0.01)
+    assert disk.total == sum(disk.artifacts.values()) + disk.checkpoints
+
+
+def test_disk_counts_what_the_settings_keep() -> None:
+    trained = _trained()
+    shapes = (trained.shape, trained.shape)
+    plain, more = (
+        disk_of({"pretrain": "pretrain"}, *shapes, "bfloat16", {"pretrain": kept}, {})
+        for kept in (
+            Kept(trained.parameters, checkpoints=2, models=0),
+            Kept(trained.parameters, checkpoints=4, models=3),
+        )
+    )
+    assert more.checkpoints - plain.checkpoints == 2 * 12 * trained.parameters
+    assert more.artifacts["pretrain"] - plain.artifacts["pretrain"] == 3 * 2 * trained.parameters
+
+
+def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more() -> None:
+    llama = shape_of(LLAMA3_8B)
+    assert lesa_scratch(llama) == 32 * 14336 * 4096 * 4
+    alone = disk_of({"expand": "expand"}, llama, llama, "bfloat16", {}, {}, lesa_scratch(llama))
+    assert alone.total == alone.artifacts["expand"] + lesa_scratch(llama)
+    kept = {"pretrain": Kept(3 * 10**9, checkpoints=2, models=0)}
+    trained = disk_of({"pretrain": "pretrain"}, llama, llama, "bfloat16", kept, {}, lesa_scratch(llama))
+    assert trained.total == trained.artifacts["pretrain"] + trained.checkpoints
+    small = shape_of({**LLAMA3_8B, "hidden_size": 1024, "intermediate_size": 4096})
+    assert lesa_scratch(small) == 0  # in memory

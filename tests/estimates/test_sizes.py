@@ -1,0 +1,52 @@
+"""What a planned model would train, and its operations, are those of the real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.estimates import trained_part
+from pipeline.models.shape import shape_of
+from pipeline.training.freeze import describe, freeze_others, lowest_trainable_layer, select_trainable
+from pipeline.training.mfu import training_flops
+
+LENGTH = 24
+SMALL = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 96,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+}  # fmt: skip
+EXPANSION = {
+    "method": "copy",
+    "layers": [{"layer": layer, "new": layer in (1, 3), "from": [layer]} for layer in range(4)],
+}
+CHOICES = ["auto", "all", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("trainable", CHOICES)
+def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: str, tmp_path: Path) -> None:
+    (tmp_path / "expansion.json").write_text(json.dumps(EXPANSION))
+    config = AutoConfig.for_model(family, **SMALL, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = select_trainable("pretrain", trainable, model, tmp_path)
+    freeze_others(model, names)
+    planned = trained_part(
+        "pretrain", trainable, shape_of(json.loads(config.to_json_string(use_diff=False))), EXPANSION
+    )
+    assert planned.names == names
+    assert planned.parameters == sum(row.parameters for row in describe(model) if row.trained)
+    assert planned.lowest == lowest_trainable_layer(model)
+    assert planned.flops(LENGTH) == training_flops(model, LENGTH)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    shape = shape_of({"model_type": "llama", **SMALL, "num_local_experts": None, "num_experts": None})
+    with pytest.raises(UserError, match="nothing would train"):
+        trained_part("pretrain", "no_such_name", shape, EXPANSION)

@@ -1,0 +1,130 @@
+"""A sound model passes; each kind of fault is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.expansion import self_check as model_check
+from pipeline.expansion.self_check import CheckFailedError, check_model
+from pipeline.models.layer_config import spelled_out_config
+from tests.tiny_families import FAMILIES, save_tiny
+
+WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes that the check may hold
+
+
+@pytest.fixture
+def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+def _change(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("memory", [WHOLE, LAYER_BY_LAYER])
+def test_a_sound_model_agrees_with_itself(tiny_llama_dir: Path, memory: int) -> None:
+    outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), same_logits_as=tiny_llama_dir, memory=memory)
+    assert outcome.logit_difference == 0.0
+    assert outcome.cache_difference < 1e-5
+
+
+def test_without_a_promise_logits_are_not_compared(tiny_llama_dir: Path) -> None:
+    outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), same_logits_as=None, memory=WHOLE)
+    assert outcome.logit_difference is None
+
+
+@pytest.mark.parametrize("memory", [WHOLE, LAYER_BY_LAYER])
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, "missing_keys.*layers.1.mlp.up_proj"),
+        ("model.layers.4.mlp.up_proj.weight", torch.ones(64, 32), "unexpected_keys.*layers.4"),
+        ("model.norm.weight", torch.full((32,), torch.nan), "model.norm.weight is not finite"),
+        ("lm_head.weight", torch.ones(384, 32), "not tied"),
+        ("model.norm.weight", torch.ones(32), "logits differ from the base's"),
+    ],
+    ids=["missing", "unexpected", "not finite", "untied", "other logits"],
+)
+def test_a_fault_in_the_weights(
+    model: Path, tiny_llama_dir: Path, name: str, tensor: torch.Tensor | None, says: str, memory: int
+) -> None:
+    _change(model, name, tensor)
+    with pytest.raises(CheckFailedError, match=says):
+        check_model(model, _config(model), same_logits_as=tiny_llama_dir, memory=memory)
+
+
+def test_a_config_that_reads_back_differently(model: Path) -> None:
+    with pytest.raises(CheckFailedError, match="differently in rms_norm_eps"):
+        check_model(model, {**_config(model), "rms_norm_eps": 0.5}, same_logits_as=None, memory=WHOLE)
+
+
+def test_a_layer_that_uses_another_ones_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classic fault of a copied layer: the same logits without a cache, wrong ones with it."""
+    load = model_check._load
+
+    def load_with_shared_index(directory: Path, **placement: Any) -> Any:
+        loaded: Any = load(directory, **placement)
+        loaded.model.layers[2].self_attn.layer_idx = 1
+        return loaded
+
+    monkeypatch.setattr(model_check, "_load", load_with_shared_index)
+    with pytest.raises(CheckFailedError, match="cached decoding differs"):
+        check_model(model, _config(model), same_logits_as=model, memory=WHOLE)
+
+
+def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are on the meta device, and what decodes is a narrow twin of its depth."""
+    loaded: list[Any] = []
+    load, decode = model_check._load, model_check._cache_difference
+
+    def load_and_remember(directory: Path, **placement: Any) -> Any:
+        loaded.append(load(directory, **placement))
+        return loaded[-1]
+
+    def decode_and_remember(model: Any, prompt: torch.Tensor) -> float:
+        loaded.append(model)
+        return decode(model, prompt)
+
+    monkeypatch.setattr(model_check, "_load", load_and_remember)
+    monkeypatch.setattr(model_check, "_cache_difference", decode_and_remember)
+    outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), tiny_llama_dir, memory=LAYER_BY_LAYER)
+    *streamed, twin = loaded
+    assert {parameter.device.type for model in streamed for parameter in model.parameters()} == {"meta"}
+    assert (twin.config.num_hidden_layers, twin.config.num_attention_heads, twin.config.hidden_size) == (4, 2, 16)
+    assert outcome.logits_of.startswith("layer by layer") and outcome.cache_of.startswith("a narrow")
+    assert not list(tiny_llama_dir.glob(".check-*"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """From disk a sound model agrees with itself, its narrow twin decodes, and one layer in disorder is found."""
+    base = save_tiny(family, tmp_path / "base", tiny_tokenizer)
+    config = spelled_out_config(base)
+    outcome = check_model(base, config, same_logits_as=base, memory=LAYER_BY_LAYER)
+    assert outcome.logits_of.startswith("layer by layer") and outcome.cache_of.startswith("a narrow")
+    assert outcome.logit_difference == 0.0
+    assert outcome.cache_difference < 1e-5
+
+    spoilt = Path(shutil.copytree(base, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    name = next(name for name in tensors if "layers.2." in name and tensors[name].dim() > 1)
+    _change(spoilt, name, tensors[name].flip(0))  # which no norm makes up for, as it may for a scale or a shift
+    with pytest.raises(CheckFailedError, match="logits differ from the base's"):
+        check_model(spoilt, config, same_logits_as=base, memory=LAYER_BY_LAYER)

@@ -1,0 +1,192 @@
+"""What model.path can be, what is found there, and what is refused in good time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.models.source import config_of, resolve
+from tests.fake_hub import COMMIT, REPO, FakeHub, serve
+from tests.plain_settings import model_at
+
+
+@pytest.fixture
+def hub(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serve(tiny_llama_dir, tmp_path / "cache", monkeypatch) as server:
+        yield server
+
+
+def test_a_directory(tiny_llama_dir: Path) -> None:
+    source = resolve(model_at(tiny_llama_dir))
+    assert (source.kind, source.directory, source.identity) == ("directory", tiny_llama_dir, None)
+    assert {path.name for path in source.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    config = config_of(source)
+    assert (config["num_hidden_layers"], config["max_position_embeddings"], config["model_type"]) == (4, 256, "llama")
+    assert config["has_chat_template"] is True
+
+
+def test_a_template_inside_the_tokenizers_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    assert config_of(resolve(model_at(model)))["has_chat_template"] is False
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert config_of(resolve(model_at(model)))["has_chat_template"] is True
+
+
+def test_a_package_is_found_but_not_imported(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    shutil.copytree(tiny_llama_dir, tmp_path / "tiny_package")
+    (tmp_path / "tiny_package" / "__init__.py").write_text("raise RuntimeError('imported')")
+    program = (
+        "import sys; from pipeline.config import Model; from pipeline.models.source import resolve, config_of\n"
+        f"model = Model.model_validate_json({model_at('package:tiny_package').model_dump_json()!r})\n"
+        "source = resolve(model); print(source.kind, config_of(source)['num_hidden_layers'], 'torch' in sys.modules)"
+    )
+    path = f"{tmp_path}:{Path(__file__).resolve().parents[2]}"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], check=False, env={"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert ran.stdout.split() == ["package", "4", "False"], ran.stderr
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "not a package", "this"])
+def test_a_missing_package_names_the_one_command(name: str) -> None:
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package==1.0"):
+        resolve(model_at(f"package:{name}", package="no-such-package==1.0"))
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "./here", "a/b/c", "~/nothing", "two words", ""])
+def test_a_path_that_is_nothing(path: str) -> None:
+    with pytest.raises(UserError, match="model.path"):
+        resolve(model_at(path))
+
+
+def test_a_directory_with_only_a_gguf_file_says_how_to_use_it(tmp_path: Path) -> None:
+    (tmp_path / "weights.Q8_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="model.gguf_file=weights.Q8_0.gguf"):
+        resolve(model_at(tmp_path))
+    with pytest.raises(UserError, match=r"model.gguf_file = other.gguf.*weights.Q8_0.gguf"):
+        resolve(model_at(tmp_path, gguf_file="other.gguf"))
+
+
+def test_a_gguf_file_can_be_named_alone(tmp_path: Path) -> None:
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    source = resolve(model_at(tmp_path / "weights.gguf"))
+    assert (source.directory, source.gguf_file, source.files) == (
+        tmp_path,
+        "weights.gguf",
+        (tmp_path / "weights.gguf",),
+    )
+
+
+def test_a_config_without_layers(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        config_of(resolve(model_at(model)))
+    (model / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        config_of(resolve(model_at(model)))
+
+
+def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
+    source = resolve(model_at(REPO))
+    assert (source.kind, source.commit, source.identity) == ("hub", COMMIT, f"hub {REPO}@{COMMIT}")
+    config = config_of(source)
+    assert (config["num_hidden_layers"], config["has_chat_template"]) == (4, True)
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]  # no weight was fetched for that
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("expert", ["0.w1", "gate_up_proj"])
+def test_a_mixtures_index_tells_whether_its_experts_are_stored_apart(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expert: str, keep: bool
+) -> None:
+    mixture = tmp_path / "mixture"
+    shutil.copytree(tiny_llama_dir, mixture)
+    config = json.loads((mixture / "config.json").read_text())
+    (mixture / "config.json").write_text(json.dumps({**config, "num_local_experts": 8}))
+    (mixture / "model.safetensors").rename(mixture / "model-1-of-1.safetensors")
+    names = {"weight_map": {f"model.layers.0.mlp.experts.{expert}.weight": "model-1-of-1.safetensors"}}
+    (mixture / "model.safetensors.index.json").write_text(json.dumps(names))
+    with serve(mixture, tmp_path / "cache", monkeypatch):
+        assert config_of(resolve(model_at(REPO)), keep=keep)["experts_apart"] == (expert == "0.w1")
+
+
+def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"")
+    with (
+        serve(tmp_path / "model", tmp_path / "cache", monkeypatch) as hub,
+        pytest.raises(UserError, match="never opened here"),
+    ):
+        resolve(model_at(REPO))
+    assert not [path for path in hub.asked if path.endswith(".bin")]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "says"), [("GatedRepo", "hf auth login"), ("RepoNotFound", "neither a directory nor the hub has it")]
+)
+def test_what_the_hub_refuses_is_told_with_a_remedy(hub: FakeHub, refusal: str, says: str) -> None:
+    hub.refusal = refusal
+    with pytest.raises(UserError, match=says):
+        resolve(model_at(REPO))
+
+
+def test_an_unknown_revision(hub: FakeHub) -> None:
+    with pytest.raises(UserError, match="model.revision = no-such-branch"):
+        resolve(model_at(REPO, revision="no-such-branch"))
+
+
+def test_offline_only_the_cache_is_used(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants, snapshot_download
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set.*hf download"):
+        resolve(model_at(REPO))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    snapshot_download(REPO, revision=COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    source = resolve(model_at(REPO, revision=COMMIT))
+    assert (source.commit, config_of(source)["num_hidden_layers"]) == (COMMIT, 4)
+    assert len(hub.asked) == asked
+
+
+def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        started = time.monotonic()
+        with pytest.raises(UserError, match="cannot be reached"):
+            resolve(model_at(REPO))
+        assert time.monotonic() - started < 10
+
+
+def test_a_name_server_that_hangs_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from pipeline.models import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "ANSWER_WITHIN_SECONDS", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
+    started = time.monotonic()
+    with pytest.raises(UserError, match="no answer"):
+        resolve(model_at(REPO))
+    assert time.monotonic() - started < 3

@@ -1,0 +1,125 @@
+"""Hand-made artifacts of finished runs, with numbers that a test can compute with. No model is involved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Target
+from pipeline.report.runs import RunArtifacts
+
+NUM_BASE, NUM_NEW, STEPS, TOKENS = 6, 2, 10, 1000
+STAGES = (
+    "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
+    "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
+)  # fmt: skip
+# (task, metric) -> (n, one standard error, value by target)
+Measures = Mapping[tuple[str, str], tuple[int, float | None, Mapping[str, float]]]
+MEASURES: Measures = {
+    ("held_out_text", "word_perplexity"): (40, 0.4, {"load": 35.0, "expand": 50.0, "pretrain": 26.6, "sft": 27.0}),
+    ("python_docs_mcq", "acc"): (300, 0.02, {"load": 0.40, "expand": 0.38, "pretrain": 0.47, "sft": 0.46}),
+    ("minimal_pairs", "acc"): (500, 0.015, {"load": 0.814, "expand": 0.71, "pretrain": 0.809, "sft": 0.806}),
+}
+
+
+def write(path: Path, value: Any) -> None:
+    """Writes JSON, making folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def layers(num_base: int, num_new: int) -> list[dict[str, Any]]:
+    """Top placement: a new layer in each of the last ``num_new`` gaps."""
+    found: list[dict[str, Any]] = []
+    for base in range(num_base):
+        found.append({"layer": len(found), "new": False, "from": [base]})
+        if num_base - 1 - num_new <= base < num_base - 1:
+            found.append({"layer": len(found), "new": True, "from": [base, base + 1]})
+    return found
+
+
+def finished_run(
+    root: Path,
+    name: str = "quickstart",
+    method: str = "lesa",
+    stages: Iterable[str] = STAGES,
+    measures: Measures = MEASURES,
+    losses: Iterable[float] = (4.0, 3.5, 3.2, 3.1, 3.05, 3.0),
+    seconds_per_step: float = 2.0,
+    num_base: int = NUM_BASE,
+    num_new: int = NUM_NEW,
+    seed: int = 0,
+    warnings: Iterable[str] = (),
+) -> RunArtifacts:
+    """One run's artifacts below ``root``; runs of one root share ``load``, ``tokenize`` and ``evaluate/load``."""
+    losses = list(losses)
+    directories = {}
+    for stage in stages:
+        shared = stage in ("load", "evaluate/load") or stage.startswith("tokenize")
+        directory = root / ("shared" if shared else name) / stage
+        directories[stage] = directory
+        metrics = _expansion_metrics(method, warnings) if stage == "expand" else {}
+        _manifest(directory, stage, f"{'' if shared else name}{stage}", seed, metrics)
+        if stage == "load":
+            write(directory / "config.json", {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": num_base})
+        elif stage == "expand":
+            new = 0 if method == "none" else num_new
+            write(directory / "expansion.json", {
+                "method": method, "settings": {}, "source": "", "num_base_layers": num_base,
+                "num_layers": num_base + new, "layers": layers(num_base, new),
+            })  # fmt: skip
+        elif stage in ("pretrain", "sft"):
+            trained = 400_000 if method != "none" else 1_500_000
+            _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained)
+        elif stage.startswith("evaluate/"):
+            _evaluation(directory, str(Target.of_role(stage)), measures)
+    return RunArtifacts(name, method, directories)
+
+
+def _expansion_metrics(method: str, warnings: Iterable[str]) -> dict[str, Any]:
+    same = method in ("llama_pro", "opt_deus", "none")
+    return {"check": {"cache_difference": 0.0, "logit_difference": 2e-7 if same else None}, "warnings": list(warnings)}
+
+
+def _manifest(directory: Path, stage: str, identity: str, seed: int, metrics: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"held_out_blocks": 4, "sequence_length": 64} if stage in ("pretrain", "sft") else {}
+    if stage.startswith("evaluate"):
+        settings = {"limit": None}
+    write(directory / "manifest.json", {
+        "key": hashlib.sha256(identity.encode()).hexdigest(), "stage": stage, "settings": settings, "seed": seed,
+        "seconds": 10.0 + len(stage), "peak_memory_bytes": 3 * 2**29, "metrics": metrics,
+        "packages": {"torch": "2.13.0"}, "parents": {}, "git_commit": "0" * 40,
+    })  # fmt: skip
+
+
+def _training(directory: Path, losses: list[float], seconds_per_step: float, trained: int) -> None:
+    fractions = [index / (len(losses) - 1) for index in range(len(losses))]
+    held_out = [
+        {"fraction": round(f, 3), "step": round(f * STEPS), "tokens": round(f * TOKENS), "flops": f * 1e12,
+         "seconds": f * STEPS * seconds_per_step, "loss": loss}
+        for f, loss in zip(fractions, losses, strict=True)
+    ]  # fmt: skip
+    write(directory / "training.json", {
+        "steps": STEPS, "tokens": TOKENS, "flops": 1e12, "seconds": STEPS * seconds_per_step, "world_size": 1,
+        "precision": "bfloat16", "zero_stage": 2, "trainable_parameters": trained, "total_parameters": 1_900_000,
+        "final_loss": losses[-1], "held_out": held_out,
+    })  # fmt: skip
+    lines = [
+        {"step": step, "loss": losses[-1] + math.exp(-step / 3), "tokens": step * TOKENS / STEPS}
+        for step in range(1, 11)
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _evaluation(directory: Path, target: str, measures: Measures) -> None:
+    rows = [
+        {"task": task, "metric": metric, "value": values[target], "stderr": stderr, "n": n}
+        for (task, metric), (n, stderr, values) in measures.items()
+    ]
+    write(
+        directory / "evaluation.json", {"rows": rows, "prompt_format": "plain", "first_tokens": [1], "dtype": "float32"}
+    )

@@ -1,0 +1,48 @@
+"""The table that closes a run in the terminal."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.report import RunArtifacts, closing_table, write_report
+from tests.report.finished_runs import MEASURES, finished_run
+
+
+def _written(*runs: RunArtifacts) -> Path:
+    report = runs[0].directories["load"].parent / "report"
+    report.mkdir()
+    write_report(runs, report)
+    return report
+
+
+def _printed(*runs: RunArtifacts) -> str:
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(closing_table(_written(*runs)))
+    return console.export_text()
+
+
+def test_base_expanded_pre_trained_and_tuned_with_errors_and_marks(tmp_path: Path) -> None:
+    text = _printed(finished_run(tmp_path))
+    assert all(head in text for head in ("base", "expanded", "pre-trained", "tuned"))
+    (line,) = [line for line in text.splitlines() if "word_perplexity" in line]
+    assert [cell.strip() for cell in line.strip("│ ").split("│")] == [
+        "held_out_text", "word_perplexity", "35.00 ± 0.40", "50.00 ± 0.40 ▼", "26.60 ± 0.40 ▲", "27.00 ± 0.40 ▲",
+    ]  # fmt: skip
+    assert "pretrain@" not in text and "cost" not in text
+
+
+def test_a_sweep_has_a_line_for_every_run(tmp_path: Path) -> None:
+    text = _printed(finished_run(tmp_path, "s/lesa", "lesa"), finished_run(tmp_path, "s/copy", "copy"))
+    assert text.count("s/lesa") == text.count("s/copy") == len(MEASURES)
+
+
+def test_names_from_outside_are_no_markup(tmp_path: Path) -> None:
+    values = {"load": 0.5, "expand": 0.5, "pretrain": 0.5, "sft": 0.5}
+    assert "[red]task" in _printed(finished_run(tmp_path, measures={("[red]task", "acc"): (1, None, values)}))
+
+
+def test_nothing_scored_gives_an_empty_table(tmp_path: Path) -> None:
+    assert closing_table(_written(finished_run(tmp_path, stages=["load", "expand"]))).row_count == 0

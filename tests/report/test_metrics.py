@@ -1,0 +1,57 @@
+"""How numbers are printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.report.metrics import (
+    count,
+    duration,
+    memory,
+    number,
+    preferred,
+    scientific,
+    signed,
+    significant,
+    task_name,
+    with_error,
+)
+
+
+@pytest.mark.parametrize(
+    ("printed", "wanted"),
+    [
+        (number("acc", 0.8137), "81.4 %"),
+        (number("word_perplexity", 35.0), "35.00"),
+        (with_error("acc", 0.8137, 0.0151), "81.4 ± 1.5 %"),
+        (with_error("word_perplexity", 26.6049, 0.4012), "26.60 ± 0.40"),
+        (with_error("perplexity", 11653.89, 312.0), "11,654 ± 312"),
+        (with_error("bits_per_byte", 0.7, 0.0), "0.70 ± 0.00"),
+        (with_error("acc", 0.5, None), "50.0 %"),
+        (signed("acc", -0.005, 0.0212), "−0.5 ± 2.1 points"),
+        (signed("word_perplexity", -8.4, 0.566), "−8.40 ± 0.57"),
+        (signed("word_perplexity", 15.0, None), "+15.00"),
+        (significant(12345.6), "12,346"),
+        (task_name("held_out_text"), "held-out corpus text"),
+        (task_name("held_out_text/data.corpus.1"), "held-out corpus text of data.corpus.1"),
+        (task_name("mmlu"), "mmlu"),
+        (duration(4.25), "4.2 s"),
+        (duration(185), "3 min 05 s"),
+        (duration(59.97), "1 min 00 s"),
+        (duration(7800), "2 h 10 min"),
+        (count(81920), "81,920"),
+        (count(28_300_000), "28.3 M"),
+        (count(8_030_261_248), "8.03 B"),
+        (memory(3 * 2**29), "1.50 GiB"),
+        (memory(200 * 2**20), "200 MiB"),
+        (scientific(1.34e14), "1.3×10¹⁴"),
+    ],
+)
+def test_printed_numbers(printed: str, wanted: str) -> None:
+    assert printed == wanted
+
+
+def test_sentences_speak_of_perplexity_first_and_of_plain_accuracy_before_the_normalised_one() -> None:
+    assert preferred(["bits_per_byte", "byte_perplexity", "word_perplexity"]) == "word_perplexity"
+    assert preferred(["acc_norm", "acc"]) == "acc"
+    assert preferred(["something_else"]) == "something_else"

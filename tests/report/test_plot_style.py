@@ -1,0 +1,44 @@
+"""Labels that do not overlap, colours that mean a method."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+from pipeline.config import METHODS
+from pipeline.report.plot_style import METHOD_COLOURS, colours, spread
+from pipeline.report.runs import RunArtifacts
+
+
+def test_labels_keep_their_order_their_distance_and_the_frame() -> None:
+    random = Random(1)
+    for _ in range(200):
+        positions = [random.uniform(0, 1) for _ in range(random.randint(1, 8))]
+        placed = spread(positions, gap=0.1, low=0.0, high=1.0)
+        order = sorted(range(len(positions)), key=lambda index: positions[index])
+        distances = [placed[b] - placed[a] for a, b in pairwise(order)]
+        assert all(distance >= 0.1 - 1e-12 for distance in distances)
+        assert min(placed) >= -1e-12 and max(placed) <= 1 + 1e-12
+
+
+def test_labels_with_room_stay_where_they_are() -> None:
+    assert spread([0.9, 0.1, 0.5], gap=0.1, low=0.0, high=1.0) == [0.9, 0.1, 0.5]
+
+
+def test_touching_labels_move_apart_around_their_centre() -> None:
+    low, high = spread([0.50, 0.52], gap=0.1, low=0.0, high=1.0)
+    assert abs((low + high) / 2 - 0.51) < 1e-12 and abs(high - low - 0.1) < 1e-12
+
+
+def test_every_method_has_its_own_colour_in_every_plot() -> None:
+    assert set(METHOD_COLOURS) == set(METHODS)
+    runs = [RunArtifacts(method, method, {}) for method in METHODS]
+    assert colours(runs) == METHOD_COLOURS
+    assert colours(runs[:1]) == {"lesa": METHOD_COLOURS["lesa"]}
+
+
+def test_repeated_and_new_methods_get_colours_of_their_own() -> None:
+    seeds = [RunArtifacts(f"seed-{i}", "lesa", {}) for i in range(10)]
+    assert len(set(list(colours(seeds).values())[:8])) == 8
+    mixed = [RunArtifacts("a", "lesa", {}), RunArtifacts("b", "brand_new", {})]
+    assert colours(mixed)["a"] == METHOD_COLOURS["lesa"] != colours(mixed)["b"]

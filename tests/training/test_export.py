@@ -1,0 +1,48 @@
+"""A tuned model carries its template and stops where its turns end, whatever the base stopped at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.training.export import carry_chat_files
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "end", "expected"),
+    [
+        ({"eos_token_id": 0, "top_p": 0.9}, {}, 7, {"eos_token_id": [0, 7], "top_p": 0.9}),
+        ({"eos_token_id": [0, 7]}, {}, 7, {"eos_token_id": [0, 7]}),
+        ({"eos_token_id": 7}, {}, 7, {"eos_token_id": 7}),
+        (None, {"eos_token_id": 0}, 7, {"eos_token_id": [0, 7]}),
+        (None, {}, 7, {"eos_token_id": [7]}),
+        ({"eos_token_id": 0}, {}, None, {"eos_token_id": 0}),
+    ],
+)
+def test_the_end_of_turn_is_added_to_what_stops_generation(
+    generation: Any, config: Any, end: int | None, expected: Any, tmp_path: Path
+) -> None:
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    model.mkdir()
+    (data / "dataset.json").write_text(json.dumps({"end_of_turn": end}))
+    (model / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (model / "generation_config.json").write_text(json.dumps(generation))
+    carry_chat_files(data, model)
+    assert json.loads((model / "generation_config.json").read_text()) == expected
+
+
+def test_the_template_goes_along(tmp_path: Path) -> None:
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    model.mkdir()
+    (data / "dataset.json").write_text("{}")
+    carry_chat_files(data, model)
+    assert not list(model.iterdir())
+    (data / "chat_template.jinja").write_text("template")
+    carry_chat_files(data, model)
+    assert (model / "chat_template.jinja").read_text() == "template"
