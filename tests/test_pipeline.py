@@ -258,7 +258,7 @@ def test_a_trained_model_is_any_transformers_users_wherever_it_lies(
     assert answer.returncode == 0, answer.stderr
 
 
-def test_models_on_the_way_are_scored_and_reported(shrunk: list[str], outputs: Path) -> None:
+def test_snapshots_are_scored_and_reported(shrunk: list[str], outputs: Path) -> None:
     targets = "evaluate.targets=[load,expand,pretrain@33%,pretrain@67%,pretrain,sft]"
     status, output = run("+experiment=quickstart", *shrunk, "seed=5", "name=way", targets, cwd=outputs)
     assert status == EXIT_DONE, output
@@ -274,4 +274,4 @@ def test_models_on_the_way_are_scored_and_reported(shrunk: list[str], outputs: P
         "+experiment=quickstart", *shrunk, "seed=5", "name=way", "evaluate.targets=[pretrain@50%]", cwd=outputs
     )
     assert status == EXIT_REQUEST
-    assert "pretrain is finished and did not keep its model there" in output and "force=[pretrain]" in output
+    assert "pretrain is finished and saved no snapshot there" in output and "force=[pretrain]" in output

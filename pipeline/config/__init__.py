@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from pipeline.config.data import Data, Source, Tokenize
-from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateOnTheWay, Report, Target
+from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateSnapshot, Report, Target
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import (
     METHODS,
@@ -32,7 +32,7 @@ from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
     "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand", "AverageExpand",
-    "CopyExpand", "Data", "DeepSpeed", "Evaluate", "EvaluateOnTheWay", "Expand", "Launch", "LesaExpand",
+    "CopyExpand", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "LesaExpand",
     "LlamaProExpand", "Model", "NoExpand", "NotInKey", "OptDeusExpand", "Report", "Resources", "Section", "Settings",
     "Slurm", "SolarExpand", "Source", "Target", "Tokenize", "Tracking", "Train",
 ]  # fmt: skip
@@ -78,6 +78,6 @@ STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {
     "tokenize": TypeAdapter(Tokenize),
     "pretrain": TypeAdapter(Train),
     "sft": TypeAdapter(Train),
-    "evaluate": TypeAdapter(EvaluateOnTheWay | Evaluate),
+    "evaluate": TypeAdapter(EvaluateSnapshot | Evaluate),
     "report": TypeAdapter(Report),
 }

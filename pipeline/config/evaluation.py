@@ -1,4 +1,4 @@
-"""The models that can be scored: a stage's, or one kept on the way through a training stage (``pretrain@20%``)."""
+"""The models that can be scored: a stage's final model, or a snapshot of a training stage (``pretrain@20%``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config.section import Fraction, NonNegative, NotInKey, Positive, S
 
 MODEL_TARGETS = ("load", "expand", "pretrain", "sft")
 TRAINING_STAGES = ("pretrain", "sft")
-_ON_THE_WAY = re.compile(r"(pretrain|sft)@(\d+(?:\.\d+)?)%")
+_SNAPSHOT = re.compile(r"(pretrain|sft)@(\d+(?:\.\d+)?)%")
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Target:
         """
         if text in MODEL_TARGETS:
             return cls(text)
-        match = _ON_THE_WAY.fullmatch(text)
+        match = _SNAPSHOT.fullmatch(text)
         if match is None:
             raise ValueError(f"{text} is none of {', '.join(MODEL_TARGETS)}, nor like pretrain@20%")
         stage, fraction = match[1], float(match[2]) / 100
         if not 0 < fraction < 1:
             begin = "expand" if stage == "pretrain" else "pretrain"
-            raise ValueError(f"{text} is not on the way; say {begin} for 0 % and {stage} for 100 %")
+            raise ValueError(f"{text} is not a snapshot during training; say {begin} for 0 % and {stage} for 100 %")
         return cls(stage, fraction)
 
     @classmethod
@@ -78,7 +78,7 @@ class Evaluate(Section):
     """lm-eval over a set of targets."""
 
     tasks: list[str]  # names known to lm-eval, or the bundled ones
-    targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a model on the way: pretrain@20%
+    targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a snapshot: pretrain@20%
     num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or by task; null: each task's own
     limit: Positive | None  # documents a task
     held_out_characters: Positive  # of every source's held-out text, for the task held_out_text
@@ -96,13 +96,9 @@ class Evaluate(Section):
         """What is to be scored."""
         return [Target.parse(target) for target in self.targets]
 
-    def on_the_way(self) -> list[Target]:
-        """Those of them that are no stage's finished model."""
-        return [target for target in self.models() if target.fraction is not None]
 
-
-class EvaluateOnTheWay(Evaluate):
-    """Scores a model that training kept on the way (built by graph.py from ``evaluate``)."""
+class EvaluateSnapshot(Evaluate):
+    """Scores a snapshot that training saved (created by ``driver/graph.py`` from ``evaluate``)."""
 
     fraction: Fraction  # of the training stage's steps
 

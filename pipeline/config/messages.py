@@ -18,6 +18,9 @@ from pipeline.config import METHODS, STAGE_SETTINGS, Settings
 from pipeline.errors import UserError
 
 TOKEN_SHAPE = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bwandb_v1_[A-Za-z0-9_]{20,}\b")
+RENAMED = {  # old name -> new name
+    f"{section}.keep_at": f"{section}.snapshot_at" for section in ("pretrain", "sft")
+}
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
@@ -57,7 +60,11 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
         return _unknown_choice(group, name, folders)
     if unknown := re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text):
         full = re.search(r"full_key: (\S+)", text)
-        return _unknown_key(full.group(1) if full else next(part for part in unknown.groups() if part))
+        key = full.group(1) if full else next(part for part in unknown.groups() if part)
+        if key in RENAMED:
+            values = [item.partition("=")[2] for item in overrides if item.partition("=")[0] == key]
+            return _renamed(key, values[-1] if values else "...")
+        return _unknown_key(key)
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = ambiguous.group(1).partition("=")
         remedy = f"Add --multirun for a sweep over these values, or quote a list: {key}=[{value}]"
@@ -127,6 +134,15 @@ def _unknown_key(key: str) -> UserError:
     )
 
 
+def _renamed(key: str, value: str) -> UserError:
+    return UserError(
+        setting=key,
+        value=value,
+        rule=f"this setting is now called {RENAMED[key]}",
+        remedy=f"Set {RENAMED[key]}={value} instead.",
+    )
+
+
 def _unknown_variant(text: str, overrides: list[str]) -> UserError:
     chosen = next((item for item in overrides if item.startswith("expand.variant=")), "expand.variant=")
     return UserError(
@@ -146,6 +162,10 @@ def validate(values: Mapping[str, Any]) -> Settings:
     Raises:
         UserError: naming the first fault as setting and value, and all of them in the rule.
     """
+    for key in RENAMED:
+        section, name = key.split(".")
+        if isinstance(given := values.get(section), Mapping) and name in given:
+            raise _renamed(key, json.dumps(given[name]))
     try:
         return Settings.model_validate_json(json.dumps(values))
     except ValidationError as error:

@@ -44,7 +44,7 @@ class Train(Section):
     evaluate_at: list[Fraction]  # fractions of the steps at which the held-out loss is taken
     held_out_blocks: Positive  # blocks of sequence_length that the held-out loss is taken on
     micro_batch: Annotated[Positive, NotInKey]  # sequences a rank and forward pass
-    keep_at: Annotated[list[Fraction], NotInKey]  # fractions of the steps at which the model is kept for scoring
+    snapshot_at: Annotated[list[Fraction], NotInKey]  # fractions of the steps at which to save snapshots
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     keep_checkpoints: Annotated[Positive, NotInKey]  # the newest so many
     activation_checkpointing: Annotated[bool, NotInKey]
@@ -59,6 +59,6 @@ class Train(Section):
             raise ValueError("set exactly one of steps and epochs; the other is null")
         return self
 
-    def keeping(self, fractions: Iterable[float]) -> Train:
-        """The same training, which keeps its model at these fractions too."""
-        return self.model_copy(update={"keep_at": sorted({*self.keep_at, *fractions})})
+    def with_snapshots_at(self, fractions: Iterable[float]) -> Train:
+        """Returns a copy that also saves snapshots at ``fractions`` of the steps."""
+        return self.model_copy(update={"snapshot_at": sorted({*self.snapshot_at, *fractions})})

@@ -18,7 +18,7 @@ from typing import Literal
 from pipeline.artifacts.store import Artifact, make_key
 from pipeline.config import (
     Evaluate,
-    EvaluateOnTheWay,
+    EvaluateSnapshot,
     LesaExpand,
     Report,
     Section,
@@ -111,8 +111,8 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     corpus, instructions = _tokenize_settings(run)
     graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
-    graph.add("pretrain", _keeping(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
-    graph.add("sft", _keeping(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
+    graph.add("pretrain", _with_snapshots(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
+    graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
     for target in run.evaluate.models():
         parents = {"model": target.stage, "corpus": "tokenize/corpus"}
         graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter)
@@ -160,16 +160,18 @@ def _weighted(sources: list[Source]) -> list[Source]:
     return sources if len(sources) > 1 else [sources[0].model_copy(update={"weight": 1.0})]
 
 
-def _keeping(run: Settings, stage: Literal["pretrain", "sft"]) -> Train:
-    """A training section that also keeps the models on its way that are to be scored."""
+def _with_snapshots(run: Settings, stage: Literal["pretrain", "sft"]) -> Train:
+    """The training section, saving also the snapshots that ``evaluate.targets`` asks for."""
     train: Train = getattr(run, stage)
-    return train.keeping(t.fraction for t in run.evaluate.models() if t.stage == stage and t.fraction is not None)
+    return train.with_snapshots_at(
+        t.fraction for t in run.evaluate.models() if t.stage == stage and t.fraction is not None
+    )
 
 
 def _evaluate_settings(run: Settings, target: Target) -> Evaluate:
     if target.fraction is None:
         return run.evaluate
-    return EvaluateOnTheWay(**run.evaluate.model_dump(), fraction=target.fraction)
+    return EvaluateSnapshot(**run.evaluate.model_dump(), fraction=target.fraction)
 
 
 def select(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:

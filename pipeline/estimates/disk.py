@@ -30,12 +30,12 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a training stage keeps of the parameters that train."""
+class TrainingOutputs:
+    """What a training stage writes besides its final model."""
 
-    parameters: int
-    checkpoints: int  # the newest so many, while it lasts
-    models: int  # on the way, in its artifact
+    parameters: int  # trained
+    checkpoints: int  # kept while the stage runs
+    snapshots: int  # kept in its artifact
 
 
 def disk_of(
@@ -43,7 +43,7 @@ def disk_of(
     base: Shape,
     grown: Shape,
     dtype: str,
-    trained: Mapping[str, Kept],
+    trained: Mapping[str, TrainingOutputs],
     tokens: Mapping[str, int],
     scratch: int = 0,
 ) -> Disk:
@@ -58,15 +58,15 @@ def disk_of(
     """
     width = DTYPE_BYTES[dtype]
     models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
-    for stage, kept in trained.items():
-        models[stage] += kept.models * kept.parameters
+    for stage, outputs in trained.items():
+        models[stage] += outputs.snapshots * outputs.parameters
     artifacts = {
         node: SMALL + (models[stage] * width if stage in models else tokens.get(node, 0) * TOKEN_BYTES)
         for node, stage in missing.items()
     }
     # A new checkpoint is whole before an old one is removed.
     training = [trained[stage] for stage in missing.values() if stage in trained]
-    checkpoints = max((kept.parameters * (kept.checkpoints + 1) for kept in training), default=0)
+    checkpoints = max((outputs.parameters * (outputs.checkpoints + 1) for outputs in training), default=0)
     return Disk(artifacts, checkpoints * CHECKPOINT_BYTES, scratch)
 
 

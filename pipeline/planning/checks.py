@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import Fingerprints
-from pipeline.config import EvaluateOnTheWay, Settings, Target, Train
+from pipeline.config import EvaluateSnapshot, Settings, Target, Train
 from pipeline.data import sources
 from pipeline.driver.graph import Inputs, Node
 from pipeline.errors import UserError
-from pipeline.estimates import Disk, Kept, disk_of, lesa_scratch, sizes_of
+from pipeline.estimates import Disk, TrainingOutputs, disk_of, lesa_scratch, sizes_of
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.files import free_bytes, gib, no_room
@@ -21,7 +21,7 @@ from pipeline.models.families import architecture_of
 from pipeline.models.shape import EXPERTS, shape_of
 from pipeline.models.source import ModelSource, check_shape, config_of
 from pipeline.models.weight_files import read_headers, refuse_quantised
-from pipeline.training.job import kept_model
+from pipeline.training.job import snapshot_dir
 from pipeline.training.selection import stored_apart
 from pipeline.training.validate import validate as validate_training
 from pipeline.training.validate import validate_length
@@ -147,7 +147,7 @@ def checks(
         found["sft"] = lambda: validate_training("sft", run.sft, run.launch, context, machine_of("sft"))
     if "evaluate" in stages:
         found["evaluate"] = lambda: validate_evaluation(run.evaluate)
-        found["kept"] = lambda: _check_kept(missing)
+        found["snapshots"] = lambda: _check_snapshots(missing)
     if "tokenize/corpus" in missing:
         found["corpus_length"] = lambda: validate_length("pretrain", run.pretrain, context)
         found["corpus"] = lambda: sources.check(run.data.corpus, "corpus")
@@ -182,17 +182,17 @@ def _training(missing: Mapping[str, Node]) -> dict[str, Train]:
     return {name: node.settings for name, node in missing.items() if isinstance(node.settings, Train)}
 
 
-def _check_kept(missing: Mapping[str, Node]) -> None:
-    """A model on the way can be scored where training is still to come, or kept it."""
+def _check_snapshots(missing: Mapping[str, Node]) -> None:
+    """A snapshot can be scored if its training stage is still to run, or has saved it."""
     for node in missing.values():
-        if not isinstance(node.settings, EvaluateOnTheWay):
+        if not isinstance(node.settings, EvaluateSnapshot):
             continue
         trained, target = node.parents["model"], Target(node.parents["model"].stage, node.settings.fraction)
-        if trained.name not in missing and not kept_model(trained.artifact.path, node.settings.fraction).is_dir():
+        if trained.name not in missing and not snapshot_dir(trained.artifact.path, node.settings.fraction).is_dir():
             raise UserError(
                 setting="evaluate.targets",
                 value=target,
-                rule=f"{trained.name} is finished and did not keep its model there",
+                rule=f"{trained.name} is finished and saved no snapshot there",
                 remedy=f"Leave it out, or train again with force=[{trained.name}].",
             )
 
@@ -228,7 +228,7 @@ def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, 
     """
     sizes = sizes_of(run.expand, shape_of(config))
     trained = {
-        name: Kept(sizes.trained(name, train).parameters, train.keep_checkpoints, len(train.keep_at))
+        name: TrainingOutputs(sizes.trained(name, train).parameters, train.keep_checkpoints, len(train.snapshot_at))
         for name, train in _training(missing).items()
     }
     return disk_of(

@@ -24,7 +24,7 @@ STOPS = {  # what a fault of an input or check stops; a stage stands for all its
     "model": ("load",), "expand": ("expand",), "experts": ("pretrain", "sft"), "corpus": ("tokenize/corpus",),
     "instructions": ("tokenize/instructions",), "chat_template": ("tokenize/instructions",),
     "corpus_length": ("tokenize/corpus",), "instructions_length": ("tokenize/instructions",),
-    "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "kept": ("evaluate",),
+    "pretrain": ("pretrain",), "sft": ("sft",), "evaluate": ("evaluate",), "snapshots": ("evaluate",),
     "devices": ("pretrain", "sft"), "output": STAGE_NAMES, "disk": STAGE_NAMES, "login": STAGE_NAMES,
 }  # fmt: skip
 BY_SIZE = ("model", "expand", "experts", "disk")  # checks that need the model's config

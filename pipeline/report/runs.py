@@ -66,7 +66,7 @@ class RunArtifacts:
         return found
 
     def scored_targets(self) -> list[str]:
-        """The models that were scored, from base to tuned, those on the way too."""
+        """The models that were scored, from base to tuned, snapshots included."""
         named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/")]
         return list(map(str, sorted(named, key=lambda target: target.place)))
 
@@ -98,10 +98,10 @@ class RunArtifacts:
 
 
 def roles(runs: Sequence[RunArtifacts]) -> list[str]:
-    """``ROLES``, and after them the scores of models on the way that some run has."""
+    """``ROLES``, and after them the scores of the snapshots of any run."""
     targets = {target for run in runs for target in run.scored_targets()} - set(MODEL_TARGETS)
-    on_the_way = sorted(map(Target.parse, targets), key=lambda target: target.place)
-    return [*ROLES, *(target.role for target in on_the_way)]
+    snapshots = sorted(map(Target.parse, targets), key=lambda target: target.place)
+    return [*ROLES, *(target.role for target in snapshots)]
 
 
 def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:

@@ -65,8 +65,8 @@ def _score_panel(axes: Axes, runs: Sequence[RunArtifacts], scores: Scores, measu
 
 
 def _drawn_targets(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
-    """The four stages' models, and between them those on the way that some run has."""
-    scored = {target for run in runs for target in scores.targets_on_the_way(run.name)}
+    """The four stages' models, and between them the snapshots of any run."""
+    scored = {target for run in runs for target in scores.all_targets(run.name)}
     return sorted(scored | set(MODEL_TARGETS), key=lambda target: Target.parse(target).place)
 
 

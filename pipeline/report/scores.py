@@ -67,10 +67,10 @@ class Scores:
 
     def targets(self, run: str) -> list[str]:
         """The finished models of that run that were scored, from base to tuned."""
-        return [target for target in self.targets_on_the_way(run) if target in MODEL_TARGETS]
+        return [target for target in self.all_targets(run) if target in MODEL_TARGETS]
 
-    def targets_on_the_way(self, run: str) -> list[str]:
-        """The same, and between them the models kept on the way."""
+    def all_targets(self, run: str) -> list[str]:
+        """The same, with the snapshots between them."""
         scored = {target for name, target, _, _ in self._rows if name == run}
         return sorted(scored, key=lambda target: Target.parse(target).place)
 

@@ -42,7 +42,7 @@ NOTHING = "–"
 
 def score_table(scores: Scores, run: str) -> Table:
     """Task × target for one run, the models on its way too."""
-    targets = scores.targets_on_the_way(run)
+    targets = scores.all_targets(run)
     rows = []
     for measure in scores.measures():
         line = [scores.get(run, target, measure) for target in targets]

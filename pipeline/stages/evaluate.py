@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 from pipeline.artifacts.task import Metrics, StageTask
-from pipeline.config import Evaluate, EvaluateOnTheWay
+from pipeline.config import Evaluate, EvaluateSnapshot
 from pipeline.evaluation.harness import Target, score
 from pipeline.files import write_json
 from pipeline.launch.machine import detect_machine, place
-from pipeline.training.snapshots import rebuild
+from pipeline.training.snapshots import materialize_snapshot
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -23,9 +23,9 @@ def run(task: StageTask) -> Metrics:
     settings = task.settings
     assert isinstance(settings, Evaluate)
     model = task.parents["model"]
-    if isinstance(settings, EvaluateOnTheWay):
-        model = task.out / "model"  # whole only while it is scored
-        rebuild(task.parents["model"], settings.fraction, model)
+    if isinstance(settings, EvaluateSnapshot):
+        model = task.out / "model"  # the full model exists only while it is evaluated
+        materialize_snapshot(task.parents["model"], settings.fraction, model)
     placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
     target = Target(task.name, model, task.parents["corpus"], task.out, placement)
     evaluation = score(target, settings)

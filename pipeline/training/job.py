@@ -25,7 +25,7 @@ from pipeline.training.validate import validate_data
 
 WORKER = "pipeline.training.worker"
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # the second is removed when training is done
-ON_THE_WAY = "on_the_way"  # models kept at fractions of the steps
+SNAPSHOTS = "on_the_way"  # the name that finished artifacts have on disk, so it stays
 START_FILE = "start.json"  # in the logs: what the workers are about to train
 TRAINING_FILE = "training.json"  # written last: where it stands, training is done
 TAIL_BYTES = 16384
@@ -67,9 +67,9 @@ def _run(task: StageTask) -> None:
             raise
 
 
-def kept_model(artifact: Path, fraction: float) -> Path:
-    """Where a training artifact keeps what it had trained after ``fraction`` of its steps."""
-    return artifact / ON_THE_WAY / percent(fraction)
+def snapshot_dir(artifact: Path, fraction: float) -> Path:
+    """Returns the directory of a training artifact's snapshot at ``fraction`` of its steps."""
+    return artifact / SNAPSHOTS / percent(fraction)
 
 
 class Watch:

@@ -64,7 +64,7 @@ class Loop:
         section: "pretrain" or "sft", for messages.
         wants_stop: asked once a step; any rank may say yes, and then all stop after the same step.
         save: writes a checkpoint of the current progress; called by all ranks together.
-        keep: keeps the model as it is for a fraction of the steps; called by all ranks together.
+        save_snapshot: saves the current model as the snapshot of a fraction of the steps; called by all ranks together.
         tracker: where numbers go; None on all ranks but the first.
     """
 
@@ -82,7 +82,7 @@ class Loop:
     progress: Progress
     wants_stop: Callable[[], bool]
     save: Callable[[Progress], None]
-    keep: Callable[[float], None]
+    save_snapshot: Callable[[float], None]
     tracker: Tracker | None
 
     def run(self) -> Status:
@@ -191,13 +191,13 @@ class Loop:
         progress = self.progress
         return {"tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds}
 
-    # ---------------------------------------------------------------------------------- on the way
+    # --------------------------------------------------------------------- evaluation and snapshots
 
     def _look_if_due(self) -> None:
         """What is to be known or kept of the model as it is now."""
         self._evaluate_if_due()
-        for fraction in fractions_at(self.train.keep_at, self.progress.step, self.steps):
-            self.keep(fraction)
+        for fraction in fractions_at(self.train.snapshot_at, self.progress.step, self.steps):
+            self.save_snapshot(fraction)
 
     def _evaluate_if_due(self) -> None:
         step = self.progress.step

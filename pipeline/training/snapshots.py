@@ -1,7 +1,7 @@
-"""Models on the way: at chosen fractions of the steps, what training has changed until then stays with the artifact.
+"""Snapshots: the trained weights at chosen fractions of the steps, saved inside a training stage's artifact.
 
-Only trained weights are kept, in the model's own dtype, so that a kept model costs the new layers' size; everything
-else stands in the finished artifact, unchanged. A whole directory is made of both for as long as it is scored.
+A snapshot holds the trained parameters only, in the model's own dtype, so its size is that of the trained layers. All
+other weights are unchanged in the finished artifact. The full model is materialized from both while it is evaluated.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 from pipeline.files import sync_directory
 from pipeline.models.reading import ModelDirectory, export_with_replaced
 from pipeline.models.writing import ShardWriter
-from pipeline.training.job import kept_model
+from pipeline.training.job import snapshot_dir
 
 
-def keep(place: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+def save_snapshot(
+    place: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
+) -> None:
     """Writes trained weights into the new directory ``place``, which is whole or absent, or as it was.
 
     Args:
@@ -27,7 +29,7 @@ def keep(place: Path, base: ModelDirectory, names: Iterable[str], weights: Itera
         names: of all trained weights.
         weights: name and tensor, one at a time.
     """
-    partial = half_kept(place)
+    partial = partial_snapshot(place)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with ShardWriter(partial, {name: base.specs[name] for name in names}) as writer:
@@ -38,15 +40,15 @@ def keep(place: Path, base: ModelDirectory, names: Iterable[str], weights: Itera
     os.replace(partial, place)
 
 
-def half_kept(place: Path) -> Path:
+def partial_snapshot(place: Path) -> Path:
     """Where ``place`` is while it is not whole."""
     return place.with_name(f".{place.name}.partial")
 
 
-def rebuild(artifact: Path, fraction: float, out: Path) -> None:
-    """Writes the whole model as it was after ``fraction`` of a finished training artifact's steps."""
+def materialize_snapshot(artifact: Path, fraction: float, out: Path) -> None:
+    """Writes the full model as it was after ``fraction`` of the steps of a finished training stage."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    kept = kept_model(artifact, fraction)
-    trained = ModelDirectory(kept, sorted(kept.glob("*.safetensors")))  # a part of a model has no config
+    snapshot = snapshot_dir(artifact, fraction)
+    trained = ModelDirectory(snapshot, sorted(snapshot.glob("*.safetensors")))  # a snapshot has no config of its own
     export_with_replaced(artifact, out, trained.tensors())

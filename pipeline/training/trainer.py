@@ -22,13 +22,12 @@ from pipeline.models.flops import TrainingFlops
 from pipeline.models.reading import ModelDirectory
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoint, freeze, resume
-from pipeline.training import snapshots as on_the_way
 from pipeline.training.batches import Blocks
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import load_model, start_distributed, start_engine
 from pipeline.training.export import finish
 from pipeline.training.gradients import GradientNorms, parts_of_parameters
-from pipeline.training.job import START_FILE, kept_model
+from pipeline.training.job import START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.memory import named_when_out_of_memory
 from pipeline.training.mfu import peak_of, training_flops
@@ -37,6 +36,7 @@ from pipeline.training.precision import resolve_precision, slow_bfloat16_note
 from pipeline.training.rank_context import RankContext
 from pipeline.training.schedule import total_steps
 from pipeline.training.selection import stored_apart
+from pipeline.training.snapshots import partial_snapshot, save_snapshot
 
 
 def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _train(session: RankContext, wants_stop: Callable[[], bool]) -> Status:
             progress=progress,
             wants_stop=wants_stop,
             save=lambda state: _save(session, prepared.masters, belongs_to, state),
-            keep=lambda fraction: _keep(session, prepared.masters, fraction),
+            save_snapshot=lambda fraction: _save_snapshot(session, prepared.masters, fraction),
             tracker=tracker,
         ).run()
     if status == "done":
@@ -156,7 +156,7 @@ def _begin(session: RankContext, prepared: Prepared) -> tuple[Progress, dict[str
     resume.check_belongs(found, belongs_to, task.name)
     content = found.content()
     progress = Progress(**content["progress"])
-    _check_kept(session, progress, prepared.steps)
+    _check_snapshots(session, progress, prepared.steps)
     checkpoint.restore(found, prepared.masters)
     note = resume.rounding_note(content["spread"], _spread(session))
     return progress, belongs_to, notes if note is None else [*notes, note]
@@ -169,15 +169,15 @@ def _write_base_weights(session: RankContext, masters: Masters) -> None:
         masters.write(name, "weight", base.read(name))
 
 
-def _check_kept(session: RankContext, progress: Progress, steps: int) -> None:
-    """A model that was to be kept before now cannot be kept any more."""
-    for fraction in session.settings.keep_at:
-        if round(fraction * steps) <= progress.step and not kept_model(session.task.out, fraction).is_dir():
+def _check_snapshots(session: RankContext, progress: Progress, steps: int) -> None:
+    """Refuses snapshots at steps that the checkpoint has already passed without saving them."""
+    for fraction in session.settings.snapshot_at:
+        if round(fraction * steps) <= progress.step and not snapshot_dir(session.task.out, fraction).is_dir():
             raise UserError(
-                setting=f"{session.task.name}.keep_at",
+                setting=f"{session.task.name}.snapshot_at",
                 value=fraction,
-                rule=f"training stands after step {progress.step} of {steps} and did not keep its model there",
-                remedy=f"Leave that fraction out, or start the stage anew with force=[{session.task.name}].",
+                rule=f"training has passed that point (step {progress.step} of {steps}) and saved no snapshot there",
+                remedy=f"Remove that fraction, or restart the stage with force=[{session.task.name}].",
             )
 
 
@@ -209,14 +209,14 @@ def _save(session: RankContext, masters: Masters, belongs_to: dict[str, Any], pr
     progress.save_seconds += time.perf_counter() - started
 
 
-def _keep(session: RankContext, masters: Masters, fraction: float) -> None:
-    """Keeps the trained weights as they are now for the evaluation of a model on the way."""
+def _save_snapshot(session: RankContext, masters: Masters, fraction: float) -> None:
+    """Saves the current trained weights as a snapshot for evaluation. Collective."""
     names = list(masters.names())
     weights = ((name, masters.read(name, "weight")) for name in names)
     if session.rank == 0:
-        place = kept_model(session.task.out, fraction)
-        with checkpoint.named_when_disk_is_full(on_the_way.half_kept(place), f"the model at {fraction:g} of the steps"):
-            on_the_way.keep(place, ModelDirectory(session.model_dir), names, weights)
+        place = snapshot_dir(session.task.out, fraction)
+        with checkpoint.named_when_disk_is_full(partial_snapshot(place), f"the snapshot at {fraction:g} of the steps"):
+            save_snapshot(place, ModelDirectory(session.model_dir), names, weights)
     else:
         deque(weights, maxlen=0)  # reading is collective
     distributed.barrier()

@@ -33,7 +33,7 @@ AFTER_SFT = {"sft", "evaluate/sft", "report"}
     [
         "tracking=online", "launch.processes=2", "launch.threads=1", "pretrain.micro_batch=2",
         "pretrain.checkpoint_every_steps=3", "pretrain.deepspeed.zero_stage=3", "evaluate.batch_size=4",
-        "pretrain.keep_at=[0.5]", "sft.keep_checkpoints=4",
+        "pretrain.snapshot_at=[0.5]", "sft.keep_checkpoints=4",
         "force=[expand]", "stages=[load]", "output_dir=elsewhere",
     ],
 )  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_report_over_a_sweep_hangs_on_every_job() -> None:
     assert not any(role.endswith(":report") for role in node.parents)
 
 
-def test_a_model_on_the_way_is_a_node_more_and_changes_no_other_key() -> None:
+def test_evaluating_a_snapshot_adds_a_node_and_changes_no_other_key() -> None:
     way = "evaluate.targets=[load,expand,pretrain@20%,pretrain@40%,pretrain,sft]"
     plain, asked = _keys(), _keys(way)
     assert set(asked) - set(plain) == {"evaluate/pretrain-at-20", "evaluate/pretrain-at-40"}
@@ -112,4 +112,4 @@ def test_a_model_on_the_way_is_a_node_more_and_changes_no_other_key() -> None:
     assert asked["evaluate/pretrain-at-20"] != asked["evaluate/pretrain-at-40"]
     nodes = build_graph(_settings(way), INPUTS)
     assert nodes["evaluate/pretrain-at-20"].parents["model"] is nodes["pretrain"]
-    assert nodes["pretrain"].settings.keep_at == [0.2, 0.4] and nodes["sft"].settings.keep_at == []
+    assert nodes["pretrain"].settings.snapshot_at == [0.2, 0.4] and nodes["sft"].settings.snapshot_at == []

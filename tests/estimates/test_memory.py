@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.estimates import Kept, Setup, Trained, disk_of, lesa_scratch, memory_of, trained_part, when_out_of_memory
+from pipeline.estimates import (
+    Setup,
+    Trained,
+    TrainingOutputs,
+    disk_of,
+    lesa_scratch,
+    memory_of,
+    trained_part,
+    when_out_of_memory,
+)
 from pipeline.models.shape import Shape, shape_of
 from tests.training.small import train_settings
 
@@ -108,8 +117,8 @@ def test_overrides_of_deepspeed_s_own_settings_count() -> None:
 def test_disk_holds_every_model_and_three_checkpoints_while_one_is_written() -> None:
     trained = _trained()
     missing = {"load": "load", "expand": "expand", "tokenize/corpus": "tokenize", "pretrain": "pretrain"}
-    kept = {"pretrain": Kept(trained.parameters, checkpoints=2, models=0)}
-    disk = disk_of(missing, trained.shape, trained.shape, "bfloat16", kept, {"tokenize/corpus": 10**9})
+    outputs = {"pretrain": TrainingOutputs(trained.parameters, checkpoints=2, snapshots=0)}
+    disk = disk_of(missing, trained.shape, trained.shape, "bfloat16", outputs, {"tokenize/corpus": 10**9})
     assert disk.checkpoints == 3 * 12 * trained.parameters
     weights = trained.shape.parameters * 2
     assert [round(disk.artifacts[name] / weights, 2) for name in ("load", "expand", "pretrain")] == [1.0, 1.0, 1.0]
@@ -121,10 +130,10 @@ def test_disk_counts_what_the_settings_keep() -> None:
     trained = _trained()
     shapes = (trained.shape, trained.shape)
     plain, more = (
-        disk_of({"pretrain": "pretrain"}, *shapes, "bfloat16", {"pretrain": kept}, {})
-        for kept in (
-            Kept(trained.parameters, checkpoints=2, models=0),
-            Kept(trained.parameters, checkpoints=4, models=3),
+        disk_of({"pretrain": "pretrain"}, *shapes, "bfloat16", {"pretrain": outputs}, {})
+        for outputs in (
+            TrainingOutputs(trained.parameters, checkpoints=2, snapshots=0),
+            TrainingOutputs(trained.parameters, checkpoints=4, snapshots=3),
         )
     )
     assert more.checkpoints - plain.checkpoints == 2 * 12 * trained.parameters
@@ -136,8 +145,8 @@ def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more() 
     assert lesa_scratch(llama) == 32 * 14336 * 4096 * 4
     alone = disk_of({"expand": "expand"}, llama, llama, "bfloat16", {}, {}, lesa_scratch(llama))
     assert alone.total == alone.artifacts["expand"] + lesa_scratch(llama)
-    kept = {"pretrain": Kept(3 * 10**9, checkpoints=2, models=0)}
-    trained = disk_of({"pretrain": "pretrain"}, llama, llama, "bfloat16", kept, {}, lesa_scratch(llama))
+    outputs = {"pretrain": TrainingOutputs(3 * 10**9, checkpoints=2, snapshots=0)}
+    trained = disk_of({"pretrain": "pretrain"}, llama, llama, "bfloat16", outputs, {}, lesa_scratch(llama))
     assert trained.total == trained.artifacts["pretrain"] + trained.checkpoints
     small = shape_of({**LLAMA3_8B, "hidden_size": 1024, "intermediate_size": 4096})
     assert lesa_scratch(small) == 0  # in memory

@@ -35,7 +35,7 @@ def test_every_score_of_every_target_is_a_row(tmp_path: Path) -> None:
             assert rows.count(wanted) == 1
 
 
-def test_checkpoints_on_the_way_carry_loss_perplexity_and_all_three_costs(tmp_path: Path) -> None:
+def test_held_out_losses_during_training_carry_loss_perplexity_and_all_three_costs(tmp_path: Path) -> None:
     rows = collect([finished_run(tmp_path, losses=[4.0, 3.0, 2.0], seconds_per_step=3.0)])
     assert _rows_of(rows, "held_out_loss", "pretrain@50%") == {
         "loss": 3.0, "perplexity": math.exp(3.0), "tokens": 500, "flops": 0.5e12, "seconds": 15.0,
@@ -90,7 +90,7 @@ def test_runs_from_different_bases_share_none(tmp_path: Path) -> None:
     assert not Scores(collect(runs)).shared_base(["a", "b"])
 
 
-def test_models_on_the_way_stand_between_their_stages(tmp_path: Path) -> None:
+def test_snapshots_are_listed_between_their_stages(tmp_path: Path) -> None:
     way = {"load": 35.0, "expand": 50.0, "pretrain@20%": 40.0, "pretrain@80%": 30.0, "pretrain": 26.0, "sft": 27.0}
     measures = {("held_out_text", "word_perplexity"): (40, 0.4, way)}
     stages = [*STAGES, "evaluate/pretrain-at-80", "evaluate/pretrain-at-20"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.artifacts.task import StageTask, TrackingTarget, task_from_json, task_to_json
-from pipeline.config import Evaluate, EvaluateOnTheWay, Tracking
+from pipeline.config import Evaluate, EvaluateSnapshot, Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
@@ -21,8 +21,8 @@ from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import read_json
 from pipeline.models.reading import ModelDirectory, export_with_replaced
 from pipeline.stages import evaluate
-from pipeline.training.job import kept_model
-from pipeline.training.snapshots import keep
+from pipeline.training.job import snapshot_dir
+from pipeline.training.snapshots import save_snapshot
 from tests.plain_settings import cpu_launch
 
 
@@ -189,22 +189,20 @@ def test_minimal_pairs_are_written_as_they_are(corpus: Path, tmp_path: Path) -> 
     assert [json.loads(line)["choices"] for line in path.open()] == [pair.choices for pair in build_pairs()]
 
 
-def test_a_model_on_the_way_is_scored_as_it_was_and_leaves_no_copy(
-    tiny_llama_dir: Path, corpus: Path, tmp_path: Path
-) -> None:
-    """The finished model's layer 1 is spoilt; the one kept at 20 % is the untouched model again."""
+def test_a_snapshot_is_scored_as_it_was_and_leaves_no_copy(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    """The finished model's layer 1 is spoilt; the snapshot at 20 % is the untouched model."""
     base, name = ModelDirectory(tiny_llama_dir), "model.layers.1.mlp.down_proj.weight"
     artifact = tmp_path / "artifact"
     artifact.mkdir()
-    keep(kept_model(artifact, 0.2), base, [name], iter([(name, base.read(name))]))
+    save_snapshot(snapshot_dir(artifact, 0.2), base, [name], iter([(name, base.read(name))]))
     export_with_replaced(tiny_llama_dir, artifact, {name: base.read(name) * 50})
     plain = _task(tiny_llama_dir, corpus, tmp_path / "plain", tasks=["held_out_text"])
     task = _task(artifact, corpus, tmp_path / "way", tasks=["held_out_text"])
-    on_the_way = EvaluateOnTheWay(**task.settings.model_dump(), fraction=0.2)
-    rows = [evaluate.run(each)["scores"] for each in (plain, replace(task, settings=on_the_way))]
+    snapshot = EvaluateSnapshot(**task.settings.model_dump(), fraction=0.2)
+    rows = [evaluate.run(each)["scores"] for each in (plain, replace(task, settings=snapshot))]
     assert rows[0] == rows[1]
     spoilt = evaluate.run(_task(artifact, corpus, tmp_path / "end", tasks=["held_out_text"]))["scores"]
     assert spoilt != rows[0]
     assert not (task.out / "model").exists()
-    again = task_from_json(json.loads(json.dumps(task_to_json(replace(task, settings=on_the_way)))))
-    assert again.settings == on_the_way
+    again = task_from_json(json.loads(json.dumps(task_to_json(replace(task, settings=snapshot)))))
+    assert again.settings == snapshot

@@ -92,7 +92,7 @@ def saved_step(task: StageTask) -> int:
 )
 def test_ten_interruptions_leave_no_trace(make_task: MakeTask, forked_ranks: ForkedRanks, seed: int, changes: dict):
     settings = train_settings(
-        steps=STEPS, checkpoint_every_steps=SAVE_EVERY, evaluate_at=[0.0, 0.2, 0.5, 1.0], keep_at=[0.1], **changes
+        steps=STEPS, checkpoint_every_steps=SAVE_EVERY, evaluate_at=[0.0, 0.2, 0.5, 1.0], snapshot_at=[0.1], **changes
     )
     straight, broken = make_task(settings, RANKS), make_task(settings, RANKS)
     assert set(forked_ranks.work(straight).wait().values()) == {0}

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.models.reading import ModelDirectory, export_with_replaced
-from pipeline.training.job import kept_model
-from pipeline.training.snapshots import keep, rebuild
+from pipeline.training.job import snapshot_dir
+from pipeline.training.snapshots import materialize_snapshot, save_snapshot
 
 TRAINED = "model.layers.1.mlp.down_proj.weight"
 
@@ -20,13 +20,13 @@ def test_a_kept_model_is_the_finished_one_with_the_weights_of_then(grown_dir: Pa
     base, artifact = ModelDirectory(grown_dir), tmp_path / "artifact"
     artifact.mkdir()
     for fraction, value in ((0.2, 2.0), (0.125, 1.25)):
-        keep(kept_model(artifact, fraction), base, [TRAINED], iter([(TRAINED, changed(base, value))]))
+        save_snapshot(snapshot_dir(artifact, fraction), base, [TRAINED], iter([(TRAINED, changed(base, value))]))
     export_with_replaced(grown_dir, artifact, {TRAINED: changed(base, 10.0)})
     assert sorted(path.name for path in (artifact / "on_the_way").iterdir()) == ["12.5", "20"]
     kept = load_file(artifact / "on_the_way" / "20" / "model.safetensors")
     assert kept.keys() == {TRAINED}  # and nothing that did not train
 
-    rebuild(artifact, 0.2, tmp_path / "model")
+    materialize_snapshot(artifact, 0.2, tmp_path / "model")
     ours = load_file(tmp_path / "model" / "model.safetensors")
     before = load_file(grown_dir / "model.safetensors")
     assert ours.keys() == before.keys()
@@ -38,24 +38,24 @@ def test_a_kept_model_is_the_finished_one_with_the_weights_of_then(grown_dir: Pa
 
 def test_a_kept_model_stays_until_the_next_is_whole(grown_dir: Path, tmp_path: Path):
     """Or a kill while it is kept again, after a resume at its very step, would end the run for good."""
-    base, place = ModelDirectory(grown_dir), kept_model(tmp_path, 0.4)
-    keep(place, base, [TRAINED], iter([(TRAINED, changed(base, 1.0))]))
+    base, place = ModelDirectory(grown_dir), snapshot_dir(tmp_path, 0.4)
+    save_snapshot(place, base, [TRAINED], iter([(TRAINED, changed(base, 1.0))]))
 
     def killed():
         raise InterruptedError
         yield
 
     with pytest.raises(InterruptedError):
-        keep(place, base, [TRAINED], killed())
+        save_snapshot(place, base, [TRAINED], killed())
     assert torch.equal(load_file(place / "model.safetensors")[TRAINED], changed(base, 1.0))
 
 
 def test_keeping_again_replaces_what_a_killed_attempt_left(grown_dir: Path, tmp_path: Path):
-    base, place = ModelDirectory(grown_dir), kept_model(tmp_path, 0.4)
+    base, place = ModelDirectory(grown_dir), snapshot_dir(tmp_path, 0.4)
     for value in (1.0, 2.0):
         half = place.with_name(f".{place.name}.partial")
         half.mkdir(parents=True)
         (half / "junk").write_text("cut")
-        keep(place, base, [TRAINED], iter([(TRAINED, changed(base, value))]))
+        save_snapshot(place, base, [TRAINED], iter([(TRAINED, changed(base, value))]))
     assert torch.equal(load_file(place / "model.safetensors")[TRAINED], changed(base, 2.0))
     assert [path.name for path in place.parent.iterdir()] == ["40"]
