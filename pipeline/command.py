@@ -20,7 +20,7 @@ from pipeline.driver.submit import folder, print_scripts, stage_jobs, submit
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.launch.machine import Machine
-from pipeline.launch.slurm import require as require_slurm
+from pipeline.launch.slurm import require_slurm
 from pipeline.models.source import ModelSource, resolve
 from pipeline.planning import Planner, print_plan
 from pipeline.planning.checks import check, check_output, identify, pin_data

@@ -1,19 +1,21 @@
-"""The ways a run ends without a result, each with its exit code.
+"""The ways a run can end without a result, and their exit codes.
 
-A fault of the user's is one sentence in four parts, and a dead worker or stage is told by its own last words; neither
-shows the driver's traceback. Everything else is a defect of ours and keeps it (exit code 1).
+For every error below, the command line prints its message without a traceback. Any other exception is a bug: it keeps
+its traceback, and the exit code is 1.
 """
 
 from __future__ import annotations
 
+EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
+
 
 class UserError(Exception):
-    """The request is wrong: exit code 2, nothing was started, nothing was lost.
+    """The request is wrong, and nothing was started. Exit code 2.
 
     Args:
-        setting: the dotted name a user can type, such as ``pretrain.sequence_length``.
-        value: what it is now.
-        rule: what it must be, and why.
+        setting: the dotted name that a user types, such as ``pretrain.sequence_length``.
+        value: its current value.
+        rule: what the value must be, and why.
         remedy: what to type or do instead.
     """
 
@@ -22,28 +24,28 @@ class UserError(Exception):
         super().__init__(f"{setting} = {value!s}: {rule}. {remedy}")
 
     def parts(self) -> dict[str, str]:
-        """As JSON values, to be told across processes; ``UserError(**parts)`` is the inverse."""
+        """The four parts as JSON values, to pass between processes. ``UserError(**parts)`` is the inverse."""
         return {"setting": self.setting, "value": str(self.value), "rule": self.rule, "remedy": self.remedy}
 
 
 class Stopped(Exception):
-    """A signal stopped the run after its state was saved: exit code 75, the same command goes on."""
+    """A signal stopped the run after its state was saved. The same command resumes it. Exit code 75."""
 
 
-class NamedFailure(Exception):
-    """What ended the work and can be said in a sentence, with what to do about it: exit code 1, no traceback."""
+class TrainingFailure(Exception):
+    """A rank cannot continue for a known reason: the loss diverged, a disk is full, or memory ran out.
+
+    The message says what to do about it. The rank reports it to the driver, which raises ``WorkersFailed``.
+    """
 
 
 class WorkersFailed(RuntimeError):
-    """A process of a stage died: exit code 1; the message says which, how, its last lines and where its log is."""
+    """A process of a stage died. The message names the process, the cause, its last output and its log. Exit code 1."""
 
 
 class OutOfMemory(WorkersFailed):
-    """It died because it, or the system, had no more memory to give."""
+    """A process of a stage died because a GPU or the host had no memory left."""
 
 
 class NoProgress(RuntimeError):
-    """A batch job was requeued again and again and got nowhere: exit code 1."""
-
-
-EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
+    """A batch job was requeued several times without making progress. Exit code 1."""

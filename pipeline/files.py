@@ -1,4 +1,4 @@
-"""Room on the disk: how much there is, and one message where it does not suffice. Standard library only."""
+"""Files that survive crashes: atomic JSON, hashes, flushing to disk, and errors of full disks."""
 
 from __future__ import annotations
 
@@ -15,39 +15,53 @@ from uuid import uuid4
 
 from pipeline.errors import UserError
 
+# The disk is full, the user's quota is exhausted, or the process's limit on file sizes is reached.
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-def beside(path: Path) -> Path:
-    """A hidden name beside ``path`` for what will take its place; no other process has it, on any node."""
-    return path.with_name(f".{path.name}.{uuid4().hex}")
+SCRATCH_ON_DISK_BYTES = 1_000_000_000  # an expansion's scratch space is on disk from this size, in memory below it
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: Path | str) -> Any:
+    """Reads a JSON file."""
+    return json.loads(Path(path).read_text())
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Writes ``value`` as JSON so that a reader sees the old file or the whole new one."""
+    """Writes ``value`` as JSON, atomically: a reader sees either the old file or the new one."""
     path = Path(path)
-    temporary = beside(path)
+    temporary = temporary_path(path)
     temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
-def read_json(path: Path | str) -> Any:
-    """Reads one JSON file."""
-    return json.loads(Path(path).read_text())
+def temporary_path(path: Path) -> Path:
+    """Returns a hidden path in the same directory, to be renamed to ``path``. It is unique across all nodes."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
+
+
+# ----------------------------------------------------------------------------------------- hashes
 
 
 def sha256_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
-    """The SHA-256 of JSON values, however they would be laid out in a file."""
+    """Returns the SHA-256 of JSON values, regardless of key order and formatting."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def sha256_file(path: Path | str) -> str:
-    """The SHA-256 of a file's bytes, read in pieces."""
+    """Returns the SHA-256 of a file's content, read in chunks."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Flushes a file's contents, or a directory's names, to the disk."""
+# ------------------------------------------------------------------------------ flushing to disk
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,50 +69,54 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_directory(directory: Path) -> None:
-    """Flushes everything in it: a crash after what then says that all is there cannot leave it hollow."""
+def fsync_directory(directory: Path) -> None:
+    """Flushes a directory and everything in it to disk.
+
+    Call this before the rename that marks the directory as complete. Otherwise a crash shortly afterwards could leave
+    a complete directory with empty files.
+    """
     for path in [*directory.rglob("*"), directory]:
-        with suppress(FileNotFoundError):  # somebody's temporary file
-            sync(path)
+        with suppress(FileNotFoundError):  # another process's temporary file, gone in the meantime
+            fsync(path)
 
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk's end, the user's quota's, the process's limit
-
-SCRATCH_ON_DISK_BYTES = 1_000_000_000  # room to work in that an expansion asks for is in memory below this
+# ------------------------------------------------------------------------------------- disk space
 
 
 def gib(size: int) -> str:
-    """Bytes as people read them."""
+    """Formats a number of bytes as GiB."""
     return f"{size / 2**30:.1f} GiB"
 
 
 def free_bytes(directory: Path | str) -> int:
-    """What an ordinary user may still write there."""
+    """Returns how many bytes an unprivileged user can still write to the disk of ``directory``."""
     return shutil.disk_usage(directory).free
 
 
-def no_room(directory: Path | str, rule: str) -> UserError:
-    """The refusal of a disk that is too small."""
-    remedy = "Free some space, or say output_dir=DIRECTORY on a larger disk."
+def insufficient_space(directory: Path | str, rule: str) -> UserError:
+    """Returns the error for a disk that is too small."""
+    remedy = "Free some space, or set output_dir=DIRECTORY to a directory on a larger disk."
     return UserError(setting="output_dir", value=directory, rule=rule, remedy=remedy)
 
 
 @contextmanager
-def refused_where_full(directory: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns a full disk's error into a refusal that names the directory, the bytes needed and the bytes free.
+def disk_full_as_user_error(directory: Path, needed: int | None = None) -> Iterator[None]:
+    """Converts the ``OSError`` of a full disk into a ``UserError`` with the bytes needed and the bytes free.
 
     Args:
-        needed: bytes that are about to be written, where that is known.
+        directory: where the body of the ``with`` statement writes.
+        needed: the number of bytes it is about to write, if known.
 
     Raises:
-        UserError: the disk is full, or the user may write no more.
+        UserError: the disk is full, or a quota or limit is reached.
     """
-    before = free_bytes(directory)
+    free_before = free_bytes(directory)
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
-        wanted, free = ("more", free_bytes(directory)) if needed is None else (f"{needed:,}", before)
+        # If the size is known, the space free before the attempt is what explains the failure.
+        wanted, free = ("more", free_bytes(directory)) if needed is None else (f"{needed:,}", free_before)
         rule = f"{wanted} bytes are needed there and {free:,} are free ({error.strerror})"
-        raise no_room(directory, rule) from error
+        raise insufficient_space(directory, rule) from error

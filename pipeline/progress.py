@@ -20,7 +20,7 @@ SPEED_SECONDS = 3600.0  # over which a bar looks back: some work comes in pieces
 _stream: TextIO | None = None  # None: standard error
 
 
-def draw_on(stream: TextIO) -> None:
+def set_stream(stream: TextIO) -> None:
     """Bars go there from now on; for a process whose standard error is its log."""
     global _stream
     _stream = stream

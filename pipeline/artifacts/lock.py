@@ -26,7 +26,7 @@ from uuid import uuid4
 from pipeline.launch import slurm
 
 FREE = "free"
-POLL_SECONDS = 1.0
+LOCK_POLL_SECONDS = 1.0
 HANDOVER_SECONDS = 0.05
 BEAT_SECONDS = 20.0
 SILENCE_SECONDS = 300.0  # of a holder whose process and job cannot be asked about
@@ -188,7 +188,7 @@ class Lock:
                     os.utime(self._mine)
                     return
                 continue
-            time.sleep(POLL_SECONDS)
+            time.sleep(LOCK_POLL_SECONDS)
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_SECONDS):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.lock import Holder, Lock
-from pipeline.files import read_json, sha256_file, sha256_json, sync_directory, write_json
+from pipeline.files import fsync_directory, read_json, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
 
@@ -122,7 +122,7 @@ class Artifact:
             if path.is_file() and path.name != MANIFEST
         }
         write_json(self.partial / MANIFEST, {**manifest, "files": files})
-        sync_directory(self.partial)
+        fsync_directory(self.partial)
         if self.path.exists():
             # A rename cannot replace a directory that holds files; the old one steps aside first.
             old = self.path.with_name(f"{self.key}.old")
@@ -166,13 +166,13 @@ def _size_of(path: Path) -> int | None:
 ATTEMPTS_FILE = "attempts.json"
 
 
-def begin(partial: Path) -> None:
+def begin_attempt(partial: Path) -> None:
     """Notes in a partial directory that an attempt begins now, and closes the one before."""
     started = [*_closed(partial), {"started": time.time(), "seconds": None}]
     write_json(partial / ATTEMPTS_FILE, started)
 
 
-def finish(partial: Path) -> tuple[int, float]:
+def finish_attempts(partial: Path) -> tuple[int, float]:
     """Removes the notes; returns how many attempts there were and how many seconds they took together."""
     attempts = read_json(partial / ATTEMPTS_FILE)
     (partial / ATTEMPTS_FILE).unlink()

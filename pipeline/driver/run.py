@@ -15,15 +15,15 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.artifacts import store as attempts
 from pipeline.artifacts.lock import Lock
+from pipeline.artifacts.store import begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select
 from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import beside, read_json, refused_where_full, write_json
-from pipeline.launch.failure import how_it_ended, last_words
-from pipeline.launch.machine import on_first_node
+from pipeline.files import disk_full_as_user_error, read_json, temporary_path, write_json
+from pipeline.launch.failure import describe_exit, failure_message
+from pipeline.launch.machine import first_node_prefix
 from pipeline.launch.workers import package_environment
 
 FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt ended
@@ -81,7 +81,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     failure.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
-    attempts.begin(node.artifact.partial)
+    begin_attempt(node.artifact.partial)
     started = time.monotonic()
     try:
         metrics = _execute(make_task(run, node))
@@ -89,9 +89,9 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
-    number, together = attempts.finish(node.artifact.partial)
+    number, together = finish_attempts(node.artifact.partial)
     lock.confirm()
-    with refused_where_full(node.artifact.partial):
+    with disk_full_as_user_error(node.artifact.partial):
         node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
@@ -134,7 +134,7 @@ def _execute_in_process(task: StageTask) -> Metrics:
     task_file, outcome_file = logs / "task.json", logs / "outcome.json"
     outcome_file.unlink(missing_ok=True)
     write_json(task_file, task_to_json(task))
-    command = [*on_first_node(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
+    command = [*first_node_prefix(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
     environment = {**package_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     try:
@@ -147,7 +147,7 @@ def _execute_in_process(task: StageTask) -> Metrics:
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
     if outcome["status"] != "done":
-        raise WorkersFailed(last_words(f"stage {task.name}: {how_it_ended(status)}", logs / "stage.log"))
+        raise WorkersFailed(failure_message(f"stage {task.name}: {describe_exit(status)}", logs / "stage.log"))
     metrics: Metrics = outcome["metrics"]
     return metrics
 
@@ -185,6 +185,6 @@ def link(run: Settings, node: Node) -> None:
     target = os.path.relpath(node.artifact.path, place.parent)
     if place.is_symlink() and os.readlink(place) == target:
         return
-    temporary = beside(place)  # jobs of one run that start together all link what they share
+    temporary = temporary_path(place)  # jobs of one run that start together all link what they share
     temporary.symlink_to(target)
     os.replace(temporary, place)

@@ -15,7 +15,7 @@ from pipeline.driver.run import FAILURE_FILE
 from pipeline.driver.submit import recorded
 from pipeline.files import read_json
 from pipeline.launch import slurm
-from pipeline.launch.failure import last_words
+from pipeline.launch.failure import failure_message
 from pipeline.training.schedule import total_steps
 
 ENDED_BADLY = frozenset({
@@ -78,7 +78,7 @@ def _failure(node: Node, entry: Mapping[str, Any] | None, info: slurm.JobInfo | 
         return told.read_text()
     if entry is not None and info is not None and info.state in ENDED_BADLY:
         log = Path(entry["log"])
-        return last_words(f"job {info.job} ended: {info.state} ({info.reason})", log) if log.exists() else None
+        return failure_message(f"job {info.job} ended: {info.state} ({info.reason})", log) if log.exists() else None
     return None
 
 

@@ -29,7 +29,7 @@ from pipeline.driver.graph import Node, forced, select
 from pipeline.driver.run import missing
 from pipeline.files import read_json, write_json
 from pipeline.launch import slurm
-from pipeline.launch.slurm import pattern
+from pipeline.launch.slurm import escape_percent
 from pipeline.launch.workers import package_environment
 
 FOLDER, JOBS_FILE = "slurm", "jobs.json"
@@ -101,7 +101,7 @@ def script(job: StageJob) -> str:
         command=[sys.executable, "-m", "pipeline", "--job", f"{place}.json"],
         resources=run.slurm.resources(job.node.stage),
         directory=Path.cwd(),
-        log=Path(f"{pattern(place)}-%j.log"),
+        log=Path(f"{escape_percent(place)}-%j.log"),
     )
     return slurm.batch_script(batch, settings)
 
@@ -134,7 +134,7 @@ def submit(jobs: Sequence[StageJob], console: Console) -> None:
         for job in new:
             _write(job)
             parents = [known[key] for key in _parent_keys(job) if key in known]
-            number = slurm.submit(Path(f"{job.place}.sh"), parents)
+            number = slurm.submit_script(Path(f"{job.place}.sh"), parents)
             known[job.node.artifact.key] = submitted[job.node.artifact.key] = number
             _print_submitted(job, number, parents, console)
     except BaseException:

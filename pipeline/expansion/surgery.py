@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.svd import Scratch, in_memory
-from pipeline.files import SCRATCH_ON_DISK_BYTES, read_json, refused_where_full, write_json
+from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_json, write_json
 from pipeline.models.families import Architecture, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.writing import KEPT, ShardWriter, TensorSpec
@@ -226,7 +226,7 @@ def _scratch_in(directory: Path) -> Scratch:
             return in_memory(shape, device)
         path = directory / ".scratch"
         try:
-            with refused_where_full(directory, size), open(path, "wb") as file:
+            with disk_full_as_user_error(directory, size), open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(str(path), shared=True, size=size // torch.float32.itemsize).view(shape)
         finally:

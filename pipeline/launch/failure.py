@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipeline.launch.child import ORPHANED
 
 LAUNCHER_LOGS = "torchrun*.log"  # one a node, and one of the driver's side where there are several
 LAUNCHER_LOG = "torchrun.log"
@@ -28,13 +27,13 @@ class Death:
     code: int  # exit status; negative: a signal
 
 
-def last_words(what: str, log: Path) -> str:
+def failure_message(what: str, log: Path) -> str:
     """``what`` happened, the last lines of the log, and where it is."""
     last = log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:] if log.exists() else []
     return "\n".join([what, *(f"  | {line}" for line in last), f"the whole log: {log}"])
 
 
-def how_it_ended(status: int) -> str:
+def describe_exit(status: int) -> str:
     """A process's exit status in words; negative ones are signals."""
     if status >= 0:
         return f"ended with exit status {status}"
@@ -69,7 +68,7 @@ def explain_workers(
         processes: a node.
         nodes: names of the nodes, in the order of their ranks; empty on a single machine.
     """
-    if outcome.get("named"):  # the launcher may have had to kill the others, who waited for this rank
+    if outcome.get("explained"):  # the launcher may have had to kill the others, who waited for this rank
         where, log = _where(outcome["rank"], processes, nodes), rank_log(log_dir, outcome["rank"])
         return f"rank {outcome['rank']}{where}: {outcome['cause']}\nits log: {log}"
     # The launcher ends the others with SIGTERM, then SIGKILL, and they may report a lost connection before that; the
@@ -77,15 +76,15 @@ def explain_workers(
     deaths = [death for death in worker_deaths(log_dir) if death.code != ORPHANED]
     killed = next((death for death in deaths if death.code < 0 and death.code != -signal.SIGTERM), None)
     if killed is not None:
-        rank, cause = killed.rank, how_it_ended(killed.code)
+        rank, cause = killed.rank, describe_exit(killed.code)
     elif outcome["status"] == "failed":
         rank, cause = outcome["rank"], outcome["cause"]
     elif deaths:
-        rank, cause = deaths[0].rank, how_it_ended(deaths[0].code)
+        rank, cause = deaths[0].rank, describe_exit(deaths[0].code)
     else:
-        return last_words(f"the launcher {how_it_ended(exit_status)}", _talkative(log_dir))
+        return failure_message(f"the launcher {describe_exit(exit_status)}", _talkative(log_dir))
     where, log = _where(rank, processes, nodes), rank_log(log_dir, rank)
-    return last_words(f"rank {rank}{where}: {cause}", log if log.exists() else _talkative(log_dir))
+    return failure_message(f"rank {rank}{where}: {cause}", log if log.exists() else _talkative(log_dir))
 
 
 def _where(rank: int, processes: int, nodes: Sequence[str]) -> str:
@@ -96,24 +95,3 @@ def _where(rank: int, processes: int, nodes: Sequence[str]) -> str:
 def _talkative(log_dir: Path) -> Path:
     """The launcher's log with most in it."""
     return max(log_dir.glob(LAUNCHER_LOGS), key=lambda log: log.stat().st_size, default=log_dir / LAUNCHER_LOG)
-
-
-# --------------------------------------------------------------------------------------------------
-# A worker must not outlive the process that started it, however that one died.
-#
-# The parent gives each child a pipe as standard input and never writes to it. When the parent dies, even by
-# ``kill -9``, the kernel closes the pipe and the child's read returns: it then ends itself at once. Grandchildren
-# started by torchrun inherit the same pipe, so the whole tree goes.
-
-ORPHANED = 70  # exit status of a worker whose parent is gone
-
-
-def end_with_parent() -> None:
-    """Starts the watch. Call it once, at the top of a worker's main, with the pipe as standard input."""
-    threading.Thread(target=_wait_for_end, name="end-with-parent", daemon=True).start()
-
-
-def _wait_for_end() -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass  # nothing is ever sent; only the end matters
-    os._exit(ORPHANED)  # not sys.exit: the main thread may sit in a collective that never returns

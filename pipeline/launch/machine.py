@@ -44,14 +44,14 @@ class Placement:
 def detect_machine() -> Machine:
     """Looks at this machine, or at the nodes of the Slurm job around this process, without importing torch."""
     allocation = current_allocation()
-    gpus = _visible_gpus(on_first_node()) if _torch_knows_cuda() else 0
+    gpus = _visible_gpus(first_node_prefix()) if _torch_knows_cuda() else 0
     if allocation is not None:
         return Machine(cores=allocation.cpus, gpus=gpus, nodes=len(allocation.nodes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Machine(cores=cores or 1, gpus=gpus)
 
 
-def on_first_node() -> list[str]:
+def first_node_prefix() -> list[str]:
     """What to put before a command that needs the allocated hardware; nothing where this process stands on it."""
     allocation = current_allocation()
     return allocation.srun(1) if allocation is not None and allocation.outside else []
@@ -83,7 +83,7 @@ def device_memory(placement: Placement) -> int:
 
 
 def _said_on_first_node(command: list[str]) -> str:
-    return subprocess.run([*on_first_node(), *command], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=True).stdout
 
 
 def place(launch: Launch, machine: Machine) -> Placement:

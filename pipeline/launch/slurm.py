@@ -78,7 +78,7 @@ def batch_script(job: BatchJob, slurm: Slurm) -> str:
 # ------------------------------------------------------------------------------------------ commands
 
 
-def require() -> None:
+def require_slurm() -> None:
     """Raises a ``UserError`` where Slurm's commands are not installed."""
     if shutil.which("sbatch") is None:
         raise UserError(
@@ -89,7 +89,7 @@ def require() -> None:
         )
 
 
-def submit(script: Path, parents: Iterable[int]) -> int:
+def submit_script(script: Path, parents: Iterable[int]) -> int:
     """Queues a script, held until ``release``, after its parents have ended well.
 
     Returns:
@@ -262,6 +262,6 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation | None:
     )
 
 
-def pattern(path: Path) -> str:
+def escape_percent(path: Path) -> str:
     """A path as Slurm's ``--output`` takes it, without meaning anything by a percent sign."""
     return str(path).replace("%", "%%")

@@ -26,11 +26,11 @@ from typing import Any
 
 from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError, WorkersFailed
-from pipeline.files import beside, read_json
+from pipeline.files import read_json, temporary_path
+from pipeline.launch.child import block_signals_in_children
 from pipeline.launch.failure import LAUNCHER_LOG, LAUNCHER_LOGS, explain_workers, worker_deaths
 from pipeline.launch.machine import Placement, detect_machine, place
-from pipeline.launch.node import held_back_from_children
-from pipeline.launch.slurm import Allocation, current_allocation, node_address, pattern
+from pipeline.launch.slurm import Allocation, current_allocation, escape_percent, node_address
 
 OUTCOME_FILE = "outcome.json"
 STOP_FILE = "stop"
@@ -61,8 +61,8 @@ def srun_command(
     """
     address, port = meeting
     options = [f"--nnodes={placement.nodes}", f"--master-addr={address}", f"--master-port={port}"]
-    node = [sys.executable, "-m", "pipeline.launch.node"]
-    output = f"--output={pattern(log_dir.absolute())}/torchrun-%n.log"
+    node = [sys.executable, "-m", "pipeline.launch.child"]
+    output = f"--output={escape_percent(log_dir.absolute())}/torchrun-%n.log"
     return [*allocation.srun(placement.nodes, output), *node, *_torchrun(options, module, job_file, placement)]
 
 
@@ -148,7 +148,7 @@ def _run(command: list[str], environment: Mapping[str, str], log_dir: Path, on_p
         stale.unlink(missing_ok=True)
     with open(log_dir / LAUNCHER_LOG, "wb") as log:
         # A session of its own: Ctrl-C in the terminal must reach the driver alone, which passes it on.
-        with held_back_from_children():
+        with block_signals_in_children():
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -229,7 +229,7 @@ def _outcome(log_dir: Path) -> dict[str, Any]:
     path = log_dir / OUTCOME_FILE
     # NFS remembers for up to a minute that a file was not there, until this host changes the directory itself.
     with suppress(OSError):
-        look = beside(path)
+        look = temporary_path(path)
         look.touch()
         look.unlink()
     outcome: dict[str, Any] = read_json(path) if path.exists() else {"status": "lost"}

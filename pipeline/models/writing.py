@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import refused_where_full, write_json
+from pipeline.files import disk_full_as_user_error, write_json
 from pipeline.models.weight_files import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -75,7 +75,7 @@ class ShardWriter:
     def _take_room(self, headers: Iterable[bytes]) -> None:
         """Gives every file all the room it needs, so that a disk that is too small says so before work is put in."""
         try:
-            with refused_where_full(self._directory, sum(spec.bytes for spec in self._specs.values())):
+            with disk_full_as_user_error(self._directory, sum(spec.bytes for spec in self._specs.values())):
                 for file, header, names in zip(self._files, headers, self._shards, strict=True):
                     os.posix_fallocate(file, 0, len(header) + sum(self._specs[name].bytes for name in names))
                     _write_at(file, header, 0)

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, lesa_scratch, sizes_of
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
-from pipeline.files import free_bytes, gib, no_room
+from pipeline.files import free_bytes, gib, insufficient_space
 from pipeline.launch.machine import Machine, detect_machine
 from pipeline.models.families import architecture_of
 from pipeline.models.shape import EXPERTS, shape_of
@@ -250,4 +250,4 @@ def check_disk(run: Settings, disk: Disk) -> None:
     """
     free = free_bytes(_existing(Path(run.output_dir)))
     if free < disk.total:
-        raise no_room(run.output_dir, f"{gib(disk.total)} are needed there and {gib(free)} are free")
+        raise insufficient_space(run.output_dir, f"{gib(disk.total)} are needed there and {gib(free)} are free")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.files import beside, write_json
+from pipeline.files import temporary_path, write_json
 from pipeline.report import sections
 from pipeline.report.curves import base_loss
 from pipeline.report.differences import PAIRED_FILE, paired_differences
@@ -67,6 +67,6 @@ def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = beside(path)
+    temporary = temporary_path(path)
     temporary.write_text(text)
     os.replace(temporary, path)

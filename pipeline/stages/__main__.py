@@ -17,18 +17,21 @@ from typing import Any
 
 from pipeline.artifacts.task import Metrics, StageTask, task_from_json
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.files import read_json, refused_where_full, write_json
-from pipeline.launch.failure import end_with_parent
-from pipeline.progress import draw_on
+from pipeline.files import disk_full_as_user_error, read_json, write_json
+from pipeline.launch.child import end_with_parent, redirect_output
+from pipeline.progress import set_stream
 from pipeline.tracking import Tracker
 
 
 def main(task_file: Path, outcome_file: Path) -> int:
     """Runs the task and writes the outcome; a defect of ours keeps its traceback."""
     task = task_from_json(read_json(task_file))
-    _write_to_log(task.out / "logs" / "stage.log")
+    set_stream(open(os.dup(sys.stderr.fileno()), "w"))  # progress bars stay on the terminal
+    redirect_output(task.out / "logs" / "stage.log", append=False)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.captureWarnings(True)
     try:
-        with refused_where_full(task.out):
+        with disk_full_as_user_error(task.out):
             metrics = _run(task)
     except UserError as error:
         write_json(outcome_file, {"status": "refused", **error.parts()})
@@ -59,18 +62,6 @@ def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (int, float)):
             found[f"{prefix}{name}"] = value
     return found
-
-
-def _write_to_log(path: Path) -> None:
-    """Libraries' chatter and tracebacks go beside the artifact; the terminal is for bars and results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_on(open(os.dup(sys.stderr.fileno()), "w"))
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    os.close(log)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.captureWarnings(True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Tokenize
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.data.tokenizing import DatasetBuilder, expected_total, forget_checkpoint
-from pipeline.files import read_json, sync_directory, write_json
+from pipeline.files import fsync_directory, read_json, write_json
 from pipeline.progress import progress
 
 DATASET_FILE = "dataset.json"
@@ -34,5 +34,5 @@ def _build(task: StageTask, settings: Tokenize) -> Metrics:
     total = expected_total(settings)
     with progress(task.name, total) as bar, DatasetBuilder(task.out, settings, tokenizer) as builder:
         summary = builder.build(bar)
-    sync_directory(task.out)  # before the file that says that all is there
+    fsync_directory(task.out)  # before the file that says that all is there
     return summary

@@ -23,20 +23,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.errors import NamedFailure
-from pipeline.files import FULL, free_bytes, read_json, sha256_file, sha256_json, sync, sync_directory, write_json
+from pipeline.errors import TrainingFailure
+from pipeline.files import (
+    DISK_FULL_ERRNOS,
+    free_bytes,
+    fsync,
+    fsync_directory,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from pipeline.training.optimizer_state import PARTS, Masters
 
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
-
-
-class DiskFullError(NamedFailure):
-    """A disk, quota or file size limit took no more; what had been saved before is intact."""
-
-
-class NotFiniteError(NamedFailure):
-    """A step made a weight or moment that is no number; it was not saved, and what had been saved before is intact."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ def save(
         Its size in bytes; 0 where nothing was written.
 
     Raises:
-        DiskFullError: it does not fit; older checkpoints are as they were.
-        NotFiniteError: so is what would have been saved.
+        TrainingFailure: the disk is full, or a value to be saved is not finite. Earlier checkpoints are intact.
     """
     final = directory / directory_name(step)
     partial = final.with_name(f"{final.name}.partial")
@@ -153,9 +153,9 @@ def save(
         shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)
         content = {**state, "shards": shards, "tensors": shard_of}
         write_json(partial / STATE_FILE, {**content, "sha256": sha256_json(content)})
-        sync_directory(partial)
+        fsync_directory(partial)
     os.replace(partial, final)
-    sync(directory)
+    fsync(directory)
     _remove_others(final, kept)
     return sum(path.stat().st_size for path in final.iterdir())
 
@@ -165,7 +165,7 @@ def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
     """Turns the faults of a disk that takes no more into one message, and clears what was half written.
 
     Raises:
-        DiskFullError: instead of the system's error.
+        TrainingFailure: instead of the system's error.
     """
     try:
         yield
@@ -173,7 +173,7 @@ def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
         if not _is_disk_full(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        raise DiskFullError(
+        raise TrainingFailure(
             f"{what} could not be saved in {partial.parent}: {error}. What was saved before is intact; "
             f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there now. Free some space and give "
             "the same command again; it goes on from the last checkpoint."
@@ -183,8 +183,8 @@ def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
 def _is_disk_full(error: OSError | SafetensorError) -> bool:
     """safetensors tells the system's error number in its text only."""
     if isinstance(error, OSError):
-        return error.errno in FULL
-    return any(f"os error {number})" in str(error) for number in FULL)
+        return error.errno in DISK_FULL_ERRNOS
+    return any(f"os error {number})" in str(error) for number in DISK_FULL_ERRNOS)
 
 
 def _write_shards(
@@ -219,7 +219,7 @@ def _write_shards(
 def _refuse_not_finite(value: torch.Tensor, parameter: str, part: str) -> None:
     """Every rank reads the same and raises at the same tensor."""
     if not torch.isfinite(value).all():
-        raise NotFiniteError(
+        raise TrainingFailure(
             f"the last step left a {part} of {parameter} that is not finite; it was not saved, and the last saved "
             "state is kept. Lower learning_rate or max_grad_norm, or raise warmup_fraction."
         )

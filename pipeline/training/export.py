@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pipeline.files import read_json, sync_directory, write_json
+from pipeline.files import fsync_directory, read_json, write_json
 from pipeline.models.reading import export_with_replaced
 from pipeline.training import freeze
 from pipeline.training.checkpoint import Checkpoint, directory_name
@@ -46,7 +46,7 @@ def finish(session: RankContext, rows: list[freeze.Row], progress: Progress, pea
         "warnings": _spike_warnings(progress),
         **memory,
     }
-    sync_directory(session.task.out)  # the checkpoints go once this file is there
+    fsync_directory(session.task.out)  # the checkpoints go once this file is there
     write_json(session.task.out / TRAINING_FILE, summary)
 
 

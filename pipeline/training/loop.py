@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from pipeline.config import Train
-from pipeline.errors import NamedFailure
+from pipeline.errors import TrainingFailure
 from pipeline.models.flops import TrainingFlops
 from pipeline.tracking import Tracker
 from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
@@ -30,10 +30,6 @@ from pipeline.training.optimizer import MULTIPLE
 from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
 
 Status = Literal["done", "stopped"]
-
-
-class TrainingDiverged(NamedFailure):
-    """A loss or gradient norm is not finite; nothing was saved over the last good state."""
 
 
 @dataclass
@@ -89,7 +85,7 @@ class Loop:
         """Trains to the last step, or to where a stop was asked for; the state is saved either way.
 
         Raises:
-            TrainingDiverged: a loss or gradient norm is not finite.
+            TrainingFailure: a loss or gradient norm is not finite.
         """
         self._look_if_due()
         while self.progress.step < self.steps:
@@ -152,7 +148,7 @@ class Loop:
     def _check(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             rate = learning_rate(self.train, step, self.steps)
-            raise TrainingDiverged(
+            raise TrainingFailure(
                 f"the {what} is {value} at step {step} (learning rate {rate:.3g}, last loss {self.progress.loss}); "
                 f"the last saved state is kept. Lower {self.section}.learning_rate or {self.section}.max_grad_norm, "
                 f"or raise {self.section}.warmup_fraction."

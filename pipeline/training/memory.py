@@ -7,14 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline.errors import NamedFailure
+from pipeline.errors import TrainingFailure
 from pipeline.launch.failure import OUT_OF_MEMORY
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # torch raises a plain RuntimeError for the host's memory
-
-
-class OutOfMemoryFailure(NamedFailure):
-    """A GPU or the host had no more memory to give."""
 
 
 @contextmanager
@@ -22,7 +18,7 @@ def named_when_out_of_memory() -> Iterator[None]:
     """Turns torch's and Python's own errors into one.
 
     Raises:
-        OutOfMemoryFailure: instead of them.
+        TrainingFailure: instead of them.
     """
     try:
         yield
@@ -30,4 +26,4 @@ def named_when_out_of_memory() -> Iterator[None]:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and CPU_ALLOCATOR not in str(error):
             raise
         said = str(error).strip().partition("\n")[0]
-        raise OutOfMemoryFailure(f"{OUT_OF_MEMORY}: {said}") from error
+        raise TrainingFailure(f"{OUT_OF_MEMORY}: {said}") from error

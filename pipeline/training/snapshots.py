@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.files import sync_directory
+from pipeline.files import fsync_directory
 from pipeline.models.reading import ModelDirectory, export_with_replaced
 from pipeline.models.writing import ShardWriter
 from pipeline.training.job import snapshot_dir
@@ -35,7 +35,7 @@ def save_snapshot(
     with ShardWriter(partial, {name: base.specs[name] for name in names}) as writer:
         for name, weight in weights:
             writer.write(name, weight.to(base.specs[name].dtype))
-    sync_directory(partial)
+    fsync_directory(partial)
     shutil.rmtree(place, ignore_errors=True)  # the same weights, of an attempt that was stopped after this step
     os.replace(partial, place)
 

@@ -17,7 +17,7 @@ from torch import distributed
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from pipeline.errors import UserError
-from pipeline.files import refused_where_full, write_json
+from pipeline.files import disk_full_as_user_error, write_json
 from pipeline.models.flops import TrainingFlops
 from pipeline.models.reading import ModelDirectory
 from pipeline.tracking import Tracker
@@ -48,7 +48,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     Raises:
         UserError: nothing would train, a checkpoint belongs to another run, or a disk is full while the log
             or the finished model is written.
-        NamedFailure: a number is not finite, a disk is full while a checkpoint is saved, or memory ran out.
+        TrainingFailure: a number is not finite, a disk is full while a checkpoint is saved, or memory ran out.
     """
     settings = task.settings
     assert isinstance(settings, Train)
@@ -56,7 +56,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     precision = resolve_precision(settings.precision, device)
     session = RankContext(task, settings, log_dir, device, precision, rank, ranks)
-    with named_when_out_of_memory(), refused_where_full(task.out):
+    with named_when_out_of_memory(), disk_full_as_user_error(task.out):
         status = _train(session, wants_stop)
     distributed.barrier()
     return {"status": status}

@@ -15,17 +15,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
-from pipeline.files import beside, read_json, write_json
-from pipeline.launch.failure import end_with_parent, rank_log
-from pipeline.launch.node import HELD_BACK
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, TrainingFailure, UserError
+from pipeline.files import read_json, temporary_path, write_json
+from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent, redirect_output
+from pipeline.launch.failure import rank_log
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 
 
 class StopRequest:
     """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file.
 
-    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.launch.node``) and counts too.
+    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.launch.child``) and counts too.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -34,7 +34,7 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -60,8 +60,8 @@ def main(task_file: Path, log_dir: Path) -> int:
     except UserError as error:
         write_outcome(log_dir, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
-    except NamedFailure as error:
-        write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": str(error), "named": True})
+    except TrainingFailure as error:
+        write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": str(error), "explained": True})
         return EXIT_FAILED
     except Exception as error:
         write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": f"{type(error).__name__}: {error}"})
@@ -84,23 +84,15 @@ def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, 
 
 def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
     """Records how the job ended; the first rank that knows decides, since others then fail for want of it."""
-    mine = beside(log_dir / OUTCOME_FILE)
+    mine = temporary_path(log_dir / OUTCOME_FILE)
     write_json(mine, outcome)
     with suppress(FileExistsError):
         os.link(mine, log_dir / OUTCOME_FILE)  # unlike a rename, this never replaces
     mine.unlink()
 
 
-def _write_to_log(log: Path) -> None:
-    """Sends everything this process prints, also from C++, to its log, after what earlier attempts left there."""
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, sys.stdout.fileno())
-    os.dup2(stream, sys.stderr.fileno())
-    os.close(stream)
-
-
 if __name__ == "__main__":
     logs = Path(os.environ[LOG_DIR_VARIABLE])
     end_with_parent()
-    _write_to_log(rank_log(logs, int(os.environ["RANK"])))
+    redirect_output(rank_log(logs, int(os.environ["RANK"])), append=True)
     sys.exit(main(Path(sys.argv[1]), logs))

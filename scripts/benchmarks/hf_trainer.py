@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config import Launch
 from pipeline.files import read_json, write_json
-from pipeline.launch.failure import end_with_parent
+from pipeline.launch.child import end_with_parent
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 
 SECONDS_FILE = "seconds.json"

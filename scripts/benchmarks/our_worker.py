@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.artifacts.task import StageTask, task_from_json
 from pipeline.files import read_json, write_json
-from pipeline.launch.failure import end_with_parent
+from pipeline.launch.child import end_with_parent
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 
 PROFILE_FILE = "profile.json"

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.files import refused_where_full
+from pipeline.files import disk_full_as_user_error
 from pipeline.models.writing import ShardWriter, TensorSpec
 
 MEBIBYTE = 2**20
@@ -81,7 +81,7 @@ def test_a_limit_on_files_is_a_full_disk_too(tmp_path: Path) -> None:
 def test_what_has_its_room_cannot_run_out_of_it(small_disk: Path) -> None:
     """Its shards are as long as they will be, so that another's files cannot take what is still to be written."""
     with ShardWriter(small_disk, specs := _specs(3)) as writer:
-        with pytest.raises(UserError, match="bytes are needed there"), refused_where_full(small_disk):
+        with pytest.raises(UserError, match="bytes are needed there"), disk_full_as_user_error(small_disk):
             (small_disk / "another").write_bytes(bytes(2 * MEBIBYTE))
         for name, spec in specs.items():
             writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
@@ -89,7 +89,7 @@ def test_what_has_its_room_cannot_run_out_of_it(small_disk: Path) -> None:
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), refused_where_full(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_full_as_user_error(tmp_path):
         (tmp_path / "missing").read_bytes()
 
 

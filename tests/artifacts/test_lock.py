@@ -60,7 +60,7 @@ def test_a_second_builder_waits_and_says_for_whom(tmp_path: Path) -> None:
 
 
 def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "POLL_SECONDS", 600.0)
+    monkeypatch.setattr(lock, "LOCK_POLL_SECONDS", 600.0)
     process = _process(tmp_path / "lock", 60)
     process.kill()
     process.wait()
@@ -111,7 +111,7 @@ def test_without_an_answer_only_silence_tells(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(slurm, "job_info", no_answer)
     monkeypatch.setattr(lock, "SILENCE_SECONDS", 4.0)
-    monkeypatch.setattr(lock, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_POLL_SECONDS", 0.1)
     held = _held_by(FAR, tmp_path / "lock")
     beating = threading.Event()
 
@@ -152,7 +152,7 @@ import os, sys, time
 from pathlib import Path
 from pipeline.artifacts.lock import Holder, Lock
 import pipeline.artifacts.lock
-pipeline.artifacts.lock.POLL_SECONDS = 0.01
+pipeline.artifacts.lock.LOCK_POLL_SECONDS = 0.01
 folder = Path(sys.argv[1])
 for turn in range(10):
     with Lock(folder / "lock", Holder.current(os.environ)).held(lambda holder: None):

@@ -98,7 +98,7 @@ class FakeSlurm:
         self.cancelled: list[int] = []
         self.active: set[int] = set()
         self._refused = refused
-        monkeypatch.setattr(slurm, "submit", self._submit)
+        monkeypatch.setattr(slurm, "submit_script", self._submit)
         monkeypatch.setattr(slurm, "release", self.released.extend)
         monkeypatch.setattr(slurm, "cancel", self.cancelled.extend)
         monkeypatch.setattr(slurm, "job_info", self._info)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.launch import slurm as allocation
 from pipeline.launch.machine import Placement
-from pipeline.launch.slurm import Allocation, pattern, read_allocation
+from pipeline.launch.slurm import Allocation, escape_percent, read_allocation
 from pipeline.launch.workers import srun_command
 
 BATCH = {
@@ -61,7 +61,7 @@ def test_one_torchrun_a_node_is_started_by_srun() -> None:
     command = srun_command(
         "some.module", Path("/x/job.json"), Placement("cuda", 4, 2, 2), two, Path("/x/100%"), ("n1", 5)
     )
-    node = command.index("pipeline.launch.node")
+    node = command.index("pipeline.launch.child")
     srun, torchrun = command[: node - 2], command[node + 1 :]
     assert srun[0] == "srun"
     assert {"--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", "--overlap", "--export=ALL", "--cpus-per-task=8"} <= set(
@@ -73,4 +73,4 @@ def test_one_torchrun_a_node_is_started_by_srun() -> None:
 
 
 def test_a_percent_sign_in_a_path_means_itself() -> None:
-    assert pattern(Path("/a/50%")) == "/a/50%%"
+    assert escape_percent(Path("/a/50%")) == "/a/50%%"

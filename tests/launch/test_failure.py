@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.failure import ORPHANED, Death, explain_workers, how_it_ended, worker_deaths
+from pipeline.launch.child import ORPHANED
+from pipeline.launch.failure import Death, describe_exit, explain_workers, worker_deaths
 
 REPORT = """
 ============================================================
@@ -76,4 +77,4 @@ def test_a_launcher_that_never_started_a_worker_speaks_for_itself(tmp_path: Path
 
 @pytest.mark.parametrize("status, said", [(3, "exit status 3"), (-15, "killed by SIGTERM"), (-9, "out of memory")])
 def test_an_end_is_told_in_words(status: int, said: str) -> None:
-    assert said in how_it_ended(status)
+    assert said in describe_exit(status)

@@ -104,7 +104,7 @@ WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
 from pipeline.artifacts.store import write_json
-from pipeline.launch.failure import end_with_parent
+from pipeline.launch.child import end_with_parent
 
 logs, rank = Path(os.environ["PIPELINE_LOG_DIR"]), int(os.environ["RANK"])
 end_with_parent()
@@ -203,12 +203,12 @@ print(os.environ["PET_NODE_RANK"], signal.sigpending())
 
 def test_on_a_node_the_launcher_knows_its_number_and_signals_are_held_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_NODEID", "3")
-    command = [sys.executable, "-m", "pipeline.launch.node", sys.executable, "-c", ANSWERS]
+    command = [sys.executable, "-m", "pipeline.launch.child", sys.executable, "-c", ANSWERS]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert answer.stdout.split()[0] == "3" and "SIGUSR1" in answer.stdout
 
 
-DRIVER = "from tests.test_launch import *; run_workers('small_worker', Path('job.json'), TWO, Path('logs'))"
+DRIVER = "from tests.launch.test_launch import *; run_workers('small_worker', Path('job.json'), TWO, Path('logs'))"
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_a_stop_asked_for_while_the_last_worker_finished_is_not_lost(tmp_path: P
 
 
 def test_a_named_failure_is_the_cause_whoever_the_launcher_had_to_kill(tmp_path: Path):
-    outcome = {"status": "failed", "rank": 0, "cause": "the disk is full", "named": True}
+    outcome = {"status": "failed", "rank": 0, "cause": "the disk is full", "explained": True}
     (tmp_path / launch.OUTCOME_FILE).write_text(json.dumps(outcome))
     (tmp_path / launch.LAUNCHER_LOG).write_text("rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n")
     with pytest.raises(WorkersFailed, match="^rank 0 of 2: the disk is full\nits log: .*rank-0.log$"):

@@ -115,7 +115,7 @@ def test_a_job_that_slurm_forgot_is_none_and_silence_is_an_error(program: Callab
 def test_without_slurm_submission_is_refused_and_jobs_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="dry_run=true"):
-        slurm.require()
+        slurm.require_slurm()
     with pytest.raises(SlurmUnreachable):
         job_info(12)
 
@@ -124,12 +124,12 @@ def test_a_job_waits_for_its_parents_and_its_refusal_is_in_slurms_words(
     program: Callable[..., None], tmp_path: Path
 ) -> None:
     program("sbatch", says="12;cluster\n")
-    assert slurm.submit(Path("job.sh"), [3, 4]) == 12
+    assert slurm.submit_script(Path("job.sh"), [3, 4]) == 12
     asked = (tmp_path / "asked").read_text().split()
     assert "--dependency=afterok:3:4" in asked and "--hold" in asked and asked[-1] == "job.sh"
     program("sbatch", complains="sbatch: error: invalid partition specified: x\n", status=1)
     with pytest.raises(UserError, match="invalid partition specified: x"):
-        slurm.submit(Path("job.sh"), [])
+        slurm.submit_script(Path("job.sh"), [])
 
 
 def test_nodes_are_named_and_reached(program: Callable[..., None]) -> None:

@@ -167,12 +167,12 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
 
 def _child(request: dict[str, Any], rank: int) -> int:
     """What one rank does: ``plan`` with ``logs``, or ``task_file`` with perhaps ``die_at_file_event`` or ``limits``."""
-    from pipeline.launch.failure import end_with_parent
+    from pipeline.launch.child import end_with_parent, redirect_output
     from pipeline.training import worker
 
     logs = Path(request["logs"]) if "logs" in request else Path(request["task_file"]).parent
     logs.mkdir(parents=True, exist_ok=True)
-    worker._write_to_log(rank_log(logs, rank))
+    redirect_output(rank_log(logs, rank), append=True)
     end_with_parent()
     if "plan" in request:
         from tests.training.many_tasks import run

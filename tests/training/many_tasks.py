@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.artifacts.task import task_from_json
 from pipeline.files import write_json
-from pipeline.launch.failure import end_with_parent
+from pipeline.launch.child import end_with_parent
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 

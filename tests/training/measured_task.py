@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.artifacts.task import task_from_json
 from pipeline.files import read_json, write_json
-from pipeline.launch.failure import end_with_parent
+from pipeline.launch.child import end_with_parent
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 SAMPLE_SECONDS = 0.005

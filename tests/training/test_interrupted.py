@@ -126,7 +126,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(make_task: MakeTa
     assert before > 0
     assert forked_ranks.work(cut, limits={"RLIMIT_FSIZE": 50_000}).wait() == {0: 1}
     outcome = read_json(cut.out / "logs" / OUTCOME_FILE)
-    assert outcome["named"] and f"the checkpoint of step {before + 2} could not be saved" in outcome["cause"]
+    assert outcome["explained"] and f"the checkpoint of step {before + 2} could not be saved" in outcome["cause"]
     assert "Free some space and give the same command again" in outcome["cause"]
     assert saved_step(cut) == before
     assert forked_ranks.work(cut).wait() == {0: 0}

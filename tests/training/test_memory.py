@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from pipeline.artifacts.task import StageTask
-from pipeline.errors import OutOfMemory, WorkersFailed
+from pipeline.errors import OutOfMemory, TrainingFailure, WorkersFailed
 from pipeline.estimates import fitting as out_of_memory
 from pipeline.estimates.fitting import naming_what_fits
 from pipeline.launch.machine import Placement, device_memory
-from pipeline.training.memory import OutOfMemoryFailure, named_when_out_of_memory
+from pipeline.training.memory import named_when_out_of_memory
 from pipeline.training.validate import less_memory
 from tests.training.small import train_settings
 
 
 def test_the_allocators_error_is_known():
-    with pytest.raises(OutOfMemoryFailure, match="^out of memory: "), named_when_out_of_memory():
+    with pytest.raises(TrainingFailure, match="^out of memory: "), named_when_out_of_memory():
         torch.empty(2**55)  # the real one, of this system's allocator
 
 
@@ -36,7 +36,7 @@ def test_a_process_has_its_share_of_the_nodes_memory():
 
 def test_a_gpus_error_is_known_too():
     said = "CUDA out of memory. Tried to allocate 2.00 GiB"
-    with pytest.raises(OutOfMemoryFailure, match=said), named_when_out_of_memory():
+    with pytest.raises(TrainingFailure, match=said), named_when_out_of_memory():
         raise torch.OutOfMemoryError(f"{said}\nGPU 0 has ...")
 
 

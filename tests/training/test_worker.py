@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, NamedFailure, UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, TrainingFailure, UserError
 from pipeline.files import read_json
 from pipeline.launch.workers import OUTCOME_FILE, STOP_FILE
 from pipeline.training import worker
@@ -67,11 +67,11 @@ def test_a_defect_names_rank_and_cause_and_keeps_its_traceback(monkeypatch: pyte
 
 def test_a_named_failure_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def fail():
-        raise NamedFailure("the disk is full; free some space")
+        raise TrainingFailure("the disk is full; free some space")
 
     exit_status, outcome = run_with(monkeypatch, tmp_path, fail)
     assert exit_status == EXIT_FAILED
-    assert outcome == {"status": "failed", "rank": 0, "cause": "the disk is full; free some space", "named": True}
+    assert outcome == {"status": "failed", "rank": 0, "cause": "the disk is full; free some space", "explained": True}
 
 
 def test_the_first_rank_to_know_decides(tmp_path: Path):
