@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.blocks import DTYPES, BlockWriter, DocumentPacker, ExamplePacker
-from pipeline.files import FULL
+from pipeline.files import DISK_FULL_ERRNOS
 
 PADDING = 99
 
@@ -73,7 +73,7 @@ def test_a_full_disk_is_never_silent(blocks: int, tmp_path: Path) -> None:
             write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert error.value.errno in FULL
+    assert error.value.errno in DISK_FULL_ERRNOS
 
 
 def test_nothing_written_is_an_empty_array(tmp_path: Path) -> None:
