@@ -19,7 +19,11 @@ Ids = npt.NDArray[np.uint32]
 Mask = npt.NDArray[np.uint8]
 State = dict[str, Any]  # JSON values that say how far something got
 
-DTYPES: dict[str, type[np.unsignedinteger]] = {"input_ids": np.uint32, "position_ids": np.uint32, "loss_mask": np.uint8}
+COLUMN_DTYPES: dict[str, type[np.unsignedinteger]] = {
+    "input_ids": np.uint32,
+    "position_ids": np.uint32,
+    "loss_mask": np.uint8,
+}
 WRITTEN_BLOCKS = 256  # documents are packed once they fill so many
 OPEN_BLOCKS = 64  # half-filled blocks kept while packing examples
 
@@ -36,10 +40,10 @@ class BlockWriter:
         self.supervised_tokens: int = state["supervised_tokens"] if state else 0
         self._length = sequence_length
         mode = "r+b" if state else "wb"
-        self._streams = {name: open(directory / f"{split}.{name}.npy", mode) for name in DTYPES}
+        self._streams = {name: open(directory / f"{split}.{name}.npy", mode) for name in COLUMN_DTYPES}
         self._write_headers()
         for name, stream in self._streams.items():
-            stream.truncate(stream.tell() + self.blocks * sequence_length * np.dtype(DTYPES[name]).itemsize)
+            stream.truncate(stream.tell() + self.blocks * sequence_length * np.dtype(COLUMN_DTYPES[name]).itemsize)
             stream.seek(0, os.SEEK_END)
 
     def append(self, input_ids: Ids, position_ids: Ids, loss_mask: Mask) -> None:
@@ -63,7 +67,7 @@ class BlockWriter:
         for name, stream in self._streams.items():
             stream.seek(0)
             header = {
-                "descr": np.lib.format.dtype_to_descr(np.dtype(DTYPES[name])),
+                "descr": np.lib.format.dtype_to_descr(np.dtype(COLUMN_DTYPES[name])),
                 "fortran_order": False,
                 "shape": (self.blocks, self._length),
             }

@@ -27,12 +27,12 @@ from pipeline.evaluation.scores import by_source, kept_samples, scores_of, text_
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import read_json, write_json
 from pipeline.launch.machine import Placement
+from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import settle_vector_math
 
 TASK_FILES = Path(__file__).parent / "tasks"
 BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a formula for their standard error
 SEED = 1234  # of few-shot examples; lm-eval's own default
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pipeline.models.layer_config import Config, spelled_out_config
 from pipeline.models.reading import ModelDirectory
-from pipeline.models.writing import is_finite
+from pipeline.models.tensors import is_finite
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",

@@ -22,7 +22,8 @@ from pipeline.expansion.svd import Scratch, in_memory
 from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_json, write_json
 from pipeline.models.families import Architecture, LayerTensor
 from pipeline.models.reading import ModelDirectory
-from pipeline.models.writing import KEPT, ShardWriter, TensorSpec
+from pipeline.models.tensors import TensorSpec
+from pipeline.models.writing import KEPT, ShardWriter
 from pipeline.progress import progress
 
 KEEP_EVERY_SECONDS = 10.0  # what an interruption can cost, beside the piece of work in hand

@@ -14,12 +14,12 @@ FUNCTIONS = (
     "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "log", "log10", "log2", "sin", "sqrt", "tan",
     "tanh", "trunc",
 )  # fmt: skip
-DTYPES = (torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.float64)
 
 
 def settle_vector_math() -> None:
     """Calls every function once, from this thread alone, as one entry is never shared out. Takes milliseconds."""
-    for dtype in DTYPES:
+    for dtype in FLOAT_DTYPES:
         one = torch.ones(1, dtype=dtype)
         for name in FUNCTIONS:
             getattr(torch, name)(one)

@@ -30,6 +30,14 @@ class TensorEntry:
     end: int
 
 
+@dataclass(frozen=True)
+class StoredBytes:
+    """Where a tensor's bytes begin in a file."""
+
+    file: Path
+    offset: int
+
+
 def find_weights(directory: Path) -> tuple[Path, ...]:
     """The safetensors files of a model directory, in the order of their names.
 

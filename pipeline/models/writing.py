@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import disk_full_as_user_error, write_json
-from pipeline.models.weight_files import INDEX, SINGLE
+from pipeline.models.tensors import SAFETENSORS_NAMES, TensorSpec
+from pipeline.models.weight_files import INDEX, SINGLE, StoredBytes
 
 MAX_SHARD_BYTES = 5_000_000_000
 KEPT = ".model.kept"  # names of what outlasts an interruption, a line each
@@ -215,52 +215,9 @@ def _lay_out(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> tuple[byt
     end = 0
     for name in names:
         begin[name], end = end, end + specs[name].bytes
-        dtype, shape = DTYPE_NAMES[specs[name].dtype], list(specs[name].shape)
+        dtype, shape = SAFETENSORS_NAMES[specs[name].dtype], list(specs[name].shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     first = len(text).to_bytes(8, "little") + text
     return first, {name: len(first) + offset for name, offset in begin.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# What is known of a stored tensor: dtype, shape, where its bytes lie, and whether it holds numbers.
-
-FINITE_AT_ONCE = 2**24  # entries that are looked at together
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What is known of a tensor before it is read or written."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """How many numbers it holds."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def bytes(self) -> int:
-        """Its size in a file."""
-        return self.entries * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class StoredBytes:
-    """Where a tensor begins in a file."""
-
-    file: Path
-    offset: int
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is; needs room for a small part of the tensor only."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(FINITE_AT_ONCE))

@@ -22,11 +22,10 @@ from pipeline.models import hub
 from pipeline.models.families import ARCHITECTURES
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, resolve, wanted_files
+from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
 from pipeline.models.weight_files import refuse_quantised
-from pipeline.models.writing import ShardWriter, TensorSpec, is_finite, remove_weights
+from pipeline.models.writing import ShardWriter, remove_weights
 from pipeline.progress import progress
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run(task: StageTask) -> Metrics:

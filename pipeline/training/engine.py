@@ -15,13 +15,14 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import Train
+from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import settle_vector_math
 from pipeline.training.attention import resolve_attention
 from pipeline.training.deepspeed_config import uses_bfloat16_parameters
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_adamw, parameter_groups
-from pipeline.training.precision import DTYPES, Precision, use_float32_products
+from pipeline.training.precision import Precision, use_float32_products
 
 
 def start_distributed() -> torch.device:

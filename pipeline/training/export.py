@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from pipeline.files import fsync_directory, read_json, write_json
-from pipeline.models.reading import export_with_replaced
+from pipeline.models.export import export_with_replaced
 from pipeline.training import freeze
 from pipeline.training.checkpoint import Checkpoint, directory_name
 from pipeline.training.job import TRAINING_FILE

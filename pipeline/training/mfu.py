@@ -17,8 +17,9 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
+from pipeline.models.tensors import DTYPES
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
-from pipeline.training.precision import DTYPES, Precision, matrix_rate
+from pipeline.training.precision import Precision, matrix_rate
 
 # Dense bfloat16 FLOP/s, without sparsity, by what the device's name contains; the first match counts.
 BFLOAT16_PEAKS = {

@@ -11,8 +11,6 @@ from torch.nn.functional import linear
 
 from pipeline.training.sizes import BFLOAT16_FLAGS, Precision, cpu_flags
 
-DTYPES: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def resolve_precision(setting: Literal["auto", "bfloat16", "float32"], device: torch.device) -> Precision:
     """``auto`` by hardware; anything else is obeyed."""

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from pipeline.files import fsync_directory
-from pipeline.models.reading import ModelDirectory, export_with_replaced
+from pipeline.models.export import export_with_replaced
+from pipeline.models.reading import ModelDirectory
 from pipeline.models.writing import ShardWriter
 from pipeline.training.job import snapshot_dir
 

@@ -30,7 +30,8 @@ from transformers import LlamaConfig
 from pipeline.artifacts.task import task_to_json
 from pipeline.files import read_json, write_json
 from pipeline.models.reading import copy_side_files
-from pipeline.models.writing import ShardWriter, TensorSpec
+from pipeline.models.tensors import TensorSpec
+from pipeline.models.writing import ShardWriter
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.shapes import LLAMA
 from scripts.benchmarks.tasks import expand_settings, expand_task, load_smollm2

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from pipeline.files import write_json
-from pipeline.training.precision import DTYPES, best_matrix_rate
+from pipeline.models.tensors import DTYPES
+from pipeline.training.precision import best_matrix_rate
 
 if __name__ == "__main__":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = torch.device(sys.argv[1])
-    write_json(Path(sys.argv[2]), {name: best_matrix_rate(dtype, device) for name, dtype in DTYPES.items()})
+    write_json(Path(sys.argv[2]), {name: best_matrix_rate(DTYPES[name], device) for name in ("bfloat16", "float32")})

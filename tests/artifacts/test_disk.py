@@ -18,7 +18,8 @@ import torch
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.files import disk_full_as_user_error
-from pipeline.models.writing import ShardWriter, TensorSpec
+from pipeline.models.tensors import TensorSpec
+from pipeline.models.writing import ShardWriter
 
 MEBIBYTE = 2**20
 

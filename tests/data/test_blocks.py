@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.blocks import DTYPES, BlockWriter, DocumentPacker, ExamplePacker
+from pipeline.data.blocks import COLUMN_DTYPES, BlockWriter, DocumentPacker, ExamplePacker
 from pipeline.files import DISK_FULL_ERRNOS
 
 PADDING = 99
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    return {name: np.load(directory / f"train.{name}.npy", mmap_mode="r", allow_pickle=False) for name in DTYPES}
+    return {name: np.load(directory / f"train.{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMN_DTYPES}
 
 
 def _plain_packing(documents: list[list[int]], length: int) -> list[list[tuple[int, int, int]]]:
@@ -50,8 +50,8 @@ def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
         packer.finish()
     found = _read(tmp_path)
     expected = np.array(_plain_packing(documents, length))
-    for column, name in enumerate(DTYPES):
-        assert found[name].dtype == DTYPES[name]
+    for column, name in enumerate(COLUMN_DTYPES):
+        assert found[name].dtype == COLUMN_DTYPES[name]
         np.testing.assert_array_equal(found[name], expected[:, :, column])
     assert writer.blocks == len(expected) and writer.supervised_tokens == expected[:, :, 2].sum()
 
@@ -59,7 +59,7 @@ def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("blocks", [1, 40, 4000])
 def test_a_full_disk_is_never_silent(blocks: int, tmp_path: Path) -> None:
     """Whether it is met while writing or while flushing, and by the system's own number."""
-    arrays = [np.ones((blocks, 16), DTYPES[name]) for name in DTYPES]
+    arrays = [np.ones((blocks, 16), COLUMN_DTYPES[name]) for name in COLUMN_DTYPES]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = BlockWriter(tmp_path, "train", 16)
 

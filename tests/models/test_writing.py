@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline.files import write_json
 from pipeline.models.reading import ModelDirectory
-from pipeline.models.writing import KEPT, ShardWriter, TensorSpec
+from pipeline.models.tensors import TensorSpec
+from pipeline.models.writing import KEPT, ShardWriter
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),

@@ -19,7 +19,8 @@ from pipeline.evaluation.catalogue import BUNDLED
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import read_json
-from pipeline.models.reading import ModelDirectory, export_with_replaced
+from pipeline.models.export import export_with_replaced
+from pipeline.models.reading import ModelDirectory
 from pipeline.stages import evaluate
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import save_snapshot

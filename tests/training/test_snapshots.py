@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.reading import ModelDirectory, export_with_replaced
+from pipeline.models.export import export_with_replaced
+from pipeline.models.reading import ModelDirectory
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import materialize_snapshot, save_snapshot
 
