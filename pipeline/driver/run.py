@@ -76,12 +76,14 @@ def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
 
 
 def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
-    failure = node.artifact.partial / FAILURE_FILE
-    resumed = node.artifact.partial.exists()
-    failure.parent.mkdir(parents=True, exist_ok=True)
+    partial = node.artifact.partial
+    failure, resumed = partial / FAILURE_FILE, partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    # First of all, because the newest file or directory tells when an attempt that was killed ended.
+    begin_attempt(partial)
+    failure.parent.mkdir(exist_ok=True)
     failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
-    begin_attempt(node.artifact.partial)
     started = time.monotonic()
     try:
         metrics = _execute(make_task(run, node))
@@ -89,9 +91,9 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
-    number, together = finish_attempts(node.artifact.partial)
+    number, together = finish_attempts(partial)
     lock.confirm()
-    with disk_full_as_user_error(node.artifact.partial):
+    with disk_full_as_user_error(partial):
         node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
