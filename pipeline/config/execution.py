@@ -1,7 +1,11 @@
-"""GPUs that ``launch.device`` can name: what fits on them, and how fast they can be."""
+"""Settings that decide where a run happens and what is reported about it, but never change its numbers.
+
+They are ``tracking``, ``launch`` and ``slurm``, together with the table of GPUs that ``launch.device`` can name.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,32 +15,60 @@ from pipeline.config.section import Fraction, NonNegative, Positive, Section
 
 
 @dataclass(frozen=True)
-class Device:
-    """One kind of GPU."""
+class Gpu:
+    """A GPU model.
 
-    memory_gib: float  # as torch.cuda.get_device_properties reports it, rounded down
-    bfloat16_tflops: float  # peak of dense matrix products that accumulate in float32
+    Attributes:
+        model: the words that distinguish it in the name that ``torch.cuda.get_device_name`` returns.
+        memory_gib: total memory as ``torch.cuda.get_device_properties`` reports it, rounded down.
+        bfloat16_tflops: peak of dense matrix products with float32 accumulation.
+    """
+
+    model: str
+    memory_gib: float
+    bfloat16_tflops: float
 
 
-# Peaks are the makers' own, without sparsity: the data sheets of H100, H200, A100, B200 (HGX), L40S, L4 and A10,
-# Ada's and Ampere's GA102 white papers (appendix A) for the RTX cards.
-DEVICES: dict[str, Device] = {
-    "b200_180gb": Device(178.0, 2250.0),
-    "h200_141gb": Device(139.0, 989.4),
-    "h100_80gb": Device(79.0, 989.4),
-    "h100_pcie_80gb": Device(79.0, 756.0),
-    "a100_80gb": Device(79.0, 312.0),
-    "a100_40gb": Device(39.0, 312.0),
-    "l40s_48gb": Device(44.0, 362.1),
-    "l4_24gb": Device(21.9, 121.0),
-    "a10_24gb": Device(21.9, 125.0),
-    "rtx4090_24gb": Device(23.5, 165.2),
-    "rtx3090_24gb": Device(23.5, 71.0),
+# Peaks are NVIDIA's own figures without sparsity: the data sheets of H100, H200, GH200, A100, B200 (HGX), L40S, L4 and
+# A10, and the Ada and Ampere GA102 white papers (appendix A) for the RTX cards.
+GPUS: dict[str, Gpu] = {
+    "b200_180gb": Gpu("B200", 178.0, 2250.0),
+    "h200_141gb": Gpu("H200", 139.0, 989.4),
+    "h200_nvl_141gb": Gpu("H200 NVL", 139.0, 835.5),
+    "gh200_96gb": Gpu("GH200", 94.0, 989.4),
+    "h100_80gb": Gpu("H100", 79.0, 989.4),
+    "h100_nvl_94gb": Gpu("H100 NVL", 93.0, 835.5),
+    "h100_pcie_80gb": Gpu("H100 PCIe", 79.0, 756.5),
+    "a100_80gb": Gpu("A100", 79.0, 312.0),
+    "a100_40gb": Gpu("A100", 39.0, 312.0),
+    "l40s_48gb": Gpu("L40S", 44.0, 362.05),
+    "l4_24gb": Gpu("L4", 21.9, 121.0),
+    "a10_24gb": Gpu("A10", 21.9, 125.0),
+    "rtx4090_24gb": Gpu("RTX 4090", 23.5, 165.2),
+    "rtx3090_24gb": Gpu("RTX 3090", 23.5, 71.0),
 }
 
+# Words of a device name that leave the peak unchanged: vendor, form factor, and size and kind of memory. Any other
+# word, such as Laptop, Ti, D or MIG, means another product or a part of one.
+_NEUTRAL_WORD = re.compile(r"NVIDIA|Tesla|GeForce|SXM\d?|PCIe|\d+GB?|HBM\d\w?", re.IGNORECASE)
 
-# --------------------------------------------------------------------------------------------------
-# Settings that change where and how visibly a run goes, never its numbers.
+
+def bfloat16_peak(device_name: str) -> float | None:
+    """Look up a GPU's peak bfloat16 rate.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` returns it, such as ``NVIDIA A100-SXM4-80GB``.
+
+    Returns:
+        FLOP/s, or None for a device that is not in ``GPUS``.
+    """
+    words = re.split(r"[\s-]+", device_name.lower())
+    # Longer models first, so that "NVIDIA H100 PCIe" is not taken for an "H100".
+    for gpu in sorted(GPUS.values(), key=lambda gpu: -len(gpu.model)):
+        model = gpu.model.lower().split()
+        if set(model) <= set(words) and all(word in model or _NEUTRAL_WORD.fullmatch(word) for word in words):
+            return gpu.bfloat16_tflops * 1e12
+    return None
 
 
 class Tracking(Section):
@@ -50,7 +82,7 @@ class Tracking(Section):
 class Launch(Section):
     """Where workers run. Never changes numbers."""
 
-    device: str  # auto | cpu | cuda, or a GPU of DEVICES, which means cuda and lets action=plan say what fits
+    device: str  # auto | cpu | cuda, or a GPU of GPUS, which means cuda and lets action=plan say what fits
     processes: Positive | Literal["auto"]  # worker processes on this node; auto: one a GPU, else one
     nodes: Positive  # machines, for action=plan; a run takes those that it stands on
     threads: Positive | Literal["auto"]  # CPU threads a process; auto: cores / processes
@@ -59,14 +91,14 @@ class Launch(Section):
     @field_validator("device")
     @classmethod
     def _is_known(cls, device: str) -> str:
-        if device not in ("auto", "cpu", "cuda", *DEVICES):
-            raise ValueError(f"devices are auto, cpu, cuda, {', '.join(DEVICES)}")
+        if device not in ("auto", "cpu", "cuda", *GPUS):
+            raise ValueError(f"devices are auto, cpu, cuda, {', '.join(GPUS)}")
         return device
 
     @property
     def kind(self) -> Literal["auto", "cpu", "cuda"]:
         """The device without its name."""
-        return "cuda" if self.device in DEVICES else self.device  # type: ignore[return-value]  # validated above
+        return "cuda" if self.device in GPUS else self.device  # type: ignore[return-value]  # validated above
 
 
 SlurmTime = Annotated[

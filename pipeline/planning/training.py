@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config import Data, Launch, Train
-from pipeline.config.execution import DEVICES, Device
+from pipeline.config.execution import GPUS, Gpu
 from pipeline.data import sources
 from pipeline.driver.graph import Node
 from pipeline.errors import UserError
@@ -42,9 +42,9 @@ class TrainingPlan:
     largest_micro_batch: int | None  # on the named device; 0 where none fits
 
     @property
-    def device(self) -> Device | None:
+    def device(self) -> Gpu | None:
         """The one that is named."""
-        return DEVICES.get(self.launch.device)
+        return GPUS.get(self.launch.device)
 
     @property
     def step_flops(self) -> int:
@@ -79,14 +79,14 @@ class TrainingPlan:
         )
 
 
-def room(device: Device) -> int:
+def room(device: Gpu) -> int:
     """Bytes of a named device that training can fill."""
     return usable(device.memory_gib * 2**30)
 
 
 def plan_training(section: str, trained: Trained, setup: Setup, launch: Launch, amount: Amount) -> TrainingPlan:
     """The plan of one section."""
-    device = DEVICES.get(launch.device)
+    device = GPUS.get(launch.device)
     largest = None if device is None else largest_micro_batch(trained, setup, room(device))
     return TrainingPlan(section, trained, setup, amount, launch, memory_of(trained, setup), largest)
 

@@ -16,21 +16,12 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
+from pipeline.config.execution import bfloat16_peak
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
 from pipeline.models.tensors import DTYPES
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
 from pipeline.training.precision import Precision, matrix_rate
 
-# Dense bfloat16 FLOP/s, without sparsity, by what the device's name contains; the first match counts.
-BFLOAT16_PEAKS = {
-    "H200": 989.4e12,
-    "H100 PCIe": 756.5e12,
-    "H100 NVL": 835.5e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362.05e12,
-    "RTX 4090": 165.2e12,
-}
 MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to be fast, small enough to take no time
 
 
@@ -44,9 +35,7 @@ class Peak:
 
 def sheet_rate(device_name: str, precision: Precision) -> float | None:
     """One device's peak by its data sheet; None where the table has no answer."""
-    if precision != "bfloat16":
-        return None
-    return next((rate for name, rate in BFLOAT16_PEAKS.items() if name in device_name), None)
+    return bfloat16_peak(device_name) if precision == "bfloat16" else None
 
 
 def peak_of(device: torch.device, precision: Precision) -> Peak:
