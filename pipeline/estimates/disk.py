@@ -8,7 +8,7 @@ from math import prod
 
 from pipeline.files import SCRATCH_ON_DISK_BYTES
 from pipeline.models.shape import Shape
-from pipeline.training.sizes import CHECKPOINT_BYTES
+from pipeline.training.precision import CHECKPOINT_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_BYTES = 9  # of a token block: two uint32 and one uint8

@@ -13,7 +13,7 @@ from pipeline.estimates.sizes import Trained, trained_part
 from pipeline.files import gib, read_json
 from pipeline.launch.machine import Machine, detect_machine, device_memory, place
 from pipeline.models.shape import shape_of
-from pipeline.training.sizes import BFLOAT16_FLAGS, Precision, cpu_flags
+from pipeline.training.precision import resolve_precision
 from pipeline.training.validate import less_memory
 
 HEADROOM = 0.06  # of a device's memory: CUDA's context, NCCL, and gaps that the allocator cannot use
@@ -22,19 +22,14 @@ HEADROOM = 0.06  # of a device's memory: CUDA's context, NCCL, and gaps that the
 def setup_of(train: Train, launch: Launch, machine: Machine) -> Setup:
     """How the engine will train on these devices."""
     on_gpu = launch.kind == "cuda" or (launch.kind == "auto" and machine.gpus > 0)
-    return Setup(train, _precision(train, on_gpu), ranks(launch, machine), on_gpu)
+    precision = resolve_precision(train.precision, "cuda" if on_gpu else "cpu")
+    return Setup(train, precision, ranks(launch, machine), on_gpu)
 
 
 def ranks(launch: Launch, machine: Machine) -> int:
     """Worker processes of all nodes together; where GPUs are meant and not here, one a node."""
     here = 1 if launch.kind == "cpu" else max(1, machine.gpus)
     return (here if launch.processes == "auto" else launch.processes) * launch.nodes
-
-
-def _precision(train: Train, on_gpu: bool) -> Precision:
-    if train.precision != "auto":
-        return train.precision
-    return "bfloat16" if on_gpu or BFLOAT16_FLAGS & cpu_flags() else "float32"
 
 
 def usable(memory: float) -> int:

@@ -22,7 +22,7 @@ from pipeline.config import Train
 from pipeline.estimates.sizes import Trained
 from pipeline.models.shape import Layer, Shape
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
-from pipeline.training.sizes import BYTES, CHUNK_LOGITS, Precision
+from pipeline.training.precision import BYTES, CHUNK_LOGITS, Precision
 
 WIDE = 4  # bytes of a float32
 ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered unless told otherwise

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import DeepSpeed, Train
-from pipeline.training.sizes import Precision
+from pipeline.training.precision import Precision
 
 
 def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str, Any]:

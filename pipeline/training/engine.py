@@ -19,10 +19,11 @@ from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import settle_vector_math
 from pipeline.training.attention import resolve_attention
 from pipeline.training.deepspeed_config import uses_bfloat16_parameters
+from pipeline.training.float32_products import use_float32_products
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_adamw, parameter_groups
-from pipeline.training.precision import Precision, use_float32_products
+from pipeline.training.precision import Precision
 
 
 def start_distributed() -> torch.device:

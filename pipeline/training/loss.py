@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from pipeline.training.attention import DOCUMENTS, FLOAT32_KEYWORD, KEYWORD, document_bounds
-from pipeline.training.sizes import CHUNK_LOGITS
+from pipeline.training.precision import CHUNK_LOGITS
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ square matrix product, taken on all ranks at once when training starts. ``traini
 from __future__ import annotations
 
 import resource
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.config.execution import bfloat16_peak
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
 from pipeline.models.tensors import DTYPES
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
-from pipeline.training.precision import Precision, matrix_rate
+from pipeline.training.precision import Precision
 
 MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to be fast, small enough to take no time
 
@@ -51,6 +52,42 @@ def peak_of(device: torch.device, precision: Precision) -> Peak:
     )
     distributed.all_reduce(rate)
     return Peak(rate.item(), f"measured: {precision} product of two square matrices of {MEASURED_SIZE[device.type]}")
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
+    """Measures the FLOP/s of one square matrix product, as the best of ``repeats`` runs."""
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))  # zeros would draw less power
+    seconds = []
+    for _ in range(repeats + 1):  # the first run is a warm-up and the slowest
+        _synchronize(device)
+        started = time.perf_counter()
+        left @ right
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return float(2 * size**3 / min(seconds))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measures the best FLOP/s over square products of several sizes, each large enough to saturate the device."""
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
+    return max(matrix_rate(dtype, device, size, repeats=5) for size in sizes)
+
+
+def slow_bfloat16_note(section: str) -> str | None:
+    """Measures both precisions on this processor, and returns a note to the user if bfloat16 is the slower one."""
+    cpu = torch.device("cpu")
+    bfloat16, float32 = (matrix_rate(dtype, cpu) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    if bfloat16 >= float32:
+        return None
+    return (
+        f"bfloat16 matrix products run at {bfloat16:.0f} GFLOP/s on this processor and float32 at {float32:.0f}; "
+        f"{section}.precision=float32 would be faster, as would {section}.float32_products=true in bfloat16"
+    )
 
 
 def memory_in_use(device: torch.device) -> int:

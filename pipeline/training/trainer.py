@@ -30,9 +30,9 @@ from pipeline.training.gradients import GradientNorms, parts_of_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.memory import named_when_out_of_memory
-from pipeline.training.mfu import peak_of, training_flops
+from pipeline.training.mfu import peak_of, slow_bfloat16_note, training_flops
 from pipeline.training.optimizer_state import Masters
-from pipeline.training.precision import resolve_precision, slow_bfloat16_note
+from pipeline.training.precision import resolve_precision
 from pipeline.training.rank_context import RankContext
 from pipeline.training.schedule import total_steps
 from pipeline.training.selection import stored_apart
@@ -54,7 +54,8 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     assert isinstance(settings, Train)
     device = start_distributed()
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    precision = resolve_precision(settings.precision, device)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = resolve_precision(settings.precision, device.type, native)
     session = RankContext(task, settings, log_dir, device, precision, rank, ranks)
     with named_when_out_of_memory(), disk_full_as_user_error(task.out):
         status = _train(session, wants_stop)

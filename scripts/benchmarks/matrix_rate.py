@@ -10,9 +10,10 @@ import torch
 
 from pipeline.files import write_json
 from pipeline.models.tensors import DTYPES
-from pipeline.training.precision import best_matrix_rate
+from pipeline.training.mfu import best_matrix_rate
+from pipeline.training.precision import BYTES
 
 if __name__ == "__main__":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = torch.device(sys.argv[1])
-    write_json(Path(sys.argv[2]), {name: best_matrix_rate(DTYPES[name], device) for name in ("bfloat16", "float32")})
+    write_json(Path(sys.argv[2]), {name: best_matrix_rate(DTYPES[name], device) for name in BYTES})

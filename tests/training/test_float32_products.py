@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.training.attention import DOCUMENTS
+from pipeline.training.float32_products import use_float32_products
 from pipeline.training.loss import SummedLoss
-from pipeline.training.precision import use_float32_products
 
 
 @pytest.mark.parametrize("trains", [(True, True), (False, True), (True, False)], ids=["both", "input", "weight"])
