@@ -67,6 +67,11 @@ class Settings(Section):
         return not set(self.stages) <= {"load", "expand"}
 
     @property
+    def scores_models(self) -> bool:
+        """Whether some chosen stage needs the scores of a model."""
+        return bool({"evaluate", "report"} & {*self.stages})
+
+    @property
     def only_looks(self) -> bool:
         """The command is to leave no trace in the file tree."""
         return self.action in ("plan", "status") or (self.action == "submit" and self.dry_run)

@@ -1,4 +1,7 @@
-"""The models that can be scored: a stage's final model, or a snapshot of a training stage (``pretrain@20%``)."""
+"""Settings of evaluate and report, and the models that can be scored.
+
+A target is a stage's model (``pretrain``), or a snapshot taken during a training stage (``pretrain@20%``).
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,46 @@ TRAINING_STAGES = ("pretrain", "sft")
 _SNAPSHOT = re.compile(r"(pretrain|sft)@(\d+(?:\.\d+)?)%")
 
 
+class Evaluate(Section):
+    """Which lm-eval tasks are run, and on which models."""
+
+    tasks: list[str]  # names known to lm-eval, bundled ones, or ones defined in include_path
+    # A directory, or several, with lm-eval task YAMLs of your own. Their contents are in the key, the paths are not.
+    include_path: Annotated[str | list[str] | None, NotInKey]
+    targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a snapshot: pretrain@20%
+    num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or per task; null: each task's own
+    limit: Positive | None  # documents per task
+    held_out_characters: Positive  # of each source's held-out text, for the task held_out_text
+    prompt_format: Literal["plain", "chat"]  # shared by all targets
+    dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
+    batch_size: Annotated[Positive, NotInKey]  # sequences; fewer where they are long
+
+    @field_validator("targets")
+    @classmethod
+    def _normalize_targets(cls, targets: list[str]) -> list[str]:
+        """Spells every target in one way and drops duplicates."""
+        return list(dict.fromkeys(str(Target.parse(target)) for target in targets))
+
+    def models(self) -> list[Target]:
+        """The models to score."""
+        return [Target.parse(target) for target in self.targets]
+
+
+class EvaluateSnapshot(Evaluate):
+    """Scores a snapshot that training kept. ``driver/graph.py`` derives it from ``evaluate``."""
+
+    fraction: Fraction  # of the training stage's steps
+
+
+class Report(Section):
+    """What the report compares: one run, or the runs of a sweep."""
+
+    runs: dict[str, str]  # run name -> expansion method
+
+
 @dataclass(frozen=True)
 class Target:
-    """A stage's model, or the one after ``fraction`` of its steps."""
+    """A stage's finished model, or its snapshot after ``fraction`` of the stage's steps."""
 
     stage: str
     fraction: float | None = None  # None: the finished model
@@ -27,13 +67,13 @@ class Target:
         """The inverse of ``str``.
 
         Raises:
-            ValueError: it names no model.
+            ValueError: the text names no model.
         """
         if text in MODEL_TARGETS:
             return cls(text)
         match = _SNAPSHOT.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text} is none of {', '.join(MODEL_TARGETS)}, nor like pretrain@20%")
+            raise ValueError(f"{text} must be one of {', '.join(MODEL_TARGETS)}, or a snapshot such as pretrain@20%")
         stage, fraction = match[1], float(match[2]) / 100
         if not 0 < fraction < 1:
             begin = "expand" if stage == "pretrain" else "pretrain"
@@ -51,59 +91,20 @@ class Target:
 
     @property
     def file_name(self) -> str:
-        """As in names of files and jobs, which bear no ``%``: ``pretrain-at-20``."""
+        """For names of files and jobs, which cannot contain ``%``: ``pretrain-at-20``."""
         return self.stage if self.fraction is None else f"{self.stage}-at-{percent(self.fraction)}"
 
     @property
     def role(self) -> str:
-        """The name of the artifact that scores it."""
+        """The name of the artifact that holds its scores."""
         return f"evaluate/{self.file_name}"
 
     @property
-    def place(self) -> tuple[int, float]:
-        """Sorts targets from the base to the tuned model."""
+    def order(self) -> tuple[int, float]:
+        """Sorts targets from the base model to the tuned one."""
         return MODEL_TARGETS.index(self.stage), 1.0 if self.fraction is None else self.fraction
 
 
 def percent(fraction: float) -> str:
     """0.2 as ``20``, 0.125 as ``12.5``."""
     return f"{100 * fraction:g}"
-
-
-# --------------------------------------------------------------------------------------------------
-# Settings of evaluate and report.
-
-
-class Evaluate(Section):
-    """lm-eval over a set of targets."""
-
-    tasks: list[str]  # names known to lm-eval, or the bundled ones
-    targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a snapshot: pretrain@20%
-    num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or by task; null: each task's own
-    limit: Positive | None  # documents a task
-    held_out_characters: Positive  # of every source's held-out text, for the task held_out_text
-    prompt_format: Literal["plain", "chat"]  # one for all targets of a table
-    dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
-    batch_size: Annotated[Positive, NotInKey]  # sequences, fewer where they are long
-
-    @field_validator("targets")
-    @classmethod
-    def _each_names_a_model(cls, targets: list[str]) -> list[str]:
-        """Written in one way, each once."""
-        return list(dict.fromkeys(str(Target.parse(target)) for target in targets))
-
-    def models(self) -> list[Target]:
-        """What is to be scored."""
-        return [Target.parse(target) for target in self.targets]
-
-
-class EvaluateSnapshot(Evaluate):
-    """Scores a snapshot that training saved (created by ``driver/graph.py`` from ``evaluate``)."""
-
-    fraction: Fraction  # of the training stage's steps
-
-
-class Report(Section):
-    """What the report sets side by side: one run, or the runs of a sweep."""
-
-    runs: dict[str, str]  # the run's name -> its expansion method

@@ -58,6 +58,7 @@ class Inputs:
     corpus: str
     instructions: str
     interpreter: str  # the bundled questions are made from this Python's documentation
+    tasks: Mapping[str, str] = field(default_factory=dict)  # evaluate.tasks of the user's own: name -> their content
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
     graph.add("pretrain", _with_snapshots(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
     graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
+    own_tasks = {f"task/{name}": content for name, content in inputs.tasks.items()}
     for target in run.evaluate.models():
         parents = {"model": target.stage, "corpus": "tokenize/corpus"}
-        graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter)
+        graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter, **own_tasks)
     report = make_report(run, [(run, graph.nodes)])
     graph.nodes["report"] = report
     return graph.nodes

@@ -1,7 +1,7 @@
-"""Which tasks there are, and whether a request for some can work. Neither torch nor lm-eval is imported.
+"""Which tasks exist, and whether the requested ones can be scored. Imports neither torch nor lm-eval.
 
-lm-eval's own task index costs 13 seconds and torch; the names alone are read from its YAML files, and only when a name
-is neither bundled nor in a paper's suite.
+lm-eval's own task index takes 13 seconds and imports torch. Task names are therefore read from its YAML files with a
+regular expression, and only when a name is not bundled, not the user's own and not part of a paper's suite.
 """
 
 from __future__ import annotations
@@ -12,65 +12,99 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Evaluate
 from pipeline.data.hub_datasets import check_reachable, is_offline
 from pipeline.errors import UserError
+from pipeline.evaluation.custom_tasks import CustomTasks
 
 HELD_OUT_TEXT = "held_out_text"
 BUNDLED = (HELD_OUT_TEXT, "python_docs_mcq", "minimal_pairs")
 
-# What conf/evaluate/ names, so that a paper's suite is accepted without reading thousands of files.
-PUBLISHED = frozenset(
+# The tasks that conf/evaluate/ names, so that a paper's suite is accepted without reading thousands of files.
+SUITE_TASKS = frozenset(
     "piqa winogrande arc_easy wikitext mmlu commonsense_qa boolq arc_challenge hellaswag truthfulqa_mc2 gsm8k "
     "openbookqa social_iqa race sciq lambada_openai".split()
 )
-# Those of lm-eval's best-known tasks of which this is known (its issue 3171); others are named when they are loaded.
+# The best-known tasks whose data set is a loading script (lm-eval issue 3171). Others are refused when they are loaded.
 SCRIPTED = frozenset({"logiqa", "logiqa2", "logieval", "arithmetic", "mc_taco", "prost", "pubmedqa"})
 NAME_LINE = re.compile(r"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.+-]+)[\"']?\s*$", re.MULTILINE)
 
+PREFETCH = (
+    "Go online; or fetch them once on a machine with a network (there, with 'stages=[evaluate]' "
+    "'evaluate.targets=[load]' evaluate.limit=1) and set HF_HUB_OFFLINE=1 here to use the cache; "
+    "or use evaluate=bundled."
+)
+
 
 def validate(evaluate: Evaluate) -> None:
-    """Every task exists, and what must be fetched can be.
+    """Checks that every task exists and that its data can be read or downloaded.
 
     Raises:
-        UserError: an unknown task, or tasks of the hub without a way to it.
+        UserError: a task is unknown, a file of the user's own tasks is wrong, or the hub cannot be reached.
     """
     if not evaluate.tasks:
         raise UserError(
             setting="evaluate.tasks",
             value="[]",
             rule="there is nothing to score",
-            remedy=f"Bundled: {', '.join(BUNDLED)}.",
+            remedy=f"Bundled tasks: {', '.join(BUNDLED)}.",
         )
-    for task in evaluate.tasks:
-        _check_name(task)
-    fetched = [task for task in evaluate.tasks if task not in BUNDLED]
-    if fetched and not is_offline():  # offline, what was fetched before is used
-        check_reachable("evaluate.tasks", ", ".join(fetched), PREFETCH)
+    custom = CustomTasks(evaluate.include_path)
+    _check_collisions(custom)
+    downloaded = [task for task in evaluate.tasks if _needs_hub(task, custom)]
+    if downloaded and not is_offline():  # offline, data in the cache are used
+        check_reachable("evaluate.tasks", ", ".join(downloaded), PREFETCH)
 
 
-PREFETCH = (
-    "Go online; or fetch them once where there is a network (there, with 'stages=[evaluate]' 'evaluate.targets=[load]' "
-    "evaluate.limit=1), and set HF_HUB_OFFLINE=1 here to use the cache; or say evaluate=bundled."
-)
+def fingerprint_tasks(evaluate: Evaluate, fingerprints: Fingerprints) -> dict[str, str]:
+    """The content identity of those requested tasks that are the user's own, by name.
+
+    Raises:
+        UserError: a file of the user's own tasks is missing or is not valid YAML.
+    """
+    custom = CustomTasks(evaluate.include_path)
+    return {task: custom.fingerprint(task, fingerprints) for task in evaluate.tasks if task in custom.names}
 
 
-def _check_name(task: str) -> None:
+def _check_collisions(custom: CustomTasks) -> None:
+    for task in BUNDLED:
+        if task in custom.names:
+            raise UserError(
+                setting="evaluate.include_path",
+                value=", ".join(map(str, custom.directories)),
+                rule=f"it defines {task}, which is the name of a bundled task",
+                remedy="Rename the task.",
+            )
+
+
+def _needs_hub(task: str, custom: CustomTasks) -> bool:
+    """Whether a task reads a data set of the hub. Checks its name, and the files of a task of the user's own."""
+    if task not in custom.names:
+        _check_name(task, custom)
+        return task not in BUNDLED
+    custom.check(task)
+    outside = [_needs_hub(member, custom) for member in custom.outside_names(task)]
+    return any(outside) or bool(custom.hub_datasets(task))
+
+
+def _check_name(task: str, custom: CustomTasks) -> None:
     if task in SCRIPTED:
         raise UserError(
             setting="evaluate.tasks",
             value=task,
-            rule="its data set is a loading script, which the datasets library runs no more",
+            rule="its data set is a loading script, which the datasets library no longer supports",
             remedy="Leave it out.",
         )
-    if task in BUNDLED or task in PUBLISHED or task in installed_names():
+    if task in BUNDLED or task in SUITE_TASKS or task in installed_names():
         return
-    near = difflib.get_close_matches(task, [*BUNDLED, *PUBLISHED, *sorted(installed_names())], n=3)
+    near = difflib.get_close_matches(task, sorted({*BUNDLED, *SUITE_TASKS, *custom.names, *installed_names()}), n=3)
+    where = ", nor in evaluate.include_path" if custom.directories else ""
     raise UserError(
         setting="evaluate.tasks",
         value=task,
-        rule="neither bundled nor known to lm-eval",
-        remedy=f"Did you mean {' or '.join(near)}?" if near else f"Bundled are {', '.join(BUNDLED)}.",
+        rule=f"there is no such task among the bundled tasks and lm-eval's own{where}",
+        remedy=f"Did you mean {' or '.join(near)}?" if near else f"Bundled tasks: {', '.join(BUNDLED)}.",
     )
 
 

@@ -1,4 +1,7 @@
-"""Scores one model on lm-eval tasks, one atomic file a task, so that a killed evaluation loses one task at most."""
+"""Scores one model with lm-eval.
+
+Each task's result is a file of its own that is written atomically, so a killed evaluation loses at most one task.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,25 @@ import importlib.metadata
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; there is a bar of ours
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported; this package draws its own progress bar
 
 import numpy as np
 import torch
 from huggingface_hub.errors import HTTPError
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import BUNDLED, HELD_OUT_TEXT, PREFETCH
-from pipeline.evaluation.lm import Judge
+from pipeline.evaluation.custom_tasks import CustomTasks, resolve_data_paths
+from pipeline.evaluation.lm import LanguageModel
 from pipeline.evaluation.scores import by_source, kept_samples, scores_of, text_scores
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import read_json, write_json
@@ -30,143 +35,216 @@ from pipeline.launch.machine import Placement
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import settle_vector_math
 
-TASK_FILES = Path(__file__).parent / "tasks"
-BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a formula for their standard error
-SEED = 1234  # of few-shot examples; lm-eval's own default
+BUNDLED_TASK_FILES = Path(__file__).parent / "tasks"
+BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a closed form for their standard error
+FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 @dataclass(frozen=True)
-class Target:
-    """A model to score.
+class ScoringJob:
+    """One model to score.
 
     Attributes:
-        name: for the bar, ``evaluate/sft``.
+        name: the label of the progress bar, such as ``evaluate/sft``.
         model: a Hugging Face directory.
-        corpus: the tokenize/corpus artifact, for its held-out text.
-        out: where ``tasks/`` and ``documents/`` go.
+        corpus: the tokenize/corpus artifact, whose held-out text is scored.
+        out: the directory that receives ``tasks/`` and ``documents/``.
+        placement: the device and the number of threads. Only one process is used.
     """
 
     name: str
     model: Path
     corpus: Path
     out: Path
-    placement: Placement  # one process is used
+    placement: Placement
 
 
-def score(target: Target, settings: Evaluate) -> dict[str, Any]:
-    """Scores the tasks that have no file yet and gathers all of them.
+def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
+    """Scores the tasks that have no result file yet and returns the results of all tasks.
+
+    Returns:
+        The contents of ``evaluation.json``: ``rows`` (see ``scores.Score``) and how they were obtained.
 
     Raises:
-        UserError: a task's data cannot be had, or a chat format is asked for that the model has not.
+        UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
     """
-    folder = target.out / "tasks"
+    folder = job.out / "tasks"
     folder.mkdir(exist_ok=True)
     files = {task: folder / f"{task}.json" for task in settings.tasks}
     missing = [task for task, file in files.items() if not file.exists()]
-    dtype = dtype_of(settings.dtype, target.placement.device)
+    dtype = dtype_of(settings.dtype, job.placement.device)
     if missing:
-        torch.set_num_threads(target.placement.threads)
+        torch.set_num_threads(job.placement.threads)
         settle_vector_math()
-        loaded = _load_tasks(missing, target, settings)  # data first: a model takes longer to load
-        judge = Judge(target.model, DTYPES[dtype], target.placement.device, settings.batch_size)
-        _check_chat_template(judge, target, settings)
+        # Data first: they may be unreadable, and a model takes longer to load.
+        loaded = _load_tasks(missing, job, settings)
+        lm = LanguageModel(job.model, DTYPES[dtype], job.placement.device, settings.batch_size)
+        _check_chat_template(lm, job, settings)
         for task in missing:
-            judge.start(f"{target.name} {task}")
-            write_json(files[task], _score_task(task, loaded.pop(task), judge, settings))
+            lm.start(f"{job.name} {task}")
+            write_json(files[task], _score_task(task, loaded.pop(task), lm, settings))
     scored = {task: read_json(file) for task, file in files.items()}
     return {
-        "rows": [row for answer in scored.values() for row in answer["rows"]],
+        "rows": [row for result in scored.values() for row in result["rows"]],
         "prompt_format": settings.prompt_format,
         "dtype": dtype,
-        "device": target.placement.device,
-        "first_tokens": [{"task": task, "ids": answer["first_tokens"]} for task, answer in scored.items()],
-        "seconds": {task: answer["seconds"] for task, answer in scored.items()},
+        "device": job.placement.device,
+        "first_tokens": [{"task": task, "ids": result["first_tokens"]} for task, result in scored.items()],
+        "seconds": {task: result["seconds"] for task, result in scored.items()},
         "lm_eval": importlib.metadata.version("lm-eval"),
     }
 
 
 def dtype_of(dtype: str, device: str) -> str:
-    """``auto`` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower unless the processor has it."""
+    """Resolves ``auto``: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is slower without hardware support."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def _load_tasks(names: list[str], target: Target, settings: Evaluate) -> dict[str, Any]:
-    """lm-eval's tasks with their data, by the name that was asked for."""
-    documents = target.out / "documents"
+def _score_task(name: str, loaded: Any, lm: LanguageModel, settings: Evaluate) -> dict[str, Any]:
+    """One task's result file.
+
+    Args:
+        loaded: what ``TaskManager.load`` returned for the task, group or tag.
+    """
+    started = time.monotonic()
+    # Few-shot examples and bootstrap samples must not depend on which tasks were scored before.
+    random.seed(FEWSHOT_SEED)
+    np.random.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
+    results = evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=settings.limit,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        apply_chat_template=settings.prompt_format == "chat",
+    )
+    assert results is not None, "lm-eval returns results on rank 0, and there is only one process"
+    sources = by_source(name, results) if name == HELD_OUT_TEXT else {}
+    # lm-eval reports nothing under the name of a tag, which only stands for its tasks.
+    is_tag = name not in {*loaded["tasks"], *loaded["groups"]}
+    return {
+        "task": name,
+        "versions": results["versions"],
+        "num_fewshot": results["n-shot"],
+        "rows": [
+            *(row for each in (loaded["tasks"] if is_tag else [name]) for row in scores_of(each, results)),
+            *text_scores(sources),
+        ],
+        "first_tokens": lm.first_tokens,
+        "seconds": round(time.monotonic() - started, 2),
+        "samples": kept_samples({**results["samples"], **sources}),
+    }
+
+
+def _check_chat_template(lm: LanguageModel, job: ScoringJob, settings: Evaluate) -> None:
+    if settings.prompt_format == "chat" and not lm.tokenizer.chat_template:
+        raise UserError(
+            setting="evaluate.prompt_format",
+            value="chat",
+            rule=f"the model of {job.name} has no chat template, and all targets share one prompt format",
+            remedy="Set evaluate.prompt_format=plain.",
+        )
+
+
+# ------------------------------------------------------------------------------------- loading tasks
+
+
+def _load_tasks(names: list[str], job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
+    """lm-eval's tasks with their data, by requested name."""
+    documents = job.out / "documents"
     documents.mkdir(exist_ok=True)
-    bundled = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"documents": str(documents)})
-    # lm-eval's own index takes many seconds to read, so it is read only when it is needed.
-    others = TaskManager() if set(names) - set(BUNDLED) else None
+    bundled = TaskManager(
+        include_path=str(BUNDLED_TASK_FILES), include_defaults=False, metadata={"documents": str(documents)}
+    )
+    custom = CustomTasks(settings.include_path)
+    others = _other_tasks([name for name in names if name not in BUNDLED], custom)
     loaded = {}
     for name in names:
         if name in BUNDLED:
-            write_documents(name, target.corpus, documents, settings.held_out_characters)
+            write_documents(name, job.corpus, documents, settings.held_out_characters)
             loaded[name] = bundled.load([name])
+        elif name in custom.names:
+            loaded[name] = _load_custom(name, others, custom)
         else:
-            assert others is not None
-            loaded[name] = _load_fetched(name, others)
+            loaded[name] = _load_downloaded(name, others)
         _set_fewshot(name, loaded[name]["tasks"], settings)
     return loaded
 
 
-def _load_fetched(name: str, manager: TaskManager) -> Any:
+def _other_tasks(names: Iterable[str], custom: CustomTasks) -> TaskManager:
+    """A task manager for everything but the bundled tasks."""
+    # lm-eval's own index takes many seconds to read, so it is read only when it is needed.
+    needs_defaults = any(name not in custom.names or custom.outside_names(name) for name in names)
+    manager = TaskManager(include_path=list(custom.directories), include_defaults=needs_defaults)
+    manager._factory = _CustomTaskFactory(custom.directories)
+    return manager
+
+
+class _CustomTaskFactory(TaskFactory):
+    """Builds tasks with the data paths of the user's own YAML files resolved against the files' directories."""
+
+    def __init__(self, directories: list[Path]) -> None:
+        super().__init__()
+        self._directories = directories
+
+    def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config: dict[str, Any] = super()._load_full_config(entry, overrides)
+        path = entry.yaml_path
+        if path is None or not any(path.is_relative_to(directory) for directory in self._directories):
+            return config
+        resolved: dict[str, Any] = resolve_data_paths(config, path.parent)
+        return resolved
+
+
+def _load_custom(name: str, manager: TaskManager, custom: CustomTasks) -> Any:
+    """Loads a task of the user's own and renders its first document, so that mistakes show before a model is loaded."""
+    try:
+        loaded = manager.load([name])
+        for task in loaded["tasks"].values():
+            document = next(iter(task.eval_docs))
+            task.doc_to_text(document)
+            task.doc_to_target(document)
+            if task.OUTPUT_TYPE == "multiple_choice":
+                task.doc_to_choice(document)
+    except (OSError, HTTPError) as error:
+        raise _unfetched(name, error) from error
+    except Exception as error:  # any exception may come from the user's YAML, templates or functions
+        raise UserError(
+            setting="evaluate.include_path",
+            value=", ".join(str(file.path) for file in custom.files_of(name)),
+            rule=f"lm-eval cannot build {name} from it ({type(error).__name__}: {error})",
+            remedy="Correct the task; its data's columns and the YAML's fields must match.",
+        ) from error
+    return loaded
+
+
+def _load_downloaded(name: str, manager: TaskManager) -> Any:
     try:
         return manager.load([name])
     except (OSError, HTTPError) as error:
-        raise UserError(
-            setting="evaluate.tasks", value=name, rule=f"its data cannot be fetched ({error})", remedy=PREFETCH
-        ) from error
-    except (RuntimeError, ValueError) as error:  # datasets: a loading script, another format, no such split
+        raise _unfetched(name, error) from error
+    except (RuntimeError, ValueError) as error:  # datasets: a loading script, an unknown format, a missing split
         raise UserError(
             setting="evaluate.tasks", value=name, rule=f"its data cannot be read ({error})", remedy="Leave it out."
         ) from error
 
 
+def _unfetched(name: str, error: Exception) -> UserError:
+    return UserError(
+        setting="evaluate.tasks", value=name, rule=f"its data cannot be fetched ({error})", remedy=PREFETCH
+    )
+
+
 def _set_fewshot(name: str, tasks: Mapping[str, Any], settings: Evaluate) -> None:
-    """As lm-eval's command line: a task that fixes zero examples keeps that."""
-    asked = settings.num_fewshot
-    wanted = asked.get(name) if isinstance(asked, dict) else asked
+    """Sets the number of few-shot examples as lm-eval's command line does: a task that fixes zero keeps zero."""
+    requested = settings.num_fewshot
+    wanted = requested.get(name) if isinstance(requested, dict) else requested
     for task in tasks.values():
         fixed = task.get_config("num_fewshot")
         if wanted is not None and fixed != 0:
             task.set_config(key="num_fewshot", value=wanted)
         elif fixed is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=SEED)
-
-
-def _score_task(name: str, loaded: Any, judge: Judge, settings: Evaluate) -> dict[str, Any]:
-    started = time.monotonic()
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    results = evaluate(
-        lm=judge,
-        task_dict=loaded,
-        limit=settings.limit,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
-        apply_chat_template=settings.prompt_format == "chat",
-    )
-    assert results is not None, "there is one process, and it has rank 0"
-    sources = by_source(name, results) if name == HELD_OUT_TEXT else {}
-    return {
-        "task": name,
-        "versions": results["versions"],
-        "num_fewshot": results["n-shot"],
-        "rows": [*scores_of(name, results), *text_scores(sources)],
-        "first_tokens": judge.first_tokens,
-        "seconds": round(time.monotonic() - started, 2),
-        "samples": kept_samples({**results["samples"], **sources}),
-    }
-
-
-def _check_chat_template(judge: Judge, target: Target, settings: Evaluate) -> None:
-    if settings.prompt_format == "chat" and not judge.tokenizer.chat_template:
-        raise UserError(
-            setting="evaluate.prompt_format",
-            value="chat",
-            rule=f"{target.name}: this model carries no chat template, and all targets share one prompt format",
-            remedy="Say evaluate.prompt_format=plain.",
-        )
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)

@@ -1,9 +1,10 @@
-"""lm-eval's Hugging Face model with our rules: explicit dtype, one BOS token, bounded memory, our bar."""
+"""lm-eval's Hugging Face model with an explicit dtype, exactly one BOS token, bounded memory and a progress bar."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.progress import Bar, progress
 
-LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # logits and their log-softmax are held at once
-FIRST_TOKENS = 8  # of the first request, for the record
+LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
+FIRST_TOKENS = 8  # of the first request, kept for the record
 
-Request = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the tokens of each
-Answer = tuple[float, bool]  # log likelihood in nats, and whether the continuation is what greedy decoding gives
+Request = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the token ids of each
+Answer = tuple[float, bool]  # log likelihood in nats, and whether greedy decoding gives the continuation
 
 
-class Judge(HFLM):
-    """Scores one model.
+class LanguageModel(HFLM):
+    """A model as lm-eval scores it.
+
+    Args:
+        directory: a Hugging Face model directory.
+        batch_size: sequences; long sequences are scored in smaller batches, see ``LOGITS_BYTES``.
 
     Attributes:
-        label: what the bar says.
-        first_tokens: how the first sequence since ``start`` began.
+        label: the label of the progress bar.
+        first_tokens: the first token ids of the first sequence scored since ``start``.
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: Literal["cpu", "cuda"], batch_size: int) -> None:
@@ -41,26 +46,32 @@ class Judge(HFLM):
         self.start("")
 
     def start(self, label: str) -> None:
-        """A new task: forgets the first tokens."""
+        """Begins a new task and forgets the first tokens of the previous one."""
         self.label = label
         self.first_tokens: list[int] = []
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """As lm-eval's, with our bar for its own."""
-        with progress(self.label, len(requests)) as self._bar:
-            self._started, self._tokens = time.monotonic(), 0
+        """Scores continuations; see ``lm_eval.api.model.LM.loglikelihood``."""
+        with self._progress(len(requests)):
             answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """As lm-eval's, which puts a prefix token before every window: the tokenizer must not add a second one."""
+        """Scores complete texts; see ``lm_eval.api.model.LM.loglikelihood_rolling``."""
+        # lm-eval puts a prefix token before every window, so the tokenizer must not add a second one.
         self.add_bos_token: bool | None = False
         longest = max(len(self.tok_encode(request.args[0])) for request in requests)
         self.batch_size_per_gpu = self._fitting_batch(min(longest, self.max_length))
-        with progress(self.label, len(requests)) as self._bar:
-            self._started, self._tokens = time.monotonic(), 0
+        with self._progress(len(requests)):
             answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         self.add_bos_token = None
+        return answers
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generates continuations; see ``lm_eval.api.model.LM.generate_until``."""
+        self.batch_size_per_gpu = self._largest_batch  # an earlier task may have reduced it
+        with self._progress(len(requests)):
+            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
     def _loglikelihood_tokens(
@@ -73,23 +84,42 @@ class Judge(HFLM):
         answers: list[Answer] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         return answers
 
+    def _model_call(self, inps: torch.Tensor, **details: Any) -> torch.Tensor:
+        """Returns logits [batch, sequence, vocabulary] for token ids [batch, sequence]."""
+        logits: torch.Tensor = super()._model_call(inps, **details)
+        self._advance(inps)
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, **details: Any) -> torch.Tensor:
+        """Returns token ids [batch, <= max_length], the context [batch, sequence] included."""
+        tokens: torch.Tensor = super()._model_generate(context, max_length, **details)
+        if not self.first_tokens:
+            first = context[0][details["attention_mask"][0].bool()]  # shorter contexts are padded on the left
+            self.first_tokens = first[:FIRST_TOKENS].tolist()
+        self._advance(tokens)
+        return tokens
+
     def _fitting_batch(self, tokens: int) -> int:
-        """How many sequences of that length may be scored at once."""
+        """How many sequences of ``tokens`` tokens may be scored at once."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
         bytes_each: int = 2 * tokens * vocabulary * self.model.dtype.itemsize
         return max(1, min(self._largest_batch, LOGITS_BYTES[self.device.type] // bytes_each))
 
     def _check_beginning(self, sequence: list[int]) -> None:
-        """Exactly one beginning-of-sequence token where the tokenizer puts one, never two."""
+        """Asserts that a sequence begins with one BOS token where the tokenizer adds one, and never with two."""
         bos = self.tokenizer.bos_token_id
         assert bos is None or sequence[:2] != [bos, bos], "a sequence begins with two beginning-of-sequence tokens"
         assert not self._adds_bos or sequence[0] == bos, "a sequence lacks its beginning-of-sequence token"
         self.first_tokens = self.first_tokens or sequence[:FIRST_TOKENS]
 
-    def _model_call(self, inps: torch.Tensor, **details: Any) -> torch.Tensor:
-        """Logits [batch, sequence, vocabulary]."""
-        logits: torch.Tensor = super()._model_call(inps, **details)
-        self._tokens += inps.numel()
+    @contextmanager
+    def _progress(self, sequences: int) -> Iterator[None]:
+        with progress(self.label, sequences) as self._bar:
+            self._started, self._tokens = time.monotonic(), 0
+            yield
+
+    def _advance(self, tokens: torch.Tensor) -> None:
+        """Advances the bar by a batch [batch, sequence]."""
+        self._tokens += tokens.numel()
         if self._bar is not None:
-            self._bar.advance(len(inps), tokens_per_second=self._tokens / (time.monotonic() - self._started))
-        return logits
+            self._bar.advance(len(tokens), tokens_per_second=self._tokens / (time.monotonic() - self._started))

@@ -13,6 +13,7 @@ from pipeline.data import sources
 from pipeline.driver.graph import Inputs, Node
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, lesa_scratch, sizes_of
+from pipeline.evaluation.catalogue import fingerprint_tasks
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.files import free_bytes, gib, insufficient_space
@@ -95,6 +96,7 @@ def identify(run: Settings, source: ModelSource) -> Inputs:
         model=source.identity or fingerprints.of_files(source.files),
         **data,
         interpreter=sources.interpreter_fingerprint(),
+        tasks=fingerprint_tasks(run.evaluate, fingerprints) if run.scores_models else {},
     )
 
 

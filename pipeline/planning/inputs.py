@@ -18,6 +18,7 @@ from pipeline.config import Data, Model, Settings, Source
 from pipeline.data import sources
 from pipeline.driver.graph import Inputs
 from pipeline.errors import UserError
+from pipeline.evaluation.catalogue import fingerprint_tasks
 from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.models import hub
 from pipeline.models.source import ModelSource, config_of, resolve
@@ -63,6 +64,7 @@ def look_up(run: Settings) -> Outside:
         corpus=UNKNOWN if "corpus" in faults else corpus.result()[1],
         instructions=UNKNOWN if "instructions" in faults else instructions.result()[1],
         interpreter=sources.interpreter_fingerprint(),
+        tasks=_fingerprint_tasks(run, remembered, faults),
     )
     if source is None or config is None:
         config, config_from = _second_best(run.model)
@@ -78,6 +80,19 @@ def _read_sources(
     """The sources with their revisions resolved, and their content identity."""
     pinned = sources.pin(several, purpose)
     return pinned, sources.fingerprint(pinned, purpose, remembered)
+
+
+def _fingerprint_tasks(
+    run: Settings, remembered: RememberedFingerprints, faults: Mapping[str, UserError]
+) -> Mapping[str, str]:
+    """The content of the user's own tasks, which cannot be known where their files are wrong."""
+    if not run.scores_models:
+        return {}
+    try:
+        return fingerprint_tasks(run.evaluate, remembered)
+    except UserError:
+        assert "evaluate" in faults, "what cannot be read is refused by the check of the same files"
+        return dict.fromkeys(run.evaluate.tasks, UNKNOWN)
 
 
 def _pinned_model(model: Model, source: ModelSource | None) -> Model:

@@ -68,7 +68,7 @@ class RunArtifacts:
     def scored_targets(self) -> list[str]:
         """The models that were scored, from base to tuned, snapshots included."""
         named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/")]
-        return list(map(str, sorted(named, key=lambda target: target.place)))
+        return list(map(str, sorted(named, key=lambda target: target.order)))
 
     def training(self, stage: str) -> dict[str, Any] | None:
         """Totals and held-out losses of ``pretrain`` or ``sft``."""
@@ -100,7 +100,7 @@ class RunArtifacts:
 def roles(runs: Sequence[RunArtifacts]) -> list[str]:
     """``ROLES``, and after them the scores of the snapshots of any run."""
     targets = {target for run in runs for target in run.scored_targets()} - set(MODEL_TARGETS)
-    snapshots = sorted(map(Target.parse, targets), key=lambda target: target.place)
+    snapshots = sorted(map(Target.parse, targets), key=lambda target: target.order)
     return [*ROLES, *(target.role for target in snapshots)]
 
 

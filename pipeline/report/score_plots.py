@@ -67,7 +67,7 @@ def _score_panel(axes: Axes, runs: Sequence[RunArtifacts], scores: Scores, measu
 def _drawn_targets(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     """The four stages' models, and between them the snapshots of any run."""
     scored = {target for run in runs for target in scores.all_targets(run.name)}
-    return sorted(scored | set(MODEL_TARGETS), key=lambda target: Target.parse(target).place)
+    return sorted(scored | set(MODEL_TARGETS), key=lambda target: Target.parse(target).order)
 
 
 def _points(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, with_values: bool) -> None:

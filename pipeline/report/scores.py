@@ -72,7 +72,7 @@ class Scores:
     def all_targets(self, run: str) -> list[str]:
         """The same, with the snapshots between them."""
         scored = {target for name, target, _, _ in self._rows if name == run}
-        return sorted(scored, key=lambda target: Target.parse(target).place)
+        return sorted(scored, key=lambda target: Target.parse(target).order)
 
     def shared_base(self, runs: Sequence[str]) -> bool:
         """Whether all runs grew from a base with the same scores."""

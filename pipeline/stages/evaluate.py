@@ -1,4 +1,4 @@
-"""evaluate: scores one model with lm-eval; every target of a table in the same way."""
+"""The evaluate stage: scores one model with lm-eval, every target in the same way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Evaluate, EvaluateSnapshot
-from pipeline.evaluation.harness import Target, score
+from pipeline.evaluation.harness import ScoringJob, score
 from pipeline.files import write_json
 from pipeline.launch.machine import detect_machine, place
 from pipeline.training.snapshots import materialize_snapshot
@@ -15,20 +15,20 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes ``tasks/<task>.json``, one a task, and ``evaluation.json``; goes on where a killed attempt stood.
+    """Writes ``tasks/<task>.json`` for every task, and ``evaluation.json``. Tasks that a killed attempt finished stay.
 
     Raises:
-        UserError: a task's data cannot be had, or a chat format is asked for that the model has not.
+        UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
     """
     settings = task.settings
     assert isinstance(settings, Evaluate)
     model = task.parents["model"]
     if isinstance(settings, EvaluateSnapshot):
-        model = task.out / "model"  # the full model exists only while it is evaluated
+        # A snapshot holds the trained weights only. The complete model exists just while it is scored.
+        model = task.out / "model"
         materialize_snapshot(task.parents["model"], settings.fraction, model)
     placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
-    target = Target(task.name, model, task.parents["corpus"], task.out, placement)
-    evaluation = score(target, settings)
+    evaluation = score(ScoringJob(task.name, model, task.parents["corpus"], task.out, placement), settings)
     if model != task.parents["model"]:
         shutil.rmtree(model)
     write_json(task.out / EVALUATION_FILE, evaluation)

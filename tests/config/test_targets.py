@@ -20,11 +20,11 @@ def test_a_target_goes_to_and_fro(text: str, stage: str, fraction: float | None,
 
 @pytest.mark.parametrize("text", ["pretrian", "load@20%", "pretrain@20", "pretrain@-1%", "pretrain@0%", "sft@100%"])
 def test_what_names_no_model_is_refused(text: str):
-    with pytest.raises(ValueError, match="say expand for 0 %|say pretrain for 0 %|is none of load, expand"):
+    with pytest.raises(ValueError, match="say expand for 0 %|say pretrain for 0 %|must be one of load, expand"):
         Target.parse(text)
 
 
 def test_targets_sort_from_the_base_to_the_tuned_model():
     texts = ["sft", "pretrain", "pretrain@80%", "load", "sft@50%", "pretrain@9%", "expand"]
-    ordered = sorted(map(Target.parse, texts), key=lambda target: target.place)
+    ordered = sorted(map(Target.parse, texts), key=lambda target: target.order)
     assert list(map(str, ordered)) == ["load", "expand", "pretrain@9%", "pretrain@80%", "pretrain", "sft@50%", "sft"]

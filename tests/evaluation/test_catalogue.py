@@ -14,14 +14,15 @@ import yaml
 
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
-from pipeline.evaluation.catalogue import BUNDLED, PUBLISHED, installed_names, validate
+from pipeline.evaluation.catalogue import BUNDLED, SUITE_TASKS, installed_names, validate
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def _evaluate(*tasks: str) -> Evaluate:
-    values: dict[str, Any] = {"targets": ["load"], "num_fewshot": None, "limit": None, "held_out_characters": 1000}
-    return Evaluate(tasks=list(tasks), **values, prompt_format="plain", dtype="auto", batch_size=1)
+def _evaluate(*tasks: str, include_path: str | None = None) -> Evaluate:
+    values: dict[str, Any] = {"targets": ["load"], "num_fewshot": None, "limit": None}
+    values |= {"include_path": include_path, "held_out_characters": 1000, "batch_size": 1}
+    return Evaluate(tasks=list(tasks), **values, prompt_format="plain", dtype="auto")
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_bundled_tasks_need_nothing(no_network: None) -> None:
 def test_validating_imports_neither_torch_nor_lm_eval() -> None:
     program = (
         "import sys; from pipeline.config import Evaluate; from pipeline.evaluation.catalogue import BUNDLED, validate;"
-        "validate(Evaluate.model_construct(tasks=list(BUNDLED)));"
+        "validate(Evaluate.model_construct(tasks=list(BUNDLED), include_path=None));"
         "sys.exit(', '.join({'torch', 'lm_eval', 'transformers', 'datasets', 'numpy'} & set(sys.modules)) or 0)"
     )
     answer = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
@@ -78,10 +79,10 @@ def test_offline_what_was_fetched_before_may_be_used(no_network: None, monkeypat
 
 
 def test_the_published_suites_are_names_that_lm_eval_knows() -> None:
-    assert installed_names() >= PUBLISHED
+    assert installed_names() >= SUITE_TASKS
     for file in (REPOSITORY / "conf" / "evaluate").glob("*.yaml"):
         tasks = yaml.safe_load(file.read_text()).get("tasks", [])
-        assert set(tasks) <= PUBLISHED | set(BUNDLED), file.name
+        assert set(tasks) <= SUITE_TASKS | set(BUNDLED), file.name
 
 
 def test_a_task_of_a_group_is_known() -> None:

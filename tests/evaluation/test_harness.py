@@ -19,7 +19,7 @@ def test_data_that_cannot_be_fetched_is_the_users_business(error: Exception) -> 
         raise error
 
     with pytest.raises(UserError, match="cannot be fetched") as caught:
-        harness._load_fetched("arc_easy", SimpleNamespace(load=load))
+        harness._load_downloaded("arc_easy", SimpleNamespace(load=load))
     assert caught.value.setting == "evaluate.tasks" and "HF_HUB_OFFLINE" in caught.value.remedy
 
 

@@ -11,14 +11,14 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluation import lm as judge_module
-from pipeline.evaluation.lm import Judge
+from pipeline.evaluation import lm as lm_module
+from pipeline.evaluation.lm import LanguageModel
 
 TEXTS = ["Return the number of items.", "The quick brown fox. " * 40, "def add(a, b):\n    return a + b"]
 
 
-def _judge(directory: Path, batch_size: int = 4) -> Judge:
-    return Judge(directory, torch.float32, "cpu", batch_size)
+def _lm(directory: Path, batch_size: int = 4) -> LanguageModel:
+    return LanguageModel(directory, torch.float32, "cpu", batch_size)
 
 
 def _requests(kind: Any, *arguments: tuple[str, ...]) -> list[Instance]:
@@ -35,7 +35,7 @@ def _loglikelihood(directory: Path, ids: list[int], first_scored: int) -> float:
 def test_a_continuation_is_scored_as_by_hand(tiny_llama_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     pairs = [("json.dumps\n   ", " Return a string."), ("x", " y"), ("", "The whole sentence.")]
-    found = _judge(tiny_llama_dir).loglikelihood(_requests("loglikelihood", *pairs))
+    found = _lm(tiny_llama_dir).loglikelihood(_requests("loglikelihood", *pairs))
     for (context, continuation), (value, _) in zip(pairs, found, strict=True):
         before = tokenizer(context.rstrip()).input_ids if context else [tokenizer.bos_token_id]
         ids = tokenizer(context + continuation).input_ids if context else [*before, *tokenizer(continuation).input_ids]
@@ -46,49 +46,49 @@ def test_a_continuation_is_scored_as_by_hand(tiny_llama_dir: Path) -> None:
 def test_a_text_is_scored_after_exactly_one_bos(model: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(model)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    judge = _judge(directory)
-    found = judge.loglikelihood_rolling(_requests("loglikelihood_rolling", (TEXTS[0],), (TEXTS[2],)))
+    lm = _lm(directory)
+    found = lm.loglikelihood_rolling(_requests("loglikelihood_rolling", (TEXTS[0],), (TEXTS[2],)))
     for text, value in zip((TEXTS[0], TEXTS[2]), found, strict=True):
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
         assert value == pytest.approx(_loglikelihood(directory, ids, 1), rel=1e-4)
-    assert judge.first_tokens.count(tokenizer.bos_token_id) == 1
+    assert lm.first_tokens.count(tokenizer.bos_token_id) == 1
 
 
 def test_contexts_begin_with_the_bos_that_the_tokenizer_adds(tiny_llama_with_bos: Path) -> None:
-    judge = _judge(tiny_llama_with_bos)
-    judge.loglikelihood(_requests("loglikelihood", ("A context", " and more")))
-    assert judge.first_tokens[0] == judge.tokenizer.bos_token_id != judge.first_tokens[1]
-    judge.start("chat: the template writes it out")
-    judge.loglikelihood(_requests("loglikelihood", ("<|endoftext|>A context", " and more")))
-    assert judge.first_tokens[0] == judge.tokenizer.bos_token_id != judge.first_tokens[1]
+    lm = _lm(tiny_llama_with_bos)
+    lm.loglikelihood(_requests("loglikelihood", ("A context", " and more")))
+    assert lm.first_tokens[0] == lm.tokenizer.bos_token_id != lm.first_tokens[1]
+    lm.start("chat: the template writes it out")
+    lm.loglikelihood(_requests("loglikelihood", ("<|endoftext|>A context", " and more")))
+    assert lm.first_tokens[0] == lm.tokenizer.bos_token_id != lm.first_tokens[1]
 
 
 def test_two_bos_are_a_defect(tiny_llama_with_bos: Path) -> None:
     with pytest.raises(AssertionError, match="two beginning-of-sequence"):
-        _judge(tiny_llama_with_bos).loglikelihood(_requests("loglikelihood", ("<|endoftext|><|endoftext|>A", " b")))
+        _lm(tiny_llama_with_bos).loglikelihood(_requests("loglikelihood", ("<|endoftext|><|endoftext|>A", " b")))
 
 
 def test_the_batch_leaves_the_numbers_alone(tiny_llama_dir: Path) -> None:
     requests = _requests("loglikelihood_rolling", *((text,) for text in TEXTS))
-    one, many = (_judge(tiny_llama_dir, size).loglikelihood_rolling(requests) for size in (1, 8))
+    one, many = (_lm(tiny_llama_dir, size).loglikelihood_rolling(requests) for size in (1, 8))
     assert one == pytest.approx(many, rel=1e-4)
 
 
 def test_long_sequences_are_scored_in_smaller_batches(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of 384 tokens, twice, in float32: 3072 bytes a position."""
-    monkeypatch.setitem(judge_module.LOGITS_BYTES, "cpu", 100 * 3072)
-    judge = _judge(tiny_llama_dir, batch_size=16)
+    monkeypatch.setitem(lm_module.LOGITS_BYTES, "cpu", 100 * 3072)
+    lm = _lm(tiny_llama_dir, batch_size=16)
     sizes: list[tuple[int, int]] = []
-    call = judge.model.forward
-    monkeypatch.setattr(judge.model, "forward", lambda ids, **more: sizes.append(tuple(ids.shape)) or call(ids, **more))
-    judge.loglikelihood(_requests("loglikelihood", *(("word " * length, "end") for length in (1, 2, 20, 30))))
-    judge.loglikelihood_rolling(_requests("loglikelihood_rolling", *((text,) for text in TEXTS)))
+    call = lm.model.forward
+    monkeypatch.setattr(lm.model, "forward", lambda ids, **more: sizes.append(tuple(ids.shape)) or call(ids, **more))
+    lm.loglikelihood(_requests("loglikelihood", *(("word " * length, "end") for length in (1, 2, 20, 30))))
+    lm.loglikelihood_rolling(_requests("loglikelihood_rolling", *((text,) for text in TEXTS)))
     assert all(batch == 1 or batch * tokens <= 100 for batch, tokens in sizes)
 
 
 def test_the_dtype_is_the_one_asked_for(tiny_llama_dir: Path) -> None:
-    judge = Judge(tiny_llama_dir, torch.bfloat16, "cpu", 1)
-    assert {parameter.dtype for parameter in judge.model.parameters()} == {torch.bfloat16}
+    lm = LanguageModel(tiny_llama_dir, torch.bfloat16, "cpu", 1)
+    assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.bfloat16}
 
 
 def test_progress_is_told_in_sequences(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +102,6 @@ def test_progress_is_told_in_sequences(tiny_llama_dir: Path, monkeypatch: pytest
         def __exit__(self, *details: object) -> None:
             pass
 
-    monkeypatch.setattr(judge_module, "progress", lambda label, total: Shown())
-    _judge(tiny_llama_dir).loglikelihood(
-        _requests("loglikelihood", *(("a b", f" c {number} d") for number in range(9)))
-    )
+    monkeypatch.setattr(lm_module, "progress", lambda label, total: Shown())
+    _lm(tiny_llama_dir).loglikelihood(_requests("loglikelihood", *(("a b", f" c {number} d") for number in range(9))))
     assert sum(advanced) == 9

@@ -10,13 +10,14 @@ from pipeline.config import Evaluate
 from pipeline.data.chat import ChatRenderer, chat_template
 from pipeline.data.records import turn
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.evaluation.harness import Target, score
+from pipeline.evaluation.harness import ScoringJob, score
 from pipeline.launch.machine import Placement, detect_machine
 
 
 def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
     settings = Evaluate(
         tasks=[task],
+        include_path=None,
         targets=["load"],
         num_fewshot=None,
         limit=limit,
@@ -26,7 +27,7 @@ def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
         batch_size=32,
     )
     placement = Placement(device="cpu", processes=1, threads=detect_machine().cores)
-    (row,) = score(Target("evaluate/load", model, out, out, placement), settings)["rows"]
+    (row,) = score(ScoringJob("evaluate/load", model, out, out, placement), settings)["rows"]
     return float(row["value"])
 
 

@@ -24,6 +24,7 @@ from pipeline.models.reading import ModelDirectory
 from pipeline.stages import evaluate
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import save_snapshot
+from tests.evaluation.custom_tasks import write_custom_tasks
 from tests.plain_settings import cpu_launch
 
 
@@ -47,8 +48,8 @@ def _held_out(directory: Path, texts: dict[str, list[str]]) -> Path:
 
 def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
     values = {
-        "tasks": list(BUNDLED), "targets": ["load"], "num_fewshot": None, "limit": 12, "held_out_characters": 4000,
-        "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
+        "tasks": list(BUNDLED), "include_path": None, "targets": ["load"], "num_fewshot": None, "limit": 12,
+        "held_out_characters": 4000, "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
     }  # fmt: skip
     out.mkdir(exist_ok=True)
     launch = cpu_launch(processes=2)
@@ -207,3 +208,36 @@ def test_a_snapshot_is_scored_as_it_was_and_leaves_no_copy(tiny_llama_dir: Path,
     assert not (task.out / "model").exists()
     again = task_from_json(json.loads(json.dumps(task_to_json(replace(task, settings=snapshot)))))
     assert again.settings == snapshot
+
+
+# ------------------------------------------------------------------------------- the user's own tasks
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path) -> Path:
+    return write_custom_tasks(tmp_path / "own_tasks")
+
+
+def test_local_tasks_groups_and_tags_are_scored(
+    tiny_llama_dir: Path, corpus: Path, own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # data paths are relative to the YAML files, not to the working directory
+    requested = ["capitals", "repeat", "minimal_pairs"]
+    task = _task(tiny_llama_dir, corpus, tmp_path / "out", tasks=requested, include_path=str(own_tasks), limit=None)
+    rows = {row[0]: row for row in evaluate.run(task)["table"]["rows"]}
+    assert {name: (row[1], row[4]) for name, row in rows.items() if name in ("capitals", "repeat")} == {
+        "capitals": ("acc", 4), "repeat": ("exact_match", 3),
+    }  # fmt: skip
+    assert all(first["ids"] for first in read_json(task.out / "evaluation.json")["first_tokens"])
+    for name, members in {"own_suite": ["capitals", "repeat"], "geography": ["capitals"]}.items():
+        task = _task(tiny_llama_dir, corpus, tmp_path / name, tasks=[name], include_path=[str(own_tasks)], limit=2)
+        assert [row[0] for row in evaluate.run(task)["table"]["rows"]] == members
+
+
+def test_a_template_that_does_not_fit_the_data_is_refused_before_a_model_is_loaded(
+    corpus: Path, own_tasks: Path, tmp_path: Path
+) -> None:
+    (own_tasks / "capitals.yaml").write_text((own_tasks / "capitals.yaml").read_text().replace("country", "state"))
+    task = _task(tmp_path / "no model", corpus, tmp_path / "out", tasks=["capitals"], include_path=str(own_tasks))
+    with pytest.raises(UserError, match=r"capitals.yaml: lm-eval cannot build capitals .*'state' is undefined"):
+        evaluate.run(task)
