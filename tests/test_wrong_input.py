@@ -106,7 +106,7 @@ def _quantise(model: Path) -> str:
 def _rename_family(model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
-    return "ARCHITECTURES in pipeline/architecture/table.py"
+    return "FAMILIES in pipeline/models/families/table.py"
 
 
 @pytest.mark.parametrize("spoil", [_lose, _cut_short, _promise_too_much, _garble_index, _quantise, _rename_family])

@@ -1,4 +1,4 @@
-"""A tiny random model of every family in the architecture table."""
+"""A tiny random model of every family in the family table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.files import read_json
-from pipeline.models.families import Place, architecture_of
+from pipeline.models.families import Place, family_of
 
 LAYERS = 4
 SMALL = {
@@ -20,11 +20,12 @@ SMALL = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "use_cache": True,
 }  # fmt: skip
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-FAMILIES: dict[str, dict[str, Any]] = {
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8, "attention_bias": True},
+    "gemma": {},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 4},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 4, "sliding_window_pattern": 3},
     "phi3": {"sliding_window": 8},
@@ -43,9 +44,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str) -> PreTrainedModel:
-    """Every parameter drawn away from its default: norm scales, biases, sinks and routers too."""
+    """A model whose parameters all differ from their defaults, norm scales, biases, sinks and routers included."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS[family]})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for tensor in model.parameters():
@@ -58,20 +59,20 @@ def tiny_model(family: str) -> PreTrainedModel:
 
 
 def save_tiny(family: str, directory: Path, tokenizer: Any, save_original_format: bool = True) -> Path:
-    """The model and a tokenizer as a Hugging Face directory; tensors named as published, or as in memory."""
+    """Saves the model and a tokenizer, with tensors named as in published checkpoints or as in memory."""
     tiny_model(family).save_pretrained(directory, save_original_format=save_original_format)
     tokenizer.save_pretrained(directory)
     return directory
 
 
 def layers_by_role(directory: Path) -> list[dict[str, Tensor]]:
-    """Every layer's tensors by the names that methods see, fused ones taken apart."""
+    """The tensors of every layer by the names that methods see, with fused ones split."""
     config, stored = read_json(directory / "config.json"), load_file(directory / "model.safetensors")
-    architecture = architecture_of(config["model_type"])
-    tensors = architecture.layer_tensors(stored, config)
+    family = family_of(config["model_type"])
+    tensors = family.layer_tensors(stored, config)
 
     def read(layer: int, name: str, place: Place | None) -> Tensor:
-        whole = stored[architecture.tensor_name(layer, name)]
+        whole = stored[family.tensor_name(layer, name)]
         part: Tensor = whole if place is None else place.read(whole)
         return part
 

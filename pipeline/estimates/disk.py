@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from pipeline.files import SCRATCH_ON_DISK_BYTES
-from pipeline.models.shape import Shape
+from pipeline.models.families import Shape
 from pipeline.training.precision import CHECKPOINT_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -12,7 +12,7 @@ from pipeline.estimates.memory import Setup, memory_of
 from pipeline.estimates.sizes import Trained, trained_part
 from pipeline.files import gib, read_json
 from pipeline.launch.machine import Machine, detect_machine, device_memory, place
-from pipeline.models.shape import shape_of
+from pipeline.models.families import shape_of
 from pipeline.training.precision import resolve_precision
 from pipeline.training.validate import less_memory
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import Train
 from pipeline.estimates.sizes import Trained
-from pipeline.models.shape import Layer, Shape
+from pipeline.models.families import LayerShape, Shape
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.precision import BYTES, CHUNK_LOGITS, Precision
 
@@ -153,7 +153,7 @@ def _activations(trained: Trained, setup: Setup) -> int:
     return sum(sizes) + at_work
 
 
-def _layer(trained: Trained, setup: Setup, layer: Layer, names: frozenset[str]) -> int:
+def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[str]) -> int:
     """Bytes that one layer stores for its backward pass."""
     shape, width, units = trained.shape, setup.width, layer.mlp_units(trained.shape.hidden_size)
     trains = any("norm" not in name for name in names)

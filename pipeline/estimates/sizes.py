@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.config import AnyExpand, Train
 from pipeline.expansion.layer_plan import LayerPlan, make_plan
+from pipeline.models.families import Shape
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops
-from pipeline.models.shape import Shape
 from pipeline.training.selection import select
 
 

@@ -20,7 +20,7 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.svd import Scratch, in_memory
 from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_json, write_json
-from pipeline.models.families import Architecture, LayerTensor
+from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import KEPT, ShardWriter
@@ -55,7 +55,7 @@ class Names:
     """What every tensor of a deeper model is called, and where it comes from."""
 
     base: ModelDirectory
-    architecture: Architecture
+    architecture: Family
     plan: LayerPlan
 
     @cached_property

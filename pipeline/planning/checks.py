@@ -18,8 +18,7 @@ from pipeline.evaluation.catalogue import validate as validate_evaluation
 from pipeline.expansion.layer_plan import validate as validate_expansion
 from pipeline.files import free_bytes, gib, insufficient_space
 from pipeline.launch.machine import Machine, detect_machine
-from pipeline.models.families import architecture_of
-from pipeline.models.shape import EXPERTS, shape_of
+from pipeline.models.families import family_of, shape_of
 from pipeline.models.source import ModelSource, check_shape, config_of
 from pipeline.models.weight_files import read_headers, refuse_quantised
 from pipeline.training.job import snapshot_dir
@@ -164,7 +163,7 @@ def checks(
 
 def _check_model(run: Settings, config: Mapping[str, Any]) -> None:
     refuse_quantised(config, run.model.path)
-    architecture_of(config["model_type"])  # a family that is not in the table is refused before it is loaded
+    family_of(config.get("model_type"))  # a family that is not in the table is refused before it is loaded
     check_shape(run.model, config)
 
 
@@ -175,7 +174,7 @@ def _check_experts(run: Settings, config: Mapping[str, Any], missing: Mapping[st
     sizes = sizes_of(run.expand, shape_of(config))
     for name, train in _training(missing).items():
         part = sizes.trained(name, train)
-        if experts := sorted(tensor for tensor in part.names if EXPERTS in tensor):
+        if experts := sorted(tensor for tensor in part.names if tensor in sizes.grown.experts):
             raise stored_apart(name, experts[0])
 
 

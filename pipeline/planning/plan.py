@@ -13,7 +13,7 @@ from pipeline.driver.run import missing
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, Sizes, ranks, setup_of, sizes_of
 from pipeline.launch.machine import Machine, detect_machine, place
-from pipeline.models.shape import shape_of
+from pipeline.models.families import shape_of
 from pipeline.planning.checks import check_writable, checks, disk_needed
 from pipeline.planning.inputs import Outside, look_up
 from pipeline.planning.training import TrainingPlan, amount_of, expected_tokens, plan_training

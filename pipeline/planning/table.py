@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pipeline.estimates import Memory, Sizes
 from pipeline.files import gib
-from pipeline.models.shape import Shape
+from pipeline.models.families import Shape
 from pipeline.planning.plan import Plan
 from pipeline.planning.training import TrainingPlan, room
 

@@ -18,7 +18,7 @@ from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.expansion.self_check import CheckFailedError, check_model
 from pipeline.expansion.surgery import Names, forget_records, write_weights
 from pipeline.files import write_json
-from pipeline.models.families import architecture_of
+from pipeline.models.families import family_of
 from pipeline.models.layer_config import rebuild_config, spelled_out_config
 from pipeline.models.reading import EXPANSION_FILE, ModelDirectory, copy_side_files
 from pipeline.models.vector_math import settle_vector_math
@@ -38,7 +38,7 @@ def run(task: StageTask) -> Metrics:
     base = ModelDirectory(task.parents["load"])
     config = spelled_out_config(base.path)
     plan = make_plan(settings, config["num_hidden_layers"])
-    names = Names(base, architecture_of(config["model_type"]), plan)
+    names = Names(base, family_of(config["model_type"]), plan)
 
     def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
         return expand_function(settings.method)(layers, plan, settings, task.seed, journal)

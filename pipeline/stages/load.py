@@ -19,7 +19,7 @@ from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import hub
-from pipeline.models.families import ARCHITECTURES
+from pipeline.models.families import FAMILIES
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
@@ -118,19 +118,19 @@ def _not_finite(name: str, model: Model) -> UserError:
 
 def _redundant(base: ModelDirectory) -> set[str]:
     """Tensors that the model makes itself: derived buffers, and the head where it is the embeddings."""
-    architecture = ARCHITECTURES.get(base.config["model_type"])
-    if architecture is None:
+    family = FAMILIES.get(base.config["model_type"])
+    if family is None:
         return set()
-    names = {name for name in base.specs if architecture.is_derived(name)}
-    if base.config.get("tie_word_embeddings") and {architecture.embeddings, architecture.lm_head} <= set(base.specs):
-        if not torch.equal(base.read(architecture.embeddings), base.read(architecture.lm_head)):
+    names = {name for name in base.specs if family.is_derived(name)}
+    if base.config.get("tie_word_embeddings") and {family.embeddings, family.stored_lm_head} <= set(base.specs):
+        if not torch.equal(base.read(family.embeddings), base.read(family.stored_lm_head)):
             raise UserError(
                 setting="model.path",
                 value=base.path,
-                rule=f"config.json ties {architecture.lm_head} to the embeddings, and the two differ in its weights",
+                rule=f"config.json ties {family.stored_lm_head} to the embeddings, and the two differ in its weights",
                 remedy="Set tie_word_embeddings to false in its config.json if they are meant to differ.",
             )
-        names.add(architecture.lm_head)
+        names.add(family.stored_lm_head)
     return names
 
 

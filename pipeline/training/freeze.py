@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.models.families import Role, architecture_of
+from pipeline.models.families import Role, family_of
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.selection import BY_EXPANSION, select
 
@@ -45,7 +45,7 @@ def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
 
 def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
     """The role of every parameter that has one alone, by name; those outside the layers are left out."""
-    architecture = architecture_of(model.config.model_type)
+    architecture = family_of(model.config.model_type)
     found = {name: architecture.role_of(name) for name, _ in model.named_parameters()}
     return {name: role for name, role in found.items() if role is not None}
 

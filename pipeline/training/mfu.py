@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from pipeline.config.execution import bfloat16_peak
+from pipeline.models.families import expert_share
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
 from pipeline.models.tensors import DTYPES
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
@@ -104,7 +104,7 @@ def memory_in_use(device: torch.device) -> int:
 def training_flops(model: PreTrainedModel, sequence_length: int) -> TrainingFlops:
     """Operations a token; counted once, after the choice of what trains."""
     config, lowest = model.config.get_text_config(), lowest_trainable_layer(model)
-    share = _expert_share(config)
+    share = expert_share(config.to_dict())
     layers = []
     for layer in decoder_layers(model):
         sizes = [(p, matrix_entries(name, full_shape(p), share)) for name, p in layer.named_parameters()]
@@ -113,11 +113,6 @@ def training_flops(model: PreTrainedModel, sequence_length: int) -> TrainingFlop
     reaches_below = lowest < len(layers) or _final_norm_trains(model)
     head = HeadWork(full_shape(weight).numel(), weight.requires_grad, reaches_below)
     return TrainingFlops.count(layers, lowest, head, sequence_length * _attention_size(config))
-
-
-def _expert_share(config: Any) -> Fraction:
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return Fraction(config.num_experts_per_tok, experts) if experts else Fraction(1)
 
 
 def _attention_size(config: Any) -> int:

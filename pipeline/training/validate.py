@@ -12,7 +12,7 @@ from pipeline.config import Launch, Train
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.launch.machine import Machine, place
-from pipeline.models.families import ARCHITECTURES, Role
+from pipeline.models.families import role_names
 
 NAMED_CHOICES = ("auto", "new_layers", "all")
 
@@ -79,8 +79,7 @@ def _too_long(section: str, train: Train, context_length: int | None) -> Iterato
 
 
 def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
-    entries = [entry for family in ARCHITECTURES.values() for entry in family.layer.values()]
-    known = {entry.name for entry in entries if isinstance(entry, Role)}
+    known = role_names()
     unknown = sorted(set(train.role_learning_rates) - known)
     if unknown:
         yield UserError(

@@ -41,7 +41,7 @@ from pipeline.expansion.methods.lesa import role_seed
 from pipeline.expansion.methods.opt_deus import fuse
 from pipeline.expansion.surgery import Method, Names, write_weights
 from pipeline.expansion.svd import decompose
-from pipeline.models.families import LayerTensor, architecture_of
+from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
 from scripts.benchmarks.expansions import held_out_perplexity, write_model
 from scripts.benchmarks.published_lesa import publish_lesa
@@ -73,7 +73,7 @@ def names_of(base: Path, method: str, **changes: Any) -> tuple[Names, Any]:
     """A base's tensors under the plan of a method's settings."""
     settings = expand_settings(method, **{"new_layers": NEW_LAYERS, "position": "top", **changes})
     model = ModelDirectory(base)
-    return Names(model, architecture_of("llama"), make_plan(settings, model.config["num_hidden_layers"])), settings
+    return Names(model, family_of("llama"), make_plan(settings, model.config["num_hidden_layers"])), settings
 
 
 def seconds_of(work: Callable[[], object], out: Path) -> float:

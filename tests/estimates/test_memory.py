@@ -18,7 +18,7 @@ from pipeline.estimates import (
     trained_part,
     when_out_of_memory,
 )
-from pipeline.models.shape import Shape, shape_of
+from pipeline.models.families import Shape, shape_of
 from tests.training.small import train_settings
 
 LLAMA3_8B = {

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.estimates import trained_part
-from pipeline.models.shape import shape_of
+from pipeline.models.families import shape_of
 from pipeline.training.freeze import describe, freeze_others, lowest_trainable_layer, select_trainable
 from pipeline.training.mfu import training_flops
 

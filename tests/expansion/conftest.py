@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pipeline.models.families import LayerTensor, architecture_of
+from pipeline.models.families import LayerTensor, family_of
 from tests.expansion.random_layer import Layers, random_layer
 
 
 @pytest.fixture
 def random_layers() -> Callable[[int], Layers]:
     """``random_layers(5)``: five different Llama layers with biases, float32."""
-    roles = architecture_of("llama").layer
+    roles = family_of("llama").roles
 
     def make(count: int) -> Layers:
         generator = torch.Generator().manual_seed(count)

@@ -17,7 +17,7 @@ from pipeline.expansion.layers import Journal
 from pipeline.expansion.lesa_predictor import Predictor, _rate, prediction_loss, train_predictor
 from pipeline.expansion.methods import lesa
 from pipeline.expansion.svd import decompose
-from pipeline.models.families import LayerTensor, architecture_of
+from pipeline.models.families import LayerTensor, family_of
 from tests.expansion.random_layer import Layers
 from tests.naive import predicted_matrix, svd_factors
 
@@ -166,7 +166,7 @@ def test_new_matrices_are_predicted_from_an_exact_svd(
     base, chosen = random_layers(5), settings(position=[1, 4], variant=variant)
     _, made, _ = _expand(base, chosen)
     for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
-        tensor = LayerTensor(name, architecture_of("llama").layer[name])
+        tensor = LayerTensor(name, family_of("llama").roles[name])
         predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
         spectrum = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
         train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)
@@ -184,7 +184,7 @@ def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
     base, chosen = random_layers(4), settings(position=[1, 1], variant="reference")
     _, made, _ = _expand(base, chosen)
     name = "self_attn.q_proj.weight"
-    tensor = LayerTensor(name, architecture_of("llama").layer[name])
+    tensor = LayerTensor(name, family_of("llama").roles[name])
     predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
     spectrum = decompose(lambda layer: base[layer][tensor], 4)
     train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.expansion import self_check as model_check
 from pipeline.expansion.self_check import CheckFailedError, check_model
 from pipeline.models.layer_config import spelled_out_config
-from tests.tiny_families import FAMILIES, save_tiny
+from tests.tiny_families import TINY_CONFIGS, save_tiny
 
 WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes that the check may hold
 
@@ -112,7 +112,7 @@ def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.M
     assert not list(tiny_llama_dir.glob(".check-*"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_CONFIGS)
 def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """From disk a sound model agrees with itself, its narrow twin decodes, and one layer in disorder is found."""
     base = save_tiny(family, tmp_path / "base", tiny_tokenizer)

@@ -15,7 +15,7 @@ from pipeline.expansion.layer_plan import LayerPlan, make_plan
 from pipeline.expansion.layers import Journal, Layer, NewTensor
 from pipeline.expansion.methods import expand_function
 from pipeline.expansion.surgery import Names, write_weights
-from pipeline.models.families import architecture_of
+from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory
 
 ExpandSettings = Callable[..., AnyExpand]
@@ -45,7 +45,7 @@ class Watched:
 
 def _names(base: Path, settings: AnyExpand) -> Names:
     model = ModelDirectory(base)
-    return Names(model, architecture_of("llama"), make_plan(settings, model.config["num_hidden_layers"]))
+    return Names(model, family_of("llama"), make_plan(settings, model.config["num_hidden_layers"]))
 
 
 @pytest.mark.parametrize("method", ["lesa", "opt_deus", "average", "llama_pro"])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.files import write_json
 from pipeline.models.export import export_with_replaced
-from tests.tiny_families import FAMILIES, save_tiny
+from tests.tiny_families import TINY_CONFIGS, save_tiny
 
 
 def test_export_differs_only_in_the_replaced_tensors(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_tensors_that_the_base_does_not_have_are_rejected(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_CONFIGS)
 def test_trained_parameters_are_written_under_their_stored_names(
     family: str, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

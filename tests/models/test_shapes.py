@@ -1,4 +1,4 @@
-"""Sizes worked out from config.json equal those of the models that transformers builds."""
+"""Shapes worked out from config.json equal those of the models that transformers builds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.models.families import ARCHITECTURES
-from pipeline.models.shape import FAMILIES, shape_of
+from pipeline.models.families import FAMILIES, check_layers_alike, shape_of
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 96,
@@ -32,13 +31,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def _tensors(config: Any) -> dict[str, tuple[int, ...]]:
+def _built(config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _counted(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _predicted(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, _, shape in shape_of(values).tensors()}
 
 
@@ -46,28 +45,24 @@ CASES = [(family, changes) for family in FAMILIES for changes in ({}, *VARIANTS.
 
 
 @pytest.mark.parametrize("family, changes", CASES, ids=lambda value: str(value))
-def test_every_tensor_is_the_one_that_transformers_makes(family: str, changes: dict[str, Any]) -> None:
+def test_every_tensor_has_the_shape_that_transformers_gives_it(family: str, changes: dict[str, Any]) -> None:
     config = AutoConfig.for_model(family, **{**SMALL, **GROUPED, **EXPERTS, **changes})
-    counted = _counted(json.loads(config.to_json_string(use_diff=False)))
-    assert counted == _tensors(config)
+    predicted = _predicted(json.loads(config.to_json_string(use_diff=False)))
+    assert predicted == _built(config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_config_json_leaves_out_is_filled_in_as_transformers_does(family: str, tmp_path: Path) -> None:
-    """Of a default config only what is unlike the default is in the file."""
+def test_missing_config_entries_default_as_in_transformers(family: str, tmp_path: Path) -> None:
+    """A config.json written from a default config leaves out the entries that equal the class's defaults."""
     config = AutoConfig.for_model(family)
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     sparse = ("num_experts", "num_local_experts", "num_experts_per_tok", "num_key_value_heads", *EXPERTS)
     values = config.to_dict()
     short = {name: values[name] for name in (*needed, *sparse) if values.get(name) is not None}
-    assert _counted({"model_type": family, **short}) == _tensors(config)
+    assert _predicted({"model_type": family, **short}) == _built(config)
 
 
-def test_every_family_that_can_be_expanded_can_be_counted() -> None:
-    assert set(ARCHITECTURES) <= set(FAMILIES)
-
-
-def test_experts_that_a_token_does_not_meet_are_not_active() -> None:
+def test_experts_that_a_token_is_not_routed_to_are_not_active() -> None:
     """Mixtral-8x7B (arXiv 2401.04088, section 2): 47B parameters, of which a token uses 13B."""
     config = AutoConfig.for_model("mixtral").to_dict()
     mixtral = shape_of(config)
@@ -76,6 +71,14 @@ def test_experts_that_a_token_does_not_meet_are_not_active() -> None:
 
 
 @pytest.mark.parametrize("values", [{"model_type": "mamba"}, {}, {"model_type": "llama", "hidden_size": 64}])
-def test_what_cannot_be_counted_is_refused(values: dict[str, Any]) -> None:
+def test_configs_without_a_known_shape_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="model.path"):
         shape_of(values)
+
+
+def test_layers_with_and_without_experts_are_not_alike() -> None:
+    """Reported from config.json, before the weights are downloaded."""
+    sizes = {**SMALL, **GROUPED, **EXPERTS, "num_experts": 8}
+    check_layers_alike({"model_type": "qwen2_moe", **sizes})
+    with pytest.raises(UserError, match=r"layers 0 and 1.*they differ in mlp\.down_proj\.weight"):
+        check_layers_alike({"model_type": "qwen2_moe", **sizes, "mlp_only_layers": [1]})

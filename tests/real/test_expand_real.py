@@ -18,7 +18,7 @@ from pipeline.expansion.layers import Journal, Layer
 from pipeline.expansion.methods import lesa, opt_deus
 from pipeline.expansion.sinkhorn import sinkhorn_log, sinkhorn_pot
 from pipeline.expansion.svd import decompose
-from pipeline.models.families import LayerTensor, architecture_of
+from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
 from pipeline.stages import expand
 from tests.naive import fused_layer, predicted_matrix, relative_difference, sinkhorn_in_logs, svd_factors
@@ -39,7 +39,7 @@ def _layer(directory: Path, layer: int) -> Layer:
     stored = ModelDirectory(directory)
     return {
         LayerTensor(name, role): stored.read(f"model.layers.{layer}.{name}").float()
-        for name, role in architecture_of("llama").layer.items()
+        for name, role in family_of("llama").roles.items()
         if f"model.layers.{layer}.{name}" in stored.specs
     }
 
@@ -83,7 +83,7 @@ def test_lesa_on_three_trained_layers_is_the_plain_svd(
     matrices = [_matrix(smollm2_dir, layer, module) for layer in (14, 15, 16)]
     settings = expand_settings("lesa", new_layers=1, position=[0], standardized=standardized)
     assert isinstance(settings, LesaExpand)
-    tensor = LayerTensor(f"{module}.weight", architecture_of("llama").layer[f"{module}.weight"])
+    tensor = LayerTensor(f"{module}.weight", family_of("llama").roles[f"{module}.weight"])
     work = lesa.prepare([{tensor: matrix} for matrix in matrices], tensor, settings, 0, Journal())
     spectrum, scale = work.spectrum, math.sqrt(3 * matrices[0].shape[1]) if standardized else 1.0
     left, values, right = svd_factors(matrices)

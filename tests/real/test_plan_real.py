@@ -19,7 +19,7 @@ from pipeline.config import Launch, Train
 from pipeline.estimates import Setup, Trained, memory_of, trained_part
 from pipeline.files import read_json, write_json
 from pipeline.launch.workers import detect_machine, run_workers
-from pipeline.models.shape import shape_of
+from pipeline.models.families import shape_of
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
 from tests.training.small import train_settings, training_task, write_blocks

@@ -18,7 +18,7 @@ from pipeline.config import METHODS, AnyExpand
 from pipeline.files import read_json, write_json
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
-from tests.tiny_families import FAMILIES, layers_by_role, save_tiny
+from tests.tiny_families import TINY_CONFIGS, layers_by_role, save_tiny
 
 ExpandSettings = Callable[..., AnyExpand]
 NEW_LAYERS = 2
@@ -61,7 +61,7 @@ def _loss(model: PreTrainedModel) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("base", FAMILIES, indirect=True)
+@pytest.mark.parametrize("base", TINY_CONFIGS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_on_every_family(base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path) -> None:
     _check(_grow(base, _settings(expand_settings, case), tmp_path / "out"), case)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 from pipeline.errors import UserError
 from pipeline.training.attention import DOCUMENTS, attend_by_document, document_bounds, resolve_attention
 from pipeline.training.loss import SummedLoss, loss_and_gradient
-from tests.tiny_families import FAMILIES, tiny_model
+from tests.tiny_families import TINY_CONFIGS, tiny_model
 from tests.training.small import train_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -89,13 +89,13 @@ def test_a_model_gets_the_loss_and_gradients_that_a_mask_gives_it(tiny_llama_dir
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_CONFIGS)
 def test_every_family_trains_as_with_a_mask(family: str, monkeypatch: pytest.MonkeyPatch):
     """Whatever ``auto`` takes for blocks that no window is shorter than, on a real forward pass."""
-    if "sliding_window" in FAMILIES[family]:
-        monkeypatch.setitem(FAMILIES[family], "sliding_window", LENGTH)
+    if "sliding_window" in TINY_CONFIGS[family]:
+        monkeypatch.setitem(TINY_CONFIGS[family], "sliding_window", LENGTH)
     if family == "stablelm":  # a quarter of so small a head is one number, which cannot turn
-        monkeypatch.setitem(FAMILIES[family], "partial_rotary_factor", 0.5)
+        monkeypatch.setitem(TINY_CONFIGS[family], "partial_rotary_factor", 0.5)
     model = tiny_model(family)
     position_ids = positions(DOCUMENTS_OF_BLOCKS)
     ids = torch.randint(3, 384, position_ids.shape, generator=torch.Generator().manual_seed(0))

@@ -1,12 +1,16 @@
-"""One table row a model family: which tensor of a layer plays which role, and how tensors are packed on disk.
+"""Model families as data: one row per family in ``table.py`` says everything that depends on the family.
 
-Everything that depends on a family stands in ``table.py``. Methods see a layer as ``[out, in]`` matrices, biases,
-norms and a few others, each with a role, and never ask for a family's name: fused projections and stacked experts are
-taken apart (``Fused``, ``Place``) before a method sees them, and put together again when its tensors are written.
+Expansion methods see a layer as ``[out, in]`` matrices, biases, norms and a few others, each with a role, and never ask
+for the name of a family. Fused projections and stacked experts are split (``Fused``, ``Place``) before a method sees
+them, and joined again when its tensors are written. The plan takes the shape of every tensor from the same rows.
 """
 
-from pipeline.models.families.family import Architecture, Fused, num_experts
-from pipeline.models.families.table import ARCHITECTURES, architecture_of
+from pipeline.models.families.family import Family, Fused, Parameter, expert_share, num_experts
+from pipeline.models.families.shapes import LayerShape, Shape, check_layers_alike, shape_of
+from pipeline.models.families.table import FAMILIES, family_of, role_names
 from pipeline.models.families.tensors import LayerTensor, Place, Role
 
-__all__ = ["ARCHITECTURES", "Architecture", "Fused", "LayerTensor", "Place", "Role", "architecture_of", "num_experts"]
+__all__ = [
+    "FAMILIES", "Family", "Fused", "LayerShape", "LayerTensor", "Parameter", "Place", "Role", "Shape",
+    "check_layers_alike", "expert_share", "family_of", "num_experts", "role_names", "shape_of",
+]  # fmt: skip

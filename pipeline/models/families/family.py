@@ -1,157 +1,324 @@
-"""What a row of the table is, and how it reads a checkpoint's tensor names."""
+"""What a row of the family table says, and how it is applied to a checkpoint's tensor names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.models.families.tensors import LayerTensor, Place, Role
 
-Config = Mapping[str, Any]  # config.json
+Config = Mapping[str, Any]  # the content of config.json
+
+
+def num_experts(config: Config) -> int:
+    """Experts per layer, not counting shared ones. 0 for a dense model."""
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+
+
+def expert_share(config: Config) -> Fraction:
+    """The fraction of a layer's experts that a token is routed to. 1 for a dense model."""
+    experts = num_experts(config)
+    return Fraction(config["num_experts_per_tok"], experts) if experts else Fraction(1)
+
+
+def dimension(config: Config, name: str | int) -> int:
+    """The size of a dimension: an entry of config.json, or one of the sizes below that follow from several entries."""
+    match name:
+        case int():
+            return name
+        case "num_experts":
+            # A row with experts needs their number, so a missing entry is an error rather than 0.
+            return num_experts(config) or int(config["num_experts"])
+        case "head_dim":
+            return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+        case "num_key_value_heads":
+            return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+        case "query_size":  # rows of q_proj
+            return int(config["num_attention_heads"]) * dimension(config, "head_dim")
+        case "key_size":  # rows of k_proj and of v_proj
+            return dimension(config, "num_key_value_heads") * dimension(config, "head_dim")
+        case _:
+            return int(config[name])
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a layer.
+
+    Attributes:
+        role: what it does. ``silent`` and ``after_attention`` are left to ``Family``.
+        shape: the names of its dimensions, see ``dimension``; matrices are ``[out, in]``.
+        when: the config entry that decides whether a model has this tensor. Empty if every model has it.
+        unless: the config entry of models that do not have this tensor.
+        copies: for a name with ``{i}``, the dimension that says how many of them a layer has.
+    """
+
+    role: Role
+    shape: tuple[str | int, ...]
+    when: str = ""
+    unless: str = ""
+    copies: str = ""
+
+    @property
+    def matrix_roles(self) -> set[str]:
+        """The name of its role if it is a matrix."""
+        return {self.role.name} if self.role.kind == "matrix" else set()
+
+    def exists(self, config: Config) -> bool:
+        """Whether a model with this config has the tensor."""
+        return (not self.when or bool(config.get(self.when))) and not (self.unless and config.get(self.unless))
+
+    def shapes(self, name: str, config: Config) -> dict[str, tuple[int, ...]]:
+        """Shape by name within the layer."""
+        shape = tuple(dimension(config, size) for size in self.shape)
+        copies = range(dimension(config, self.copies)) if self.copies else range(1)
+        return {name.format(i=index): shape for index in copies}
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Several tensors of a layer stored as one, along its rows; perhaps for all experts, perhaps transposed.
+    """Several parameters of a layer that are stored as one tensor, along their rows.
 
     Attributes:
-        parts: role by name within a layer, in the order of their rows; names of stacked experts' hold ``{i}``.
-        shares: for every part the config entry that its number of rows is proportional to; empty where all are alike.
-        groups: the config entry that says how often the pattern repeats; None where it does not.
+        parts: parameters by name within a layer, in the order of their rows. Names of experts contain ``{i}``.
+        groups: the dimension that says how often the sequence of parts repeats. None if each part is contiguous.
         stacked: whether the first dimension is the expert.
         transposed: whether matrices are stored ``[in, out]``.
     """
 
-    parts: Mapping[str, Role]
-    shares: tuple[str, ...] = ()
+    parts: Mapping[str, Parameter]
     groups: str | None = None
     stacked: bool = False
     transposed: bool = False
 
-    def tensors(self, stored: str, config: Config, experts: int) -> Iterator[LayerTensor]:
-        """The parts of the stored tensor of this name, expert by expert."""
-        shares = [_count(config, entry) for entry in self.shares] or [1] * len(self.parts)
+    @property
+    def matrix_roles(self) -> set[str]:
+        """The names of the roles of its matrices."""
+        return {role for part in self.parts.values() for role in part.matrix_roles}
+
+    def exists(self, config: Config) -> bool:
+        """Whether a model with this config has the tensor."""
+        return next(iter(self.parts.values())).exists(config)
+
+    def shapes(self, name: str, config: Config) -> dict[str, tuple[int, ...]]:
+        """Shape of the stored tensor, by its name within the layer."""
+        parts = [tuple(dimension(config, size) for size in part.shape) for part in self.parts.values()]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        if self.transposed:
+            shape = shape[::-1]
+        return {name: (dimension(config, "num_experts"), *shape) if self.stacked else shape}
+
+    def places(self, stored: str, config: Config) -> Iterator[tuple[str, Role, Place]]:
+        """Name, role and place of every part of the stored tensor with this name, expert by expert."""
+        rows = [part.shape[0] for part in self.parts.values()]
+        # Parts of equal size are equal shares, whatever their size is.
+        shares = [1] * len(rows) if len(set(rows)) == 1 else [dimension(config, size) for size in rows]
         bounds = list(pairwise(accumulate(shares, initial=0)))
-        groups = _count(config, self.groups) if self.groups else 1
-        for expert in range(experts) if self.stacked else (None,):
-            for (name, role), (begin, end) in zip(self.parts.items(), bounds, strict=True):
+        groups = dimension(config, self.groups) if self.groups else 1
+        for expert in range(num_experts(config)) if self.stacked else (None,):
+            for (name, part), (begin, end) in zip(self.parts.items(), bounds, strict=True):
                 place = Place(stored, expert, self.transposed, groups, begin, end, sum(shares))
-                yield LayerTensor(name.format(i=expert), role, place)
+                yield name.format(i=expert), part.role, place
 
 
-def num_experts(config: Config) -> int:
-    """Experts of every layer, shared ones not counted; 0 for a dense model."""
-    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
-
-
-def _count(config: Config, entry: str) -> int:
-    """A config's number; key-value heads that it does not name are as many as the query's."""
-    return int(config.get(entry) or config["num_attention_heads"])
+Parameters = Mapping[str, Parameter | Fused]  # by name within a layer, ``{i}`` standing for any number
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One model family.
+class Family:
+    """One row of the table: a model family.
+
+    Names are those of parameters in memory, as transformers builds the model. Checkpoints may also store experts one
+    by one, under the names of the parts of ``Fused``.
 
     Attributes:
-        layer: role by name within a layer, or how a stored tensor is put together; ``{i}`` stands for any number.
-        derived: tensors within a layer that old checkpoints hold and that are made anew from the config.
-        parallel: whether attention and MLP both read the layer's input, where the config does not say.
+        layer: what every decoder layer has.
+        dense: what only layers without experts have, in families that mix both kinds.
+        sparse: what only layers with experts have, in such families.
+        defaults: what the family's config class fills in when config.json does not say.
+        norm_bias: whether the final norm has a bias.
+        stored_names: names on disk of tensors that transformers renames when it loads a model.
+        derived: tensors within a layer that old checkpoints hold although they follow from the config.
     """
 
-    layer: Mapping[str, Role | Fused] = field(repr=False)
+    layer: Parameters = field(repr=False)
+    dense: Parameters = field(default_factory=dict, repr=False)
+    sparse: Parameters = field(default_factory=dict, repr=False)
+    defaults: Config = field(default_factory=dict)
+    norm_bias: bool = False
     layer_prefix: str = "model.layers.{layer}."
     embeddings: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     lm_head: str = "lm_head.weight"
+    stored_names: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-    parallel: bool = False
 
-    def layer_of(self, tensor_name: str) -> int | None:
-        """The layer that a tensor belongs to; None outside the layers."""
-        split = self.split(tensor_name)
-        return None if split is None else split[0]
+    # ------------------------------------------------------------------ config
+
+    def complete(self, config: Config) -> Config:
+        """The config with the family's defaults for entries that are absent or null."""
+        return {**self.defaults, **{name: value for name, value in config.items() if value is not None}}
+
+    def parameters(self, config: Config, layer: int) -> Parameters:
+        """What one layer of a model has.
+
+        Args:
+            config: with the family's defaults, see ``complete``.
+            layer: index of the layer.
+        """
+        kind = self.sparse if _is_sparse(config, layer) else self.dense
+        return {name: entry for name, entry in {**self.layer, **kind}.items() if entry.exists(config)}
+
+    # ------------------------------------------------------------------- names
 
     def split(self, tensor_name: str) -> tuple[int, str] | None:
-        """A full name as layer and name within the layer; None outside the layers."""
+        """Splits a full name into layer and name within the layer. None outside the decoder layers."""
         before, after = self.layer_prefix.split("{layer}")
         match = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + "(.+)", tensor_name)
         return None if match is None else (int(match[1]), match[2])
 
     def tensor_name(self, layer: int, name: str) -> str:
-        """The full name of a layer's tensor; the inverse of ``split``."""
+        """The full name of a layer's tensor. The inverse of ``split``."""
         return self.layer_prefix.format(layer=layer) + name
 
+    def layer_of(self, tensor_name: str) -> int | None:
+        """The layer that a tensor belongs to. None outside the decoder layers."""
+        split = self.split(tensor_name)
+        return None if split is None else split[0]
+
     def is_derived(self, tensor_name: str) -> bool:
-        """Whether a tensor holds nothing that was learnt, so that it need not be kept."""
+        """Whether a tensor holds nothing that was learned, so that it need not be kept."""
         split = self.split(tensor_name)
         return split is not None and split[1] in self.derived
 
+    @property
+    def stored_lm_head(self) -> str:
+        """The name of the head on disk."""
+        return self.stored_names.get(self.lm_head, self.lm_head)
+
+    # ------------------------------------------------------------------- roles
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """Role by name within a layer, of all tensors and all parts of fused tensors."""
+        singles = {name: entry for name, entry in self._entries.items() if isinstance(entry, Parameter)}
+        return {name: self._complete_role(entry.role) for name, entry in singles.items()}
+
+    @cached_property
+    def _entries(self) -> dict[str, Parameter | Fused]:
+        """What a layer's tensor may be, by every name that it may have in memory or on disk."""
+        entries: dict[str, Parameter | Fused] = {**self.layer, **self.dense, **self.sparse}
+        for entry in [*entries.values()]:
+            if isinstance(entry, Fused):
+                entries |= entry.parts
+        return entries | {stored: entries[name] for name, stored in self.stored_names.items() if name in entries}
+
+    def _entry(self, name: str) -> Parameter | Fused | None:
+        return self._entries.get(name) or self._entries.get(re.sub(r"\.\d+\.", ".{i}.", name))
+
+    def _complete_role(self, role: Role, parallel: bool = False) -> Role:
+        """The role with ``silent`` and ``after_attention``.
+
+        A block is silenced by the tensors that write its output. Where a norm follows them (Gemma 2 and 3, OLMo 2),
+        the scale of that norm is silenced instead: zero projections would keep the logits as well, but the norm of
+        zero multiplies their gradient by about a thousand.
+        """
+        silent = None
+        if role.side == "output" and (role.kind == "norm" or role.block not in self._blocks_with_output_norm):
+            silent = 0.0 - role.offset
+        after_attention = not parallel and (role.block, role.side) == ("mlp", "input")
+        return replace(role, silent=silent, after_attention=after_attention)
+
+    @cached_property
+    def _blocks_with_output_norm(self) -> set[str]:
+        roles = [entry.role for entry in self._entries.values() if isinstance(entry, Parameter)]
+        return {role.block for role in roles if (role.kind, role.side) == ("norm", "output")}
+
     def role_of(self, tensor_name: str) -> Role | None:
-        """What a stored tensor does; None outside the layers, and where several roles are stored as one."""
+        """The role of a tensor. None outside the decoder layers, and for a fused tensor of several roles."""
         split = self.split(tensor_name)
         entry = None if split is None else self._entry(split[1])
         if isinstance(entry, Fused):
-            roles = list(entry.parts.values())
-            return roles[0] if len({role.name for role in roles}) == 1 else None
-        return entry
+            first, *others = entry.parts.values()
+            entry = None if any(part.role.name != first.role.name for part in others) else first
+        return None if entry is None else self._complete_role(entry.role)
 
-    def _entry(self, name: str) -> Role | Fused | None:
-        return self.layer.get(name) or self.layer.get(re.sub(r"\.\d+\.", ".{i}.", name))
+    # ------------------------------------------------------------- checkpoints
 
     def layer_tensors(self, tensor_names: Iterable[str], config: Config) -> list[LayerTensor]:
-        """The tensors that every layer has, fused ones taken apart, in the order of layer 0's names.
+        """The tensors that every layer has, with fused ones split into parts, in the order of layer 0's names.
+
+        Args:
+            tensor_names: the full names of all tensors of the checkpoint.
+            config: the content of its config.json.
 
         Raises:
-            UserError: the model's layers are not named as the family's, differ in what they hold, or hold a tensor
-                that has no role here.
+            UserError: layers are not named like the family's, differ in what they hold, or hold a tensor without a
+                role.
         """
-        held = self._held(tensor_names, config["num_hidden_layers"])
-        for layer, names in enumerate(held):
+        config = self.complete(config)
+        layers = self._names_by_layer(tensor_names, config["num_hidden_layers"])
+        for layer, names in enumerate(layers):
             if not names:
-                raise _refuse(self.tensor_name(layer, "*"), "the model has no tensors of that name")
-            if set(names) != set(held[0]):
-                differing = ", ".join(sorted(set(names) ^ set(held[0])))
-                raise _refuse(f"layers 0 and {layer}", f"they differ in {differing}, and new layers need like ones")
-        tensors = [tensor for name in held[0] for tensor in self._tensors(name, config)]
-        return [_parallel(tensor) for tensor in tensors] if self._is_parallel(config) else tensors
+                raise _unexpected(self.tensor_name(layer, "*"), "the model has no tensors with this name")
+            require_like_layers(0, layers[0], layer, names)
+        parallel = bool(config.get("use_parallel_residual"))
+        return [
+            LayerTensor(name, self._complete_role(role, parallel), place)
+            for stored in layers[0]
+            for name, role, place in self._parts(stored, config)
+        ]
 
-    def _held(self, tensor_names: Iterable[str], num_layers: int) -> list[list[str]]:
-        """Names within each layer."""
-        held: list[list[str]] = [[] for _ in range(num_layers)]
+    def _names_by_layer(self, tensor_names: Iterable[str], num_layers: int) -> list[list[str]]:
+        layers: list[list[str]] = [[] for _ in range(num_layers)]
         for layer, name in filter(None, map(self.split, tensor_names)):
             if layer >= num_layers:
-                raise _refuse(self.tensor_name(layer, name), f"config.json speaks of {num_layers} layers only")
+                raise _unexpected(self.tensor_name(layer, name), f"config.json declares only {num_layers} layers")
             if name not in self.derived:
-                held[layer].append(name)
-        return held
+                layers[layer].append(name)
+        return layers
 
-    def _tensors(self, name: str, config: Config) -> list[LayerTensor]:
-        entry = self._entry(name)
+    def _parts(self, stored: str, config: Config) -> Iterator[tuple[str, Role, Place | None]]:
+        entry = self._entry(stored)
         if entry is None:
             raise UserError(
                 setting="model.path",
-                value=name,
-                rule="this tensor of a layer has no role in the family's row of the architecture table",
-                remedy="Add its name and role to the family's row in pipeline/architecture/table.py.",
+                value=stored,
+                rule="this tensor of a layer has no role in the family's row of the family table",
+                remedy="Add its name and role to the family's row in pipeline/models/families/table.py.",
             )
-        if isinstance(entry, Role):
-            return [LayerTensor(name, entry)]
-        return list(entry.tensors(name, config, num_experts(config)))
-
-    def _is_parallel(self, config: Config) -> bool:
-        return bool(config.get("use_parallel_residual", self.parallel))
+        if isinstance(entry, Fused):
+            yield from entry.places(stored, config)
+        else:
+            yield stored, entry.role, None
 
 
-def _parallel(tensor: LayerTensor) -> LayerTensor:
-    """The tensor in a layer whose MLP reads what its attention reads."""
-    return replace(tensor, role=replace(tensor.role, after_attention=False))
+def _is_sparse(config: Config, layer: int) -> bool:
+    """Whether a layer has experts, by the entries that Qwen's configs have for it."""
+    every = config.get("decoder_sparse_step") or 1
+    dense_layers = config.get("mlp_only_layers") or ()
+    return num_experts(config) > 0 and layer not in dense_layers and (layer + 1) % every == 0
 
 
-def _refuse(value: str, rule: str) -> UserError:
-    remedy = "Choose a model whose layers are all alike and named as its family's are by save_pretrained."
+def require_like_layers(first: int, first_names: Iterable[str], layer: int, names: Iterable[str]) -> None:
+    """Checks that two layers have the same tensors, which new layers made from several layers require.
+
+    Raises:
+        UserError: the layers have different tensors.
+    """
+    if differing := sorted(set(first_names) ^ set(names)):
+        raise _unexpected(
+            f"layers {first} and {layer}",
+            f"they differ in {', '.join(differing)}, and new layers can only be made from layers that are alike",
+        )
+
+
+def _unexpected(value: str, rule: str) -> UserError:
+    remedy = "Choose a model whose layers are all alike and have the names that save_pretrained gives them."
     return UserError(setting="model.path", value=value, rule=rule, remedy=remedy)

@@ -1,4 +1,4 @@
-"""A layer's tensors as methods see them: what each does, and where on disk it lies."""
+"""The tensors of a decoder layer as expansion methods see them: their roles, and where they are stored."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ Side = Literal["input", "inner", "output"]
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor does.
+    """What a tensor does in its layer.
 
     Attributes:
         name: q, k, v, o, gate, up, down, input_norm, post_attention_norm, ...
-        kind: a linear map's ``[out, in]`` matrix, its ``[out]`` bias, a norm's scale or shift, the matrix or bias
-            that chooses or weighs experts, or the logits of attention sinks.
-        block: which of the layer's two residual blocks it belongs to.
-        side: ``input`` reads the block's input, ``output`` writes what is added to the residual stream,
-            ``inner`` sees neither.
-        silent: the value that, filled into all of the block's tensors that have one, makes the block add
-            exactly zero; None for tensors that are left alone.
-        offset: what a norm adds to the stored scale (1 in Gemma).
-        after_attention: whether it reads a residual stream to which the layer's own attention has been added.
+        kind: the ``[out, in]`` matrix of a linear map, its ``[out]`` bias, the scale or shift of a norm, the matrix
+            or bias that chooses or weights experts, or the logits of attention sinks.
+        block: the residual block of the layer that the tensor belongs to.
+        side: ``input`` for a tensor that reads the block's input, ``output`` for one that writes what the block adds
+            to the residual stream, ``inner`` for one that does neither.
+        silent: the value that makes the block add exactly zero when every tensor of the block with a silent value is
+            filled with it. None for tensors that are left as they are. Filled in by ``Family``.
+        offset: what the norm adds to its stored scale (1 in Gemma).
+        after_attention: whether the tensor reads the residual stream after the layer's own attention was added to it.
+            Filled in by ``Family``.
     """
 
     name: str
@@ -38,15 +39,16 @@ class Role:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies within a stored one, which is ``[experts, rows, columns]`` with or without the first or last.
+    """Where a tensor is within a stored tensor of shape ``[rows]``, ``[rows, columns]`` or ``[experts, ...]``.
 
     Attributes:
-        stored: the stored tensor's name within the layer.
-        expert: index in the first dimension, where experts are stacked.
+        stored: the name of the stored tensor within its layer.
+        expert: index in the first dimension of stacked experts.
         transposed: whether matrices are stored ``[in, out]``.
-        groups: how many times the pattern of parts repeats along the rows: once where they lie one below the other,
-            as many times as there are heads where each head has its own query, key and value.
-        begin, end, shares: within a group of ``shares`` equal shares, those from begin to end are this tensor's.
+        groups: number of times that the sequence of parts repeats along the rows: 1 if each part is contiguous, the
+            number of heads if every head has its own query, key and value rows.
+        begin, end, shares: each group consists of ``shares`` equal shares. This tensor has those from ``begin`` to
+            ``end``.
     """
 
     stored: str
@@ -58,16 +60,16 @@ class Place:
     shares: int = 1
 
     def read(self, stored: Any) -> Any:
-        """The tensor ``[out, in]`` or ``[out]``, taken from the stored one."""
+        """Returns the tensor, ``[out, in]`` or ``[out]``, from the stored one."""
         return self._view(stored).flatten(0, 1)
 
     def write(self, stored: Any, value: Any) -> None:
-        """Puts the tensor into its place in the stored one, rounded to its dtype; the inverse of ``read``."""
+        """Writes the tensor into the stored one, cast to its dtype. The inverse of ``read``."""
         view = self._view(stored)
         view.copy_(value.unflatten(0, view.shape[:2]))
 
     def _view(self, stored: Any) -> Any:
-        """``[groups, rows of one group, in]``, in the stored tensor's memory."""
+        """A view of the stored tensor, ``[groups, rows per group, in]``."""
         tensor = stored if self.expert is None else stored[self.expert]
         grouped = (tensor.T if self.transposed else tensor).unflatten(0, (self.groups, -1))
         share = grouped.shape[1] // self.shares
@@ -76,9 +78,13 @@ class Place:
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """One tensor of every layer: its name within a layer, such as ``self_attn.q_proj.weight``, and its role.
+    """One tensor that every layer has.
 
-    A tensor that is part of a stored one has a ``place``, and the name it would have if it were stored on its own.
+    Attributes:
+        name: within the layer, such as ``self_attn.q_proj.weight``. For a part of a stored tensor, the name it would
+            have if it were stored by itself.
+        role: what the tensor does.
+        place: where it is, for a part of a stored tensor.
     """
 
     name: str
@@ -87,10 +93,10 @@ class LayerTensor:
 
     @property
     def module(self) -> str:
-        """The name without ``.weight`` or ``.bias``: a matrix and its bias share it."""
+        """The name without ``.weight`` or ``.bias``, which a matrix and its bias share."""
         return self.name.rpartition(".")[0]
 
     @property
     def stored(self) -> str:
-        """The name within a layer of the stored tensor that holds it."""
+        """The name within the layer of the stored tensor that holds this one."""
         return self.name if self.place is None else self.place.stored

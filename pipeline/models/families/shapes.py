@@ -1,0 +1,183 @@
+"""The shape of every tensor of a model, worked out from its config.json before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import prod
+
+from pipeline.errors import UserError
+from pipeline.models.families.family import (
+    Config,
+    Family,
+    Fused,
+    dimension,
+    expert_share,
+    require_like_layers,
+)  # fmt: skip
+from pipeline.models.families.table import family_of
+from pipeline.models.flops import matrix_entries
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer.
+
+    Attributes:
+        tensors: shapes by name within the layer, such as ``self_attn.q_proj.weight``.
+        experts: names of the tensors that hold all experts of the layer.
+        mlp_outputs: names of the matrices that write the output of the MLP or of experts.
+        is_gated: whether the MLP multiplies two projections of its input.
+        expert_share: the fraction of the layer's experts that a token is routed to.
+    """
+
+    tensors: Shapes
+    experts: frozenset[str]
+    mlp_outputs: frozenset[str]
+    is_gated: bool
+    expert_share: Fraction
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(map(prod, self.tensors.values()))
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses."""
+        return int(sum(map(self._active_entries, self.tensors)))
+
+    def mlp_units(self, hidden_size: int) -> int:
+        """The intermediate size of the MLP, or the sum over the experts that one token is routed to."""
+        return int(sum(map(self._active_entries, self.mlp_outputs)) / hidden_size)
+
+    def matrix_entries(self, names: frozenset[str] | None = None) -> int:
+        """Entries of the matrices that one token is multiplied with.
+
+        Args:
+            names: of the tensors to count. By default all.
+        """
+        return sum(
+            matrix_entries(name, shape, self.expert_share)
+            for name, shape in self.tensors.items()
+            if names is None or name in names
+        )
+
+    def _active_entries(self, name: str) -> Fraction:
+        return prod(self.tensors[name]) * (self.expert_share if name in self.experts else Fraction(1))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's tensors, and the sizes that its activations follow from."""
+
+    layers: tuple[LayerShape, ...]
+    before: Shapes  # embeddings
+    after: Shapes  # final norm, and the head unless it is tied to the embeddings
+    layer_prefix: str
+    hidden_size: int
+    heads: int
+    head_size: int
+    key_size: int  # of a token's keys in all heads, and of its values
+    vocab_size: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        outside = sum(map(prod, [*self.before.values(), *self.after.values()]))
+        return outside + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses: all of them in a dense model."""
+        return self.parameters - sum(layer.parameters - layer.active_parameters for layer in self.layers)
+
+    @property
+    def head(self) -> str:
+        """The name of the head's matrix, which is that of the embeddings if they are tied."""
+        matrices = [name for names in (self.before, self.after) for name, shape in names.items() if len(shape) == 2]
+        return matrices[-1]
+
+    @property
+    def experts(self) -> frozenset[str]:
+        """Full names of the tensors that hold all experts of a layer."""
+        return frozenset(
+            self.layer_prefix.format(layer=index) + name
+            for index, layer in enumerate(self.layers)
+            for name in layer.experts
+        )
+
+    def with_layers(self, sources: Sequence[int]) -> Shape:
+        """The model whose layer i is like layer ``sources[i]`` of this one."""
+        return replace(self, layers=tuple(self.layers[source] for source in sources))
+
+    def tensors(self) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+        """Yields full name, layer (None outside the layers) and shape of every tensor, from input to output."""
+        yield from ((name, None, shape) for name, shape in self.before.items())
+        for index, layer in enumerate(self.layers):
+            prefix = self.layer_prefix.format(layer=index)
+            yield from ((prefix + name, index, shape) for name, shape in layer.tensors.items())
+        yield from ((name, None, shape) for name, shape in self.after.items())
+
+
+def shape_of(config: Config) -> Shape:
+    """The model that a config.json describes.
+
+    Raises:
+        UserError: the family has no row, or an entry is missing that the sizes follow from.
+    """
+    family = family_of(config.get("model_type"))
+    try:
+        return _shape(family, family.complete(config))
+    except KeyError as error:
+        raise UserError(
+            setting="model.path",
+            value=f"a config without {error.args[0]}",
+            rule="the sizes of the model follow from that entry",
+            remedy="Give the model with its complete config.json.",
+        ) from error
+
+
+def _shape(family: Family, config: Config) -> Shape:
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    final_norm = {family.final_norm: (hidden,)}
+    if family.norm_bias:
+        final_norm[family.final_norm.removesuffix("weight") + "bias"] = (hidden,)
+    head = {} if config.get("tie_word_embeddings") else {family.lm_head: (vocabulary, hidden)}
+    return Shape(
+        layers=tuple(_layer(family, config, index) for index in range(config["num_hidden_layers"])),
+        before={family.embeddings: (vocabulary, hidden)},
+        after={**final_norm, **head},
+        layer_prefix=family.layer_prefix,
+        hidden_size=hidden,
+        heads=config["num_attention_heads"],
+        head_size=dimension(config, "head_dim"),
+        key_size=dimension(config, "key_size"),
+        vocab_size=vocabulary,
+    )
+
+
+def _layer(family: Family, config: Config, layer: int) -> LayerShape:
+    parameters = family.parameters(config, layer)
+    matrices = {name: entry.matrix_roles for name, entry in parameters.items()}
+    return LayerShape(
+        tensors={k: shape for name, entry in parameters.items() for k, shape in entry.shapes(name, config).items()},
+        experts=frozenset(name for name, entry in parameters.items() if isinstance(entry, Fused) and entry.stacked),
+        mlp_outputs=frozenset(name for name, roles in matrices.items() if "down" in roles),
+        is_gated=any("gate" in roles for roles in matrices.values()),
+        expert_share=expert_share(config),
+    )
+
+
+def check_layers_alike(config: Config) -> None:
+    """Checks that all layers of a model have the same tensors, as expanding it requires.
+
+    Raises:
+        UserError: they have not, or the shape cannot be worked out.
+    """
+    first, *others = shape_of(config).layers
+    for index, layer in enumerate(others, 1):
+        require_like_layers(0, first.tensors, index, layer.tensors)
