@@ -1,4 +1,4 @@
-"""Settings of tokenize: texts, conversations, and what is kept apart."""
+"""Settings of the tokenize stage: documents, conversations, and the held-out part."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class Source(Section):
-    """Where documents or conversations come from."""
+    """One source of documents or conversations."""
 
-    kind: Literal["python_docs", "files", "hub"]
-    path: str | None  # files: a file, directory or glob (.txt .jsonl, also .gz .zst; .parquet .arrow); hub: its id
-    config_name: str | None  # hub: the data set's configuration
-    split: str | None  # hub
-    revision: str | None  # hub: branch, tag or commit
-    text_field: str | None  # the column that holds a document; null for conversations, which are told by their columns
-    weight: Weight  # its share of the training tokens is its weight over the sum of all; no matter for one source alone
+    kind: Literal["python_docs", "files", "hub"]  # each has a class in pipeline/data/sources.py
+    path: str | None  # files: file, directory or glob (.txt and .jsonl, also .gz or .zst; .parquet, .arrow); hub: id
+    config_name: str | None  # hub: configuration of the dataset
+    split: str | None  # hub: split of the dataset, such as train
+    revision: str | None  # hub: branch, tag or commit; null for the default branch
+    text_field: str | None  # column holding a document; null for conversations, whose format is detected
+    weight: Weight  # share of the training tokens, relative to the sum of all weights; unused with a single source
 
     @model_validator(mode="after")
-    def _path_is_there(self) -> Source:
+    def _check_kind(self) -> Source:
         if (self.path is None) != (self.kind == "python_docs"):
-            raise ValueError("path is needed for files and hub, and must be null for python_docs")
+            raise ValueError("path is required for files and hub, and must be null for python_docs")
         if self.kind == "hub" and self.split is None:
-            raise ValueError("split is needed for hub, such as train")
+            raise ValueError("split is required for hub, for example train")
         return self
 
 
 def _one_or_several(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """One source may stand without the list around it, and its faults then have no number in their path."""
+    """Accepts a single source without a list around it; errors then name ``corpus.path``, not ``corpus.0.path``."""
     return [Source.model_validate(value)] if isinstance(value, Mapping) else validate(value)
 
 
@@ -41,24 +41,24 @@ Sources = Annotated[list[Source], Field(min_length=1), WrapValidator(_one_or_sev
 
 
 class Data(Section):
-    """Texts to continue pre-training on, conversations to tune on, and what is kept apart."""
+    """Documents for continued pre-training, conversations for instruction tuning, and the held-out part of both."""
 
-    corpus: Sources  # one source, or a list of them that is read in the shares of their weights
+    corpus: Sources  # one source, or a list that is mixed by weight
     instructions: Sources
-    held_out_fraction: Fraction  # of documents, by hash; python_docs has its own split by module
-    max_corpus_tokens: Positive | None  # stop reading the corpus there
-    chat_template: Literal["model", "plain"]  # plain: a named plain-text template that needs no new tokens
+    held_out_fraction: Fraction  # of documents, chosen by hash; python_docs is split by module instead
+    max_corpus_tokens: Positive | None  # training tokens after which reading the corpus stops
+    chat_template: Literal["model", "plain"]  # plain: a text-only template that needs no new tokens
 
     @model_validator(mode="after")
-    def _something_is_held_out(self) -> Data:
+    def _check_held_out(self) -> Data:
         kinds = {source.kind for source in (*self.corpus, *self.instructions)}
         if self.held_out_fraction == 0 and kinds != {"python_docs"}:
-            raise ValueError("held_out_fraction must be above 0; only python_docs has a held-out part of its own")
+            raise ValueError("held_out_fraction must be above 0; only python_docs has a held-out split of its own")
         return self
 
 
 class Tokenize(Section):
-    """One data set on its way to token blocks (built by graph.py from ``data`` and the training section)."""
+    """Settings of one dataset. The driver derives them from ``data`` and the section of the training stage."""
 
     purpose: Literal["corpus", "instructions"]
     sources: Sources

@@ -1,13 +1,15 @@
-"""Conversations to token ids and a loss mask: loss on what the assistant says and on its end of turn, nothing else.
+"""Tokenizes conversations with a chat template and marks the tokens to train on.
 
-The ids are exactly what ``apply_chat_template(tokenize=True)`` gives, so that training sees what generation sees. The
-mask is found without knowing the template: an assistant turn is what the rendering up to it, with generation prompt,
-lacks of the rendering including it; of that, what follows the last control token (a newline, usually) is not taught.
-A template that writes a turn otherwise once later ones follow (Qwen3's takes the thinking out) gives one example a
-turn, each as it is when that turn is generated.
+Only what the assistant says and the token that ends its turn contribute to the loss. The ids are exactly those of
+``apply_chat_template(tokenize=True)``, so that the model is trained on what it sees when it generates.
 
-One beginning-of-sequence token comes first where the tokenizer has one; what a template writes before later turns
-(Llama 2's writes another) is its authors' choice.
+The loss mask is derived without knowledge of the template. An assistant turn is what the rendering of the conversation
+up to and including the turn adds to the rendering before it with a generation prompt. Text after the last control token
+of the turn, usually a newline, is not trained on. Some templates render a turn differently once others follow (Qwen3's
+removes the thinking). They yield one example per assistant turn, each rendered as when that turn is generated.
+
+An example begins with one beginning-of-sequence token if the tokenizer adds one. Those that a template writes before
+later turns, as Llama 2's does, are kept.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Literal
 
 from jinja2 import TemplateError
 
-from pipeline.data.records import Conversation, turn
+from pipeline.data.records import Conversation, single_turn
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
-# For a base model without a chat template: words only, and the end-of-sequence token it has already.
+# For base models without a chat template. It needs no new tokens: text, and the end-of-sequence token after an answer.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -34,75 +36,87 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
-
-TODAY = date(2024, 7, 26)  # for templates that write it: the same data set on every day; Llama 3.2's own default
+# The date for templates that print the current one, so that a dataset does not depend on the day it is made. It is the
+# default of Llama 3.2's template.
+TEMPLATE_DATE = date(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<layout>.*?)(?P=quote)\s*\)""")
 
-Spans = list[tuple[int, int]]  # of characters
+Span = tuple[int, int]  # first character, and the one after the last
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation as tokens; both lists have one element a token."""
+class TokenizedConversation:
+    """A conversation, or its beginning, as token ids with a loss mask of the same length (1: trained on)."""
 
     input_ids: list[int]
-    loss_mask: list[int]  # 1 where the token is taught
+    loss_mask: list[int]
 
 
 def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> str:
-    """The template that a model is tuned with, and that the tuned model carries.
+    """Returns the template to tune with, which the tuned model is saved with.
 
     Raises:
-        UserError: ``model``, and it has none.
+        UserError: ``name`` is ``model``, and the model's tokenizer has no template.
     """
     if name == "plain":
         return PLAIN_TEMPLATE if tokenizer.bos is None else "{{ bos_token }}" + PLAIN_TEMPLATE
-    own = tokenizer.inner.chat_template
-    if not own:
+    template = tokenizer.inner.chat_template
+    if not template:
         raise UserError(
             setting="data.chat_template",
             value="model",
-            rule="the model's tokenizer carries no chat template, and instruction tuning needs one",
-            remedy="Say data.chat_template=plain for a plain-text template that needs no new tokens.",
+            rule="the model's tokenizer has no chat template, which instruction tuning needs",
+            remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
         )
-    return str(own["default"] if isinstance(own, dict) else own)
+    # A tokenizer may have several, for example one for tool use.
+    return str(template["default"] if isinstance(template, dict) else template)
 
 
 def end_of_turn(tokenizer: TextTokenizer, template: str) -> int:
-    """The token that ends an answer, at which the tuned model is to stop.
+    """Returns the token that ends an answer, at which the tuned model should stop generating.
 
     Raises:
         UserError: the template cannot be trained on.
     """
-    rendered = ChatRenderer(tokenizer, template, longest=2**20, dropped=Counter()).render(turn("Hi.", "Hello."))
-    if not rendered:
-        raise _unusable("it refuses a question with its answer")
-    mask, ids = rendered[0].loss_mask, rendered[0].input_ids
-    return max(zip(mask, range(len(mask)), ids, strict=True))[2]
+    renderer = ChatTokenizer(tokenizer, template, max_length=2**20, dropped=Counter())
+    examples = renderer.tokenize(single_turn("Hi.", "Hello."))
+    if not examples:
+        raise _unusable("it rejects a question with an answer")
+    ids, mask = examples[0].input_ids, examples[0].loss_mask
+    return [token for token, is_target in zip(ids, mask, strict=True) if is_target][-1]
 
 
-class ChatRenderer:
-    """Renders conversations with one template.
+class ChatTokenizer:
+    """Tokenizes conversations with one template.
 
     Args:
-        longest: tokens. A longer conversation loses turns from its end until its last assistant turn fits whole;
-            where not even the first does, it is dropped.
-        dropped: counts conversations that were cut or dropped, by reason.
+        tokenizer: the model's tokenizer.
+        template: a Jinja template, as in ``tokenizer.chat_template``.
+        max_length: tokens per example. A longer conversation is cut after the last assistant turn that fits completely;
+            if not even the first one does, it is dropped.
+        dropped: counts conversations that are cut or dropped, by reason.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, template: str, longest: int, dropped: Counter[str]) -> None:
-        self._tokenizer, self._longest, self._dropped = tokenizer, longest, dropped
-        self._template = _with_constant_date(template)
-        control = {id_: token.content for id_, token in _added_tokens(tokenizer) if token.special}
+    def __init__(self, tokenizer: TextTokenizer, template: str, max_length: int, dropped: Counter[str]) -> None:
+        self._tokenizer, self._max_length, self._dropped = tokenizer, max_length, dropped
+        # The clock is the only input of a template that cannot be passed to it.
+        self._template = CLOCK.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["layout"])), template)
+        added_tokens = tokenizer.inner.added_tokens_decoder.items()
+        control = {id_: token.content for id_, token in added_tokens if token.special}
         self._control_ids = frozenset(control) | {tokenizer.eos}
         self._control_texts = [*control.values(), tokenizer.inner.eos_token]
 
-    def render(self, conversation: Conversation) -> list[Rendered]:
-        """Ids and masks of the whole, or of every turn where turns change; none where it is dropped, which is counted.
+    def tokenize(self, conversation: Conversation) -> list[TokenizedConversation]:
+        """Tokenizes a conversation.
+
+        Returns:
+            One example; one per assistant turn if the template rewrites earlier turns; or none if the conversation is
+            dropped, which is counted.
 
         Raises:
-            UserError: the template cannot be used, whatever the conversation.
+            UserError: the template cannot be trained on, whatever the conversation.
         """
+        # A control token in a message would end its turn early or forge another one.
         if any(text in message["content"] for message in conversation for text in self._control_texts):
             return self._drop("control_token_in_text")
         answers = [message["content"] for message in conversation if message["role"] == "assistant"]
@@ -111,85 +125,77 @@ class ChatRenderer:
         if conversation[0]["role"] == "assistant":
             return self._drop("begins_with_the_assistant")
         try:
-            texts = self._texts(conversation)
+            texts = self._rendered_turns(conversation)
         except TemplateError:
             return self._drop("refused_by_template")
-        return [fitting for text, spans in texts for fitting in self._fit(self._tokenize(text, spans))]
+        return [fitting for text, turns in texts for fitting in self._fit(self._tokenize(text, turns))]
 
-    def _texts(self, conversation: Conversation) -> list[tuple[str, Spans]]:
-        """What is written, and where in it each assistant turn lies, from its first character to the next turn."""
+    def _rendered_turns(self, conversation: Conversation) -> list[tuple[str, list[Span]]]:
+        """Texts to train on, each with the spans of its assistant turns, which reach up to the next turn."""
         turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
-        whole = self._render(conversation, generation_prompt=False)
-        written = {turn: self._upto(conversation, turn) for turn in turns}
-        if all(whole.startswith(text) for text, _ in written.values()):
-            return [(whole, [span for _, span in written.values()])]
-        return [(text, [span]) for text, span in written.values()]
+        complete = self._render(conversation, generation_prompt=False)
+        prefixes = [self._render_up_to(conversation, turn) for turn in turns]
+        if all(complete.startswith(text) for text, _ in prefixes):
+            return [(complete, [span for _, span in prefixes])]
+        # The template rewrites earlier turns, so each turn is trained on in the context it is generated in.
+        return [(text, [span]) for text, span in prefixes]
 
-    def _upto(self, conversation: Conversation, turn: int) -> tuple[str, tuple[int, int]]:
-        """A conversation that ends with an assistant turn, and where that lies."""
+    def _render_up_to(self, conversation: Conversation, turn: int) -> tuple[str, Span]:
+        """The conversation up to and including an assistant turn, and the span of that turn."""
         before = self._render(conversation[:turn], generation_prompt=True)
-        upto = self._render(conversation[: turn + 1], generation_prompt=False)
-        if not upto.startswith(before):
-            raise _unusable("it writes an answer otherwise than it asks for one")
-        return upto, (len(before), len(upto))
+        text = self._render(conversation[: turn + 1], generation_prompt=False)
+        if not text.startswith(before):
+            raise _unusable("its generation prompt differs from the beginning of an answer")
+        return text, (len(before), len(text))
 
     def _render(self, messages: Conversation, generation_prompt: bool) -> str:
-        rendered: str = self._tokenizer.inner.apply_chat_template(
+        text: str = self._tokenizer.inner.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
         )
-        return rendered
+        return text
 
-    def _tokenize(self, text: str, spans: Spans) -> Rendered:
+    def _tokenize(self, text: str, turns: list[Span]) -> TokenizedConversation:
         encoded = self._tokenizer.inner(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         mask = [0] * len(ids)
-        for begin, end in spans:
-            inside = [at for at, (start, _) in enumerate(offsets) if begin <= start < end]
-            for at in inside[: self._turn_length(ids, inside)]:
-                mask[at] = 1
+        for begin, end in turns:
+            tokens = [index for index, (start, _) in enumerate(offsets) if begin <= start < end]
+            # Train on the turn up to its last control token, which ends it. What follows is not generated.
+            ends = [count for count, index in enumerate(tokens, 1) if ids[index] in self._control_ids]
+            if not ends:
+                raise _unusable(
+                    "it ends an assistant turn without a control token, so the model would never learn to stop"
+                )
+            for index in tokens[: ends[-1]]:
+                mask[index] = 1
         bos = self._tokenizer.bos
         if bos is not None and ids[0] != bos:
             ids, mask = [bos, *ids], [0, *mask]
         if bos is not None and ids[1] == bos:
             raise _unusable("it begins with two beginning-of-sequence tokens")
-        return Rendered(ids, mask)
+        return TokenizedConversation(ids, mask)
 
-    def _turn_length(self, ids: list[int], inside: list[int]) -> int:
-        """How many of a turn's tokens are taught: up to its last control token, which ends it."""
-        ends = [place for place, at in enumerate(inside, 1) if ids[at] in self._control_ids]
-        if not ends:
-            raise _unusable("it ends an assistant's turn with no control token, so the model would never learn to stop")
-        return ends[-1]
-
-    def _fit(self, rendered: Rendered) -> list[Rendered]:
-        if len(rendered.input_ids) <= self._longest:
-            return [rendered]
-        mask = rendered.loss_mask
-        ends = [at for at in range(1, self._longest + 1) if mask[at - 1] and not mask[at]]
+    def _fit(self, example: TokenizedConversation) -> list[TokenizedConversation]:
+        ids, mask = example.input_ids, example.loss_mask
+        if len(ids) <= self._max_length:
+            return [example]
+        # Lengths at which an assistant turn has just ended.
+        ends = [length for length in range(1, self._max_length + 1) if mask[length - 1] and not mask[length]]
         if not ends:
             return self._drop("too_long")
-        if any(mask[ends[-1] :]):  # else only what the template puts behind the last turn is lost
+        if any(mask[ends[-1] :]):  # otherwise only text after the last assistant turn is lost
             self._dropped["cut_to_whole_turns"] += 1
-        return [Rendered(rendered.input_ids[: ends[-1]], rendered.loss_mask[: ends[-1]])]
+        return [TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]])]
 
-    def _drop(self, reason: str) -> list[Rendered]:
+    def _drop(self, reason: str) -> list[TokenizedConversation]:
         self._dropped[reason] += 1
         return []
 
 
-def _with_constant_date(template: str) -> str:
-    """The clock is the one thing that a template sees and that cannot be handed to it otherwise."""
-    return CLOCK.sub(lambda call: repr(TODAY.strftime(call["layout"])), template)
-
-
-def _added_tokens(tokenizer: TextTokenizer) -> list[tuple[int, Any]]:
-    return list(tokenizer.inner.added_tokens_decoder.items())
-
-
-def _unusable(why: str) -> UserError:
+def _unusable(reason: str) -> UserError:
     return UserError(
         setting="data.chat_template",
         value="model",
-        rule=f"the model's chat template cannot be trained on: {why}",
-        remedy="Say data.chat_template=plain for a plain-text template that needs no new tokens.",
+        rule=f"the model's chat template cannot be trained on, because {reason}",
+        remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
     )

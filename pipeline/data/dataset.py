@@ -1,4 +1,4 @@
-"""The files of one tokenize artifact, open for writing: token blocks by split, and the held-out text itself."""
+"""The files of a dataset while it is written: token blocks per split, the held-out text, and a resume checkpoint."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from types import TracebackType
 
 from pipeline.config import Tokenize
 from pipeline.data.blocks import BlockWriter, DocumentPacker, ExamplePacker, Ids, State
-from pipeline.data.chat import Rendered
-from pipeline.data.records import Conversation
-from pipeline.data.sources import SPLITS, Split
+from pipeline.data.chat import TokenizedConversation
+from pipeline.data.records import SPLITS, Conversation, Split
 from pipeline.files import read_json, write_json
 
 HELD_OUT_FILE = "held_out.jsonl"
 
 
 class DatasetWriter:
-    """Packs examples into blocks and keeps the held-out ones as text beside them.
+    """Packs examples into blocks, and writes the held-out ones also as text, for the evaluation.
 
     Args:
-        directory: where the files go; what lies there under their names is overwritten.
-        padding: the token that fills blocks up.
-        state: what ``save()`` gave: writing goes on there, and what was written since is cut off.
+        directory: existing directory for the files; files of the same names are overwritten.
+        settings: the sequence length, and the purpose, which determines how examples are packed.
+        padding: id that fills up blocks.
+        state: a value returned by ``save()``; writing resumes there, and whatever was written later is cut off.
+
+    Attributes:
+        blocks: the block writer of each split, which counts blocks and target tokens.
     """
 
     def __init__(self, directory: Path, settings: Tokenize, padding: int, state: State | None = None) -> None:
@@ -45,28 +48,33 @@ class DatasetWriter:
         self._held_out.seek(0, os.SEEK_END)
 
     def add_document(self, split: Split, source: str, text: str, ids: Ids) -> None:
-        """A text, and the setting it came by, such as ``data.corpus.1``; every token but its first is a target."""
+        """Adds a document. Every token but its first is a target.
+
+        Args:
+            source: dotted name of the source, for example ``data.corpus.1``.
+        """
         packer = self._packers[split]
         assert isinstance(packer, DocumentPacker)
         packer.add(ids)
-        self._keep(split, {"text": text, "source": source})
+        self._write_held_out(split, {"text": text, "source": source})
 
     def add_conversation(
-        self, split: Split, source: str, conversation: Conversation, rendered: Sequence[Rendered]
+        self, split: Split, source: str, conversation: Conversation, examples: Sequence[TokenizedConversation]
     ) -> None:
-        """A conversation as it was rendered, in one example or several; each stays whole."""
+        """Adds a conversation that was tokenized as one example or several. No example is cut."""
         packer = self._packers[split]
         assert isinstance(packer, ExamplePacker)
-        for example in rendered:
+        for example in examples:
             packer.add(example.input_ids, example.loss_mask)
-        self._keep(split, {"messages": conversation, "source": source})
+        self._write_held_out(split, {"messages": conversation, "source": source})
 
-    def _keep(self, split: Split, row: dict[str, str | Conversation]) -> None:
+    def _write_held_out(self, split: Split, row: dict[str, str | Conversation]) -> None:
         if split == "held_out":
             self._held_out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def save(self) -> State:
-        """Puts everything on the disk and says how much that is, as JSON values."""
+        """Flushes everything to disk and returns how much it is, as JSON values."""
+        # First the packers: asking for their state makes document packers write their full blocks.
         packers = {split: packer.state() for split, packer in self._packers.items()}
         self._held_out.flush()
         os.fsync(self._held_out.fileno())
@@ -90,54 +98,55 @@ class DatasetWriter:
         self._files.__exit__(kind, error, trace)
 
 
-# --------------------------------------------------------------------------------------------------
-# How far tokenizing got: written now and then beside what was written, so that a killed attempt loses seconds.
-#
-# Hashes of what was seen are appended to a file of their own; everything else is a few kilobytes of JSON, replaced as a
-# whole and last.
+class TokenizeCheckpoint:
+    """How far tokenizing got, saved regularly beside the output so that a killed attempt loses only seconds.
 
+    Hashes of the examples seen are appended to a file of their own, since they can take gigabytes. Everything else is a
+    few kilobytes of JSON, replaced atomically after the hashes were written.
 
-class Checkpoint:
-    """The checkpoint in one artifact's partial directory.
+    Args:
+        directory: the partial directory of the artifact; the checkpoint is a directory inside it.
 
     Attributes:
-        state: what the last attempt saved, or None where there is nothing to go on from.
-        hashes: what it had seen.
+        state: what the last attempt saved, or None if there is nothing to resume from.
+        hashes: 64-bit hashes of the examples that attempt had seen.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / "checkpoint"
         self._directory.mkdir(exist_ok=True)
-        self._json, self._hashes = self._directory / "progress.json", self._directory / "hashes.uint64"
+        self._state_file, self._hashes_file = self._directory / "progress.json", self._directory / "hashes.uint64"
         self.state: State | None = None
         self.hashes = array("Q")
         self._saved_hashes = 0
-        if self._json.exists():
+        if self._state_file.exists():
             self._load()
 
     def _load(self) -> None:
         try:
-            self.state = read_json(self._json)
-        except json.JSONDecodeError:  # the machine itself went down in mid-save; nothing is lost but time
+            self.state = read_json(self._state_file)
+        except json.JSONDecodeError:  # the machine crashed during a save: start again, at the cost of time only
             return
         assert self.state is not None
+        # More hashes than counted here may be in the file, if the attempt was killed between the two writes.
         self._saved_hashes = self.state["hashes"]
-        with open(self._hashes, "rb") as stream:
+        with open(self._hashes_file, "rb") as stream:
             self.hashes.fromfile(stream, self._saved_hashes)
 
-    def save(self, state: State, news: array[int]) -> None:
-        """Saves the state, and the hashes that were not saved yet, which it empties."""
-        with open(self._hashes, "r+b" if self._saved_hashes else "wb") as stream:
-            stream.truncate(self._saved_hashes * news.itemsize)
+    def save(self, state: State, new_hashes: array[int]) -> None:
+        """Saves the state and appends ``new_hashes``, which is emptied."""
+        with open(self._hashes_file, "r+b" if self._saved_hashes else "wb") as stream:
+            stream.truncate(self._saved_hashes * new_hashes.itemsize)
             stream.seek(0, os.SEEK_END)
-            news.tofile(stream)
+            new_hashes.tofile(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        self._saved_hashes += len(news)
-        del news[:]
-        write_json(self._json, {"hashes": self._saved_hashes, **state})
+        self._saved_hashes += len(new_hashes)
+        del new_hashes[:]
+        write_json(self._state_file, {"hashes": self._saved_hashes, **state})
 
     def remove(self) -> None:
-        """Everything is written. The state goes first: without it, what is left over is not looked at."""
-        self._json.unlink(missing_ok=True)
+        """Removes the checkpoint of a finished dataset."""
+        # The state first: the other files are ignored without it, so a crash in between is harmless.
+        self._state_file.unlink(missing_ok=True)
         shutil.rmtree(self._directory)

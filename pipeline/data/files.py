@@ -1,6 +1,6 @@
-"""Local files as records: text, JSON lines (also .gz and .zst), Parquet and Arrow, streamed.
+"""Streaming of local files as records: text, JSON lines (both also .gz and .zst), Parquet and Arrow.
 
-A record is a text, or a row with named columns. Nothing here knows what the records are for.
+A record is a text or a row with named columns. What records are used for is decided elsewhere (``sources.py``).
 """
 
 from __future__ import annotations
@@ -29,70 +29,38 @@ else:
 if TYPE_CHECKING:
     import pyarrow
 
-TEXT_PIECE = 32_768  # characters after which a text file is cut at the next blank line into another document
-LONGEST_TEXT = 8 * TEXT_PIECE  # where no blank line comes, it is cut at the next line's end; a longer line is cut up
-ARROW_ROWS = 1024  # made into Python values at a time
+# A text file longer than CHUNK_CHARACTERS is split into documents at the next blank line. If none follows before
+# MAX_CHUNK_CHARACTERS, it is split at the end of a line, and a line longer than that is split anywhere.
+CHUNK_CHARACTERS = 32_768
+MAX_CHUNK_CHARACTERS = 8 * CHUNK_CHARACTERS
+ARROW_ROWS = 1024  # rows converted to Python values at a time
+ARROW_MAGIC = b"ARROW1"
 
-Position = dict[str, Any]  # JSON values that say where a stream stands
+Position = dict[str, Any]  # JSON values from which a stream can be resumed
 
 
 @dataclass(frozen=True)
 class Record:
-    """One text or row, and where it stands, for messages."""
+    """One text or row, and its location for messages, such as ``chats.jsonl, line 3``."""
 
     value: str | dict[str, Any]
-    where: str  # "chats.jsonl, line 3"
+    location: str
 
 
 class BadFile(Exception):
-    """A file's content is not what its name says; the caller knows the setting it came from."""
+    """The content of a file does not match its suffix. The caller adds the setting that named the file."""
 
-    def __init__(self, where: str, rule: str) -> None:
-        self.where, self.rule = where, rule
-        super().__init__(f"{where}: {rule}")
-
-
-def find_files(path: str, setting: str) -> list[Path]:
-    """The readable files that a path, directory (recursively) or glob names, sorted.
-
-    Raises:
-        UserError: it names none.
-    """
-    path = os.path.expanduser(path)
-    place = Path(path)
-    if place.is_dir():
-        candidates = [str(found) for found in place.rglob("*")]
-    else:
-        candidates = [path] if place.exists() else glob.glob(path, recursive=True)
-    if not candidates and not place.is_dir():
-        raise UserError(
-            setting=setting,
-            value=path,
-            rule="there is no such file or directory, and no file matches it as a pattern",
-            remedy=f"Set {setting} to an existing file, directory or glob.",
-        )
-    files = sorted(Path(name) for name in candidates if Path(name).is_file() and kind_of(Path(name)) in READERS)
-    if not files:
-        raise UserError(
-            setting=setting,
-            value=path,
-            rule="it holds no file of a known kind",
-            remedy=f"Known are {', '.join(READERS)}; .txt and .jsonl may also end in .gz or .zst.",
-        )
-    return files
-
-
-def kind_of(path: Path) -> str:
-    """The suffix that says how to read a file, without a compression suffix: ``.jsonl`` for ``a.jsonl.zst``."""
-    inner = path.with_suffix("") if path.suffix in OPENERS else path
-    return inner.suffix.lower()
+    def __init__(self, location: str, rule: str) -> None:
+        self.location, self.rule = location, rule
+        super().__init__(f"{location}: {rule}")
 
 
 class FileStream:
-    """The records of files, one after the other.
+    """The records of several files, one file after another.
 
     Args:
-        position: what ``position()`` said of an earlier stream over the same files: it goes on there.
+        paths: files of known formats.
+        position: a value returned by ``position()`` for the same files; the stream resumes there.
     """
 
     def __init__(self, paths: list[Path], position: Position | None = None) -> None:
@@ -102,77 +70,116 @@ class FileStream:
 
     def __iter__(self) -> Iterator[Record]:
         while self._file < len(self._paths):
+            # Compressed files cannot be entered in the middle, so records before the position are read and skipped.
             for record in islice(read_records(self._paths[self._file]), self._records, None):
                 self._records += 1
                 yield record
             self._file, self._records = self._file + 1, 0
 
     def position(self) -> Position:
-        """Behind the record that was given last."""
+        """The position after the last record that was returned."""
         return {"file": self._file, "records": self._records}
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Streams a file's records; memory is bounded by the longest line or piece.
+def find_files(path: str, setting: str) -> list[Path]:
+    """Returns the files of known formats that a path, a directory (recursively) or a glob names, sorted.
 
     Raises:
-        BadFile: the content is not what the name says.
+        UserError: there are none.
     """
-    reader = READERS[kind_of(path)]
+    path = os.path.expanduser(path)
+    root = Path(path)
+    if root.is_dir():
+        candidates = [str(found) for found in root.rglob("*")]
+    else:
+        # An existing path is taken literally even if it contains glob characters.
+        candidates = [path] if root.exists() else glob.glob(path, recursive=True)
+    if not candidates and not root.is_dir():
+        raise UserError(
+            setting=setting,
+            value=path,
+            rule="there is no such file or directory, and no file matches it as a glob",
+            remedy=f"Set {setting} to an existing file, directory or glob.",
+        )
+    files = sorted(Path(name) for name in candidates if Path(name).is_file() and file_format(Path(name)) in READERS)
+    if not files:
+        raise UserError(
+            setting=setting,
+            value=path,
+            rule="it contains no file of a supported format",
+            remedy=f"Provide files ending in {', '.join(READERS)}; .txt and .jsonl may be followed by .gz or .zst.",
+        )
+    return files
+
+
+def file_format(path: Path) -> str:
+    """The suffix that determines how a file is read, without compression: ``.jsonl`` for ``a.jsonl.zst``."""
+    inner = path.with_suffix("") if path.suffix in OPENERS else path
+    return inner.suffix.lower()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Streams the records of a file. Memory is bounded by the longest line, text chunk or row group.
+
+    Raises:
+        BadFile: the content does not match the suffix.
+    """
+    reader = READERS[file_format(path)]
     try:
         yield from reader(path)
     except (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError) as error:
-        raise BadFile(path.name, f"it is not a whole {path.suffix} file ({error})") from error
+        raise BadFile(path.name, f"it is not a complete {path.suffix} file ({error})") from error
 
 
-# --------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------- text and JSON lines
 
 
 def _read_text(path: Path) -> Iterator[Record]:
-    """A text file is one document, or several where it is long."""
-    piece: list[str] = []
+    """Yields a text file as one document, or as several if it is long."""
+    chunk: list[str] = []
     length = 0
-    for number, line in _lines(path, longest=LONGEST_TEXT):
-        if length >= LONGEST_TEXT or (length >= TEXT_PIECE and not line.strip()):
-            yield Record("".join(piece), f"{path.name}, before line {number}")
-            piece, length = [], 0
-        piece.append(line)
+    for number, line in _lines(path, max_bytes=MAX_CHUNK_CHARACTERS):
+        if length >= MAX_CHUNK_CHARACTERS or (length >= CHUNK_CHARACTERS and not line.strip()):
+            yield Record("".join(chunk), f"{path.name}, before line {number}")
+            chunk, length = [], 0
+        chunk.append(line)
         length += len(line)
-    yield Record("".join(piece), path.name)
+    yield Record("".join(chunk), path.name)
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         if not line.strip():
             continue
-        where = f"{path.name}, line {number}"
+        location = f"{path.name}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise BadFile(where, f"the line is not JSON ({error})") from error
+            raise BadFile(location, f"the line is not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise BadFile(where, "the line is JSON but no object with named columns")
-        yield Record(row, where)
+            raise BadFile(location, "the line is not a JSON object with named columns")
+        yield Record(row, location)
 
 
-def _lines(path: Path, longest: int = -1) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8 text, a line of more than ``longest`` bytes in pieces; a byte order mark is dropped."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a piece may end within a character
+def _lines(path: Path, max_bytes: int = -1) -> Iterator[tuple[int, str]]:
+    """Numbered lines of UTF-8 text without a byte order mark; lines longer than ``max_bytes`` come in pieces."""
+    # Incremental, because a piece of a long line may end inside a character.
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number = 1
     with closing(OPENERS.get(path.suffix, _open_plain)(path)) as stream:
-        while line := stream.readline(longest):
-            yield number, _decoded(decoder, line, f"{path.name}, line {number}")
+        while line := stream.readline(max_bytes):
+            yield number, _decode(decoder, line, f"{path.name}, line {number}")
             number += line.endswith(b"\n")
-    _decoded(decoder, b"", f"{path.name}, line {number}", final=True)
+    _decode(decoder, b"", f"{path.name}, line {number}", final=True)  # raises if the last character is incomplete
 
 
-def _decoded(decoder: codecs.IncrementalDecoder, line: bytes, where: str, final: bool = False) -> str:
+def _decode(decoder: codecs.IncrementalDecoder, line: bytes, location: str, final: bool = False) -> str:
     if b"\0" in line:
-        raise BadFile(where, "it holds NUL bytes, so it is not text")
+        raise BadFile(location, "it contains NUL bytes, so it is not text")
     try:
         return decoder.decode(line, final)
     except UnicodeDecodeError as error:
-        raise BadFile(where, f"it is not UTF-8 text ({error})") from error
+        raise BadFile(location, f"it is not UTF-8 text ({error})") from error
 
 
 def _open_plain(path: Path) -> IO[bytes]:
@@ -189,7 +196,8 @@ def _open_zstandard(path: Path) -> IO[bytes]:
 
 OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstandard}
 
-# ---------------------------------------------------------------------------------- parquet and arrow
+
+# ---------------------------------------------------------------------------------- Parquet and Arrow
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -204,7 +212,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_arrow(path: Path) -> Iterator[Record]:
-    """Both of Arrow's formats: the stream that ``datasets`` saves, and the file, also known as Feather."""
+    """Reads both Arrow formats: the stream format, written by ``datasets``, and the file format (Feather)."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as source:
@@ -218,7 +226,7 @@ def _read_arrow(path: Path) -> Iterator[Record]:
 def _arrow_batches(source: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
     from pyarrow import ipc
 
-    is_file = source.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+    is_file = source.read(len(ARROW_MAGIC)) == ARROW_MAGIC  # only the file format begins with it
     source.seek(0)
     if not is_file:
         return iter(ipc.open_stream(source))
@@ -227,25 +235,20 @@ def _arrow_batches(source: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _rows(path: Path, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Record]:
-    row = 0
-    for batch in _readable(path, batches):
-        for start in range(0, batch.num_rows, ARROW_ROWS):
-            for value in batch.slice(start, ARROW_ROWS).to_pylist():
-                row += 1
-                yield Record(value, f"{path.name}, row {row}")
-
-
-def _readable(path: Path, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
-    """The batches; one that cannot be read is the file's fault."""
     import pyarrow
 
+    row = 0
     try:
-        yield from batches
+        for batch in batches:
+            # A batch may be as large as the file, so it is converted a slice at a time.
+            for start in range(0, batch.num_rows, ARROW_ROWS):
+                for value in batch.slice(start, ARROW_ROWS).to_pylist():
+                    row += 1
+                    yield Record(value, f"{path.name}, row {row}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadFile(path.name, f"it is damaged, or not whole ({error})") from error
+        raise BadFile(path.name, f"it is damaged or incomplete ({error})") from error
 
 
-ARROW_MAGIC = b"ARROW1"
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,

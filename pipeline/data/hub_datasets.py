@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: found within seconds or refused, then streamed, never downloaded whole."""
+"""Datasets of the Hugging Face hub: looked up within seconds, then streamed without downloading them completely."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from pipeline.errors import UserError
 from pipeline.models.hub import ANSWER_WITHIN_SECONDS, in_time, is_repo_id
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-_SWITCHED_OFF = ("", "0", "false", "no", "off")
+_FALSE_VALUES = ("", "0", "false", "no", "off")
 
-DOWNLOAD_INSTEAD = "Go online; or download it elsewhere (hf download --repo-type dataset ...) and say kind: files."
+DOWNLOAD_INSTEAD = "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files."
 
 
 def is_offline() -> bool:
-    """Whether the environment says that the hub is not to be asked."""
-    return any(os.environ.get(name, "").lower() not in _SWITCHED_OFF for name in _OFFLINE_VARIABLES)
+    """Whether an environment variable forbids access to the hub."""
+    return any(os.environ.get(name, "").lower() not in _FALSE_VALUES for name in _OFFLINE_VARIABLES)
 
 
 def dataset_commit(source: Source, setting: str) -> str:
-    """The commit that a data set's revision stands for now.
+    """Resolves the revision of a dataset to a commit.
 
     Args:
-        setting: the dotted name that ``source.path`` came from.
+        setting: dotted name of the setting that holds ``source.path``.
 
     Raises:
-        UserError: offline, unreachable within ten seconds, or no such data set or revision.
+        UserError: offline, no answer within ten seconds, or no such dataset or revision.
     """
     from huggingface_hub import HfApi, errors
 
     repo = str(source.path)
     if not is_repo_id(repo):
-        rule = "kind is hub, and this is no data set's name there (NAME or ORGANISATION/NAME)"
-        raise _refuse(setting, repo, rule, "For text on this machine say kind: files, as in data=files.")
+        rule = "kind is hub, and this is not a dataset name (NAME or ORGANIZATION/NAME)"
+        raise _refuse(setting, repo, rule, "Set kind: files for local text, as in data=files.")
     if is_offline():
-        raise _refuse(setting, repo, "it is streamed from the hub, and the environment says offline", DOWNLOAD_INSTEAD)
+        raise _refuse(setting, repo, "it is streamed from the hub, and the environment forbids it", DOWNLOAD_INSTEAD)
 
     def ask() -> Any:
         return HfApi().dataset_info(repo, revision=source.revision, timeout=ANSWER_WITHIN_SECONDS)
@@ -47,21 +47,22 @@ def dataset_commit(source: Source, setting: str) -> str:
         return str(in_time(ask).sha)
     except errors.GatedRepoError as error:
         remedy = f"Accept its terms at https://huggingface.co/datasets/{repo}, then run: hf auth login"
-        raise _refuse(setting, repo, "its authors let only those read it who asked for access", remedy) from error
+        raise _refuse(setting, repo, "access to it must be requested from its authors", remedy) from error
     except errors.RepositoryNotFoundError as error:
-        remedy = "Check the spelling; for a private data set run: hf auth login"
-        raise _refuse(setting, repo, "the hub has no such data set", remedy) from error
+        remedy = "Check the spelling. For a private dataset, run: hf auth login"
+        raise _refuse(setting, repo, "the hub has no such dataset", remedy) from error
     except errors.RevisionNotFoundError as error:
-        raise _refuse(setting, repo, f"it has no revision {source.revision}", "Name one that is there.") from error
+        remedy = "Set revision to an existing branch, tag or commit."
+        raise _refuse(setting, repo, f"it has no revision {source.revision}", remedy) from error
     except (errors.HTTPError, TimeoutError) as error:
         raise _refuse(setting, repo, f"the Hugging Face hub cannot be reached ({error})", DOWNLOAD_INSTEAD) from error
 
 
 def check_reachable(setting: str, value: str, remedy: str) -> None:
-    """The hub answers.
+    """Checks that the hub answers.
 
     Raises:
-        UserError: it does not within ten seconds.
+        UserError: no answer within ten seconds.
     """
     from huggingface_hub import constants, errors, get_session
 
@@ -72,49 +73,52 @@ def check_reachable(setting: str, value: str, remedy: str) -> None:
 
 
 class HubStream:
-    """Rows of the data set at its revision, read as they come: what is not asked for is not downloaded.
+    """Rows of a dataset at a fixed revision. Shards are downloaded as they are needed.
 
     Args:
-        position: what ``position()`` said of an earlier stream of the same source: it goes on there, at the cost of
-            reading the shard it stands in again.
+        source: a pinned source.
+        setting: dotted name of the source.
+        position: a value returned by ``position()`` for the same source; the stream resumes there, after reading the
+            beginning of the current shard again.
     """
 
     def __init__(self, source: Source, setting: str, position: Position | None = None) -> None:
         self._source, self._setting = source, setting
         self._number: int = position["number"] if position else 0
         self._state: Any = position["state"] if position else None
-        self._rows: Any = None
+        self._dataset: Any = None
 
     def __iter__(self) -> Iterator[Record]:
-        """Raises UserError where there is no such configuration or split, or rows cannot be had any more."""
-        self._rows = self._open()
+        """Raises UserError if the configuration or split does not exist, or if reading fails."""
+        self._dataset = self._open()
         if self._state is not None:
-            self._rows.load_state_dict(self._state)
+            self._dataset.load_state_dict(self._state)
         try:
-            for row in self._rows:
+            for row in self._dataset:
                 self._number += 1
                 yield Record(dict(row), f"{self._source.path}, row {self._number}")
-        except Exception as error:  # of a network, of a file there, of datasets: each library has its own
-            rule = f"reading stopped behind row {self._number} ({type(error).__name__}: {error})"
-            remedy = f"The same command goes on there, once it can be read. {DOWNLOAD_INSTEAD}"
+        except Exception as error:  # the network, file formats and datasets each have exceptions of their own
+            rule = f"reading stopped after row {self._number} ({type(error).__name__}: {error})"
+            remedy = f"Repeat the command to resume there once it can be read. {DOWNLOAD_INSTEAD}"
             raise _refuse(f"{self._setting}.path", str(self._source.path), rule, remedy) from error
 
     def position(self) -> Position:
-        """Behind the row that was given last."""
-        return {"number": self._number, "state": self._rows.state_dict() if self._rows is not None else self._state}
+        """The position after the last row that was returned."""
+        state = self._state if self._dataset is None else self._dataset.state_dict()
+        return {"number": self._number, "state": state}
 
     def _open(self) -> Any:
         from datasets import load_dataset
 
-        source, repo = self._source, str(self._source.path)
+        source, setting = self._source, f"{self._setting}.path"
+        repo = str(source.path)
         try:
             return load_dataset(repo, source.config_name, split=source.split, revision=source.revision, streaming=True)
-        except ValueError as error:  # datasets' word for an unknown configuration or split
-            remedy = "Set its config_name and split to what is there."
-            raise _refuse(f"{self._setting}.path", repo, str(error), remedy) from error
-        except Exception as error:  # a data set that needs its own code, a hub that went away, files of no known kind
+        except ValueError as error:  # raised for an unknown configuration or split
+            raise _refuse(setting, repo, str(error), "Set config_name and split to existing ones.") from error
+        except Exception as error:  # a loading script, a lost connection, or files of an unknown format
             rule = f"it cannot be opened ({type(error).__name__}: {error})"
-            raise _refuse(f"{self._setting}.path", repo, rule, DOWNLOAD_INSTEAD) from error
+            raise _refuse(setting, repo, rule, DOWNLOAD_INSTEAD) from error
 
 
 def _refuse(setting: str, value: str, rule: str, remedy: str) -> UserError:

@@ -1,11 +1,7 @@
-"""Several sources as one, in the shares of their weights.
+"""Mixing several sources in the proportions of their weights, and tokenizing their documents ahead of use.
 
-A source's share of the training tokens is its weight over the sum of all weights. The next document comes from the
-source that is furthest behind its share, so that the shares hold to within a document at every point. Reading ends at
-the token budget, or where the first source runs out: the shares would no longer hold if the others were read on, and
-none is read twice. A source with a split of its own is then read on for its held-out part alone.
-
-Replay of general text against forgetting is such a source, with a small weight.
+The share of a source in the training tokens is its weight divided by the sum of all weights. Replay of general text
+against forgetting, for example, is a source with a small weight.
 """
 
 from __future__ import annotations
@@ -19,21 +15,117 @@ from typing import Any, Protocol
 
 from pipeline.data.blocks import Ids
 from pipeline.data.files import Position
-from pipeline.data.sources import Example, ExampleStream
-from pipeline.data.tokenizer import Encoders
+from pipeline.data.records import Example
+from pipeline.data.sources import ExampleStream
+from pipeline.data.tokenizer import TokenizerPool
+
+COUNTS = ("documents", "tokens", "dropped")  # counters of a MixtureSource, by the names they have in dataset.json
+
+BATCH_DOCUMENTS = 256  # a batch sent to a tokenizer worker ends after this many documents
+BATCH_CHARACTERS = 2**20  # or after this many characters, whichever comes first
 
 
-class Items(Protocol):
-    """One source's examples, with their ids where these are found ahead."""
+class Mixture:
+    """Examples of several sources, interleaved so that their shares hold at every point to within one document.
+
+    The next example is taken from the source that is furthest behind its share. Reading ends at the token budget, or
+    when the first source is exhausted: the shares would no longer hold if only the others were read further, and no
+    source is read twice. After that, sources with splits of their own are read on for their held-out examples alone.
+
+    The consumer decides what to keep, and reports it with :meth:`MixtureSource.count`.
+
+    Args:
+        sources: the sources.
+        budget: training tokens after which reading ends; None for no limit.
+    """
+
+    def __init__(self, sources: Sequence[MixtureSource], budget: int | None) -> None:
+        self.sources, self._budget = sources, budget
+
+    def __iter__(self) -> Iterator[tuple[int, Example, Ids | None]]:
+        """Yields the index of the source, the example, and its token ids if it was tokenized in advance."""
+        iterators = [iter(source.examples) for source in self.sources]
+        while not (self._is_full() or any(source.exhausted for source in self.sources)):
+            index = min(range(len(self.sources)), key=self._tokens_per_weight)
+            item = next(iterators[index], None)
+            if item is None:
+                self.sources[index].exhausted = True
+            else:
+                yield (index, *item)
+        for index, iterator in enumerate(iterators):
+            if self.sources[index].has_splits:
+                yield from ((index, *item) for item in iterator if item[0].split == "held_out")
+
+    @property
+    def training_tokens(self) -> int:
+        """Training tokens of all sources so far."""
+        return sum(source.tokens["train"] for source in self.sources)
+
+    def total(self, name: str) -> Counter[str]:
+        """The sum of one of ``COUNTS`` over all sources."""
+        return sum((getattr(source, name) for source in self.sources), Counter())
+
+    def _is_full(self) -> bool:
+        return self._budget is not None and self.training_tokens >= self._budget
+
+    def _tokens_per_weight(self, index: int) -> float:
+        source = self.sources[index]
+        return source.tokens["train"] / source.weight
+
+
+@dataclass
+class MixtureSource:
+    """One source of a mixture, with counts of what was kept and dropped so far.
+
+    Attributes:
+        examples: its examples, resumable.
+        weight: its share, relative to the sum of all weights.
+        has_splits: whether its examples come with a split.
+        documents: number of documents or conversations kept, by split.
+        tokens: number of tokens kept, by split.
+        dropped: number of documents or conversations dropped, by reason.
+        exhausted: whether it was read to its end.
+    """
+
+    examples: Examples
+    weight: float
+    has_splits: bool
+    documents: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    exhausted: bool = False
+
+    def count(self, split: str, tokens: int) -> None:
+        """Counts one more document that was kept."""
+        self.documents[split] += 1
+        self.tokens[split] += tokens
+
+    def counts(self) -> dict[str, Any]:
+        """All counts, as JSON values."""
+        return {name: dict(sorted(getattr(self, name).items())) for name in COUNTS}
+
+    def state(self) -> dict[str, Any]:
+        """The position in the source and all counts, as JSON values."""
+        return {"position": self.examples.position(), "ran_out": self.exhausted, **self.counts()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restores the counts of a saved state. ``examples`` must have been opened at its position."""
+        self.exhausted = state["ran_out"]
+        for name in COUNTS:
+            setattr(self, name, Counter(state[name]))
+
+
+class Examples(Protocol):
+    """The examples of one source, with their token ids if they were tokenized in advance."""
 
     def __iter__(self) -> Iterator[tuple[Example, Ids | None]]: ...
 
     def position(self) -> Position:
-        """Behind the example that was given last."""
+        """The position after the last example that was returned, as JSON values."""
 
 
-class Unencoded:
-    """Examples as they are, for those whose ids are found when it is their turn."""
+class UntokenizedExamples:
+    """Examples without token ids. Conversations are tokenized one at a time, with their template."""
 
     def __init__(self, stream: ExampleStream) -> None:
         self._stream = stream
@@ -42,149 +134,69 @@ class Unencoded:
         return ((example, None) for example in self._stream)
 
     def position(self) -> Position:
-        """Behind the example that was given last."""
+        """The position after the last example that was returned."""
         return {"stream": self._stream.position()}
 
 
-@dataclass
-class Part:
-    """One source of a mixture, and what came from it so far."""
-
-    items: Items
-    weight: float
-    has_split: bool  # of its own
-    documents: Counter[str] = field(default_factory=Counter)  # by split
-    tokens: Counter[str] = field(default_factory=Counter)  # by split
-    dropped: Counter[str] = field(default_factory=Counter)  # by reason
-    ran_out: bool = False
-
-    def count(self, split: str, tokens: int) -> None:
-        """One more document was kept."""
-        self.documents[split] += 1
-        self.tokens[split] += tokens
-
-    def counts(self) -> dict[str, Any]:
-        """What came from it, as JSON values."""
-        return {name: dict(sorted(getattr(self, name).items())) for name in COUNTS}
-
-    def state(self) -> dict[str, Any]:
-        """Where it stands, as JSON values."""
-        return {"position": self.items.position(), "ran_out": self.ran_out, **self.counts()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The counts of an earlier part; its items were opened at that state's position."""
-        self.ran_out = state["ran_out"]
-        for name in COUNTS:
-            setattr(self, name, Counter(state[name]))
-
-
-COUNTS = ("documents", "tokens", "dropped")
-
-
-class Mixture:
-    """The examples of several parts in turn, each with its part's number; whoever takes it counts it there.
-
-    Args:
-        budget: training tokens after which reading ends.
-    """
-
-    def __init__(self, parts: Sequence[Part], budget: int | None) -> None:
-        self.parts, self._budget = parts, budget
-
-    def __iter__(self) -> Iterator[tuple[int, Example, Ids | None]]:
-        iterators = [iter(part.items) for part in self.parts]
-        while not (self.is_full() or any(part.ran_out for part in self.parts)):
-            number = min(range(len(self.parts)), key=self._share_filled)
-            item = next(iterators[number], None)
-            if item is None:
-                self.parts[number].ran_out = True
-            else:
-                yield (number, *item)
-        for number, iterator in enumerate(iterators):
-            if self.parts[number].has_split:
-                yield from ((number, *item) for item in iterator if item[0].split == "held_out")
-
-    @property
-    def training_tokens(self) -> int:
-        """Of all parts."""
-        return sum(part.tokens["train"] for part in self.parts)
-
-    def is_full(self) -> bool:
-        """Whether the budget is met."""
-        return self._budget is not None and self.training_tokens >= self._budget
-
-    def total(self, name: str) -> Counter[str]:
-        """One of ``COUNTS`` over all parts."""
-        return sum((getattr(part, name) for part in self.parts), Counter())
-
-    def _share_filled(self, number: int) -> float:
-        part = self.parts[number]
-        return part.tokens["train"] / part.weight
-
-
-# --------------------------------------------------------------------------------------------------
-# One source's examples with their token ids: read and tokenized some batches ahead of whoever takes them.
-
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 2**20
-
-
 @dataclass(frozen=True)
-class Batch:
-    """Examples on their way through the encoders."""
+class _PendingBatch:
+    """Documents that are being tokenized."""
 
-    before: Position  # the stream's, before the first of them
+    start: Position  # of the stream, before the first of them
     examples: list[Example]
     ids: Future[list[Ids]]
 
 
-class Lookahead:
-    """Documents with their ids, in the order of the stream.
+class PrefetchedDocuments:
+    """Documents with their token ids in the order of the stream, read and tokenized some batches ahead of use.
 
     Args:
-        position: what ``position()`` said of an earlier one: it goes on there.
+        stream: the documents. If ``position`` is given, it must have been opened at its ``stream`` entry.
+        pool: tokenizes them.
+        position: a value returned by ``position()``; documents resume there.
     """
 
-    def __init__(self, stream: ExampleStream, encoders: Encoders, position: Position | None = None) -> None:
-        self._stream, self._encoders = stream, encoders
+    def __init__(self, stream: ExampleStream, pool: TokenizerPool, position: Position | None = None) -> None:
+        self._stream, self._pool = stream, pool
+        # The stream is at the start of a batch, of which this many documents were already returned.
         self._skip: int = position["taken"] if position else 0
-        self._before: Position | None = None
-        self._taken = 0
+        self._batch_start: Position | None = None
+        self._returned = 0  # documents of the current batch
 
     def __iter__(self) -> Iterator[tuple[Example, Ids]]:
-        for batch in self._ahead():
-            self._before, self._taken = batch.before, 0
+        for batch in self._prefetched():
+            self._batch_start, self._returned = batch.start, 0
             for example, ids in zip(batch.examples, batch.ids.result(), strict=True):
-                self._taken += 1
+                self._returned += 1
                 yield example, ids
 
     def position(self) -> Position:
-        """Behind the example that was given last, however much was read ahead."""
-        before = self._before
-        return {"stream": before or self._stream.position(), "taken": self._taken if before else self._skip}
+        """The position after the last document that was returned, regardless of how far ahead the stream was read."""
+        if self._batch_start is None:
+            return {"stream": self._stream.position(), "taken": self._skip}
+        return {"stream": self._batch_start, "taken": self._returned}
 
-    def _ahead(self) -> Iterator[Batch]:
-        """Batches, each when more than enough to keep all processes busy wait behind it."""
-        waiting: deque[Batch] = deque()
+    def _prefetched(self) -> Iterator[_PendingBatch]:
+        pending: deque[_PendingBatch] = deque()
         for batch in self._batches():
-            waiting.append(batch)
-            if len(waiting) > 2 * self._encoders.processes:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
+            pending.append(batch)
+            if len(pending) > 2 * self._pool.workers:  # one batch in work and one waiting per worker
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[_PendingBatch]:
         examples = iter(self._stream)
-        deque(islice(examples, self._skip), maxlen=0)
-        before, batch, characters = self._stream.position(), list[Example](), 0
+        deque(islice(examples, self._skip), maxlen=0)  # reads and discards them
+        start, batch, characters = self._stream.position(), list[Example](), 0
         for example in examples:
             batch.append(example)
             characters += len(example.content)
             if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield self._submitted(before, batch)
-                before, batch, characters = self._stream.position(), [], 0
+                yield self._submit(start, batch)
+                start, batch, characters = self._stream.position(), [], 0
         if batch:
-            yield self._submitted(before, batch)
+            yield self._submit(start, batch)
 
-    def _submitted(self, before: Position, batch: list[Example]) -> Batch:
-        return Batch(before, batch, self._encoders.submit([str(example.content) for example in batch]))
+    def _submit(self, start: Position, batch: list[Example]) -> _PendingBatch:
+        return _PendingBatch(start, batch, self._pool.submit([str(example.content) for example in batch]))

@@ -1,6 +1,7 @@
-"""Records as conversations for instruction tuning: a list of messages, each with ``role`` and ``content``.
+"""Examples to train on, and their conversion from the records of a source.
 
-Three formats are told apart by their columns:
+A record becomes a document (a text, for continued pre-training) or a conversation (a list of messages with ``role`` and
+``content``, for instruction tuning). Three conversation formats are recognized by their columns:
 
     messages     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     alpaca       {"instruction": ..., "input": ..., "output": ...}      (input may be missing or empty)
@@ -10,42 +11,106 @@ Three formats are told apart by their columns:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.data.files import Record
 from pipeline.errors import UserError
 
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+
 Message = dict[str, str]
 Conversation = list[Message]
 
-ROLES = ("system", "user", "assistant")
-REMEDY = "Correct or remove that record; of a data set of the hub, in a copy of yours (kind: files)."
+CHAT_ROLES = ("system", "user", "assistant")
 
 
-def turn(prompt: str, answer: str) -> Conversation:
-    """One question with its answer."""
+@dataclass(frozen=True)
+class Example:
+    """One document or one conversation.
+
+    Attributes:
+        content: the text of a document, or the messages of a conversation.
+        split: the split that the source itself assigns, or None if it has no splits of its own.
+    """
+
+    content: str | Conversation
+    split: Split | None
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it consists of white space only."""
+        return not any(text.strip() for text in self._texts)
+
+    @property
+    def size(self) -> int:
+        """Length of the text, or of all messages together, in UTF-8 bytes."""
+        return sum(len(text.encode("utf-8", "replace")) for text in self._texts)
+
+    @property
+    def _texts(self) -> list[str]:
+        return [self.content] if isinstance(self.content, str) else [message["content"] for message in self.content]
+
+
+def single_turn(prompt: str, answer: str) -> Conversation:
+    """A conversation of one question and its answer."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def conversation_of(record: Record, setting: str) -> Conversation:
-    """The record's messages; none, which is dropped and counted as blank, where a content is null.
+def document_from(record: Record, text_field: str | None, setting: str) -> str:
+    """The text of a record.
 
     Args:
-        setting: the source's dotted name, ``data.instructions``.
+        text_field: the column to read; ignored for records that are plain text.
+        setting: dotted name of the source, for example ``data.corpus``.
+
+    Returns:
+        The text; empty if the column is null, so that the record is dropped as blank.
 
     Raises:
-        UserError: the columns are of no known format, a role is unknown, or content is not text.
+        UserError: the column does not exist, or its value is not text.
+    """
+    if isinstance(record.value, str):
+        return record.value
+    if text_field is None or text_field not in record.value:
+        rule = f"{record.location} has no such column; its columns are {', '.join(record.value)}"
+    else:
+        # Null is common in scraped datasets and is no reason to stop.
+        text = "" if record.value[text_field] is None else record.value[text_field]
+        if isinstance(text, str):
+            return text
+        rule = f"a document must be text, and {record.location} has {type(text).__name__} in that column"
+    raise UserError(
+        setting=f"{setting}.text_field",
+        value=text_field,
+        rule=rule,
+        remedy=f"Set {setting}.text_field to the column that holds the text.",
+    )
+
+
+def conversation_from(record: Record, setting: str) -> Conversation:
+    """The messages of a record in one of the known formats.
+
+    Args:
+        setting: dotted name of the source, for example ``data.instructions``.
+
+    Returns:
+        The messages; none if the content of any message is null, so that the record is dropped as blank.
+
+    Raises:
+        UserError: the columns match no known format, a role is unknown, or content is not text.
     """
     row = record.value if isinstance(record.value, dict) else {}
-    for columns, convert in FORMATS.items():
+    for columns, convert in CONVERSATION_FORMATS.items():
         if set(columns) <= set(row):
-            return _checked(convert(row), record.where, setting)
+            return _validated(convert(row), record.location, setting)
     raise UserError(
         setting=f"{setting}.path",
-        value=record.where,
-        rule=f"its columns are {', '.join(row) or 'none (it is plain text)'}, which is no known conversation format",
-        remedy="Known are messages; instruction, input, output; prompt, completion.",
+        value=record.location,
+        rule=f"its columns ({', '.join(row) or 'none, it is plain text'}) match no known conversation format",
+        remedy="Provide one of: messages; instruction, input, output; prompt, completion.",
     )
 
 
@@ -66,60 +131,29 @@ def _message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
+# Required columns of each format, and the function that converts its rows.
+CONVERSATION_FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
     ("messages",): _from_messages,
     ("instruction", "output"): _from_alpaca,
     ("prompt", "completion"): _from_completion,
 }
 
 
-def _checked(messages: Any, where: str, setting: str) -> Conversation:
-    """The messages with nothing but role and content, both known to be good."""
+def _validated(messages: Any, location: str, setting: str) -> Conversation:
+    """Checks messages and reduces them to ``role`` and ``content``."""
+
+    def malformed(rule: str) -> UserError:
+        remedy = "Correct or remove that record. For a hub dataset, do so in a local copy (kind: files)."
+        return UserError(setting=f"{setting}.path", value=location, rule=rule, remedy=remedy)
+
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise _malformed(where, setting, "its messages must be a list of objects")
+        raise malformed("its messages must be a list of objects")
     for message in messages:
-        if message.get("role") not in ROLES:
-            raise _malformed(where, setting, f"the role {message.get('role')!r} is none of {', '.join(ROLES)}")
+        if message.get("role") not in CHAT_ROLES:
+            raise malformed(f"the role {message.get('role')!r} is not one of {', '.join(CHAT_ROLES)}")
         if "content" not in message or not isinstance(message["content"], (str, NoneType)):
-            raise _malformed(where, setting, f"the content of a {message['role']} message must be text")
-    if any(message["content"] is None for message in messages):  # a call of a tool, say: nothing to answer or learn
+            raise malformed(f"the content of a {message['role']} message must be text")
+    # A tool call, for example, has no content: such a conversation has nothing to learn from or to answer.
+    if any(message["content"] is None for message in messages):
         return []
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _malformed(where: str, setting: str, rule: str) -> UserError:
-    return UserError(setting=f"{setting}.path", value=where, rule=rule, remedy=REMEDY)
-
-
-# --------------------------------------------------------------------------------------------------
-# Records as documents for continual pre-training: one text each.
-
-
-def text_of(record: Record, text_field: str | None, setting: str) -> str:
-    """The record's text; empty, which is dropped and counted as blank, where the column holds null.
-
-    Args:
-        text_field: the column that holds it; not used where the record is a text.
-        setting: the source's dotted name, ``data.corpus``.
-
-    Raises:
-        UserError: the column is missing or holds something else than text.
-    """
-    if isinstance(record.value, str):
-        return record.value
-    if text_field is None or text_field not in record.value:
-        raise UserError(
-            setting=f"{setting}.text_field",
-            value=text_field,
-            rule=f"{record.where} has no such column; it has {', '.join(record.value)}",
-            remedy=f"Set {setting}.text_field to the column that holds the text.",
-        )
-    text = "" if record.value[text_field] is None else record.value[text_field]
-    if not isinstance(text, str):
-        raise UserError(
-            setting=f"{setting}.text_field",
-            value=text_field,
-            rule=f"{record.where} holds {type(text).__name__} there, and a document must be text",
-            remedy=f"Set {setting}.text_field to the column that holds the text.",
-        )
-    return text

@@ -1,191 +1,234 @@
-"""Where documents and conversations come from, whatever they are stored as. No torch.
+"""Sources of documents and conversations: checking them, identifying their content, and streaming their examples.
 
-``check``, ``pin`` and ``fingerprint`` are for the driver: cheap, before anything starts. ``ExampleStream`` is all of
-one source.
+To add a source kind, add its name to ``Source.kind`` in ``pipeline/config/data.py``, and a subclass of
+:class:`SourceReader` to ``SOURCE_READERS`` below. This module imports no torch, since the driver uses it too.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Literal, Protocol
 
 from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Source
-from pipeline.data import hub_datasets, instruction_pairs, python_docs
+from pipeline.data import hub_datasets, python_docs
 from pipeline.data.files import BadFile, FileStream, Position, Record, find_files
-from pipeline.data.records import Conversation, conversation_of, text_of
+from pipeline.data.records import SPLITS, Example, conversation_from, document_from
 from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One document (corpus) or conversation (instructions)."""
-
-    content: str | Conversation
-    split: Split | None  # where the source has a split of its own
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether there is nothing but white space in it."""
-        texts = [self.content] if isinstance(self.content, str) else [message["content"] for message in self.content]
-        return not any(text.strip() for text in texts)
-
-
-def setting_of(sources: Sequence[Source], number: int, purpose: Purpose) -> str:
-    """The dotted name of a source: ``data.corpus`` where it is the only one, ``data.corpus.1`` where it is not."""
-    return f"data.{purpose}" if len(sources) == 1 else f"data.{purpose}.{number}"
-
-
-# ---------------------------------------------------------------------------------- for the driver
-
-
-def check(sources: Sequence[Source], purpose: Purpose) -> None:
-    """Every source is there and its first record is what it should be; no more than that is read.
-
-    Raises:
-        UserError: missing, unreachable, empty, not text, not JSON, or without the column named.
-    """
-    for number, source in enumerate(sources):
-        setting = setting_of(sources, number, purpose)
-        if source.kind == "hub":
-            hub_datasets.dataset_commit(source, f"{setting}.path")
-        elif source.kind == "files" and all(example.is_blank for example in ExampleStream(source, purpose, setting)):
-            raise UserError(
-                setting=f"{setting}.path",
-                value=source.path,
-                rule=f"it is empty: it holds not one {'document' if purpose == 'corpus' else 'conversation'}",
-                remedy=f"Set {setting}.path to something with content.",
-            )
-
-
-def fingerprint(sources: Sequence[Source], purpose: Purpose, fingerprints: Fingerprints) -> str:
-    """The content identity of pinned sources: what they enter an artifact's key by.
-
-    Raises:
-        UserError: one is not there.
-    """
-    found = []
-    for number, source in enumerate(sources):
-        if source.kind == "python_docs":
-            found.append(python_docs.fingerprint())
-        elif source.kind == "hub":
-            found.append(f"hub {source.path} {source.revision}")
-        else:
-            files = find_files(str(source.path), f"{setting_of(sources, number, purpose)}.path")
-            found.append(f"files {fingerprints.of_files(files)}")
-    return found[0] if len(found) == 1 else sha256("\n".join(found).encode()).hexdigest()
-
-
-def pin(sources: Sequence[Source], purpose: Purpose) -> list[Source]:
-    """The sources with hub revisions resolved to commits; one that names a commit already needs no network.
-
-    Raises:
-        UserError: the hub cannot be reached, or has no such data set or revision.
-    """
-    return [_pin(source, setting_of(sources, number, purpose)) for number, source in enumerate(sources)]
-
-
-def _pin(source: Source, setting: str) -> Source:
-    if source.kind != "hub" or COMMIT.fullmatch(source.revision or ""):
-        return source
-    return source.model_copy(update={"revision": hub_datasets.dataset_commit(source, f"{setting}.path")})
-
-
-def interpreter_fingerprint() -> str:
-    """The identity of this CPython's own documentation, from which the bundled questions are made."""
-    return python_docs.fingerprint()
-
-
-# ------------------------------------------------------------------------------------- for tokenize
-
-
-class _Stream(Protocol):
-    """Records or examples in a fixed order, and where it stands between two of them."""
+class SourceStream(Protocol):
+    """Records or examples in a fixed order."""
 
     def __iter__(self) -> Iterator[Record | Example]: ...
 
-    def position(self) -> Position: ...
+    def position(self) -> Position:
+        """The position after the last record that was returned, as JSON values."""
+
+
+class SourceReader(ABC):
+    """Base class of the source kinds. An instance reads one configured source.
+
+    Args:
+        source: the settings of the source.
+        purpose: what its examples are: documents (corpus) or conversations (instructions).
+        setting: dotted name of the source for messages, for example ``data.corpus``.
+
+    Attributes:
+        has_splits: whether its examples come with a split; otherwise a hash of their content decides.
+    """
+
+    has_splits = False
+
+    def __init__(self, source: Source, purpose: Purpose, setting: str) -> None:
+        self.source, self.purpose, self.setting = source, purpose, setting
+
+    def check(self) -> None:  # noqa: B027 (not every kind needs a check)
+        """Raises UserError if the source is missing, unreachable or unusable; reads at most its first record."""
+
+    def pin(self) -> Source:
+        """The settings with whatever may change over time, such as a branch name, resolved to a fixed version."""
+        return self.source
+
+    @abstractmethod
+    def fingerprint(self, fingerprints: Fingerprints) -> str:
+        """Identifies the content of the pinned source. It becomes part of artifact keys."""
+
+    @abstractmethod
+    def open(self, position: Position | None) -> SourceStream:
+        """Streams the pinned source, from the given position if there is one. Records are converted to examples."""
+
+    def expected_bytes(self) -> int:
+        """Approximate size of all text in bytes, for progress bars and estimates; 0 if unknown."""
+        return 0
+
+
+class _PythonDocs(SourceReader):
+    """The documentation that is part of every CPython installation."""
+
+    has_splits = True
+
+    def fingerprint(self, fingerprints: Fingerprints) -> str:
+        return python_docs.interpreter_fingerprint()
+
+    def open(self, position: Position | None) -> SourceStream:
+        read = python_docs.documents if self.purpose == "corpus" else python_docs.instruction_pairs
+        examples = [Example(content, split) for split in SPLITS for content in read(held_out=split == "held_out")]
+        return _ListStream(examples, position)
+
+    def expected_bytes(self) -> int:
+        return sum(example.size for example in ExampleStream(self.source, self.purpose, self.setting))
+
+
+class _Files(SourceReader):
+    """Local files."""
+
+    def check(self) -> None:
+        # `all` stops at the first example that is not blank.
+        if all(example.is_blank for example in ExampleStream(self.source, self.purpose, self.setting)):
+            content = "document" if self.purpose == "corpus" else "conversation"
+            raise UserError(
+                setting=f"{self.setting}.path",
+                value=self.source.path,
+                rule=f"it is empty: it does not contain a single {content}",
+                remedy=f"Set {self.setting}.path to files with content.",
+            )
+
+    def fingerprint(self, fingerprints: Fingerprints) -> str:
+        return f"files {fingerprints.of_files(self._files())}"
+
+    def open(self, position: Position | None) -> SourceStream:
+        return FileStream(self._files(), position)
+
+    def expected_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._files())
+
+    def _files(self) -> list[Path]:
+        return find_files(str(self.source.path), f"{self.setting}.path")
+
+
+class _HubDataset(SourceReader):
+    """A dataset of the Hugging Face hub, streamed."""
+
+    def check(self) -> None:
+        hub_datasets.dataset_commit(self.source, f"{self.setting}.path")
+
+    def pin(self) -> Source:
+        if COMMIT.fullmatch(self.source.revision or ""):
+            return self.source  # needs no network
+        commit = hub_datasets.dataset_commit(self.source, f"{self.setting}.path")
+        return self.source.model_copy(update={"revision": commit})
+
+    def fingerprint(self, fingerprints: Fingerprints) -> str:
+        return f"hub {self.source.path} {self.source.revision}"
+
+    def open(self, position: Position | None) -> SourceStream:
+        return hub_datasets.HubStream(self.source, self.setting, position)
+
+
+SOURCE_READERS: dict[str, type[SourceReader]] = {"python_docs": _PythonDocs, "files": _Files, "hub": _HubDataset}
 
 
 class ExampleStream:
-    """Every document or conversation of one pinned source, in a fixed order, blank ones too.
+    """Every document or conversation of one pinned source, in a fixed order, blank ones included.
 
     Args:
-        setting: the source's dotted name, ``data.corpus``.
-        position: what ``position()`` said of an earlier stream of the same source: it goes on there.
+        source, purpose, setting: as for :class:`SourceReader`.
+        position: a value returned by ``position()`` for the same source; the stream resumes there.
     """
 
     def __init__(self, source: Source, purpose: Purpose, setting: str, position: Position | None = None) -> None:
         self._source, self._purpose, self._setting = source, purpose, setting
-        self._records = self._open(position)
-
-    def _open(self, position: Position | None) -> _Stream:
-        if self._source.kind == "python_docs":
-            return _EmbeddedStream(self._purpose, position)
-        if self._source.kind == "hub":
-            return hub_datasets.HubStream(self._source, self._setting, position)
-        return FileStream(find_files(str(self._source.path), f"{self._setting}.path"), position)
+        self._stream = SOURCE_READERS[source.kind](source, purpose, setting).open(position)
 
     def position(self) -> Position:
-        """Behind the example that was given last."""
-        return self._records.position()
+        """The position after the last example that was returned."""
+        return self._stream.position()
 
     def __iter__(self) -> Iterator[Example]:
-        """Raises UserError where a file is not text, a line not JSON, or a column or role is not there."""
+        """Raises UserError if a file is malformed, or if a column or role is missing."""
         try:
-            for record in self._records:
-                yield record if isinstance(record, Example) else self._example_of(record)
+            for record in self._stream:
+                yield record if isinstance(record, Example) else self._example_from(record)
         except BadFile as error:
             raise UserError(
                 setting=f"{self._setting}.path",
                 value=self._source.path,
-                rule=f"{error.where}: {error.rule}",
-                remedy="Correct that file, or name others.",
+                rule=f"{error.location}: {error.rule}",
+                remedy=f"Correct that file, or set {self._setting}.path to other files.",
             ) from error
 
-    def _example_of(self, record: Record) -> Example:
+    def _example_from(self, record: Record) -> Example:
         if self._purpose == "instructions":
-            return Example(conversation_of(record, self._setting), None)
-        return Example(text_of(record, self._source.text_field, self._setting), None)
+            return Example(conversation_from(record, self._setting), None)
+        return Example(document_from(record, self._source.text_field, self._setting), None)
 
 
-class _EmbeddedStream:
-    """What ``python_docs`` has for a purpose, training part first."""
+class _ListStream:
+    """Examples that are all in memory."""
 
-    def __init__(self, purpose: Purpose, position: Position | None) -> None:
-        self._contents = python_docs.documents if purpose == "corpus" else instruction_pairs.pairs
-        self._given: int = position["examples"] if position else 0
+    def __init__(self, examples: list[Example], position: Position | None) -> None:
+        self._examples = examples
+        self._returned: int = position["examples"] if position else 0
 
     def __iter__(self) -> Iterator[Example]:
-        found = [
-            Example(content, split) for split in SPLITS for content in self._contents(held_out=split == "held_out")
-        ]
-        for example in found[self._given :]:
-            self._given += 1
+        for example in self._examples[self._returned :]:
+            self._returned += 1
             yield example
 
     def position(self) -> Position:
-        return {"examples": self._given}
+        return {"examples": self._returned}
 
 
-def expected_bytes(source: Source, purpose: Purpose, setting: str) -> int:
-    """About how many bytes a source will bring, for a progress bar; 0 where nobody knows."""
-    if source.kind == "files":
-        return sum(path.stat().st_size for path in find_files(str(source.path), f"{setting}.path"))
-    if source.kind == "python_docs":
-        return sum(content_bytes(example.content) for example in ExampleStream(source, purpose, setting))
-    return 0
+# -------------------------------------------------------------------------------- several sources
 
 
-def content_bytes(content: str | Conversation) -> int:
-    """UTF-8 bytes of a document or of a conversation's messages."""
-    texts = [content] if isinstance(content, str) else [message["content"] for message in content]
-    return sum(len(text.encode("utf-8", "replace")) for text in texts)
+def setting_name(sources: Sequence[Source], index: int, purpose: Purpose) -> str:
+    """The dotted name of a source: ``data.corpus`` for a single source, ``data.corpus.1`` for one of several."""
+    return f"data.{purpose}" if len(sources) == 1 else f"data.{purpose}.{index}"
+
+
+def check_sources(sources: Sequence[Source], purpose: Purpose) -> None:
+    """Checks that every source exists and that its first record is usable. Nothing more is read.
+
+    Raises:
+        UserError: a source is missing, unreachable, empty or malformed, or has no column of the configured name.
+    """
+    for reader in _readers(sources, purpose):
+        reader.check()
+
+
+def pin_sources(sources: Sequence[Source], purpose: Purpose) -> list[Source]:
+    """Resolves hub revisions to commits. A source that names a commit needs no network.
+
+    Raises:
+        UserError: the hub cannot be reached, or has no such dataset or revision.
+    """
+    return [reader.pin() for reader in _readers(sources, purpose)]
+
+
+def fingerprint_sources(sources: Sequence[Source], purpose: Purpose, fingerprints: Fingerprints) -> str:
+    """Identifies the content of pinned sources, for artifact keys.
+
+    Raises:
+        UserError: a source is missing.
+    """
+    found = [reader.fingerprint(fingerprints) for reader in _readers(sources, purpose)]
+    return found[0] if len(found) == 1 else sha256("\n".join(found).encode()).hexdigest()
+
+
+def expected_bytes(sources: Sequence[Source], purpose: Purpose) -> list[int]:
+    """Approximate size of each source in bytes, for progress bars and estimates; 0 where it is unknown."""
+    return [reader.expected_bytes() for reader in _readers(sources, purpose)]
+
+
+def _readers(sources: Sequence[Source], purpose: Purpose) -> Iterator[SourceReader]:
+    for index, source in enumerate(sources):
+        yield SOURCE_READERS[source.kind](source, purpose, setting_name(sources, index, purpose))

@@ -1,9 +1,10 @@
-"""Which documents are kept, and on which side: training or held out, never both.
+"""Deduplication and the train/held-out split: which examples are kept, and in which split.
 
-A side follows from content alone: where the source has no split of its own, the 64-bit hash of a document, white space
-around it aside, is below ``held_out_fraction`` of all hashes or not. For a conversation it is the hash of its prompt
-(the first message that is not the system's), so that one prompt with several answers stands on one side. What was
-placed is remembered by hash over all sources, so nothing comes twice, be it on one side or on both.
+The split depends on content alone. Unless the source has splits of its own, an example is held out if its 64-bit hash
+is among the lowest ``held_out_fraction`` of all hash values. White space around a document is ignored. For a
+conversation the hash is that of its prompt (the first message that is not a system message), so that all answers to a
+prompt are in the same split. The hashes of everything kept are remembered across all sources, so that no example occurs
+twice, neither within a split nor in both.
 """
 
 from __future__ import annotations
@@ -13,45 +14,94 @@ import json
 from array import array
 from collections import Counter
 
-from pipeline.data.records import Conversation
-from pipeline.data.sources import Example, Split
+from pipeline.data.records import Conversation, Example, Split
 
-FIRST_SLOTS = 1024
-HASHES = 2**64
+INITIAL_SLOTS = 1024
+HASH_VALUES = 2**64
+
+
+class Deduplicator:
+    """Drops blank and repeated examples, and assigns a split to every other one.
+
+    Args:
+        held_out_fraction: fraction of examples to hold out, for sources without splits of their own.
+        hashes: hashes that an earlier deduplicator remembered, to resume from.
+
+    Attributes:
+        new_hashes: hashes remembered since this array was last emptied by the caller.
+    """
+
+    def __init__(self, held_out_fraction: float, hashes: array[int] | None = None) -> None:
+        self._fraction = held_out_fraction
+        self._seen = HashSet()
+        for value in hashes or ():
+            self._seen.add(value)
+        self.new_hashes = array("Q")
+
+    def assign(self, example: Example, dropped: Counter[str]) -> Split | None:
+        """Returns the split of an example, or None if it is dropped; the reason is then counted in ``dropped``."""
+        try:
+            return self._assign(example, dropped)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+            return _drop(dropped, "invalid_unicode")
+
+    def _assign(self, example: Example, dropped: Counter[str]) -> Split | None:
+        content = example.content
+        if example.is_blank:
+            return _drop(dropped, "blank")
+        content_hash = _hash(content.strip() if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
+        if content_hash in self._seen:
+            return _drop(dropped, "duplicate")
+        split_hash = content_hash if isinstance(content, str) else _hash(_prompt(content))
+        split = example.split or ("held_out" if split_hash < self._fraction * HASH_VALUES else "train")
+        if isinstance(content, list):
+            # Two sources may disagree on a prompt if one has splits of its own: the first one wins.
+            other = "train" if split == "held_out" else "held_out"
+            if _hash(f"{other} {_prompt(content)}") in self._seen:
+                return _drop(dropped, "prompt_on_the_other_side")
+            self._remember(_hash(f"{split} {_prompt(content)}"))
+        self._remember(content_hash)
+        return split
+
+    def _remember(self, value: int) -> None:
+        if value not in self._seen:
+            self._seen.add(value)
+            self.new_hashes.append(value)
 
 
 class HashSet:
-    """64-bit hashes in one flat table: 12 to 24 bytes each, 36 while it grows; Python's own set takes about 80.
+    """A set of 64-bit hashes in a flat table with linear probing.
 
-    Two different documents fall together with a chance of 2^-65 times the square of their number, 3e-4 for 10^8; the
-    second would be dropped as a repeat.
+    It takes 12 to 24 bytes per hash, and 36 while it grows; Python's own set takes about 80. The probability that any
+    two different examples have the same hash is 2^-65 times the square of their number, which is 3e-4 for 10^8. The
+    second one would be dropped as a duplicate.
     """
 
     def __init__(self) -> None:
-        self._slots = array("Q", bytes(8 * FIRST_SLOTS))  # 0 is an empty one
+        self._slots = array("Q", bytes(8 * INITIAL_SLOTS))  # 0 marks an empty slot
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def __contains__(self, value: int) -> bool:
-        return self._slots[self._slot_of(value or 1)] != 0
+        return self._slots[self._find(value or 1)] != 0
 
     def add(self, value: int) -> None:
-        """Adds a hash, whether it is there or not."""
-        value = value or 1
-        slot = self._slot_of(value)
+        """Adds a hash if it is not in the set."""
+        value = value or 1  # 0 is taken; sharing the slot of 1 is one more improbable collision
+        slot = self._find(value)
         if self._slots[slot]:
             return
         self._slots[slot] = value
         self._count += 1
-        if 3 * self._count > 2 * len(self._slots):
+        if 3 * self._count > 2 * len(self._slots):  # probing slows down quickly above two thirds
             self._grow()
 
-    def _slot_of(self, value: int) -> int:
-        """Where the value is or would go: the first free slot from its lowest bits on."""
+    def _find(self, value: int) -> int:
+        """Returns the slot that holds the value, or the empty slot in which it belongs."""
         slots, last = self._slots, len(self._slots) - 1
-        slot = value & last
+        slot = value & last  # the number of slots is a power of two
         while slots[slot] and slots[slot] != value:
             slot = (slot + 1) & last
         return slot
@@ -60,52 +110,7 @@ class HashSet:
         old, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
         for value in old:
             if value:
-                self._slots[self._slot_of(value)] = value
-
-
-class Sieve:
-    """Drops blanks, repeats and what the other side has, and gives every other example its side.
-
-    Args:
-        held_out_fraction: of the documents, where their source has no split of its own.
-        remembered: the hashes of what an earlier sieve let through, to go on from there.
-    """
-
-    def __init__(self, held_out_fraction: float, remembered: array[int] | None = None) -> None:
-        self._fraction = held_out_fraction
-        self._seen = HashSet()
-        for value in remembered or ():
-            self._seen.add(value)
-        self.news = array("Q")  # hashes remembered since somebody last emptied this
-
-    def place(self, example: Example, dropped: Counter[str]) -> Split | None:
-        """The example's side, or None where it is dropped; why is counted."""
-        try:
-            return self._place(example, dropped)
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
-            return _drop(dropped, "invalid_unicode")
-
-    def _place(self, example: Example, dropped: Counter[str]) -> Split | None:
-        content = example.content
-        if example.is_blank:
-            return _drop(dropped, "blank")
-        whole = _hash(content.strip() if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
-        if whole in self._seen:
-            return _drop(dropped, "duplicate")
-        decisive = whole if isinstance(content, str) else _hash(_prompt(content))
-        split = example.split or ("held_out" if decisive < self._fraction * HASHES else "train")
-        if isinstance(content, list):
-            other = "train" if split == "held_out" else "held_out"
-            if _hash(f"{other} {_prompt(content)}") in self._seen:
-                return _drop(dropped, "prompt_on_the_other_side")
-            self._remember(_hash(f"{split} {_prompt(content)}"))
-        self._remember(whole)
-        return split
-
-    def _remember(self, value: int) -> None:
-        if value not in self._seen:
-            self._seen.add(value)
-            self.news.append(value)
+                self._slots[self._find(value)] = value
 
 
 def _prompt(conversation: Conversation) -> str:

@@ -1,8 +1,8 @@
-"""Docstrings and signatures of the public standard library, as JSON on standard output.
+"""Prints docstrings and signatures of the public standard library as JSON.
 
-Runs on its own, as ``python -I -S -B stdlib_harvest.py``, because importing every module has side effects and because
-packages installed beside Python patch some of it: isolated, the answer depends on the CPython build alone. It imports
-nothing of this project. Each entry is ``{"name", "kind", "module", "signature", "doc"}``; order is fixed.
+Run as a script (``python -I -S -B stdlib_harvest.py``), because importing every module has side effects, and because
+installed packages patch some modules. In isolation, the output depends on the CPython build only. This module imports
+nothing from this project. Each entry is ``{"name", "kind", "module", "signature", "doc"}``, in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-# Not documentation of a library: side effects on import, windows, tests, old names, or one platform's own modules,
-# whose public face is ``os`` and ``os.path``.
+# Modules with side effects on import, GUIs, tests, deprecated names, and platform-specific modules whose public
+# interface is ``os`` and ``os.path``.
 SKIPPED = frozenset(
     "antigravity distutils ensurepip genericpath idlelib lib2to3 msilib msvcrt nt ntpath nturl2path ossaudiodev posix "
     "posixpath pydoc_data sre_compile sre_constants sre_parse this tkinter turtle turtledemo winreg winsound".split()
 )
-PACKAGES_WITHOUT_SUBMODULES = frozenset({"encodings"})  # a hundred codecs that say the same
-EXTRA = ("os.path",)  # a module by another name
+PACKAGES_WITHOUT_SUBMODULES = frozenset({"encodings"})  # a hundred codecs with the same documentation
+EXTRA = ("os.path",)  # an alias of posixpath or ntpath, which are skipped
 
-# Modules that implement another one; their documentation is that one's.
+# Modules that implement or mirror another one, and belong to its family.
 ALIASES = {
     "posix": "os", "nt": "os", "posixpath": "os", "ntpath": "os", "genericpath": "os",
     "sre": "re", "pyio": "io", "pydecimal": "decimal", "pydatetime": "datetime", "cmath": "math", "cProfile": "profile",
@@ -37,31 +37,31 @@ ALIASES = {
     "zipimport": "importlib", "pyexpat": "xml", "elementtree": "xml",
 }  # fmt: skip
 
-ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in memory, different in every process
 
 
-def family_of(module: str) -> str:
-    """The top-level module that a module's documentation belongs to: ``_json`` and ``json.decoder`` to ``json``."""
+def module_family(module: str) -> str:
+    """Returns the public top-level module that a module belongs to: ``json`` for ``_json`` and ``json.decoder``."""
     top = module.partition(".")[0].lstrip("_")
     return ALIASES.get(top, top)
 
 
 def public_modules() -> list[str]:
-    """Names of the public modules that can be there, parents before their submodules."""
+    """Returns the names of all public top-level modules. This build may lack some of them."""
     tops = sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in SKIPPED)
     return [*tops, *EXTRA]
 
 
 def main() -> None:
-    """Prints all entries; whatever the modules print goes nowhere."""
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Prints all entries. Anything that the modules themselves print is discarded."""
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
-    families = {family_of(name) for name in public_modules()}
+    families = {module_family(name) for name in public_modules()}
     seen: set[int] = set()
     entries = [entry for module in _import_all() for entry in _entries_of(module, families, seen)]
-    json.dump(entries, answer)
-    answer.close()
+    json.dump(entries, output)
+    output.close()
 
 
 def _import_all() -> Iterator[ModuleType]:
@@ -75,7 +75,7 @@ def _import_all() -> Iterator[ModuleType]:
 
 
 def _import(name: str) -> ModuleType | None:
-    """The module, or None where this build or platform lacks it."""
+    """Returns the module, or None if this build or platform lacks it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -93,14 +93,15 @@ def _submodules(package: ModuleType) -> Iterator[ModuleType]:
 
 
 def _entries_of(module: ModuleType, families: set[str], seen: set[int]) -> Iterator[dict[str, Any]]:
-    """The module's own docstring, then its functions, then its classes with their members."""
+    """Yields the module itself, then its functions, then its classes with their members."""
     name = "os.path" if module is sys.modules["os.path"] else module.__name__
     yield _entry(name, "module", name, module)
     exported = getattr(module, "__all__", None) or vars(module)
     found = [(key, getattr(module, key, None)) for key in sorted(set(exported)) if not key.startswith("_")]
     own = [(key, value) for key, value in found if _is_documented(value) and _belongs(value, name, families)]
+    # False sorts before True, so functions come before classes.
     for key, value in sorted(own, key=lambda pair: inspect.isclass(pair[1])):
-        if id(value) in seen:
+        if id(value) in seen:  # the same object under another name
             continue
         seen.add(id(value))
         if inspect.isclass(value):
@@ -114,9 +115,9 @@ def _is_documented(value: Any) -> bool:
 
 
 def _belongs(value: Any, module: str, families: set[str]) -> bool:
-    """Whether a name that a module exports is its own: defined in its family, or in a module nobody imports."""
-    home = family_of(getattr(value, "__module__", None) or module)
-    return home == family_of(module) or home not in families
+    """Whether an exported object belongs to the module: it is defined in its family, or outside all public modules."""
+    home = module_family(getattr(value, "__module__", None) or module)
+    return home == module_family(module) or home not in families
 
 
 def _class_entries(name: str, module: str, cls: type) -> Iterator[dict[str, Any]]:
@@ -124,7 +125,7 @@ def _class_entries(name: str, module: str, cls: type) -> Iterator[dict[str, Any]
     for key, member in sorted(vars(cls).items()):
         if key.startswith("_") and key != "__init__":
             continue
-        member = getattr(member, "__func__", member)  # of a static or class method
+        member = getattr(member, "__func__", member)  # unwraps static and class methods
         if inspect.isroutine(member) or inspect.isdatadescriptor(member):
             yield _entry(f"{name}.{key}", "method" if inspect.isroutine(member) else "attribute", module, member)
 
@@ -142,39 +143,40 @@ def _entry(name: str, kind: str, module: str, value: Any) -> dict[str, Any]:
 
 
 def _signature(value: Any) -> str | None:
-    """As pydoc prints it, with defaults as in a stub file; None where there is no signature."""
+    """The signature as pydoc prints it, with environment-dependent defaults replaced by ``...``; None if unknown."""
     try:
         signature = inspect.signature(value)
-    except (ValueError, TypeError, AttributeError):  # curses names defaults that exist only on an open screen
+    except (ValueError, TypeError, AttributeError):  # some defaults of curses exist only while a screen is open
         return None
-    shown = [parameter.replace(default=_Shown(parameter.default)) for parameter in signature.parameters.values()]
-    return ADDRESS.sub("", str(signature.replace(parameters=shown)))
+    formatted = [parameter.replace(default=_Default(parameter.default)) for parameter in signature.parameters.values()]
+    return ADDRESS.sub("", str(signature.replace(parameters=formatted)))
 
 
-class _Shown:
-    """A default as it is printed: a literal, or a name, or ``...``. Never what this machine's environment put in."""
+class _Default:
+    """A default value that prints as a literal, a name or ``...``, and reveals nothing about the environment."""
 
     def __new__(cls, default: Any) -> Any:
+        # `empty` is recognized by identity, so it must stay itself.
         return default if default is inspect.Parameter.empty else super().__new__(cls)
 
     def __init__(self, default: Any) -> None:
-        self._text = _shown(default)
+        self._text = _format_default(default)
 
     def __repr__(self) -> str:
         return self._text
 
 
-def _shown(default: Any) -> str:
+def _format_default(default: Any) -> str:
     if isinstance(default, enum.Enum):
         return f"{type(default).__name__}.{default.name}"
     if type(default) in (type(None), bool, int, float, bytes):
         return repr(default)
     if type(default) is str:
-        return "..." if os.path.isabs(default) else repr(default)
+        return "..." if os.path.isabs(default) else repr(default)  # a path is that of this installation
     if type(default) in (tuple, list, dict) and not default:
         return repr(default)
     if type(default) is tuple:
-        return f"({', '.join(map(_shown, default))}{',' if len(default) == 1 else ''})"
+        return f"({', '.join(map(_format_default, default))}{',' if len(default) == 1 else ''})"
     if inspect.isclass(default) or inspect.isroutine(default):
         return default.__name__ if default.__name__.isidentifier() else "..."
     return "..."

@@ -1,7 +1,7 @@
-"""Text to token ids on all cores: one process a core, each fed over pipes by a thread of its own.
+"""The model's tokenizer, and a pool of processes that tokenizes text with it on all cores.
 
-Processes rather than the tokenizer's own threads: those share a cache behind one lock, and every id they find passes
-through this interpreter as a Python number. Here ids arrive as bytes.
+A document is tokenized as ``[BOS] text EOS``. BOS is added if the tokenizer itself adds one to a text, and EOS always,
+so that the model learns where a text ends.
 """
 
 from __future__ import annotations
@@ -19,86 +19,143 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from pipeline.data import tokenizer_worker as encoder
+from pipeline.data import tokenizer_worker
 from pipeline.data.blocks import Ids
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_json
 
-MOST_PROCESSES = 16  # about what one process can feed and pack; each takes some 100 MB
+# About as many workers as this process can feed, given that it also packs what they return. Each takes about 100 MB.
+MAX_WORKERS = 16
+
+
+class TextTokenizer:
+    """The tokenizer of a Hugging Face model directory.
+
+    Attributes:
+        inner: the ``transformers`` tokenizer.
+        vocab_size: number of rows of the model's embedding matrix.
+        eos: id of the end-of-sequence token.
+        bos: id of the beginning-of-sequence token if the tokenizer adds one, else None.
+
+    Raises:
+        UserError: the tokenizer has ids without an embedding, no end-of-sequence token, or no fast implementation.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.inner: Any = AutoTokenizer.from_pretrained(str(directory))
+        config = read_json(directory / "config.json")
+        # Multimodal models nest the configuration of the language model.
+        self.vocab_size = int((config if "vocab_size" in config else config["text_config"])["vocab_size"])
+        if not self.inner.is_fast:
+            raise _unsuitable(directory, "its tokenizer has no fast implementation (there is no tokenizer.json)")
+        if self.inner.eos_token_id is None:
+            raise _unsuitable(directory, "its tokenizer has no end-of-sequence token")
+        largest = max(self.inner.get_vocab().values())
+        if largest >= self.vocab_size:
+            rule = f"its tokenizer has the id {largest}, but its embeddings end at {self.vocab_size - 1}"
+            raise _unsuitable(directory, rule)
+        self.eos: int = self.inner.eos_token_id
+        self.bos = added_bos(self.inner)
+
+    def worker_pool(self) -> TokenizerPool:
+        """Processes that tokenize documents as ``[BOS] text EOS``."""
+        prefix = [] if self.bos is None else [self.bos]
+        return TokenizerPool(self.inner.backend_tokenizer.to_str(), prefix=prefix, suffix=[self.eos])
+
+
+def added_bos(tokenizer: Any) -> int | None:
+    """Returns the beginning-of-sequence token that a ``transformers`` tokenizer adds to a text, or None.
+
+    Tried out, because the attribute ``add_bos_token`` does not exist or has no effect for many fast tokenizers.
+    """
+    first: list[int] = tokenizer("a").input_ids[:1]
+    return first[0] if first == [tokenizer.bos_token_id] else None
+
+
+def _unsuitable(directory: Path, rule: str) -> UserError:
+    return UserError(setting="model.path", value=directory, rule=rule, remedy="Use the model's original tokenizer.")
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-class Encoders:
-    """A pool of tokenizing processes; each starts with the first batch that finds no idle one.
+class TokenizerPool:
+    """A pool of tokenizer workers, one process per core, each fed over pipes by its own thread.
+
+    Processes are used because the threads of the ``tokenizers`` library share a cache behind a lock, and because ids
+    that it returns to this process pass through the interpreter as Python integers. Workers return them as bytes.
 
     Args:
-        tokenizer: the fast tokenizer as JSON.
-        before, after: ids put around every text.
+        tokenizer: a fast tokenizer, serialized as JSON.
+        prefix, suffix: ids added before and after every text.
+        workers: number of processes; one per core by default. Each is started by the first batch that needs it.
     """
 
-    def __init__(self, tokenizer: str, before: list[int], after: list[int], processes: int | None = None) -> None:
-        self.processes = processes or min(available_cores(), MOST_PROCESSES)
-        self._recipe = json.dumps({"tokenizer": tokenizer, "before": before, "after": after}).encode()
-        self._threads = ThreadPoolExecutor(self.processes, thread_name_prefix="encoder")
-        self._mine = threading.local()  # each thread's process
-        self._all: list[_Process] = []
+    def __init__(self, tokenizer: str, prefix: list[int], suffix: list[int], workers: int | None = None) -> None:
+        self.workers = workers or min(available_cores(), MAX_WORKERS)
+        # The keys are those of the worker's protocol.
+        self._setup = json.dumps({"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix}).encode()
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="tokenizer")
+        self._thread_local = threading.local()  # holds the worker of each thread
+        self._started: list[_TokenizerWorker] = []
 
     def submit(self, texts: list[str]) -> Future[list[Ids]]:
-        """The texts' ids, sooner or later; what is no Unicode (half of a surrogate pair) is read as a question mark.
+        """Tokenizes texts in the background. A lone surrogate, which UTF-8 cannot encode, is read as ``?``.
 
-        The future raises WorkersFailed where its process died.
+        Returns:
+            A future of the ids of each text. It raises WorkersFailed if the worker dies.
         """
-        return self._threads.submit(self._encode, texts)
+        return self._threads.submit(self._tokenize, texts)
 
-    def _encode(self, texts: list[str]) -> list[Ids]:
-        if not hasattr(self._mine, "process"):
-            self._mine.process = _Process(self._recipe)
-            self._all.append(self._mine.process)
-        return cast("_Process", self._mine.process).encode(texts)
+    def _tokenize(self, texts: list[str]) -> list[Ids]:
+        if not hasattr(self._thread_local, "worker"):
+            self._thread_local.worker = _TokenizerWorker(self._setup)
+            self._started.append(self._thread_local.worker)
+        return cast("_TokenizerWorker", self._thread_local.worker).tokenize(texts)
 
-    def __enter__(self) -> Encoders:
+    def __enter__(self) -> TokenizerPool:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the processes, at once where something went wrong."""
+        """Stops the workers. After an exception they are killed, so that no pending batch is waited for."""
         if error is not None:
-            for process in self._all:
-                process.kill()
+            for worker in self._started:
+                worker.kill()
         self._threads.shutdown(cancel_futures=True)
-        for process in self._all:
-            process.close()
+        for worker in self._started:
+            worker.close()
 
 
-class _Process:
-    """One worker, see ``encoder.py``. It ends by itself when this process is gone, since its input then ends."""
+class _TokenizerWorker:
+    """One process running ``tokenizer_worker.py``. It exits when its input ends, even if this process is killed."""
 
-    def __init__(self, recipe: bytes) -> None:
-        command = [sys.executable, "-P", str(Path(encoder.__file__))]
-        # The one thread it needs; a process a core is what makes it fast.
+    def __init__(self, setup: bytes) -> None:
+        command = [sys.executable, "-P", str(Path(tokenizer_worker.__file__))]
+        # One thread per worker: the parallelism comes from the number of workers.
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._requests, self._answers = cast("BinaryIO", self._process.stdin), cast("BinaryIO", self._process.stdout)
-        encoder.write_numbers(self._requests, np.array([len(recipe)], np.uint32))
-        self._requests.write(recipe)
+        tokenizer_worker.write_numbers(self._requests, np.array([len(setup)], np.uint32))
+        self._requests.write(setup)
 
-    def encode(self, texts: list[str]) -> list[Ids]:
+    def tokenize(self, texts: list[str]) -> list[Ids]:
         data = [text.encode("utf-8", "replace") for text in texts]
         try:
-            encoder.write_numbers(self._requests, np.array([len(data), *map(len, data)], np.uint32))
+            tokenizer_worker.write_numbers(self._requests, np.array([len(data), *map(len, data)], np.uint32))
             self._requests.write(b"".join(data))
             self._requests.flush()
-            lengths = encoder.read_numbers(self._answers, len(data))
-            ids = encoder.read_numbers(self._answers, int(lengths.sum(dtype=np.int64)))
+            lengths = tokenizer_worker.read_numbers(self._answers, len(data))
+            ids = tokenizer_worker.read_numbers(self._answers, int(lengths.sum(dtype=np.int64)))
         except (BrokenPipeError, EOFError) as error:
             status = self._process.wait()
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-            raise WorkersFailed(f"a tokenizing process {how} (out of memory?)") from error
+            cause = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+            raise WorkersFailed(f"a tokenizer worker {cause} (out of memory?)") from error
         ends = np.cumsum(lengths, dtype=np.int64)
         return [ids[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
 
@@ -106,57 +163,8 @@ class _Process:
         self._process.kill()
 
     def close(self) -> None:
-        """Ends the process by ending its input."""
+        """Ends the process by closing its input."""
         self._answers.close()
-        with suppress(BrokenPipeError):  # it was killed with a request half written
+        with suppress(BrokenPipeError):  # closing flushes, and a killed process may have left a request half written
             self._requests.close()
         self._process.wait()
-
-
-# --------------------------------------------------------------------------------------------------
-# The model's tokenizer: its ids, its ends of text, and exactly one beginning-of-sequence token where it has one.
-#
-# A document is ``[BOS] text EOS``: BOS if the tokenizer puts one before a text itself, EOS always, so that the model
-# learns where a text ends.
-
-
-class TextTokenizer:
-    """The tokenizer of a Hugging Face directory.
-
-    Raises:
-        UserError: it has ids that the model has no embedding for, no end-of-sequence token, or no fast form.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.inner: Any = AutoTokenizer.from_pretrained(str(directory))
-        self.vocab_size = int(_text_config(read_json(directory / "config.json"))["vocab_size"])
-        if not self.inner.is_fast:
-            raise _misfit(directory, "its tokenizer is none of the tokenizers library's (there is no tokenizer.json)")
-        if self.inner.eos_token_id is None:
-            raise _misfit(directory, "its tokenizer has no end-of-sequence token")
-        largest = max(self.inner.get_vocab().values())
-        if largest >= self.vocab_size:
-            raise _misfit(directory, f"its tokenizer has the id {largest}, its embeddings end at {self.vocab_size - 1}")
-        self.eos: int = self.inner.eos_token_id
-        self.bos: int | None = self._added_bos()
-
-    def _added_bos(self) -> int | None:
-        """The token that the tokenizer itself puts before a text, if it does."""
-        first: list[int] = self.inner("a").input_ids[:1]
-        return first[0] if first == [self.inner.bos_token_id] else None
-
-    def encoders(self) -> Encoders:
-        """Processes that turn texts into documents, ``[BOS] text EOS``."""
-        before = [] if self.bos is None else [self.bos]
-        return Encoders(self.inner.backend_tokenizer.to_str(), before=before, after=[self.eos])
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Multimodal models keep the language model's numbers one level down."""
-    return config if "vocab_size" in config else config["text_config"]
-
-
-def _misfit(directory: Path, rule: str) -> UserError:
-    return UserError(setting="model.path", value=directory, rule=rule, remedy="Use the tokenizer the model came with.")

@@ -1,13 +1,13 @@
-"""One worker of ``encoders.py``: texts in on standard input, token ids out on standard output, until the input ends.
+"""A tokenizer worker: reads texts on standard input and writes token ids to standard output until the input ends.
 
-Runs on its own, as ``python -P encoder.py``: it needs neither this project nor transformers, so that it is there within
-a second and small. Numbers are little-endian uint32.
+Run as a script (``python -P tokenizer_worker.py``) by ``tokenizer.py``. It imports neither this project nor
+transformers, so that it starts within a second and takes little memory. Numbers are little-endian uint32.
 
-    first       its length, then JSON: {"tokenizer": ..., "before": [ids], "after": [ids]}
-    request     how many texts, the length of each in bytes, the texts in UTF-8
-    answer      the length of each in tokens, the ids of all
+    setup       length of the JSON in bytes, then {"tokenizer": ..., "prefix": [ids], "suffix": [ids]}
+    request     number of texts, length of each in bytes, then the texts in UTF-8
+    answer      length of each text in tokens, then the ids of all texts
 
-Control tokens spelled out in a text stay plain characters.
+Control tokens spelled out in a text are tokenized as plain characters.
 """
 
 from __future__ import annotations
@@ -26,59 +26,60 @@ Numbers = npt.NDArray[np.uint32]
 NUMBER = np.dtype("<u4")
 
 
-def write_numbers(stream: BinaryIO, *numbers: Numbers) -> None:
-    """Writes arrays one after the other."""
-    for array_ in numbers:
-        stream.write(array_.astype(NUMBER, copy=False).tobytes())
+def main() -> None:
+    """Answers requests until standard input ends."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    setup = json.loads(read_exactly(requests, int(read_numbers(requests, 1)[0])))
+    tokenizer = Tokenizer.from_str(setup["tokenizer"])
+    # A saved tokenizer may pad or truncate, and by default turns "<|im_end|>" in a text into a control token.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    while first := requests.read(NUMBER.itemsize):
+        lengths = read_numbers(requests, int(np.frombuffer(first, NUMBER)[0]))
+        texts = [str(read_exactly(requests, int(length)), "utf-8") for length in lengths]
+        write_numbers(answers, *_tokenize(tokenizer, texts, setup["prefix"], setup["suffix"]))
+        answers.flush()
+
+
+def _tokenize(tokenizer: Tokenizer, texts: list[str], prefix: list[int], suffix: list[int]) -> tuple[Numbers, Numbers]:
+    """Returns the length of each text in tokens, and the ids of all texts."""
+    ids = array("I")  # grows without one Python integer object per id
+    lengths = np.empty(len(texts), NUMBER)
+    for number, encoding in enumerate(tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
+        start = len(ids)
+        ids.extend(prefix)
+        ids.extend(encoding.ids)
+        ids.extend(suffix)
+        lengths[number] = len(ids) - start
+    return lengths, np.frombuffer(ids, np.uint32)
+
+
+def write_numbers(stream: BinaryIO, *arrays: Numbers) -> None:
+    """Writes arrays one after another."""
+    for numbers in arrays:
+        stream.write(numbers.astype(NUMBER, copy=False).tobytes())
 
 
 def read_numbers(stream: BinaryIO, count: int) -> Numbers:
     """Reads ``count`` numbers.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the stream ended before.
     """
-    return np.frombuffer(read(stream, count * NUMBER.itemsize), NUMBER)
+    return np.frombuffer(read_exactly(stream, count * NUMBER.itemsize), NUMBER)
 
 
-def read(stream: BinaryIO, size: int) -> bytes:
-    """Reads exactly so many bytes.
+def read_exactly(stream: BinaryIO, size: int) -> bytes:
+    """Reads exactly ``size`` bytes.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the stream ended before.
     """
     data = stream.read(size)
     if len(data) < size:
         raise EOFError(f"{len(data)} bytes of {size}")
     return data
-
-
-def main() -> None:
-    """Answers requests until standard input ends."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    recipe = json.loads(read(requests, int(read_numbers(requests, 1)[0])))
-    tokenizer = Tokenizer.from_str(recipe["tokenizer"])
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
-    while first := requests.read(NUMBER.itemsize):
-        lengths = read_numbers(requests, int(np.frombuffer(first, NUMBER)[0]))
-        texts = [str(read(requests, int(length)), "utf-8") for length in lengths]
-        write_numbers(answers, *_encode(tokenizer, texts, recipe["before"], recipe["after"]))
-        answers.flush()
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], before: list[int], after: list[int]) -> tuple[Numbers, Numbers]:
-    """Tokens of each text, and the ids of all."""
-    ids = array("I")
-    lengths = np.empty(len(texts), NUMBER)
-    for number, encoding in enumerate(tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
-        start = len(ids)
-        ids.extend(before)
-        ids.extend(encoding.ids)
-        ids.extend(after)
-        lengths[number] = len(ids) - start
-    return lengths, np.frombuffer(ids, np.uint32)
 
 
 if __name__ == "__main__":

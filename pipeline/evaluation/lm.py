@@ -12,6 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.data.tokenizer import added_bos
 from pipeline.progress import Bar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
@@ -38,8 +39,7 @@ class LanguageModel(HFLM):
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        first: list[int] = tokenizer("a").input_ids[:1]
-        self._adds_bos = first == [tokenizer.bos_token_id]
+        self._adds_bos = added_bos(tokenizer) is not None
         self._largest_batch = batch_size
         self._bar: Bar | None = None
         self._started, self._tokens = 0.0, 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import zip_longest
 
-from pipeline.data.python_docs import Entry, askable, words
+from pipeline.data.python_docs import Entry, question_entries, words
 
 OPTIONS = 4
 QUESTIONS = 300  # a multiple of OPTIONS
@@ -39,7 +39,7 @@ def build_questions(entries: Iterable[Entry] | None = None, number: int = QUESTI
     """At most ``number`` questions, as many for each rank of the right name's length; deterministic."""
     by_rank: dict[int, list[Question]] = defaultdict(list)
     taken: Counter[int] = Counter()
-    for entry, others in _candidates(askable() if entries is None else entries):
+    for entry, others in _candidates(question_entries() if entries is None else entries):
         for rank in sorted(range(OPTIONS), key=lambda rank: (taken[rank], _order(f"{rank}{entry.name}"))):
             chosen = _distractors(entry, others, rank)
             if chosen is not None:
@@ -57,7 +57,7 @@ def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
     modules: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         short = len(entry.summary) <= LONGEST_SUMMARY and len(entry.name) <= LONGEST_NAME
-        if entry.kind != "module" and short and entry.is_telling:
+        if entry.kind != "module" and short and entry.has_usable_summary:
             modules[entry.module].append(entry)
     shuffled = [
         sorted(group, key=lambda entry: _order(entry.name)) for group in modules.values() if len(group) >= OPTIONS

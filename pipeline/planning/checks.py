@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.artifacts.store import Fingerprints
 from pipeline.config import EvaluateSnapshot, Settings, Target, Train
-from pipeline.data import sources
+from pipeline.data import python_docs, sources
 from pipeline.driver.graph import Inputs, Node
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, lesa_scratch, sizes_of
@@ -80,7 +80,10 @@ def pin_data(run: Settings) -> Settings:
     if not run.reads_data:
         return run
     corpus, instructions = run.data.corpus, run.data.instructions
-    pinned = {"corpus": sources.pin(corpus, "corpus"), "instructions": sources.pin(instructions, "instructions")}
+    pinned = {
+        "corpus": sources.pin_sources(corpus, "corpus"),
+        "instructions": sources.pin_sources(instructions, "instructions"),
+    }
     return run.model_copy(update={"data": run.data.model_copy(update=pinned)})
 
 
@@ -88,13 +91,13 @@ def identify(run: Settings, source: ModelSource) -> Inputs:
     """The content identity of everything that comes from outside; data that no chosen stage reads have none."""
     fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json", writes=not run.only_looks)
     data = {
-        name: sources.fingerprint(getattr(run.data, name), name, fingerprints) if run.reads_data else ""
+        name: sources.fingerprint_sources(getattr(run.data, name), name, fingerprints) if run.reads_data else ""
         for name in ("corpus", "instructions")
     }
     return Inputs(
         model=source.identity or fingerprints.of_files(source.files),
         **data,
-        interpreter=sources.interpreter_fingerprint(),
+        interpreter=python_docs.interpreter_fingerprint(),
         tasks=fingerprint_tasks(run.evaluate, fingerprints) if run.scores_models else {},
     )
 
@@ -151,10 +154,10 @@ def checks(
         found["snapshots"] = lambda: _check_snapshots(missing)
     if "tokenize/corpus" in missing:
         found["corpus_length"] = lambda: validate_length("pretrain", run.pretrain, context)
-        found["corpus"] = lambda: sources.check(run.data.corpus, "corpus")
+        found["corpus"] = lambda: sources.check_sources(run.data.corpus, "corpus")
     if "tokenize/instructions" in missing:
         found["instructions_length"] = lambda: validate_length("sft", run.sft, context)
-        found["instructions"] = lambda: sources.check(run.data.instructions, "instructions")
+        found["instructions"] = lambda: sources.check_sources(run.data.instructions, "instructions")
         found["chat_template"] = lambda: _check_chat_template(run, config)
     found["login"] = lambda: _check_login(run)
     found["disk"] = lambda: check_disk(run, disk_needed(run, config, missing))

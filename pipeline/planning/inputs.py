@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.artifacts.store import RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source
-from pipeline.data import sources
+from pipeline.data import python_docs, sources
 from pipeline.driver.graph import Inputs
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import fingerprint_tasks
@@ -63,7 +63,7 @@ def look_up(run: Settings) -> Outside:
         model=UNKNOWN if source is None else source.identity or remembered.of_files(source.files),
         corpus=UNKNOWN if "corpus" in faults else corpus.result()[1],
         instructions=UNKNOWN if "instructions" in faults else instructions.result()[1],
-        interpreter=sources.interpreter_fingerprint(),
+        interpreter=python_docs.interpreter_fingerprint(),
         tasks=_fingerprint_tasks(run, remembered, faults),
     )
     if source is None or config is None:
@@ -78,8 +78,8 @@ def _read_sources(
     several: list[Source], purpose: sources.Purpose, remembered: RememberedFingerprints
 ) -> tuple[list[Source], str]:
     """The sources with their revisions resolved, and their content identity."""
-    pinned = sources.pin(several, purpose)
-    return pinned, sources.fingerprint(pinned, purpose, remembered)
+    pinned = sources.pin_sources(several, purpose)
+    return pinned, sources.fingerprint_sources(pinned, purpose, remembered)
 
 
 def _fingerprint_tasks(

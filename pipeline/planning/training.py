@@ -111,9 +111,5 @@ def expected_tokens(data: Data, purpose: sources.Purpose) -> int | None:
     limit = data.max_corpus_tokens if purpose == "corpus" else None
     there = None
     if all(source.kind == "files" for source in several):
-        settings = [sources.setting_of(several, number, purpose) for number in range(len(several))]
-        found = (
-            sources.expected_bytes(source, purpose, setting) for source, setting in zip(several, settings, strict=True)
-        )
-        there = round(sum(found) / BYTES_A_TOKEN)
+        there = round(sum(sources.expected_bytes(several, purpose)) / BYTES_A_TOKEN)
     return min((size for size in (there, limit) if size is not None), default=None)

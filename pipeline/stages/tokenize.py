@@ -1,11 +1,13 @@
-"""tokenize: one data set as memory-mapped token blocks with a held-out part, so that ranks never tokenise."""
+"""tokenize: turns one dataset into memory-mapped token blocks with a held-out part; training never tokenizes."""
 
 from __future__ import annotations
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Tokenize
+from pipeline.data.dataset import TokenizeCheckpoint
+from pipeline.data.dataset_builder import DatasetBuilder
+from pipeline.data.sources import expected_bytes
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.data.tokenizing import DatasetBuilder, expected_total, forget_checkpoint
 from pipeline.files import fsync_directory, read_json, write_json
 from pipeline.progress import progress
 
@@ -15,24 +17,26 @@ DATASET_FILE = "dataset.json"
 def run(task: StageTask) -> Metrics:
     """Writes ``{train,held_out}.{input_ids,position_ids,loss_mask}.npy``, ``held_out.jsonl`` and ``dataset.json``.
 
-    For conversations also ``chat_template.jinja``, which the tuned model is to carry.
+    For conversations also ``chat_template.jinja``, which the tuned model is saved with.
 
     Raises:
-        UserError: a source cannot be read, or gives an empty split.
+        UserError: a source cannot be read, or a split is empty.
     """
     assert isinstance(task.settings, Tokenize)
-    done = task.out / DATASET_FILE
-    if not done.exists():  # else an attempt that was killed when only its files' hashes were missing
-        write_json(done, _build(task, task.settings))
-    forget_checkpoint(task.out)
-    summary: Metrics = read_json(done)
+    dataset_file = task.out / DATASET_FILE
+    # It exists if an earlier attempt was killed after this stage, while the driver hashed the files.
+    if not dataset_file.exists():
+        write_json(dataset_file, _build(task, task.settings))
+    TokenizeCheckpoint(task.out).remove()  # not part of the artifact
+    summary: Metrics = read_json(dataset_file)
     return summary
 
 
 def _build(task: StageTask, settings: Tokenize) -> Metrics:
     tokenizer = TextTokenizer(task.parents["load"])
-    total = expected_total(settings)
+    sizes = expected_bytes(settings.sources, settings.purpose)
+    total = 0 if 0 in sizes else sum(sizes)  # 0: unknown, so the bar shows no end
     with progress(task.name, total) as bar, DatasetBuilder(task.out, settings, tokenizer) as builder:
         summary = builder.build(bar)
-    fsync_directory(task.out)  # before the file that says that all is there
+    fsync_directory(task.out)  # everything must be on disk before the file that marks the dataset as complete
     return summary

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.data.records import Split
+
 Indices = npt.NDArray[np.int64]
-Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)

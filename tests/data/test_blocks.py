@@ -1,4 +1,4 @@
-"""Blocks against a plain implementation, one token at a time."""
+"""Token blocks, compared with a naive implementation that handles one token at a time."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def _read(directory: Path) -> dict[str, Any]:
     return {name: np.load(directory / f"train.{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMN_DTYPES}
 
 
-def _plain_packing(documents: list[list[int]], length: int) -> list[list[tuple[int, int, int]]]:
-    """Rows of (id, position, mask) for an endless stream of documents."""
+def _naive_packing(documents: list[list[int]], length: int) -> list[list[tuple[int, int, int]]]:
+    """Rows of (id, position, mask) for the concatenation of all documents."""
     rows: list[list[tuple[int, int, int]]] = [[]]
     for document in documents:
         position = 0
@@ -38,7 +38,7 @@ def _plain_packing(documents: list[list[int]], length: int) -> list[list[tuple[i
 
 @pytest.mark.parametrize("length", [1, 4, 16, 50])
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
+def test_document_packing_equals_the_naive_implementation(length: int, batch: int, tmp_path: Path) -> None:
     draw = random.Random(length)
     documents = [[draw.randrange(90) for _ in range(draw.choice([1, 2, 5, 40]))] for _ in range(30)]
     with BlockWriter(tmp_path, "train", length) as writer:
@@ -46,10 +46,10 @@ def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
         for start in range(0, len(documents), batch):
             for document in documents[start : start + batch]:
                 packer.add(document)
-            packer.state()  # what is not full yet waits on
+            packer.state()  # writes full blocks and must leave the rest pending
         packer.finish()
     found = _read(tmp_path)
-    expected = np.array(_plain_packing(documents, length))
+    expected = np.array(_naive_packing(documents, length))
     for column, name in enumerate(COLUMN_DTYPES):
         assert found[name].dtype == COLUMN_DTYPES[name]
         np.testing.assert_array_equal(found[name], expected[:, :, column])
@@ -57,8 +57,8 @@ def test_documents_end_to_end(length: int, batch: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 40, 4000])
-def test_a_full_disk_is_never_silent(blocks: int, tmp_path: Path) -> None:
-    """Whether it is met while writing or while flushing, and by the system's own number."""
+def test_a_full_disk_always_raises(blocks: int, tmp_path: Path) -> None:
+    """With the original errno, whether the disk fills up while writing or while flushing."""
     arrays = [np.ones((blocks, 16), COLUMN_DTYPES[name]) for name in COLUMN_DTYPES]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = BlockWriter(tmp_path, "train", 16)
@@ -76,15 +76,15 @@ def test_a_full_disk_is_never_silent(blocks: int, tmp_path: Path) -> None:
     assert error.value.errno in DISK_FULL_ERRNOS
 
 
-def test_nothing_written_is_an_empty_array(tmp_path: Path) -> None:
+def test_without_input_the_arrays_are_empty(tmp_path: Path) -> None:
     with BlockWriter(tmp_path, "train", 8) as writer:
         DocumentPacker(writer, 8, PADDING).finish()
         ExamplePacker(writer, 8, PADDING).finish()
     assert _read(tmp_path)["input_ids"].shape == (0, 8)
 
 
-def test_examples_stay_whole_and_are_all_there(tmp_path: Path) -> None:
-    """Read back: every position 0 starts an example or the padding; put together they are what went in."""
+def test_examples_are_packed_uncut_and_completely(tmp_path: Path) -> None:
+    """Examples are read back from the blocks: each starts at position 0, and so does the padding."""
     draw = random.Random(1)
     length = 32
     examples = []
@@ -97,25 +97,25 @@ def test_examples_stay_whole_and_are_all_there(tmp_path: Path) -> None:
             packer.add(ids, mask)
         packer.finish()
     found = _read(tmp_path)
-    back = {}
+    read = {}
     for row in range(writer.blocks):
         starts = [*np.flatnonzero(found["position_ids"][row] == 0), length]
         for begin, end in pairwise(starts):
             np.testing.assert_array_equal(found["position_ids"][row, begin:end], range(end - begin))
             ids = found["input_ids"][row, begin:end]
-            back[int(ids[0])] = (ids.tolist(), found["loss_mask"][row, begin:end].tolist())
-    padding = back.pop(100_000)
+            read[int(ids[0])] = (ids.tolist(), found["loss_mask"][row, begin:end].tolist())
+    padding = read.pop(100_000)
     assert not any(padding[1])
-    assert [back[number] for number in range(400)] == [(ids, [0, *mask[1:]]) for ids, mask in examples]
+    assert [read[number] for number in range(400)] == [(ids, [0, *mask[1:]]) for ids, mask in examples]
     used = sum(len(ids) for ids, _ in examples)
-    assert used / (writer.blocks * length) > 0.9  # little is wasted
+    assert used / (writer.blocks * length) > 0.9  # at most a tenth is padding
 
 
-def test_packing_is_deterministic_and_bounded(tmp_path: Path) -> None:
+def test_the_number_of_open_blocks_is_bounded(tmp_path: Path) -> None:
     with BlockWriter(tmp_path, "train", 10) as writer:
         packer = ExamplePacker(writer, 10, PADDING)
         for _ in range(1000):
-            packer.add([1] * 6, [1] * 6)  # no two fit into one block
+            packer.add([1] * 6, [1] * 6)  # two do not fit into one block
         assert writer.blocks >= 1000 - 64
         packer.finish()
     assert writer.blocks == 1000

@@ -1,4 +1,4 @@
-"""What of a conversation is taught, read by decoding the mask."""
+"""Which tokens of a conversation are trained on, read back by decoding the tokens under the mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.chat import PLAIN_TEMPLATE, ChatRenderer, Rendered, chat_template, end_of_turn
+from pipeline.data.chat import PLAIN_TEMPLATE, ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
 from pipeline.data.records import Conversation
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
@@ -22,18 +22,19 @@ TURNS: Conversation = [
     {"role": "assistant", "content": " It is size – 😀."},
 ]
 
-# A template in the manner of Llama 3 (begins with BOS, ends turns with a token and no newline), one in that of Mistral
-# (no generation prompt, a space before the answer).
+# In the style of Llama 3: begins with BOS, and ends turns with a token but no newline.
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
+# In the style of Mistral: no generation prompt, and a space before the answer.
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
-QWEN_3 = (  # an answer's thinking is left out once another turn follows
+# In the style of Qwen3: removes the thinking from an answer once another turn follows.
+QWEN_3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -51,79 +52,81 @@ def bos_tokenizer(tiny_llama_with_bos: Path) -> TextTokenizer:
     return TextTokenizer(tiny_llama_with_bos)
 
 
-def _renderer(tokenizer: TextTokenizer, template: str, longest: int = 10_000) -> tuple[ChatRenderer, Counter[str]]:
+def _chat_tokenizer(
+    tokenizer: TextTokenizer, template: str, max_length: int = 10_000
+) -> tuple[ChatTokenizer, Counter[str]]:
     dropped: Counter[str] = Counter()
-    return ChatRenderer(tokenizer, template, longest, dropped), dropped
+    return ChatTokenizer(tokenizer, template, max_length, dropped), dropped
 
 
-def _render(tokenizer: TextTokenizer, template: str, conversation: Conversation = TURNS) -> Rendered:
-    (rendered,) = _renderer(tokenizer, template)[0].render(conversation)
-    return rendered
+def _tokenize(tokenizer: TextTokenizer, template: str, conversation: Conversation = TURNS) -> TokenizedConversation:
+    (example,) = _chat_tokenizer(tokenizer, template)[0].tokenize(conversation)
+    return example
 
 
-def _taught(tokenizer: TextTokenizer, rendered: Rendered) -> list[str]:
-    """The taught runs of tokens, decoded."""
+def _targets(tokenizer: TextTokenizer, example: TokenizedConversation) -> list[str]:
+    """Every run of tokens that is trained on, decoded."""
     runs: list[list[int]] = []
     before = 0
-    for id_, taught in zip(rendered.input_ids, rendered.loss_mask, strict=True):
-        if taught and not before:
+    for id_, is_target in zip(example.input_ids, example.loss_mask, strict=True):
+        if is_target and not before:
             runs.append([])
-        if taught:
+        if is_target:
             runs[-1].append(id_)
-        before = taught
+        before = is_target
     return [tokenizer.inner.decode(run) for run in runs]
 
 
-def test_only_what_the_assistant_says_and_its_end_of_turn_is_taught(tokenizer: TextTokenizer) -> None:
-    rendered = _render(tokenizer, chat_template(tokenizer, "model"))
-    assert _taught(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>", " It is size – 😀.<|im_end|>"]
+def test_only_assistant_messages_and_their_end_of_turn_are_trained_on(tokenizer: TextTokenizer) -> None:
+    rendered = _tokenize(tokenizer, chat_template(tokenizer, "model"))
+    assert _targets(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>", " It is size – 😀.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [LLAMA_3, MISTRAL, PLAIN_TEMPLATE], ids=["llama_3", "mistral", "plain"])
-def test_other_templates(template: str, bos_tokenizer: TextTokenizer) -> None:
+def test_other_templates_are_masked_correctly(template: str, bos_tokenizer: TextTokenizer) -> None:
     turns = TURNS if template is not MISTRAL else TURNS[1:]
-    said = [part.strip() for part in _taught(bos_tokenizer, _render(bos_tokenizer, template, turns))]
+    said = [part.strip() for part in _targets(bos_tokenizer, _tokenize(bos_tokenizer, template, turns))]
     assert said == ["It makes a string.\n\nAlways.<|im_end|>", "It is size – 😀.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", ["own", "plain", LLAMA_3])
-def test_the_ids_are_those_of_the_chat_template(template: str, tokenizer: TextTokenizer) -> None:
+def test_the_ids_equal_those_of_apply_chat_template(template: str, tokenizer: TextTokenizer) -> None:
     text = {"own": chat_template(tokenizer, "model"), "plain": PLAIN_TEMPLATE}.get(template, LLAMA_3)
     expected = tokenizer.inner.apply_chat_template(TURNS, chat_template=text, tokenize=True, return_dict=False)
-    assert _render(tokenizer, text).input_ids == expected
+    assert _tokenize(tokenizer, text).input_ids == expected
 
 
 @pytest.mark.parametrize("name", ["model", "plain"])
-def test_exactly_one_beginning_of_sequence(name: Any, bos_tokenizer: TextTokenizer) -> None:
-    rendered = _render(bos_tokenizer, chat_template(bos_tokenizer, name))
+def test_examples_begin_with_exactly_one_bos(name: Any, bos_tokenizer: TextTokenizer) -> None:
+    rendered = _tokenize(bos_tokenizer, chat_template(bos_tokenizer, name))
     assert bos_tokenizer.bos is not None
     assert rendered.input_ids[0] == bos_tokenizer.bos and rendered.input_ids.count(bos_tokenizer.bos) == 1
     assert rendered.loss_mask[0] == 0
-    assert _render(bos_tokenizer, LLAMA_3).input_ids.count(bos_tokenizer.bos) == 1
+    assert _tokenize(bos_tokenizer, LLAMA_3).input_ids.count(bos_tokenizer.bos) == 1
 
 
-def test_two_beginnings_of_sequence_are_refused(bos_tokenizer: TextTokenizer) -> None:
+def test_a_template_that_writes_two_bos_is_refused(bos_tokenizer: TextTokenizer) -> None:
     with pytest.raises(UserError, match="two beginning-of-sequence"):
-        _render(bos_tokenizer, "{{ bos_token }}" + LLAMA_3)
+        _tokenize(bos_tokenizer, "{{ bos_token }}" + LLAMA_3)
 
 
-def test_the_prompt_of_a_generation_is_a_prefix_of_what_is_trained_on(tokenizer: TextTokenizer) -> None:
+def test_the_generation_prompt_is_a_prefix_of_the_training_example(tokenizer: TextTokenizer) -> None:
     for template in (chat_template(tokenizer, "model"), PLAIN_TEMPLATE):
         prompt = tokenizer.inner.apply_chat_template(
             TURNS[:2], chat_template=template, tokenize=True, add_generation_prompt=True, return_dict=False
         )
-        rendered = _render(tokenizer, template, TURNS[:3])
+        rendered = _tokenize(tokenizer, template, TURNS[:3])
         assert rendered.input_ids[: len(prompt)] == prompt
         assert rendered.loss_mask[len(prompt)] == 1 and not any(rendered.loss_mask[: len(prompt)])
 
 
 def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
     with pytest.raises(UserError, match="never learn to stop"):
-        _render(tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+        _tokenize(tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
 
 
-def test_the_token_that_ends_a_turn_is_found_in_any_template(bos_tokenizer: TextTokenizer) -> None:
-    """Not always the end of sequence: Qwen2.5's base ends turns with another token."""
+def test_the_end_of_turn_token_is_found_in_any_template(bos_tokenizer: TextTokenizer) -> None:
+    """It is not always EOS: in Qwen2.5's base model, turns end with another token."""
     names = {
         LLAMA_3: "<|im_end|>",
         PLAIN_TEMPLATE: "<|im_end|>",
@@ -133,9 +136,9 @@ def test_the_token_that_ends_a_turn_is_found_in_any_template(bos_tokenizer: Text
         assert end_of_turn(bos_tokenizer, template) == bos_tokenizer.inner.convert_tokens_to_ids(name)
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_turn(tokenizer: TextTokenizer) -> None:
-    examples = _renderer(tokenizer, QWEN_3)[0].render(TURNS)
-    assert [_taught(tokenizer, example) for example in examples] == [
+def test_a_template_that_rewrites_earlier_turns_yields_one_example_per_turn(tokenizer: TextTokenizer) -> None:
+    examples = _chat_tokenizer(tokenizer, QWEN_3)[0].tokenize(TURNS)
+    assert [_targets(tokenizer, example) for example in examples] == [
         ["<think>\n\n</think>\n\nIt makes a string.\n\nAlways.<|im_end|>"],
         ["<think>\n\n</think>\n\n It is size – 😀.<|im_end|>"],
     ]
@@ -145,18 +148,18 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_a_turn(tokeniz
         )
 
 
-def test_a_template_that_rewrites_what_was_asked_is_refused(tokenizer: TextTokenizer) -> None:
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: TextTokenizer) -> None:
     rewriting = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{{ eos_token }}{% endfor %}"
-    with pytest.raises(UserError, match="otherwise than it asks for one"):
-        _render(tokenizer, rewriting)
+    with pytest.raises(UserError, match="generation prompt differs from the beginning of an answer"):
+        _tokenize(tokenizer, rewriting)
 
 
-def test_a_template_that_writes_the_date_gives_the_same_on_every_day(tokenizer: TextTokenizer) -> None:
-    dated = _render(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN_TEMPLATE)
+def test_a_template_that_prints_the_date_yields_the_same_on_every_day(tokenizer: TextTokenizer) -> None:
+    dated = _tokenize(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN_TEMPLATE)
     assert tokenizer.inner.decode(dated.input_ids).startswith("26 Jul 2024")
 
 
-def test_a_model_without_template_asks_for_the_plain_one(tokenizer: TextTokenizer) -> None:
+def test_a_model_without_template_is_refused_with_the_plain_one_as_remedy(tokenizer: TextTokenizer) -> None:
     bare = copy.copy(tokenizer)
     bare.inner = copy.deepcopy(tokenizer.inner)
     bare.inner.chat_template = None
@@ -165,24 +168,24 @@ def test_a_model_without_template_asks_for_the_plain_one(tokenizer: TextTokenize
     assert chat_template(bare, "plain") == PLAIN_TEMPLATE
 
 
-def test_too_long_conversations_are_cut_to_whole_turns_or_dropped(tokenizer: TextTokenizer) -> None:
+def test_long_conversations_are_cut_after_a_complete_turn_or_dropped(tokenizer: TextTokenizer) -> None:
     template = chat_template(tokenizer, "model")
-    whole = _render(tokenizer, template)
-    for longest in range(1, len(whole.input_ids) + 2):
-        renderer, dropped = _renderer(tokenizer, template, longest)
-        examples = renderer.render(TURNS)
+    complete = _tokenize(tokenizer, template)
+    for max_length in range(1, len(complete.input_ids) + 2):
+        chat, dropped = _chat_tokenizer(tokenizer, template, max_length)
+        examples = chat.tokenize(TURNS)
         if not examples:
             assert dropped == {"too_long": 1}
             continue
         (rendered,) = examples
-        assert len(rendered.input_ids) <= longest
-        assert rendered.input_ids == whole.input_ids[: len(rendered.input_ids)]
+        assert len(rendered.input_ids) <= max_length
+        assert rendered.input_ids == complete.input_ids[: len(rendered.input_ids)]
         if dropped:
             assert dropped == {"cut_to_whole_turns": 1}
-            assert _taught(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>"]
+            assert _targets(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>"]
             assert rendered.loss_mask[-1] == 1  # the end of turn
         else:
-            assert _taught(tokenizer, rendered) == _taught(tokenizer, whole)
+            assert _targets(tokenizer, rendered) == _targets(tokenizer, complete)
 
 
 @pytest.mark.parametrize(
@@ -197,16 +200,16 @@ def test_too_long_conversations_are_cut_to_whole_turns_or_dropped(tokenizer: Tex
         ),
     ],
 )
-def test_what_cannot_be_taught_is_dropped_and_counted(
+def test_unusable_conversations_are_dropped_and_counted(
     conversation: Conversation, reason: str, tokenizer: TextTokenizer
 ) -> None:
-    renderer, dropped = _renderer(tokenizer, chat_template(tokenizer, "model"))
-    assert renderer.render(conversation) == []
+    chat, dropped = _chat_tokenizer(tokenizer, chat_template(tokenizer, "model"))
+    assert chat.tokenize(conversation) == []
     assert dropped == {reason: 1}
 
 
-def test_a_conversation_that_the_template_refuses_is_dropped_and_counted(tokenizer: TextTokenizer) -> None:
+def test_a_conversation_that_the_template_rejects_is_dropped_and_counted(tokenizer: TextTokenizer) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
-    renderer, dropped = _renderer(tokenizer, strict)
-    assert renderer.render(TURNS) == [] and dropped == {"refused_by_template": 1}
-    assert len(renderer.render(TURNS[1:])) == 1
+    chat, dropped = _chat_tokenizer(tokenizer, strict)
+    assert chat.tokenize(TURNS) == [] and dropped == {"refused_by_template": 1}
+    assert len(chat.tokenize(TURNS[1:])) == 1

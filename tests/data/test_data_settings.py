@@ -1,4 +1,4 @@
-"""Rules between the data settings."""
+"""Validation rules across the data settings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from pipeline.config import Data
 
-EMBEDDED = {"kind": "python_docs", "path": None, "config_name": None, "split": None, "revision": None, "weight": 1.0}
-FILES = {**EMBEDDED, "kind": "files", "path": "a.txt"}
-HUB = {**EMBEDDED, "kind": "hub", "path": "org/data", "split": "train"}
+PYTHON_DOCS = {"kind": "python_docs", "path": None, "config_name": None, "split": None, "revision": None, "weight": 1.0}
+FILES = {**PYTHON_DOCS, "kind": "files", "path": "a.txt"}
+HUB = {**PYTHON_DOCS, "kind": "hub", "path": "org/data", "split": "train"}
 
 
 def _data(corpus: Any, fraction: float) -> Data:
@@ -19,7 +19,7 @@ def _data(corpus: Any, fraction: float) -> Data:
     return Data.model_validate(
         {
             "corpus": several if several is not None else {**corpus, "text_field": "text"},
-            "instructions": {**EMBEDDED, "text_field": None},
+            "instructions": {**PYTHON_DOCS, "text_field": None},
             "held_out_fraction": fraction,
             "max_corpus_tokens": None,
             "chat_template": "model",
@@ -27,30 +27,30 @@ def _data(corpus: Any, fraction: float) -> Data:
     )
 
 
-@pytest.mark.parametrize(("corpus", "fraction"), [(EMBEDDED, 0.0), (FILES, 0.1), (HUB, 0.1)])
-def test_what_fits_together(corpus: dict[str, Any], fraction: float) -> None:
+@pytest.mark.parametrize(("corpus", "fraction"), [(PYTHON_DOCS, 0.0), (FILES, 0.1), (HUB, 0.1)])
+def test_valid_combinations_are_accepted(corpus: dict[str, Any], fraction: float) -> None:
     assert _data(corpus, fraction).held_out_fraction == fraction
 
 
-def test_one_source_is_a_list_of_one() -> None:
+def test_a_single_source_equals_a_list_of_one() -> None:
     assert _data(FILES, 0.1) == _data([FILES], 0.1)
     assert [source.kind for source in _data([FILES, HUB], 0.1).corpus] == ["files", "hub"]
 
 
 @pytest.mark.parametrize(
-    ("corpus", "fraction", "words"),
+    ("corpus", "fraction", "message"),
     [
         (FILES, 0.0, "held_out_fraction must be above 0"),
-        ({**FILES, "path": None}, 0.1, "path is needed"),
-        ({**EMBEDDED, "path": "a.txt"}, 0.0, "must be null"),
-        ({**HUB, "split": None}, 0.1, "split is needed"),
-        ([EMBEDDED, FILES], 0.0, "held_out_fraction must be above 0"),
+        ({**FILES, "path": None}, 0.1, "path is required"),
+        ({**PYTHON_DOCS, "path": "a.txt"}, 0.0, "must be null"),
+        ({**HUB, "split": None}, 0.1, "split is required"),
+        ([PYTHON_DOCS, FILES], 0.0, "held_out_fraction must be above 0"),
         ([], 0.1, "at least 1 item"),
         ([FILES, {**HUB, "weight": 0.0}], 0.1, "corpus.1.weight\n.*greater than 0"),
         ({**FILES, "weight": -1.0}, 0.1, "corpus.weight\n.*greater than 0"),
         ({**FILES, "weight": float("inf")}, 0.1, "finite"),
     ],
 )
-def test_what_does_not(corpus: Any, fraction: float, words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+def test_invalid_combinations_are_refused(corpus: Any, fraction: float, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         _data(corpus, fraction)

@@ -1,4 +1,4 @@
-"""The embedded corpus: deterministic, public, and split so that nothing leaks."""
+"""The embedded corpus is deterministic, public, and split without leaks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import instruction_pairs, python_docs, stdlib_harvest
-from pipeline.data.python_docs import Entry, Text, askable, documents, entries, part_of, topics, words
+from pipeline.data import python_docs, stdlib_harvest
+from pipeline.data.python_docs import (
+    Entry,
+    OverlapIndex,
+    documents,
+    entries,
+    instruction_pairs,
+    question_entries,
+    subset_of,
+    topics,
+    words,
+)
 from tests.processes import seconds_of_children
 
 
-def _of(part: str) -> list[Entry]:
-    return [entry for entry in entries() if entry.part == part]
+def _entries_of(subset: str) -> list[Entry]:
+    return [entry for entry in entries() if entry.subset == subset]
 
 
 def _harvested(**environment: str) -> bytes:
@@ -25,7 +35,7 @@ def _harvested(**environment: str) -> bytes:
 
 
 def test_the_harvest_is_the_same_in_any_environment() -> None:
-    """No locale, home, secret or hash seed gets in; ``cgi.parse`` has the environment as a default argument."""
+    """Locale, home, secrets and hash seed do not enter it, although ``os.environ`` is a default of ``cgi.parse``."""
     plain = _harvested(PATH=os.environ["PATH"])
     other = _harvested(PATH="/bin", LC_ALL="C", HOME="/nowhere", COLUMNS="20", API_KEY="secret-key", PYTHONHASHSEED="7")
     assert plain == other
@@ -33,14 +43,14 @@ def test_the_harvest_is_the_same_in_any_environment() -> None:
     assert not re.search(rb" at 0x", plain)
 
 
-def test_everything_of_it_is_made_within_seconds() -> None:
-    program = "from pipeline.data import instruction_pairs as i, python_docs as p; p.documents(False); i.pairs(False)"
+def test_it_is_built_within_seconds() -> None:
+    program = "from pipeline.data import python_docs as p; p.documents(False); p.instruction_pairs(False)"
     before = seconds_of_children()
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
     assert seconds_of_children() - before < 20.0  # about 3
 
 
-def test_well_known_things_are_there_with_signature_and_docstring() -> None:
+def test_well_known_objects_have_signature_and_docstring() -> None:
     text = "\n".join(documents(held_out=False) + documents(held_out=True))
     assert re.search(r"^json\.dumps\(obj, \*, skipkeys=False.*\n    Serialize ``obj``", text, re.MULTILINE)
     assert "math.sqrt(x, /)\n    Return the square root of x." in text  # a C function
@@ -48,7 +58,7 @@ def test_well_known_things_are_there_with_signature_and_docstring() -> None:
     assert "os.path.join" in text and "posixpath.join" not in text
 
 
-def test_nothing_private_and_no_side_effects() -> None:
+def test_private_names_and_modules_with_side_effects_are_left_out() -> None:
     assert not [entry.name for entry in entries() if re.search(r"(^|\.)_(?!_init__)", entry.name)]
     assert not {"this", "antigravity", "idlelib", "tkinter"} & {entry.module for entry in entries()}
 
@@ -60,44 +70,44 @@ def test_documents_are_unique_and_in_a_fixed_order() -> None:
     assert len(set(plain)) == len(plain)
 
 
-def test_every_part_has_enough() -> None:
-    sizes = {part: sum(len(entry.doc) for entry in _of(part)) for part in python_docs.PARTS}
+def test_every_subset_is_large_enough() -> None:
+    sizes = {subset: sum(len(entry.doc) for entry in _entries_of(subset)) for subset in python_docs.SUBSETS}
     assert sizes["taught"] > sizes["asked"] > sizes["held_out"] > 80_000
 
 
-def test_the_split_is_by_family_of_modules() -> None:
-    assert part_of("json") == part_of("json.decoder") == part_of("_json")
-    assert part_of("os") == part_of("os.path") == part_of("posix")
-    assert part_of("math") == part_of("cmath")  # their docstrings are nearly the same
+def test_related_modules_are_in_the_same_subset() -> None:
+    assert subset_of("json") == subset_of("json.decoder") == subset_of("_json")
+    assert subset_of("os") == subset_of("os.path") == subset_of("posix")
+    assert subset_of("math") == subset_of("cmath")  # their docstrings are nearly the same
 
 
-# The doors by which held-out text could get into training, and asked text into the instruction pairs.
+# Ways in which held-out text could leak into training, and asked text into the instruction pairs.
 
 
-def test_no_door_leads_from_the_held_out_modules_into_the_corpus() -> None:
-    """Neither a re-export, nor a quotation in a topic, nor the same docstring elsewhere."""
+def test_no_held_out_text_leaks_into_the_corpus() -> None:
+    """Neither by a re-export, nor a quotation in a topic, nor a repeated docstring."""
     corpus = documents(held_out=False)
-    seen = Text(corpus)
-    assert not [entry.name for entry in _of("held_out") if seen.shares(entry.doc)]
+    seen = OverlapIndex(corpus)
+    assert not [entry.name for entry in _entries_of("held_out") if seen.overlaps(entry.doc)]
     lines = {line.strip() for text in corpus for line in text.splitlines()}
-    assert not [entry.name for entry in _of("held_out") if entry.name + (entry.signature or "") in lines]
+    assert not [entry.name for entry in _entries_of("held_out") if entry.name + (entry.signature or "") in lines]
 
 
 def test_no_topic_names_a_held_out_module() -> None:
-    held_out = {entry.module.partition(".")[0] for entry in _of("held_out")}
+    held_out = {entry.module.partition(".")[0] for entry in _entries_of("held_out")}
     for text in topics().values():
         assert not [name for name in held_out if re.search(rf'"{name}\.\w|\bimport {name}\b', text)]
 
 
-def test_no_door_leads_from_held_out_or_asked_modules_into_the_instruction_pairs() -> None:
-    spoken = [message["content"] for pair in instruction_pairs.pairs(held_out=False) for message in pair]
-    names = set(re.findall(r"[\w.]+", "\n".join(spoken)))
-    known = Text(spoken)
-    for entry in _of("held_out"):
+def test_no_held_out_or_asked_text_leaks_into_the_instruction_pairs() -> None:
+    messages = [message["content"] for pair in instruction_pairs(held_out=False) for message in pair]
+    names = set(re.findall(r"[\w.]+", "\n".join(messages)))
+    known = OverlapIndex(messages)
+    for entry in _entries_of("held_out"):
         assert entry.kind == "module" or entry.name not in names, entry.name
-    for entry in askable():
+    for entry in question_entries():
         assert entry.kind == "module" or entry.name not in names, entry.name
-        assert len(words(entry.summary)) < 5 or not known.shares(entry.summary), entry.name
+        assert len(words(entry.summary)) < 5 or not known.overlaps(entry.summary), entry.name
 
 
 def test_a_reexported_function_belongs_to_the_module_that_defines_it() -> None:
@@ -124,15 +134,15 @@ def test_the_summary_is_the_first_sentence(doc: str, summary: str) -> None:
 
 
 def test_the_fingerprint_names_this_interpreter() -> None:
-    assert "{}.{}.{}".format(*sys.version_info[:3]) in python_docs.fingerprint()
-    assert python_docs.fingerprint() == python_docs.fingerprint()
+    assert "{}.{}.{}".format(*sys.version_info[:3]) in python_docs.interpreter_fingerprint()
+    assert python_docs.interpreter_fingerprint() == python_docs.interpreter_fingerprint()
 
 
-def test_pairs_come_in_two_kinds() -> None:
-    pairs = instruction_pairs.pairs(held_out=False)
+def test_there_are_two_kinds_of_pairs() -> None:
+    pairs = instruction_pairs(held_out=False)
     answers = {pair[0]["content"]: pair[1]["content"] for pair in pairs}
     assert all([message["role"] for message in pair] == ["user", "assistant"] for pair in pairs)
-    assert not any(answer.startswith("re.compile(") for answer in answers.values())  # no signatures
+    assert not any(answer.startswith("re.compile(") for answer in answers.values())  # signatures are not asked for
     assert "re.compile" in answers.values()
     assert any(answer.startswith("Compile a regular expression") for answer in answers.values())
     assert len({question.split()[0] for question in answers}) >= 6  # phrasings

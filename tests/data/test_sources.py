@@ -1,4 +1,4 @@
-"""Local files and the hub as sources: what is read, and how what cannot be read is refused."""
+"""Sources: what is read from files, the hub and python_docs, and how malformed input is refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Source
-from pipeline.data import files, sources
-from pipeline.data.sources import ExampleStream, Purpose, check, fingerprint, pin
+from pipeline.data import files, python_docs
+from pipeline.data.sources import ExampleStream, Purpose, check_sources, fingerprint_sources, pin_sources
 from pipeline.errors import UserError
 
 
@@ -44,7 +44,7 @@ def _rows(path: Path, *rows: object) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------- reading
 
 
 def _plain(path: Path, data: bytes) -> Path:
@@ -62,31 +62,33 @@ def _zstandard(path: Path, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("write", [_plain, _gzip, _zstandard])
-def test_json_lines_and_text_also_compressed(write: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
+def test_json_lines_and_text_are_read_compressed_or_not(write: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in ("größer", "two\nlines", "  ", "last"))
     assert _texts(_source(write(tmp_path / "a.jsonl", rows.encode()))) == ["größer", "two\nlines", "  ", "last"]
     text = "Ein Text – mit Umlaut: ö\nzweite Zeile\n" * 3
     assert _texts(_source(write(tmp_path / "b.txt", text.encode()))) == [text]
 
 
-def test_a_long_text_file_becomes_documents_cut_at_blank_lines(tmp_path: Path) -> None:
+def test_a_long_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
     text = "".join(f"Paragraph {number}\n{'word ' * 400}\n\n" for number in range(100))
     found = _texts(_source(_plain(tmp_path / "long.txt", text.encode())))
     assert "".join(found) == text
-    assert len(found) > 1 and max(map(len, found)) < files.TEXT_PIECE + 3000
+    assert len(found) > 1 and max(map(len, found)) < files.CHUNK_CHARACTERS + 3000
     assert all(document.lstrip().startswith("Paragraph") for document in found)
 
 
-@pytest.mark.parametrize("line", ["a sentence – so lang\n", "ä" * 3 * files.LONGEST_TEXT], ids=["sentences", "endless"])
-def test_a_long_text_file_without_blank_lines_is_cut_too(line: str, tmp_path: Path) -> None:
-    """A line a sentence, and one endless line, whose pieces end within characters."""
-    text = "x" + line * (3 * files.LONGEST_TEXT // len(line) or 1)
+@pytest.mark.parametrize(
+    "line", ["a sentence – so lang\n", "ä" * 3 * files.MAX_CHUNK_CHARACTERS], ids=["sentences", "endless"]
+)
+def test_a_long_text_file_without_blank_lines_is_split_too(line: str, tmp_path: Path) -> None:
+    """One sentence per line, and a single long line whose pieces end within characters."""
+    text = "x" + line * (3 * files.MAX_CHUNK_CHARACTERS // len(line) or 1)
     found = _texts(_source(_plain(tmp_path / "long.txt", text.encode())))
     assert "".join(found) == text
-    assert len(found) >= 3 and max(map(len, found)) < files.LONGEST_TEXT + files.TEXT_PIECE
+    assert len(found) >= 3 and max(map(len, found)) < files.MAX_CHUNK_CHARACTERS + files.CHUNK_CHARACTERS
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_is_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -95,7 +97,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert _texts(_source(tmp_path)) == texts
 
 
-def test_arrow_both_the_stream_that_datasets_saves_and_the_file(tmp_path: Path) -> None:
+def test_arrow_is_read_in_the_stream_and_the_file_format(tmp_path: Path) -> None:
     import datasets
     import pyarrow
     from pyarrow import feather
@@ -107,11 +109,11 @@ def test_arrow_both_the_stream_that_datasets_saves_and_the_file(tmp_path: Path) 
     assert _texts(_source(tmp_path / "file.arrow")) == texts
 
 
-def test_a_directory_or_glob_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+def test_files_of_a_directory_or_glob_are_read_in_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.txt"):
         (tmp_path / name).write_text(name)
-    (tmp_path / "notes.md").write_text("not of a known kind")
+    (tmp_path / "notes.md").write_text("not of a supported format")
     assert _texts(_source(tmp_path)) == ["a.txt", "b.txt", "deep/c.txt"]
     assert _texts(_source(tmp_path / "?.txt")) == ["a.txt", "b.txt"]
 
@@ -129,13 +131,13 @@ def test_a_directory_or_glob_is_read_in_the_order_of_names(tmp_path: Path) -> No
     ],
     ids=["alpaca", "alpaca without input", "completion", "messages"],
 )
-def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
+def test_conversation_formats_are_recognized(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
     expected = [{"role": role, "content": content} for role, content in messages]
     assert [example.content for example in _stream(source, "instructions")] == [expected]
 
 
-# ---------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------- malformed input
 
 
 @pytest.mark.parametrize(
@@ -144,19 +146,21 @@ def test_conversation_formats(row: object, messages: list[tuple[str, str]], tmp_
         ("a.txt", b"good line\nbad \xff\xfe line\n", ["line 2", "UTF-8"]),
         ("a.txt", b"one\n\0\0binary\n", ["line 2", "NUL"]),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', ["line 2", "not JSON"]),
-        ("a.jsonl", b"[1, 2]\n", ["line 1", "no object"]),
+        ("a.jsonl", b"[1, 2]\n", ["line 1", "not a JSON object"]),
         ("a.jsonl", b'{"body": "x", "title": "y"}\n', ["text_field = text", "body, title"]),
         ("a.jsonl", b'{"text": 3}\n', ["text_field", "int"]),
-        ("a.txt.gz", b"not gzip", ["whole .gz file"]),
-        ("a.txt.gz", gzip.compress(b"text " * 10000, mtime=0)[:40], ["whole .gz file"]),
-        ("a.jsonl.zst", b"not zstd", ["whole .zst file"]),
-        ("a.txt.zst", files.zstd.compress(b"text " * 10000)[:-5], ["whole .zst file"]),
+        ("a.txt.gz", b"not gzip", ["complete .gz file"]),
+        ("a.txt.gz", gzip.compress(b"text " * 10000, mtime=0)[:40], ["complete .gz file"]),
+        ("a.jsonl.zst", b"not zstd", ["complete .zst file"]),
+        ("a.txt.zst", files.zstd.compress(b"text " * 10000)[:-5], ["complete .zst file"]),
         ("a.txt", "größer".encode()[:-3], ["line 1", "UTF-8"]),
         ("a.parquet", b"not parquet", ["Parquet"]),
         ("a.arrow", b"not arrow, but long enough to look at", ["Arrow"]),
     ],
 )
-def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, words: list[str], tmp_path: Path) -> None:
+def test_a_malformed_file_is_reported_with_line_and_reason(
+    name: str, content: bytes, words: list[str], tmp_path: Path
+) -> None:
     source = _source(_plain(tmp_path / name, content))
     message = _refusal(lambda: _texts(source))
     assert message.startswith("data.corpus.") and all(word in message for word in words), message
@@ -172,7 +176,7 @@ def test_a_bad_file_is_named_with_line_and_reason(name: str, content: bytes, wor
         ({"messages": "hello"}, ["list of objects"]),
     ],
 )
-def test_a_bad_conversation_is_refused(row: object, words: list[str], tmp_path: Path) -> None:
+def test_a_malformed_conversation_is_refused(row: object, words: list[str], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
     message = _refusal(lambda: list(_stream(source, "instructions")))
     assert message.startswith("data.instructions.path") and all(word in message for word in words), message
@@ -181,21 +185,21 @@ def test_a_bad_conversation_is_refused(row: object, words: list[str], tmp_path: 
 @pytest.mark.parametrize("purpose", ["corpus", "instructions"])
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_source_is_refused_before_anything_starts(purpose: Purpose, content: bytes, tmp_path: Path) -> None:
-    message = _refusal(lambda: check([_source(_plain(tmp_path / "a.jsonl", content))], purpose))
+    message = _refusal(lambda: check_sources([_source(_plain(tmp_path / "a.jsonl", content))], purpose))
     assert message.startswith(f"data.{purpose}.path") and "empty" in message
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "no such file" in _refusal(lambda: check([_source(tmp_path / "nothing.txt")], "corpus"))
-    assert "no file of a known kind" in _refusal(lambda: check([_source(tmp_path)], "corpus"))
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    assert "no such file" in _refusal(lambda: check_sources([_source(tmp_path / "nothing.txt")], "corpus"))
+    assert "no file of a supported format" in _refusal(lambda: check_sources([_source(tmp_path)], "corpus"))
 
 
-def test_the_check_reads_the_first_record_only(tmp_path: Path) -> None:
-    check([_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n'))], "corpus")
+def test_the_check_reads_only_the_first_record(tmp_path: Path) -> None:
+    check_sources([_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n'))], "corpus")
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "unreachable"])
-def test_the_hub_out_of_reach_is_recognised_at_once(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_refused_at_once(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: object, **kwargs: object) -> None:
         raise OSError("no network in this test")
 
@@ -203,20 +207,20 @@ def test_the_hub_out_of_reach_is_recognised_at_once(offline: bool, monkeypatch: 
     if offline:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
-    message = _refusal(lambda: check([_source("org/data", kind="hub", split="train")], "corpus"))
+    message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus"))
     assert time.monotonic() - started < 10.0
     assert message.startswith("data.corpus.path = org/data") and "kind: files" in message
 
 
-def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.models.hub.ANSWER_WITHIN_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
-    message = _refusal(lambda: check([_source("org/data", kind="hub", split="train")], "corpus"))
+    message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus"))
     assert "cannot be reached" in message
 
 
-def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
-    """A local directory stands for a repository; nothing goes over a network."""
+def test_a_hub_dataset_is_streamed_row_by_row(tmp_path: Path) -> None:
+    """A local directory replaces the repository, so that the test needs no network."""
     _rows(tmp_path / "train.jsonl", *({"text": f"row {number}"} for number in range(3)))
     assert _texts(_source(tmp_path, kind="hub", split="train")) == [f"row {number}" for number in range(3)]
     wrong_column = _source(tmp_path, kind="hub", split="train", text_field="body")
@@ -225,8 +229,8 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
     assert "nowhere" in _refusal(lambda: _texts(missing))
 
 
-def test_of_a_large_data_set_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
-    """All but its first two files would fail to be read."""
+def test_only_the_needed_part_of_a_hub_dataset_is_read(tmp_path: Path) -> None:
+    """All files after the first two are malformed."""
     for number in range(2):
         _rows(tmp_path / f"part-{number:02}.jsonl", *({"text": f"{number} {row}"} for row in range(50)))
     for number in range(2, 40):
@@ -234,10 +238,10 @@ def test_of_a_large_data_set_only_what_is_asked_for_is_read(tmp_path: Path) -> N
     source = _source(tmp_path, kind="hub", split="train")
     assert len(list(islice(_stream(source, "corpus"), 80))) == 80
     message = _refusal(lambda: _texts(source))
-    assert message.startswith("data.corpus.path") and "behind row 100" in message and "JSON parse error" in message
+    assert message.startswith("data.corpus.path") and "after row 100" in message and "JSON parse error" in message
 
 
-def test_a_row_without_text_is_dropped_and_no_end(tmp_path: Path) -> None:
+def test_a_row_without_text_is_blank_and_does_not_end_the_stream(tmp_path: Path) -> None:
     rows = _rows(tmp_path / "a.jsonl", {"text": "first"}, {"text": None}, {"text": "last"})
     assert [example.is_blank for example in _stream(_source(rows), "corpus")] == [False, True, False]
     called = {"messages": [{"role": "user", "content": "Call it."}, {"role": "assistant", "content": None}]}
@@ -245,45 +249,45 @@ def test_a_row_without_text_is_dropped_and_no_end(tmp_path: Path) -> None:
     assert chat.is_blank
 
 
-# ------------------------------------------------------------------------------------------- resume
+# ----------------------------------------------------------------------------------------- resuming
 
 
-def _several_files(place: Path) -> Source:
+def _several_files(directory: Path) -> Source:
     for number in range(3):
-        _rows(place / f"{number}.jsonl", *({"text": f"{number} {row}"} for row in range(7)))
-    _gzip(place / "text.txt", b"compressed")
-    return _source(place)
+        _rows(directory / f"{number}.jsonl", *({"text": f"{number} {row}"} for row in range(7)))
+    _gzip(directory / "text.txt", b"compressed")
+    return _source(directory)
 
 
-def _data_set(place: Path) -> Source:
-    return _several_files(place).model_copy(update={"kind": "hub", "split": "train", "path": f"{place}"})
+def _hub_dataset(directory: Path) -> Source:
+    return _several_files(directory).model_copy(update={"kind": "hub", "split": "train", "path": f"{directory}"})
 
 
-def _embedded(place: Path) -> Source:
+def _python_docs(directory: Path) -> Source:
     return _source(None, kind="python_docs")
 
 
-@pytest.mark.parametrize("make", [_several_files, _data_set, _embedded])
-def test_a_stream_goes_on_where_another_one_stood(make: Callable[[Path], Source], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [_several_files, _hub_dataset, _python_docs])
+def test_a_stream_resumes_at_the_position_of_another_one(make: Callable[[Path], Source], tmp_path: Path) -> None:
     source = make(tmp_path)
-    whole = _texts(source)
-    for taken in (0, 1, 6, 7, 8, 20, len(whole)):
+    complete = _texts(source)
+    for taken in (0, 1, 6, 7, 8, 20, len(complete)):
         stream = _stream(source, "corpus")
         examples = iter(stream)
         first = [example.content for example in islice(examples, taken)]
         position = json.loads(json.dumps(stream.position()))
         rest = [example.content for example in _stream(source, "corpus", position)]
-        assert first + rest == whole, taken
+        assert first + rest == complete, taken
 
 
-# ---------------------------------------------------------------------------------------- identity
+# -------------------------------------------------------------------------------------- fingerprints
 
 
-def test_the_fingerprint_is_the_content(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_only(tmp_path: Path) -> None:
     memo = Fingerprints(tmp_path / "memo" / "known.json")
 
     def of(*found: Source) -> str:
-        return fingerprint(found, "corpus", memo)
+        return fingerprint_sources(found, "corpus", memo)
 
     path = _plain(tmp_path / "a.txt", b"one")
     before = of(_source(path))
@@ -293,15 +297,15 @@ def test_the_fingerprint_is_the_content(tmp_path: Path) -> None:
     assert of(_source(path)) != before
     commit = "0123456789" * 4
     pinned = _source("org/data", kind="hub", split="train", revision=commit)
-    assert pin([pinned], "corpus") == [pinned]  # no network needed
+    assert pin_sources([pinned], "corpus") == [pinned]  # without a network
     assert of(pinned) == f"hub org/data {commit}"
-    embedded = _source(None, kind="python_docs")
-    assert of(embedded) == sources.interpreter_fingerprint()
-    assert len({of(embedded, pinned), of(pinned, embedded), of(embedded), of(pinned)}) == 4
+    docs = _source(None, kind="python_docs")
+    assert of(docs) == python_docs.interpreter_fingerprint()
+    assert len({of(docs, pinned), of(pinned, docs), of(docs), of(pinned)}) == 4
 
 
-def test_a_fault_in_one_of_several_sources_says_in_which(tmp_path: Path) -> None:
+def test_an_error_in_one_of_several_sources_names_it(tmp_path: Path) -> None:
     good = _source(_plain(tmp_path / "a.txt", b"good"))
     for bad in (_source(tmp_path / "nowhere"), _source(_plain(tmp_path / "b.txt", b" "))):
-        assert _refusal(lambda bad=bad: check([good, bad], "corpus")).startswith("data.corpus.1.path")
-    check([good, good], "corpus")
+        assert _refusal(lambda bad=bad: check_sources([good, bad], "corpus")).startswith("data.corpus.1.path")
+    check_sources([good, good], "corpus")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 
-from pipeline.data import instruction_pairs
-from pipeline.data.python_docs import askable, documents, entries, part_of, words
+from pipeline.data.python_docs import documents, entries, instruction_pairs, question_entries, subset_of, words
 from pipeline.evaluation.questions import Question, build_questions
 
 
@@ -48,14 +47,14 @@ def test_distractors_are_from_the_same_module_and_wrong() -> None:
 
 
 def test_only_asked_modules_are_asked_about() -> None:
-    assert {part_of(question.module) for question in _questions()} == {"asked"}
-    asked = {entry.name for entry in askable()}
+    assert {subset_of(question.module) for question in _questions()} == {"asked"}
+    asked = {entry.name for entry in question_entries()}
     assert {name for question in _questions() for name in question.names} <= asked
 
 
 def test_the_answers_stand_in_the_corpus_and_in_no_instruction_pair() -> None:
     corpus = " ".join(words("\n".join(documents(held_out=False))))
-    spoken = [message["content"] for pair in instruction_pairs.pairs(held_out=False) for message in pair]
+    spoken = [message["content"] for pair in instruction_pairs(held_out=False) for message in pair]
     taught = {" ".join(words(text)) for text in spoken}
     for question in _questions():
         assert " ".join(words(question.summary)) in corpus

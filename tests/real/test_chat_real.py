@@ -1,4 +1,4 @@
-"""Masks of real conversations under SmolLM2's own tokenizer and template, read back from the blocks."""
+"""Loss masks of real conversations with SmolLM2's tokenizer and template, read back from the blocks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import AutoTokenizer
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Source, Tokenize, Tracking
-from pipeline.data import instruction_pairs
 from pipeline.data.chat import PLAIN_TEMPLATE
+from pipeline.data.python_docs import instruction_pairs
 from pipeline.stages import tokenize
 from tests.plain_settings import cpu_launch
 
 LENGTH = 512
 SPLITS = ("train", "held_out")
-LONG_TALK = [
+LONG_CONVERSATION = [
     {"role": "system", "content": "You answer in verse – or not at all. 🙂"},
     {"role": "user", "content": "assistant\nWrite a loop."},
     {"role": "assistant", "content": "```python\nfor i in range(3):\n    print(i)\n```\n"},
@@ -32,24 +32,24 @@ LONG_TALK = [
 
 
 def _rows() -> list[dict[str, Any]]:
-    """Real pairs in all three formats, and a conversation of several turns."""
-    pairs = instruction_pairs.pairs(held_out=True)[::4]
-    rows: list[dict[str, Any]] = [{"messages": LONG_TALK}]
+    """Real question-answer pairs in all three formats, and a conversation of several turns."""
+    pairs = instruction_pairs(held_out=True)[::4]
+    rows: list[dict[str, Any]] = [{"messages": LONG_CONVERSATION}]
     for number, (question, answer) in enumerate(pairs):
-        asked, said = question["content"], answer["content"]
+        prompt, completion = question["content"], answer["content"]
         rows.append(
             [
                 {"messages": [question, answer]},
-                {"instruction": asked, "input": "", "output": said},
-                {"prompt": asked, "completion": said},
+                {"instruction": prompt, "input": "", "output": completion},
+                {"prompt": prompt, "completion": completion},
             ][number % 3]
         )
     return rows
 
 
 @pytest.fixture(scope="module", params=["model", "plain"])
-def data_set(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The instructions as the stage leaves them."""
+def dataset(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenized instructions."""
     out = tmp_path_factory.mktemp("instructions")
     chats = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     chats.write_text("\n".join(map(json.dumps, _rows())))
@@ -67,7 +67,7 @@ def data_set(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory
 
 
 def _examples(out: Path) -> list[tuple[list[int], list[int]]]:
-    """Ids and mask of every example: a block is cut where positions start again."""
+    """Ids and mask of every example. In a block, position 0 marks the beginning of an example."""
     found = []
     for split in SPLITS:
         names = ("input_ids", "position_ids", "loss_mask")
@@ -75,11 +75,11 @@ def _examples(out: Path) -> list[tuple[list[int], list[int]]]:
         for ids, positions, mask in zip(*arrays, strict=True):
             for begin, end in pairwise([*np.flatnonzero(positions == 0), len(ids)]):
                 found.append((ids[begin:end].tolist(), mask[begin:end].tolist()))
-    return [(ids, mask) for ids, mask in found if len(set(ids)) > 1]  # the rest is padding
+    return [(ids, mask) for ids, mask in found if len(set(ids)) > 1]  # without the padding, which repeats one id
 
 
-def _said_in(ids: list[int], begin: list[int], end: int) -> list[int]:
-    """The mask as a reader of tokens would set it: from behind each beginning of an answer to its end token."""
+def _expected_mask(ids: list[int], begin: list[int], end: int) -> list[int]:
+    """The mask found by searching the ids: from after every beginning of an answer up to its end token."""
     mask = [0] * len(ids)
     at = 0
     while at < len(ids):
@@ -93,30 +93,30 @@ def _said_in(ids: list[int], begin: list[int], end: int) -> list[int]:
     return mask
 
 
-def test_what_is_taught_is_what_the_assistant_says_and_its_end_of_turn(data_set: Path, smollm2_dir: Path) -> None:
+def test_only_assistant_messages_and_their_end_of_turn_are_trained_on(dataset: Path, smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    plain = (data_set / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
+    plain = (dataset / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
     begin = tokenizer("### Response:\n" if plain else "<|im_start|>assistant\n", add_special_tokens=False).input_ids
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    said: list[str] = []
-    examples = _examples(data_set)
+    answers: list[str] = []
+    examples = _examples(dataset)
     for ids, mask in examples:
-        assert mask == _said_in(ids, begin, end)
+        assert mask == _expected_mask(ids, begin, end)
         runs = np.split(np.array(ids), np.flatnonzero(np.diff(mask)) + 1)
-        said += [tokenizer.decode(run) for run in runs[1::2]]
+        answers += [tokenizer.decode(run) for run in runs[1::2]]
     rows = _rows()
-    expected = [message["content"] for message in LONG_TALK if message["role"] == "assistant"]
+    expected = [message["content"] for message in LONG_CONVERSATION if message["role"] == "assistant"]
     expected += [row.get("output") or row.get("completion") or row["messages"][1]["content"] for row in rows[1:]]
-    assert sorted(said) == sorted(f"{answer}<|im_end|>" for answer in expected)
+    assert sorted(answers) == sorted(f"{answer}<|im_end|>" for answer in expected)
     assert len(examples) == len(rows)
 
 
-def test_the_ids_are_what_a_user_of_the_tuned_model_gets(data_set: Path, smollm2_dir: Path) -> None:
+def test_the_ids_equal_those_of_the_tuned_model_at_inference(dataset: Path, smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
-    tokenizer.chat_template = (data_set / "chat_template.jinja").read_text()
-    prompts = {tuple(ids[: mask.index(1)]) for ids, mask in _examples(data_set)}
-    for line in (data_set / "held_out.jsonl").read_text().splitlines():
+    tokenizer.chat_template = (dataset / "chat_template.jinja").read_text()
+    prompts = {tuple(ids[: mask.index(1)]) for ids, mask in _examples(dataset)}
+    for line in (dataset / "held_out.jsonl").read_text().splitlines():
         turns = json.loads(line)["messages"]
         first = next(number for number, message in enumerate(turns) if message["role"] == "assistant")
-        asked = tokenizer.apply_chat_template(turns[:first], add_generation_prompt=True, return_dict=False)
-        assert tuple(asked) in prompts
+        prompt = tokenizer.apply_chat_template(turns[:first], add_generation_prompt=True, return_dict=False)
+        assert tuple(prompt) in prompts

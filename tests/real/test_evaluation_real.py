@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from pipeline.config import Evaluate
-from pipeline.data.chat import ChatRenderer, chat_template
-from pipeline.data.records import turn
+from pipeline.data.chat import ChatTokenizer, chat_template
+from pipeline.data.records import single_turn
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.harness import ScoringJob, score
 from pipeline.launch.machine import Placement, detect_machine
@@ -44,8 +44,8 @@ def test_its_own_chat_template_is_taught_up_to_the_end_of_turn(smollm2_dir: Path
     """The template puts a system message of its own first; only the answer and its end are taught."""
 
     tokenizer = TextTokenizer(smollm2_dir)
-    renderer = ChatRenderer(tokenizer, chat_template(tokenizer, "model"), 512, Counter())
-    (rendered,) = renderer.render(turn("What does gc.collect do?", "Run the garbage collector."))
+    chat = ChatTokenizer(tokenizer, chat_template(tokenizer, "model"), 512, Counter())
+    (rendered,) = chat.tokenize(single_turn("What does gc.collect do?", "Run the garbage collector."))
     text = tokenizer.inner.decode(rendered.input_ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>\n")
     taught = [id_ for id_, taught in zip(rendered.input_ids, rendered.loss_mask, strict=True) if taught]

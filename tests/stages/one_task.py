@@ -1,4 +1,4 @@
-"""A stage's task, for running one stage alone."""
+"""Tasks for running a single stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config import Launch, Section, Tracking
 def make_task(
     name: str, settings: Section, out: Path, parents: Mapping[str, Path] | None = None, seed: int = 0
 ) -> StageTask:
-    """A task that writes into ``out``, which is made."""
+    """Returns a task of the given stage that writes to ``out``, which is created."""
     out.mkdir(parents=True, exist_ok=True)
     tracking = Tracking(wandb="disabled", project="tests", entity=None)
     target = TrackingTarget(tracking, group="test", job_type=name, run_id="test", wandb_dir=out)

@@ -1,4 +1,4 @@
-"""A killed tokenize goes on where it was, and ends with the same bytes as one that was never disturbed."""
+"""A killed tokenize stage resumes, and its files are identical to those of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ import pytest
 
 from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.config import Source
-from pipeline.data import tokenizer as encoders
-from pipeline.data import tokenizing
-from pipeline.data.tokenizer import Encoders
+from pipeline.data import dataset_builder, tokenizer
+from pipeline.data.tokenizer import TokenizerPool
 from pipeline.progress import Bar
 from pipeline.stages import tokenize
 from tests.stages.test_tokenize import _source, _task
@@ -28,10 +27,10 @@ from tests.stages.test_tokenize import _source, _task
 SAVING_ALWAYS = """
 import json, sys
 from pathlib import Path
-from pipeline.data import tokenizing
+from pipeline.data import dataset_builder
 from pipeline.artifacts.task import task_from_json
 from pipeline.stages import tokenize
-tokenizing.SAVE_EVERY_SECONDS = 0.0
+dataset_builder.SAVE_EVERY_SECONDS = 0.0
 tokenize.run(task_from_json(json.loads(Path(sys.argv[1]).read_text())))
 """
 
@@ -40,25 +39,25 @@ class Killed(Exception):
     pass
 
 
-def _corpus(place: Path, documents: int) -> list[Source]:
-    """Two sources of documents of all lengths, some of which come twice."""
+def _corpus(directory: Path, documents: int) -> list[Source]:
+    """Two sources with documents of all lengths, some of them duplicates."""
     draw = random.Random(0)
     texts = [f"Document {number}. " + "some more words " * draw.randrange(40) for number in range(documents)]
-    place.mkdir()
+    directory.mkdir()
     for number in range(3):
         rows = "\n".join(json.dumps({"text": draw.choice(texts)}) for _ in range(documents // 3))
-        (place / f"{number}.jsonl.gz").write_bytes(gzip.compress(rows.encode(), mtime=0))
-    (place / "other.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[::-1]))
-    return [_source("corpus", place / "?.jsonl.gz", 0.7), _source("corpus", place / "other.jsonl", 0.3)]
+        (directory / f"{number}.jsonl.gz").write_bytes(gzip.compress(rows.encode(), mtime=0))
+    (directory / "other.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[::-1]))
+    return [_source("corpus", directory / "?.jsonl.gz", 0.7), _source("corpus", directory / "other.jsonl", 0.3)]
 
 
-def _chats(place: Path, conversations: int) -> list[Source]:
+def _chats(directory: Path, conversations: int) -> list[Source]:
     rows = [
         {"prompt": f"What is {number}?", "completion": "word " * (number % 17 + 1)} for number in range(conversations)
     ]
-    place.mkdir()
-    (place / "chats.jsonl").write_text("\n".join(map(json.dumps, [*rows, *rows[::9]])))
-    return [_source("instructions", place / "chats.jsonl")]
+    directory.mkdir()
+    (directory / "chats.jsonl").write_text("\n".join(map(json.dumps, [*rows, *rows[::9]])))
+    return [_source("instructions", directory / "chats.jsonl")]
 
 
 def _files(out: Path) -> dict[str, bytes]:
@@ -70,39 +69,39 @@ def _same_task(model: Path, out: Path, purpose: str, sources: list[Source], **ch
 
 
 @pytest.mark.parametrize(("purpose", "make"), [("corpus", _corpus), ("instructions", _chats)])
-def test_interrupted_anywhere_and_often_is_as_if_never(
+def test_repeated_interruptions_do_not_change_the_result(
     purpose: str, make: Any, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = make(tmp_path / "texts", 300)
-    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "whole", purpose, sources))
-    save = tokenizing.DatasetBuilder._save
+    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "complete", purpose, sources))
+    save = dataset_builder.DatasetBuilder._save
     calls: list[int] = []
 
-    def save_now_and_then(self: Any) -> None:
+    def save_every_fifth_time(self: Any) -> None:
         calls.append(1)
         if len(calls) % 5 == 0:
             save(self)
 
-    monkeypatch.setattr(tokenizing, "SAVE_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(tokenizing.DatasetBuilder, "_save", save_now_and_then)
+    monkeypatch.setattr(dataset_builder, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(dataset_builder.DatasetBuilder, "_save", save_every_fifth_time)
     task = _same_task(tiny_llama_dir, tmp_path / "interrupted", purpose, sources)
     for survived, cores in ((3, 2), (40, 1), (7, 3), (61, 2), (33, 1)):
         with monkeypatch.context() as patched:
-            patched.setattr(encoders, "available_cores", lambda cores=cores: cores)
+            patched.setattr(tokenizer, "available_cores", lambda cores=cores: cores)
             patched.setattr(Bar, "advance", _dying_after(survived))
             with pytest.raises(Killed):
                 tokenize.run(task)
     tokenize.run(task)
-    assert _files(task.out) == _files(tmp_path / "whole")
+    assert _files(task.out) == _files(tmp_path / "complete")
 
 
-def test_killed_while_the_files_are_hashed_nothing_is_read_again(
+def test_nothing_is_read_again_after_a_kill_during_hashing(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = _same_task(tiny_llama_dir, tmp_path / "done", "corpus", _corpus(tmp_path / "texts", 30))
     metrics = tokenize.run(task)
     written = _files(task.out)
-    monkeypatch.setattr(tokenize, "TextTokenizer", lambda directory: pytest.fail("it tokenizes again"))
+    monkeypatch.setattr(tokenize, "TextTokenizer", lambda directory: pytest.fail("it tokenized again"))
     assert tokenize.run(task) == metrics
     assert _files(task.out) == written and not (task.out / "checkpoint").exists()
 
@@ -117,9 +116,9 @@ def _dying_after(survived: int) -> Callable[..., None]:
     return advance
 
 
-def test_killed_for_real(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_resumed(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = _corpus(tmp_path / "texts", 3000)
-    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "whole", "corpus", sources))
+    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "complete", "corpus", sources))
     task = _same_task(tiny_llama_dir, tmp_path / "killed", "corpus", sources)
     (tmp_path / "task.json").write_text(json.dumps(task_to_json(task)))
     progress = task.out / "checkpoint" / "progress.json"
@@ -131,13 +130,13 @@ def test_killed_for_real(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pyte
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = _kept(progress)
-    encoded: list[str] = []
-    submit = Encoders.submit
-    monkeypatch.setattr(Encoders, "submit", lambda self, texts: encoded.extend(texts) or submit(self, texts))
+    tokenized: list[str] = []
+    submit = TokenizerPool.submit
+    monkeypatch.setattr(TokenizerPool, "submit", lambda self, texts: tokenized.extend(texts) or submit(self, texts))
     metrics = tokenize.run(task)
     assert 50 < kept < sum(metrics["documents"].values())
-    assert len(encoded) <= 6000 - kept  # nothing is encoded twice
-    assert _files(task.out) == _files(tmp_path / "whole")
+    assert len(tokenized) <= 6000 - kept  # nothing is tokenized twice
+    assert _files(task.out) == _files(tmp_path / "complete")
 
 
 def _kept(progress: Path) -> int:

@@ -1,0 +1,202 @@
+"""Builds one dataset: reads sources, deduplicates, splits, tokenizes and packs them into blocks, resumably.
+
+Memory is bounded by the prefetched batches, the open blocks, and the hashes of everything seen (``HashSet``). The
+result is identical to the byte whatever the number of tokenizer workers and however often the work was killed, because
+what is kept, and in which split, is decided one example at a time, in an order that depends on the sources only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.config import Tokenize
+from pipeline.data.blocks import Ids
+from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn
+from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
+from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
+from pipeline.data.records import SPLITS, Conversation, Example, Split
+from pipeline.data.sources import SOURCE_READERS, ExampleStream, setting_name
+from pipeline.data.splits import Deduplicator
+from pipeline.data.tokenizer import TextTokenizer
+from pipeline.errors import UserError
+from pipeline.progress import Bar
+
+TEMPLATE_FILE = "chat_template.jinja"  # the name it has in a Hugging Face model directory
+SAVE_EVERY_SECONDS = 20.0
+
+
+class DatasetBuilder:
+    """Builds one dataset. Used as a context manager.
+
+    Args:
+        directory: where the files are written. If an attempt at the same dataset was interrupted there, it is resumed.
+        settings: the settings, with pinned sources.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        UserError: the dataset has conversations, and there is no chat template for them.
+    """
+
+    def __init__(self, directory: Path, settings: Tokenize, tokenizer: TextTokenizer) -> None:
+        self._settings, self._tokenizer = settings, tokenizer
+        sources = settings.sources
+        self._names = [setting_name(sources, index, settings.purpose) for index in range(len(sources))]
+        self._open = ExitStack()
+        self._checkpoint = TokenizeCheckpoint(directory)
+        state = self._checkpoint.state
+        self._deduplicator = Deduplicator(settings.held_out_fraction, self._checkpoint.hashes)
+        self._writer = self._open.enter_context(DatasetWriter(directory, settings, tokenizer.eos, state))
+        self._pool = self._open.enter_context(tokenizer.worker_pool())
+        self._mixture = Mixture(self._open_sources(state["parts"] if state else None), settings.max_tokens)
+        self._end_of_turn: int | None = None
+        # One per source, since each counts what it drops.
+        self._chat_tokenizers: list[ChatTokenizer] = []
+        if settings.purpose == "instructions":
+            assert settings.chat_template is not None, "set for instructions by the driver"
+            template = chat_template(tokenizer, settings.chat_template)
+            (directory / TEMPLATE_FILE).write_text(template)
+            self._end_of_turn = end_of_turn(tokenizer, template)
+            self._chat_tokenizers = [
+                ChatTokenizer(tokenizer, template, settings.sequence_length, source.dropped)
+                for source in self._mixture.sources
+            ]
+
+    def _open_sources(self, states: Sequence[dict[str, Any]] | None) -> list[MixtureSource]:
+        """Opens every source where the interrupted attempt, if any, saved its state."""
+        opened = []
+        purpose = self._settings.purpose
+        for index, source in enumerate(self._settings.sources):
+            state = states[index] if states else None
+            position = state["position"] if state else None
+            stream = ExampleStream(source, purpose, self._names[index], position["stream"] if position else None)
+            # Conversations are tokenized in this process, because chat templates need the transformers tokenizer.
+            examples = (
+                PrefetchedDocuments(stream, self._pool, position)
+                if purpose == "corpus"
+                else UntokenizedExamples(stream)
+            )
+            opened.append(MixtureSource(examples, source.weight, SOURCE_READERS[source.kind].has_splits))
+            if state:
+                opened[-1].restore(state)
+        return opened
+
+    def __enter__(self) -> DatasetBuilder:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._open.__exit__(*details)
+
+    def build(self, bar: Bar) -> dict[str, Any]:
+        """Reads the sources to their end or to the token budget, and writes the dataset.
+
+        Returns:
+            The content of ``dataset.json``.
+
+        Raises:
+            UserError: a source cannot be read, or a split is empty.
+        """
+        saved_at = time.monotonic()
+        for index, example, ids in self._mixture:
+            split = self._deduplicator.assign(example, self._mixture.sources[index].dropped)
+            if split is not None:
+                self._add(index, split, example, ids)
+            bar.advance(example.size, training_tokens=self._mixture.training_tokens)
+            if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
+                self._save()
+                saved_at = time.monotonic()
+        self._writer.finish()
+        self._check_not_empty()
+        return self._summary()
+
+    def _add(self, index: int, split: Split, example: Example, ids: Ids | None) -> None:
+        source, name = self._mixture.sources[index], self._names[index]
+        if ids is not None:
+            self._writer.add_document(split, name, cast("str", example.content), ids)
+            source.count(split, len(ids))
+            return
+        conversation = cast("Conversation", example.content)
+        tokenized = self._chat_tokenizers[index].tokenize(conversation)
+        if tokenized:
+            self._writer.add_conversation(split, name, conversation, tokenized)
+            source.count(split, sum(len(each.input_ids) for each in tokenized))
+
+    def _save(self) -> None:
+        # The writer first: the checkpoint must not be ahead of what is on disk.
+        state = {**self._writer.save(), "parts": [source.state() for source in self._mixture.sources]}
+        self._checkpoint.save(state, self._deduplicator.new_hashes)
+
+    # -------------------------------------------------------------------------------- dataset.json
+
+    def _check_not_empty(self) -> None:
+        settings, mixture = self._settings, self._mixture
+        supervised = {split: self._writer.blocks[split].supervised_tokens for split in SPLITS}
+        for name, settings_of, source in zip(self._names, settings.sources, mixture.sources, strict=True):
+            if not supervised["train"] or (source.exhausted and not source.tokens["train"]):
+                kept = _kept_and_dropped(source.documents, source.dropped)
+                raise UserError(
+                    setting=f"{name}.path",
+                    value=settings_of.path,
+                    rule=f"it does not provide a single token to train on ({kept})",
+                    remedy="Provide more content, or increase the sequence length if everything was too long.",
+                )
+        if not supervised["held_out"]:
+            kept = _kept_and_dropped(mixture.total("documents"), mixture.total("dropped"))
+            raise UserError(
+                setting="data.held_out_fraction",
+                value=settings.held_out_fraction,
+                rule=f"the held-out part of data.{settings.purpose}, which is chosen by hash, is empty ({kept})",
+                remedy="Increase data.held_out_fraction, or provide more documents.",
+            )
+
+    def _summary(self) -> dict[str, Any]:
+        """The content of ``dataset.json``: counts in total and by source. Tokens do not include padding."""
+        settings, mixture, blocks = self._settings, self._mixture, self._writer.blocks
+        totals = {name: mixture.total(name) for name in COUNTS}
+        return {
+            "purpose": settings.purpose,
+            "sources": [  # pinned: a hub revision is a commit
+                {**settings_of.model_dump(mode="json"), **source.counts(), "ran_out": source.exhausted}
+                for settings_of, source in zip(settings.sources, mixture.sources, strict=True)
+            ],
+            "sequence_length": settings.sequence_length,
+            "vocab_size": self._tokenizer.vocab_size,
+            "end_of_turn": self._end_of_turn,  # id at which a model tuned on this dataset stops; null for a corpus
+            "blocks": {split: blocks[split].blocks for split in SPLITS},
+            "documents": {split: totals["documents"][split] for split in SPLITS},
+            "tokens": {split: totals["tokens"][split] for split in SPLITS},
+            "supervised_tokens": {split: blocks[split].supervised_tokens for split in SPLITS},
+            "dropped": dict(sorted(totals["dropped"].items())),
+            "warnings": self._warnings(),
+        }
+
+    def _warnings(self) -> list[str]:
+        """Messages about sources that provided less than was asked for or is needed."""
+        tokens, budget = self._mixture.training_tokens, self._settings.max_tokens
+        by_name = dict(zip(self._names, self._mixture.sources, strict=True))
+        exhausted = [name for name, source in by_name.items() if source.exhausted]
+        warnings = []
+        if exhausted and len(by_name) > 1:
+            warnings.append(
+                f"{exhausted[0]} ran out after {tokens:,} training tokens of all sources. The others were not read "
+                "further, to keep their shares. Provide more text for it, or decrease its weight."
+            )
+        if budget is not None and tokens < budget:
+            warnings.append(
+                f"data.max_corpus_tokens = {budget:,} was not reached: the sources have {tokens:,} training tokens."
+            )
+        warnings += [
+            f"{name} has no held-out document, so the evaluation cannot show what was learned or forgotten of it. "
+            "Provide more documents, or increase data.held_out_fraction."
+            for name, source in by_name.items()
+            if len(by_name) > 1 and not source.documents["held_out"]
+        ]
+        return warnings
+
+
+def _kept_and_dropped(documents: Counter[str], dropped: Counter[str]) -> str:
+    return f"{documents.total()} documents were kept; dropped: {dict(dropped) or 'none'}"
