@@ -1,4 +1,4 @@
-"""A progress bar for long work: rate, loss, time left. Where the output is no terminal, a line a minute instead."""
+"""Progress bars with rate, loss and time left. If the output is not a terminal, prints a line per minute instead."""
 
 from __future__ import annotations
 
@@ -10,78 +10,88 @@ from datetime import timedelta
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_SECONDS = 60.0  # between lines in a log
-FORETELLABLE = 0.01  # of the work must be done before the rest's time means anything
-SPEED_SECONDS = 3600.0  # over which a bar looks back: some work comes in pieces of minutes
+MIN_FRACTION = 0.01  # of the work that must be done before the remaining time is estimated
+SPEED_SECONDS = 3600.0  # over which a bar averages its speed, because some work advances only every few minutes
 
 _stream: TextIO | None = None  # None: standard error
 
 
 def set_stream(stream: TextIO) -> None:
-    """Bars go there from now on; for a process whose standard error is its log."""
+    """Sets where progress is shown, for a process whose standard error is redirected to a log."""
     global _stream
     _stream = stream
 
 
 class Bar:
-    """One running bar."""
+    """A running progress bar, as yielded by ``progress``."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
-        self._started = self._told = time.monotonic()
-        self._begun_at: float | None = None  # units that an earlier attempt had done
+        self._started = self._last_line = time.monotonic()
+        self._initial: float | None = None  # units that an earlier attempt completed
 
     def advance(self, amount: float = 1, note: str = "", **numbers: float) -> None:
-        """Moves the bar on by ``amount`` and shows ``note`` and the named numbers after it."""
-        self._begun_at = self._begun_at or 0.0
-        self._bar.update(self._task, advance=amount, note=_note(note, numbers))
-        self._tell()
+        """Advances the bar by ``amount`` and shows ``note`` and the named numbers."""
+        self._initial = self._initial or 0.0
+        self._bar.update(self._task, advance=amount, note=_format_note(note, numbers))
+        self._print_line()
 
     def move_to(self, completed: float, note: str = "", **numbers: float) -> None:
-        """Sets the bar to ``completed``, at first to where the work begins; for work that reports where it stands."""
-        self._begun_at = completed if self._begun_at is None else self._begun_at
-        self._bar.update(self._task, completed=completed, note=_note(note, numbers))
-        self._tell()
+        """Sets the bar to ``completed`` units and shows ``note`` and the named numbers.
 
-    def _tell(self) -> None:
-        """A line, where there is no bar and the last one is a while ago."""
+        The units of the first call count as completed by an earlier attempt, and do not affect the remaining time.
+        """
+        self._initial = completed if self._initial is None else self._initial
+        self._bar.update(self._task, completed=completed, note=_format_note(note, numbers))
+        self._print_line()
+
+    def _print_line(self) -> None:
         now = time.monotonic()
-        if self._bar.console.is_terminal or now - self._told < LINE_SECONDS:
+        if self._bar.console.is_terminal or now - self._last_line < LINE_SECONDS:
             return
-        self._told = now
+        self._last_line = now
         task = self._bar.tasks[self._task]
-        left = _left(task, self._begun_at or 0.0, now - self._started)
-        line = f"{task.description} {task.completed:,.0f}/{task.total or 0:,.0f}  {left}"
+        times = _format_times(task, self._initial or 0.0, now - self._started)
+        line = f"{task.description} {task.completed:,.0f}/{task.total or 0:,.0f}  {times}"
         print(f"{line}  {task.fields['note']}".rstrip(), file=self._bar.console.file, flush=True)
 
 
-def _left(task: Task, begun_at: float, seconds: float) -> str:
-    """Time gone and, where the work goes on as evenly as so far, left."""
-    gone = f"{timedelta(seconds=round(seconds))} gone"
-    done = task.completed - begun_at
-    if not task.total or done < FORETELLABLE * task.total:
-        return gone
-    return f"{gone}, {timedelta(seconds=round(seconds * (task.total - task.completed) / done))} left"
+def _format_times(task: Task, initial: float, seconds: float) -> str:
+    """Returns the elapsed time and, once it can be estimated, the remaining time at the same speed."""
+    elapsed = f"{timedelta(seconds=round(seconds))} elapsed"
+    done = task.completed - initial
+    if not task.total or done < MIN_FRACTION * task.total:
+        return elapsed
+    return f"{elapsed}, {timedelta(seconds=round(seconds * (task.total - task.completed) / done))} left"
 
 
-def _note(note: str, numbers: dict[str, float]) -> str:
+def _format_note(note: str, numbers: dict[str, float]) -> str:
     shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
     return "  ".join(part for part in (note, shown) if part)
 
 
 @contextmanager
 def progress(description: str, total: float) -> Iterator[Bar]:
-    """A bar over ``total`` units; lines where the output is no terminal."""
+    """Shows a progress bar over ``total`` units, or prints lines if the output is not a terminal."""
     console = Console(file=_stream or sys.stderr)
     columns = (
         TextColumn("{task.description:>18}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeLeftColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     bar = Progress(

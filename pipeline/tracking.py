@@ -1,7 +1,8 @@
-"""Where numbers go: ``metrics.jsonl`` beside the artifact, always, and Weights & Biases. The only importer of wandb.
+"""Logs metrics to ``metrics.jsonl`` in the artifact's directory and, optionally, to Weights & Biases.
 
-One W&B run a stage, all of a pipeline run in one group. The run's id is derived from the artifact, and steps are
-explicit, so that a restarted stage continues its own curve. Only global rank 0 makes a Tracker.
+Each stage is one W&B run, and the stages of a pipeline run form a group. The run's id is derived from the artifact's
+key and steps are explicit, so that a restarted stage continues its curve. Only global rank 0 creates a ``Tracker``. No
+other module imports wandb.
 """
 
 from __future__ import annotations
@@ -19,38 +20,39 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Logs one stage's numbers.
+    """Logs the metrics of one stage.
 
     Args:
-        target: where to; see ``TrackingTarget``.
-        directory: the artifact's directory; ``metrics.jsonl`` is written there.
+        target: the W&B settings, group and run.
+        directory: the artifact's directory, in which ``metrics.jsonl`` is written.
         config: the stage's settings, shown in W&B.
-        resume_after: the last step that counts after a restart; later lines are dropped. None starts anew.
+        resume_after: the step after which a restarted stage resumes. Existing lines of later steps are removed. With
+            None all existing lines are removed.
     """
 
     def __init__(
         self, target: TrackingTarget, directory: Path, config: Mapping[str, Any], resume_after: int | None = None
     ) -> None:
         self._path = directory / METRICS_FILE
-        _keep_lines(self._path, resume_after)
-        self._stream = open(self._path, "a", buffering=1)
+        _drop_lines_after(self._path, resume_after)
+        self._stream = open(self._path, "a", buffering=1)  # line by line, because the driver reads it meanwhile
         self._run = _start_run(target, config)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes one line of numbers at an explicit step."""
+        """Logs metrics at a step."""
         self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Shows a table in W&B; its numbers lie in the artifact already."""
+        """Shows a table in W&B. The artifact itself contains the same numbers."""
         if self._run is not None:
             import wandb
 
             self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
     def summary(self, metrics: Mapping[str, Any]) -> None:
-        """Sets the run's closing numbers."""
+        """Sets the summary values of the W&B run."""
         if self._run is not None:
             self._run.summary.update(dict(metrics))
 
@@ -65,20 +67,16 @@ class Tracker:
             self._run.finish(exit_code=0 if kind is None else 1)
 
 
-def _keep_lines(path: Path, resume_after: int | None) -> None:
-    """Rewrites the file with the lines that still count; a line cut short by a kill is dropped with the rest."""
+def _drop_lines_after(path: Path, step: int | None) -> None:
+    """Removes the lines of later steps, or all lines if ``step`` is None, and a last line that was not completed."""
     if not path.exists():
         return
-    kept = [] if resume_after is None else [line for line in _whole_lines(path) if line["step"] <= resume_after]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The parsed lines up to the last newline."""
     text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    complete = text[: text.rfind("\n") + 1].splitlines()  # a process that was killed may leave half a line
+    kept = [] if step is None else [line for line in complete if json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, path)
 
 
 def _start_run(target: TrackingTarget, config: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Tiny random models on disk, shared by all tests. No network, no real weights."""
+"""Fixtures shared by all tests: tiny random models, data and settings. They need neither a network nor real weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY_TEXT = [
 
 
 def pytest_collection_finish() -> None:
-    """Tests that compute in this process compute as ours do."""
+    """Applies the pipeline's settings for vector math to tests that compute in this process."""
     if "torch" in sys.modules:
         from pipeline.models.vector_math import settle_vector_math
 
@@ -33,7 +33,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """A byte-level BPE of 384 tokens with SmolLM2's chat template and special tokens."""
+    """A byte-level BPE of 384 tokens with the chat template and special tokens of SmolLM2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> 
 
 @pytest.fixture(scope="session")
 def tiny_llama_with_bos(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a tokenizer that puts ``<|endoftext|>`` before every text, as Llama's puts its BOS."""
+    """The tiny model with a tokenizer that prepends ``<|endoftext|>`` to every text, like Llama's BOS token."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -98,7 +98,7 @@ def tiny_llama_with_bos(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty different short documents, as JSONL."""
+    """A JSONL file with 60 different short documents."""
     lines = [
         json.dumps({"text": f"Document {index}. " + " ".join(TINY_TEXT[(index + shift) % 4] for shift in range(4))})
         for index in range(60)
@@ -110,7 +110,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty conversations of one turn, as JSONL."""
+    """A JSONL file with 40 single-turn conversations."""
     lines = [
         json.dumps(
             {
@@ -129,7 +129,7 @@ def tiny_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shrunk(tiny_llama_dir: Path, tiny_corpus: Path, tiny_chats: Path) -> list[str]:
-    """Overrides that bring any experiment down to seconds on the tiny model."""
+    """Overrides that make any experiment run on the tiny model within seconds."""
     sizes = {"sequence_length": 64, "global_batch": 4, "micro_batch": 2, "steps": 3, "epochs": "null",
              "held_out_blocks": 2, "checkpoint_every_steps": 1, "activation_checkpointing": "false"}  # fmt: skip
     return [
@@ -144,7 +144,7 @@ def shrunk(tiny_llama_dir: Path, tiny_corpus: Path, tiny_chats: Path) -> list[st
 
 @pytest.fixture(scope="session")
 def expand_settings() -> Callable[..., AnyExpand]:
-    """``expand_settings("lesa", new_layers=2, variant="paper")``: a method's own file with some values changed."""
+    """``expand_settings("lesa", new_layers=2, variant="paper")`` returns a method's defaults with some changes."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     shared = OmegaConf.load(conf / "config.yaml")["expand"]
 

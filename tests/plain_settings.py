@@ -1,4 +1,4 @@
-"""Settings that many tests need and none is about."""
+"""Settings shared by tests that do not depend on their values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pipeline.config import Launch, Model
 
 
 def cpu_launch(processes: int = 1, threads: int | Literal["auto"] = 1) -> Launch:
-    """On this machine's CPU."""
+    """Returns launch settings for this machine's CPU."""
     return Launch(device="cpu", processes=processes, threads=threads, nodes=1, utilization=0.4)
 
 
 def model_at(path: object, **changes: object) -> Model:
-    """A model directory or a hub's name, in float32."""
+    """Returns model settings for a directory or a name on the hub, in float32."""
     settings = {
         "revision": None,
         "gguf_file": None,

@@ -1,4 +1,4 @@
-"""Other processes, as a test sees them; they may end while it looks."""
+"""Helpers for observing other processes, which may exit at any time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from scripts.benchmarks.processes import descendants
 
 
 def children(pid: int) -> list[int]:
-    """All living descendants of a process."""
+    """Returns all living descendants of a process."""
     return list(descendants(pid))[1:]
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process has ended; one that waits for its parent to look counts as ended."""
+    """Whether a process has exited. A zombie counts as exited."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -22,6 +22,6 @@ def is_gone(pid: int) -> bool:
 
 
 def seconds_of_children() -> float:
-    """Of work that this process's ended children did, however long they had to wait for a core."""
+    """Returns the CPU time of this process's children that have exited, which does not depend on the machine's load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

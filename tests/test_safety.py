@@ -1,4 +1,4 @@
-"""A whole run in which every process is watched: nothing is pickled or unpickled, and no token reaches a file."""
+"""A complete run in which every process is monitored: nothing is pickled or unpickled, and no token reaches a file."""
 
 from __future__ import annotations
 
@@ -11,52 +11,54 @@ from tests.test_pipeline import run
 
 SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef"}
 
-# Python imports a module of this name at the start of every process.
-WATCH = """
+# Installed as sitecustomize.py, which Python imports at the start of every process.
+MONITOR = """
 import os, pickle, sys, traceback
 
 def forbid(name):
-    def called(*arguments, **details):
+    def forbidden(*arguments, **details):
         with open(os.environ["PIPELINE_TEST_PICKLES"], "a") as log:
             log.write(name + "\\n" + "".join(traceback.format_stack(limit=4)) + "\\n")
         raise AssertionError(f"{name} was called")
-    return called
+    return forbidden
 
 pickle.load, pickle.dump = forbid("pickle.load"), forbid("pickle.dump")
 if {"pipeline.stages", "pipeline.training.worker"} & set(sys.orig_argv):
     import torch
     torch.load, torch.save = forbid("torch.load"), forbid("torch.save")
-with open(os.environ["PIPELINE_TEST_PICKLES"] + ".watched", "a") as log:
+with open(os.environ["PIPELINE_TEST_PICKLES"] + ".started", "a") as log:
     log.write(" ".join(sys.orig_argv) + "\\n")
 """
 
 
 @pytest.fixture(scope="module")
-def watched(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run; ``pickles`` in it would name every forbidden call."""
-    place = tmp_path_factory.mktemp("watched")
-    (place / "site").mkdir()
-    (place / "site" / "sitecustomize.py").write_text(WATCH)
+def finished_run(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run. A forbidden call would have written the file ``pickles`` in it."""
+    directory = tmp_path_factory.mktemp("finished_run")
+    (directory / "site").mkdir()
+    (directory / "site" / "sitecustomize.py").write_text(MONITOR)
     with pytest.MonkeyPatch.context() as environment:
         for name, value in SECRETS.items():
             environment.setenv(name, value)
-        environment.setenv("PIPELINE_TEST_PICKLES", str(place / "pickles"))
-        status, output = run("+experiment=quickstart", *shrunk, "tracking=offline", cwd=place, path=[place / "site"])
+        environment.setenv("PIPELINE_TEST_PICKLES", str(directory / "pickles"))
+        status, output = run(
+            "+experiment=quickstart", *shrunk, "tracking=offline", cwd=directory, path=[directory / "site"]
+        )
     assert status == EXIT_DONE, output
-    (place / "terminal.txt").write_text(output)
-    return place
+    (directory / "terminal.txt").write_text(output)
+    return directory
 
 
 @pytest.mark.xdist_group("safety")
-def test_no_pickle_is_written_or_read(watched: Path) -> None:
-    started = (watched / "pickles.watched").read_text()
+def test_no_pickle_is_written_or_read(finished_run: Path) -> None:
+    started = (finished_run / "pickles.started").read_text()
     assert "pipeline.stages" in started and "pipeline.training.worker" in started
-    assert not (watched / "pickles").exists(), (watched / "pickles").read_text()
+    assert not (finished_run / "pickles").exists(), (finished_run / "pickles").read_text()
 
 
 @pytest.mark.xdist_group("safety")
-def test_no_token_is_in_any_file_or_on_the_terminal(watched: Path) -> None:
-    files = [path for path in watched.rglob("*") if path.is_file()]
+def test_no_token_is_written_to_a_file_or_the_terminal(finished_run: Path) -> None:
+    files = [path for path in finished_run.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     for path in files:
         content = path.read_bytes()

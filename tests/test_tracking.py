@@ -1,4 +1,4 @@
-"""Numbers reach the JSONL and W&B's own files, and survive a restart."""
+"""Metrics are written to the JSONL and to W&B's files, and survive a restart."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _lines(tmp_path: Path) -> list[dict[str, float]]:
 
 
 def _read_with_wandb(file: Path) -> list[dict[str, Any]]:
-    """The records of a .wandb file, as W&B's own command line reads them."""
+    """Reads the records of a .wandb file with W&B's command line."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in answer.stdout.splitlines()]
 
 
-def test_offline_files_hold_the_metrics_settings_and_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_files_contain_metrics_settings_and_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     with Tracker(_target(tmp_path, "offline"), tmp_path, {"learning_rate": 0.001}) as tracker:
         tracker.log({"loss": 2.5}, step=1)
@@ -45,23 +45,23 @@ def test_offline_files_hold_the_metrics_settings_and_group(tmp_path: Path, monke
     assert (run["run_group"], run["job_type"], run["run_id"]) == ("quickstart", "pretrain", "0123456789abcdef")
     assert run["config"]["update"]["learning_rate"] == 0.001
     texts = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert not any(b"a" * 40 in text for text in texts), "the key is in W&B's files"
+    assert not any(b"a" * 40 in text for text in texts), "the API key is in W&B's files"
 
 
-def test_the_jsonl_has_the_same_numbers(tmp_path: Path) -> None:
+def test_jsonl_contains_the_logged_metrics(tmp_path: Path) -> None:
     with Tracker(_target(tmp_path), tmp_path, {}) as tracker:
         tracker.log({"loss": 2.5}, step=1)
     assert _lines(tmp_path) == [{"step": 1, "loss": 2.5}]
 
 
-def test_a_restart_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+def test_restart_drops_lines_after_the_checkpoint_and_an_incomplete_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
     with Tracker(_target(tmp_path), tmp_path, {}, resume_after=1) as tracker:
         tracker.log({"loss": 2.0}, step=2)
     assert _lines(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 
 
-def test_disabled_starts_no_wandb(tmp_path: Path) -> None:
+def test_disabled_tracking_does_not_start_wandb(tmp_path: Path) -> None:
     with Tracker(_target(tmp_path), tmp_path, {}) as tracker:
         tracker.table("results", ["a"], [[1]])
         tracker.summary({"a": 1})

@@ -1,8 +1,8 @@
-"""Artifacts: directories named by what made them, whole or absent. Standard library only.
+"""Artifacts: directories named by what they were made from, which are either complete or absent.
 
-A key is the SHA-256 of a stage's name and version, its settings, its parents' keys and the content of its
-outside inputs. Work happens in ``<key>.partial``; ``manifest.json`` is written last and one rename commits.
-A lock beside the directory lets one process build while others wait (see ``lock``).
+An artifact's key is the SHA-256 of its stage's name and version, its settings, the keys of its parents and the content
+of its external inputs. A stage writes into ``<key>.partial``. The file ``manifest.json`` is written last, and one
+rename commits the directory. A lock beside it lets one process build while others wait (see ``lock``).
 """
 
 from __future__ import annotations
@@ -21,71 +21,12 @@ from pipeline.artifacts.lock import Holder, Lock
 from pipeline.files import fsync_directory, read_json, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-# ------------------------------------------------------------------------------------------- keys
-
-
-def make_key(
-    stage: str, version: int, settings: Mapping[str, Any], parents: Mapping[str, str], inputs: Mapping[str, str]
-) -> str:
-    """64 hexadecimal digits naming the one artifact that these inputs make."""
-    return sha256_json({"stage": stage, "version": version, "settings": settings, "parents": parents, "inputs": inputs})
-
-
-@dataclass(frozen=True)
-class Fingerprints:
-    """SHA-256 of local inputs, remembered by path, size and modification time so that a rerun reads nothing."""
-
-    memo: Path
-    writes: bool = True  # else the memo is only read
-
-    def of_file(self, path: Path) -> str:
-        """The hash of one file; recomputed when its size or time changed."""
-        name, known = self._name(path), self._known()
-        if name not in known:
-            known[name] = sha256_file(path)
-            if self.writes:
-                self.memo.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self.memo, known)
-        return str(known[name])
-
-    def _name(self, path: Path) -> str:
-        status = path.stat()
-        return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-
-    def _known(self) -> dict[str, str]:
-        known: dict[str, str] = read_json(self.memo) if self.memo.exists() else {}
-        return known
-
-    def of_files(self, paths: Iterable[Path]) -> str:
-        """One hash for a list of files: their names and contents, in order."""
-        lines = [f"{path.name} {self.of_file(path)}" for path in paths]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-class RememberedFingerprints(Fingerprints):
-    """Only what is remembered: nothing is read, nothing is written."""
-
-    def of_file(self, path: Path) -> str:
-        """The hash of a file as it was when it was last read; for one never read, what tells it from others."""
-        name = self._name(path)
-        return self._remembered.get(name, f"unread {name}")
-
-    @cached_property
-    def _remembered(self) -> dict[str, str]:
-        return self._known()
-
-
-# ---------------------------------------------------------------------------------------- the store
+ATTEMPTS_FILE = "attempts.json"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One artifact's place: ``<root>/<stage>/<key>``."""
+    """The artifact in the directory ``<root>/<stage>/<key>``, which may not exist yet."""
 
     root: Path
     stage: str
@@ -93,38 +34,47 @@ class Artifact:
 
     @property
     def path(self) -> Path:
-        """The finished directory."""
+        """The directory of the complete artifact."""
         return self.root / self.stage / self.key
 
     @property
     def partial(self) -> Path:
-        """Where it is being made."""
+        """The directory in which it is built."""
         return self.path.with_name(f"{self.key}.partial")
 
+    @property
+    def _rebuild_marker(self) -> Path:
+        return self.path.with_name(f"{self.key}.redo")
+
     def is_complete(self) -> bool:
-        """Whether the manifest is there and every file it names has its size. Contents are not read."""
+        """Whether the manifest exists and every file it lists has the recorded size. Contents are not read."""
         manifest = self.path / MANIFEST
-        if self._redo.exists() or not manifest.is_file():
+        if self._rebuild_marker.exists() or not manifest.is_file():
             return False
         files = read_json(manifest)["files"]
         return all(_size_of(self.path / name) == entry["bytes"] for name, entry in files.items())
 
     def manifest(self) -> dict[str, Any]:
-        """The finished artifact's manifest."""
+        """Reads the manifest of a complete artifact."""
         manifest: dict[str, Any] = read_json(self.path / MANIFEST)
         return manifest
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Hashes every file, writes the manifest last and renames. An older artifact is replaced."""
+        """Makes the partial directory the complete artifact, replacing an older one.
+
+        Args:
+            manifest: the content of the manifest. The size and SHA-256 of every file are added to it.
+        """
         files = {
             str(path.relative_to(self.partial)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(self.partial.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
         write_json(self.partial / MANIFEST, {**manifest, "files": files})
+        # The data must be on disk before the rename that declares it complete.
         fsync_directory(self.partial)
         if self.path.exists():
-            # A rename cannot replace a directory that holds files; the old one steps aside first.
+            # A rename cannot replace a directory that is not empty, so the old one is moved away first.
             old = self.path.with_name(f"{self.key}.old")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(self.path, old)
@@ -132,23 +82,20 @@ class Artifact:
             shutil.rmtree(old)
         else:
             os.replace(self.partial, self.path)
-        self._redo.unlink(missing_ok=True)
-
-    def lock(self) -> Lock:
-        """What one process at a time holds to build this artifact."""
-        return Lock(self.path.with_name(f"{self.key}.builder"), Holder.current(os.environ))
-
-    # An artifact to be redone keeps its files until the new ones replace them, but counts as missing.
-
-    @property
-    def _redo(self) -> Path:
-        return self.path.with_name(f"{self.key}.redo")
+        self._rebuild_marker.unlink(missing_ok=True)
 
     def invalidate(self) -> None:
-        """Asks for it to be made anew, from the beginning; for the holder of the lock."""
+        """Marks the artifact to be rebuilt from the beginning. Only the holder of the lock may call this.
+
+        The old files stay until the new ones replace them, but the artifact counts as missing.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._redo.touch()
+        self._rebuild_marker.touch()
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def lock(self) -> Lock:
+        """Returns the lock that a process must hold while it builds this artifact."""
+        return Lock(self.path.with_name(f"{self.key}.builder"), Holder.current(os.environ))
 
 
 def _size_of(path: Path) -> int | None:
@@ -158,33 +105,103 @@ def _size_of(path: Path) -> int | None:
         return None
 
 
-# --------------------------------------------------------------------------------------------------
-# How long an artifact took to make, over all attempts at it: killed ones count too.
-#
-# A killed attempt cannot say when it ended, but the files that it wrote do.
+# --------------------------------------------------------------------------- keys and fingerprints
 
-ATTEMPTS_FILE = "attempts.json"
+
+def make_key(
+    stage: str, version: int, settings: Mapping[str, Any], parents: Mapping[str, str], inputs: Mapping[str, str]
+) -> str:
+    """Returns the key of an artifact, as 64 hexadecimal digits.
+
+    Args:
+        stage: the stage's name.
+        version: the stage's version, which is raised when its output changes.
+        settings: the settings that influence the output.
+        parents: the parents' keys, by role.
+        inputs: fingerprints of external inputs, by name.
+    """
+    return sha256_json({"stage": stage, "version": version, "settings": settings, "parents": parents, "inputs": inputs})
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """SHA-256 hashes of local files, cached by path, size and modification time so that a rerun reads nothing.
+
+    Args:
+        memo: the JSON file with the cached hashes.
+        writes: whether new hashes are added to the cache.
+    """
+
+    memo: Path
+    writes: bool = True
+
+    def of_file(self, path: Path) -> str:
+        """Returns the hash of one file, computed again if its size or modification time has changed."""
+        name, known = self._name(path), self._known()
+        if name not in known:
+            known[name] = sha256_file(path)
+            if self.writes:
+                self.memo.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.memo, known)
+        return str(known[name])
+
+    def of_files(self, paths: Iterable[Path]) -> str:
+        """Returns one hash for several files: of their names and contents, in the given order."""
+        lines = [f"{path.name} {self.of_file(path)}" for path in paths]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _name(self, path: Path) -> str:
+        status = path.stat()
+        return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+
+    def _known(self) -> dict[str, str]:
+        known: dict[str, str] = read_json(self.memo) if self.memo.exists() else {}
+        return known
+
+
+class RememberedFingerprints(Fingerprints):
+    """Only the cached hashes: no input is read and nothing is written."""
+
+    def of_file(self, path: Path) -> str:
+        """Returns the cached hash of a file, or a unique placeholder if the file was never hashed."""
+        name = self._name(path)
+        return self._remembered.get(name, f"unread {name}")
+
+    @cached_property
+    def _remembered(self) -> dict[str, str]:
+        return self._known()
+
+
+# ----------------------------------------------------------------------------------------- attempts
+# How long an artifact took to build, over all attempts. A killed attempt cannot record when it ended, so the time of
+# the newest file that it wrote counts as its end.
 
 
 def begin_attempt(partial: Path) -> None:
-    """Notes in a partial directory that an attempt begins now, and closes the one before."""
-    started = [*_closed(partial), {"started": time.time(), "seconds": None}]
-    write_json(partial / ATTEMPTS_FILE, started)
+    """Records in a partial directory that an attempt begins, and how long the previous one took.
+
+    Call this before anything else is written there.
+    """
+    attempts = [*_finished_attempts(partial), {"started": time.time(), "seconds": None}]
+    write_json(partial / ATTEMPTS_FILE, attempts)
 
 
 def finish_attempts(partial: Path) -> tuple[int, float]:
-    """Removes the notes; returns how many attempts there were and how many seconds they took together."""
+    """Removes the record of the attempts.
+
+    Returns:
+        The number of attempts and their total duration in seconds.
+    """
     attempts = read_json(partial / ATTEMPTS_FILE)
     (partial / ATTEMPTS_FILE).unlink()
     last = time.time() - attempts[-1]["started"]
     return len(attempts), sum(attempt["seconds"] for attempt in attempts[:-1]) + last
 
 
-def _closed(partial: Path) -> list[dict[str, float]]:
-    """Earlier attempts, the last of them as long as it wrote."""
+def _finished_attempts(partial: Path) -> list[dict[str, float]]:
     file = partial / ATTEMPTS_FILE
     if not file.exists():
         return []
     attempts: list[dict[str, float]] = read_json(file)
-    written = max(path.stat().st_mtime for path in partial.rglob("*"))
-    return [*attempts[:-1], {**attempts[-1], "seconds": max(0.0, written - attempts[-1]["started"])}]
+    last_write = max(path.stat().st_mtime for path in partial.rglob("*"))
+    return [*attempts[:-1], {**attempts[-1], "seconds": max(0.0, last_write - attempts[-1]["started"])}]

@@ -1,52 +1,50 @@
-"""What a stage is handed, and what it gives back. Every file in ``stages/`` has one ``run(task)``.
+"""The task that the driver passes to a stage, and its JSON format.
 
-A stage reads its parents' directories, writes into ``task.out`` and returns its metrics; the caller
-(``run.py``) owns keys, manifests, locks and the commit. ``task.out`` may hold what an earlier, killed
-attempt at the same key left there: use it or overwrite it, but never trust a half-written file.
+Every module in ``stages/`` has one function ``run(task)``. It reads the directories of its parents, writes into
+``task.out`` and returns its metrics. The driver (``driver/run.py``) is responsible for keys, manifests, locks and the
+commit. ``task.out`` may contain files of an earlier attempt with the same key that was killed: a stage may use or
+overwrite them, but must not rely on a file being complete.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import STAGE_SETTINGS, Launch, Section, Tracking
 
-Metrics = dict[str, Any]  # JSON values; they end in manifest.json under "metrics"
+Metrics = dict[str, Any]  # JSON values, recorded in manifest.json under "metrics"
 
 
 @dataclass(frozen=True)
 class TrackingTarget:
-    """Where a stage's numbers go: plain data, so that it can be handed to a worker as JSON."""
+    """Where a stage's metrics are logged. Contains plain values only, so that a worker can receive it as JSON."""
 
     settings: Tracking
-    group: str  # the pipeline run, e.g. "quickstart"
-    job_type: str  # the stage, e.g. "pretrain" or "evaluate/sft"
-    run_id: str  # stable over restarts of the same artifact
-    wandb_dir: Path  # W&B's own files
+    group: str  # the pipeline run, for example "quickstart"
+    job_type: str  # the stage, for example "pretrain" or "evaluate/sft"
+    run_id: str  # the same for all attempts at one artifact
+    wandb_dir: Path  # for the files of W&B
 
 
 @dataclass(frozen=True)
 class StageTask:
-    """One node of the graph, ready to be run."""
+    """One node of the graph, ready to run."""
 
     name: str  # "load", "tokenize/corpus", "evaluate/pretrain", ...
-    settings: Section  # the stage's own settings, all it may depend on
-    parents: Mapping[str, Path]  # role -> finished artifact directory
-    out: Path  # the partial directory to fill
-    seed: int  # 0 where the stage draws nothing
-    launch: Launch  # how to start workers; never changes numbers
+    settings: Section  # the stage's own settings; its output may depend on no others
+    parents: Mapping[str, Path]  # directories of the parent artifacts, by role
+    out: Path  # the partial directory to write to
+    seed: int  # 0 if the stage draws no random numbers
+    launch: Launch  # how to start workers; never affects the output
     tracking: TrackingTarget
 
 
-StageFunction = Callable[[StageTask], Metrics]
-
-
 def task_to_json(task: StageTask) -> dict[str, Any]:
-    """The task as plain JSON values, for a process of its own."""
+    """Returns the task as JSON values, for another process."""
     return {
         "name": task.name,
         "settings": task.settings.model_dump(mode="json"),
@@ -65,7 +63,7 @@ def task_to_json(task: StageTask) -> dict[str, Any]:
 
 
 def task_from_json(value: Mapping[str, Any]) -> StageTask:
-    """The inverse of ``task_to_json``; settings are validated again."""
+    """Inverse of ``task_to_json``. Validates the settings again."""
     tracking = value["tracking"]
     return StageTask(
         name=value["name"],

@@ -1,4 +1,4 @@
-"""What there is to run on, and what of it workers use. Looks from outside: torch is found, not imported."""
+"""Detects the available hardware, and decides which part of it the workers use. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,33 +18,53 @@ from pipeline.launch.slurm import current_allocation
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on."""
+    """The available hardware."""
 
-    cores: int  # a node; likewise below
-    gpus: int  # that this process may use and the installed torch can
+    cores: int  # per node
+    gpus: int  # per node: visible to this process and supported by the installed torch
     nodes: int = 1
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What will be used."""
+    """The hardware that the workers use."""
 
     device: Literal["cpu", "cuda"]
-    processes: int  # a node
-    threads: int  # a process
+    processes: int  # per node
+    threads: int  # per process
     nodes: int = 1
 
     @property
     def ranks(self) -> int:
-        """Worker processes altogether."""
+        """Total number of worker processes."""
         return self.nodes * self.processes
+
+
+def place(launch: Launch, machine: Machine) -> Placement:
+    """Resolves the device, processes and threads that the settings leave to be detected.
+
+    Raises:
+        UserError: the settings ask for more GPUs than the machine has.
+    """
+    device = launch.kind if launch.kind != "auto" else "cuda" if machine.gpus else "cpu"
+    processes = launch.processes if launch.processes != "auto" else machine.gpus if device == "cuda" else 1
+    if device == "cuda" and not 1 <= processes <= machine.gpus:
+        if machine.gpus:
+            setting, value, remedy = "launch.processes", str(processes), f"Set launch.processes={machine.gpus}."
+        else:
+            setting, value = "launch.device", launch.device
+            remedy = "Run on a machine with GPUs, or set launch.device=cpu."
+        rule = f"each process uses one GPU, and {machine.gpus} are available"
+        raise UserError(setting=setting, value=value, rule=rule, remedy=remedy)
+    threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
+    return Placement(device, processes, threads, machine.nodes)
 
 
 @cache
 def detect_machine() -> Machine:
-    """Looks at this machine, or at the nodes of the Slurm job around this process, without importing torch."""
+    """Detects the hardware of this machine or, inside a Slurm job, of the job's nodes."""
     allocation = current_allocation()
-    gpus = _visible_gpus(first_node_prefix()) if _torch_knows_cuda() else 0
+    gpus = _count_visible_gpus(first_node_prefix()) if _torch_has_cuda() else 0
     if allocation is not None:
         return Machine(cores=allocation.cpus, gpus=gpus, nodes=len(allocation.nodes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -52,19 +72,33 @@ def detect_machine() -> Machine:
 
 
 def first_node_prefix() -> list[str]:
-    """What to put before a command that needs the allocated hardware; nothing where this process stands on it."""
+    """Returns the srun command that runs another command on the first allocated node.
+
+    Empty if this process already runs on the allocated hardware.
+    """
     allocation = current_allocation()
     return allocation.srun(1) if allocation is not None and allocation.outside else []
 
 
-def _torch_knows_cuda() -> bool:
-    spec = importlib.util.find_spec("torch")  # finds, does not import
+def device_memory(placement: Placement) -> int:
+    """Returns the memory of one device in bytes: of the smallest GPU, or one process's share of a node's memory."""
+    if placement.device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
+        return min(int(line) for line in _output_on_first_node(command).split()) * 2**20
+    lines = _output_on_first_node(["cat", "/proc/meminfo"]).splitlines()
+    total = next(line for line in lines if "MemTotal" in line)  # "MemTotal:  16384 kB"
+    return int(total.split()[1]) * 1024 // placement.processes
+
+
+def _torch_has_cuda() -> bool:
+    spec = importlib.util.find_spec("torch")  # locates the package without importing it
     folders = (spec.submodule_search_locations or []) if spec else []
     return any(Path(folder, "lib").glob("libtorch_cuda*") for folder in folders)
 
 
-def _visible_gpus(prefix: list[str]) -> int:
+def _count_visible_gpus(prefix: list[str]) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # With a prefix the GPUs are another host's, so this process's environment does not apply.
     if visible is not None and not prefix:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     if shutil.which("nvidia-smi") is None and not prefix:
@@ -73,35 +107,5 @@ def _visible_gpus(prefix: list[str]) -> int:
     return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
 
 
-def device_memory(placement: Placement) -> int:
-    """Bytes of one device: the smallest GPU's, or a process's share of a node's memory."""
-    if placement.device == "cuda":
-        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
-        return min(int(line) for line in _said_on_first_node(command).split()) * 2**20
-    total = next(line for line in _said_on_first_node(["cat", "/proc/meminfo"]).splitlines() if "MemTotal" in line)
-    return int(total.split()[1]) * 1024 // placement.processes
-
-
-def _said_on_first_node(command: list[str]) -> str:
+def _output_on_first_node(command: list[str]) -> str:
     return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=True).stdout
-
-
-def place(launch: Launch, machine: Machine) -> Placement:
-    """Device, processes and threads for these settings on this machine.
-
-    Raises:
-        UserError: GPUs are asked for that are not there.
-    """
-    device = launch.kind if launch.kind != "auto" else "cuda" if machine.gpus else "cpu"
-    processes = launch.processes if launch.processes != "auto" else machine.gpus if device == "cuda" else 1
-    if device == "cuda" and not 1 <= processes <= machine.gpus:
-        raise UserError(
-            setting="launch.processes" if machine.gpus else "launch.device",
-            value=processes if machine.gpus else launch.device,
-            rule=f"one process drives one GPU, and {machine.gpus} can be used here",
-            remedy=f"Say launch.processes={machine.gpus}."
-            if machine.gpus
-            else "Go where there are GPUs, or say launch.device=cpu.",
-        )
-    threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
-    return Placement(device, processes, threads, machine.nodes)

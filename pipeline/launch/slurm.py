@@ -1,7 +1,7 @@
-"""Slurm as a user sees it: batch scripts from settings, and the commands that submit, ask, requeue. Knows no stage.
+"""Slurm as a user sees it: batch scripts, the commands that submit and inspect jobs, and the job around this process.
 
-``batch_script`` is pure. Everything else is one call of ``sbatch`` or ``scontrol``; ``sacct`` is never needed, so a
-cluster without accounting does.
+``batch_script`` is a pure function. Everything else calls ``sbatch``, ``scontrol`` or ``scancel``. ``sacct`` is not
+used, so that clusters without accounting are supported. Nothing here knows about the pipeline's stages.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from pathlib import Path
 from pipeline.config import Resources, Slurm
 from pipeline.errors import UserError
 
+# The states of a job that is running or will run.
 ACTIVE = frozenset({
     "PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
     "SIGNALING", "STAGE_OUT",
 })  # fmt: skip
 COMMAND_SECONDS = 60
 
+# Ports for the rendezvous of the ranks, below the range that Linux uses for outgoing connections.
+FIRST_PORT, PORTS, PORT_STRIDE = 20000, 12000, 1009
+PORT_ATTEMPTS = 5
+
 
 class SlurmUnreachable(RuntimeError):
-    """Slurm's commands are missing or its controller does not answer, so nothing is known about a job."""
+    """Slurm's commands are missing or its controller does not answer, so a job's state is unknown."""
 
 
 # ------------------------------------------------------------------------------------------- scripts
@@ -35,20 +40,20 @@ class SlurmUnreachable(RuntimeError):
 
 @dataclass(frozen=True)
 class BatchJob:
-    """One batch job, as far as it does not come from the general settings."""
+    """The part of a batch job that does not come from the general settings."""
 
     name: str
     command: Sequence[str]
-    resources: Resources  # one task a node, with all of the node's share
-    directory: Path  # where the command runs
-    log: Path  # standard output and error, appended over requeues; %j stands for the job's id
+    resources: Resources  # one task per node, which gets all of the job's resources on that node
+    directory: Path  # the command's working directory
+    log: Path  # standard output and error, appended to after a requeue; %j is replaced by the job's id
 
 
 def batch_script(job: BatchJob, slurm: Slurm) -> str:
-    """The script that ``sbatch`` takes, now or again by hand.
+    """Returns the script for ``sbatch``. It can also be submitted again by hand.
 
-    The command takes the shell's place (``exec``), so the signal ahead of the time limit, which Slurm sends to the
-    batch shell (``B:``), reaches the command itself: a shell would sit on it until its child ends.
+    The command replaces the shell (``exec``), because Slurm sends the signal that precedes the time limit to the batch
+    shell (``B:``), and a shell would not pass it on before its child ends.
     """
     resources = job.resources
     options = {
@@ -69,34 +74,40 @@ def batch_script(job: BatchJob, slurm: Slurm) -> str:
         "kill-on-invalid-dep": "yes",
     }
     given = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    # The user's own options come last, since sbatch uses the last value of an option that is given twice.
     lines = [f"#SBATCH {option}" for option in [*given, "--requeue", *slurm.options, *resources.options]]
     return "\n".join(
         ["#!/usr/bin/env bash", *lines, "set -e", *slurm.environment, f"exec {shlex.join(job.command)}", ""]
     )
 
 
+def escape_percent(path: Path) -> str:
+    """Returns a path for Slurm's ``--output``, in which a percent sign starts a placeholder unless it is doubled."""
+    return str(path).replace("%", "%%")
+
+
 # ------------------------------------------------------------------------------------------ commands
 
 
 def require_slurm() -> None:
-    """Raises a ``UserError`` where Slurm's commands are not installed."""
+    """Raises a ``UserError`` if Slurm's commands are not installed."""
     if shutil.which("sbatch") is None:
         raise UserError(
             setting="action",
             value="submit",
-            rule="there is no sbatch on this machine",
-            remedy="Run it on a login node of the cluster; or add dry_run=true to see the scripts.",
+            rule="sbatch is not installed on this machine",
+            remedy="Run the command on a login node of the cluster, or add dry_run=true to print the scripts.",
         )
 
 
 def submit_script(script: Path, parents: Iterable[int]) -> int:
-    """Queues a script, held until ``release``, after its parents have ended well.
+    """Submits a script. The job is held until ``release``, and starts after its parents have succeeded.
 
     Returns:
         The job's id.
 
     Raises:
-        UserError: sbatch refuses it, in sbatch's own words.
+        UserError: sbatch rejects the script. The message quotes its error.
     """
     after = ":".join(map(str, parents))
     dependency = [f"--dependency=afterok:{after}"] if after else []
@@ -105,10 +116,10 @@ def submit_script(script: Path, parents: Iterable[int]) -> int:
         raise UserError(
             setting="slurm",
             value=script,
-            rule="sbatch refuses it: " + answer.stderr.strip().removeprefix("sbatch: error: ").rstrip("."),
-            remedy="Correct slurm.* accordingly; nothing was started.",
+            rule="sbatch rejects this script: " + answer.stderr.strip().removeprefix("sbatch: error: ").rstrip("."),
+            remedy="Correct slurm.* accordingly. Nothing was started.",
         )
-    return int(answer.stdout.strip().partition(";")[0])
+    return int(answer.stdout.strip().partition(";")[0])  # "ID" or, with several clusters, "ID;CLUSTER"
 
 
 def release(jobs: Sequence[int]) -> None:
@@ -117,40 +128,43 @@ def release(jobs: Sequence[int]) -> None:
 
 
 def cancel(jobs: Sequence[int]) -> None:
-    """Removes jobs from the queue."""
+    """Cancels jobs."""
     if jobs:
         _call("scancel", *map(str, jobs))
 
 
 def requeue(job: int) -> None:
-    """Puts a running batch job back into the queue; Slurm then ends it, the caller included."""
+    """Returns a running batch job to the queue. Slurm then ends it, including the calling process."""
     _scontrol("requeue", str(job))
 
 
 @dataclass(frozen=True)
 class JobInfo:
-    """What Slurm knows about a job."""
+    """A job's state, as reported by Slurm."""
 
     job: int
     state: str  # RUNNING, PENDING, FAILED, ...
     reason: str  # why it is pending, or how it ended
-    restarts: int  # how often it was requeued
-    batch: bool  # it runs a script, rather than somebody's terminal
+    restarts: int  # how many times it was requeued
+    batch: bool  # it runs a script rather than an interactive session
     may_requeue: bool
     run_time: str
     time_limit: str
 
     @property
     def active(self) -> bool:
-        """It runs, or will."""
+        """Whether the job is running or will run."""
         return self.state in ACTIVE
 
 
 def job_info(job: int) -> JobInfo | None:
-    """Asks Slurm; None where it knows no such job, which a while after its end is the rule.
+    """Asks Slurm about a job.
+
+    Returns:
+        The job's state, or None if Slurm does not know it. Slurm forgets jobs some minutes after their end.
 
     Raises:
-        SlurmUnreachable: there is no answer.
+        SlurmUnreachable: Slurm does not answer.
     """
     answer = _call("scontrol", "--oneliner", "show", "job", str(job))
     if answer.returncode != 0 and "Invalid job id" in answer.stderr:
@@ -171,12 +185,12 @@ def job_info(job: int) -> JobInfo | None:
 
 
 def host_names(node_list: str) -> list[str]:
-    """``n[1-3]`` as ``["n1", "n2", "n3"]``, in Slurm's order."""
+    """Expands a node list: ``n[1-3]`` becomes ``["n1", "n2", "n3"]``, in Slurm's order."""
     return _scontrol("show", "hostnames", node_list).split()
 
 
 def node_address(node: str) -> str:
-    """The address at which Slurm itself reaches a node; names need not resolve."""
+    """Returns the address at which Slurm reaches a node. The node's name does not always resolve."""
     found = re.search(r"NodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", node))
     return found.group(1) if found else node
 
@@ -195,55 +209,56 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         raise SlurmUnreachable(str(error)) from error
 
 
-# --------------------------------------------------------------------------------------------------
-# The Slurm job around this process, if there is one: its nodes, and how a command gets onto them.
-
-FIRST_PORT, PORTS, PORT_STRIDE = 20000, 12000, 1009  # below what the kernel gives to outgoing connections
-PORT_ATTEMPTS = 5
+# ------------------------------------------------------------------------------- current allocation
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave to this process's job."""
+    """The resources of the Slurm job around this process."""
 
     job: int
     nodes: tuple[str, ...]
-    cpus: int  # a node
-    outside: bool  # this process runs on none of the nodes, but in a terminal of salloc's on a login node
+    cpus: int  # per node
+    outside: bool  # this process runs on none of the nodes, but in a shell that salloc started on a login node
 
     @property
     def needs_srun(self) -> bool:
-        """Whether workers cannot simply be started as children of this process."""
+        """Whether the workers must be started by srun rather than as children of this process."""
         return self.outside or len(self.nodes) > 1
 
     def srun(self, nodes: int, *options: str) -> list[str]:
-        """The command before a command that runs it once on each of the first ``nodes`` nodes.
-
-        --overlap: this process may sit in a step of its own. --export: a job submitted with --export=NONE would pass
-        that on. --cpus-per-task: since Slurm 22.05 a step does not inherit it and would get one core.
-        """
-        size = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.cpus}"]
-        return ["srun", *size, "--overlap", "--export=ALL", "--kill-on-bad-exit=1", *options]
+        """Returns the srun command that runs another command once on each of the first ``nodes`` nodes."""
+        size = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+        return [
+            "srun",
+            *size,
+            f"--cpus-per-task={self.cpus}",  # since Slurm 22.05 a step does not inherit it and would get one core
+            "--overlap",  # this process may itself run in a step that uses the resources
+            "--export=ALL",  # otherwise the --export=NONE of a job's submission would apply
+            "--kill-on-bad-exit=1",
+            *options,
+        ]
 
     def ports(self) -> list[int]:
-        """Where the ranks may meet, the first to be tried first: jobs that share a node seldom try the same."""
-        return [
-            FIRST_PORT + (self.job + attempt * PORT_STRIDE) % PORTS for attempt in range(PORT_ATTEMPTS)
-        ]  # fmt: skip
+        """Returns ports for the rendezvous of the ranks, in the order to try them.
+
+        They depend on the job's id, so that jobs on the same node rarely try the same port.
+        """
+        return [FIRST_PORT + (self.job + attempt * PORT_STRIDE) % PORTS for attempt in range(PORT_ATTEMPTS)]
 
 
 @cache
 def current_allocation() -> Allocation | None:
-    """Looks at this process's environment.
+    """Returns the allocation of the Slurm job around this process, or None outside a job.
 
     Raises:
-        UserError: Slurm started this process several times.
+        UserError: srun started several copies of this process.
     """
     return read_allocation(os.environ)
 
 
 def read_allocation(environment: Mapping[str, str]) -> Allocation | None:
-    """The allocation that Slurm's variables describe; None outside a job."""
+    """Returns the allocation that Slurm's environment variables describe, or None outside a job."""
     if "SLURM_JOB_ID" not in environment or "SLURM_JOB_NODELIST" not in environment:
         return None
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -251,17 +266,14 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation | None:
         raise UserError(
             setting="srun",
             value=f"{tasks} tasks",
-            rule="one process drives a run, and starts its workers on every node of the job itself",
-            remedy="Leave srun out: run the command in a job of salloc's or sbatch's, or by scripts/submit.",
+            rule="one process drives a run, and starts the workers on all nodes of the job itself",
+            remedy="Omit srun: run the command inside an salloc or sbatch job, or use scripts/submit.",
         )
+    # For example "16(x2),8": two nodes with 16 CPUs and one with 8. The smallest node limits all of them.
+    cpus = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_JOB_CPUS_PER_NODE", "1"))
     return Allocation(
         job=int(environment["SLURM_JOB_ID"]),
         nodes=tuple(host_names(environment["SLURM_JOB_NODELIST"])),
-        cpus=min(map(int, re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_JOB_CPUS_PER_NODE", "1")))),
+        cpus=min(map(int, cpus)),
         outside="SLURMD_NODENAME" not in environment,
     )
-
-
-def escape_percent(path: Path) -> str:
-    """A path as Slurm's ``--output`` takes it, without meaning anything by a percent sign."""
-    return str(path).replace("%", "%%")

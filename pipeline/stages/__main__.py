@@ -1,7 +1,8 @@
-"""One stage in a process of its own: ``python -m pipeline.stages TASK.json OUTCOME.json``.
+"""Runs one stage in its own process: ``python -m pipeline.stages TASK.json OUTCOME.json``.
 
-So the driver stays small, memory goes back to the system after every stage, and peak memory is a stage's own.
-The outcome file says how it ended; standard input is the watchdog's.
+A separate process keeps the driver small, returns all memory to the system after every stage, and makes the peak memory
+that is recorded the stage's own. The outcome file says how the stage ended. Standard input must be a pipe from the
+driver (see ``end_with_parent``).
 """
 
 from __future__ import annotations
@@ -24,41 +25,45 @@ from pipeline.tracking import Tracker
 
 
 def main(task_file: Path, outcome_file: Path) -> int:
-    """Runs the task and writes the outcome; a defect of ours keeps its traceback."""
+    """Runs the task, writes the outcome file and returns the exit code.
+
+    Exceptions other than ``UserError`` are bugs. They are not caught, and their traceback goes to the stage's log.
+    """
     task = task_from_json(read_json(task_file))
-    set_stream(open(os.dup(sys.stderr.fileno()), "w"))  # progress bars stay on the terminal
+    # Output of libraries goes to the log, while progress bars stay on the terminal.
+    set_stream(open(os.dup(sys.stderr.fileno()), "w"))
     redirect_output(task.out / "logs" / "stage.log", append=False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
     try:
         with disk_full_as_user_error(task.out):
-            metrics = _run(task)
+            metrics = _run_stage(task)
     except UserError as error:
         write_json(outcome_file, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
     write_json(outcome_file, {"status": "done", "metrics": {"peak_memory_bytes": peak, **metrics}})
     return EXIT_DONE
 
 
-def _run(task: StageTask) -> Metrics:
+def _run_stage(task: StageTask) -> Metrics:
     stage = task.name.partition("/")[0]
     function = importlib.import_module(f"pipeline.stages.{stage}").run
     with Tracker(task.tracking, task.out, task.settings.model_dump(mode="json")) as tracker:
         metrics: Metrics = function(task)
-        tracker.log(_numbers(metrics), step=0)
-        if "table" in metrics:
+        tracker.log(_flatten_numbers(metrics), step=0)
+        if "table" in metrics:  # only shown in W&B, not recorded in the manifest
             table = metrics.pop("table")
             tracker.table("results", table["columns"], table["rows"])
     return metrics
 
 
-def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numeric leaves by their path, ``self_check/max_logit_difference``."""
+def _flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Returns the numeric leaves, named by their path: ``self_check/max_logit_difference``."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            found |= _numbers(value, f"{prefix}{name}/")
+            found |= _flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)):
             found[f"{prefix}{name}"] = value
     return found

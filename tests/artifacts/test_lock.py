@@ -1,4 +1,7 @@
-"""One builder at a time, and no lock outlives its holder: told by process, by Slurm job, or by silence."""
+"""One process at a time holds a lock, and a lock is taken over when its holder dies.
+
+The holder's death is detected from its process, from its Slurm job, or from missing heartbeats.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ FAR = Holder(host="far", process=7, started=99, job=12, restarts=0)
 
 
 def _held_by(holder: Holder, directory: Path) -> Lock:
-    """A lock that somebody else holds."""
+    """Returns a lock that another process holds."""
     directory.mkdir()
     (directory / holder.name).touch()
     return Lock(directory, ME)
@@ -50,33 +53,33 @@ def _process(directory: Path, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_second_builder_waits_and_says_for_whom(tmp_path: Path) -> None:
+def test_second_builder_waits_and_reports_for_whom(tmp_path: Path) -> None:
     process = _process(tmp_path / "lock", 5.0)
-    said: list[str] = []
-    with Lock(tmp_path / "lock", ME).held(said.append):
+    messages: list[str] = []
+    with Lock(tmp_path / "lock", ME).held(messages.append):
         assert process.wait() == 0
-    assert said == [f"process {process.pid} on {os.uname().nodename} is building it"]
+    assert messages == [f"process {process.pid} on {os.uname().nodename} is building it"]
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [FREE]
 
 
-def test_a_lock_left_by_a_killed_process_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_a_killed_process_is_taken_over_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LOCK_POLL_SECONDS", 600.0)
     process = _process(tmp_path / "lock", 60)
     process.kill()
     process.wait()
-    said: list[str] = []
+    messages: list[str] = []
     started = time.monotonic()
-    with Lock(tmp_path / "lock", ME).held(said.append):
+    with Lock(tmp_path / "lock", ME).held(messages.append):
         assert time.monotonic() - started < 60.0
-    assert said == [f"process {process.pid} on {os.uname().nodename} died building it; taken over"]
+    assert messages == [f"process {process.pid} on {os.uname().nodename} died while building it, taking over"]
 
 
-def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
+def test_process_with_a_reused_id_is_not_the_holder() -> None:
     assert replace(ME, started=ME.started + 1).is_dead(ME)
     assert not ME.is_dead(ME)
 
 
-def test_a_name_says_who_holds_it() -> None:
+def test_name_identifies_the_holder() -> None:
     for holder in (ME, FAR, replace(FAR, host="a,b=c+d")):
         assert Holder.parse(holder.name) == holder
     assert str(FAR) == "process 7 on far in Slurm job 12"
@@ -94,41 +97,41 @@ def test_a_name_says_who_holds_it() -> None:
         (_job("RUNNING", restarts=1), True),
     ],
 )
-def test_slurm_says_whether_a_holder_on_another_host_lives(
+def test_holder_on_another_host_is_alive_if_slurm_says_so(
     monkeypatch: pytest.MonkeyPatch, info: JobInfo | None, dead: bool
 ) -> None:
     monkeypatch.setattr(slurm, "job_info", lambda job: info)
     assert FAR.is_dead(ME) == dead
 
 
-def test_a_requeued_job_takes_over_from_itself() -> None:
+def test_requeued_job_takes_over_its_own_lock() -> None:
     assert FAR.is_dead(replace(ME, job=12, restarts=1))
 
 
-def test_without_an_answer_only_silence_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def no_answer(job: int) -> JobInfo | None:
+def test_heartbeats_decide_if_slurm_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(job: int) -> JobInfo | None:
         raise SlurmUnreachable("down")
 
-    monkeypatch.setattr(slurm, "job_info", no_answer)
+    monkeypatch.setattr(slurm, "job_info", unreachable)
     monkeypatch.setattr(lock, "SILENCE_SECONDS", 4.0)
     monkeypatch.setattr(lock, "LOCK_POLL_SECONDS", 0.1)
     held = _held_by(FAR, tmp_path / "lock")
-    beating = threading.Event()
+    stopped = threading.Event()
 
-    def beat() -> None:
+    def send_heartbeats() -> None:
         deadline = time.monotonic() + 6.0
         while time.monotonic() < deadline:
             os.utime(tmp_path / "lock" / FAR.name)
             time.sleep(0.1)
-        beating.set()
+        stopped.set()
 
-    threading.Thread(target=beat).start()
+    threading.Thread(target=send_heartbeats).start()
     with held.held(lambda holder: None):
-        assert beating.is_set(), "a holder that beats is alive"
+        assert stopped.is_set(), "a holder that sends heartbeats is alive"
 
 
-def test_a_living_holder_renews_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+def test_holder_sends_heartbeats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
     with Lock(tmp_path / "lock", ME).held(lambda holder: None):
         os.utime(tmp_path / "lock" / ME.name, (1, 1))
         deadline = time.monotonic() + 60.0
@@ -137,14 +140,14 @@ def test_a_living_holder_renews_its_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
             time.sleep(0.05)
 
 
-def test_who_lost_the_lock_learns_it(tmp_path: Path) -> None:
+def test_losing_the_lock_is_detected(tmp_path: Path) -> None:
     mine = Lock(tmp_path / "lock", ME)
     with mine.held(lambda holder: None):
         mine.confirm()
         os.rename(tmp_path / "lock" / ME.name, tmp_path / "lock" / FAR.name)
         with pytest.raises(LockLost, match="process 7 on far"):
             mine.confirm()
-    assert [path.name for path in (tmp_path / "lock").iterdir()] == [FAR.name], "it is not given back twice"
+    assert [path.name for path in (tmp_path / "lock").iterdir()] == [FAR.name], "a lost lock is not released"
 
 
 CROWD = """
@@ -156,7 +159,7 @@ pipeline.artifacts.lock.LOCK_POLL_SECONDS = 0.01
 folder = Path(sys.argv[1])
 for turn in range(10):
     with Lock(folder / "lock", Holder.current(os.environ)).held(lambda holder: None):
-        (folder / "inside").mkdir()  # fails when another is inside
+        (folder / "inside").mkdir()  # fails if another process is inside
         time.sleep(0.005)
         (folder / "inside").rmdir()
 """
@@ -164,7 +167,7 @@ for turn in range(10):
 
 @pytest.fixture
 def crowd(tmp_path: Path) -> Callable[[], list[int]]:
-    """Four processes that all want the lock ten times."""
+    """Runs four processes that each acquire the lock ten times."""
 
     def run() -> list[int]:
         command = [sys.executable, "-c", CROWD, str(tmp_path)]
@@ -173,10 +176,10 @@ def crowd(tmp_path: Path) -> Callable[[], list[int]]:
     return run
 
 
-def test_in_a_crowd_one_at_a_time_holds_it(crowd: Callable[[], list[int]]) -> None:
+def test_one_of_many_processes_holds_the_lock_at_a_time(crowd: Callable[[], list[int]]) -> None:
     assert crowd() == [0] * 4
 
 
-def test_a_crowd_takes_over_from_the_dead_once(crowd: Callable[[], list[int]], tmp_path: Path) -> None:
+def test_one_of_many_processes_takes_over_from_a_dead_holder(crowd: Callable[[], list[int]], tmp_path: Path) -> None:
     _held_by(replace(ME, process=2**22 + 1), tmp_path / "lock")
     assert crowd() == [0] * 4

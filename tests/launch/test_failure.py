@@ -1,4 +1,4 @@
-"""One message about the rank that died first, from what torchrun wrote on every node."""
+"""The message about the rank that died first, derived from torchrun's logs of all nodes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _explain(log_dir: Path, outcome: dict[str, object], nodes: tuple[str, ...] =
     return explain_workers(log_dir, {"status": "lost", **outcome}, 1, processes=2, nodes=nodes).splitlines()[0]
 
 
-def test_deaths_are_read_in_the_order_of_their_times_over_all_nodes(tmp_path: Path) -> None:
+def test_deaths_on_all_nodes_are_sorted_by_time(tmp_path: Path) -> None:
     (tmp_path / "torchrun-0.log").write_text(_report(_entry("10:00:30", 0, -9), _entry("10:00:31", 1, -15)))
     (tmp_path / "torchrun-1.log").write_text(_report(_entry("10:00:01", 3, -9), _entry("10:00:01", 2, -15)))
     assert worker_deaths(tmp_path) == [
@@ -48,33 +48,33 @@ def test_deaths_are_read_in_the_order_of_their_times_over_all_nodes(tmp_path: Pa
     ]
 
 
-def test_the_first_that_was_killed_is_named_and_not_the_hung_ones_killed_after_it(tmp_path: Path) -> None:
+def test_first_killed_rank_is_named_rather_than_hung_ranks_killed_later(tmp_path: Path) -> None:
     (tmp_path / "torchrun-0.log").write_text(_report(_entry("10:00:30", 0, -9)))
     (tmp_path / "torchrun-1.log").write_text(_report(_entry("10:00:01", 3, -9)))
-    said = _explain(tmp_path, {"status": "failed", "rank": 1, "cause": "Connection closed by peer"})
-    assert said == "rank 3 of 4 on node n2: killed by SIGKILL; the system may have run out of memory"
+    message = _explain(tmp_path, {"status": "failed", "rank": 1, "cause": "Connection closed by peer"})
+    assert message == "rank 3 of 4 on node n2: killed by SIGKILL; the system may have run out of memory"
 
 
-def test_a_rank_that_raised_tells_its_own_cause(tmp_path: Path) -> None:
+def test_cause_of_a_rank_that_raised_is_its_exception(tmp_path: Path) -> None:
     (tmp_path / "torchrun-0.log").write_text(_report(_entry("10:00:01", 1, 1), _entry("10:00:02", 0, -15)))
-    said = _explain(tmp_path, {"status": "failed", "rank": 1, "cause": "ValueError: no"})
-    assert said == "rank 1 of 4 on node n1: ValueError: no"
+    message = _explain(tmp_path, {"status": "failed", "rank": 1, "cause": "ValueError: no"})
+    assert message == "rank 1 of 4 on node n1: ValueError: no"
 
 
-def test_those_whose_lifeline_was_cut_are_not_the_cause(tmp_path: Path) -> None:
+def test_orphaned_ranks_are_not_the_cause(tmp_path: Path) -> None:
     (tmp_path / "torchrun-0.log").write_text(_report(_entry("10:00:01", 0, ORPHANED)))
     (tmp_path / "torchrun-1.log").write_text(_report(_entry("10:00:05", 2, 3)))
     assert _explain(tmp_path, {}) == "rank 2 of 4 on node n2: ended with exit status 3"
 
 
-def test_a_launcher_that_never_started_a_worker_speaks_for_itself(tmp_path: Path) -> None:
+def test_launchers_log_is_shown_if_no_worker_was_started(tmp_path: Path) -> None:
     (tmp_path / "torchrun.log").write_text("srun: error: Unable to create step\n")
-    said = explain_workers(tmp_path, {"status": "lost"}, 1, processes=1, nodes=("n1", "n2"))
-    assert said.splitlines()[:2] == [
+    message = explain_workers(tmp_path, {"status": "lost"}, 1, processes=1, nodes=("n1", "n2"))
+    assert message.splitlines()[:2] == [
         "the launcher ended with exit status 1", "  | srun: error: Unable to create step",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("status, said", [(3, "exit status 3"), (-15, "killed by SIGTERM"), (-9, "out of memory")])
-def test_an_end_is_told_in_words(status: int, said: str) -> None:
-    assert said in describe_exit(status)
+@pytest.mark.parametrize("status, expected", [(3, "exit status 3"), (-15, "killed by SIGTERM"), (-9, "out of memory")])
+def test_exit_status_is_described(status: int, expected: str) -> None:
+    assert expected in describe_exit(status)

@@ -1,4 +1,4 @@
-"""Batch scripts are what Slurm's manual says; what Slurm answers is understood."""
+"""Batch scripts, Slurm's answers, and the allocation around this process. Slurm's commands are replaced by scripts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from pipeline.config import Resources, Slurm
 from pipeline.errors import UserError
 from pipeline.launch import slurm
 from pipeline.launch.slurm import (
+    PORT_ATTEMPTS,
+    Allocation,
     BatchJob,
     JobInfo,
     SlurmUnreachable,
     batch_script,
+    escape_percent,
     host_names,
     job_info,
     node_address,
+    read_allocation,
 )
 
 RESOURCES = Resources(
@@ -43,7 +47,7 @@ def _options(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
 
 
-def test_a_script_asks_for_what_the_settings_say() -> None:
+def test_script_requests_the_resources_of_the_settings() -> None:
     assert set(_options(_script())) == {
         "--job-name=run/pretrain", "--chdir='/home/me/my work'", "--output=/logs/pretrain-%j.log",
         "--open-mode=append", "--partition=gpu", "--qos=long", "--nodes=4", "--ntasks-per-node=1",
@@ -52,24 +56,28 @@ def test_a_script_asks_for_what_the_settings_say() -> None:
     }  # fmt: skip
 
 
-def test_what_is_not_set_is_left_to_the_cluster() -> None:
+def test_options_that_are_not_set_are_left_to_the_cluster() -> None:
     bare = RESOURCES.model_copy(update={"gpus": 0, "memory": None, "partition": "cpu"})
     options = _options(_script(bare))
     assert "--partition=cpu" in options
     assert not [option for option in options if option.startswith(("--gpus", "--mem=", "--account"))]
 
 
-def test_the_command_takes_the_shells_place_after_the_environment(tmp_path: Path) -> None:
+def test_command_replaces_the_shell_after_the_environment_lines() -> None:
     lines = _script(command=("python", "a b", "$HOME")).splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert lines[-2:] == ["module load cuda", "exec python 'a b' '$HOME'"]
 
 
-def test_a_failing_environment_line_ends_the_job(tmp_path: Path) -> None:
+def test_failing_environment_line_ends_the_job(tmp_path: Path) -> None:
     broken = GENERAL.model_copy(update={"environment": ["false"]})
     job = BatchJob("x", ["touch", str(tmp_path / "started")], RESOURCES, tmp_path, tmp_path / "log")
     assert subprocess.run(["bash", "-c", batch_script(job, broken)]).returncode == 1
     assert not (tmp_path / "started").exists()
+
+
+def test_percent_sign_in_a_path_is_escaped() -> None:
+    assert escape_percent(Path("/a/50%")) == "/a/50%%"
 
 
 # ------------------------------------------------------------------------------------- Slurm's answers
@@ -77,26 +85,29 @@ def test_a_failing_environment_line_ends_the_job(tmp_path: Path) -> None:
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``program("sbatch", says="12", fails_with=None)`` puts a program of that name first on the path."""
+    """``program("sbatch", stdout="12")`` puts a script of that name first on ``PATH``.
+
+    The script appends its arguments to ``tmp_path/arguments``.
+    """
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
-    def make(name: str, says: str = "", complains: str = "", status: int = 0) -> None:
-        lines = [f"printf %s {shlex.quote(says)}", f"printf %s {shlex.quote(complains)} >&2"]
-        record = f'printf "%s\\n" "$@" >> {tmp_path}/asked'
+    def make(name: str, stdout: str = "", stderr: str = "", status: int = 0) -> None:
+        lines = [f"printf %s {shlex.quote(stdout)}", f"printf %s {shlex.quote(stderr)} >&2"]
+        record = f'printf "%s\\n" "$@" >> {tmp_path}/arguments'
         (tmp_path / name).write_text("\n".join(["#!/bin/sh", *lines, record, f"exit {status}"]))
         (tmp_path / name).chmod(0o755)
 
     return make
 
 
-SHOWN = (
+JOB_12 = (
     "JobId=12 JobName=a b=c UserId=me(1000) JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 "
     "BatchFlag=1 Reboot=0 ExitCode=0:0 RunTime=00:10:00 TimeLimit=1-00:00:00 NodeList=n[1-2]"
 )
 
 
-def test_a_job_is_described(program: Callable[..., None]) -> None:
-    program("scontrol", says=SHOWN)
+def test_job_info_is_parsed(program: Callable[..., None]) -> None:
+    program("scontrol", stdout=JOB_12)
     expected = JobInfo(
         12, "RUNNING", "None", 2, batch=True, may_requeue=True, run_time="00:10:00", time_limit="1-00:00:00"
     )
@@ -104,15 +115,15 @@ def test_a_job_is_described(program: Callable[..., None]) -> None:
     assert expected.active
 
 
-def test_a_job_that_slurm_forgot_is_none_and_silence_is_an_error(program: Callable[..., None]) -> None:
-    program("scontrol", complains="slurm_load_jobs error: Invalid job id specified\n", status=1)
+def test_unknown_job_is_none_and_an_unreachable_controller_is_an_error(program: Callable[..., None]) -> None:
+    program("scontrol", stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)
     assert job_info(12) is None
-    program("scontrol", complains="slurm_load_jobs error: Unable to contact slurm controller\n", status=1)
+    program("scontrol", stderr="slurm_load_jobs error: Unable to contact slurm controller\n", status=1)
     with pytest.raises(SlurmUnreachable, match="Unable to contact"):
         job_info(12)
 
 
-def test_without_slurm_submission_is_refused_and_jobs_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_submission_is_refused_and_job_states_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="dry_run=true"):
         slurm.require_slurm()
@@ -120,20 +131,69 @@ def test_without_slurm_submission_is_refused_and_jobs_are_unknown(monkeypatch: p
         job_info(12)
 
 
-def test_a_job_waits_for_its_parents_and_its_refusal_is_in_slurms_words(
+def test_submitted_job_depends_on_its_parents_and_a_rejection_quotes_sbatch(
     program: Callable[..., None], tmp_path: Path
 ) -> None:
-    program("sbatch", says="12;cluster\n")
+    program("sbatch", stdout="12;cluster\n")
     assert slurm.submit_script(Path("job.sh"), [3, 4]) == 12
-    asked = (tmp_path / "asked").read_text().split()
-    assert "--dependency=afterok:3:4" in asked and "--hold" in asked and asked[-1] == "job.sh"
-    program("sbatch", complains="sbatch: error: invalid partition specified: x\n", status=1)
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert "--dependency=afterok:3:4" in arguments and "--hold" in arguments and arguments[-1] == "job.sh"
+    program("sbatch", stderr="sbatch: error: invalid partition specified: x\n", status=1)
     with pytest.raises(UserError, match="invalid partition specified: x"):
         slurm.submit_script(Path("job.sh"), [])
 
 
-def test_nodes_are_named_and_reached(program: Callable[..., None]) -> None:
-    program("scontrol", says="n1\nn2\n")
+def test_node_lists_and_addresses_are_parsed(program: Callable[..., None]) -> None:
+    program("scontrol", stdout="n1\nn2\n")
     assert host_names("n[1-2]") == ["n1", "n2"]
-    program("scontrol", says="NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=n1 Port=6818")
+    program("scontrol", stdout="NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=n1 Port=6818")
     assert node_address("n1") == "10.0.0.1"
+
+
+# ------------------------------------------------------------------------------- current allocation
+
+BATCH = {
+    "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_CPUS_PER_NODE": "16(x2),8",
+    "SLURMD_NODENAME": "n1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def node_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    expanded = {"n[1-2]": ["n1", "n2"], "n1": ["n1"]}
+    monkeypatch.setattr(slurm, "host_names", lambda node_list: expanded[node_list])
+
+
+def test_no_allocation_outside_a_job() -> None:
+    assert read_allocation({}) is None
+
+
+@pytest.mark.usefixtures("node_lists")
+def test_batch_job_runs_on_its_first_node() -> None:
+    assert read_allocation(BATCH) == Allocation(job=12, nodes=("n1", "n2"), cpus=8, outside=False)
+
+
+@pytest.mark.usefixtures("node_lists")
+def test_srun_is_needed_for_several_nodes_and_from_a_login_node() -> None:
+    one = {**BATCH, "SLURM_JOB_NODELIST": "n1"}
+    here = read_allocation(one)
+    login = read_allocation({name: value for name, value in one.items() if name != "SLURMD_NODENAME"})
+    several = read_allocation(BATCH)
+    assert here is not None and login is not None and several is not None
+    assert [here.needs_srun, login.needs_srun, several.needs_srun] == [False, True, True]
+
+
+@pytest.mark.usefixtures("node_lists")
+def test_several_drivers_are_refused() -> None:
+    step = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    with pytest.raises(UserError, match="Omit srun"):
+        read_allocation(step)
+    assert read_allocation({**step, "SLURM_STEP_NUM_TASKS": "1"}) is not None
+
+
+def test_jobs_use_different_ports() -> None:
+    ports = [Allocation(job, ("n1",), 1, False).ports() for job in range(100, 200)]
+    assert len({tried[0] for tried in ports}) == 100, "jobs that run at the same time try different ports first"
+    for tried in ports:
+        assert len(set(tried)) == len(tried) == PORT_ATTEMPTS
+        assert all(20000 <= port < 32768 for port in tried)

@@ -107,5 +107,5 @@ def test_inside_an_allocation_it_uses_all_nodes_and_finds_a_free_port(whole: Wor
         cwd=tokenized.directory, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert answer.stderr.count("another program has the port") == 1
+    assert answer.stderr.count("the port for the rendezvous is used") == 1
     assert '"world_size": 2' in (tokenized.results() / "pretrain" / "training.json").read_text()

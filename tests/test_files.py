@@ -1,4 +1,4 @@
-"""Disks that are too small or fill up on the way: real ones, told in one message, and nothing half-made is left."""
+"""Atomic JSON, and what happens on real disks that are too small or fill up: one message, and no incomplete files."""
 
 from __future__ import annotations
 
@@ -17,41 +17,48 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.files import disk_full_as_user_error
+from pipeline.files import disk_full_as_user_error, read_json, write_json
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import ShardWriter
 
 MEBIBYTE = 2**20
 
 
+def test_json_is_replaced_atomically(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": 1})
+    write_json(tmp_path / "a.json", {"new": 2})
+    assert read_json(tmp_path / "a.json") == {"new": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.fixture
 def disk_of(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """``disk_of(4)``: a disk of four MiB."""
-    place = tmp_path / "disk"
+    """``disk_of(4)`` mounts a disk of 4 MiB and returns its directory."""
+    directory = tmp_path / "disk"
 
     def mount(mebibytes: int) -> Path:
-        place.mkdir()
+        directory.mkdir()
         if shutil.which("mount") is None or os.geteuid() != 0:
-            pytest.skip("only root can make a small disk")
-        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(place)]
+            pytest.skip("only root can mount a small disk")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(directory)]
         if subprocess.run(command, capture_output=True).returncode != 0:
-            pytest.skip("this system does not let its root mount")
-        return place
+            pytest.skip("mounting is not permitted on this system")
+        return directory
 
     yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", "--lazy", place], check=True)
+    if os.path.ismount(directory):
+        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 @pytest.fixture
 def small_disk(disk_of: Callable[[int], Path]) -> Path:
-    """A disk of four MiB."""
+    """A disk of 4 MiB."""
     return disk_of(4)
 
 
 @contextmanager
-def _files_of_at_most(size: int) -> Iterator[None]:
-    """As ``ulimit -f`` does it."""
+def _file_size_limit(size: int) -> Iterator[None]:
+    """Limits the size of files, like ``ulimit -f``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -64,23 +71,23 @@ def _specs(mebibytes: int) -> dict[str, TensorSpec]:
     return {f"tensor_{index}": TensorSpec(torch.uint8, (MEBIBYTE,)) for index in range(mebibytes)}
 
 
-def test_weights_that_a_disk_has_no_room_for_are_refused_before_one_is_written(small_disk: Path) -> None:
+def test_weights_larger_than_the_free_space_are_refused_before_any_is_written(small_disk: Path) -> None:
     free = shutil.disk_usage(small_disk).free
-    says = rf"output_dir = {small_disk}: 8,388,608 bytes are needed there and {free:,} are free .*larger disk"
-    with pytest.raises(UserError, match=says):
+    message = rf"output_dir = {small_disk}: 8,388,608 bytes are needed there and {free:,} are free .*larger disk"
+    with pytest.raises(UserError, match=message):
         ShardWriter(small_disk, _specs(8), max_shard_bytes=2 * MEBIBYTE)
     assert not list(small_disk.iterdir())
     assert shutil.disk_usage(small_disk).free == free
 
 
-def test_a_limit_on_files_is_a_full_disk_too(tmp_path: Path) -> None:
-    with _files_of_at_most(2 * MEBIBYTE), pytest.raises(UserError, match=r"3,145,728 bytes are needed"):
+def test_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
+    with _file_size_limit(2 * MEBIBYTE), pytest.raises(UserError, match=r"3,145,728 bytes are needed"):
         ShardWriter(tmp_path, _specs(3))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_has_its_room_cannot_run_out_of_it(small_disk: Path) -> None:
-    """Its shards are as long as they will be, so that another's files cannot take what is still to be written."""
+def test_weights_have_their_space_reserved(small_disk: Path) -> None:
+    """Shards have their final size from the start, so that another process cannot use up the space for the rest."""
     with ShardWriter(small_disk, specs := _specs(3)) as writer:
         with pytest.raises(UserError, match="bytes are needed there"), disk_full_as_user_error(small_disk):
             (small_disk / "another").write_bytes(bytes(2 * MEBIBYTE))
@@ -89,34 +96,34 @@ def test_what_has_its_room_cannot_run_out_of_it(small_disk: Path) -> None:
     assert (small_disk / "model.safetensors").stat().st_size > 3 * MEBIBYTE
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
+def test_other_errors_are_not_converted(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), disk_full_as_user_error(tmp_path):
         (tmp_path / "missing").read_bytes()
 
 
-def test_a_disk_that_fills_up_half_way(
+def test_disk_that_fills_up_during_a_stage(
     shrunk: list[str], disk_of: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After all checks have passed somebody else takes the room; when it is free again the same command goes on."""
-    disk = disk_of(640)  # half a GiB is asked for beforehand
+    """Another process uses up the space after all checks have passed. Once it is free, the same command resumes."""
+    disk = disk_of(640)  # the check before the run requires half a GiB
     command = ["+experiment=quickstart", *shrunk, f"output_dir={disk}", "stages=[expand]", "expand=copy"]
     expand = disk / "artifacts" / "expand"
-    other = threading.Thread(target=_fill_when, args=(disk, lambda: any(expand.glob("*.partial"))))
-    other.start()
+    filler = threading.Thread(target=_fill_when, args=(disk, lambda: any(expand.glob("*.partial"))))
+    filler.start()
     assert main(command) == EXIT_REQUEST
-    other.join()
+    filler.join()
     message = capsys.readouterr().err
     assert f"output_dir = {expand}" in message and "bytes are needed there and" in message
     assert "Traceback" not in message
     assert not list(expand.rglob("*model*")) and not list(expand.rglob("manifest.json"))
-    (disk / "another's").unlink()
+    (disk / "other").unlink()
     assert main(command) == EXIT_DONE
     assert list(expand.glob("*/manifest.json"))
 
 
-def _fill_when(disk: Path, begins: Callable[[], bool]) -> None:
+def _fill_when(disk: Path, started: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not begins() and time.monotonic() < deadline:
+    while not started() and time.monotonic() < deadline:
         time.sleep(0.01)
-    with open(disk / "another's", "wb") as file:
+    with open(disk / "other", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - MEBIBYTE // 8)

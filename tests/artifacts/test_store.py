@@ -1,11 +1,23 @@
-"""An artifact is whole or absent, named by what made it, and built by one process at a time."""
+"""Keys, fingerprints, commits and attempts of artifacts."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
-from pipeline.artifacts.store import Artifact, Fingerprints, RememberedFingerprints, make_key
+import pytest
+
+from pipeline.artifacts.store import (
+    ATTEMPTS_FILE,
+    Artifact,
+    Fingerprints,
+    RememberedFingerprints,
+    begin_attempt,
+    finish_attempts,
+    make_key,
+)
 from pipeline.files import read_json, sha256_file, write_json
 
 
@@ -17,7 +29,7 @@ def _built(root: Path, key: str = "k") -> Artifact:
     return artifact
 
 
-def test_a_key_changes_with_every_ingredient_and_with_nothing_else() -> None:
+def test_key_changes_with_every_ingredient_but_not_with_the_order_of_settings() -> None:
     ingredients = ("load", 1, {"a": 1, "b": [2]}, {"model": "p"}, {"file": "h"})
     key = make_key(*ingredients)
     assert make_key("load", 1, {"b": [2], "a": 1}, {"model": "p"}, {"file": "h"}) == key
@@ -31,7 +43,7 @@ def test_a_key_changes_with_every_ingredient_and_with_nothing_else() -> None:
     assert len({key, *(make_key(*other) for other in others)}) == 6
 
 
-def test_an_artifact_is_complete_only_with_its_manifest_and_every_byte(tmp_path: Path) -> None:
+def test_artifact_is_complete_only_if_every_file_has_its_recorded_size(tmp_path: Path) -> None:
     artifact = _built(tmp_path)
     assert artifact.is_complete()
     assert artifact.manifest()["files"]["weights"]["sha256"] == sha256_file(artifact.path / "weights")
@@ -41,14 +53,14 @@ def test_an_artifact_is_complete_only_with_its_manifest_and_every_byte(tmp_path:
     assert not artifact.is_complete()
 
 
-def test_a_partial_directory_is_no_artifact(tmp_path: Path) -> None:
+def test_partial_directory_is_not_complete(tmp_path: Path) -> None:
     artifact = Artifact(tmp_path, "load", "k")
     artifact.partial.mkdir(parents=True)
     write_json(artifact.partial / "manifest.json", {"files": {}})
     assert not artifact.is_complete()
 
 
-def test_a_redone_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_rebuilt_artifact_replaces_all_files_of_the_old_one(tmp_path: Path) -> None:
     artifact = _built(tmp_path)
     artifact.partial.mkdir()
     (artifact.partial / "other").write_text("x")
@@ -57,14 +69,7 @@ def test_a_redone_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in artifact.path.parent.iterdir()) == ["k"]
 
 
-def test_json_is_never_seen_half_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"old": 1})
-    write_json(tmp_path / "a.json", {"new": 2})
-    assert read_json(tmp_path / "a.json") == {"new": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_fingerprints_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+def test_fingerprints_are_cached_until_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text("one")
     fingerprints = Fingerprints(tmp_path / "memo.json")
@@ -77,7 +82,7 @@ def test_fingerprints_are_remembered_until_the_file_changes(tmp_path: Path) -> N
     assert fingerprints.of_file(file) == sha256_file(file)
 
 
-def test_an_invalidated_artifact_is_missing_until_it_is_made_anew_and_keeps_its_files(tmp_path: Path) -> None:
+def test_invalidated_artifact_counts_as_missing_but_keeps_its_files_until_it_is_rebuilt(tmp_path: Path) -> None:
     artifact = _built(tmp_path)
     artifact.partial.mkdir()
     artifact.invalidate()
@@ -86,7 +91,7 @@ def test_an_invalidated_artifact_is_missing_until_it_is_made_anew_and_keeps_its_
     assert _built(tmp_path).is_complete()
 
 
-def test_what_is_only_remembered_is_neither_read_nor_written(tmp_path: Path) -> None:
+def test_remembered_fingerprints_read_no_input_and_write_nothing(tmp_path: Path) -> None:
     known, unknown = tmp_path / "known", tmp_path / "unknown"
     known.write_text("one")
     unknown.write_text("two")
@@ -99,3 +104,28 @@ def test_what_is_only_remembered_is_neither_read_nor_written(tmp_path: Path) -> 
     assert remembered.of_files([known]) == Fingerprints(memo).of_files([known])
     assert memo.read_bytes() == before
     assert not RememberedFingerprints(tmp_path / "none.json").memo.exists()
+
+
+# ----------------------------------------------------------------------------------------- attempts
+
+
+def test_killed_attempt_lasts_until_its_last_write(tmp_path: Path) -> None:
+    begin_attempt(tmp_path)
+    write_json(tmp_path / ATTEMPTS_FILE, [{"started": 1000.0, "seconds": None}])
+    (tmp_path / "metrics.jsonl").touch()
+    for path in tmp_path.iterdir():
+        os.utime(path, (1030.0, 1030.0))
+    begin_attempt(tmp_path)
+    first, second = read_json(tmp_path / ATTEMPTS_FILE)
+    assert first == {"started": 1000.0, "seconds": 30.0}
+    assert second["started"] == pytest.approx(time.time(), abs=5)
+    number, seconds = finish_attempts(tmp_path)
+    assert number == 2 and 30.0 <= seconds < 35.0
+    assert not (tmp_path / ATTEMPTS_FILE).exists()
+
+
+def test_duration_of_a_single_attempt(tmp_path: Path) -> None:
+    begin_attempt(tmp_path)
+    time.sleep(0.05)
+    number, seconds = finish_attempts(tmp_path)
+    assert number == 1 and 0.05 <= seconds < 5.0
