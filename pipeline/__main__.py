@@ -116,6 +116,7 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
         raise no_experiment(folders)
     _check_quoting(overrides)
     overrides = [f"++{item}" if FREE_DICTIONARY.match(item) else item for item in overrides]
+    overrides = _choose_external_method(overrides)
     try:
         jobs = _split_sweep(overrides) if multirun else [(overrides, "")]
         return [Job(_compose(job, suffix, folders), sweep=suffix != "") for job, suffix in jobs]
@@ -123,6 +124,15 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
         raise explain_hydra(error, overrides, folders) from error
     except YAMLError as error:
         raise not_yaml(error) from error
+
+
+def _choose_external_method(overrides: list[str]) -> list[str]:
+    """``expand.module=...`` chooses the group's file for methods from outside this repository, unless one is chosen."""
+    chosen = any(item.startswith("expand=") for item in overrides)
+    if not any(item.startswith("expand.module=") for item in overrides):
+        return overrides
+    overrides = [f"++{item}" if item.startswith("expand.module=") else item for item in overrides]
+    return overrides if chosen else ["expand=external", *overrides]
 
 
 def _check_quoting(overrides: list[str]) -> None:

@@ -14,27 +14,15 @@ from pydantic import TypeAdapter
 from pipeline.config.data import Data, Source, Tokenize
 from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateSnapshot, Report, Target
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
-from pipeline.config.expand import (
-    METHODS,
-    AnyExpand,
-    AverageExpand,
-    CopyExpand,
-    Expand,
-    LesaExpand,
-    LlamaProExpand,
-    NoExpand,
-    OptDeusExpand,
-    SolarExpand,
-)
+from pipeline.config.expand import METHODS, AnyExpand, Expand
 from pipeline.config.model import Model
 from pipeline.config.section import NonNegative, NotInKey, Section
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
-    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand", "AverageExpand",
-    "CopyExpand", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "LesaExpand",
-    "LlamaProExpand", "Model", "NoExpand", "NotInKey", "OptDeusExpand", "Report", "Resources", "Section", "Settings",
-    "Slurm", "SolarExpand", "Source", "Target", "Tokenize", "Tracking", "Train",
+    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand",
+    "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey", "Report", "Resources",
+    "Section", "Settings", "Slurm", "Source", "Target", "Tokenize", "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")

@@ -1,122 +1,66 @@
-"""Settings of expand: one class a method."""
+"""Settings of expand that all methods share. Each method's module adds its own (see ``pipeline.expansion.method``)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import json
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipeline.config.section import (
-    Device,
-    Fraction,
-    NonNegative,
-    NonNegativeFloat,
-    NotInKey,
-    Positive,
-    PositiveFloat,
-    Section,
+from pipeline.config.section import Device, NonNegative, NotInKey, Section
+
+# Every module in pipeline/expansion/methods is a method of that name. They are listed here without being imported,
+# because they are above this package in the import order.
+METHODS = tuple(
+    module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "expansion" / "methods")])
 )
 
 
-class Expansion(Section):
-    """What every method has."""
+class Expand(Section):
+    """The base class of all methods' settings."""
 
-    min_base_layers: ClassVar[int] = 1
-
-    device: Annotated[Device, NotInKey]  # where linear algebra runs; auto: a GPU where one is visible
+    method: str  # METHODS, or for a method from outside this repository any other name
+    # An importable module, or an entry point of the group depth_growth.methods, that defines a method from outside this
+    # repository. Its source is in the key. It has a default because only the files of such methods contain it.
+    module: Annotated[str | None, NotInKey] = None
+    new_layers: Any  # how many layers to add; each method has its own type
+    position: Any  # where to add them; each method has its own type
+    device: Annotated[Device, NotInKey]  # where linear algebra runs; auto: on a GPU where one is visible
     check_memory: Annotated[NonNegative, NotInKey]  # bytes; larger models (in float32) are checked layer by layer
 
 
-class Expand(Expansion):
-    """What every method that inserts layers has; each method's own class adds its settings."""
+def _validated_by_its_method(value: Any) -> Any:
+    """Validates the section with the settings class of the method that it names.
 
-    new_layers: Positive
-    position: Literal["top", "middle", "bottom", "interleaved"] | list[int]  # a list: the gap of every new layer
-
-
-class LesaExpand(Expand):
-    """LESA (arXiv 2502.13794): predicted matrices."""
-
-    min_base_layers: ClassVar[int] = 3  # the predictor learns from layers with two neighbours
-
-    method: Literal["lesa"]
-    variant: str  # the preset the numbers below came from; for the record, never read by the method
-    epochs: Positive
-    norm_loss_weight: Fraction  # the loss's lambda
-    learning_rate: PositiveFloat  # AdamW's; where standardized, as one over the width beyond 576 columns
-    weight_decay: NonNegativeFloat  # AdamW's
-    schedule: Literal["constant", "cosine"]  # of the learning rate; cosine has a short warm-up
-    batch_size: Positive  # singular directions a step
-    norm_batch: Positive  # singular directions over which the loss takes a norm; the authors': their batch
-    hidden_size: Positive  # of the predictor
-    standardized: bool  # inputs of unit variance, first predictions centred and of the targets' size; else raw
-    norms: Literal["layer0", "neighbour", "average"]  # where a new layer's norms come from
-    zero_init: bool  # zero the outputs, so that logits stay
+    Raises:
+        ValidationError: the method is unknown, or one of its settings is wrong.
+        UserError: ``module`` cannot be imported or defines no method.
+    """
+    if not isinstance(value, dict):
+        return value
+    name, module = value.get("method"), value.get("module")
+    if module is None and name not in METHODS:
+        raise _fault("method", name, f"methods are {', '.join(METHODS)}", "Set expand=NAME.")
+    if module is not None and name in METHODS:
+        remedy = f"Leave out expand={name}, or choose expand=external with it."
+        raise _fault("module", module, f"{name} is a method of this repository and needs no module", remedy)
+    methods: Any = import_module("pipeline.expansion.methods")
+    if module is None:
+        method = methods.built_in_method(name)
+    else:
+        method = methods.external_method(module)
+        value = {**value, "method": name or module.rpartition(".")[2]}
+    return method.model_validate_json(json.dumps(value))
 
 
-class LlamaProExpand(Expand):
-    """LLaMA Pro (arXiv 2401.02415): copies with zeroed outputs."""
-
-    method: Literal["llama_pro"]
-
-
-class OptDeusExpand(Expand):
-    """OpT-DeUS (arXiv 2508.08011): neighbours fused by optimal transport, outputs zeroed."""
-
-    method: Literal["opt_deus"]
-    variant: str
-    regularization: PositiveFloat  # Sinkhorn's entropic reg
-    max_iterations: Positive
-    marginal_error: PositiveFloat  # L1, at which a solve counts as converged
-    rescale_plan: bool  # rows of the plan sum to one before fusing
-    solver: Literal["log", "pot_float32"]  # pot_float32 is the authors' own call, underflow included
+def _fault(field: str, given: Any, rule: str, remedy: str) -> ValidationError:
+    error = PydanticCustomError("method", "{rule}", {"rule": rule, "remedy": remedy})
+    details = InitErrorDetails(type=error, loc=(field,), input=given)
+    return ValidationError.from_exception_data("expand", [details])
 
 
-class SolarExpand(Expansion):
-    """SOLAR (arXiv 2312.15166): the base's layers twice, overlapping."""
-
-    method: Literal["solar"]
-    new_layers: Positive
-    position: Literal["overlap"]
-
-    @field_validator("position", mode="before")
-    @classmethod
-    def _own_placement(cls, position: Any) -> Any:
-        """A named position means nothing here and is recorded as ``overlap``."""
-        if isinstance(position, list):
-            raise ValueError("solar has a placement of its own; name any position and it is recorded as overlap")
-        return "overlap" if position in ("top", "middle", "bottom", "interleaved") else position
-
-
-class AverageExpand(Expand):
-    """Mean of the two neighbours; a control."""
-
-    method: Literal["average"]
-
-
-class CopyExpand(Expand):
-    """The lower neighbour once more; a control."""
-
-    method: Literal["copy"]
-
-
-class NoExpand(Expansion):
-    """The base as it is; the control that says what continued training alone gives."""
-
-    method: Literal["none"]
-    new_layers: Literal[0]
-    position: None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _ignore_placement(cls, values: Any) -> Any:
-        """An experiment's new_layers and position mean nothing here and are recorded as 0 and none."""
-        return {**values, "new_layers": 0, "position": None} if isinstance(values, dict) else values
-
-
-AnyExpand = Annotated[
-    LesaExpand | LlamaProExpand | OptDeusExpand | SolarExpand | AverageExpand | CopyExpand | NoExpand,
-    Field(discriminator="method"),
-]
-
-METHODS = ("lesa", "llama_pro", "opt_deus", "solar", "average", "copy", "none")
+AnyExpand = Annotated[SerializeAsAny[Expand], BeforeValidator(_validated_by_its_method)]

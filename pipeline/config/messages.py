@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
-from pipeline.config import METHODS, STAGE_SETTINGS, Settings
+from pipeline.config import METHODS, Settings
 from pipeline.errors import UserError
 
 TOKEN_SHAPE = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bwandb_v1_[A-Za-z0-9_]{20,}\b")
@@ -189,9 +190,8 @@ def _merge(faults: Iterable[Fault]) -> list[Fault]:
 
 def _path(location: tuple[int | str, ...]) -> str:
     """The dotted setting; pydantic also names the member of a union it tried, which no user types."""
-    union = [part for part in METHODS if location[0] == "expand"]
     tried = re.compile(r"literal\[|list\[|constrained-")
-    return ".".join(str(part) for part in location if part not in union and not tried.match(str(part)))
+    return ".".join(str(part) for part in location if not tried.match(str(part)))
 
 
 def _fault(detail: ErrorDetails) -> Fault:
@@ -201,18 +201,17 @@ def _fault(detail: ErrorDetails) -> Fault:
     kind = detail["type"]
     if kind == "extra_forbidden":
         return path, value, "there is no such setting", did_you_mean(path, known_keys()) + "Check its spelling."
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{path}.method", value, "methods are " + ", ".join(METHODS), "Say expand=NAME."
     if kind == "missing":
         return path, "(not given)", "it must be set", f"Add {path}=... to the command or the experiment."
-    return path, value, message[0].lower() + message[1:], f"Set {path}=... accordingly."
+    remedy = detail.get("ctx", {}).get("remedy", f"Set {path}=... accordingly.")
+    return path, value, message[0].lower() + message[1:], remedy
 
 
 def known_keys() -> list[str]:
     """Every dotted setting there is."""
-    keys = list(_keys_of(Settings, ""))
-    expand: Any = STAGE_SETTINGS["expand"].json_schema()["$defs"]
-    return keys + sorted({f"expand.{name}" for method in expand.values() for name in method["properties"]})
+    methods: Any = import_module("pipeline.expansion.methods")  # by name, as in pipeline.config.expand
+    of_methods = {name for method in METHODS for name in methods.built_in_method(method).model_fields}
+    return [*_keys_of(Settings, ""), *sorted(f"expand.{name}" for name in of_methods)]
 
 
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,8 @@ class Section(BaseModel):
     """A frozen group of settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    draws_random_numbers: ClassVar[bool] = False  # whether a stage with these settings does: the seed is in its key
 
     def key_settings(self) -> dict[str, Any]:
         """The part that names an artifact: everything but the fields marked ``NotInKey``."""

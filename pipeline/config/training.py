@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -23,6 +23,8 @@ class DeepSpeed(Section):
 
 class Train(Section):
     """One training stage; pretrain and sft share it."""
+
+    draws_random_numbers: ClassVar[bool] = True
 
     sequence_length: Positive  # tokens
     global_batch: Positive  # sequences an optimizer step, over all ranks

@@ -19,7 +19,6 @@ from pipeline.artifacts.store import Artifact, make_key
 from pipeline.config import (
     Evaluate,
     EvaluateSnapshot,
-    LesaExpand,
     Report,
     Section,
     Settings,
@@ -36,15 +35,14 @@ class Stage:
 
     version: int  # raise it when the same settings would give another artifact
     own_process: bool = True  # the driver starts it in a process; else it starts workers itself
-    draws: tuple[type[Section], ...] = ()  # settings with which it draws random numbers: the seed is in the key
 
 
 STAGES: dict[str, Stage] = {
     "load": Stage(version=1),
-    "expand": Stage(version=1, draws=(LesaExpand,)),
+    "expand": Stage(version=1),
     "tokenize": Stage(version=3),
-    "pretrain": Stage(version=2, own_process=False, draws=(Section,)),
-    "sft": Stage(version=2, own_process=False, draws=(Section,)),
+    "pretrain": Stage(version=2, own_process=False),
+    "sft": Stage(version=2, own_process=False),
     "evaluate": Stage(version=2),
     "report": Stage(version=2),
 }
@@ -59,6 +57,7 @@ class Inputs:
     instructions: str
     interpreter: str  # the bundled questions are made from this Python's documentation
     tasks: Mapping[str, str] = field(default_factory=dict)  # evaluate.tasks of the user's own: name -> their content
+    method: str | None = None  # the source of ``expand.module``, where there is one
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def make_node(
 ) -> Node:
     """One node with its key."""
     stage_name = name.partition("/")[0]
-    seed = run.seed if isinstance(settings, stage.draws) else 0
+    seed = run.seed if settings.draws_random_numbers else 0
     key = make_key(
         stage_name,
         stage.version,
@@ -108,7 +107,8 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     """All nodes of one run, parents first. ``evaluate.targets`` decides which models are scored."""
     graph = _Builder(run)
     graph.add("load", run.model, {}, model=inputs.model)
-    graph.add("expand", run.expand, {"load": "load"})
+    method = {} if inputs.method is None else {"method": inputs.method}
+    graph.add("expand", run.expand, {"load": "load"}, **method)
     corpus, instructions = _tokenize_settings(run)
     graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)

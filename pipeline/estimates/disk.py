@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
-from pipeline.files import SCRATCH_ON_DISK_BYTES
 from pipeline.models.families import Shape
 from pipeline.training.precision import CHECKPOINT_BYTES
 
@@ -68,10 +66,3 @@ def disk_of(
     training = [trained[stage] for stage in missing.values() if stage in trained]
     checkpoints = max((outputs.parameters * (outputs.checkpoints + 1) for outputs in training), default=0)
     return Disk(artifacts, checkpoints * CHECKPOINT_BYTES, scratch)
-
-
-def lesa_scratch(base: Shape) -> int:
-    """LESA's V of the largest role, ``[layers, out, in]`` in float32, where that lies on disk."""
-    matrices = (shape for layer in base.layers for shape in layer.tensors.values() if len(shape) == 2)
-    size = max(map(prod, matrices)) * len(base.layers) * 4
-    return size if size > SCRATCH_ON_DISK_BYTES else 0

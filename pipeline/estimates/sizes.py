@@ -8,8 +8,9 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from pipeline.config import AnyExpand, Train
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
+from pipeline.config import Expand, Train
+from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.method import Method, method_of
 from pipeline.models.families import Shape
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops
 from pipeline.training.selection import select
@@ -70,7 +71,7 @@ def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[
     """What ``pretrain.trainable`` or ``sft.trainable`` chooses in this model.
 
     Args:
-        expansion: "method" and "layers" as in ``expansion.json``.
+        expansion: "method", "trains" and "layers" as in ``expansion.json``.
 
     Raises:
         UserError: nothing would train.
@@ -90,7 +91,7 @@ class Sizes:
     base: Shape
     grown: Shape
     layers: LayerPlan
-    method: str
+    method: Method
 
     def trained(self, section: str, train: Train) -> Trained:
         """What a training section chooses in the deeper model.
@@ -98,15 +99,16 @@ class Sizes:
         Raises:
             UserError: nothing would train.
         """
-        expansion = {"method": self.method, "layers": self.layers.to_json()}
+        expansion = {"method": self.method.method, "trains": self.method.trains, "layers": self.layers.to_json()}
         return trained_part(section, train.trainable, self.grown, expansion)
 
 
-def sizes_of(expand: AnyExpand, base: Shape) -> Sizes:
+def sizes_of(expand: Expand, base: Shape) -> Sizes:
     """Both models' sizes.
 
     Raises:
         UserError: the base cannot be expanded so.
     """
-    layers = make_plan(expand, len(base.layers))
-    return Sizes(base, base.with_layers(layers.config_sources), layers, expand.method)
+    method = method_of(expand)
+    layers = method.place(len(base.layers))
+    return Sizes(base, base.with_layers(layers.config_sources), layers, method)

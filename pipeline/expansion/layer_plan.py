@@ -12,10 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import AnyExpand
 from pipeline.errors import UserError
-
-MAX_GROWTH = 4  # new layers for every layer of the base, where layers are inserted
 
 
 @dataclass(frozen=True)
@@ -62,47 +59,6 @@ class LayerPlan:
         if any(self.layers[index].new for index in layer.made_from):
             row["made_from"] = list(layer.made_from)
         return row
-
-
-def make_plan(settings: AnyExpand, num_base_layers: int) -> LayerPlan:
-    """The plan that ``expand.position`` and ``expand.new_layers`` describe for a base of this depth.
-
-    Raises:
-        UserError: the position has no room for, or does not agree with, the number of new layers.
-    """
-    if settings.position is None:
-        return insertion_plan((), num_base_layers)
-    if settings.position == "overlap":
-        return overlap_plan(settings.new_layers, num_base_layers)
-    _check_growth(settings.new_layers, num_base_layers)
-    return insertion_plan(gaps_of(settings.position, settings.new_layers, num_base_layers), num_base_layers)
-
-
-def _check_growth(new_layers: int, num_base_layers: int) -> None:
-    most = MAX_GROWTH * num_base_layers
-    if new_layers > most:
-        raise UserError(
-            setting="expand.new_layers",
-            value=new_layers,
-            rule=f"a base of {num_base_layers} layers takes at most {MAX_GROWTH} new ones for each of its own, {most}",
-            remedy=f"Say expand.new_layers={most} or less.",
-        )
-
-
-def validate(settings: AnyExpand, num_base_layers: int) -> None:
-    """Whether the method can expand a base of this depth as asked. Reads nothing.
-
-    Raises:
-        UserError: it cannot.
-    """
-    make_plan(settings, num_base_layers)
-    if num_base_layers < settings.min_base_layers:
-        raise UserError(
-            setting="expand.method",
-            value=settings.method,
-            rule=f"it needs a base of at least {settings.min_base_layers} layers, and this one has {num_base_layers}",
-            remedy="Say expand=copy, or choose a deeper base.",
-        )
 
 
 def gaps_of(position: str | Sequence[int], new_layers: int, num_base_layers: int) -> tuple[int, ...]:
@@ -173,29 +129,3 @@ def _halving(lower: int, upper: int) -> Iterator[tuple[int, int, int]]:
         yield middle, lower, upper
         yield from _halving(lower, middle)
         yield from _halving(middle, upper)
-
-
-def overlap_plan(new_layers: int, num_base_layers: int) -> LayerPlan:
-    """SOLAR's depth up-scaling (arXiv 2312.15166): the lower L-m layers, then the upper L-m, where 2m = L - k.
-
-    For odd L - k, m is rounded down on the lower copy and up on the upper. 32 + 16 gives 24 + 24.
-
-    Raises:
-        UserError: more new layers than two copies of the base have.
-    """
-    dropped = num_base_layers - new_layers
-    if dropped < 0:
-        raise UserError(
-            setting="expand.new_layers",
-            value=new_layers,
-            rule=f"two copies of a base of {num_base_layers} layers add at most {num_base_layers}",
-            remedy=f"Say expand.new_layers={num_base_layers} or less.",
-        )
-    lower_copy = range(num_base_layers - dropped // 2)
-    upper_copy = range(-(-dropped // 2), num_base_layers)
-    sources = [*lower_copy, *upper_copy]
-    layers = tuple(
-        PlannedLayer(index, new=index >= len(lower_copy) and base in lower_copy, base=(base,))
-        for index, base in enumerate(sources)
-    )
-    return LayerPlan(num_base_layers, layers, tuple(layer.layer for layer in layers if layer.new))

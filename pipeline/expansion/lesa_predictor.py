@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import LesaExpand
+if TYPE_CHECKING:
+    from pipeline.expansion.methods.lesa import Lesa
 
 WARMUP_FRACTION = 0.05  # of the steps; of a cosine schedule
 FITTED_DIRECTIONS = 4096  # that first predictions are centred and sized on
@@ -80,7 +82,7 @@ def _norms(rows: Tensor, norm_batch: int) -> Tensor:
 def train_predictor(
     predictor: Predictor,
     right: Tensor,
-    settings: LesaExpand,
+    settings: Lesa,
     seed: int,
     note: Callable[[int, int, float], None],
     directions: Tensor | None = None,
@@ -143,7 +145,7 @@ def _epochs(
     rows: Tensor,
     rank: int,
     samples: Tensor,
-    settings: LesaExpand,
+    settings: Lesa,
     seed: int,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,

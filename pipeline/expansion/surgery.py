@@ -17,8 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.layers import Journal, Layer, NewTensor
-from pipeline.expansion.svd import Scratch, in_memory
+from pipeline.expansion.method import LayerWeights, NewTensor, Scratch, Workspace, in_memory
 from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_json, write_json
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
@@ -29,7 +28,7 @@ from pipeline.progress import progress
 KEEP_EVERY_SECONDS = 10.0  # what an interruption can cost, beside the piece of work in hand
 RECORDS = ".expansion.records.json"  # what the method had to say of what is kept, and the sign that it was
 
-Method = Callable[[list[Layer], LayerPlan, Journal], Iterator[NewTensor]]
+MakeTensors = Callable[[list[LayerWeights], LayerPlan, Workspace], Iterator[NewTensor]]
 
 
 class StoredLayer(Mapping[LayerTensor, Tensor]):
@@ -111,7 +110,7 @@ class Names:
         """Dtype and shape of the stored tensor that holds this one."""
         return self.base.specs[self.sources[self.stored(layer, tensor)]]
 
-    def base_layers(self, device: torch.device) -> list[Layer]:
+    def base_layers(self, device: torch.device) -> list[LayerWeights]:
         """The base as a method sees it."""
         return [
             StoredLayer(self.base, {tensor: self.stored(layer, tensor) for tensor in self.tensors}, device)
@@ -119,20 +118,24 @@ class Names:
         ]
 
 
-def write_weights(names: Names, method: Method, device: torch.device, out: Path) -> Journal:
+def write_weights(
+    names: Names, new_tensors: MakeTensors, device: torch.device, out: Path, seed: int | None = None
+) -> Workspace:
     """Writes every tensor of the deeper model into ``out``: the base's as they are, new ones rounded to its dtypes.
 
     What an interrupted attempt has kept there is not made again; where that was everything, nothing is.
 
     Args:
-        method: what makes the new tensors, on ``device``.
+        new_tensors: a method's function of that name.
+        device: of the tensors that it works with.
+        seed: for a method that draws random numbers.
 
     Raises:
         UserError: the disk has no room.
     """
     specs = {name: names.base.specs[source] for name, source in names.sources.items()}
     if _is_finished(out, specs):
-        return Journal(**read_json(out / RECORDS))
+        return Workspace(**read_json(out / RECORDS))
     with ShardWriter(out, specs, names.parts) as writer:
         _copy_base(writer, names)
         made = {key for key, name in names.new.items() if name in writer.written}
@@ -142,21 +145,22 @@ def write_weights(names: Names, method: Method, device: torch.device, out: Path)
         with progress("expand", total=sum(_millions(names, *key) for key in names.new)) as bar:
             bar.move_to(sum(_millions(names, *key) for key in made))
             keeper = _Keeper(writer, out, has_kept=bool(made))
-            journal = Journal(
+            work = Workspace(
                 note=lambda note, **numbers: bar.advance(0, note=note, **numbers),
                 made=made,
-                keep=lambda: keeper.keep(journal),
+                keep=lambda: keeper.keep(work),
                 scratch=_scratch_in(out),
                 records=records,
+                declared_seed=seed,
             )
-            for new in method(names.base_layers(device), names.plan, journal):
-                keeper.keep_now_and_then(journal)
+            for new in new_tensors(names.base_layers(device), names.plan, work):
+                keeper.keep_now_and_then(work)
                 if (new.layer, new.tensor) not in made:
                     _write_new(writer, names, new)
                     bar.advance(_millions(names, *new[:2]), note=names.new[new.layer, new.tensor])
             if keeper.has_kept:
-                keeper.keep(journal)
-    return journal
+                keeper.keep(work)
+    return work
 
 
 def forget_records(out: Path) -> None:
@@ -172,16 +176,16 @@ class _Keeper:
         self._last = time.monotonic()
         self.has_kept = has_kept  # at the end only then: what is made within seconds is not worth waiting for the disk
 
-    def keep(self, journal: Journal) -> None:
+    def keep(self, work: Workspace) -> None:
         """Now."""
-        write_json(self._out / RECORDS, {"records": journal.records, "warnings": journal.warnings})
+        write_json(self._out / RECORDS, {"records": work.records, "warnings": work.warnings})
         self._writer.keep()
         self._last, self.has_kept = time.monotonic(), True
 
-    def keep_now_and_then(self, journal: Journal) -> None:
+    def keep_now_and_then(self, work: Workspace) -> None:
         """Where the last time is a while ago."""
         if time.monotonic() - self._last > KEEP_EVERY_SECONDS:
-            self.keep(journal)
+            self.keep(work)
 
 
 def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:

@@ -15,18 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.expansion.method import Scratch, in_memory
+
 COLUMNS_AT_ONCE = 2048  # of the Gram matrix
-
-Scratch = Callable[[tuple[int, ...], torch.device], Tensor]  # float32 room of that shape, contents undefined
-
-
-def in_memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Room in memory, whatever the size."""
-    return torch.empty(shape, device=device)
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SharedSVD:
     """One role's factors, float32.
 
     Attributes:
@@ -56,7 +51,7 @@ class Spectrum:
 
 def decompose(
     read: Callable[[int], Tensor], num_layers: int, scratch: Scratch = in_memory, standardized: bool = False
-) -> Spectrum:
+) -> SharedSVD:
     """The factors of ``read(0) ... read(num_layers - 1)``, each ``[d_out, d_in]`` and read twice.
 
     ``standardized``: a direction is a unit vector over all layers, so its entries have unit variance once they are
@@ -75,7 +70,7 @@ def decompose(
     right = scratch((num_layers, len(values), d_in), left.device)
     for layer in range(num_layers):
         torch.mm(to_right, read(layer).float(), out=right[layer])
-    return Spectrum(left, right, scale)
+    return SharedSVD(left, right, scale)
 
 
 def _left_factors(read: Callable[[int], Tensor], num_layers: int) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ from pipeline.config import EvaluateSnapshot, Settings, Target, Train
 from pipeline.data import python_docs, sources
 from pipeline.driver.graph import Inputs, Node
 from pipeline.errors import UserError
-from pipeline.estimates import Disk, TrainingOutputs, disk_of, lesa_scratch, sizes_of
+from pipeline.estimates import Disk, TrainingOutputs, disk_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks
 from pipeline.evaluation.catalogue import validate as validate_evaluation
-from pipeline.expansion.layer_plan import validate as validate_expansion
+from pipeline.expansion.method import method_of
+from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import free_bytes, gib, insufficient_space
 from pipeline.launch.machine import Machine, detect_machine
 from pipeline.models.families import family_of, shape_of
@@ -99,6 +100,7 @@ def identify(run: Settings, source: ModelSource) -> Inputs:
         **data,
         interpreter=python_docs.interpreter_fingerprint(),
         tasks=fingerprint_tasks(run.evaluate, fingerprints) if run.scores_models else {},
+        method=None if run.expand.module is None else module_fingerprint(run.expand.module),
     )
 
 
@@ -140,7 +142,7 @@ def checks(
     context, stages = config.get("max_position_embeddings"), {node.stage for node in missing.values()}
     found: dict[str, Check] = {
         "model": lambda: _check_model(run, config),
-        "expand": lambda: validate_expansion(run.expand, config["num_hidden_layers"]),
+        "expand": lambda: method_of(run.expand).check(config["num_hidden_layers"]),
         "experts": lambda: _check_experts(run, config, missing),
     }
     if "pretrain" in stages:
@@ -242,7 +244,7 @@ def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, 
         run.model.dtype,
         trained,
         {"tokenize/corpus": run.data.max_corpus_tokens or 0},
-        lesa_scratch(sizes.base) if "expand" in missing and run.expand.method == "lesa" else 0,
+        method_of(run.expand).scratch_bytes(sizes.base) if "expand" in missing else 0,
     )
 
 

@@ -20,6 +20,7 @@ from pipeline.driver.graph import Inputs
 from pipeline.errors import UserError
 from pipeline.evaluation.catalogue import fingerprint_tasks
 from pipeline.evaluation.catalogue import validate as validate_evaluation
+from pipeline.expansion.methods import module_fingerprint
 from pipeline.models import hub
 from pipeline.models.source import ModelSource, config_of, resolve
 
@@ -65,6 +66,7 @@ def look_up(run: Settings) -> Outside:
         instructions=UNKNOWN if "instructions" in faults else instructions.result()[1],
         interpreter=python_docs.interpreter_fingerprint(),
         tasks=_fingerprint_tasks(run, remembered, faults),
+        method=None if run.expand.module is None else module_fingerprint(run.expand.module),
     )
     if source is None or config is None:
         config, config_from = _second_best(run.model)

@@ -19,7 +19,7 @@ from pipeline.report.metrics import (
     task_name,
 )
 from pipeline.report.results import Row
-from pipeline.report.runs import METHOD_NAMES, RunArtifacts, labels
+from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
 
 
@@ -48,7 +48,7 @@ def _growth(run: RunArtifacts) -> str:
     expansion = run.expansion()
     if expansion is None or expansion["num_layers"] == expansion["num_base_layers"]:
         return "the base model, not expanded"
-    method = METHOD_NAMES.get(run.method, run.method)
+    method = run.method_title
     return f"from {expansion['num_base_layers']} to {expansion['num_layers']} layers by {method}"
 
 

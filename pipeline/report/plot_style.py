@@ -15,15 +15,6 @@ from pipeline.report.runs import RunArtifacts
 WIDTH = 9.0  # inches; at 100 dots an inch a README shows it at about its own size
 DPI = 200
 INK, QUIET, FAINT = "#1f2328", "#6a737d", "#d8dee4"
-METHOD_COLOURS = {  # Okabe and Ito's palette, told apart by readers with any colour vision
-    "lesa": "#0072b2",
-    "llama_pro": "#d55e00",
-    "opt_deus": "#009e73",
-    "solar": "#cc79a7",
-    "average": "#c98a00",
-    "copy": "#56b4e9",
-    "none": "#7a7a7a",
-}
 SPARE_COLOURS = ("#6a3d9a", "#8c564b", "#b2182b", "#17888f", "#9a9a00", "#4d4d4d", "#e377c2", "#1b4f9c")
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -69,10 +60,7 @@ def colours(runs: Sequence[RunArtifacts]) -> dict[str, str]:
     methods = [run.method for run in runs]
     distinct = len(set(methods)) == len(methods)
     spare = iter(SPARE_COLOURS * (1 + len(runs) // len(SPARE_COLOURS)))
-    return {
-        run.name: METHOD_COLOURS[run.method] if distinct and run.method in METHOD_COLOURS else next(spare)
-        for run in runs
-    }  # fmt: skip
+    return {run.name: (run.method_color if distinct else None) or next(spare) for run in runs}
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -15,21 +15,13 @@ from typing import Any
 
 from pipeline.config import MODEL_TARGETS, Target
 from pipeline.evaluation.scores import Samples
+from pipeline.expansion.methods import built_in_method
 from pipeline.files import read_json
 
 ROLES = (
     "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
     "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
 )  # fmt: skip
-METHOD_NAMES = {
-    "lesa": "LESA",
-    "llama_pro": "LLaMA Pro",
-    "opt_deus": "OpT-DeUS",
-    "solar": "SOLAR",
-    "average": "averaging",
-    "copy": "copying",
-    "none": "no expansion",
-}
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,19 @@ class RunArtifacts:
         """Which layers are new and where they come from."""
         return self.read("expand", "expansion.json")
 
+    @property
+    def method_title(self) -> str:
+        """The method's name in prose."""
+        recorded = (self.expansion() or {}).get("title")
+        return recorded or title_of(self.method)
+
+    @property
+    def method_color(self) -> str | None:
+        """The method's color in plots, or None if it does not have one."""
+        method = built_in_method(self.method)
+        recorded: str | None = (self.expansion() or {}).get("color")
+        return recorded or (None if method is None else method.color)
+
     def new_layers(self) -> list[int]:
         """Indices of the new layers in the expanded model."""
         expansion = self.expansion() or {"layers": []}
@@ -108,8 +113,14 @@ def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:
     """Run name -> what a table's head or a line's end says: the method, or the run's own name where methods repeat."""
     methods = [run.method for run in runs]
     if len(set(methods)) == len(methods):
-        return {run.name: METHOD_NAMES.get(run.method, run.method) for run in runs}
+        return {run.name: run.method_title for run in runs}
     return {run.name: run.name.rsplit("/", 1)[-1] for run in runs}
+
+
+def title_of(method: str) -> str:
+    """The name in prose of one of this repository's methods; any other name as it is."""
+    found = built_in_method(method)
+    return method if found is None else found.title
 
 
 def layouts(runs: Sequence[RunArtifacts]) -> list[tuple[list[RunArtifacts], dict[str, Any]]]:

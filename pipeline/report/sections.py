@@ -14,7 +14,7 @@ from pipeline.report.curves import Curve, curves, seconds_by_stage
 from pipeline.report.findings import final_target, lead_findings
 from pipeline.report.markup import Table, bold, bullets, code, escape, figure, table
 from pipeline.report.metrics import TARGET_NAMES, duration, number
-from pipeline.report.runs import METHOD_NAMES, RunArtifacts, labels, layouts, roles
+from pipeline.report.runs import RunArtifacts, labels, layouts, roles, title_of
 from pipeline.report.scores import Scores
 
 Blocks = list[str]
@@ -139,7 +139,7 @@ def _published_table(setup: Mapping[str, Any]) -> Table:
     rows = []
     for row in setup["rows"]:
         after = row.get("after", TARGET_NAMES[row["target"]])
-        rows.append([METHOD_NAMES[row["method"]], after, *(_published_value(name, row["values"]) for name in heads)])
+        rows.append([title_of(row["method"]), after, *(_published_value(name, row["values"]) for name in heads)])
     return Table(["method", "after", *heads], rows, text_columns=2)
 
 
@@ -197,7 +197,7 @@ def _is_setup_of(setup: Mapping[str, Any], run: RunArtifacts) -> bool:
     if config is None or expansion is None:
         return False
     same_base = all(_config_value(config, name) == value for name, value in setup["base_config"].items())
-    same_depth = expansion["num_layers"] == setup["num_layers"] or run.method == "none"
+    same_depth = expansion["num_layers"] in (setup["num_layers"], expansion["num_base_layers"])
     return same_base and same_depth and run.method in {row["method"] for row in setup["rows"]}
 
 

@@ -1,19 +1,21 @@
-"""expand: plan the new layers, write the deeper model, check what was written."""
+"""expand: plans the new layers, writes the deeper model, and verifies what was written."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.artifacts.task import Metrics, StageTask
-from pipeline.config import AnyExpand
 from pipeline.errors import UserError
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal, Layer, NewTensor
-from pipeline.expansion.methods import METHODS, expand_function
+from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.method import Method
 from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.expansion.self_check import CheckFailedError, check_model
 from pipeline.expansion.surgery import Names, forget_records, write_weights
@@ -28,36 +30,35 @@ def run(task: StageTask) -> Metrics:
     """Writes the deeper model, its ``expansion.json`` and its model card into ``task.out``.
 
     Raises:
-        UserError: the method cannot expand this base, or the disk is too small.
-        CheckFailedError: what was written is not what was meant.
+        UserError: the method cannot expand this base, or the disk is full.
+        CheckFailedError: the model that was written is not the one that was planned.
     """
-    # Adam's moments of silent units decay into numbers so small that processors take many times as long over them.
+    # The Adam moments of dead ReLU units decay into subnormal numbers, which processors handle many times more slowly.
     torch.set_flush_denormal(True)
     settle_vector_math()
-    settings: AnyExpand = task.settings  # type: ignore[assignment]  # the stage's settings are one of these
+    method = task.settings
+    assert isinstance(method, Method)
     base = ModelDirectory(task.parents["load"])
     config = spelled_out_config(base.path)
-    plan = make_plan(settings, config["num_hidden_layers"])
+    plan = method.place(config["num_hidden_layers"])
     names = Names(base, family_of(config["model_type"]), plan)
-
-    def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
-        return expand_function(settings.method)(layers, plan, settings, task.seed, journal)
+    seed = task.seed if method.draws_random_numbers else None
 
     started = time.monotonic()
-    journal = write_weights(names, method, device_of(settings), task.out)
+    with _no_global_draws(method.title):
+        work = write_weights(names, method.new_tensors, device_of(method), task.out, seed)
     weights_seconds = time.monotonic() - started
     deeper = rebuild_config(config, plan.config_sources)
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
-    description = describe(settings, plan) | {"seed": task.seed, "base": base_weights(base.path)}
-    write_json(task.out / EXPANSION_FILE, description)
-    (task.out / "README.md").write_text(model_card(description, base.path))
+    record = expansion_record(method, plan) | {"seed": task.seed, "base": base_weights(base.path)}
+    write_json(task.out / EXPANSION_FILE, record)
+    (task.out / "README.md").write_text(model_card(record, base.path))
 
-    keeps_logits = METHODS[settings.method].keeps_logits(settings)
     try:
-        outcome = check_model(task.out, deeper, base.path if keeps_logits else None, settings.check_memory)
+        outcome = check_model(task.out, deeper, base.path if method.keeps_logits else None, method.check_memory)
     except CheckFailedError:
-        forget_records(task.out)  # so that another attempt does not take these weights for done
+        forget_records(task.out)  # so that another attempt does not mistake these weights for finished ones
         raise
     forget_records(task.out)
     return {
@@ -66,36 +67,64 @@ def run(task: StageTask) -> Metrics:
         "new_layers": [layer.layer for layer in plan.layers if layer.new],
         "weights_seconds": round(weights_seconds, 3),
         "check": asdict(outcome),
-        "warnings": journal.warnings,
-        "method": journal.records,
+        "warnings": work.warnings,
+        "method": work.records,
     }
 
 
-def describe(settings: AnyExpand, plan: LayerPlan) -> dict[str, object]:
-    """The content of ``expansion.json``: which layers are new, and what each comes from."""
+def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:
+    """Returns the content of ``expansion.json``: how the model was made, and where every layer comes from.
+
+    Later stages read it rather than the method's module, which may have changed by then.
+    """
     return {
-        "method": settings.method,
-        "settings": settings.key_settings(),
-        "source": METHODS[settings.method].source,
+        "method": method.method,
+        "title": method.title,
+        "color": method.color,
+        "trains": method.trains,
+        "settings": method.key_settings(),
+        "source": method.source,
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),
         "layers": plan.to_json(),
     }
 
 
-def device_of(settings: AnyExpand) -> torch.device:
-    """Where the method's tensors live: those of a method that only copies never leave the CPU.
+def device_of(method: Method) -> torch.device:
+    """Returns where the method's tensors are. Those of a method without linear algebra never leave the CPU.
 
     Raises:
-        UserError: a GPU is asked for and none is visible.
+        UserError: a GPU is requested and none is visible.
     """
     gpu = torch.cuda.is_available()
-    if settings.device == "cuda" and not gpu:
+    if method.device == "cuda" and not gpu:
         raise UserError(
             setting="expand.device",
             value="cuda",
-            rule="no GPU is visible to torch here",
-            remedy="Say expand.device=auto, or run where there is a GPU.",
+            rule="no GPU is visible to torch on this machine",
+            remedy="Set expand.device=auto, or run on a machine with a GPU.",
         )
-    computes = METHODS[settings.method].linear_algebra
-    return torch.device("cuda" if gpu and computes and settings.device != "cpu" else "cpu")
+    return torch.device("cuda" if gpu and method.uses_gpu and method.device != "cpu" else "cpu")
+
+
+@contextmanager
+def _no_global_draws(title: str) -> Iterator[None]:
+    """Requires that global random number generators are left alone: their numbers would not follow from the seed.
+
+    Raises:
+        RuntimeError: one of them was used.
+    """
+
+    def states() -> list[object]:
+        legacy: Any = np.random.get_state()
+        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        devices = [state.tolist() for state in (torch.get_rng_state(), *on_gpu)]
+        return [random.getstate(), (legacy[1].tolist(), legacy[2]), devices]
+
+    before = states()
+    yield
+    if states() != before:
+        raise RuntimeError(
+            f"{title} drew from a global random number generator: set draws_random_numbers = True in its class, and "
+            "draw from a generator of its own that is seeded with work.seed"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.expansion.methods import built_in_method
 
 BY_EXPANSION = ("auto", "new_layers")  # what these mean, ``expansion.json`` says
 
@@ -15,7 +16,7 @@ def select(section: str, trainable: str, layers: Mapping[str, int | None], expan
     """The names of the parameters that train.
 
     ``auto`` means the new layers where the method inserts some, and everything where nothing is new or where base
-    layers are repeated (solar); ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
+    layers are repeated; ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
     searched in parameter names.
 
     Args:
@@ -55,7 +56,7 @@ def _by_expansion(
     section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]
 ) -> set[str]:
     new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
-    if trainable == "auto" and (not new or expansion["method"] == "solar"):
+    if trainable == "auto" and (not new or _trained_by_default(expansion) == "all"):
         return set(layers)
     if not new:
         raise UserError(
@@ -65,3 +66,9 @@ def _by_expansion(
             remedy=f"Say {section}.trainable=all.",
         )
     return {name for name, layer in layers.items() if layer in new}
+
+
+def _trained_by_default(expansion: Mapping[str, Any]) -> str:
+    """What the method trains by default; models expanded before this was recorded were made by a built-in method."""
+    method = built_in_method(expansion["method"])
+    return str(expansion.get("trains", None if method is None else method.trains))

@@ -32,14 +32,13 @@ import ot
 import torch
 from torch import Tensor
 
-from pipeline.config import LesaExpand, OptDeusExpand
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal, Layer, NewTensor, grow, silenced
+from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.lesa_predictions import role_seed
 from pipeline.expansion.lesa_predictor import Predictor, prediction_loss, train_predictor
-from pipeline.expansion.methods import expand_function
-from pipeline.expansion.methods.lesa import role_seed
-from pipeline.expansion.methods.opt_deus import fuse
-from pipeline.expansion.surgery import Method, Names, write_weights
+from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, from_neighbors, silenced
+from pipeline.expansion.methods.lesa import Lesa
+from pipeline.expansion.methods.opt_deus import OptDeus, fuse
+from pipeline.expansion.surgery import MakeTensors, Names, write_weights
 from pipeline.expansion.svd import decompose
 from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
@@ -73,7 +72,7 @@ def names_of(base: Path, method: str, **changes: Any) -> tuple[Names, Any]:
     """A base's tensors under the plan of a method's settings."""
     settings = expand_settings(method, **{"new_layers": NEW_LAYERS, "position": "top", **changes})
     model = ModelDirectory(base)
-    return Names(model, family_of("llama"), make_plan(settings, model.config["num_hidden_layers"])), settings
+    return Names(model, family_of("llama"), settings.place(model.config["num_hidden_layers"])), settings
 
 
 def seconds_of(work: Callable[[], object], out: Path) -> float:
@@ -85,14 +84,10 @@ def seconds_of(work: Callable[[], object], out: Path) -> float:
     return time.perf_counter() - started
 
 
-def expand_by(method: str, made_with: tuple[Names, Any], seed: int, device: torch.device, out: Path) -> Journal:
-    """Writes the weights that one of the pipeline's own methods makes; returns what it had to say."""
-    names, settings = made_with
-
-    def make(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
-        return expand_function(method)(layers, plan, settings, seed, journal)
-
-    return write_weights(names, make, device, out)
+def expand_by(made_with: tuple[Names, Any], seed: int, device: torch.device, out: Path) -> Workspace:
+    """Writes the weights that one of the pipeline's own methods makes; returns its records."""
+    names, method = made_with
+    return write_weights(names, method.new_tensors, device, out, seed)
 
 
 # ------------------------------------------------------------------------------------------ copies
@@ -106,7 +101,7 @@ def print_copies(base: Path, place: Path) -> None:
         made_with = names_of(base, method)
         surgery, cp = [], []
         for _ in range(REPEATS):
-            surgery.append(seconds_of(lambda: expand_by(method, made_with, 0, torch.device("cpu"), out), out))  # noqa: B023
+            surgery.append(seconds_of(lambda: expand_by(made_with, 0, torch.device("cpu"), out), out))  # noqa: B023
             shutil.rmtree(copied, ignore_errors=True)
             started = time.perf_counter()
             subprocess.run(["cp", "-r", str(out), str(copied)], check=True)
@@ -126,18 +121,16 @@ def print_opt_deus(base: Path, place: Path, device: torch.device) -> None:
     published = seconds_of(
         lambda: write_weights(names, fuse_with_pot(settings, errors), device, place / "pot"), place / "pot"
     )
-    journals: list[Journal] = []
-    mine = seconds_of(
-        lambda: journals.append(expand_by("opt_deus", made_with, 0, device, place / "ours")), place / "ours"
-    )
-    worst = max(facts["marginal_error"] for facts in journals[0].records.values())
+    works: list[Workspace] = []
+    mine = seconds_of(lambda: works.append(expand_by(made_with, 0, device, place / "ours")), place / "ours")
+    worst = max(facts["marginal_error"] for facts in works[0].records.values())
     print("\n| OpT-DeUS | seconds | largest L1 marginal error of its solves | ratio |\n|---|---:|---:|---:|")
     print(f"| POT, log domain, float32 | {published:.1f} | {max(errors):.1e} | 1.00 |")
     print(f"| ours | {mine:.1f} | {worst:.1e} | {published / mine:.2f} |", flush=True)
     shutil.rmtree(place)
 
 
-def fuse_with_pot(settings: OptDeusExpand, errors: list[float]) -> Method:
+def fuse_with_pot(settings: OptDeus, errors: list[float]) -> MakeTensors:
     """OpT-DeUS with POT's solver, which stops by the L2 error of the column sums: L1 is at most sqrt(n) times that."""
 
     def solve(tensor: LayerTensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -150,8 +143,10 @@ def fuse_with_pot(settings: OptDeusExpand, errors: list[float]) -> Method:
         errors.append(float((plan.sum(dim=1) - uniform).abs().sum() + (plan.sum(dim=0) - uniform).abs().sum()))
         return plan * count
 
-    def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
-        for layer, tensor, value in grow(layers, plan, journal, lambda index, lower, upper: fuse(lower, upper, solve)):
+    def method(layers: list[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        for layer, tensor, value in from_neighbors(
+            layers, plan, work, lambda index, lower, upper: fuse(lower, upper, solve)
+        ):
             yield NewTensor(layer, tensor, silenced(tensor, value))
 
     return method
@@ -168,8 +163,8 @@ def print_lesa(base: Path, place: Path, device: torch.device, seeds: int) -> Non
     for seed in range(seeds):
         for name, work in (
             ("published procedure", lambda out: publish_lesa(names, reference, seed, device, out)),  # noqa: B023
-            ("ours, reference", lambda out: expand_by("lesa", authors, seed, device, out)),  # noqa: B023
-            ("ours, fast", lambda out: expand_by("lesa", fast, seed, device, out)),  # noqa: B023
+            ("ours, reference", lambda out: expand_by(authors, seed, device, out)),  # noqa: B023
+            ("ours, fast", lambda out: expand_by(fast, seed, device, out)),  # noqa: B023
         ):
             out = place / "out"
             seconds = seconds_of(lambda: work(out), out)  # noqa: B023
@@ -213,9 +208,7 @@ def print_predictors(base: Path, seeds: int) -> None:
     print(f"| all, geometric mean | | | {math.exp(statistics.mean(map(math.log, ratios))):.3f} | | | | |")
 
 
-def judge(
-    tensor: LayerTensor, layers: Sequence[Layer], settings: LesaExpand, judged_by: LesaExpand, seeds: int
-) -> Judged:
+def judge(tensor: LayerTensor, layers: Sequence[LayerWeights], settings: Lesa, judged_by: Lesa, seeds: int) -> Judged:
     """Means over seeds, on every tenth direction after training on the others."""
     spectrum = decompose(lambda index: layers[index][tensor], len(layers), standardized=settings.standardized)
     right, rank = spectrum.right, spectrum.rank
@@ -231,7 +224,7 @@ def judge(
 
 
 @torch.no_grad()
-def on_directions(predictor: Predictor, right: Tensor, settings: LesaExpand) -> Judged:
+def on_directions(predictor: Predictor, right: Tensor, settings: Lesa) -> Judged:
     """On every inner layer of ``[layers, directions, d_in]``."""
     inputs = torch.cat([right[:-2], right[2:]], dim=2).flatten(0, 1)
     target = right[1:-1].flatten(0, 1)

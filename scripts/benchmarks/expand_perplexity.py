@@ -48,7 +48,7 @@ def cell(base: Path, method: str, position: str, out: Path) -> str:
     for seed in range(SEEDS.get(method, 1)):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        expand_by(method, made_with, seed, torch.device("cpu"), out)
+        expand_by(made_with, seed, torch.device("cpu"), out)
         write_model(made_with[0], base, out)
         found.append(held_out_perplexity(out))
     mean = f"{statistics.mean(found):.2f}"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.config import AnyExpand
-from pipeline.expansion.layer_plan import make_plan
+from pipeline.expansion.method import method_of
 from pipeline.files import write_json
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.stages import expand
@@ -35,7 +35,7 @@ def make(shape: str, new_layers: int, position: str, out: Path) -> None:
 def _write_random(shape: str, settings: AnyExpand, out: Path) -> None:
     """A model of the deeper shape at once, in bfloat16, and the plan that says which of its layers are new."""
     hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary, tied = LLAMA[shape]
-    plan = make_plan(settings, layers)
+    plan = method_of(settings).place(layers)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=len(plan.layers),
         num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=head_dim, vocab_size=vocabulary,

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.config import LesaExpand
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.layers import Journal, Layer, NewTensor
+from pipeline.expansion.method import LayerWeights, NewTensor, Workspace
+from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.surgery import Names, write_weights
 
 
-def publish_lesa(names: Names, settings: LesaExpand, seed: int, device: torch.device, out: Path) -> None:
+def publish_lesa(names: Names, settings: Lesa, seed: int, device: torch.device, out: Path) -> None:
     """Writes the weights of a model whose new layers are layer 0 with seven matrices predicted."""
 
-    def method(layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
+    def method(layers: list[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         torch.manual_seed(seed)
         for tensor in layers[0]:
             if tensor.role.kind != "matrix":
@@ -31,7 +31,7 @@ def publish_lesa(names: Names, settings: LesaExpand, seed: int, device: torch.de
     write_weights(names, method, device, out)
 
 
-def _predicted(matrices: list[Tensor], plan: LayerPlan, settings: LesaExpand) -> list[Tensor]:
+def _predicted(matrices: list[Tensor], plan: LayerPlan, settings: Lesa) -> list[Tensor]:
     """One matrix for each new layer; no gap gets more than one."""
     left, values, right = torch.linalg.svd(torch.cat(matrices, dim=1), full_matrices=False)
     blocks = list(right.split(matrices[0].shape[1], dim=1))
@@ -47,7 +47,7 @@ def _predicted(matrices: list[Tensor], plan: LayerPlan, settings: LesaExpand) ->
     return made
 
 
-def _train(inputs: Tensor, targets: Tensor, settings: LesaExpand) -> nn.Module:
+def _train(inputs: Tensor, targets: Tensor, settings: Lesa) -> nn.Module:
     hidden = settings.hidden_size
     predictor = nn.Sequential(
         nn.Linear(inputs.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),

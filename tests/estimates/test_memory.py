@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pipeline.config import AnyExpand
 from pipeline.estimates import (
     Setup,
     Trained,
     TrainingOutputs,
     disk_of,
-    lesa_scratch,
     memory_of,
     trained_part,
     when_out_of_memory,
 )
+from pipeline.expansion.method import method_of
 from pipeline.models.families import Shape, shape_of
 from tests.training.small import train_settings
 
@@ -140,13 +142,15 @@ def test_disk_counts_what_the_settings_keep() -> None:
     assert more.artifacts["pretrain"] - plain.artifacts["pretrain"] == 3 * 2 * trained.parameters
 
 
-def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more() -> None:
-    llama = shape_of(LLAMA3_8B)
-    assert lesa_scratch(llama) == 32 * 14336 * 4096 * 4
-    alone = disk_of({"expand": "expand"}, llama, llama, "bfloat16", {}, {}, lesa_scratch(llama))
-    assert alone.total == alone.artifacts["expand"] + lesa_scratch(llama)
+def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more(
+    expand_settings: Callable[..., AnyExpand],
+) -> None:
+    llama, lesa = shape_of(LLAMA3_8B), method_of(expand_settings("lesa"))
+    assert lesa.scratch_bytes(llama) == 32 * 14336 * 4096 * 4
+    alone = disk_of({"expand": "expand"}, llama, llama, "bfloat16", {}, {}, lesa.scratch_bytes(llama))
+    assert alone.total == alone.artifacts["expand"] + lesa.scratch_bytes(llama)
     outputs = {"pretrain": TrainingOutputs(3 * 10**9, checkpoints=2, snapshots=0)}
-    trained = disk_of({"pretrain": "pretrain"}, llama, llama, "bfloat16", outputs, {}, lesa_scratch(llama))
+    trained = disk_of({"pretrain": "pretrain"}, llama, llama, "bfloat16", outputs, {}, lesa.scratch_bytes(llama))
     assert trained.total == trained.artifacts["pretrain"] + trained.checkpoints
     small = shape_of({**LLAMA3_8B, "hidden_size": 1024, "intermediate_size": 4096})
-    assert lesa_scratch(small) == 0  # in memory
+    assert lesa.scratch_bytes(small) == 0  # in memory

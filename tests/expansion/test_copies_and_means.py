@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import AnyExpand
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal
-from pipeline.expansion.methods import expand_function
+from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.method import Workspace, method_of
 from pipeline.models.families import LayerTensor, Role
 from tests.expansion.random_layer import Layers
 
@@ -21,9 +20,10 @@ RandomLayers = Callable[[int], Layers]
 
 def _expand(base: Layers, settings: AnyExpand) -> tuple[LayerPlan, dict[int, dict[LayerTensor, Tensor]]]:
     """The plan, and the new layers' tensors by index in the new model; each is yielded once."""
-    plan = make_plan(settings, len(base))
+    method = method_of(settings)
+    plan = method.place(len(base))
     made: dict[int, dict[LayerTensor, Tensor]] = {layer.layer: {} for layer in plan.new_layers}
-    for layer, tensor, value in expand_function(settings.method)(base, plan, settings, 0, Journal()):
+    for layer, tensor, value in method.new_tensors(base, plan, Workspace()):
         assert tensor not in made[layer]
         made[layer][tensor] = value
     assert all(set(tensors) == set(base[0]) for tensors in made.values())

@@ -10,11 +10,11 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import METHODS as METHOD_NAMES
-from pipeline.config import AnyExpand
+from pipeline.config import METHODS, AnyExpand
 from pipeline.errors import UserError
-from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan, make_plan, overlap_plan, validate
-from pipeline.expansion.methods import METHODS, expand_function, trainable_by_default
+from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
+from pipeline.expansion.method import method_of
+from pipeline.expansion.methods import built_in_method
 
 ExpandSettings = Callable[..., AnyExpand]
 
@@ -93,8 +93,8 @@ def test_every_insertion_keeps_the_base_in_order_and_can_be_made(gaps: tuple[int
     assert there == set(range(len(plan.layers)))
 
 
-def test_solar_on_32_layers_is_24_and_24() -> None:
-    plan = overlap_plan(16, 32)
+def test_solar_on_32_layers_is_24_and_24(expand_settings: ExpandSettings) -> None:
+    plan = method_of(expand_settings("solar", new_layers=16)).place(32)
     assert _sources(plan) == [*range(24), *range(8, 32)]
     assert _new(plan) == list(range(24, 40))  # second occurrences of layers 8 to 23
 
@@ -103,8 +103,10 @@ def test_solar_on_32_layers_is_24_and_24() -> None:
     ("new_layers", "lower_copy", "upper_copy"),
     [(1, 3, 2), (2, 4, 2), (3, 4, 1), (4, 5, 1), (5, 5, 0)],
 )
-def test_solar_drops_half_of_what_is_too_much_from_each_copy(new_layers: int, lower_copy: int, upper_copy: int) -> None:
-    plan = overlap_plan(new_layers, 5)
+def test_solar_drops_half_of_what_is_too_much_from_each_copy(
+    expand_settings: ExpandSettings, new_layers: int, lower_copy: int, upper_copy: int
+) -> None:
+    plan = method_of(expand_settings("solar", new_layers=new_layers)).place(5)
     assert _sources(plan) == [*range(lower_copy), *range(upper_copy, 5)]
     assert len(_new(plan)) == new_layers
 
@@ -120,7 +122,7 @@ def test_rows_of_expansion_json() -> None:
 def test_none_leaves_the_base(expand_settings: ExpandSettings) -> None:
     settings = expand_settings("none", new_layers=8, position="top")
     assert (settings.new_layers, settings.position) == (0, None)
-    assert _new(make_plan(settings, 4)) == []
+    assert _new(method_of(settings).place(4)) == []
 
 
 def test_solar_records_a_named_position_as_overlap(expand_settings: ExpandSettings) -> None:
@@ -148,27 +150,22 @@ def test_what_cannot_be_is_refused_with_a_remedy(
     expand_settings: ExpandSettings, method: str, changes: dict[str, object], layers: int, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        validate(expand_settings(method, **changes), layers)
+        method_of(expand_settings(method, **changes)).check(layers)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("position", ["top", "middle", "bottom", "interleaved"])
 @pytest.mark.parametrize("new_layers", [1, 4, 30])
 def test_every_method_fits_every_named_position(
     expand_settings: ExpandSettings, method: str, position: str, new_layers: int
 ) -> None:
     settings = expand_settings(method, new_layers=new_layers, position=position)
-    validate(settings, 30)
-    assert len(make_plan(settings, 30).layers) == 30 + settings.new_layers
+    method_of(settings).check(30)
+    assert len(method_of(settings).place(30).layers) == 30 + settings.new_layers
 
 
-def test_the_table_has_a_row_and_a_file_for_every_method() -> None:
-    assert tuple(METHODS) == METHOD_NAMES
-    assert all(callable(expand_function(method)) for method in METHODS)
-
-
-def test_solar_and_none_train_everything() -> None:
-    assert {method for method in METHODS if trainable_by_default(method) == "all"} == {"solar", "none"}
+def test_solar_and_none_train_everything_by_default() -> None:
+    assert {method for method in METHODS if built_in_method(method).trains == "all"} == {"solar", "none"}
 
 
 # ------------------------------------------------------------------------- published placements, any amount
@@ -189,8 +186,8 @@ def test_published_placements(
     expand_settings: ExpandSettings, method: str, position: object, new_layers: int, base: int, new: list[int]
 ) -> None:
     settings = expand_settings(method, new_layers=new_layers, position=position)
-    validate(settings, base)
-    plan = make_plan(settings, base)
+    method_of(settings).check(base)
+    plan = method_of(settings).place(base)
     assert len(plan.layers) == base + new_layers
     assert _new(plan) == new
 
@@ -217,7 +214,7 @@ def test_any_amount_is_made_by_halving_every_gap(expand_settings: ExpandSettings
     for new_layers in range(1, 4 * base + 1):
         drawn = random.Random(new_layers).choices(range(base), k=new_layers)
         gaps = drawn if position == "list" else position
-        plan = make_plan(expand_settings("average", new_layers=new_layers, position=gaps), base)
+        plan = method_of(expand_settings("average", new_layers=new_layers, position=gaps)).place(base)
         assert len(_new(plan)) == new_layers
         old = [layer.layer for layer in plan.layers if not layer.new]
         wanted: dict[int, tuple[int, int]] = {}
@@ -233,9 +230,9 @@ def test_any_amount_is_made_by_halving_every_gap(expand_settings: ExpandSettings
             there.add(layer.layer)
 
 
-@pytest.mark.parametrize("method", [method for method in METHOD_NAMES if method not in ("solar", "none")])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("solar", "none")])
 @pytest.mark.parametrize("position", ["top", "interleaved"])
 def test_four_times_the_base_is_the_most(expand_settings: ExpandSettings, method: str, position: str) -> None:
-    validate(expand_settings(method, new_layers=48, position=position), 12)
+    method_of(expand_settings(method, new_layers=48, position=position)).check(12)
     with pytest.raises(UserError, match=r"expand.new_layers = 49: .*at most 4 .*48.*expand.new_layers=48"):
-        validate(expand_settings(method, new_layers=49, position=position), 12)
+        method_of(expand_settings(method, new_layers=49, position=position)).check(12)

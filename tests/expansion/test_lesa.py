@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import AnyExpand, LesaExpand
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal
+from pipeline.config import AnyExpand
+from pipeline.expansion import lesa_predictions
+from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.lesa_predictor import Predictor, _rate, prediction_loss, train_predictor
-from pipeline.expansion.methods import lesa
+from pipeline.expansion.method import Workspace
+from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.svd import decompose
 from pipeline.models.families import LayerTensor, family_of
 from tests.expansion.random_layer import Layers
@@ -26,28 +27,28 @@ RandomLayers = Callable[[int], Layers]
 
 
 @pytest.fixture
-def settings(expand_settings: ExpandSettings) -> Callable[..., LesaExpand]:
+def settings(expand_settings: ExpandSettings) -> Callable[..., Lesa]:
     """LESA's own settings, made small."""
 
-    def make(**changes: object) -> LesaExpand:
+    def make(**changes: object) -> Lesa:
         small = {"epochs": 2, "hidden_size": 16, "new_layers": 2, "batch_size": 8}
         made = expand_settings("lesa", **{**small, **changes})
-        assert isinstance(made, LesaExpand)
+        assert isinstance(made, Lesa)
         return made
 
     return make
 
 
 def _expand(
-    base: Layers, settings: LesaExpand, seed: int = 0
-) -> tuple[LayerPlan, dict[int, dict[LayerTensor, Tensor]], Journal]:
-    plan, journal = make_plan(settings, len(base)), Journal()
+    base: Layers, settings: Lesa, seed: int = 0
+) -> tuple[LayerPlan, dict[int, dict[LayerTensor, Tensor]], Workspace]:
+    plan, work = settings.place(len(base)), Workspace(declared_seed=seed)
     made: dict[int, dict[LayerTensor, Tensor]] = {layer.layer: {} for layer in plan.new_layers}
-    for layer, tensor, value in lesa.expand(base, plan, settings, seed, journal):
+    for layer, tensor, value in settings.new_tensors(base, plan, work):
         assert tensor not in made[layer]
         made[layer][tensor] = value
     assert all(set(tensors) == set(base[0]) for tensors in made.values())
-    return plan, made, journal
+    return plan, made, work
 
 
 def _quiet(step: int, steps: int, loss: float) -> None:
@@ -62,24 +63,24 @@ def _matrices(base: Layers, name: str) -> list[Tensor]:
 def test_the_gram_route_is_the_svd(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator) for _ in range(4)]
-    spectrum = decompose(lambda layer: matrices[layer], 4)
+    svd = decompose(lambda layer: matrices[layer], 4)
     left, values, right = svd_factors(matrices)
-    assert spectrum.rank == min(shape[0], 4 * shape[1])
-    torch.testing.assert_close(spectrum.left.double(), left * values, atol=1e-5, rtol=1e-5)
-    for got, wanted in zip(spectrum.right, right, strict=True):
+    assert svd.rank == min(shape[0], 4 * shape[1])
+    torch.testing.assert_close(svd.left.double(), left * values, atol=1e-5, rtol=1e-5)
+    for got, wanted in zip(svd.right, right, strict=True):
         torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
     for layer in range(4):
-        torch.testing.assert_close(spectrum.left @ spectrum.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(svd.left @ svd.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
 
 
 def test_directions_without_a_singular_value_are_left_out() -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(8, 3, generator=generator)
     matrices = [basis @ torch.randn(3, 5, generator=generator) for _ in range(4)]
-    spectrum = decompose(lambda layer: matrices[layer], 4)
-    assert spectrum.rank == 3
-    assert torch.isfinite(spectrum.right).all()
-    torch.testing.assert_close(spectrum.left @ spectrum.right[1], matrices[1], atol=1e-5, rtol=1e-5)
+    svd = decompose(lambda layer: matrices[layer], 4)
+    assert svd.rank == 3
+    assert torch.isfinite(svd.right).all()
+    torch.testing.assert_close(svd.left @ svd.right[1], matrices[1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_loss_is_the_authors() -> None:
@@ -100,7 +101,7 @@ def test_norms_are_taken_over_the_authors_batch_however_many_directions_a_step_s
 
 @pytest.mark.parametrize(("variant", "norm_loss_weight"), [("reference", 5e-4), ("paper", 5e-5)])
 def test_training_is_that_of_a_plain_loop_over_all_samples(
-    settings: Callable[..., LesaExpand], variant: str, norm_loss_weight: float
+    settings: Callable[..., Lesa], variant: str, norm_loss_weight: float
 ) -> None:
     """The authors': one batch a step, whose norm is one number, at a constant learning rate."""
     generator = torch.Generator().manual_seed(0)
@@ -131,11 +132,11 @@ def test_training_is_that_of_a_plain_loop_over_all_samples(
 def test_standardized_factors_have_unit_variance_and_the_same_product() -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(6, 9, generator=generator) for _ in range(4)]
-    spectrum = decompose(lambda layer: matrices[layer], 4, standardized=True)
-    variances = spectrum.right.square().mean(dim=(0, 2))
+    svd = decompose(lambda layer: matrices[layer], 4, standardized=True)
+    variances = svd.right.square().mean(dim=(0, 2))
     torch.testing.assert_close(variances, torch.ones(6), atol=1e-4, rtol=1e-4)
     for layer in range(4):
-        torch.testing.assert_close(spectrum.left @ spectrum.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(svd.left @ svd.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
 
 
 def test_first_predictions_are_centred_and_of_the_targets_size() -> None:
@@ -148,7 +149,7 @@ def test_first_predictions_are_centred_and_of_the_targets_size() -> None:
     torch.testing.assert_close(first.norm(), right[1:-1].norm(), rtol=1e-5, atol=0)
 
 
-def test_training_learns(settings: Callable[..., LesaExpand]) -> None:
+def test_training_learns(settings: Callable[..., Lesa]) -> None:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(64, 8, generator=generator)
     right = torch.stack([direction * (1 + 0.1 * layer) for layer in range(6)])
@@ -161,15 +162,15 @@ def test_training_learns(settings: Callable[..., LesaExpand]) -> None:
 
 @pytest.mark.parametrize("variant", ["fast", "reference"])
 def test_new_matrices_are_predicted_from_an_exact_svd(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers, variant: str
+    settings: Callable[..., Lesa], random_layers: RandomLayers, variant: str
 ) -> None:
     base, chosen = random_layers(5), settings(position=[1, 4], variant=variant)
     _, made, _ = _expand(base, chosen)
     for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
         tensor = LayerTensor(name, family_of("llama").roles[name])
-        predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
-        spectrum = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
-        train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)
+        predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
+        svd = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
+        train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_quiet)
         linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
         matrices = _matrices(base, name)
         for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
@@ -179,24 +180,24 @@ def test_new_matrices_are_predicted_from_an_exact_svd(
 
 
 def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+    settings: Callable[..., Lesa], random_layers: RandomLayers
 ) -> None:
     base, chosen = random_layers(4), settings(position=[1, 1], variant="reference")
     _, made, _ = _expand(base, chosen)
     name = "self_attn.q_proj.weight"
     tensor = LayerTensor(name, family_of("llama").roles[name])
-    predictor = Predictor(base[0][tensor].shape[1], 16, lesa.role_seed(0, tensor))
-    spectrum = decompose(lambda layer: base[layer][tensor], 4)
-    train_predictor(predictor, spectrum.right, chosen, lesa.role_seed(0, tensor), note=_quiet)
-    first = predictor(torch.cat([spectrum.right[1], spectrum.right[2]], dim=1))
-    second = predictor(torch.cat([first, spectrum.right[2]], dim=1))
-    torch.testing.assert_close(made[2][tensor], (spectrum.left @ first).detach())
-    torch.testing.assert_close(made[3][tensor], (spectrum.left @ second).detach())
+    predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
+    svd = decompose(lambda layer: base[layer][tensor], 4)
+    train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_quiet)
+    first = predictor(torch.cat([svd.right[1], svd.right[2]], dim=1))
+    second = predictor(torch.cat([first, svd.right[2]], dim=1))
+    torch.testing.assert_close(made[2][tensor], (svd.left @ first).detach())
+    torch.testing.assert_close(made[3][tensor], (svd.left @ second).detach())
 
 
 @pytest.mark.parametrize("norms", ["layer0", "neighbour", "average"])
 def test_norms_and_biases_come_from_where_the_setting_says(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers, norms: str
+    settings: Callable[..., Lesa], random_layers: RandomLayers, norms: str
 ) -> None:
     base = random_layers(4)
     _, made, _ = _expand(base, settings(position=[1, 3], norms=norms, epochs=1))
@@ -212,14 +213,14 @@ def test_norms_and_biases_come_from_where_the_setting_says(
         assert torch.equal(made[5][tensor], wanted[1])
 
 
-def test_zero_init_silences_both_blocks(settings: Callable[..., LesaExpand], random_layers: RandomLayers) -> None:
+def test_zero_init_silences_both_blocks(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
     _, made, _ = _expand(random_layers(4), settings(zero_init=True))
     for tensors in made.values():
         for tensor, value in tensors.items():
             assert bool(value.any()) != (tensor.role.name in ("o", "down"))
 
 
-def test_the_seed_decides_everything(settings: Callable[..., LesaExpand], random_layers: RandomLayers) -> None:
+def test_the_seed_decides_everything(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
     base = random_layers(4)
     torch.manual_seed(1)
     _, first, _ = _expand(base, settings(), seed=3)
@@ -233,26 +234,24 @@ def test_the_seed_decides_everything(settings: Callable[..., LesaExpand], random
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_how_many_roles_are_made_at_once_changes_nothing(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch, threads: int
+    settings: Callable[..., Lesa], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     base = random_layers(4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    _, one, one_journal = _expand(base, settings())
+    _, one, one_work = _expand(base, settings())
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    _, several, several_journal = _expand(base, settings())
+    _, several, several_work = _expand(base, settings())
     assert all(torch.equal(one[layer][t], several[layer][t]) for layer in one for t in one[layer])
-    assert list(one_journal.records.items()) == list(several_journal.records.items())
+    assert list(one_work.records.items()) == list(several_work.records.items())
 
 
-def test_the_journal_has_a_record_for_each_matrix(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers
-) -> None:
-    _, _, journal = _expand(random_layers(4), settings())
-    assert len(journal.records) == 7
-    assert all(facts["loss"] > 0 for facts in journal.records.values())
+def test_the_work_has_a_record_for_each_matrix(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
+    _, _, work = _expand(random_layers(4), settings())
+    assert len(work.records) == 7
+    assert all(facts["loss"] > 0 for facts in work.records.values())
 
 
-def test_only_the_directions_given_are_learnt_from(settings: Callable[..., LesaExpand]) -> None:
+def test_only_the_directions_given_are_learnt_from(settings: Callable[..., Lesa]) -> None:
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(5, 6, 3, generator=generator)
     some, without_the_rest = Predictor(3, 16, seed=1), Predictor(3, 16, seed=1)
@@ -271,13 +270,13 @@ def test_the_cosine_schedule_warms_up_and_ends_near_zero() -> None:
 
 
 def test_an_interrupted_expansion_goes_on_with_the_roles_that_are_missing(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers
+    settings: Callable[..., Lesa], random_layers: RandomLayers
 ) -> None:
     base, chosen = random_layers(4), settings()
     plan, whole, _ = _expand(base, chosen)
     made = {(layer, tensor) for layer in whole for tensor in base[0] if tensor.role.name in ("q", "gate")}
     lacking = {key for key in made if key[0] == max(whole) and key[1].role.name == "gate"}  # so gate is made again
-    rest = list(lesa.expand(base, plan, chosen, 0, Journal(made=made - lacking)))
+    rest = list(chosen.new_tensors(base, plan, Workspace(made=made - lacking, declared_seed=0)))
     assert {new.tensor.role.name for new in rest if new.tensor.role.kind == "matrix"} == {
         "k",
         "v",
@@ -290,41 +289,41 @@ def test_an_interrupted_expansion_goes_on_with_the_roles_that_are_missing(
 
 
 def test_a_large_role_is_taught_alone_to_the_same_result(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Lesa], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = random_layers(4)
     _, small, _ = _expand(base, settings())
-    monkeypatch.setattr(lesa, "GROUP_BYTES", 0)
-    _, large, journal = _expand(base, settings())
+    monkeypatch.setattr(lesa_predictions, "GROUP_BYTES", 0)
+    _, large, work = _expand(base, settings())
     assert all(torch.equal(small[layer][t], large[layer][t]) for layer in small for t in small[layer])
-    assert len(journal.records) == 7
+    assert len(work.records) == 7
 
 
 def test_a_group_s_factors_are_let_go_before_the_next_is_decomposed(
-    settings: Callable[..., LesaExpand], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Lesa], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lesa, "GROUP_BYTES", 0)
-    held: list[weakref.ref[lesa.RoleWork]] = []
-    prepare = lesa.prepare
+    monkeypatch.setattr(lesa_predictions, "GROUP_BYTES", 0)
+    held: list[weakref.ref[lesa_predictions.MatrixRole]] = []
+    prepare = lesa_predictions.prepare
 
-    def watched(*arguments: Any) -> lesa.RoleWork:
+    def watched(*arguments: Any) -> lesa_predictions.MatrixRole:
         assert all(reference() is None for reference in held)
         work = prepare(*arguments)
         held.append(weakref.ref(work))
         return work
 
-    monkeypatch.setattr(lesa, "prepare", watched)
+    monkeypatch.setattr(lesa_predictions, "prepare", watched)
     _expand(random_layers(4), settings())
     assert len(held) == 7
 
 
 def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
     default, fast = expand_settings("lesa"), expand_settings("lesa", variant="fast")
-    assert isinstance(default, LesaExpand) and default.variant == "fast"
-    assert isinstance(fast, LesaExpand) and (fast.epochs, fast.batch_size, fast.norm_batch) == (3, 256, 64)
+    assert isinstance(default, Lesa) and default.variant == "fast"
+    assert isinstance(fast, Lesa) and (fast.epochs, fast.batch_size, fast.norm_batch) == (3, 256, 64)
     assert fast.standardized
     reference, paper = expand_settings("lesa", variant="reference"), expand_settings("lesa", variant="paper")
-    assert isinstance(reference, LesaExpand) and isinstance(paper, LesaExpand)
+    assert isinstance(reference, Lesa) and isinstance(paper, Lesa)
     assert (reference.epochs, reference.norm_loss_weight, reference.standardized) == (10, 5e-4, False)
     assert (paper.epochs, paper.norm_loss_weight, paper.standardized) == (5, 5e-5, False)
     for authors in (reference, paper):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import AnyExpand, OptDeusExpand
-from pipeline.expansion.layer_plan import make_plan
-from pipeline.expansion.layers import Journal
-from pipeline.expansion.methods import opt_deus
+from pipeline.config import AnyExpand
+from pipeline.expansion.method import Workspace
+from pipeline.expansion.methods.opt_deus import OptDeus, fuse
 from pipeline.expansion.sinkhorn import sinkhorn_log, sinkhorn_pot
 from pipeline.models.families import LayerTensor
 from tests.expansion.random_layer import Layers
@@ -66,15 +65,15 @@ def _named(layer: dict[LayerTensor, Tensor]) -> dict[str, Tensor]:
     return {tensor.name: value for tensor, value in layer.items()}
 
 
-def _settings(expand_settings: ExpandSettings, **changes: object) -> OptDeusExpand:
+def _settings(expand_settings: ExpandSettings, **changes: object) -> OptDeus:
     settings = expand_settings("opt_deus", new_layers=1, position=[1], **changes)
-    assert isinstance(settings, OptDeusExpand)
+    assert isinstance(settings, OptDeus)
     return settings
 
 
-def _iterations(journal: Journal) -> dict[str, int]:
+def _iterations(work: Workspace) -> dict[str, int]:
     """Sinkhorn's iterations by module, of one new layer."""
-    return {name.split()[-1]: facts["iterations"] for name, facts in journal.records.items()}
+    return {name.split()[-1]: facts["iterations"] for name, facts in work.records.items()}
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -82,9 +81,9 @@ def test_a_layer_is_fused_along_the_flow_of_transport(
     expand_settings: ExpandSettings, random_layers: RandomLayers, rescale: bool
 ) -> None:
     settings = _settings(expand_settings, rescale_plan=rescale)
-    base, plan, journal = random_layers(4), make_plan(_settings(expand_settings), 4), Journal()
-    made = {tensor.name: value for _, tensor, value in opt_deus.expand(base, plan, settings, 0, journal)}
-    wanted = fused_layer(_named(base[1]), _named(base[2]), _iterations(journal), rescale)
+    base, plan, work = random_layers(4), settings.place(4), Workspace()
+    made = {tensor.name: value for _, tensor, value in settings.new_tensors(base, plan, work)}
+    wanted = fused_layer(_named(base[1]), _named(base[2]), _iterations(work), rescale)
     assert set(made) == set(wanted)
     for name, value in made.items():
         if "o_proj" in name or "down_proj" in name:
@@ -105,7 +104,7 @@ def test_before_silencing_outputs_are_fused_too(random_layers: RandomLayers, res
         iterations[tensor.module] = solved.iterations
         return solved.plan * len(w1) if rescale else solved.plan
 
-    fused = _named(dict(opt_deus.fuse(lower, upper, solve)))
+    fused = _named(dict(fuse(lower, upper, solve)))
     wanted = fused_layer(_named(lower), _named(upper), iterations, rescale)
     assert set(fused) == set(wanted)
     for name, value in fused.items():
@@ -129,25 +128,23 @@ def test_the_reference_preset_reproduces_the_zero_plan(
     settings = _settings(expand_settings, variant="reference")
     assert (settings.solver, settings.rescale_plan, settings.marginal_error) == ("pot_float32", False, 1e-9)
     base = [{tensor: value * 30 for tensor, value in layer.items()} for layer in random_layers(4)]
-    journal = Journal()
-    made = {
-        tensor.name: value for _, tensor, value in opt_deus.expand(base, make_plan(settings, 4), settings, 0, journal)
-    }
+    work = Workspace()
+    made = {tensor.name: value for _, tensor, value in settings.new_tensors(base, settings.place(4), work)}
     upper = _named(base[2])
     torch.testing.assert_close(made["self_attn.q_proj.weight"], upper["self_attn.q_proj.weight"] / 2)
     torch.testing.assert_close(made["mlp.gate_proj.weight"], upper["mlp.gate_proj.weight"] / 2)
-    assert journal.warnings == ["7 of 7 transport problems: underflow: the plan is zero"]
+    assert work.warnings == ["7 of 7 transport problems: underflow: the plan is zero"]
 
 
 def test_every_solve_is_recorded(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
     settings = _settings(expand_settings)
-    journal = Journal()
-    list(opt_deus.expand(random_layers(3), make_plan(settings, 3), settings, 0, journal))
-    assert len(journal.records) == 7
-    facts = journal.records["layer 2 self_attn.q_proj"]
+    work = Workspace()
+    list(settings.new_tensors(random_layers(3), settings.place(3), work))
+    assert len(work.records) == 7
+    facts = work.records["layer 2 self_attn.q_proj"]
     assert facts["outcome"] == "converged"
     assert 0 <= facts["marginal_error"] <= 1e-3
-    assert journal.warnings == []
+    assert work.warnings == []
 
 
 def test_several_layers_in_a_gap_are_fused_from_one_another(
@@ -156,7 +153,7 @@ def test_several_layers_in_a_gap_are_fused_from_one_another(
     settings = expand_settings("opt_deus", new_layers=2, position=[0, 0])
     made: dict[int, dict[str, Tensor]] = {1: {}, 2: {}}
     base = random_layers(2)
-    for layer, tensor, value in opt_deus.expand(base, make_plan(settings, 2), settings, 0, Journal()):
+    for layer, tensor, value in settings.new_tensors(base, settings.place(2), Workspace()):
         made[layer][tensor.name] = value
     name = "input_layernorm.weight"
     lower, upper = (_named(layer)[name] for layer in base)

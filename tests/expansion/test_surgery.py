@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from pipeline.config import AnyExpand
 from pipeline.expansion import surgery as layer_surgery
-from pipeline.expansion.layer_plan import LayerPlan, make_plan
-from pipeline.expansion.layers import Journal, Layer, NewTensor
-from pipeline.expansion.methods import expand_function
+from pipeline.expansion.layer_plan import LayerPlan
+from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, method_of
 from pipeline.expansion.surgery import Names, write_weights
 from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory
@@ -32,11 +31,11 @@ class Watched:
     def __init__(self, settings: AnyExpand, gives: int | None = None) -> None:
         self._settings, self._gives = settings, gives
         self.given: list[str] = []
-        self.journal = Journal()
+        self.work = Workspace()
 
-    def __call__(self, layers: list[Layer], plan: LayerPlan, journal: Journal) -> Iterator[NewTensor]:
-        self.journal = journal
-        for new in expand_function(self._settings.method)(layers, plan, self._settings, 0, journal):
+    def __call__(self, layers: list[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        self.work = work
+        for new in method_of(self._settings).new_tensors(layers, plan, work):
             if len(self.given) == self._gives:
                 raise Interrupted
             self.given.append(f"{new.layer} {new.tensor.name}")
@@ -45,7 +44,7 @@ class Watched:
 
 def _names(base: Path, settings: AnyExpand) -> Names:
     model = ModelDirectory(base)
-    return Names(model, family_of("llama"), make_plan(settings, model.config["num_hidden_layers"]))
+    return Names(model, family_of("llama"), method_of(settings).place(model.config["num_hidden_layers"]))
 
 
 @pytest.mark.parametrize("method", ["lesa", "opt_deus", "average", "llama_pro"])
@@ -61,22 +60,22 @@ def test_an_interrupted_expansion_goes_on_and_ends_the_same(
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     whole.mkdir(), parted.mkdir()
     uninterrupted = Watched(settings)
-    write_weights(_names(tiny_llama_dir, settings), uninterrupted, CPU, whole)
+    write_weights(_names(tiny_llama_dir, settings), uninterrupted, CPU, whole, seed=0)
 
     monkeypatch.setattr(layer_surgery, "KEEP_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
-        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, parted)
+        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, parted, seed=0)
     second = Watched(settings)
-    journal = write_weights(_names(tiny_llama_dir, settings), second, CPU, parted)
+    work = write_weights(_names(tiny_llama_dir, settings), second, CPU, parted, seed=0)
     assert (parted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert journal.records == uninterrupted.journal.records
+    assert work.records == uninterrupted.work.records
     kept = {"lesa": 12}.get(method, 11)  # a role of LESA's is kept when it is whole; else the twelfth was in hand
-    assert len(second.journal.made) == kept
+    assert len(second.work.made) == kept
     assert _weights_in(parted) == {"model.safetensors"}
     if method == "lesa":  # whose roles are its units of work, the largest first
         assert not any(name in given for name in ("gate_proj", "up_proj", "down_proj") for given in second.given)
     if method == "opt_deus":  # whose units of work are layers, here the second one from the first
-        assert journal.records.keys() == second.journal.records.keys()
+        assert work.records.keys() == second.work.records.keys()
 
 
 def _weights_in(directory: Path) -> set[str]:
@@ -89,9 +88,9 @@ def test_a_layer_that_is_made_and_that_no_other_needs_is_not_solved_again(
     settings = expand_settings("opt_deus", new_layers=2, position=[0, 2])
     monkeypatch.setattr(layer_surgery, "KEEP_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
-        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, tmp_path)
+        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, tmp_path, seed=0)
     second = Watched(settings)
-    write_weights(_names(tiny_llama_dir, settings), second, CPU, tmp_path)
+    write_weights(_names(tiny_llama_dir, settings), second, CPU, tmp_path, seed=0)
     assert {given.split()[0] for given in second.given} == {"4"}  # 1 was whole
 
 
@@ -100,15 +99,15 @@ def test_an_attempt_that_was_cut_off_after_the_last_tensor_is_not_made_again(
 ) -> None:
     settings = expand_settings("lesa", new_layers=2, epochs=1, hidden_size=16)
     names = _names(tiny_llama_dir, settings)
-    first = write_weights(names, Watched(settings), CPU, tmp_path)
+    first = write_weights(names, Watched(settings), CPU, tmp_path, seed=0)
     written = (tmp_path / "model.safetensors").stat().st_mtime_ns
     second = Watched(settings)
-    again = write_weights(names, second, CPU, tmp_path)
+    again = write_weights(names, second, CPU, tmp_path, seed=0)
     assert second.given == [] and (tmp_path / "model.safetensors").stat().st_mtime_ns == written
     assert (again.records, again.warnings) == (first.records, first.warnings)
 
     layer_surgery.forget_records(tmp_path)  # the stage's word that they are final, or wrong
-    write_weights(names, second, CPU, tmp_path)
+    write_weights(names, second, CPU, tmp_path, seed=0)
     assert second.given
 
 
@@ -118,7 +117,7 @@ def test_large_room_is_in_a_file_without_a_name(
     settings = expand_settings("lesa", new_layers=2, epochs=1, hidden_size=16)
     in_memory, on_disk = tmp_path / "memory", tmp_path / "disk"
     in_memory.mkdir(), on_disk.mkdir()
-    write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, in_memory)
+    write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, in_memory, seed=0)
 
     monkeypatch.setattr(layer_surgery, "SCRATCH_ON_DISK_BYTES", 0)
     mapped: list[int] = []
@@ -129,7 +128,7 @@ def test_large_room_is_in_a_file_without_a_name(
         return from_file(path, shared=shared, size=size)
 
     monkeypatch.setattr(torch, "from_file", remember)
-    write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, on_disk)
+    write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, on_disk, seed=0)
     assert len(mapped) == 7
     assert _weights_in(on_disk) == {"model.safetensors"}
     first, second = (load_file(directory / "model.safetensors") for directory in (in_memory, on_disk))

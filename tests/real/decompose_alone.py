@@ -29,8 +29,8 @@ def main(width: int, layers: int, directory: Path) -> None:
         return room
 
     (directory / "before").write_text(str(resident_bytes(os.getpid())))
-    spectrum = decompose(read, layers, scratch)
-    assert spectrum.rank == width
+    svd = decompose(read, layers, scratch)
+    assert svd.rank == width
 
 
 if __name__ == "__main__":

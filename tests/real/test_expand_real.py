@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget
-from pipeline.config import AnyExpand, LesaExpand, OptDeusExpand, Tracking
-from pipeline.expansion.layer_plan import make_plan
-from pipeline.expansion.layers import Journal, Layer
-from pipeline.expansion.methods import lesa, opt_deus
+from pipeline.config import AnyExpand, Tracking
+from pipeline.expansion.lesa_predictions import prepare
+from pipeline.expansion.method import LayerWeights, Workspace
+from pipeline.expansion.methods.lesa import Lesa
+from pipeline.expansion.methods.opt_deus import OptDeus, fuse
 from pipeline.expansion.sinkhorn import sinkhorn_log, sinkhorn_pot
 from pipeline.expansion.svd import decompose
 from pipeline.models.families import LayerTensor, family_of
@@ -34,7 +35,7 @@ def _matrix(directory: Path, layer: int, module: str) -> Tensor:
     return ModelDirectory(directory).read(f"model.layers.{layer}.{module}.weight").float()
 
 
-def _layer(directory: Path, layer: int) -> Layer:
+def _layer(directory: Path, layer: int) -> LayerWeights:
     """All tensors of a Llama layer, float32."""
     stored = ModelDirectory(directory)
     return {
@@ -82,20 +83,20 @@ def test_lesa_on_three_trained_layers_is_the_plain_svd(
     """
     matrices = [_matrix(smollm2_dir, layer, module) for layer in (14, 15, 16)]
     settings = expand_settings("lesa", new_layers=1, position=[0], standardized=standardized)
-    assert isinstance(settings, LesaExpand)
+    assert isinstance(settings, Lesa)
     tensor = LayerTensor(f"{module}.weight", family_of("llama").roles[f"{module}.weight"])
-    work = lesa.prepare([{tensor: matrix} for matrix in matrices], tensor, settings, 0, Journal())
-    spectrum, scale = work.spectrum, math.sqrt(3 * matrices[0].shape[1]) if standardized else 1.0
+    role = prepare([{tensor: matrix} for matrix in matrices], tensor, settings, Workspace(declared_seed=0))
+    svd, scale = role.svd, math.sqrt(3 * matrices[0].shape[1]) if standardized else 1.0
     left, values, right = svd_factors(matrices)
-    assert relative_difference(spectrum.left * scale, left * values) < 1e-5
-    for got, wanted in zip(spectrum.right, right, strict=True):
+    assert relative_difference(svd.left * scale, left * values) < 1e-5
+    for got, wanted in zip(svd.right, right, strict=True):
         assert relative_difference(got / scale, wanted) < 1e-5
 
-    ((_, predicted),) = work.predict(make_plan(settings, 3))
-    linears = [(linear.weight, linear.bias) for linear in work.predictor if isinstance(linear, nn.Linear)]
+    ((_, predicted),) = role.predict(settings.place(3))
+    linears = [(linear.weight, linear.bias) for linear in role.predictor if isinstance(linear, nn.Linear)]
     with torch.no_grad():
         wanted = predicted_matrix(matrices, 0, 1, linears, scale)
-    assert relative_difference(spectrum.left @ predicted, wanted) < 1e-5
+    assert relative_difference(svd.left @ predicted, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -121,14 +122,14 @@ def test_opt_deus_fuses_whole_trained_layers_along_the_flow(
     twice, 5e-8: there this states no more than that it is as little.
     """
     lower, upper = (_layer(smollm2_dir, layer) for layer in (15, 16))
-    settings, journal = expand_settings("opt_deus", rescale_plan=rescale), Journal()
-    assert isinstance(settings, OptDeusExpand)
+    settings, work = expand_settings("opt_deus", rescale_plan=rescale), Workspace()
+    assert isinstance(settings, OptDeus)
 
     def solve(tensor: LayerTensor, w1: Tensor, w2: Tensor) -> Tensor:
-        return opt_deus._solve(w1, w2, settings, tensor.module, journal)
+        return settings.solve(w1, w2, tensor.module, work)
 
-    fused = {tensor.name: value for tensor, value in opt_deus.fuse(lower, upper, solve).items()}
-    iterations = {module: facts["iterations"] for module, facts in journal.records.items()}
+    fused = {tensor.name: value for tensor, value in fuse(lower, upper, solve).items()}
+    iterations = {module: facts["iterations"] for module, facts in work.records.items()}
     named = ({tensor.name: value for tensor, value in layer.items()} for layer in (lower, upper))
     wanted = fused_layer(*named, iterations, rescale)
     assert set(fused) == set(wanted) and len(fused) == 9
@@ -138,12 +139,12 @@ def test_opt_deus_fuses_whole_trained_layers_along_the_flow(
 
 def test_the_gram_route_is_exact_on_trained_weights(smollm2_dir: Path) -> None:
     matrices = [_matrix(smollm2_dir, layer, "self_attn.v_proj") for layer in range(30)]
-    spectrum = decompose(matrices.__getitem__, 30)
+    svd = decompose(matrices.__getitem__, 30)
     values = torch.linalg.svdvals(torch.cat(matrices, dim=1).double())
-    assert spectrum.rank == 192
-    torch.testing.assert_close(spectrum.left.norm(dim=0).double(), values, rtol=1e-5, atol=1e-5)
+    assert svd.rank == 192
+    torch.testing.assert_close(svd.left.norm(dim=0).double(), values, rtol=1e-5, atol=1e-5)
     for layer in (0, 15, 29):
-        torch.testing.assert_close(spectrum.left @ spectrum.right[layer], matrices[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(svd.left @ svd.right[layer], matrices[layer], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -6,7 +6,8 @@ from itertools import pairwise
 from random import Random
 
 from pipeline.config import METHODS
-from pipeline.report.plot_style import METHOD_COLOURS, colours, spread
+from pipeline.expansion.methods import built_in_method
+from pipeline.report.plot_style import colours, spread
 from pipeline.report.runs import RunArtifacts
 
 
@@ -31,14 +32,14 @@ def test_touching_labels_move_apart_around_their_centre() -> None:
 
 
 def test_every_method_has_its_own_colour_in_every_plot() -> None:
-    assert set(METHOD_COLOURS) == set(METHODS)
     runs = [RunArtifacts(method, method, {}) for method in METHODS]
-    assert colours(runs) == METHOD_COLOURS
-    assert colours(runs[:1]) == {"lesa": METHOD_COLOURS["lesa"]}
+    by_method = {method: built_in_method(method).color for method in METHODS}
+    assert colours(runs) == by_method and len(set(by_method.values())) == len(METHODS)
+    assert all(colours([run]) == {run.name: by_method[run.method]} for run in runs)
 
 
 def test_repeated_and_new_methods_get_colours_of_their_own() -> None:
     seeds = [RunArtifacts(f"seed-{i}", "lesa", {}) for i in range(10)]
     assert len(set(list(colours(seeds).values())[:8])) == 8
     mixed = [RunArtifacts("a", "lesa", {}), RunArtifacts("b", "brand_new", {})]
-    assert colours(mixed)["a"] == METHOD_COLOURS["lesa"] != colours(mixed)["b"]
+    assert colours(mixed)["a"] == built_in_method("lesa").color != colours(mixed)["b"]

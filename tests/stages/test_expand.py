@@ -229,8 +229,8 @@ def test_a_failed_check_fails_the_stage(
 FAULT = """
 import sys
 if "pipeline.stages" in sys.orig_argv:
-    from pipeline import model_check
-    model_check.CACHE_TOLERANCE = -1.0
+    from pipeline.expansion import self_check
+    self_check.CACHE_TOLERANCE = -1.0
 """  # read at the start of every process; acts in those of stages
 
 

@@ -1,20 +1,24 @@
-"""The mean of the two neighbours, nothing zeroed: a control."""
+"""The mean of the two neighbors, with nothing zeroed: a control."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.config import AverageExpand
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.layers import Journal, Layer, NewTensor, grow
+from pipeline.expansion.method import InsertionMethod, LayerWeights, NewTensor, Workspace, from_neighbors
 
 
-def expand(
-    base: Sequence[Layer], plan: LayerPlan, settings: AverageExpand, seed: int, journal: Journal
-) -> Iterator[NewTensor]:
+class Average(InsertionMethod):
     """Every new layer is halfway between the two it is made from."""
-    yield from grow(base, plan, journal, lambda index, lower, upper: _mean(lower, upper))
+
+    title = "averaging"
+    source = "control: mean of the two neighbors"
+    color = "#c98a00"
+
+    def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        """Yields the means, computed in float32."""
+        return from_neighbors(base, plan, work, lambda index, lower, upper: _mean(lower, upper))
 
 
-def _mean(lower: Layer, upper: Layer) -> Layer:
+def _mean(lower: LayerWeights, upper: LayerWeights) -> LayerWeights:
     return {tensor: (lower[tensor].float() + upper[tensor].float()) / 2 for tensor in lower}

@@ -1,16 +1,20 @@
-"""The lower neighbour once more, nothing zeroed: a control that says what zeroing and mixing are worth."""
+"""Copies of the lower neighbor, with nothing zeroed: a control that shows what zeroing and mixing contribute."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.config import CopyExpand
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.layers import Journal, Layer, NewTensor, copies
+from pipeline.expansion.method import InsertionMethod, LayerWeights, NewTensor, Workspace, copies
 
 
-def expand(
-    base: Sequence[Layer], plan: LayerPlan, settings: CopyExpand, seed: int, journal: Journal
-) -> Iterator[NewTensor]:
-    """Every new layer is its lower base neighbour."""
-    return copies(base, plan)
+class Copy(InsertionMethod):
+    """Every new layer is a copy of its lower base neighbor."""
+
+    title = "copying"
+    source = "control: the lower neighbor once more"
+    color = "#56b4e9"
+
+    def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        """Yields the copies, bit for bit."""
+        return copies(base, plan)

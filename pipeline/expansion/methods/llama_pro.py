@@ -1,21 +1,31 @@
-"""LLaMA Pro's block expansion (arXiv 2401.02415): copies whose blocks add zero.
+"""LLaMA Pro's block expansion (arXiv 2401.02415, section 3): copies whose blocks add zero.
 
-A new layer is its lower neighbour with o_proj and down_proj (weights and biases) at zero, so the model computes
-exactly what the base does. Zeroing a pre-norm's scale instead would do that too, but would stop every gradient.
+A new layer is a copy of its lower neighbor with o_proj and down_proj (weights and biases) set to zero, so the model
+computes exactly what the base does. Zeroing the scale of a pre-norm instead would do that too, but would block every
+gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.config import LlamaProExpand
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.layers import Journal, Layer, NewTensor, copies, silenced
+from pipeline.expansion.method import InsertionMethod, LayerWeights, NewTensor, Workspace, copies, silenced
 
 
-def expand(
-    base: Sequence[Layer], plan: LayerPlan, settings: LlamaProExpand, seed: int, journal: Journal
-) -> Iterator[NewTensor]:
-    """Every new layer is its lower base neighbour, silenced."""
-    for layer, tensor, value in copies(base, plan):
-        yield NewTensor(layer, tensor, silenced(tensor, value))
+class LlamaPro(InsertionMethod):
+    """Every new layer is a copy of its lower base neighbor with zeroed outputs."""
+
+    title = "LLaMA Pro"
+    source = "LLaMA Pro: Progressive LLaMA with Block Expansion, arXiv 2401.02415"
+    color = "#d55e00"
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Always: both blocks of a new layer add zero."""
+        return True
+
+    def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        """Yields the copies."""
+        for layer, tensor, value in copies(base, plan):
+            yield NewTensor(layer, tensor, silenced(tensor, value))

@@ -1,0 +1,245 @@
+"""What an expansion method is, and what it works with.
+
+A method is one module with one subclass of ``InsertionMethod`` (or ``Method``), and one YAML file in ``conf/expand/``
+with the values of its settings. The subclass holds everything that is particular to the method, for example:
+
+    class ScaledCopy(InsertionMethod):
+        '''Copies of the lower neighbor with scaled outputs.'''
+
+        title = "scaled copying"
+        source = "control: the lower neighbor with scaled outputs"
+        factor: PositiveFloat
+
+        def new_tensors(self, base, plan, work):
+            for layer, tensor, value in copies(base, plan):
+                yield NewTensor(layer, tensor, value * self.factor if tensor.role.side == "output" else value)
+
+The driver imports every method's module to validate settings, so such a module imports torch only inside functions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pipeline.config import Expand
+from pipeline.config.section import Positive
+from pipeline.errors import UserError
+from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
+from pipeline.models.families import LayerTensor, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAX_NEW_PER_BASE_LAYER = 4  # a limit on typing errors rather than on the methods
+
+LayerWeights = Mapping[LayerTensor, "Tensor"]  # a layer of the base reads a tensor from disk when it is looked up
+Scratch = Callable[[tuple[int, ...], "torch.device"], "Tensor"]  # an uninitialized float32 tensor of that shape
+
+
+class NewTensor(NamedTuple):
+    """One tensor of one new layer."""
+
+    layer: int  # index in the new model
+    tensor: LayerTensor
+    value: Tensor
+
+
+class Method(Expand):
+    """An expansion method: the base class of all methods. Its fields are the method's settings.
+
+    Attributes:
+        title: the method's name in reports.
+        source: the publication, or what the method is a control for.
+        color: of the method in plots; None for any free color. Built-in methods use the palette of Okabe and Ito,
+            which readers with any color vision can tell apart.
+        trains: what ``pretrain.trainable=auto`` means for models expanded by this method.
+        draws_random_numbers: whether the new layers depend on ``seed``. Only then is the seed in the artifact's key,
+            and can ``new_tensors`` read ``work.seed``.
+        uses_gpu: whether there is linear algebra worth moving to a GPU. Tensors of other methods stay on the CPU.
+        min_base_layers: the smallest number of layers that a base may have.
+    """
+
+    title: ClassVar[str]
+    source: ClassVar[str]
+    color: ClassVar[str | None] = None
+    trains: ClassVar[Literal["new_layers", "all"]] = "new_layers"
+    draws_random_numbers: ClassVar[bool] = False
+    uses_gpu: ClassVar[bool] = False
+    min_base_layers: ClassVar[int] = 1
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the expanded model computes exactly what the base does. The expand stage then verifies it."""
+        return False
+
+    @abstractmethod
+    def place(self, num_base_layers: int) -> LayerPlan:
+        """Returns the layers of the new model for a base of this depth.
+
+        Raises:
+            UserError: the settings do not fit a base of this depth.
+        """
+
+    @abstractmethod
+    def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        """Yields every tensor of every new layer once, in any order.
+
+        Tensors of the base come as they are stored. Arithmetic should be done in float32 or better. Values are rounded
+        to the dtype of the base when they are written.
+        """
+
+    def scratch_bytes(self, base: Shape) -> int:
+        """Returns the disk space in bytes that ``work.scratch`` needs while a base of this shape is expanded."""
+        return 0
+
+    def check(self, num_base_layers: int) -> None:
+        """Checks that the method can expand a base of this depth. Reads no file.
+
+        Raises:
+            UserError: it cannot.
+        """
+        self.place(num_base_layers)
+        if num_base_layers < self.min_base_layers:
+            raise UserError(
+                setting="expand.method",
+                value=self.method,
+                rule=f"it needs a base of at least {self.min_base_layers} layers, and this one has {num_base_layers}",
+                remedy="Choose another method or a deeper base.",
+            )
+
+
+class InsertionMethod(Method):
+    """A method that inserts new layers between those of the base, at ``expand.position``."""
+
+    new_layers: Positive
+    position: Literal["top", "middle", "bottom", "interleaved"] | list[int]  # a list: the gap of every new layer
+
+    def place(self, num_base_layers: int) -> LayerPlan:
+        """Returns the base's layers with new ones in the gaps that ``position`` names."""
+        most = MAX_NEW_PER_BASE_LAYER * num_base_layers
+        if self.new_layers > most:
+            raise UserError(
+                setting="expand.new_layers",
+                value=self.new_layers,
+                rule=f"a base of {num_base_layers} layers takes at most {MAX_NEW_PER_BASE_LAYER} new layers for each "
+                f"of its own, {most} in total",
+                remedy=f"Set expand.new_layers={most} or less.",
+            )
+        return insertion_plan(gaps_of(self.position, self.new_layers, num_base_layers), num_base_layers)
+
+
+def method_of(settings: Expand) -> Method:
+    """Returns validated ``expand`` settings as the method they are (see ``pipeline.config.expand``)."""
+    assert isinstance(settings, Method)
+    return settings
+
+
+# ------------------------------------------------------------------------- what a method works with
+
+
+def in_memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns an uninitialized float32 tensor in memory, whatever its size."""
+    import torch
+
+    return torch.empty(shape, device=device)
+
+
+def _ignore_note(note: str, **numbers: float) -> None:
+    pass
+
+
+def _keep_nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a method is given to work with: the seed, scratch space, progress, records, and earlier attempts' results.
+
+    Attributes:
+        note: shows a line of text and named numbers in the progress bar.
+        made: layers' indices in the new model and tensors that an interrupted attempt has already written. A method may
+            skip them as long as what it yields does not depend on that.
+        keep: saves what has been yielded so far, with ``records``, so that it outlasts an interruption. For results
+            that are expensive to recompute; everything is saved every few seconds anyway.
+        scratch: allocates uninitialized float32 tensors, on disk where they are large.
+        records: facts for the manifest, by subject.
+        warnings: what a user of the expanded model should know.
+        declared_seed: the run's seed; None for a method that does not declare ``draws_random_numbers``.
+    """
+
+    note: Callable[..., None] = _ignore_note
+    made: Collection[tuple[int, LayerTensor]] = ()
+    keep: Callable[[], None] = _keep_nothing
+    scratch: Scratch = in_memory
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    declared_seed: int | None = None
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, for generators of the method's own.
+
+        Raises:
+            RuntimeError: the method does not declare that it draws random numbers.
+        """
+        if self.declared_seed is None:
+            raise RuntimeError("a method that reads the seed must set draws_random_numbers = True")
+        return self.declared_seed
+
+    def record(self, subject: str, **facts: Any) -> None:
+        """Records JSON values about a subject such as ``layer 16 self_attn.q_proj``."""
+        self.records[subject] = facts
+
+
+# -------------------------------------------------------------------- building blocks for methods
+
+
+def silenced(tensor: LayerTensor, value: Tensor) -> Tensor:
+    """Returns the value, or what makes its block add exactly zero to the residual stream (see ``Role.silent``)."""
+    import torch
+
+    return value if tensor.role.silent is None else torch.full_like(value, tensor.role.silent)
+
+
+def copies(base: Sequence[LayerWeights], plan: LayerPlan) -> Iterator[NewTensor]:
+    """Yields every new layer as an exact copy of its lower base neighbor."""
+    for planned in plan.new_layers:
+        for tensor, value in base[planned.base[0]].items():
+            yield NewTensor(planned.layer, tensor, value)
+
+
+def from_neighbors(
+    base: Sequence[LayerWeights],
+    plan: LayerPlan,
+    work: Workspace,
+    make: Callable[[int, LayerWeights, LayerWeights], LayerWeights],
+) -> Iterator[NewTensor]:
+    """Yields complete new layers, each made from the two it lies between.
+
+    Layers that an earlier attempt has written are skipped unless another layer is made from them.
+
+    Args:
+        make: (index in the new model, lower layer, upper layer) -> the layer between them.
+    """
+    made: dict[int, LayerWeights] = {}
+
+    def layer_at(index: int) -> LayerWeights:
+        return made[index] if index in made else base[plan.layers[index].base[0]]
+
+    remaining = list(plan.new_layers)
+    while remaining:
+        planned = remaining.pop(0)
+        lower, upper = planned.made_from
+        needed = {index for later in remaining for index in later.made_from}
+        if planned.layer not in needed and all((planned.layer, tensor) in work.made for tensor in base[0]):
+            continue
+        made[planned.layer] = make(planned.layer, layer_at(lower), layer_at(upper))
+        for tensor, value in made[planned.layer].items():
+            yield NewTensor(planned.layer, tensor, value)
+        # Holds only the layers that later ones are made from.
+        made = {index: layer for index, layer in made.items() if index in needed}
