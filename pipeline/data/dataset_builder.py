@@ -135,12 +135,12 @@ class DatasetBuilder:
     def _check_not_empty(self) -> None:
         settings, mixture = self._settings, self._mixture
         supervised = {split: self._writer.blocks[split].supervised_tokens for split in SPLITS}
-        for name, settings_of, source in zip(self._names, settings.sources, mixture.sources, strict=True):
+        for name, source_settings, source in zip(self._names, settings.sources, mixture.sources, strict=True):
             if not supervised["train"] or (source.exhausted and not source.tokens["train"]):
                 kept = _kept_and_dropped(source.documents, source.dropped)
                 raise UserError(
                     setting=f"{name}.path",
-                    value=settings_of.path,
+                    value=source_settings.path,
                     rule=f"it does not provide a single token to train on ({kept})",
                     remedy="Provide more content, or increase the sequence length if everything was too long.",
                 )
@@ -160,8 +160,8 @@ class DatasetBuilder:
         return {
             "purpose": settings.purpose,
             "sources": [  # pinned: a hub revision is a commit
-                {**settings_of.model_dump(mode="json"), **source.counts(), "ran_out": source.exhausted}
-                for settings_of, source in zip(settings.sources, mixture.sources, strict=True)
+                {**source_settings.model_dump(mode="json"), **source.counts(), "ran_out": source.exhausted}
+                for source_settings, source in zip(settings.sources, mixture.sources, strict=True)
             ],
             "sequence_length": settings.sequence_length,
             "vocab_size": self._tokenizer.vocab_size,

@@ -78,8 +78,8 @@ def _targets(tokenizer: TextTokenizer, example: TokenizedConversation) -> list[s
 
 
 def test_only_assistant_messages_and_their_end_of_turn_are_trained_on(tokenizer: TextTokenizer) -> None:
-    rendered = _tokenize(tokenizer, chat_template(tokenizer, "model"))
-    assert _targets(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>", " It is size – 😀.<|im_end|>"]
+    example = _tokenize(tokenizer, chat_template(tokenizer, "model"))
+    assert _targets(tokenizer, example) == ["It makes a string.\n\nAlways.<|im_end|>", " It is size – 😀.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [LLAMA_3, MISTRAL, PLAIN_TEMPLATE], ids=["llama_3", "mistral", "plain"])
@@ -98,10 +98,10 @@ def test_the_ids_equal_those_of_apply_chat_template(template: str, tokenizer: Te
 
 @pytest.mark.parametrize("name", ["model", "plain"])
 def test_examples_begin_with_exactly_one_bos(name: Any, bos_tokenizer: TextTokenizer) -> None:
-    rendered = _tokenize(bos_tokenizer, chat_template(bos_tokenizer, name))
+    example = _tokenize(bos_tokenizer, chat_template(bos_tokenizer, name))
     assert bos_tokenizer.bos is not None
-    assert rendered.input_ids[0] == bos_tokenizer.bos and rendered.input_ids.count(bos_tokenizer.bos) == 1
-    assert rendered.loss_mask[0] == 0
+    assert example.input_ids[0] == bos_tokenizer.bos and example.input_ids.count(bos_tokenizer.bos) == 1
+    assert example.loss_mask[0] == 0
     assert _tokenize(bos_tokenizer, LLAMA_3).input_ids.count(bos_tokenizer.bos) == 1
 
 
@@ -115,9 +115,9 @@ def test_the_generation_prompt_is_a_prefix_of_the_training_example(tokenizer: Te
         prompt = tokenizer.inner.apply_chat_template(
             TURNS[:2], chat_template=template, tokenize=True, add_generation_prompt=True, return_dict=False
         )
-        rendered = _tokenize(tokenizer, template, TURNS[:3])
-        assert rendered.input_ids[: len(prompt)] == prompt
-        assert rendered.loss_mask[len(prompt)] == 1 and not any(rendered.loss_mask[: len(prompt)])
+        example = _tokenize(tokenizer, template, TURNS[:3])
+        assert example.input_ids[: len(prompt)] == prompt
+        assert example.loss_mask[len(prompt)] == 1 and not any(example.loss_mask[: len(prompt)])
 
 
 def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
@@ -177,15 +177,15 @@ def test_long_conversations_are_cut_after_a_complete_turn_or_dropped(tokenizer: 
         if not examples:
             assert dropped == {"too_long": 1}
             continue
-        (rendered,) = examples
-        assert len(rendered.input_ids) <= max_length
-        assert rendered.input_ids == complete.input_ids[: len(rendered.input_ids)]
+        (example,) = examples
+        assert len(example.input_ids) <= max_length
+        assert example.input_ids == complete.input_ids[: len(example.input_ids)]
         if dropped:
             assert dropped == {"cut_to_whole_turns": 1}
-            assert _targets(tokenizer, rendered) == ["It makes a string.\n\nAlways.<|im_end|>"]
-            assert rendered.loss_mask[-1] == 1  # the end of turn
+            assert _targets(tokenizer, example) == ["It makes a string.\n\nAlways.<|im_end|>"]
+            assert example.loss_mask[-1] == 1  # the end of turn
         else:
-            assert _targets(tokenizer, rendered) == _targets(tokenizer, complete)
+            assert _targets(tokenizer, example) == _targets(tokenizer, complete)
 
 
 @pytest.mark.parametrize(
