@@ -49,10 +49,11 @@ class Mixture:
             index = min(range(len(self.sources)), key=self._tokens_per_weight)
             item = next(iterators[index], None)
             if item is None:
-                self.sources[index].exhausted = True
+                self.sources[index].exhausted = True  # ends the loop for all sources
             else:
                 yield (index, *item)
         for index, iterator in enumerate(iterators):
+            # Held-out examples of python_docs, for example, follow all of its training examples.
             if self.sources[index].has_splits:
                 yield from ((index, *item) for item in iterator if item[0].split == "held_out")
 

@@ -21,7 +21,7 @@ from pipeline.data.records import SPLITS, Example, conversation_from, document_f
 from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository; a branch or tag may move
 
 
 class SourceStream(Protocol):
@@ -79,6 +79,7 @@ class _PythonDocs(SourceReader):
         return python_docs.interpreter_fingerprint()
 
     def open(self, position: Position | None) -> SourceStream:
+        # Building them takes seconds, and all of them fit in memory.
         read = python_docs.documents if self.purpose == "corpus" else python_docs.instruction_pairs
         examples = [Example(content, split) for split in SPLITS for content in read(held_out=split == "held_out")]
         return _ListStream(examples, position)
@@ -220,6 +221,7 @@ def fingerprint_sources(sources: Sequence[Source], purpose: Purpose, fingerprint
     Raises:
         UserError: a source is missing.
     """
+    # The order counts: with several sources, it affects which of two duplicates is kept.
     found = [reader.fingerprint(fingerprints) for reader in _readers(sources, purpose)]
     return found[0] if len(found) == 1 else sha256("\n".join(found).encode()).hexdigest()
 

@@ -9,14 +9,21 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Source
 from pipeline.data import files, python_docs
-from pipeline.data.sources import ExampleStream, Purpose, check_sources, fingerprint_sources, pin_sources
+from pipeline.data.sources import (
+    SOURCE_READERS,
+    ExampleStream,
+    Purpose,
+    check_sources,
+    fingerprint_sources,
+    pin_sources,
+)
 from pipeline.errors import UserError
 
 
@@ -42,6 +49,10 @@ def _refusal(call: Callable[[], object]) -> str:
 def _rows(path: Path, *rows: object) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+def test_every_kind_in_the_settings_has_a_reader() -> None:
+    assert set(get_args(Source.model_fields["kind"].annotation)) == set(SOURCE_READERS)
 
 
 # ----------------------------------------------------------------------------------------- reading
