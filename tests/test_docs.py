@@ -1,0 +1,78 @@
+"""Commands in README.md, CONTRIBUTING.md and docs/ compose, their ranks divide their batches, and links lead to files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import compose_jobs
+from pipeline.config import Settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = REPOSITORY / "README.md"
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+COMMAND = re.compile(r"^ *(?:\$ )?(?:scripts/run|scripts/submit|salloc|python -m pipeline) .*$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def _commands(page: Path) -> list[list[str]]:
+    blocks = re.findall(r"^ *```(?:bash|console)?\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in COMMAND.findall(block.replace("\\\n", " "))]
+    return [shlex.split(line.strip().removeprefix("$ "), comments=True) for line in lines]
+
+
+def _overrides(command: list[str]) -> list[str]:
+    start = command.index("--") if "--" in command else command.index("pipeline") if "pipeline" in command else 0
+    return [word for word in command[start + 1 :] if word != "--multirun"]
+
+
+def _ranks(run: Settings, section: str, command: list[str]) -> int:
+    """The number of ranks that the command requests from Slurm for a training stage; 1 without Slurm."""
+    requested = dict(word.removeprefix("--").split("=", 1) for word in command if re.match(r"--[\w-]+=", word))
+    if requested:
+        return int(requested["nodes"]) * int(requested["gpus-per-node"])
+    if run.action != "submit":
+        return 1
+    resources = getattr(run.slurm, section)
+    return resources.nodes * max(1, resources.gpus)
+
+
+def test_the_example_experiment_composes(tmp_path: Path) -> None:
+    (experiment,) = re.findall(r"^```yaml\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(experiment)
+    (job,) = compose_jobs(["+experiment=mine"], False, tmp_path)
+    assert (job.settings.name, job.settings.pretrain.global_batch) == ("mine", 64)
+    assert job.settings.data.chat_template == "plain"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_compose_and_their_ranks_divide_their_batches(page: Path) -> None:
+    for command in _commands(page):
+        for job in compose_jobs(_overrides(command), "--multirun" in command, None):
+            for section in ("pretrain", "sft"):
+                train = getattr(job.settings, section)
+                ranks = _ranks(job.settings, section, command)
+                assert train.global_batch % (ranks * train.micro_batch) == 0, (section, command)
+
+
+def test_every_page_opens_with_a_command_and_readme_links_to_it() -> None:
+    for page in PAGES[2:]:
+        opening = page.read_text().partition("\n## ")[0]
+        assert "```bash" in opening or "```console" in opening, page.name
+        assert f"(docs/{page.name})" in README.read_text(), page.name
+
+
+def test_links_lead_to_existing_files() -> None:
+    for page in PAGES:
+        for target in LINK.findall(page.read_text()):
+            if not target.startswith(("http", "#")):
+                assert (page.parent / target.partition("#")[0]).exists(), (page.name, target)
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 250
