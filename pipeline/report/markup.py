@@ -6,6 +6,7 @@ import base64
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape as escape_html
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def render(markdown: str, title: str, directory: Path) -> str:
         directory: where the images that the text names lie.
     """
     body = _parser(directory).render(markdown)
-    return PAGE.format(title=escape(title), style=STYLE.read_text(), body=body)
+    return PAGE.format(title=escape_html(title), style=STYLE.read_text(), body=body)
 
 
 def _parser(directory: Path) -> MarkdownIt:
@@ -111,7 +112,7 @@ def _parser(directory: Path) -> MarkdownIt:
     def image(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         png = (directory / str(tokens[index].attrs["src"])).read_bytes()
         data = base64.b64encode(png).decode()
-        return f'<img alt="{escape(tokens[index].content)}" src="data:image/png;base64,{data}">'
+        return f'<img alt="{escape_html(tokens[index].content)}" src="data:image/png;base64,{data}">'
 
     def table_open(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         return '<div class="wide"><table>\n'
