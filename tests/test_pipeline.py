@@ -1,4 +1,4 @@
-"""The whole job from load to report, on a tiny model, through the command line a user types."""
+"""Complete runs from load to report on a tiny model, started from the command line as a user does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def start(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ()) -> subprocess.Popen[str]:
-    """The pipeline in a process of its own, output captured; ``path`` goes before the repository on its path."""
+    """Starts the pipeline in its own process with captured output. ``path`` precedes the repository in PYTHONPATH."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, [*path, REPOSITORY])),
@@ -39,7 +39,7 @@ def start(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = (
 
 
 def run(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ()) -> tuple[int, str]:
-    """Exit code and output of one finished command."""
+    """Runs a command, and returns its exit code and output."""
     process = start(*arguments, cwd=cwd, threads=threads, path=path)
     output, _ = process.communicate()
     return process.returncode, output
@@ -47,7 +47,7 @@ def run(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ())
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One output directory for the module: experiments share what they can."""
+    """An output directory shared by the tests of this module, so that they share artifacts."""
     return tmp_path_factory.mktemp("outputs")
 
 
@@ -81,7 +81,7 @@ def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], o
     assert seconds_of_children() - before < 5.0
 
 
-def test_force_redoes_a_stage_and_what_hangs_on_it(shrunk: list[str], outputs: Path) -> None:
+def test_force_rebuilds_a_stage_and_its_descendants(shrunk: list[str], outputs: Path) -> None:
     command = ["+experiment=quickstart", *shrunk, "stages=[load,expand,tokenize]"]
     assert run(*command, cwd=outputs)[0] == EXIT_DONE
     load, expand = (outputs / "outputs" / "quickstart" / stage / "manifest.json" for stage in ("load", "expand"))
@@ -113,23 +113,26 @@ def _weights(run_directory: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted((run_directory / "sft").resolve().glob("*.safetensors"))}
 
 
-def test_killed_again_and_again_it_ends_with_the_uninterrupted_result(shrunk: list[str], tmp_path: Path) -> None:
+def test_run_that_is_killed_repeatedly_gives_the_result_of_an_uninterrupted_run(
+    shrunk: list[str], tmp_path: Path
+) -> None:
     command = ["+experiment=quickstart", *shrunk, "stages=[sft]"]
-    assert run(*command, "output_dir=whole", cwd=tmp_path)[0] == EXIT_DONE
-    kills, patience = 0, 4.0
+    assert run(*command, "output_dir=uninterrupted", cwd=tmp_path)[0] == EXIT_DONE
+    # The time limit grows, so that the run is killed at different points and finishes in the end on any machine.
+    kills, seconds = 0, 4.0
     while True:
-        process = start(*command, "output_dir=broken", cwd=tmp_path)
+        process = start(*command, "output_dir=killed", cwd=tmp_path)
         try:
-            output, _ = process.communicate(timeout=patience)
+            output, _ = process.communicate(timeout=seconds)
             break
         except subprocess.TimeoutExpired:
             _kill_tree(process.pid)
             process.communicate()
-            kills, patience = kills + 1, patience + 3.0
+            kills, seconds = kills + 1, seconds + 3.0
     assert process.returncode == EXIT_DONE, output
     assert kills >= 3
-    assert _weights(tmp_path / "broken" / "quickstart") == _weights(tmp_path / "whole" / "quickstart")
-    assert not list((tmp_path / "broken").rglob("*.partial"))
+    assert _weights(tmp_path / "killed" / "quickstart") == _weights(tmp_path / "uninterrupted" / "quickstart")
+    assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
 def _alive(pids: list[int]) -> list[int]:
@@ -144,20 +147,19 @@ def _kill_tree(pid: int) -> None:
             continue
 
 
-def _metrics_of(stage: Path, seconds: float = 300.0) -> Path:
-    """The log of the one artifact of a stage that is being built, once it is there."""
+def _wait_for_metrics(stage: Path, seconds: float = 300.0) -> Path:
+    """Waits until the artifact of a stage that is being built has a metrics file, and returns the file."""
     deadline = time.monotonic() + seconds
-    while not (found := list(stage.glob("*.partial/metrics.jsonl"))):  # not rglob: directories come and go below
-        assert time.monotonic() < deadline, "no step was ever logged"
+    # Not rglob, which fails if a directory below is removed meanwhile.
+    while not (found := list(stage.glob("*.partial/metrics.jsonl"))):
+        assert time.monotonic() < deadline, "no step was logged"
         time.sleep(0.05)
     return found[0]
 
 
-def test_when_the_driver_alone_is_killed_its_workers_are_gone_within_ten_seconds(
-    shrunk: list[str], tmp_path: Path
-) -> None:
+def test_workers_exit_within_ten_seconds_after_the_driver_alone_is_killed(shrunk: list[str], tmp_path: Path) -> None:
     process = start("+experiment=quickstart", *shrunk, "pretrain.steps=100000", cwd=tmp_path)
-    _metrics_of(tmp_path / "outputs" / "artifacts" / "pretrain")
+    _wait_for_metrics(tmp_path / "outputs" / "artifacts" / "pretrain")
     workers = children(process.pid)
     assert len(workers) >= 2, "torchrun and one worker"
     process.kill()
@@ -172,17 +174,17 @@ def _last_step(metrics: Path) -> int:
     return max((json.loads(line)["step"] for line in metrics.read_text().split("\n")[:-1]), default=0)
 
 
-def test_a_stopped_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path: Path) -> None:
-    """By a signal to the driver, and by one to a worker that the driver did not send."""
+def test_stopped_run_saves_its_state_and_resumes(shrunk: list[str], tmp_path: Path) -> None:
+    """The first signal is sent to the driver, the second to a worker."""
     command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=400"]
-    place = tmp_path / "outputs" / "artifacts" / "pretrain"
+    pretrain = tmp_path / "outputs" / "artifacts" / "pretrain"
     stopped_after = 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
         process = start(*command, cwd=tmp_path)
-        metrics = _metrics_of(place)
+        metrics = _wait_for_metrics(pretrain)
         while _last_step(metrics) <= stopped_after:
             time.sleep(0.01)
-        workers = [pid for pid in children(process.pid) if "pipeline.training.worker" in _name_of(pid)]
+        workers = [pid for pid in children(process.pid) if "pipeline.training.worker" in _command_of(pid)]
         os.kill(process.pid if number == signal.SIGTERM else workers[-1], number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == EXIT_STOPPED, output
@@ -195,29 +197,29 @@ def test_a_stopped_run_saves_says_so_and_goes_on(shrunk: list[str], tmp_path: Pa
     assert manifest["attempts"] == 3 and manifest["seconds"] > manifest["metrics"]["seconds"]
 
 
-def test_a_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_path: Path) -> None:
-    """Which rank, how, its last lines, its log; exit code 1, no traceback, nobody left behind."""
+def test_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_path: Path) -> None:
+    """The message names the rank, the signal and the log and shows its last lines. No process survives."""
     command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=100000", "launch.processes=2"]
     process = start(*command, cwd=tmp_path)
-    _metrics_of(tmp_path / "outputs" / "artifacts" / "pretrain")
-    family = children(process.pid)
-    os.kill(_rank(1, family), signal.SIGKILL)
+    _wait_for_metrics(tmp_path / "outputs" / "artifacts" / "pretrain")
+    processes = children(process.pid)
+    os.kill(_find_rank(1, processes), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_FAILED, output
     message = output[output.index("rank 1 of 2: killed by SIGKILL") :]
     assert "  | " in message and "rank-1.log" in message
     assert "Traceback" not in output
-    assert _alive(family) == []
+    assert _alive(processes) == []
     assert "rank 1 of 2: killed by SIGKILL" in run(*command, "action=status", cwd=tmp_path)[1]
 
 
-def _rank(rank: int, processes: list[int]) -> int:
-    """The process among these that is a worker of that rank."""
+def _find_rank(rank: int, processes: list[int]) -> int:
+    """Returns the process that is the worker of a rank."""
     found = [pid for pid in processes if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
     return found[0]
 
 
-def test_two_runs_of_the_same_at_once_build_it_once(shrunk: list[str], tmp_path: Path) -> None:
+def test_two_simultaneous_runs_build_an_artifact_once(shrunk: list[str], tmp_path: Path) -> None:
     command = ["+experiment=quickstart", *shrunk, "stages=[expand]", "expand=copy"]
     processes = [start(*command, cwd=tmp_path) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
@@ -228,11 +230,11 @@ def test_two_runs_of_the_same_at_once_build_it_once(shrunk: list[str], tmp_path:
     assert not list(tmp_path.glob("outputs/artifacts/*/*.partial"))
 
 
-def _name_of(pid: int) -> str:
+def _command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-PLAIN_USER = """
+USE_MODEL = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = (kind.from_pretrained("model") for kind in (AutoTokenizer, AutoModelForCausalLM))
@@ -245,33 +247,34 @@ assert not any(name == "pipeline" or name.startswith("pipeline.") for name in sy
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_a_trained_model_is_any_transformers_users_wherever_it_lies(
+def test_trained_model_works_with_transformers_alone_from_any_directory(
     stage: str, shrunk: list[str], outputs: Path, tmp_path: Path
 ) -> None:
-    """Copied elsewhere, and loaded by a process that knows nothing of this package."""
+    """The model is copied and loaded in a process that cannot import this package."""
     assert run("+experiment=quickstart", *shrunk, cwd=outputs)[0] == EXIT_DONE
     shutil.copytree((outputs / "outputs" / "quickstart" / stage).resolve(), tmp_path / "model")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(
-        [sys.executable, "-I", "-c", PLAIN_USER], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-c", USE_MODEL], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr
 
 
 def test_snapshots_are_scored_and_reported(shrunk: list[str], outputs: Path) -> None:
     targets = "evaluate.targets=[load,expand,pretrain@33%,pretrain@67%,pretrain,sft]"
-    status, output = run("+experiment=quickstart", *shrunk, "seed=5", "name=way", targets, cwd=outputs)
+    status, output = run("+experiment=quickstart", *shrunk, "seed=5", "name=snapshots", targets, cwd=outputs)
     assert status == EXIT_DONE, output
-    way = outputs / "outputs" / "way"
-    rows = json.loads((way / "report" / "results.json").read_text())
+    run_directory = outputs / "outputs" / "snapshots"
+    rows = json.loads((run_directory / "report" / "results.json").read_text())
     scores = {row["target"]: row["value"] for row in rows if row["metric"] == "byte_perplexity"}
     assert list(scores) == ["load", "expand", "pretrain@33%", "pretrain@67%", "pretrain", "sft"]
-    assert len(set(scores.values())) >= 5  # each its own model, though surgery may keep the base's numbers
-    assert {path.name for path in (way / "evaluate").iterdir()} >= {"pretrain-at-33", "pretrain-at-67"}
-    assert not list(way.rglob("*%*"))
-    assert "pre-trained, 33 %" in (way / "report" / "report.md").read_text()
+    # The models differ, but expansion may preserve the scores of the base.
+    assert len(set(scores.values())) >= 5
+    assert {path.name for path in (run_directory / "evaluate").iterdir()} >= {"pretrain-at-33", "pretrain-at-67"}
+    assert not list(run_directory.rglob("*%*"))
+    assert "pre-trained, 33 %" in (run_directory / "report" / "report.md").read_text()
     status, output = run(
-        "+experiment=quickstart", *shrunk, "seed=5", "name=way", "evaluate.targets=[pretrain@50%]", cwd=outputs
+        "+experiment=quickstart", *shrunk, "seed=5", "name=snapshots", "evaluate.targets=[pretrain@50%]", cwd=outputs
     )
     assert status == EXIT_REQUEST
     assert "pretrain is finished and saved no snapshot there" in output and "force=[pretrain]" in output

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes as the tests see it: run a command against it, wait for jobs, look at its processes."""
+"""Helpers for a real Slurm cluster of two nodes: run commands, wait for jobs, find worker processes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pipeline.launch.slurm import JobInfo, job_info
 from tests.test_pipeline import run
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
-PATIENCE = 400.0  # seconds; a job on a busy machine
+TIMEOUT_SECONDS = 400.0  # enough for a job on a busy machine
 
 
 def slurm(*command: str) -> str:
-    """One of Slurm's commands; its output."""
+    """Runs one of Slurm's commands and returns its output."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def bring_back(node: str) -> None:
-    """Takes a node that was down into service, unless Slurm has: it does when it hears from the node's daemon."""
+    """Resumes a node that was down, unless Slurm has already resumed it after hearing from the node's daemon."""
 
-    def serves() -> bool:
+    def is_up() -> bool:
         subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], capture_output=True)
         return "DOWN" not in slurm("scontrol", "show", "node", node, "--oneliner").upper().split("STATE=")[1].split()[0]
 
-    wait_until(serves)
+    wait_until(is_up)
 
 
 def info(job: int) -> JobInfo:
@@ -40,36 +40,35 @@ def info(job: int) -> JobInfo:
     return found
 
 
-def wait_until(ready: Any, seconds: float = PATIENCE) -> None:
+def wait_until(ready: Any, seconds: float = TIMEOUT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
 
 
-def ends(jobs: Iterable[int]) -> dict[int, str]:
-    """Waits for the jobs, and returns the state in which each ended."""
+def final_states(jobs: Iterable[int]) -> dict[int, str]:
+    """Waits for the jobs to end, and returns their states."""
     jobs = list(jobs)
-
     wait_until(lambda: all(info(job).state in ENDED for job in jobs))
     return {job: info(job).state for job in jobs}
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A directory in which commands are given, with the overrides that all of them share."""
+    """A working directory for commands, and the overrides that all of them share."""
 
     directory: Path
     overrides: tuple[str, ...]
 
     def command(self, *arguments: str) -> str:
-        """Output of a command that ends well."""
+        """Runs a command that must succeed, and returns its output."""
         status, output = run("+experiment=quickstart", *self.overrides, *arguments, cwd=self.directory)
         assert status == EXIT_DONE, output
         return output
 
     def submit(self, *arguments: str, name: str = "quickstart") -> dict[str, int]:
-        """Submits a run; job ids by the artifacts' names."""
+        """Submits a run, and returns the job ids by artifact name."""
         self.command("action=submit", f"name={name}", *arguments)
         return {node: entry["job"] for node, entry in self.jobs(name).items()}
 
@@ -83,20 +82,20 @@ class Workplace:
         return Path(self.jobs(name)[node]["log"]).read_text()
 
     def weights(self, stage: str, name: str = "quickstart") -> dict[str, str]:
-        """Hashes of a finished model's weight files."""
+        """Returns hashes of the weight files of a finished model."""
         found = {path.name: sha256_file(path) for path in (self.results(name) / stage).resolve().glob("*.safetensors")}
         assert found
         return found
 
     def steps_done(self, stage: str) -> int:
-        """Logged by training that is under way; 0 before it began."""
+        """Returns the last step logged by unfinished training, or 0 if it has not logged any."""
         logs = list((self.directory / "outputs" / "artifacts" / stage).glob("*.partial/metrics.jsonl"))
         lines = logs[0].read_text().splitlines() if logs else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
 def workers(directory: Path) -> dict[int, int]:
-    """Process ids of training workers whose files lie under a directory, by rank."""
+    """Returns the process ids, by rank, of training workers whose files are in a directory."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""A real Slurm for these tests; where there is none, each is skipped by name, with the reason."""
+"""Fixtures with a real Slurm cluster. If Slurm is not installed, the tests are skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Workplace, ends
+from tests.slurm.cluster import Workplace, final_states
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STAGES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
@@ -22,7 +22,7 @@ STEPS = 300
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Two nodes, n1 and n2, until the tests end."""
+    """A cluster of two nodes, n1 and n2, for the session."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"no Slurm here: {', '.join(missing)} missing (apt-get install slurm-wlm munge)")
@@ -31,7 +31,7 @@ def cluster() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
         environment = {**os.environ, "DEV_SLURM_DIR": f"{directory}/slurm", "DEV_SLURM_PORT": str(_free_ports(3))}
         script = str(REPOSITORY / "scripts" / "dev_slurm")
-        os.chmod(directory, 0o755)  # munge wants its socket to be within reach
+        os.chmod(directory, 0o755)  # munge requires that everybody can reach its socket
         try:
             subprocess.run([script, "up"], env=environment, check=True, stdout=subprocess.DEVNULL)
             with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +42,7 @@ def cluster() -> Iterator[None]:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody has, such as a daemon of an earlier session that was killed."""
+    """Returns the first of ``count`` consecutive free ports. Daemons of a killed session may still use some."""
     for first in range(17100, 20000, count):
         with ExitStack() as stack, suppress(OSError):
             for port in range(first, first + count):
@@ -53,7 +53,7 @@ def _free_ports(count: int) -> int:
 
 @pytest.fixture(scope="session")
 def overrides(cluster: None, shrunk: list[str]) -> tuple[str, ...]:
-    """The shrunk quickstart, its training on two nodes of one process each."""
+    """The shrunk quickstart, with training on two nodes with one process each."""
     resources = [f"slurm.{stage}.{name}" for stage in STAGES for name in ("memory=null", "cpus=8", "time=20")]
     training = [f"slurm.{stage}.nodes=2" for stage in ("pretrain", "sft")]
     steps = [f"pretrain.steps={STEPS}", "pretrain.checkpoint_every_steps=50", "evaluate.targets=[load,sft]"]
@@ -61,17 +61,19 @@ def overrides(cluster: None, shrunk: list[str]) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def whole(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A place where the whole run was submitted and is being worked on; wait for its jobs before you look."""
-    place = Workplace(tmp_path_factory.mktemp("whole"), overrides)
-    place.submit()
-    return place
+def full_run(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A directory in which a full run was submitted. Tests must wait for its jobs before they use its artifacts."""
+    workplace = Workplace(tmp_path_factory.mktemp("full_run"), overrides)
+    workplace.submit()
+    return workplace
 
 
 @pytest.fixture
-def tokenized(whole: Workplace, tmp_path: Path) -> Workplace:
-    """A place of its own in which everything before training is there, made once the whole run is over."""
-    ends(entry["job"] for entry in whole.jobs().values())
+def tokenized(full_run: Workplace, tmp_path: Path) -> Workplace:
+    """A separate directory with copies of the artifacts before training, made after the full run has ended."""
+    final_states(entry["job"] for entry in full_run.jobs().values())
     for stage in ("load", "expand", "tokenize"):
-        shutil.copytree(whole.directory / "outputs" / "artifacts" / stage, tmp_path / "outputs" / "artifacts" / stage)
-    return Workplace(tmp_path, whole.overrides)
+        shutil.copytree(
+            full_run.directory / "outputs" / "artifacts" / stage, tmp_path / "outputs" / "artifacts" / stage
+        )
+    return Workplace(tmp_path, full_run.overrides)

@@ -1,4 +1,4 @@
-"""Preemption, failing nodes, time limits, dead workers: a job goes on where it was, or says what happened."""
+"""Preemption, failing nodes, time limits and dead workers: a job resumes, or reports what happened."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import signal
 import subprocess
 import time
 
-from tests.slurm.cluster import Workplace, bring_back, ends, info, slurm, wait_until, workers
+from tests.slurm.cluster import Workplace, bring_back, final_states, info, slurm, wait_until, workers
 from tests.slurm.conftest import REPOSITORY, STEPS
 
 
-def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weights(
-    whole: Workplace, tokenized: Workplace
+def test_job_that_is_preempted_and_loses_a_node_gives_the_weights_of_an_uninterrupted_run(
+    full_run: Workplace, tokenized: Workplace
 ) -> None:
     job = tokenized.submit("stages=[pretrain]")["pretrain"]
 
     wait_until(lambda: tokenized.steps_done("pretrain") >= 20)
-    slurm("scancel", "--signal=USR1", "--batch", str(job))  # as Slurm warns ahead of a preemption or a time limit
+    slurm("scancel", "--signal=USR1", "--batch", str(job))  # the warning before a preemption or a time limit
     wait_until(lambda: info(job).restarts == 1)
     saved = tokenized.steps_done("pretrain")
     assert 20 <= saved < STEPS
@@ -27,7 +27,7 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
 
     wait_until(lambda: tokenized.steps_done("pretrain") >= saved + 10)
     wait_until(lambda: f"resumed after step {saved}" in tokenized.log("pretrain"))
-    slurm("scancel", "--signal=USR1", str(job))  # without --batch: to all that the job started on its nodes
+    slurm("scancel", "--signal=USR1", str(job))  # without --batch: to all processes that the job started
     wait_until(lambda: info(job).restarts == 2)
     saved = tokenized.steps_done("pretrain")
 
@@ -37,24 +37,26 @@ def test_preempted_and_bereft_of_a_node_it_ends_with_the_uninterrupted_runs_weig
     wait_until(lambda: info(job).restarts == 3)
     bring_back("n2")
 
-    assert ends([job]) == {job: "COMPLETED"}, tokenized.log("pretrain")
-    assert tokenized.weights("pretrain") == whole.weights("pretrain")
+    assert final_states([job]) == {job: "COMPLETED"}, tokenized.log("pretrain")
+    assert tokenized.weights("pretrain") == full_run.weights("pretrain")
 
 
-def test_a_time_limit_is_survived_in_one_job_of_scripts_submit(whole: Workplace, tokenized: Workplace) -> None:
+def test_job_of_scripts_submit_is_requeued_and_resumes_after_its_time_limit(
+    full_run: Workplace, tokenized: Workplace
+) -> None:
     shutil.rmtree(tokenized.directory / "outputs" / "artifacts" / "expand")
     command = ["+experiment=quickstart", *tokenized.overrides, "stages=[pretrain]"]
     options = ["--nodes=2", "--cpus-per-task=8", "--time=30", "--signal=B:USR1@60", "--chdir", tokenized.directory]
-    said = subprocess.run(
+    output = subprocess.run(
         [REPOSITORY / "scripts" / "submit", *options, "--", *command],
         cwd=tokenized.directory, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    job = int(said.split()[-1])
+    job = int(output.split()[-1])
     log = tokenized.directory / f"depth-growth-{job}.log"
 
     wait_until(lambda: tokenized.steps_done("pretrain") >= 20)
     ranks = workers(tokenized.directory).values()
-    for process in ranks:  # however fast this machine is, the warning comes in the middle of training
+    for process in ranks:  # so that the warning arrives during training on any machine
         os.kill(process, signal.SIGSTOP)
     minutes = int(info(job).run_time.split(":")[1]) + 2
     slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
@@ -66,31 +68,31 @@ def test_a_time_limit_is_survived_in_one_job_of_scripts_submit(whole: Workplace,
     assert f"job {job} is requeued" in log.read_text()
     wait_until(lambda: info(job).state == "PENDING")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    assert ends([job]) == {job: "COMPLETED"}, log.read_text()
+    assert final_states([job]) == {job: "COMPLETED"}, log.read_text()
     assert "resumed after step" in log.read_text()
-    assert tokenized.weights("pretrain") == whole.weights("pretrain")
+    assert tokenized.weights("pretrain") == full_run.weights("pretrain")
 
 
-def test_a_killed_worker_takes_all_others_along_and_is_named(whole: Workplace, tokenized: Workplace) -> None:
+def test_killed_worker_is_named_and_all_other_workers_exit(full_run: Workplace, tokenized: Workplace) -> None:
     jobs = tokenized.submit("stages=[sft]", "pretrain.steps=100000")
     wait_until(lambda: tokenized.steps_done("pretrain") >= 3)
     ranks = workers(tokenized.directory)
     assert set(ranks) == {0, 1}
-    os.kill(ranks[0], signal.SIGSTOP)  # it hangs, as in a collective that waits for the dead
+    os.kill(ranks[0], signal.SIGSTOP)  # it hangs, like in a collective that waits for a dead rank
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
     wait_until(lambda: not workers(tokenized.directory), seconds=60)
-    assert ends(jobs.values()) == {jobs["pretrain"]: "FAILED", jobs["sft"]: "CANCELLED"}
+    assert final_states(jobs.values()) == {jobs["pretrain"]: "FAILED", jobs["sft"]: "CANCELLED"}
     assert time.monotonic() - killed < 60
     assert re.search(r"ExitCode=1:0", slurm("scontrol", "show", "job", str(jobs["pretrain"])))
     log = tokenized.log("pretrain")
     message = log[log.index("rank 1 of 2 on node n2: killed by SIGKILL") :]
     assert "rank-1.log" in message and "  | " in message and "Traceback" not in log
-    told = tokenized.command("stages=[sft]", "pretrain.steps=100000", "action=status")
-    assert "FAILED" in told and "rank 1 of 2 on node n2: killed by SIGKILL" in told and "rank-1.log" in told
+    status = tokenized.command("stages=[sft]", "pretrain.steps=100000", "action=status")
+    assert "FAILED" in status and "rank 1 of 2 on node n2: killed by SIGKILL" in status and "rank-1.log" in status
 
 
-OCCUPY = """
+OCCUPY_PORT = """
 import os, socket, subprocess, sys
 from pipeline.launch.slurm import current_allocation
 with socket.create_server(("127.0.0.1", current_allocation().ports()[0])):
@@ -98,12 +100,14 @@ with socket.create_server(("127.0.0.1", current_allocation().ports()[0])):
 """
 
 
-def test_inside_an_allocation_it_uses_all_nodes_and_finds_a_free_port(whole: Workplace, tokenized: Workplace) -> None:
+def test_run_inside_an_allocation_uses_all_nodes_and_finds_a_free_port(
+    full_run: Workplace, tokenized: Workplace
+) -> None:
     shutil.rmtree(tokenized.directory / "outputs" / "artifacts" / "expand")
     command = ["+experiment=quickstart", *tokenized.overrides, "stages=[pretrain]", "pretrain.steps=2"]
     python = str(REPOSITORY / ".venv" / "bin" / "python")
     answer = subprocess.run(
-        ["salloc", "--nodes=2", "--cpus-per-task=8", python, "-c", OCCUPY, *command],
+        ["salloc", "--nodes=2", "--cpus-per-task=8", python, "-c", OCCUPY_PORT, *command],
         cwd=tokenized.directory, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stdout + answer.stderr
