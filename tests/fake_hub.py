@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one model on this machine: as much of its protocol as finding and fetching a model needs."""
+"""A local Hugging Face Hub with one model: the part of the protocol that finding and downloading it needs."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import Any
 
 import pytest
 
-REPO = "organisation/model"
+REPO = "organization/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves the files of a directory as ``organisation/model``, branch ``main``.
+    """Serves the files of a directory as ``organization/model``, branch ``main``.
 
     Attributes:
-        asked: the paths of all requests.
-        refusal: an error code of the hub's, such as ``GatedRepo``, to answer everything with.
+        requests: the paths of all requests.
+        refusal: an error code of the Hub, such as ``GatedRepo``, that answers every request.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.refusal: str | None = None
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
-        self.asked.append(path)
+        """Returns status, headers and body."""
+        self.requests.append(path)
         path = path.partition("?")[0]
         if self.refusal is not None:
             return 403 if self.refusal == "GatedRepo" else 404, {"X-Error-Code": self.refusal}, b""
@@ -71,7 +71,7 @@ def _json(value: object) -> tuple[int, dict[str, str], bytes]:
 
 @contextmanager
 def serve(directory: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """Makes the directory the only model of the hub that ``huggingface_hub`` talks to."""
+    """Makes ``huggingface_hub`` use a hub with the directory as its only model."""
     from huggingface_hub import constants
 
     hub = FakeHub(directory)

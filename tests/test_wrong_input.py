@@ -75,13 +75,13 @@ def sharded(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 
 def _lose(model: Path) -> str:
     (model / "model-00002-of-00005.safetensors").unlink()
-    return "names model-00002-of-00005.safetensors, which is not there"
+    return "names model-00002-of-00005.safetensors, which does not exist"
 
 
 def _cut_short(model: Path) -> str:
     shard = model / "model-00002-of-00005.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    return "the file is cut short"
+    return "the file is truncated"
 
 
 def _promise_too_much(model: Path) -> str:
@@ -100,7 +100,7 @@ def _quantise(model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
-    return "quantised"
+    return "quantized"
 
 
 def _rename_family(model: Path) -> str:
@@ -137,8 +137,8 @@ def test_weights_that_are_not_finite_leave_nothing_behind(
 
 def test_a_hub_id_without_a_network(base: Arguments, offline: None, capsys: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
-    message = _refused(capsys, *base, "model.path=some-organisation/some-model")
-    assert "model.path = some-organisation/some-model" in message
+    message = _refused(capsys, *base, "model.path=some-organization/some-model")
+    assert "model.path = some-organization/some-model" in message
     assert time.monotonic() - started < 10.0
 
 

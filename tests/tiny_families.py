@@ -31,6 +31,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 8},
     "olmo2": {},
     "smollm3": {"no_rope_layer_interval": 3},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
     "gpt_neox": {},
     "granite": {"residual_multiplier": 0.5, "attention_bias": True, "mlp_bias": True},
     "starcoder2": {"use_bias": True, "sliding_window": 8},

@@ -1,4 +1,4 @@
-"""A GGUF file made from a tiny Llama directory, as llama.cpp's converter lays it out."""
+"""Writes a tiny Llama directory as a GGUF file, as the converter of llama.cpp does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {
 
 
 def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType) -> None:
-    """Converts a Llama directory with tied embeddings; matrices are quantised, norms stay float32."""
+    """Converts a Llama directory with tied embeddings. Its matrices are quantized and norms stay float32."""
     config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
@@ -66,7 +66,7 @@ def _rename(name: str) -> str:
 
 
 def _permuted(name: str, tensor: np.ndarray, config: dict) -> np.ndarray:
-    """llama.cpp pairs a head's rotary dimensions as neighbours, transformers as halves."""
+    """Reorders rotary dimensions: llama.cpp pairs adjacent ones, transformers pairs the two halves of a head."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for module, count in heads.items():
         if module in name:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline.models.layer_config import Config, spelled_out_config
+from pipeline.models.layer_config import spelled_out_config
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import is_finite
 
@@ -57,7 +57,7 @@ class Outcome:
     cache_of: str
 
 
-def check_model(directory: Path, config: Config, same_logits_as: Path | None, memory: int) -> Outcome:
+def check_model(directory: Path, config: dict[str, Any], same_logits_as: Path | None, memory: int) -> Outcome:
     """Checks shapes, values, per-layer config entries, tied weights, cached decoding, and logits: finite, as promised.
 
     A model that takes more than ``memory`` bytes in float32 is not held: its logits are computed layer by layer from
@@ -97,7 +97,7 @@ def _require(holds: bool, otherwise: str) -> None:
         raise CheckFailedError(f"the model that was written is wrong: {otherwise}")
 
 
-def _check_config(directory: Path, config: Config) -> None:
+def _check_config(directory: Path, config: dict[str, Any]) -> None:
     read = spelled_out_config(directory)
     differing = [name for name, value in config.items() if read.get(name) != value]
     _require(not differing, f"its config reads back differently in {', '.join(differing)}")

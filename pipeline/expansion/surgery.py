@@ -22,7 +22,7 @@ from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
-from pipeline.models.writing import KEPT, ShardWriter
+from pipeline.models.writing import PROGRESS_FILE, ShardWriter
 from pipeline.progress import progress
 
 KEEP_EVERY_SECONDS = 10.0  # what an interruption can cost, beside the piece of work in hand
@@ -179,7 +179,7 @@ class _Keeper:
     def keep(self, work: Workspace) -> None:
         """Now."""
         write_json(self._out / RECORDS, {"records": work.records, "warnings": work.warnings})
-        self._writer.keep()
+        self._writer.flush()
         self._last, self.has_kept = time.monotonic(), True
 
     def keep_now_and_then(self, work: Workspace) -> None:
@@ -190,7 +190,7 @@ class _Keeper:
 
 def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
     """Whether an attempt that was cut off later had written, and kept, all of it."""
-    if not (out / RECORDS).is_file() or (out / KEPT).exists():
+    if not (out / RECORDS).is_file() or (out / PROGRESS_FILE).exists():
         return False
     try:
         return ModelDirectory(out, out.glob("model*.safetensors")).specs == specs

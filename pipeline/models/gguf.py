@@ -1,6 +1,7 @@
-"""A GGUF file's metadata, without its weights: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""Reads the metadata of a GGUF file, without its weights.
 
-The ``gguf`` package's reader takes seconds over a vocabulary; this one skips it and takes milliseconds.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the ``gguf`` package needs seconds for
+a vocabulary. This one skips over it and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ _CONFIG_KEYS = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """What stands before the weights."""
+    """What a GGUF file holds before its weights.
 
-    values: dict[str, Any]  # an array is given as its length
+    Attributes:
+        values: metadata by key, with the length of an array in place of the array.
+        tensor_names: in the order of the file.
+    """
+
+    values: dict[str, Any]
     tensor_names: tuple[str, ...]
 
     def config(self) -> dict[str, Any]:
-        """The part of a config.json that sizes and limits are taken from, plus ``has_chat_template``."""
+        """The entries of a config.json that sizes and limits are taken from, plus ``has_chat_template``."""
         family = self.values["general.architecture"]
         config = {name: self.values.get(f"{family}.{key}") for name, key in _CONFIG_KEYS.items()}
         config["vocab_size"] = config["vocab_size"] or self.values.get("tokenizer.ggml.tokens")
@@ -50,21 +56,22 @@ def read_metadata(path: Path) -> Metadata:
     """Reads everything before the weights.
 
     Raises:
-        UserError: it is not a little-endian GGUF file of version 2 or 3, or is cut short.
+        UserError: the file is not a little-endian GGUF file of version 2 or 3, or is truncated.
     """
     with open(path, "rb") as stream:
         try:
             if stream.read(4) != b"GGUF" or _number(stream, "I") not in (2, 3):
-                raise _refuse(path, "this is not a GGUF file of version 2 or 3")
+                raise _unreadable(path, "this is not a GGUF file of version 2 or 3")
             tensors, entries = _number(stream, "Q"), _number(stream, "Q")
             values = {_string(stream): _value(stream, _number(stream, "I")) for _ in range(entries)}
             return Metadata(values, tuple(_tensor_name(stream) for _ in range(tensors)))
         except struct.error as error:
-            raise _refuse(path, "the file is cut short") from error
+            raise _unreadable(path, "the file is truncated") from error
 
 
-def _refuse(path: Path, rule: str) -> UserError:
-    return UserError(setting="model.gguf_file", value=path, rule=rule, remedy="Fetch the file again, or name another.")
+def _unreadable(path: Path, rule: str) -> UserError:
+    remedy = "Download the file again, or name another one."
+    return UserError(setting="model.gguf_file", value=path, rule=rule, remedy=remedy)
 
 
 def _number(stream: BinaryIO, format_: str) -> Any:
@@ -84,11 +91,12 @@ def _value(stream: BinaryIO, kind: int) -> Any:
 
 
 def _skip_array(stream: BinaryIO) -> int:
-    """Moves past an array; gives its length."""
+    """Skips an array and returns its length."""
     kind, length = _number(stream, "I"), int(_number(stream, "Q"))
     if kind in _NUMBER_FORMATS:
         stream.seek(length * struct.calcsize("<" + _NUMBER_FORMATS[kind]), 1)
         return length
+    # Strings and nested arrays have lengths of their own, so they are skipped one by one.
     for _ in range(length):
         if kind == _STRING:
             stream.seek(_number(stream, "Q"), 1)

@@ -1,6 +1,7 @@
-"""The Hugging Face hub: a revision pinned to its commit, a model's files, and quick words when it cannot be reached.
+"""Access to the Hugging Face Hub: resolves revisions to commits, downloads files, and reports errors within seconds.
 
-Offline (``HF_HUB_OFFLINE=1``) only what is in the hub's cache is used.
+Offline (``HF_HUB_OFFLINE=1``), only files in the Hub's cache are used. ``huggingface_hub`` is imported where it is used
+because a run with a local model does not need it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A hub model.
+class HubModel:
+    """A model on the Hub, or in its cache.
 
     Attributes:
-        commit: what the revision stands for.
-        directory: its place in the hub's cache, where that is all that may be used.
-        names: its files' names, those of the cached ones where that is all that may be used.
+        commit: the commit that the revision refers to.
+        directory: the snapshot in the Hub's cache, if only the cache may be used.
+        names: names of its files, or of the cached ones if only the cache may be used.
     """
 
     commit: str
@@ -36,18 +37,20 @@ class Found:
 
 
 def is_repo_id(path: str) -> bool:
-    """Whether this reads as ``NAME`` or ``ORGANISATION/NAME``."""
+    """Whether a path has the form ``NAME`` or ``ORGANIZATION/NAME``."""
     return _REPO_ID.fullmatch(path) is not None and len(path) <= 96
 
 
-def find(repo: str, revision: str | None, patterns: Sequence[str]) -> Found:
-    """Resolves a revision (branch, tag, commit; None is the main branch) to its commit, within seconds.
+def find(repo: str, revision: str | None, patterns: Sequence[str]) -> HubModel:
+    """Resolves a revision to its commit within seconds.
 
     Args:
-        patterns: the files that are wanted; offline, all of them must be in the cache.
+        repo: the ID of the model.
+        revision: a branch, tag or commit. None for the main branch.
+        patterns: patterns of the files that will be needed. Offline, all of them must be in the cache.
 
     Raises:
-        UserError: there is no such model or revision, no permission to read it, or no hub.
+        UserError: there is no such model or revision, it may not be accessed, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 
@@ -57,35 +60,45 @@ def find(repo: str, revision: str | None, patterns: Sequence[str]) -> Found:
     def ask() -> Any:
         return HfApi().model_info(repo, revision=revision, timeout=ANSWER_WITHIN_SECONDS)
 
-    info = _translate(repo, revision, lambda: in_time(ask))
-    return Found(info.sha, None, tuple(file.rfilename for file in info.siblings))
+    info = _with_user_errors(repo, revision, lambda: in_time(ask))
+    return HubModel(info.sha, None, tuple(file.rfilename for file in info.siblings))
 
 
-def _find_in_cache(repo: str, revision: str | None, patterns: Sequence[str]) -> Found:
+def _find_in_cache(repo: str, revision: str | None, patterns: Sequence[str]) -> HubModel:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         found = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(patterns))
     except LocalEntryNotFoundError as error:
-        raise _refuse(
+        raise _unavailable(
             repo,
-            "it is no directory, all of it is not in the hub's cache, and HF_HUB_OFFLINE is set",
-            f"Where there is a network, run: hf download {repo}; or give a model directory.",
+            "it is not a directory, it is not completely in the Hub's cache, and HF_HUB_OFFLINE is set",
+            f"On a machine with network access, run: hf download {repo}; or give a model directory.",
         ) from error
     directory = Path(found)
-    return Found(directory.name, directory, tuple(path.name for path in directory.iterdir()))
+    return HubModel(directory.name, directory, tuple(path.name for path in directory.iterdir()))
 
 
 def fetch_file(repo: str, commit: str, name: str) -> Path:
-    """One file by way of the hub's cache."""
+    """Downloads one file into the Hub's cache, unless it is there, and returns its path."""
     from huggingface_hub import hf_hub_download
 
-    return Path(_translate(repo, commit, lambda: hf_hub_download(repo, name, revision=commit)))
+    return Path(_with_user_errors(repo, commit, lambda: hf_hub_download(repo, name, revision=commit)))
+
+
+def fetch_snapshot(repo: str, commit: str, patterns: Sequence[str]) -> Path:
+    """Downloads all files of a commit that match the patterns into the Hub's cache, and returns their directory."""
+    from huggingface_hub import snapshot_download
+
+    def fetch() -> str:
+        return str(snapshot_download(repo, revision=commit, allow_patterns=list(patterns)))
+
+    return Path(_with_user_errors(repo, commit, fetch))
 
 
 def read_json_file(repo: str, commit: str, name: str) -> dict[str, Any]:
-    """One JSON file, without a change to the hub's cache."""
+    """Reads one JSON file without changing the Hub's cache."""
     if (cached := cached_file(repo, commit, name)) is not None:
         content: dict[str, Any] = json.loads(cached.read_text())
         return content
@@ -94,71 +107,36 @@ def read_json_file(repo: str, commit: str, name: str) -> dict[str, Any]:
 
     def ask() -> Any:
         url = hf_hub_url(repo, name, revision=commit)
-        answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
-        hf_raise_for_status(answer)
-        return answer.json()
+        response = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
+        hf_raise_for_status(response)
+        return response.json()
 
-    answered: dict[str, Any] = _translate(repo, commit, lambda: in_time(ask))
-    return answered
+    answer: dict[str, Any] = _with_user_errors(repo, commit, lambda: in_time(ask))
+    return answer
 
 
 def cached_file(repo: str, revision: str | None, name: str) -> Path | None:
-    """A file that the hub's cache holds already."""
+    """The path of a file in the Hub's cache. None if it is not there."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, name, cache_dir=constants.HF_HUB_CACHE, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
-def fetch_snapshot(repo: str, commit: str, patterns: Sequence[str]) -> Path:
-    """The directory, in the hub's cache, of all files of one commit whose names match."""
-    from huggingface_hub import snapshot_download
-
-    def fetch() -> str:
-        return str(snapshot_download(repo, revision=commit, allow_patterns=list(patterns)))
-
-    return Path(_translate(repo, commit, fetch))
-
-
-def _translate(repo: str, revision: str | None, call: Callable[[], _Result]) -> _Result:
-    """Turns the hub's errors into words about the setting that caused them."""
-    from huggingface_hub import errors
-
-    try:
-        return call()
-    except errors.GatedRepoError as error:
-        remedy = f"Accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
-        raise _refuse(repo, "its authors let only those read it who asked for access", remedy) from error
-    except errors.RepositoryNotFoundError as error:
-        remedy = "Check the spelling; for a private model run: hf auth login"
-        raise _refuse(repo, "neither a directory nor the hub has it", remedy) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            setting="model.revision",
-            value=revision,
-            rule=f"{repo} has no such branch, tag or commit",
-            remedy="Say model.revision=main, or one that is there.",
-        ) from error
-    except errors.LocalEntryNotFoundError as error:  # asked for over the network, found neither there nor here
-        raise _unreachable(repo, error) from error
-    except errors.EntryNotFoundError as error:
-        raise _refuse(repo, f"a file is missing there ({error})", "Choose another model or revision.") from error
-    except (errors.HTTPError, TimeoutError) as error:  # the base of every transport error, and of the hub's own above
-        raise _unreachable(repo, error) from error
-
-
 def in_time(call: Callable[[], _Result]) -> _Result:
-    """The call's result, or its error. A time-out for connecting does not cover a name server that hangs; this does.
+    """Returns the result of a call, or raises its error, within ``ANSWER_WITHIN_SECONDS``.
+
+    The connection timeout of an HTTP client does not cover a name server that hangs. This does.
 
     Raises:
-        TimeoutError: no answer within ``ANSWER_WITHIN_SECONDS``.
+        TimeoutError: the call did not return in time.
     """
     outcome: list[tuple[_Result | None, BaseException | None]] = []
 
     def run() -> None:
         try:
             outcome.append((call(), None))
-        except BaseException as error:  # noqa: BLE001  handed to the caller's thread
+        except BaseException as error:  # noqa: BLE001  raised in the caller's thread
             outcome.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
@@ -169,16 +147,43 @@ def in_time(call: Callable[[], _Result]) -> _Result:
     result, error = outcome[0]
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]  # there is a result where there is no error
+    return result  # type: ignore[return-value]  # without an error there is a result
 
 
-def _refuse(repo: str, rule: str, remedy: str) -> UserError:
-    return UserError(setting="model.path", value=repo, rule=rule, remedy=remedy)
+def _with_user_errors(repo: str, revision: str | None, call: Callable[[], _Result]) -> _Result:
+    """Returns the result of a call, with the Hub's errors converted into errors about the setting that caused them."""
+    from huggingface_hub import errors
+
+    try:
+        return call()
+    except errors.GatedRepoError as error:
+        remedy = f"Accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
+        raise _unavailable(repo, "access to this model must be requested from its authors", remedy) from error
+    except errors.RepositoryNotFoundError as error:
+        remedy = "Check the spelling. For a private model, run: hf auth login"
+        raise _unavailable(repo, "it is neither a directory nor a model on the Hugging Face Hub", remedy) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            setting="model.revision",
+            value=revision,
+            rule=f"{repo} has no such branch, tag or commit",
+            remedy="Set model.revision=main, or one that exists.",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:  # neither on the network nor in the cache
+        raise _unreachable(repo, error) from error
+    except errors.EntryNotFoundError as error:
+        raise _unavailable(repo, f"a file is missing ({error})", "Choose another model or revision.") from error
+    except (errors.HTTPError, TimeoutError) as error:  # the base class of all transport errors and of the errors above
+        raise _unreachable(repo, error) from error
 
 
-def _unreachable(repo: str, why: object) -> UserError:
-    return _refuse(
+def _unreachable(repo: str, reason: object) -> UserError:
+    return _unavailable(
         repo,
-        f"it is no directory, and the Hugging Face hub cannot be reached ({why})",
-        "Give a model directory; or set HF_HUB_OFFLINE=1 to use what is in the hub's cache.",
+        f"it is not a directory, and the Hugging Face Hub cannot be reached ({reason})",
+        "Give a model directory, or set HF_HUB_OFFLINE=1 to use the Hub's cache.",
     )
+
+
+def _unavailable(repo: str, rule: str, remedy: str) -> UserError:
+    return UserError(setting="model.path", value=repo, rule=rule, remedy=remedy)

@@ -1,5 +1,7 @@
-"""What ``model.path`` is, where its files are, what identifies their content. No torch; nothing is downloaded here
-but a hub model's small JSON files, and nothing from the model is run.
+"""Finds the model that ``model.path`` names, and identifies its content.
+
+Needs no torch, downloads nothing but the small JSON files of a Hub model (or a GGUF file, to read its metadata), and
+runs no code of the model.
 """
 
 from __future__ import annotations
@@ -20,27 +22,27 @@ from pipeline.models.gguf import read_metadata
 from pipeline.models.weight_files import INDEX, SINGLE, check_names, find_weights, read_header
 
 PACKAGE_PREFIX = "package:"
-VOCABULARIES = (
+VOCABULARIES = (  # a tokenizer has at least one of these
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip  # any one of these makes a tokenizer
-SIDE_FILES = (
+)  # fmt: skip
+SIDE_FILES = (  # files of a model directory besides config and weights, copied byte for byte
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip  # what a model directory holds beside config and weights; copied byte for byte
-ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a tensor that is one expert's
+)  # fmt: skip
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a tensor that belongs to one expert
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model that was found.
+    """The base model as it was found.
 
     Attributes:
-        kind: what ``model.path`` turned out to be.
-        directory: where the files lie; None for a hub model that is not used from the cache.
-        repo, commit: of a hub model; the commit is what ``model.revision`` stood for.
-        gguf_file: the GGUF file's name within the directory or repository.
-        names: names of all files there.
-        files: the local files that decide what is loaded, to be hashed; empty for the hub.
+        kind: what ``model.path`` refers to.
+        directory: the directory of its files. None for a Hub model, unless only the Hub's cache may be used.
+        repo, commit: ID of a Hub model, and the commit that ``model.revision`` refers to.
+        gguf_file: the name of the GGUF file within the directory or repository.
+        names: names of all files in the directory or repository.
+        files: the local files that determine what is loaded, for hashing. Empty for a Hub model.
     """
 
     kind: Literal["directory", "package", "hub"]
@@ -53,15 +55,15 @@ class ModelSource:
 
     @property
     def identity(self) -> str | None:
-        """A hub model's content by name; None where the content of ``files`` must be hashed."""
+        """Identifies the content of a Hub model. None if the content of ``files`` must be hashed instead."""
         return None if self.repo is None else f"hub {self.repo}@{self.commit}"
 
 
 def resolve(model: Model) -> ModelSource:
-    """Finds the model. Takes at most ten seconds, also where the hub cannot be reached.
+    """Finds the model within ten seconds, even if the Hub cannot be reached.
 
     Raises:
-        UserError: there is no such model, or it is one that cannot be used.
+        UserError: there is no such model, or it cannot be used.
     """
     if model.path.startswith(PACKAGE_PREFIX):
         return _local("package", _package_directory(model), model.gguf_file)
@@ -74,14 +76,14 @@ def resolve(model: Model) -> ModelSource:
         raise UserError(
             setting="model.path",
             value=model.path,
-            rule="there is no such directory, and it is no model's id on the Hugging Face hub",
-            remedy="Give a model directory, an id such as ORGANISATION/NAME, or package:NAME.",
+            rule="there is no such directory, and it is not the ID of a model on the Hugging Face Hub",
+            remedy="Give a model directory, an ID such as ORGANIZATION/NAME, or package:NAME.",
         )
     return _on_hub(model)
 
 
 def wanted_files(model: Model) -> list[str]:
-    """Patterns of the files that loading needs; remote code only where it is asked for."""
+    """Patterns of the files that loading needs, with remote code only if the settings ask for it."""
     if model.gguf_file is not None:
         return [model.gguf_file]
     code = ["*.py"] if model.trust_remote_code else []
@@ -99,7 +101,7 @@ def _on_hub(model: Model) -> ModelSource:
 
 
 def _package_directory(model: Model) -> Path:
-    """Where a Python package lies; it is found but not imported."""
+    """The directory of an installed Python package, found without importing it."""
     name = model.path.removeprefix(PACKAGE_PREFIX)
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -119,8 +121,8 @@ def _local(kind: Literal["directory", "package"], directory: Path, gguf_file: st
         return ModelSource(kind, directory, gguf_file=gguf_file, names=names, files=(directory / gguf_file,))
     weights = find_weights(directory)
     _check_tokenizer(names, directory)
-    beside = [directory / name for name in ("config.json", INDEX, *SIDE_FILES) if name in names]
-    return ModelSource(kind, directory, names=names, files=(*weights, *beside))
+    others = [directory / name for name in ("config.json", INDEX, *SIDE_FILES) if name in names]
+    return ModelSource(kind, directory, names=names, files=(*weights, *others))
 
 
 def _check_tokenizer(names: Collection[str], where: object) -> None:
@@ -128,33 +130,36 @@ def _check_tokenizer(names: Collection[str], where: object) -> None:
         raise UserError(
             setting="model.path",
             value=where,
-            rule="there is no tokenizer beside the weights",
-            remedy="Save the model's tokenizer there: tokenizer.save_pretrained(PATH).",
+            rule="the model has no tokenizer",
+            remedy="Save its tokenizer to the same directory: tokenizer.save_pretrained(PATH).",
         )
 
 
 def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:
     if gguf_file not in names:
+        existing = ", ".join(name for name in names if name.endswith(".gguf")) or "none"
         raise UserError(
             setting="model.gguf_file",
             value=gguf_file,
             rule=f"there is no such file in {where}",
-            remedy=f"Name one that is there: {', '.join(n for n in names if n.endswith('.gguf')) or 'none'}. "
-            "A directory of safetensors is given by model=hub model.path=DIRECTORY.",
+            remedy=f"Name an existing one: {existing}. For a directory of safetensors, use model=hub "
+            "model.path=DIRECTORY.",
         )
 
 
 def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
-    """The model's config before any weight is read, with ``has_chat_template`` and ``experts_apart`` added.
-
-    From config.json, or for a GGUF file the entries that sizes and limits are taken from. A GGUF file on the hub is
-    fetched into the hub's cache for that, where loading finds it.
+    """Reads the config of a model without its weights.
 
     Args:
-        keep: whether what is fetched from the hub may stay in its cache.
+        source: the model. A GGUF file on the Hub is downloaded into the Hub's cache, where loading finds it.
+        keep: whether JSON files downloaded from the Hub may stay in its cache.
+
+    Returns:
+        The content of config.json, or for a GGUF file the entries that sizes and limits are taken from. Two entries
+        are added: ``has_chat_template``, and ``experts_apart`` for a model whose experts are stored one by one.
 
     Raises:
-        UserError: the files cannot be read as a model's.
+        UserError: the files are not those of a causal language model.
     """
     if source.gguf_file is not None:
         return read_metadata(local_file(source, source.gguf_file)).config()
@@ -163,36 +168,36 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
         raise UserError(
             setting="model.path",
             value=source.repo or source.directory,
-            rule="its config.json has no num_hidden_layers, so it is no plain causal language model",
+            rule="its config.json has no num_hidden_layers, so it is not a plain causal language model",
             remedy="Give a decoder-only language model.",
         )
     added = {
         "has_chat_template": _has_chat_template(source, keep),
-        "experts_apart": num_experts(config) > 0 and any(map(ONE_EXPERT.search, _stored_names(source, keep))),
+        "experts_apart": num_experts(config) > 0 and any(map(SINGLE_EXPERT.search, _stored_names(source, keep))),
     }
     return {**config, **added}
 
 
 def check_shape(model: Model, config: Mapping[str, Any]) -> None:
-    """The config agrees with what ``model.shape`` says of it.
+    """Checks that ``model.shape`` agrees with the model's config.
 
     Raises:
         UserError: it does not.
     """
-    wanted = model.shape or {}
-    differing = [name for name, value in wanted.items() if name in config and config[name] != value]
+    expected = model.shape or {}
+    differing = [name for name, value in expected.items() if name in config and config[name] != value]
     if differing:
-        said, is_ = (", ".join(f"{name} {of[name]}" for name in differing) for of in (wanted, config))
+        given, actual = (", ".join(f"{name} {values[name]}" for name in differing) for values in (expected, config))
         raise UserError(
             setting="model.shape",
-            value=said,
-            rule=f"the config of {model.path} says {is_}",
-            remedy="Give the model that is meant, or say model.shape=null to go by its config alone.",
+            value=given,
+            rule=f"the config of {model.path} says {actual}",
+            remedy="Give the model with that shape, or set model.shape=null to use its config alone.",
         )
 
 
 def local_file(source: ModelSource, name: str) -> Path:
-    """A file of the model on this machine; one on the hub is fetched into the hub's cache."""
+    """The path of one file of the model. From the Hub, it is downloaded into the Hub's cache."""
     if source.directory is not None:
         return source.directory / name
     assert source.repo is not None and source.commit is not None
@@ -215,7 +220,7 @@ def _has_chat_template(source: ModelSource, keep: bool) -> bool:
 
 
 def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
-    """The weights' names, as far as they are known without the weights: not of a single file on the hub."""
+    """Names of the weights, as far as they can be read without the weights: not for a single file on the Hub."""
     if INDEX in source.names:
         index: dict[str, str] = _json_of(source, INDEX, keep)["weight_map"]
         return index
@@ -227,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(
-            setting="model.path", value=path, rule="the file is not JSON", remedy="Fetch the model's files again."
+            setting="model.path", value=path, rule="the file is not JSON", remedy="Download the model's files again."
         ) from error
     assert isinstance(value, dict)
     return value

@@ -1,15 +1,16 @@
-"""First calls of MKL's vector functions, made one at a time before anything computes.
+"""Makes the first calls of MKL's vector functions one at a time, before anything else computes.
 
-MKL 2024, which torch's x86 builds hold, chooses a function's kernel at its first call. Where several threads make that
-call together, one of them may get the kernel of lowest accuracy for its whole share, silently and that once (pytorch
-issue 188792). Seen here in the cosines of rotary positions: one resumed run in some seventy went on to other bits.
+MKL 2024, which torch's x86 builds contain, selects the kernel of a function at its first call. If several threads make
+that call at the same time, one of them may silently get the kernel of lowest accuracy for its share of that one call
+(pytorch issue 188792). Seen here in the cosines of rotary positions: about one resumed run in seventy continued with
+different bits.
 """
 
 from __future__ import annotations
 
 import torch
 
-# All of at::vml's that call MKL; each by its name in torch.
+# All functions of at::vml that call MKL, by their names in torch.
 FUNCTIONS = (
     "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "log", "log10", "log2", "sin", "sqrt", "tan",
     "tanh", "trunc",
@@ -18,7 +19,10 @@ FLOAT_DTYPES = (torch.float32, torch.float64)
 
 
 def settle_vector_math() -> None:
-    """Calls every function once, from this thread alone, as one entry is never shared out. Takes milliseconds."""
+    """Calls every function once. Takes milliseconds.
+
+    A tensor of one entry is never divided among threads, so only the calling thread reaches MKL.
+    """
     for dtype in FLOAT_DTYPES:
         one = torch.ones(1, dtype=dtype)
         for name in FUNCTIONS:

@@ -1,6 +1,6 @@
-"""Which safetensors files make up a model directory, and what their headers say. No torch, no weights read.
+"""Finds the safetensors files of a model directory and reads their headers. Needs no torch and reads no weights.
 
-A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes:
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the bytes of the tensors:
 https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -17,122 +17,74 @@ from pipeline.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor as a header describes it."""
 
-    dtype: str  # the format's name: BF16, F32, ...
+    dtype: str  # as the format names it: BF16, F32, ...
     shape: tuple[int, ...]
-    begin: int  # bytes, from the end of the header
+    begin: int  # bytes after the end of the header
     end: int
 
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Where a tensor's bytes begin in a file."""
+    """Where the bytes of a tensor begin in a file."""
 
     file: Path
     offset: int
 
 
 def find_weights(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model directory, in the order of their names.
+    """Returns the safetensors files of a model directory, sorted by name.
 
     Raises:
-        UserError: it is no model directory, holds no safetensors weights, or its index names a missing file.
+        UserError: it is not a model directory, has no safetensors weights, or its index names a missing file.
     """
     return tuple(sorted({directory / name for name in _read_index(directory).values()}))
 
 
 def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], int]]:
-    """The tensors of every file of a model directory by name, and where in the file their bytes begin.
+    """Reads the headers of all weight files of a model directory.
+
+    Returns:
+        For every file, its tensors by name and the offset of the first tensor's bytes.
 
     Raises:
-        UserError: a file is missing or cut short, or the index names a tensor that its file does not hold.
+        UserError: a file is missing or truncated, or does not hold a tensor that the index says it holds.
     """
     headers = {path: read_header(path) for path in find_weights(directory)}
     if (directory / INDEX).is_file():
         for tensor, name in _read_index(directory).items():
             if tensor not in headers[directory / name][0]:
-                rule = f"{INDEX} says that {tensor} is in {name}, which does not hold it"
-                raise _refuse(directory, rule, "Fetch the index and all files that it names again, of one revision.")
+                rule = f"{INDEX} says that {tensor} is in {name}, but it is not"
+                remedy = "Download the index and all files that it names again, from one revision."
+                raise _invalid(directory, rule, remedy)
     return headers
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    """File name by tensor name; a single file stands under a name of its own."""
-    if not directory.is_dir():
-        raise _refuse(directory, "there is no such directory", "Check the path.")
-    check_names([path.name for path in directory.iterdir()], directory)
-    if not (directory / INDEX).is_file():
-        return {"": SINGLE}
-    try:
-        files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise _refuse(directory / INDEX, "the index of the weights cannot be read", "Fetch it again.") from error
-    for name in sorted(set(files.values())):
-        if not (directory / name).is_file():
-            raise _refuse(directory, f"{INDEX} names {name}, which is not there", f"Fetch {name} again.")
-    return files
-
-
-def refuse_quantised(config: Mapping[str, Any], where: object) -> None:
-    """Refuses a model whose config.json says that its weights are packed.
-
-    Raises:
-        UserError: it does.
-    """
-    if config.get("quantization_config"):
-        raise _refuse(
-            where,
-            "its weights are quantised, and new layers are made from plain ones",
-            "Give the model as it was before quantisation; of the quantised formats, GGUF can be unpacked.",
-        )
-
-
-def check_names(names: Collection[str], where: object) -> None:
-    """Whether files with these names can be a model directory.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if "config.json" not in names:
-        raise _refuse(where, "a model directory needs a config.json", _gguf_remedy(names))
-    if INDEX in names or SINGLE in names:
-        return
-    if "adapter_config.json" in names:
-        raise _refuse(
-            where,
-            "it holds an adapter, not a model",
-            "Merge it into its base first: peft's merge_and_unload(), then save_pretrained.",
-        )
-    if any(name.endswith(PICKLE_SUFFIXES) for name in names):
-        raise _refuse(
-            where,
-            "its weights are pickle files, which can run code when read and are never opened here",
-            "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH) "
-            "writes safetensors; then say model.path=NEW_PATH.",
-        )
-    raise _refuse(where, f"it has neither {SINGLE} nor {INDEX}", _gguf_remedy(names))
-
-
-def _gguf_remedy(names: Collection[str]) -> str:
-    gguf = sorted(name for name in names if name.endswith(".gguf"))
-    if gguf:
-        return f"Say model.gguf_file={gguf[0]} to read the GGUF file that is there."
-    return "Give a directory as save_pretrained writes it, or a model's id on the Hugging Face hub."
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
-    """The tensors of one file by name, and where in the file their bytes begin.
+    """Reads the header of one safetensors file.
+
+    Returns:
+        Its tensors by name, and the offset of the first tensor's bytes.
 
     Raises:
-        UserError: it is not a whole safetensors file.
+        UserError: it is not a complete safetensors file.
     """
-    header, header_bytes = _parse_header(path)
+    with open(path, "rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if not 2 <= header_bytes <= MAX_HEADER_BYTES:
+            remedy = "Download it again. If it is a few lines of text, it is a Git LFS pointer: run git lfs pull."
+            raise _invalid(path, "this is not a safetensors file", remedy)
+        text = stream.read(header_bytes)
+    try:
+        header: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise _invalid(path, "its safetensors header cannot be read", "Download it again.") from error
     entries = {
         name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
         for name, entry in header.items()
@@ -140,22 +92,83 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
     }
     expected = 8 + header_bytes + max((entry.end for entry in entries.values()), default=0)
     if path.stat().st_size < expected:
-        raise _refuse(path, f"the file is cut short: {path.stat().st_size} of {expected} bytes", "Fetch it again.")
+        rule = f"the file is truncated: it has {path.stat().st_size} of {expected} bytes"
+        raise _invalid(path, rule, "Download it again.")
     return entries, 8 + header_bytes
 
 
-def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
-    with open(path, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if not 2 <= size <= MAX_HEADER_BYTES:
-            remedy = "Fetch it again; a few lines of text in its place are a Git LFS pointer: run git lfs pull."
-            raise _refuse(path, "this is not a safetensors file", remedy)
-        text = stream.read(size)
+def _read_index(directory: Path) -> dict[str, str]:
+    """File name by tensor name. The only file of a model without an index has the key ``""``."""
+    if not directory.is_dir():
+        raise _invalid(directory, "there is no such directory", "Check the path.")
+    check_names([path.name for path in directory.iterdir()], directory)
+    if not (directory / INDEX).is_file():
+        return {"": SINGLE}
     try:
-        return json.loads(text), size
-    except ValueError as error:
-        raise _refuse(path, "its safetensors header cannot be read", "Fetch it again.") from error
+        files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        rule = "the index of the weights cannot be read"
+        raise _invalid(directory / INDEX, rule, "Download it again.") from error
+    for name in sorted(set(files.values())):
+        if not (directory / name).is_file():
+            raise _invalid(directory, f"{INDEX} names {name}, which does not exist", f"Download {name} again.")
+    return files
 
 
-def _refuse(where: object, rule: str, remedy: str) -> UserError:
+def check_names(names: Collection[str], where: object) -> None:
+    """Checks from its file names that a directory or repository holds a safetensors model.
+
+    Args:
+        names: names of all files.
+        where: the directory or repository, for the message.
+
+    Raises:
+        UserError: it does not.
+    """
+    if "config.json" not in names:
+        raise _invalid(where, "a model directory needs a config.json", _gguf_remedy(names))
+    if INDEX in names or SINGLE in names:
+        return
+    if "adapter_config.json" in names:
+        raise _invalid(
+            where,
+            "it holds an adapter, not a model",
+            "Merge the adapter into its base with peft's merge_and_unload() and save_pretrained.",
+        )
+    if any(name.endswith(PICKLE_SUFFIXES) for name in names):
+        raise _invalid(
+            where,
+            "its weights are pickle files, which can run code when they are read and are never opened here",
+            "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH) "
+            "writes safetensors. Then set model.path=NEW_PATH.",
+        )
+    raise _invalid(where, f"it has neither {SINGLE} nor {INDEX}", _gguf_remedy(names))
+
+
+def _gguf_remedy(names: Collection[str]) -> str:
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    if gguf:
+        return f"Set model.gguf_file={gguf[0]} to read the existing GGUF file."
+    return "Give a directory written by save_pretrained, or the ID of a model on the Hugging Face Hub."
+
+
+def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
+    """Checks that the weights of a model are not quantized.
+
+    Args:
+        config: the content of its config.json.
+        where: the model, for the message.
+
+    Raises:
+        UserError: the config says that they are.
+    """
+    if config.get("quantization_config"):
+        raise _invalid(
+            where,
+            "its weights are quantized, and new layers can only be made from unquantized ones",
+            "Give the model from before quantization. GGUF is the only quantized format that can be unpacked.",
+        )
+
+
+def _invalid(where: object, rule: str, remedy: str) -> UserError:
     return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)

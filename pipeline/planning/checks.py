@@ -21,7 +21,7 @@ from pipeline.files import free_bytes, gib, insufficient_space
 from pipeline.launch.machine import Machine, detect_machine
 from pipeline.models.families import family_of, shape_of
 from pipeline.models.source import ModelSource, check_shape, config_of
-from pipeline.models.weight_files import read_headers, refuse_quantised
+from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.training.job import snapshot_dir
 from pipeline.training.selection import stored_apart
 from pipeline.training.validate import validate as validate_training
@@ -167,7 +167,7 @@ def checks(
 
 
 def _check_model(run: Settings, config: Mapping[str, Any]) -> None:
-    refuse_quantised(config, run.model.path)
+    refuse_quantized(config, run.model.path)
     family_of(config.get("model_type"))  # a family that is not in the table is refused before it is loaded
     check_shape(run.model, config)
 

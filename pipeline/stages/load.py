@@ -1,7 +1,7 @@
-"""load: a hub model, a local directory or a GGUF file becomes a clean safetensors directory of one dtype.
+"""The load stage: converts a Hub model, a local directory or a GGUF file into a safetensors directory of one dtype.
 
-Safetensors are cast tensor by tensor; only a GGUF file goes through a model in memory, which transformers unpacks.
-Nothing is ever unpickled, and no code of the model's is run unless ``model.trust_remote_code`` says so.
+Safetensors are cast tensor by tensor. Only a GGUF file is loaded into memory as a model, because transformers unpacks
+it. Nothing is unpickled, and no code of the model runs unless ``model.trust_remote_code`` is set.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pipeline.models.families import FAMILIES
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
-from pipeline.models.weight_files import refuse_quantised
+from pipeline.models.weight_files import refuse_quantized
 from pipeline.models.writing import ShardWriter, remove_weights
 from pipeline.progress import progress
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes the base model into ``task.out``.
+    """Writes the base model to ``task.out``.
 
     Raises:
-        UserError: the model is not there, or is not one that can be used.
+        UserError: there is no such model, or it cannot be used.
     """
     model = task.settings
     assert isinstance(model, Model)
@@ -44,7 +44,7 @@ def run(task: StageTask) -> Metrics:
     else:
         unpack_gguf(directory, source.gguf_file, task.out, model)
     written = ModelDirectory(task.out)
-    AutoTokenizer.from_pretrained(task.out, **_trust(model))  # what cannot be read fails here, not stages later
+    AutoTokenizer.from_pretrained(task.out, **_trust(model))  # a broken tokenizer fails here, not stages later
     return {
         "source": source.identity or source.kind,
         "commit": source.commit,
@@ -67,13 +67,18 @@ def _trust(model: Model) -> dict[str, bool]:
 
 
 def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
-    """Casts a safetensors directory tensor by tensor and copies what stands beside the weights.
+    """Casts a safetensors directory tensor by tensor, and copies its other files.
+
+    Args:
+        directory: the model to read.
+        out: an existing directory.
+        model: the settings, for the dtype and for remote code.
 
     Raises:
-        UserError: the weights are quantised or not finite, or contradict the config about tied embeddings.
+        UserError: the weights are quantized or not finite, or contradict the config about tied embeddings.
     """
     base = ModelDirectory(directory)
-    refuse_quantised(base.config, model.path)
+    refuse_quantized(base.config, model.path)
     dropped = _redundant(base)
     specs = {name: _cast_spec(spec, model) for name, spec in base.specs.items() if name not in dropped}
     with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
@@ -102,8 +107,8 @@ def _too_large(name: str, model: Model) -> UserError:
     return UserError(
         setting="model.dtype",
         value=model.dtype,
-        rule=f"{name} holds numbers that are too large for it",
-        remedy="Say model.dtype=bfloat16, or float32.",
+        rule=f"{name} has entries that are too large for this dtype",
+        remedy="Set model.dtype=bfloat16 or model.dtype=float32.",
     )
 
 
@@ -111,13 +116,13 @@ def _not_finite(name: str, model: Model) -> UserError:
     return UserError(
         setting="model.path",
         value=model.path,
-        rule=f"{name} holds NaN or infinity, and so would all that is made from it",
-        remedy="Fetch the model again; if it was saved that way, give an earlier checkpoint of it.",
+        rule=f"{name} contains NaN or infinity, which every model made from it would inherit",
+        remedy="Download the model again. If it was saved that way, give an earlier checkpoint.",
     )
 
 
 def _redundant(base: ModelDirectory) -> set[str]:
-    """Tensors that the model makes itself: derived buffers, and the head where it is the embeddings."""
+    """Tensors that need not be stored: derived buffers, and a head that is tied to the embeddings."""
     family = FAMILIES.get(base.config["model_type"])
     if family is None:
         return set()
@@ -127,7 +132,7 @@ def _redundant(base: ModelDirectory) -> set[str]:
             raise UserError(
                 setting="model.path",
                 value=base.path,
-                rule=f"config.json ties {family.stored_lm_head} to the embeddings, and the two differ in its weights",
+                rule=f"config.json ties {family.stored_lm_head} to the embeddings, but their weights differ",
                 remedy="Set tie_word_embeddings to false in its config.json if they are meant to differ.",
             )
         names.add(family.stored_lm_head)
@@ -135,18 +140,28 @@ def _redundant(base: ModelDirectory) -> set[str]:
 
 
 def _clean_config(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The config without what belonged to its former place, and with the dtype that was written."""
+    """The config with the dtype that was written, and without entries about where it came from."""
     dropped = {"_name_or_path", "torch_dtype"} | (set() if model.trust_remote_code else {"auto_map"})
     return {**{name: value for name, value in config.items() if name not in dropped}, "dtype": model.dtype}
 
 
 def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> None:
-    """Dequantises a GGUF file by way of transformers. Holds the whole model in ``model.dtype``."""
+    """Dequantizes a GGUF file with transformers, with the complete model in memory in ``model.dtype``.
+
+    Args:
+        directory: the directory of the file.
+        gguf_file: its name.
+        out: an existing directory.
+        model: the settings, for the dtype and for remote code.
+
+    Raises:
+        UserError: the weights are not finite.
+    """
     unpacked = AutoModelForCausalLM.from_pretrained(
         directory,
         gguf_file=gguf_file,
         dtype=DTYPES[model.dtype],
-        quantization_config=GgufConfig(dequantize=True),  # some types stay packed without it
+        quantization_config=GgufConfig(dequantize=True),  # without it, some types stay packed
         **_trust(model),
     )
     for name, parameter in unpacked.named_parameters():
@@ -154,7 +169,7 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         if not is_finite(parameter.detach()):
             raise _not_finite(name, model)
     if hasattr(unpacked.config, "quantization_config"):
-        del unpacked.config.quantization_config  # it is plain now, and saving would try to pack it
+        del unpacked.config.quantization_config  # the weights are plain now, and saving would try to pack them
     remove_weights(out)
     unpacked.save_pretrained(out)
     AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, **_trust(model)).save_pretrained(out)

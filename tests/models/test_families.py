@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -70,7 +71,8 @@ def test_every_tensor_of_a_checkpoint_is_in_the_row(family: str, checkpoint) -> 
     outside -= {row.stored_lm_head} if config["tie_word_embeddings"] else set()
     assert {name.replace(".bias", ".weight") for name in set(stored) - within} == outside
     matrices = Counter(tensor.role.name for tensor in tensors if tensor.role.kind == "matrix")
-    mlp = {"up", "down"} if family in ("arcee", "gpt_neox", "starcoder2") else {"gate", "up", "down"}
+    is_gated = any(re.search(r"\.(gate_proj|gate_up_proj|w1)\b", name) for name in stored)
+    mlp = {"gate", "up", "down"} if is_gated else {"up", "down"}
     experts = max(num_experts(config), 1)
     assert {name: count for name, count in matrices.items() if name not in mlp} == dict.fromkeys("qkvo", 1)
     assert {name: matrices[name] - (family == "qwen2_moe") for name in mlp} == dict.fromkeys(mlp, experts)

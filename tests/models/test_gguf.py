@@ -1,4 +1,4 @@
-"""GGUF headers, against files that the gguf package wrote."""
+"""The metadata of GGUF files that the gguf package wrote."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def gguf_file(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-def test_it_agrees_with_the_packages_reader(gguf_file: Path) -> None:
+def test_metadata_agrees_with_the_reader_of_the_gguf_package(gguf_file: Path) -> None:
     metadata, reader = read_metadata(gguf_file), gguf.GGUFReader(gguf_file)
     assert list(metadata.tensor_names) == [tensor.name for tensor in reader.tensors]
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF."):  # the reader's own entries for the counts
+        if not name.startswith("GGUF."):  # added by the reader for its counts
             value = field.contents()
             assert metadata.values[name] == (len(value) if isinstance(value, list) else value), name
 
 
-def test_the_config_has_what_sizes_are_taken_from(gguf_file: Path) -> None:
+def test_the_config_has_the_entries_that_sizes_follow_from(gguf_file: Path) -> None:
     assert read_metadata(gguf_file).config() == {
         "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 384,
@@ -37,7 +37,7 @@ def test_the_config_has_what_sizes_are_taken_from(gguf_file: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 500, 2000])
-def test_a_file_cut_short_or_of_another_kind(gguf_file: Path, tmp_path: Path, size: int) -> None:
+def test_truncated_files_are_rejected(gguf_file: Path, tmp_path: Path, size: int) -> None:
     (tmp_path / "short.gguf").write_bytes(gguf_file.read_bytes()[:size])
     with pytest.raises(UserError, match="model.gguf_file"):
         read_metadata(tmp_path / "short.gguf")

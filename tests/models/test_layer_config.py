@@ -1,4 +1,4 @@
-"""Config entries that speak of single layers follow the layers, in every family that has some."""
+"""Per-layer config entries follow their layers, in every family that has such entries."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def _repeat_layers(base: Path, deeper: Path, sources: tuple[int, ...]) -> None:
 
 
 def _kinds(directory: Path) -> list[tuple[object, ...]]:
-    """What the config class says of every layer."""
+    """What the config class says about every layer."""
     config = AutoConfig.from_pretrained(directory).to_dict()
     lists = [config[name] for name in ("layer_types", "no_rope_layers", "mlp_layer_types") if config.get(name)]
     return list(zip(*lists, strict=True))
 
 
-def test_a_deeper_model_loads_saves_and_runs_with_each_layers_kind(base: Path, tmp_path: Path) -> None:
+def test_a_deeper_model_loads_runs_and_saves_with_the_kind_of_every_layer(base: Path, tmp_path: Path) -> None:
     deeper = tmp_path / "deeper"
     _repeat_layers(base, deeper, SOURCES)
     write_json(deeper / "config.json", rebuild_config(spelled_out_config(base), SOURCES))
@@ -78,8 +78,8 @@ def test_a_deeper_model_loads_saves_and_runs_with_each_layers_kind(base: Path, t
     assert _kinds(tmp_path / "again") == _kinds(deeper)
 
 
-def test_lists_that_the_config_class_works_out_are_written_down(tmp_path: Path) -> None:
-    """As older config.json files have them: qwen2 with a window from layer 3 on, and no layer_types."""
+def test_lists_that_the_config_class_derives_are_written_out(tmp_path: Path) -> None:
+    """Like an older config.json: qwen2 with a sliding window from layer 3 on, and without layer_types."""
     config = {"model_type": "qwen2", **SMALL, **FAMILIES["qwen2"]}
     write_json(tmp_path / "config.json", config)
     spelled_out = spelled_out_config(tmp_path)
@@ -92,7 +92,7 @@ def test_lists_that_the_config_class_works_out_are_written_down(tmp_path: Path) 
 def test_a_window_threshold_moves_with_the_layers_below_it() -> None:
     config = {"num_hidden_layers": 4, "max_window_layers": 2}
     assert rebuild_config(config, (0, 0, 1, 2, 3))["max_window_layers"] == 3
-    config = {"num_hidden_layers": 4, "max_window_layers": 28}  # beyond the last layer it stays beyond
+    config = {"num_hidden_layers": 4, "max_window_layers": 28}  # a threshold above the last layer stays above it
     assert rebuild_config(config, (0, 0, 1, 2, 3))["max_window_layers"] == 29
 
 
@@ -102,16 +102,16 @@ def test_lists_of_layer_indices_are_renumbered() -> None:
     assert (rebuilt["mlp_only_layers"], rebuilt["moe_layers"]) == ([0, 3], [1, 2, 4])
 
 
-def test_other_lists_of_the_same_length_are_left_alone() -> None:
+def test_other_lists_of_the_same_length_are_not_changed() -> None:
     config = {"num_hidden_layers": 2, "eos_token_id": [5, 6], "architectures": ["A", "B"], "kinds": ["x", "y"]}
     assert rebuild_config(config, (0, 1, 1)) == {
         "num_hidden_layers": 3, "eos_token_id": [5, 6], "architectures": ["A", "B"], "kinds": ["x", "y", "y"],
     }  # fmt: skip
 
 
-def test_the_base_s_config_is_not_changed(tiny_llama_dir: Path) -> None:
+def test_the_config_of_the_base_is_not_changed(tiny_llama_dir: Path) -> None:
     before = json.loads((tiny_llama_dir / "config.json").read_text())
     config = spelled_out_config(tiny_llama_dir)
-    assert config == before  # a family without per-layer entries gets none
+    assert config == before  # nothing to add in a family without per-layer entries
     rebuild_config(config, (0, 0, 1, 2, 3))
     assert config == before

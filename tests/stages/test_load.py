@@ -1,4 +1,4 @@
-"""Whatever a base model comes as, what is written is one clean safetensors directory."""
+"""The load stage writes one clean safetensors directory from every kind of base model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(out: Path) -> Load:
 
 @pytest.fixture
 def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """A copy of the tiny model that a test may modify."""
     return Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
 
 
@@ -86,7 +86,7 @@ def test_shards_are_read_by_their_index(run: Load, tiny_llama_dir: Path, tmp_pat
     assert torch.equal(_logits(out), _logits(tiny_llama_dir))
 
 
-def test_an_earlier_attempt_s_files_are_replaced(run: Load, tiny_llama_dir: Path, out: Path) -> None:
+def test_files_of_an_earlier_attempt_are_replaced(run: Load, tiny_llama_dir: Path, out: Path) -> None:
     out.mkdir()
     (out / "model.safetensors.index.json").write_text("{")
     (out / ".model-0.partial").write_bytes(b"half")
@@ -94,7 +94,7 @@ def test_an_earlier_attempt_s_files_are_replaced(run: Load, tiny_llama_dir: Path
     assert {path.name for path in out.glob("*model*")} == {"model.safetensors"}
 
 
-def test_what_the_model_makes_itself_is_left_out(run: Load, model: Path, out: Path) -> None:
+def test_derived_buffers_and_a_tied_head_are_not_stored(run: Load, model: Path, out: Path) -> None:
     embeddings = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
     frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(4)}
     _change_weights(model, **{"lm_head.weight": embeddings.clone()}, **frequencies)
@@ -103,38 +103,38 @@ def test_what_the_model_makes_itself_is_left_out(run: Load, model: Path, out: Pa
     assert AutoModelForCausalLM.from_pretrained(out).config.tie_word_embeddings
 
 
-def test_a_head_that_contradicts_the_config(run: Load, model: Path) -> None:
+def test_a_head_that_contradicts_the_config_is_rejected(run: Load, model: Path) -> None:
     embeddings = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
     _change_weights(model, **{"lm_head.weight": embeddings + 1})
     with pytest.raises(UserError, match="tie_word_embeddings"):
         run(model)
 
 
-def test_a_model_of_another_shape_than_stated_is_refused(run: Load, tiny_llama_dir: Path) -> None:
+def test_a_model_with_another_shape_than_stated_is_rejected(run: Load, tiny_llama_dir: Path) -> None:
     stated = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4}
     run(tiny_llama_dir, shape=stated)
     with pytest.raises(UserError, match=r"model.shape = num_hidden_layers 32: .*says num_hidden_layers 4"):
         run(tiny_llama_dir, shape={**stated, "num_hidden_layers": 32})
 
 
-def test_quantised_weights_are_refused(run: Load, model: Path) -> None:
+def test_quantized_weights_are_rejected(run: Load, model: Path) -> None:
     _change_config(model, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UserError, match="quantised"):
+    with pytest.raises(UserError, match="quantized"):
         run(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_weights_that_are_not_finite_are_refused_by_name(run: Load, model: Path, out: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_rejected_by_name(run: Load, model: Path, out: Path, value: float) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
-    spoilt = load_file(model / "model.safetensors")[name]
-    spoilt[3, 4] = value
-    _change_weights(model, **{name: spoilt})
-    with pytest.raises(UserError, match=rf"model.path = .*{name} holds NaN or infinity"):
+    broken = load_file(model / "model.safetensors")[name]
+    broken[3, 4] = value
+    _change_weights(model, **{name: broken})
+    with pytest.raises(UserError, match=rf"model.path = .*{name} contains NaN or infinity"):
         run(model)
     assert not list(out.glob("*.safetensors"))
 
 
-def test_weights_that_a_dtype_cannot_hold_are_refused(run: Load, model: Path) -> None:
+def test_weights_that_overflow_the_dtype_are_rejected(run: Load, model: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     _change_weights(model, **{name: torch.full((64, 32), 1e5)})
     with pytest.raises(UserError, match=rf"model.dtype = float16: {name} .*too large.*model.dtype=bfloat16"):
@@ -142,7 +142,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(run: Load, model: Path) ->
     run(model, dtype="bfloat16")
 
 
-def test_pickles_beside_the_weights_are_neither_read_nor_copied(
+def test_pickle_files_are_neither_read_nor_copied(
     run: Load, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (model / "pytorch_model.bin").write_bytes(b"never opened")
@@ -152,21 +152,19 @@ def test_pickles_beside_the_weights_are_neither_read_nor_copied(
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_code_of_the_models_comes_along_only_when_it_is_trusted(
-    run: Load, model: Path, out: Path, trusted: bool
-) -> None:
-    (model / "modeling_own.py").write_text("raise RuntimeError('run')")
-    _change_config(model, auto_map={"AutoModelForCausalLM": "modeling_own.Own"}, _name_or_path="/somebody/here")
+def test_code_of_the_model_is_copied_only_if_it_is_trusted(run: Load, model: Path, out: Path, trusted: bool) -> None:
+    (model / "modeling_custom.py").write_text("raise RuntimeError('run')")
+    _change_config(model, auto_map={"AutoModelForCausalLM": "modeling_custom.Custom"}, _name_or_path="/some/path")
     run(model, trust_remote_code=trusted)
     config = json.loads((out / "config.json").read_text())
-    assert ("auto_map" in config, (out / "modeling_own.py").exists()) == (trusted, trusted)
+    assert ("auto_map" in config, (out / "modeling_custom.py").exists()) == (trusted, trusted)
     assert "_name_or_path" not in config
 
 
 @pytest.mark.parametrize(
     ("quantization", "error"), [("F32", 1e-5), ("Q8_0", 0.05), ("Q4_1", 0.5)], ids=["float32", "Q8_0", "Q4_1"]
 )
-def test_a_gguf_file_is_unpacked(
+def test_a_gguf_file_is_dequantized(
     run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path, quantization: str, error: float
 ) -> None:
     write_gguf(tiny_llama_dir, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType[quantization])
@@ -185,26 +183,28 @@ def test_a_gguf_file_is_unpacked(
     assert (out / "chat_template.jinja").is_file()
 
 
-def test_a_gguf_file_in_another_dtype(run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path) -> None:
+def test_a_gguf_file_is_written_in_the_requested_dtype(
+    run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path
+) -> None:
     write_gguf(tiny_llama_dir, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
     run(tmp_path / "tiny.gguf", dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_a_hub_model_is_fetched_at_its_commit(
+def test_a_hub_model_is_downloaded_at_its_commit(
     run: Load, model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for unwanted in ("pytorch_model.bin", "modeling_own.py", "README.md", "weights.onnx"):
+    for unwanted in ("pytorch_model.bin", "modeling_custom.py", "README.md", "weights.onnx"):
         (model / unwanted).write_text("not needed")
     with serve(model, tmp_path / "cache", monkeypatch) as hub:
         metrics = run(REPO, revision="main")
     assert (metrics["commit"], metrics["source"]) == (COMMIT, f"hub {REPO}@{COMMIT}")
     assert torch.equal(_logits(out), _logits(model))
-    fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
-    assert not fetched & {"pytorch_model.bin", "modeling_own.py", "README.md", "weights.onnx"}
+    downloaded = {path.rpartition("/")[2] for path in hub.requests if "/resolve/" in path}
+    assert not downloaded & {"pytorch_model.bin", "modeling_custom.py", "README.md", "weights.onnx"}
 
 
-def test_a_model_without_a_tokenizer_fails_at_once(run: Load, model: Path) -> None:
+def test_a_model_without_a_tokenizer_is_rejected(run: Load, model: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     with pytest.raises(UserError, match="tokenizer"):
