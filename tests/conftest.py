@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from pipeline.config import AnyExpand
+from tests import warm
 
 TINY_TEXT = [
     "The quick brown fox jumps over the lazy dog.",
@@ -21,6 +23,26 @@ TINY_TEXT = [
     "Return the number of items in a container.",
     "user assistant system json dumps loads file open read write",
 ] * 50
+
+
+def pytest_configure() -> None:
+    """The first process of a run makes the stand-in for Python that it shares with its xdist workers."""
+    if warm.VARIABLE not in os.environ:
+        os.environ[warm.VARIABLE] = str(warm.install())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes() -> Iterator[None]:
+    """Stages, launchers and ranks that this process starts skip their imports; see ``tests.warm``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", os.environ[warm.VARIABLE])
+        yield
+
+
+@pytest.fixture
+def real_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this test starts are new interpreters, as in production."""
+    monkeypatch.setattr(sys, "executable", warm.REAL)
 
 
 def pytest_collection_finish() -> None:

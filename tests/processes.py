@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.benchmarks.processes import descendants
+from tests.warm import fork_of
 
 
 def children(pid: int) -> list[int]:
-    """Returns all living descendants of a process."""
-    return list(descendants(pid))[1:]
+    """Returns all living descendants of a process; a stand-in for Python is followed to its fork."""
+    return list(_tree(pid))[1:]
+
+
+def _tree(pid: int) -> Iterator[int]:
+    for each in descendants(pid):
+        yield each
+        for fork in fork_of(each):
+            yield from _tree(fork)
 
 
 def is_gone(pid: int) -> bool:

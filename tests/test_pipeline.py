@@ -176,7 +176,8 @@ def _last_step(metrics: Path) -> int:
 
 def test_stopped_run_saves_its_state_and_resumes(shrunk: list[str], tmp_path: Path) -> None:
     """The first signal is sent to the driver, the second to a worker."""
-    command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=400"]
+    steps = ["pretrain.steps=400", "pretrain.checkpoint_every_steps=100"]
+    command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", *steps]
     pretrain = tmp_path / "outputs" / "artifacts" / "pretrain"
     stopped_after = 0
     for number in (signal.SIGTERM, signal.SIGUSR1):

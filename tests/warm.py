@@ -1,0 +1,253 @@
+"""Processes without the seconds of imports: a server imports everything once and forks what tests start.
+
+Tests set ``sys.executable`` to ``tests.warm_client``, so that production code starts stages, torchrun and its ranks as
+always. Each is a process with real signals, pipes and exit statuses; it only skips ``import torch``. The first client
+starts the server, all pytest workers share it, and it ends with pytest. What is not ``-m`` one of ``MODULES``, or sets
+a variable of ``FIXED`` to something else, gets a new interpreter.
+"""
+
+from __future__ import annotations
+
+import array
+import ast
+import atexit
+import gc
+import importlib
+import inspect
+import os
+import random
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import traceback
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "PIPELINE_TEST_PYTHON"  # holds the client's path in a run's processes
+REAL = sys.executable
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = (
+    "pipeline", "pipeline.stages", "pipeline.training.worker", "torch.distributed.run", "tests.training.forked",
+    "tests.training.many_tasks",
+)  # fmt: skip
+FIXED = ("OMP_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", "PYTHONHASHSEED")
+IMPORTED = (
+    "pipeline.__main__", "pipeline.stages.load", "pipeline.stages.expand", "pipeline.stages.tokenize",
+    "pipeline.stages.evaluate", "pipeline.stages.report", "pipeline.training.trainer", "torch.distributed.run",
+    "pipeline.report.plots", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.original_muon",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous", "transformers.pipelines", "PIL.PngImagePlugin",
+)  # fmt: skip
+REQUEST_BYTES = 1 << 18
+
+
+def install() -> Path:
+    """Writes the client for this process and its xdist workers; gives its path, for ``sys.executable``."""
+    place = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    address = str(place / "server")
+    constants = {
+        "REAL": REAL,
+        "ADDRESS": address,
+        "START": (REAL, str(Path(__file__).resolve()), address, str(os.getpid())),
+        "MODULES": MODULES,
+        "FIXED": {name: os.environ.get(name) for name in FIXED},
+    }
+    source = (Path(__file__).parent / "warm_client.py").read_text()
+    before, guard, after = source.partition('\nif __name__ == "__main__":')
+    values = "".join(f"{name} = {value!r}\n" for name, value in constants.items())
+    client = place / "python"
+    client.write_text(f"#!{REAL} -IS\n{before}\n{values}{guard}{after}")
+    client.chmod(0o755)
+    return client
+
+
+def fork_of(client: int) -> list[int]:
+    """The process that a client stands for; none where that process is no client."""
+    place = Path(os.environ[VARIABLE]).parent / str(client)
+    return [int(os.readlink(place))] if place.is_symlink() else []
+
+
+# ---------------------------------------------------------------------------------------- the server
+
+
+@dataclass(eq=False)
+class Fork:
+    """A process that was forked for a client."""
+
+    pid: int
+    watched: int  # a file descriptor that becomes readable when it ends
+    client: socket.socket
+    name: Path  # a link from the client's number to this one's
+    abandoned: bool = False  # the client is gone
+
+
+class Server:
+    """Forks a process per request and tells its client how it ended."""
+
+    def __init__(self, address: str, owner: int) -> None:
+        self._place = Path(address).parent
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(address)
+        self._listener.listen(64)
+        self._owner = os.pidfd_open(owner)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._owner, selectors.EVENT_READ, self._end)
+        self._forks: set[Fork] = set()
+
+    def serve(self) -> None:
+        """Until the owner ends."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj in self._selector.get_map():  # not unregistered by an earlier event
+                    key.data()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        self._selector.register(client, selectors.EVENT_READ, lambda: self._start(client))
+
+    def _start(self, client: socket.socket) -> None:
+        self._selector.unregister(client)
+        message, ancillary, _, _ = client.recvmsg(REQUEST_BYTES, socket.CMSG_SPACE(3 * 4))
+        if not message:
+            client.close()
+            return
+        streams = array.array("i", ancillary[0][2]).tolist()
+        pid = os.fork()
+        if pid == 0:
+            self._become(ast.literal_eval(message.decode()), streams)
+        peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        name = self._place / str(struct.unpack("3i", peer)[0])
+        name.unlink(missing_ok=True)
+        name.symlink_to(str(pid))
+        for stream in streams:
+            os.close(stream)
+        fork = Fork(pid, os.pidfd_open(pid), client, name)
+        self._forks.add(fork)
+        self._selector.register(fork.watched, selectors.EVENT_READ, lambda: self._tell(fork))
+        self._selector.register(client, selectors.EVENT_READ, lambda: self._abandon(fork))
+        with suppress(OSError):
+            client.send(str(pid).encode())
+
+    def _tell(self, fork: Fork) -> None:
+        _, status = os.waitpid(fork.pid, 0)
+        self._selector.unregister(fork.watched)
+        os.close(fork.watched)
+        fork.name.unlink(missing_ok=True)
+        if not fork.abandoned:
+            self._selector.unregister(fork.client)
+            with suppress(OSError):
+                fork.client.send(str(os.waitstatus_to_exitcode(status)).encode())
+            fork.client.close()
+        self._forks.discard(fork)
+
+    def _abandon(self, fork: Fork) -> None:
+        """The client was killed, and so is what it stands for."""
+        self._selector.unregister(fork.client)
+        fork.client.close()
+        fork.abandoned = True
+        os.kill(fork.pid, signal.SIGKILL)
+
+    def _end(self) -> None:
+        for fork in self._forks:
+            os.kill(fork.pid, signal.SIGKILL)
+        os._exit(0)
+
+    def _become(self, request: Mapping[str, Any], streams: list[int]) -> None:
+        """Runs the requested module in this fork; does not return."""
+        status = 1
+        try:
+            for target, stream in enumerate(streams):
+                os.dup2(stream, target)
+            os.closerange(3, max(64, *streams, *self._descriptors()) + 1)
+            _settle(request)
+            status = _run(request["arguments"])
+        except BaseException:  # noqa: BLE001  # a fork must not return into the server's loop
+            traceback.print_exc()
+        finally:
+            with suppress(BaseException):
+                sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+
+    def _descriptors(self) -> list[int]:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+
+
+def _settle(request: Mapping[str, Any]) -> None:
+    """Makes this fork what a new interpreter would be."""
+    os.setsid()
+    os.chdir(request["directory"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in request["ignored"] else signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["mask"])
+    path = [request["directory"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:] = [*dict.fromkeys([*path, *sys.path])]
+    importlib.invalidate_caches()
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = offline  # type: ignore[attr-defined]
+
+
+def _run(arguments: list[str]) -> int:
+    """What ``python -m MODULE ...`` does; returns its exit status."""
+    _, module, *rest = arguments
+    for name in (module, f"{module}.__main__"):
+        if name != "pipeline" and name != "pipeline.stages":
+            sys.modules.pop(name, None)
+    sys.argv = [module, *rest]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    status: Any = 0
+    if module == "torch.distributed.run":
+        inspect.getmodule = lambda *arguments: None  # for its events; it looks through all modules for every frame
+    try:
+        runpy._run_module_as_main(module)  # type: ignore[attr-defined]
+    except SystemExit as end:
+        status = end.code
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    return int(status or 0)
+
+
+def main(address: str, owner: int) -> None:
+    """Imports, listens, says so, and serves."""
+    sys.path[0] = str(ROOT)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    for name in IMPORTED:
+        importlib.import_module(name)
+    sys.modules["pipeline.__main__"].compose_jobs(["+experiment=quickstart"], False, None)  # Hydra's plugins
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")  # a second, once
+    assert threading.active_count() == 1, "a process with threads cannot be forked"
+    gc.collect()
+    gc.freeze()
+    sys.executable = str(Path(address).parent / "python")
+    server = Server(address, owner)
+    os.write(1, b"!")
+    os.dup2(2, 1)
+    server.serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
