@@ -38,7 +38,8 @@ def dataset_commit(source: Source, setting: str) -> str:
         rule = "kind is hub, and this is not a dataset name (NAME or ORGANIZATION/NAME)"
         raise _refuse(setting, repo, rule, "Set kind: files for local text, as in data=files.")
     if is_offline():
-        raise _refuse(setting, repo, "it is streamed from the hub, and the environment forbids it", DOWNLOAD_INSTEAD)
+        rule = "it is streamed from the hub, which an environment variable (such as HF_HUB_OFFLINE) forbids"
+        raise _refuse(setting, repo, rule, DOWNLOAD_INSTEAD)
 
     def ask() -> Any:
         return HfApi().dataset_info(repo, revision=source.revision, timeout=ANSWER_WITHIN_SECONDS)

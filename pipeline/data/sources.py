@@ -134,7 +134,11 @@ class _HubDataset(SourceReader):
         return hub_datasets.HubStream(self.source, self.setting, position)
 
 
-SOURCE_READERS: dict[str, type[SourceReader]] = {"python_docs": _PythonDocs, "files": _Files, "hub": _HubDataset}
+SOURCE_READERS: dict[str, type[SourceReader]] = {
+    "python_docs": _PythonDocs,
+    "files": _Files,
+    "hub": _HubDataset,
+}
 
 
 class ExampleStream:

@@ -85,8 +85,8 @@ def test_only_assistant_messages_and_their_end_of_turn_are_trained_on(tokenizer:
 @pytest.mark.parametrize("template", [LLAMA_3, MISTRAL, PLAIN_TEMPLATE], ids=["llama_3", "mistral", "plain"])
 def test_other_templates_are_masked_correctly(template: str, bos_tokenizer: TextTokenizer) -> None:
     turns = TURNS if template is not MISTRAL else TURNS[1:]
-    said = [part.strip() for part in _targets(bos_tokenizer, _tokenize(bos_tokenizer, template, turns))]
-    assert said == ["It makes a string.\n\nAlways.<|im_end|>", "It is size – 😀.<|im_end|>"]
+    answers = [part.strip() for part in _targets(bos_tokenizer, _tokenize(bos_tokenizer, template, turns))]
+    assert answers == ["It makes a string.\n\nAlways.<|im_end|>", "It is size – 😀.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", ["own", "plain", LLAMA_3])
