@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+import huggingface_hub.constants  # noqa: F401 (reads HF_HUB_OFFLINE when first imported: before a test sets it)
 import pytest
 
 from pipeline.artifacts.store import Fingerprints
