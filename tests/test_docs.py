@@ -1,4 +1,4 @@
-"""Commands in README.md, CONTRIBUTING.md and docs/ compose, their ranks divide their batches, and links lead to files."""
+"""Commands in README.md, CONTRIBUTING.md and docs/ compose, their ranks divide their batches, and links resolve."""
 
 from __future__ import annotations
 
