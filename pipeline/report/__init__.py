@@ -1,7 +1,7 @@
-"""What an honest comparison looks like: rows, differences with their errors, tables, plots, one report.
+"""The report: results, differences with their standard errors, tables and plots of one run or of a sweep.
 
-Reads finished artifacts (JSON only) and never a model. ``closing_table`` needs rich alone, so that the driver can use
-it; matplotlib is imported when a report is written.
+It reads finished artifacts (JSON files only) and never a model. ``closing_table`` needs nothing heavier than rich, so
+that the driver can use it. matplotlib is imported only when a report is written.
 """
 
 from pipeline.report.closing import closing_table

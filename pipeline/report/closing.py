@@ -1,4 +1,4 @@
-"""The closing table in the terminal: base, expanded, pre-trained, tuned. Needs rich and nothing heavier."""
+"""The table of scores that a run prints in the terminal when it ends, by target."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from rich.table import Table as RichTable
 from pipeline.files import read_json
 from pipeline.report.differences import MARKS, PAIRED_FILE, Verdict
 from pipeline.report.metrics import TARGET_NAMES, with_error
-from pipeline.report.results import RESULTS_FILE, Row
+from pipeline.report.results import RESULTS_FILE, Result
 from pipeline.report.scores import Scores
 
-_COLOURS = {MARKS[Verdict.BETTER]: "green", MARKS[Verdict.WORSE]: "red"}
+_COLORS = {MARKS[Verdict.BETTER]: "green", MARKS[Verdict.WORSE]: "red"}
 
 
 def closing_table(report: Path) -> RichTable:
-    """Scores by target with one standard error, a line a run, task and metric.
+    """Scores by target with one standard error, one line per run, task and metric.
 
     Args:
-        report: the directory of a written report.
+        report: the directory of a report that was written.
     """
-    rows: list[Row] = read_json(report / RESULTS_FILE)
-    scores = Scores(rows, read_json(report / PAIRED_FILE))
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+    results: list[Result] = read_json(report / RESULTS_FILE)
+    scores = Scores(results, read_json(report / PAIRED_FILE))
+    runs = list(dict.fromkeys(result["run"] for result in results))
     targets = [target for target in TARGET_NAMES if any(target in scores.targets(run) for run in runs)]
     table = RichTable(
-        caption="± one standard error; against the base, in pairs of documents, ▲ better ▼ worse ≈ within noise"
+        caption="± one standard error; compared with the base over pairs of documents: ▲ better ▼ worse ≈ within noise"
     )
     for head in (*(["run"] if len(runs) > 1 else []), "task", "metric"):
         table.add_column(head, no_wrap=True)
     for target in targets:
         table.add_column(TARGET_NAMES[target], justify="right", no_wrap=True)
-    for measure in scores.measures():
+    for task_metric in scores.task_metrics():
         for run in runs:
-            line = [scores.get(run, target, measure) for target in targets]
-            names = [run, *measure] if len(runs) > 1 else list(measure)
+            line = [scores.get(run, target, task_metric) for target in targets]
+            names = [run, *task_metric] if len(runs) > 1 else list(task_metric)
             table.add_row(*map(escape, names), *_cells(scores, line))
     return table
 
 
-def _cells(scores: Scores, line: Sequence[Row | None]) -> list[str]:
+def _cells(scores: Scores, line: Sequence[Result | None]) -> list[str]:
     base = line[0] if line[0] is not None and line[0]["target"] == "load" else None
-    winner = scores.best(line)
-    return ["–" if row is None else _cell(row, scores.mark(base, row), row is winner) for row in line]
+    best = scores.best(line)
+    return ["–" if each is None else _cell(each, scores.mark(base, each), each is best) for each in line]
 
 
-def _cell(row: Row, sign: str, wins: bool) -> str:
-    text = with_error(row["metric"], row["value"], row["stderr"])
-    text = f"[bold]{text}[/]" if wins else text
-    return f"{text} [{_COLOURS[sign]}]{sign}[/]" if sign in _COLOURS else f"{text} {sign}".rstrip()
+def _cell(result: Result, mark: str, is_best: bool) -> str:
+    text = with_error(result["metric"], result["value"], result["stderr"])
+    text = f"[bold]{text}[/]" if is_best else text
+    return f"{text} [{_COLORS[mark]}]{mark}[/]" if mark in _COLORS else f"{text} {mark}".rstrip()

@@ -1,4 +1,4 @@
-"""Held-out loss on the way through a training stage, as lines that plots and tables share."""
+"""Held-out loss during a training stage, as curves that plots and tables share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from pipeline.report.runs import ROLES, RunArtifacts, labels, roles
+from pipeline.report.runs import RunArtifacts, labels
+
+LARGEST_EXPONENT = 700.0  # math.exp overflows above 709
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's held-out losses in one stage; ``points`` as in training.json, by fraction of the steps."""
+    """One run's held-out losses in one training stage.
+
+    Attributes:
+        label: how plots and tables call the run.
+        points: as in training.json, sorted by fraction of the steps.
+    """
 
     run: str
     method: str
@@ -22,17 +29,17 @@ class Curve:
 
     @property
     def first(self) -> dict[str, Any]:
-        """Where training started: the expanded model, if ``evaluate_at`` has 0."""
+        """The first measurement: the model before training, if ``evaluate_at`` contains 0."""
         return self.points[0]
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last point measured."""
+        """The last measurement."""
         return self.points[-1]
 
 
 def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
-    """The curve of every run that has one with at least two points."""
+    """The curve of every run that has at least two measurements in the stage."""
     names = labels(runs)
     found = []
     for run in runs:
@@ -43,9 +50,10 @@ def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
 
 
 def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
-    """The untouched base's loss on the same blocks, or None where no run shows it.
+    """The base model's loss on the same blocks, or None if no run shows it.
 
-    It is where training starts from in a run whose expanded model was checked to compute what the base does.
+    The base itself is not measured. Its loss is the first one of a run whose expanded model was verified to compute the
+    same logits as the base.
     """
     for run in runs:
         points = (run.training("pretrain") or {"held_out": []})["held_out"]
@@ -55,50 +63,24 @@ def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
 
 
 def perplexity(point: dict[str, Any]) -> float:
-    """exp of the mean loss a token, in the model's own tokens; capped where a float would overflow."""
-    return math.exp(min(point["loss"], 700.0))
+    """exp of the mean loss per token, in the model's own tokens; capped where a float would overflow."""
+    return math.exp(min(point["loss"], LARGEST_EXPONENT))
 
 
 def common_budget(found: Sequence[Curve], axis: str) -> float:
-    """The most of ``axis`` (tokens, flops or seconds) that every curve reaches."""
+    """The largest value of ``axis`` (tokens, flops or seconds) that every curve reaches."""
     return min(curve.last[axis] for curve in found)
 
 
 def loss_at(curve: Curve, axis: str, budget: float) -> float:
-    """The held-out loss after ``budget`` of ``axis``, linear between the points around it."""
-    points = curve.points
-    for before, after in pairwise(points):
+    """The held-out loss at ``budget`` of ``axis``, interpolated linearly between the neighboring measurements.
+
+    Raises:
+        ValueError: the curve does not reach the budget.
+    """
+    for before, after in pairwise(curve.points):
         if before[axis] <= budget <= after[axis]:
+            # Two measurements at the same budget (no tokens between them) would otherwise divide by zero.
             share = (budget - before[axis]) / ((after[axis] - before[axis]) or 1)
             return float(before["loss"] + share * (after["loss"] - before["loss"]))
-    raise ValueError(f"{curve.label} has no point around {budget} {axis}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Seconds by stage, as the artifacts' manifests recorded them when they were built.
-
-STAGES = tuple(dict.fromkeys(role.partition("/")[0] for role in ROLES))
-
-
-def seconds_by_stage(run: RunArtifacts) -> dict[str, float]:
-    """Stage -> seconds; a stage of several artifacts (tokenize, evaluate) is their sum. Absent stages are left out."""
-    seconds: dict[str, float] = {}
-    for role in roles([run]):
-        manifest = run.manifest(role)
-        if manifest is not None:
-            stage = role.partition("/")[0]
-            seconds[stage] = seconds.get(stage, 0.0) + manifest["seconds"]
-    return seconds
-
-
-def is_shared(runs: Sequence[RunArtifacts], stage: str) -> bool:
-    """Whether all runs use the very same artifacts of that stage, so that its time was spent once."""
-    keys = [
-        [
-            manifest["key"]
-            for role in roles(runs)
-            if role.partition("/")[0] == stage and (manifest := run.manifest(role))
-        ]
-        for run in runs
-    ]
-    return len(runs) > 1 and all(of_run == keys[0] for of_run in keys)
+    raise ValueError(f"{curve.label} has no measurements around {budget} {axis}")

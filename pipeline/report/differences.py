@@ -1,8 +1,10 @@
 """When a difference between two scores counts.
 
-It counts when it is larger than two of its standard errors. Two models are scored on the same documents, so the error
-is taken over the documents' differences (``pairs``; Miller 2024, Adding Error Bars to Evals, section 4.2), and at least
-six documents must have changed. Where there are no pairs the scores are taken for independent: sqrt(se1² + se2²).
+A difference counts when it exceeds two of its standard errors and at least six documents changed. Two models are scored
+on the same documents, so the standard error is taken over the differences per document (Miller 2024, Adding Error Bars
+to Evals, section 4.2). Most documents are easy or hard for both models, and what the models have in common cancels: the
+paired error is usually far below sqrt(se1² + se2²), the error for independent scores. The latter is used only where
+there are no pairs.
 """
 
 from __future__ import annotations
@@ -12,26 +14,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
-from math import isclose
 from typing import Any, TypedDict
 
 from pipeline.evaluation.scores import Samples, influences, is_sample, standard_error, value_of
 from pipeline.report.metrics import direction
-from pipeline.report.results import Row
+from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts
 
-ROUNDING = 1e-6  # relative; a sum in another order is no difference, however surely it is one
-FEWEST_CHANGED = 6  # documents: six that all changed for the better are the fewest with 2 · 0.5ⁿ < 0.05 (sign test)
+PAIRED_FILE = "paired_differences.json"
+ROUNDING = 1e-6  # relative; another order of summation makes no difference, however small its standard error
+FEWEST_CHANGED = 6  # documents; 6 is the smallest n with 2 · 0.5ⁿ < 0.05, the sign test if all changed in one direction
+
+ScoredModel = tuple[str, str]  # run, target
 
 
 class Verdict(StrEnum):
-    """What may be said of a difference."""
+    """What a difference shows."""
 
     BETTER = "better"
     WORSE = "worse"
-    CHANGED = "changed"  # by more than two standard errors, of a metric whose better side is not known
+    CHANGED = "changed"  # beyond two standard errors, in a metric whose direction is not known
     NOISE = "within noise"
-    SAME = "the same"  # to rounding
+    SAME = "the same"  # up to rounding
     UNKNOWN = "no standard error"
 
 
@@ -40,15 +44,15 @@ MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOISE: "≈", Verd
 
 @dataclass(frozen=True)
 class Difference:
-    """``after`` minus ``before`` of one task and metric, in the metric's unit.
+    """``after`` minus ``before`` for one task and metric, in the metric's unit.
 
     Attributes:
-        paired_stderr: one standard error of the difference over pairs of documents; None where there is none.
-        changed: the documents on which the two models' numbers are not the same, where that is known.
+        paired_stderr: one standard error of the difference over pairs of documents; None without pairs.
+        changed: the number of documents on which the two models' values differ, if known.
     """
 
-    before: Row
-    after: Row
+    before: Result
+    after: Result
     paired_stderr: float | None = None
     changed: int | None = None
 
@@ -59,7 +63,7 @@ class Difference:
 
     @property
     def stderr(self) -> float | None:
-        """One standard error of the value: over pairs, else sqrt(se1² + se2²), or None where either is unknown."""
+        """One standard error of ``value``: over pairs, else sqrt(se1² + se2²), or None if either is unknown."""
         if self.paired_stderr is not None:
             return self.paired_stderr
         before, after = self.before["stderr"], self.after["stderr"]
@@ -67,42 +71,39 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What may be said of the value; see above."""
+        """What the difference shows, by the rule at the top of this module."""
         if math.isclose(self.before["value"], self.after["value"], rel_tol=ROUNDING):
             return Verdict.SAME
         if self.stderr is None:
             return Verdict.UNKNOWN
         too_few = self.changed is not None and self.changed < FEWEST_CHANGED
+        # Written with "not" so that a NaN counts as noise.
         if too_few or not abs(self.value) > 2 * self.stderr:
             return Verdict.NOISE
-        side = self.value * direction(self.after["metric"])
-        return Verdict.CHANGED if side == 0 else Verdict.BETTER if side > 0 else Verdict.WORSE
+        improvement = self.value * direction(self.after["metric"])
+        return Verdict.CHANGED if improvement == 0 else Verdict.BETTER if improvement > 0 else Verdict.WORSE
 
     @property
     def mark(self) -> str:
-        """▲ better, ▼ worse, ≈ within noise, = the same number; nothing where nothing can be said."""
+        """▲ better, ▼ worse, ≈ within noise, = the same value; empty if nothing can be said."""
         return MARKS.get(self.verdict, "")
 
 
-def leader(rows: Sequence[Row | None]) -> Row | None:
-    """The row with the best value, by however little; None where the better side is not known or nobody is beaten."""
-    present = [row for row in rows if row is not None]
-    side = direction(present[0]["metric"]) if present else 0
-    return max(present, key=lambda row: side * row["value"]) if side and len(present) > 1 else None
+def leader(results: Sequence[Result | None]) -> Result | None:
+    """The result with the best value, by however little; None for an unknown direction or fewer than two results."""
+    present = [result for result in results if result is not None]
+    sign = direction(present[0]["metric"]) if present else 0
+    return max(present, key=lambda result: sign * result["value"]) if sign and len(present) > 1 else None
 
 
-# --------------------------------------------------------------------------------------------------
-# ``paired_differences.json``: how far two models are apart on the same documents, and how sure that is.
-#
-# Most documents are easy or hard for both models, and what they share tells nothing of the difference: its standard
-# error over the documents' own differences is mostly far below sqrt(se1² + se2²).
-
-Model = tuple[str, str]  # run, target
-PAIRED_FILE = "paired_differences.json"
+# ------------------------------------------------------------------------------ pairs of documents
 
 
 class PairedDifference(TypedDict):
-    """The score of ``run``'s ``target`` minus that of ``against_run``'s ``against_target``, on the same documents."""
+    """An entry of ``paired_differences.json``: one score minus another on the same documents.
+
+    The score of ``run``'s ``target`` minus that of ``against_run``'s ``against_target``.
+    """
 
     run: str
     target: str
@@ -113,21 +114,24 @@ class PairedDifference(TypedDict):
     difference: float
     stderr: float | None  # one standard error, over pairs of documents
     n: int
-    changed: int  # documents on which the two are not the same
+    changed: int  # documents on which the two models' values differ
 
 
 @dataclass(frozen=True)
-class _Score:
-    """One score of one model with what it was made of."""
+class _DocumentScores:
+    """One score of one model with the values per document that it was computed from."""
 
     value: float
-    documents: str  # tells them from others
-    numbers: list[Any]
+    documents: str  # identifies the documents
+    samples: list[Any]
     influences: list[float]
 
 
-def side_by_side(models: Iterable[Model]) -> Iterator[tuple[Model, Model]]:
-    """What a report compares, in the models' order: all of a run, all of a target, all with the first run's base."""
+def compared_models(models: Iterable[ScoredModel]) -> Iterator[tuple[ScoredModel, ScoredModel]]:
+    """The pairs that a report compares, in the order of ``models``.
+
+    These are all models of one run, all runs' models of one target, and every model with the first run's base.
+    """
     models = list(models)
     for before, after in combinations(models, 2):
         if before[0] == after[0] or before[1] == after[1] != "load" or before == (models[0][0], "load"):
@@ -135,57 +139,58 @@ def side_by_side(models: Iterable[Model]) -> Iterator[tuple[Model, Model]]:
 
 
 def paired_differences(runs: Sequence[RunArtifacts]) -> list[PairedDifference]:
-    """Of models side by side, where both were scored on the same documents.
+    """The differences between all compared models that were scored on the same documents.
 
-    A score is left out where its documents' numbers do not give it, as for a mean over tasks of unequal sizes.
+    A score that its documents' values do not reproduce is left out, such as a mean over tasks of unequal sizes.
     """
-    found: dict[tuple[str, str], dict[Model, _Score]] = {}
+    found: dict[tuple[str, str], dict[ScoredModel, _DocumentScores]] = {}
     for run in runs:
         for target in run.scored_targets():
-            for task, metric, score in _scores(run, target):
-                found.setdefault((task, metric), {})[run.name, target] = score
+            for task, metric, scores in _document_scores(run, target):
+                found.setdefault((task, metric), {})[run.name, target] = scores
     return [
-        _difference(measure, before, after, scores[before], scores[after])
-        for measure, scores in found.items()
-        for before, after in side_by_side(scores)
+        _paired_difference(task_metric, before, after, scores[before], scores[after])
+        for task_metric, scores in found.items()
+        for before, after in compared_models(scores)
         if scores[before].documents == scores[after].documents
     ]
 
 
-def _difference(
-    measure: tuple[str, str], before: Model, after: Model, first: _Score, second: _Score
-) -> PairedDifference:
+def _paired_difference(
+    task_metric: tuple[str, str], before: ScoredModel, after: ScoredModel, first: _DocumentScores,
+    second: _DocumentScores,
+) -> PairedDifference:  # fmt: skip
     moved = [y - x for x, y in zip(first.influences, second.influences, strict=True)]
     return PairedDifference(
         run=after[0],
         target=after[1],
         against_run=before[0],
         against_target=before[1],
-        task=measure[0],
-        metric=measure[1],
+        task=task_metric[0],
+        metric=task_metric[1],
         difference=second.value - first.value,
         stderr=standard_error(moved),
         n=len(moved),
-        changed=sum(x != y for x, y in zip(first.numbers, second.numbers, strict=True)),
+        changed=sum(x != y for x, y in zip(first.samples, second.samples, strict=True)),
     )
 
 
-def _scores(run: RunArtifacts, target: str) -> Iterator[tuple[str, str, _Score]]:
-    """One model's scores that are those of its documents, by task and metric."""
+def _document_scores(run: RunArtifacts, target: str) -> Iterator[tuple[str, str, _DocumentScores]]:
+    """The scores of one model that its documents' values reproduce, by task and metric."""
     kept, evaluation = run.samples(target), run.evaluation(target)
     assert evaluation is not None
     for row in evaluation["rows"]:
         task, metric, value = row["task"], row["metric"], row["value"]
-        documents, numbers = _numbers(kept.get(task, {}), metric)
-        if numbers and isclose(value_of(metric, numbers), value, rel_tol=1e-6):
-            yield task, metric, _Score(value, documents, numbers, influences(metric, numbers))
+        documents, samples = _samples_of(kept.get(task, {}), metric)
+        if samples and math.isclose(value_of(metric, samples), value, rel_tol=1e-6):
+            yield task, metric, _DocumentScores(value, documents, samples, influences(metric, samples))
 
 
-def _numbers(tasks: Mapping[str, Samples], metric: str) -> tuple[str, list[Any]]:
-    """The documents' numbers of one task, or of all tasks of a group together, and what tells whose they are.
+def _samples_of(tasks: Mapping[str, Samples], metric: str) -> tuple[str, list[Any]]:
+    """The values per document of one task, or of all tasks of a group together, and an identifier of the documents.
 
-    No numbers where some are missing or of another kind.
+    The values are empty if some are missing or of another kind.
     """
-    numbers = [number for samples in tasks.values() for number in samples["metrics"].get(metric, [None])]
+    found = [sample for samples in tasks.values() for sample in samples["metrics"].get(metric, [None])]
     documents = " ".join(samples["documents"] for samples in tasks.values())
-    return documents, numbers if all(is_sample(metric, number) for number in numbers) else []
+    return documents, found if all(is_sample(metric, sample) for sample in found) else []

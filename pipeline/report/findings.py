@@ -1,4 +1,4 @@
-"""What happened, in sentences made of the numbers, and what the numbers do not show."""
+"""What a run or a sweep shows, in sentences made of its numbers, and what a reader must not conclude from them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from pipeline.report.metrics import (
     significant,
     task_name,
 )
-from pipeline.report.results import Row
+from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
 
+SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns about the scale
 
-def primary_measures(scores: Scores) -> list[tuple[str, str]]:
-    """One (task, metric) a task, in the order of the evaluation."""
+
+def primary_metrics(scores: Scores) -> list[tuple[str, str]]:
+    """One (task, metric) per task, in the order of the evaluation."""
     tasks: dict[str, list[str]] = {}
-    for task, metric in scores.measures():
+    for task, metric in scores.task_metrics():
         tasks.setdefault(task, []).append(metric)
     return [(task, preferred(metrics)) for task, metrics in tasks.items()]
 
@@ -39,7 +41,7 @@ def title(runs: Sequence[RunArtifacts]) -> str:
 
 
 def sweep_name(runs: Sequence[RunArtifacts]) -> str:
-    """What the runs' names have in common up to the last slash."""
+    """What the runs' names have in common up to their last slash."""
     stems = {run.name.rpartition("/")[0] for run in runs}
     return stems.pop() if len(stems) == 1 and stems != {""} else "sweep"
 
@@ -48,8 +50,7 @@ def _growth(run: RunArtifacts) -> str:
     expansion = run.expansion()
     if expansion is None or expansion["num_layers"] == expansion["num_base_layers"]:
         return "the base model, not expanded"
-    method = run.method_title
-    return f"from {expansion['num_base_layers']} to {expansion['num_layers']} layers by {method}"
+    return f"expanded from {expansion['num_base_layers']} to {expansion['num_layers']} layers with {run.method_title}"
 
 
 # ------------------------------------------------------------------------------------------ one run
@@ -64,11 +65,12 @@ def _run_headline(run: RunArtifacts, scores: Scores) -> str:
     last = final_target(scores, [run])
     differences = [
         difference
-        for measure in primary_measures(scores)
-        if (difference := _difference(scores, run.name, "load", last, measure)) is not None
+        for task_metric in primary_metrics(scores)
+        if (difference := _difference(scores, run.name, "load", last, task_metric)) is not None
     ]
     texts = [d for d in differences if d.after["metric"] in PERPLEXITIES]
     others = [outcome(d) for d in differences if d.after["metric"] not in PERPLEXITIES]
+    # If no text was scored, the training loop's own held-out loss takes its place.
     sentences = [_text_sentence(run, last, d) for d in texts] or _curve_sentence(run)
     if others:
         sentences.append(f"From base to {TARGET_NAMES[last]}: {'; '.join(others)}.")
@@ -76,40 +78,42 @@ def _run_headline(run: RunArtifacts, scores: Scores) -> str:
 
 
 def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:
-    """The target that stands for the runs: the pre-trained models (tuning is for conversations), else the last that all
-    have scores of."""
+    """The target by which runs are compared.
+
+    This is the pre-trained model, because tuning is for conversations, or else the last model of which all runs have
+    scores.
+    """
     targets = [target for target in TARGET_NAMES if all(target in scores.targets(run.name) for run in runs)]
     return "pretrain" if "pretrain" in targets else targets[-1] if targets else "load"
 
 
 def _text_sentence(run: RunArtifacts, target: str, difference: Difference) -> str:
     training = run.training("pretrain")
-    cause = f"pre-training on {count(training['tokens'])} tokens" if training and target == "pretrain" else "surgery"
+    cause = f"pre-training on {count(training['tokens'])} tokens" if training and target == "pretrain" else "expansion"
     task, metric = difference.after["task"], difference.after["metric"]
     before, after = difference.before["value"], difference.after["value"]
     verb = "lowered" if after < before else "raised"
     remark = "" if difference.verdict in (Verdict.BETTER, Verdict.WORSE) else f", {difference.verdict}"
     return (
         f"{cause.capitalize()} {verb} {_spoken(metric)} on {escape(task_name(task))} by "
-        f"{100 * abs(after / before - 1):.1f} % against the untouched base "
+        f"{100 * abs(after / before - 1):.1f} % relative to the base model "
         f"({number(metric, before)} → {number(metric, after)}{remark})."
     )
 
 
 def _curve_sentence(run: RunArtifacts) -> list[str]:
-    """Where no text was scored: what the training loop saw, from the expanded model on."""
     training, found = run.training("pretrain"), curves([run], "pretrain")
     if training is None or not found:
         return []
     before, after = perplexity(found[0].first), perplexity(found[0].last)
     return [
-        f"Pre-training on {count(training['tokens'])} tokens took the expanded model's perplexity on held-out blocks "
-        f"of the corpus from {significant(before)} to {significant(after)}."
+        f"Pre-training on {count(training['tokens'])} tokens changed the expanded model's perplexity on held-out "
+        f"blocks of the corpus from {significant(before)} to {significant(after)}."
     ]
 
 
-def _difference(scores: Scores, run: str, before: str, after: str, measure: tuple[str, str]) -> Difference | None:
-    first, second = scores.get(run, before, measure), scores.get(run, after, measure)
+def _difference(scores: Scores, run: str, before: str, after: str, task_metric: tuple[str, str]) -> Difference | None:
+    first, second = scores.get(run, before, task_metric), scores.get(run, after, task_metric)
     return None if first is None or second is None or before == after else scores.difference(first, second)
 
 
@@ -132,20 +136,20 @@ def _spoken(metric: str) -> str:
 def _sweep_headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
     names = ", ".join(escape(name) for name in labels(runs).values())
     found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.last["loss"])
-    sentences = [f"{names}, set side by side."]
+    sentences = [f"A comparison of {names}."]
     if found:
         ranking = ", ".join(f"{escape(curve.label)} {curve.last['loss']:.3f}" for curve in found)
         base = base_loss(runs)
-        origin = "" if base is None else f" (the base: {base:.3f})"
-        sentences.append(f"Held-out loss after pre-training, one run each{origin}: {ranking}.")
+        reference = "" if base is None else f" (base model: {base:.3f})"
+        sentences.append(f"Held-out loss after pre-training, one run each{reference}: {ranking}.")
     return " ".join(sentences)
 
 
 def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> list[str]:
-    """For every task: who leads, and who cannot be told from the leader."""
+    """One sentence per task: which run has the best value, and which runs are within noise of it."""
     names = labels(runs)
     found = []
-    for task, metric in primary_measures(scores):
+    for task, metric in primary_metrics(scores):
         line = [scores.get(run.name, target, (task, metric)) for run in runs]
         first = leader(line)
         if first is not None:
@@ -153,7 +157,7 @@ def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> 
     return found
 
 
-def _lead_sentence(scores: Scores, first: Row, line: Sequence[Row | None], names: dict[str, str]) -> str:
+def _lead_sentence(scores: Scores, first: Result, line: Sequence[Result | None], names: dict[str, str]) -> str:
     task, metric = first["task"], first["metric"]
     where = escape(task_name(task))
     ahead = (
@@ -161,27 +165,24 @@ def _lead_sentence(scores: Scores, first: Row, line: Sequence[Row | None], names
     )
     if scores.best(line) is first:
         return f"{ahead}, ahead of all others by more than two standard errors."
-    others = [row for row in line if row is not None and row is not first]
-    verdicts = {row["run"]: scores.difference(row, first).verdict for row in others}
+    others = [result for result in line if result is not None and result is not first]
+    verdicts = {result["run"]: scores.difference(result, first).verdict for result in others}
     if Verdict.UNKNOWN in verdicts.values():
-        return f"{ahead}; without standard errors nothing more can be said."
+        return f"{ahead}, but without standard errors this lead may be noise."
     rivals = [names[run] for run, verdict in verdicts.items() if verdict is not Verdict.BETTER]
     return f"{ahead}, but within noise of {', '.join(map(escape, rivals))}."
 
 
-# --------------------------------------------------------------------------------------------------
-# What a reader must not conclude from a report's numbers.
-
-SMALL_TOKENS = 100e6
+# ------------------------------------------------------------------------------------------- caveats
 
 
 def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
-    """What a reader must not conclude from these numbers."""
+    """What a reader must not conclude from the report's numbers."""
     return [
         _seed_caveat(runs),
-        "A difference counts when it exceeds two of its standard errors and at least six documents changed. Both "
-        "models are scored on the same documents, so the error is taken over pairs of them: it can be far smaller than "
-        "the errors of the two scores. Of differences without any effect, about one in twenty still counts.",
+        "A difference counts if it exceeds two of its standard errors and at least six documents changed. Both models "
+        "are scored on the same documents, so the standard error is taken over pairs of them and can be far smaller "
+        "than the errors of the two scores. About one in twenty differences without a real effect still counts.",
         *_unpaired_caveats(scores),
         *_size_caveats(runs),
         *_held_out_caveats(runs),
@@ -190,23 +191,24 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     ]
 
 
-def _unpaired_caveats(scores: Scores) -> list[str]:
-    measures = [escape(f"{task} {metric}") for task, metric in scores.unpaired()]
-    if not measures:
-        return []
-    return [
-        f"Not all differences in {', '.join(measures)} have errors over pairs: the models were scored on other "
-        "documents, or the score is no mean over documents. There √(se₁² + se₂²) stands, as for independent scores."
-    ]
-
-
 def _seed_caveat(runs: Sequence[RunArtifacts]) -> str:
     manifests = [manifest for run in runs for role in ("expand", "pretrain") if (manifest := run.manifest(role))]
     seeds = sorted({str(manifest["seed"]) for manifest in manifests})
     return (
-        f"One run a row (seed {', '.join(seeds)}). Standard errors are over the documents of a task; they say nothing "
-        "about what another seed would give."
+        f"Every row is a single run (seed {', '.join(seeds)}). Standard errors are over the documents of a task and do "
+        "not include the variation between seeds."
     )
+
+
+def _unpaired_caveats(scores: Scores) -> list[str]:
+    affected = [escape(f"{task} {metric}") for task, metric in scores.unpaired()]
+    if not affected:
+        return []
+    return [
+        f"Some differences in {', '.join(affected)} have no standard error over pairs, because the models were scored "
+        "on different documents or the score is not a mean over documents. √(se₁² + se₂²) is used for these, as for "
+        "independent scores."
+    ]
 
 
 def _size_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
@@ -214,8 +216,8 @@ def _size_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
     if not tokens or max(tokens) >= SMALL_TOKENS:
         return []
     return [
-        f"Pre-training saw {count(max(tokens))} tokens; the papers use billions. This shows what happened here, "
-        "not which method is best at scale."
+        f"Pre-training saw {count(max(tokens))} tokens, while the papers use billions. The results do not show which "
+        "method is best at scale."
     ]
 
 
@@ -231,7 +233,10 @@ def _held_out_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
             f"The held-out loss is a mean over at most {blocks} blocks of {length} tokens and has no standard error."
         )
     if any(run.training("sft") for run in runs):
-        found.append("Held-out loss while tuning is on conversations and cannot be compared with that on the corpus.")
+        found.append(
+            "The held-out loss during instruction tuning is measured on conversations and cannot be compared with the "
+            "loss on the corpus."
+        )
     return found
 
 
@@ -241,19 +246,19 @@ def _comparison_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
     found = []
     if len({run.method for run in runs}) > 1:
         found.append(
-            "Unless the settings below say otherwise, all methods share one learning rate. The best rate differs by "
-            "method and can move the result more than the method does."
+            "Unless the settings below differ, all methods share one learning rate. The best learning rate depends on "
+            "the method and can matter more than the method itself."
         )
     trained = sorted({training["trainable_parameters"] for run in runs if (training := run.training("pretrain"))})
     if len(trained) > 1:
         found.append(
-            f"The runs train different numbers of parameters ({count(trained[0])} to {count(trained[-1])}): "
-            "what they start from is not the only difference."
+            f"The runs train different numbers of parameters ({count(trained[0])} to {count(trained[-1])}), so they "
+            "differ in more than their initialization."
         )
     places = {tuple(run.new_layers()) for run in runs if run.new_layers()}
     if len(places) > 1:
         found.append(
-            "The new layers do not stand at the same places, so that placement and initialisation are confounded."
+            "The new layers are not at the same places in all runs, so placement and initialization are confounded."
         )
     return found
 
@@ -263,10 +268,12 @@ def _evaluation_caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[st
     evaluations = [e for run in runs for target in scores.targets(run.name) if (e := run.evaluation(target))]
     formats = sorted({str(evaluation["prompt_format"]) for evaluation in evaluations})
     if len(formats) > 1:
-        found.append(f"Scores were taken with different prompt formats ({', '.join(formats)}): do not compare them.")
+        found.append(
+            f"The models were scored with different prompt formats ({', '.join(formats)}). Do not compare them."
+        )
     limits = {m["settings"]["limit"] for run in runs if (m := run.manifest("evaluate/load"))} - {None}
     if limits:
-        found.append(f"Every task was cut to its first {max(limits)} documents.")
+        found.append(f"Only the first {max(limits)} documents of every task were scored.")
     for run in runs:
         absent = [TARGET_NAMES[t] for t in TARGET_NAMES if t in run.directories and t not in scores.targets(run.name)]
         if absent:

@@ -1,4 +1,4 @@
-"""The few Markdown forms a report is made of. ``html.py`` renders the same text."""
+"""The Markdown elements of a report, and the conversion of the complete text to one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,69 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
-
-@dataclass(frozen=True)
-class Table:
-    """A head and rows of cells that are Markdown already; the first column is text, the others are numbers."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text_columns: int = 1  # how many leading columns are left-aligned
-
-
-def escape(text: object) -> str:
-    """Text from outside (names of runs, tasks, metrics) that must not act as Markdown."""
-    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", str(text))
-
-
-def bold(text: str) -> str:
-    """Strong emphasis."""
-    return f"**{text}**"
-
-
-def quiet(text: str) -> str:
-    """Emphasis; the HTML shows it in grey inside tables."""
-    return f"*{text}*"
-
-
-def bullets(items: Iterable[str]) -> str:
-    """A list."""
-    return "\n".join(f"- {item}" for item in items)
-
-
-def code(text: str, language: str = "") -> str:
-    """A fenced block."""
-    return f"```{language}\n{text}\n```"
-
-
-def figure(file: str, caption: str) -> str:
-    """An image that lies beside the report, its caption below."""
-    return f"![{caption}]({file})\n\n{quiet(caption)}"
-
-
-def table(content: Table) -> str:
-    """A pipe table, padded so that the source is readable too."""
-    lines = [content.columns, *content.rows]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(content.columns))]
-    rule = [
-        "-" * width if column < content.text_columns else "-" * (width - 1) + ":"
-        for column, width in enumerate(widths)
-    ]  # fmt: skip
-    return "\n".join(_line(cells, widths, content.text_columns) for cells in (content.columns, rule, *content.rows))
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], text_columns: int) -> str:
-    padded = [
-        cell.ljust(width) if column < text_columns else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]  # fmt: skip
-    return f"| {' | '.join(padded)} |"
-
-
-# --------------------------------------------------------------------------------------------------
-# ``report.html``: the Markdown report as one file that needs nothing else, its images and its style inside.
-
-STYLE = Path(__file__).with_name("style.css")
+STYLE_FILE = Path(__file__).with_name("style.css")
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -94,32 +32,98 @@ PAGE = """<!DOCTYPE html>
 """
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells are Markdown.
+
+    Attributes:
+        text_columns: the number of leading columns with text, aligned to the left. The others are numbers.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+
+
+def escape(text: object) -> str:
+    """Escapes outside text, such as the names of runs, tasks and metrics, so that it does not act as Markdown."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", str(text))
+
+
+def bold(text: str) -> str:
+    """Strong emphasis."""
+    return f"**{text}**"
+
+
+def quiet(text: str) -> str:
+    """Emphasis, which the HTML page shows in gray inside tables."""
+    return f"*{text}*"
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A bulleted list."""
+    return "\n".join(f"- {item}" for item in items)
+
+
+def code(text: str, language: str = "") -> str:
+    """A fenced code block."""
+    return f"```{language}\n{text}\n```"
+
+
+def image(file: str, caption: str) -> str:
+    """An image file beside the report, with its caption below."""
+    return f"![{caption}]({file})\n\n{quiet(caption)}"
+
+
+def table(content: Table) -> str:
+    """A pipe table, padded so that the Markdown source is readable as well."""
+    lines = [content.columns, *content.rows]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(content.columns))]
+    rule = [
+        "-" * width if column < content.text_columns else "-" * (width - 1) + ":"
+        for column, width in enumerate(widths)
+    ]  # fmt: skip
+    return "\n".join(_line(cells, widths, content.text_columns) for cells in (content.columns, rule, *content.rows))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], text_columns: int) -> str:
+    padded = [
+        cell.ljust(width) if column < text_columns else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]  # fmt: skip
+    return f"| {' | '.join(padded)} |"
+
+
+# --------------------------------------------------------------------------------------------- HTML
+
+
 def render(markdown: str, title: str, directory: Path) -> str:
-    """The whole page.
+    """Returns the report as one HTML page that contains its images and its style sheet.
 
     Args:
-        markdown: the report's text; raw HTML in it is shown, not obeyed.
-        title: of the browser's window.
-        directory: where the images that the text names lie.
+        markdown: the report's text. Raw HTML in it is shown as text.
+        title: the title of the browser window.
+        directory: the directory of the images.
     """
     body = _parser(directory).render(markdown)
-    return PAGE.format(title=escape_html(title), style=STYLE.read_text(), body=body)
+    return PAGE.format(title=escape_html(title), style=STYLE_FILE.read_text(), body=body)
 
 
 def _parser(directory: Path) -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
 
-    def image(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    def embedded_image(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         png = (directory / str(tokens[index].attrs["src"])).read_bytes()
         data = base64.b64encode(png).decode()
         return f'<img alt="{escape_html(tokens[index].content)}" src="data:image/png;base64,{data}">'
 
+    # Wide tables scroll inside a container instead of stretching the page.
     def table_open(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         return '<div class="wide"><table>\n'
 
     def table_close(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         return "</table></div>\n"
 
-    for name, rule in (("image", image), ("table_open", table_open), ("table_close", table_close)):
+    for name, rule in (("image", embedded_image), ("table_open", table_open), ("table_close", table_close)):
         parser.add_render_rule(name, rule)
     return parser

@@ -1,4 +1,4 @@
-"""What a metric's number means: which way is better, and how it is printed."""
+"""How a metric's value is read and printed: which direction is better, units, errors and names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_by
 TARGET_NAMES = {"load": "base", "expand": "expanded", "pretrain": "pre-trained", "sft": "tuned"}
 TASK_NAMES = {
     "held_out_text": "held-out corpus text",
-    "python_docs_mcq": "multiple-choice questions on the standard library",
+    "python_docs_mcq": "multiple-choice questions about the standard library",
     "minimal_pairs": "general-English minimal pairs",
     "held_out_loss": "held-out blocks of the corpus",
     "held_out_instruction_loss": "held-out conversations",
@@ -27,30 +27,30 @@ def task_name(task: str) -> str:
 
 
 def target_name(target: str) -> str:
-    """``pre-trained``, or ``pre-trained, 20 %`` for a model on the way."""
+    """``pre-trained``, or ``pre-trained, 20 %`` for a snapshot."""
     stage, _, share = target.rstrip("%").partition("@")
     return f"{TARGET_NAMES[stage]}, {share} %" if share else TARGET_NAMES[stage]
 
 
 def direction(metric: str) -> int:
-    """+1 where more is better, -1 where less is better, 0 where this project does not know."""
+    """+1 if higher is better, -1 if lower is better, 0 if the metric is not known here."""
     if metric in SHARES:
         return 1
     return -1 if metric in LOWER_IS_BETTER else 0
 
 
 def preferred(metrics: list[str]) -> str:
-    """The one metric of a task that sentences and plots speak of."""
+    """The main metric of a task, which sentences and plots use."""
     return min(metrics, key=lambda metric: _PREFERRED.index(metric) if metric in _PREFERRED else len(_PREFERRED))
 
 
 def number(metric: str, value: float) -> str:
-    """The value as printed: shares in per cent with one decimal, all else with four significant digits."""
+    """A value as printed: shares in percent with one decimal, other metrics with four significant digits."""
     return f"{100 * value:.1f} %" if metric in SHARES else significant(value)
 
 
 def with_error(metric: str, value: float, stderr: float | None) -> str:
-    """``81.2 ± 1.1 %`` or ``26.61 ± 0.40``: the value and one standard error, to the error's two leading digits."""
+    """``81.2 ± 1.1 %`` or ``26.61 ± 0.40``: a value and one standard error, to the error's two leading digits."""
     if stderr is None:
         return number(metric, value)
     if metric in SHARES:
@@ -60,7 +60,7 @@ def with_error(metric: str, value: float, stderr: float | None) -> str:
 
 
 def signed(metric: str, value: float, stderr: float | None) -> str:
-    """A difference as printed: ``−0.5 ± 2.1 points`` for shares, else with the decimals of its error."""
+    """A difference as printed: ``−0.5 ± 2.1 points`` for shares, otherwise with the decimals of its error."""
     if metric in SHARES:
         error = "" if stderr is None else f" ± {100 * stderr:.1f}"
         return f"{100 * value:+.1f}{error} points".replace("-", "−")
@@ -74,7 +74,7 @@ def significant(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Seconds as ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """``81,920``, ``28.3 M``, ``8.03 B``: tokens and parameters."""
+    """Tokens or parameters as ``81,920``, ``28.3 M``, ``8.03 B``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {letter}"
@@ -92,12 +92,12 @@ def count(value: float) -> str:
 
 
 def memory(bytes_: float) -> str:
-    """``1.52 GiB``."""
+    """Bytes as ``1.52 GiB``."""
     return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
 
 
 def scientific(value: float) -> str:
-    """``1.3×10¹⁴``: FLOPs."""
+    """FLOPs as ``1.3×10¹⁴``."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 

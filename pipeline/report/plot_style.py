@@ -1,4 +1,4 @@
-"""How plots look: one colour a method everywhere, labels beside lines, nothing that carries no number."""
+"""The style of the plots: one color per method in all plots, and labels at the ends of lines instead of legends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from pipeline.report.runs import RunArtifacts
 
-WIDTH = 9.0  # inches; at 100 dots an inch a README shows it at about its own size
+WIDTH = 9.0  # inches, about the width at which a README shows an image
 DPI = 200
 INK, QUIET, FAINT = "#1f2328", "#6a737d", "#d8dee4"
-SPARE_COLOURS = ("#6a3d9a", "#8c564b", "#b2182b", "#17888f", "#9a9a00", "#4d4d4d", "#e377c2", "#1b4f9c")
+SPARE_COLORS = ("#6a3d9a", "#8c564b", "#b2182b", "#17888f", "#9a9a00", "#4d4d4d", "#e377c2", "#1b4f9c")
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -45,9 +45,9 @@ _STYLE = {
 
 @contextmanager
 def figure(path: Path, height: float) -> Iterator[Figure]:
-    """A figure of ``WIDTH`` by ``height`` inches, saved to ``path`` as PNG when the block ends.
+    """Yields a figure of ``WIDTH`` by ``height`` inches and saves it to ``path`` as PNG when the block ends.
 
-    It is drawn without pyplot, so that no window system and no global state is involved.
+    It does not use pyplot, which keeps global state and may look for a window system.
     """
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         drawing = Figure(figsize=(WIDTH, height))
@@ -55,19 +55,19 @@ def figure(path: Path, height: float) -> Iterator[Figure]:
         drawing.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
-def colours(runs: Sequence[RunArtifacts]) -> dict[str, str]:
-    """Run name -> colour: its method's, or one of its own where methods repeat or are new."""
+def colors(runs: Sequence[RunArtifacts]) -> dict[str, str]:
+    """The color of each run by name: its method's, or a spare one if methods repeat or a method has none."""
     methods = [run.method for run in runs]
     distinct = len(set(methods)) == len(methods)
-    spare = iter(SPARE_COLOURS * (1 + len(runs) // len(SPARE_COLOURS)))
+    spare = iter(SPARE_COLORS * (1 + len(runs) // len(SPARE_COLORS)))
     return {run.name: (run.method_color if distinct else None) or next(spare) for run in runs}
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves label positions apart until neighbours are at least ``gap`` from each other, within [low, high].
+    """Moves label positions apart until neighbors are at least ``gap`` from each other, within [low, high].
 
-    Labels that touch are pooled into one block around their common centre; blocks that then touch are pooled again.
-    Their order stays.
+    Labels that touch are merged into a block around their common center, and blocks that then touch are merged again
+    (the pool-adjacent-violators algorithm). The order of the labels does not change.
     """
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     blocks: list[list[float]] = []
@@ -88,16 +88,16 @@ def _lowest(block: Sequence[float], gap: float) -> float:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes each line's name in its colour in the right margin, at the height where the line ends, without overlaps.
+    """Writes each line's name into the right margin, in the line's color, at the height of its end, without overlaps.
 
     Args:
-        ends: (y in data units, text, colour) of each line. The axis limits must be final.
+        ends: (y in data units, text, color) of each line. The axis limits must be final.
     """
     low, high = axes.get_ylim()
     inches = axes.get_window_extent().height / axes.figure.dpi
-    gap = (high - low) * 0.165 / inches
-    for (_, text, colour), y in zip(ends, spread([end[0] for end in ends], gap, low, high), strict=True):
+    gap = (high - low) * 0.165 / inches  # a line of text is about 0.165 inches high
+    for (_, text, color), y in zip(ends, spread([end[0] for end in ends], gap, low, high), strict=True):
         axes.annotate(
             text, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
-            color=colour, va="center", annotation_clip=False,
+            color=color, va="center", annotation_clip=False,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""All figures of a report as PNG files. Only this module's parts import matplotlib."""
+"""The figures of a report as PNG files: losses and the layer map here, scores and times in ``score_plots``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pipeline.config import TRAINING_STAGES
 from pipeline.report.curves import Curve, curves
 from pipeline.report.metrics import count, scientific
-from pipeline.report.plot_style import FAINT, INK, QUIET, colours, figure, label_ends
+from pipeline.report.plot_style import FAINT, INK, QUIET, colors, figure, label_ends
 from pipeline.report.runs import RunArtifacts, labels, layouts
 from pipeline.report.score_plots import scores_by_target, seconds_by_stage_plot
 from pipeline.report.scores import Scores
@@ -21,10 +21,16 @@ from pipeline.report.scores import Scores
 LAYERS, SCORES, HELD_OUT, TRAINING, SECONDS = (
     f"{name}.png" for name in ("layers", "scores", "held_out_loss", "training_loss", "seconds")
 )
+AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training time"}
+# The layer map draws the base model's layers as a row of cells at BASE_Y and the expanded model's at EXPANDED_Y.
+BASE_Y, EXPANDED_Y, CELL = 0.0, 1.9, 0.84
+FEWEST_CELLS = 24  # the width of a row in cells at least, so that the cells of a small model are not stretched
+BASE_LAYER_COLOR = "#e7eaee"
+SEVERAL_METHODS_COLOR = "#44546a"  # for new layers that several methods place alike
 
 
 def draw_all(runs: Sequence[RunArtifacts], scores: Scores, base_loss: float | None, out: Path) -> set[str]:
-    """Draws what the runs have numbers for into ``out`` and returns the file names."""
+    """Draws every figure that the runs have numbers for into ``out`` and returns the names of the files."""
     drawn = {
         LAYERS: layer_map(runs, out / LAYERS),
         SCORES: scores_by_target(runs, scores, out / SCORES),
@@ -32,20 +38,17 @@ def draw_all(runs: Sequence[RunArtifacts], scores: Scores, base_loss: float | No
         TRAINING: training_loss(runs, out / TRAINING),
         SECONDS: seconds_by_stage_plot(runs, out / SECONDS),
     }
-    return {name for name, there in drawn.items() if there}
+    return {name for name, was_drawn in drawn.items() if was_drawn}
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses as lines: held-out loss against three kinds of cost, and the training loss by step.
-
-AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training time"}
+# ------------------------------------------------------------------------------------------- losses
 
 
 def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) -> bool:
-    """Held-out loss of pre-training against tokens, FLOPs and seconds, the base as a dashed line.
+    """Plots the held-out loss of pre-training against tokens, FLOPs and seconds, with the base as a dashed line.
 
     Args:
-        base: the untouched base's loss on the same blocks, or None where no run measured it.
+        base: the base model's loss on the same blocks, or None if no run measured it.
 
     Returns:
         Whether there was anything to draw.
@@ -53,7 +56,7 @@ def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) 
     found = curves(runs, "pretrain")
     if not found:
         return False
-    palette = colours(runs)
+    palette = colors(runs)
     with figure(path, 3.6) as drawing:
         panels = drawing.subplots(1, len(AXES), sharey=True)
         for axes, axis in zip(panels, AXES, strict=True):
@@ -61,7 +64,7 @@ def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) 
             if base is not None:
                 axes.axhline(base, color=INK, linestyle=(0, (5, 4)), linewidth=1.2)
         _loss_limits(panels[0], found, base, palette)
-        panels[0].set_ylabel("held-out loss (nats a token)")
+        panels[0].set_ylabel("held-out loss (nats per token)")
         drawing.draw_without_rendering()
         ends = [(curve.last["loss"], f"{curve.label} {curve.last['loss']:.3f}", palette[curve.run]) for curve in found]
         label_ends(panels[-1], [*ends, *([(base, f"base {base:.3f}", INK)] if base is not None else [])])
@@ -82,7 +85,7 @@ def _loss_panel(axes: Axes, found: Sequence[Curve], axis: str, palette: dict[str
 
 
 def _unit(axis: str, longest: float) -> tuple[float, str]:
-    """What to divide by, and what to call the axis."""
+    """The unit of an axis: a divisor for its values, and the title."""
     if axis != "seconds":
         return 1.0, AXES[axis]
     scale, unit = (1.0, "seconds") if longest < 180 else (60.0, "minutes") if longest < 3 * 3600 else (3600.0, "hours")
@@ -90,13 +93,13 @@ def _unit(axis: str, longest: float) -> tuple[float, str]:
 
 
 def _loss_limits(axes: Axes, found: Sequence[Curve], base: float | None, palette: dict[str, str]) -> None:
-    """Room for what training does: a far higher loss right after surgery runs out of the frame, and is named there."""
+    """Fits the limits to the losses during training. A far higher first loss is cut off and written as text instead."""
     trained = [point["loss"] for curve in found for point in curve.points[1:]] + ([base] if base is not None else [])
     low, high = min(trained), max(trained)
-    room = max(high - low, 0.02)
-    above = 0.5 if len(found) > 1 else 3.0  # a lone curve may as well be seen whole
-    top = min(max(curve.first["loss"] for curve in found), high + above * room)
-    axes.set_ylim(low - 0.08 * room, max(top, high) + 0.06 * room)
+    span = max(high - low, 0.02)
+    above = 0.5 if len(found) > 1 else 3.0  # a single curve competes with no other for space
+    top = min(max(curve.first["loss"] for curve in found), high + above * span)
+    axes.set_ylim(low - 0.08 * span, max(top, high) + 0.06 * span)
     for rank, curve in enumerate(curve for curve in found if curve.first["loss"] > top):
         text = f"{curve.label} starts at {curve.first['loss']:.2f}"
         axes.annotate(text, (1, 1), xycoords="axes fraction", xytext=(0, -12 * (rank + 1)), textcoords="offset points",
@@ -104,7 +107,7 @@ def _loss_limits(axes: Axes, found: Sequence[Curve], base: float | None, palette
 
 
 def training_loss(runs: Sequence[RunArtifacts], path: Path) -> bool:
-    """The loss of every optimizer step, a panel a stage. Returns whether there was anything to draw."""
+    """Plots the loss of every optimizer step, one panel per stage. Returns whether there was anything to draw."""
     stages = [stage for stage in TRAINING_STAGES if any(run.training_steps(stage) for run in runs)]
     if not stages:
         return False
@@ -118,7 +121,7 @@ def training_loss(runs: Sequence[RunArtifacts], path: Path) -> bool:
 
 
 def _training_panel(axes: Axes, runs: Sequence[RunArtifacts], stage: str) -> list[tuple[float, str, str]]:
-    palette, names = colours(runs), labels(runs)
+    palette, names = colors(runs), labels(runs)
     ends = []
     for run in runs:
         lines = run.training_steps(stage)
@@ -131,25 +134,24 @@ def _training_panel(axes: Axes, runs: Sequence[RunArtifacts], stage: str) -> lis
     return ends
 
 
-# --------------------------------------------------------------------------------------------------
-# A picture of the surgery: the base's layers below, the expanded model's above, and what came from where.
-
-BASE_Y, NEW_Y, CELL = 0.0, 1.9, 0.84
-NARROWEST = 24  # cells that a strip has room for at least, so that those of a small model are not stretched
-OLD, SEVERAL = "#e7eaee", "#44546a"  # a layer of the base; new layers that several methods place alike
+# ---------------------------------------------------------------------------------------- layer map
 
 
 def layer_map(runs: Sequence[RunArtifacts], path: Path) -> bool:
-    """One strip for all runs whose layers come from the same places. Returns whether there was anything to draw."""
+    """Draws which base layer every layer comes from, one strip per group of runs with the same layout.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     groups = layouts(runs)
     if not groups:
         return False
-    names, palette = labels(runs), colours(runs)
-    widest = max(NARROWEST, *(expansion["num_layers"] for _, expansion in groups))
+    names, palette = labels(runs), colors(runs)
+    widest = max(FEWEST_CELLS, *(expansion["num_layers"] for _, expansion in groups))
     with figure(path, 1.45 * len(groups)) as drawing:
         all_axes = drawing.subplots(len(groups), 1, squeeze=False)[:, 0]
         for axes, (alike, expansion) in zip(all_axes, groups, strict=True):
-            _strip(axes, expansion, palette[alike[0].name] if len(alike) == 1 else SEVERAL, widest)
+            _strip(axes, expansion, palette[alike[0].name] if len(alike) == 1 else SEVERAL_METHODS_COLOR, widest)
             axes.set_title(_title([names[run.name] for run in alike], expansion))
     return True
 
@@ -159,42 +161,42 @@ def _title(names: Sequence[str], expansion: Mapping[str, Any]) -> str:
     return f"{', '.join(names)}: {expansion['num_base_layers']} layers + {new} new = {expansion['num_layers']}"
 
 
-def _strip(axes: Axes, expansion: Mapping[str, Any], colour: str, widest: int) -> None:
-    """Every base layer stands straight below the layer it became, so that the gaps show where new ones went in."""
+def _strip(axes: Axes, expansion: Mapping[str, Any], color: str, widest: int) -> None:
+    """Draws one layout. Every base layer is directly below the layer it became, so that gaps show the insertions."""
     layers = expansion["layers"]
     base_x = {layer["from"][0]: layer["layer"] for layer in layers if not layer["new"]}
     for layer in layers:
         for source in layer["from"]:
-            _connector(axes, base_x[source], layer["layer"], colour if layer["new"] else FAINT, layer["new"])
-        _cell(axes, layer["layer"], NEW_Y, colour if layer["new"] else OLD)
+            _connector(axes, base_x[source], layer["layer"], color if layer["new"] else FAINT, layer["new"])
+        _cell(axes, layer["layer"], EXPANDED_Y, color if layer["new"] else BASE_LAYER_COLOR)
     for x in base_x.values():
-        _cell(axes, x, BASE_Y, OLD)
+        _cell(axes, x, BASE_Y, BASE_LAYER_COLOR)
     inks = {layer["layer"]: "white" if layer["new"] else INK for layer in layers}
-    _numbers(axes, {index: index for index in inks}, NEW_Y, inks, widest)
+    _numbers(axes, {index: index for index in inks}, EXPANDED_Y, inks, widest)
     _numbers(axes, base_x, BASE_Y, dict.fromkeys(base_x, INK), widest)
-    for y, text in ((BASE_Y, "base"), (NEW_Y, "expanded")):
+    for y, text in ((BASE_Y, "base"), (EXPANDED_Y, "expanded")):
         axes.text(-0.5 - 0.01 * widest, y, text, ha="right", va="center", color=QUIET)
     axes.set_xlim(-0.5 - 0.08 * widest, widest - 0.4)
-    axes.set_ylim(-0.75, NEW_Y + 0.75)
+    axes.set_ylim(-0.75, EXPANDED_Y + 0.75)
     axes.axis("off")
 
 
 def _numbers(axes: Axes, places: Mapping[int, int], y: float, inks: Mapping[int, str], widest: int) -> None:
-    """A layer's number in its cell; where two digits would not fit, every tenth number outside the row."""
-    fitting = 330 / widest  # points
+    """Writes each layer's index into its cell, or every tenth index beside the row if two digits would not fit."""
+    fitting = 330 / widest  # font size in points that fits two digits into a cell
     if fitting >= 5:
         for index, x in places.items():
             axes.text(x, y - 0.02, str(index), ha="center", va="center", color=inks[index], fontsize=min(8.0, fitting))
         return
-    outside = y + 0.62 if y == NEW_Y else y - 0.62
+    outside = y + 0.62 if y == EXPANDED_Y else y - 0.62
     for index, x in places.items():
         if index % 10 == 0:
             axes.text(x, outside, str(index), ha="center", va="center", color=QUIET, fontsize=7)
 
 
-def _connector(axes: Axes, base_x: float, new_x: float, colour: str, new: bool) -> None:
-    ys = [BASE_Y + CELL / 2 + 0.05, NEW_Y - CELL / 2 - 0.05]
-    axes.plot([base_x, new_x], ys, color=colour, linewidth=1.3 if new else 1.0, zorder=2 if new else 1)
+def _connector(axes: Axes, base_x: float, new_x: float, color: str, new: bool) -> None:
+    ys = [BASE_Y + CELL / 2 + 0.05, EXPANDED_Y - CELL / 2 - 0.05]
+    axes.plot([base_x, new_x], ys, color=color, linewidth=1.3 if new else 1.0, zorder=2 if new else 1)
 
 
 def _cell(axes: Axes, x: float, y: float, face: str) -> None:

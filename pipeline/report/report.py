@@ -1,4 +1,4 @@
-"""Writes a report: its numbers as JSON, PNG plots, report.md and the same text as one self-contained report.html."""
+"""Writes a report: results as JSON, plots as PNG, report.md, and the same text as one self-contained report.html."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from pipeline.report.curves import base_loss
 from pipeline.report.differences import PAIRED_FILE, paired_differences
 from pipeline.report.findings import caveats, headline, title
 from pipeline.report.markup import bullets, escape
-from pipeline.report.results import RESULTS_FILE, Row, collect
+from pipeline.report.results import RESULTS_FILE, Result, collect_results
 from pipeline.report.runs import RunArtifacts
 from pipeline.report.scores import Scores
 
 CAPTIONS = {
-    "scores": "Every task's main metric by target, two standard errors to each side; dashed: the base.",
-    "held_out_loss": "Held-out loss while pre-training, by tokens, training FLOPs and time; dashed: the base.",
-    "training_loss": "Training loss of every optimizer step.",
-    "layers": "Where the layers of the expanded model come from; new ones are coloured.",
-    "seconds": "Time by stage, as it took when it was built.",
+    "scores": "Main metric of every task by target, with two standard errors to each side. Dashed: the base model.",
+    "held_out_loss": "Held-out loss during pre-training by tokens, training FLOPs and time. Dashed: the base model.",
+    "training_loss": "Training loss at every optimizer step.",
+    "layers": "Where the layers of the expanded model come from. New layers are colored.",
+    "seconds": "Time per stage, measured when its artifacts were built.",
 }
 
 
-def write_report(runs: Sequence[RunArtifacts], out: Path) -> list[Row]:
-    """Compares one run's models, or those of several runs, and writes everything into ``out``.
+def write_report(runs: Sequence[RunArtifacts], out: Path) -> list[Result]:
+    """Compares the models of one run or of several runs and writes all files of the report into ``out``.
 
     Returns:
-        The rows of results.json.
+        The entries of results.json.
     """
-    # Here and not above: matplotlib takes a second that readers of results.json need not pay.
+    # Imported here because matplotlib takes a second that readers of results.json need not spend.
     from pipeline.report.markup import render
     from pipeline.report.plots import draw_all
 
-    rows = collect(runs)
-    write_json(out / RESULTS_FILE, rows)
+    results = collect_results(runs)
+    write_json(out / RESULTS_FILE, results)
     paired = paired_differences(runs)
     write_json(out / PAIRED_FILE, paired)
-    scores = Scores(rows, paired)
+    scores = Scores(results, paired)
     drawn = draw_all(runs, scores, base_loss(runs), out)
     figures = {name: caption for name, caption in CAPTIONS.items() if f"{name}.png" in drawn}
     text = compose(runs, scores, figures)
     _write(out / "report.md", text)
     _write(out / "report.html", render(text, title(runs), out))
-    return rows
+    return results
 
 
 def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str]) -> str:
-    """The report's Markdown; ``figures`` maps the name of each drawn figure to its caption."""
+    """Returns the report's Markdown. ``figures`` maps the name of each figure that was drawn to its caption."""
     blocks = [
         f"# {escape(title(runs))}",
         f"> {headline(runs, scores)}",
         *sections.leaders(runs, scores),
         *sections.score_tables(runs, scores, figures),
         *sections.training(runs, figures),
-        *sections.surgery(runs, figures),
+        *sections.new_layers(runs, figures),
         *sections.cost(runs, figures),
-        *sections.from_papers(runs),
+        *sections.published_results(runs),
         "## What these numbers do not show",
         bullets(caveats(runs, scores)),
         *sections.reproduction(runs),

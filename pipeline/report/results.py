@@ -1,9 +1,10 @@
-"""``results.json``: every number of a report as one row.
+"""``results.json``: every number of a report as one entry.
 
-``target`` is the stage whose model was scored: ``load`` (the untouched base), ``expand``, ``pretrain``, ``sft``, or a
-point on the way such as ``pretrain@20%``. Three kinds of task: lm-eval's own names; ``held_out_loss`` (the training
-loop's, on blocks of the corpus) and ``held_out_instruction_loss`` (on conversations, so not comparable with the
-former), each with the tokens, FLOPs and seconds spent until then; and ``cost`` (what the stage itself took).
+``target`` is the stage whose model was scored: ``load`` (the base model), ``expand``, ``pretrain``, ``sft``, or a point
+during a training stage, such as ``pretrain@20%``. There are three kinds of task. lm-eval's tasks have their own names.
+``held_out_loss`` and ``held_out_instruction_loss`` are the training loop's losses on blocks of the corpus and on
+conversations, which are not comparable with each other, and come with the tokens, FLOPs and seconds spent until then.
+``cost`` is what a stage itself took.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ CURVE_TASKS = {"pretrain": "held_out_loss", "sft": "held_out_instruction_loss"}
 COST_TASK = "cost"
 
 
-class Row(TypedDict):
-    """One number. ``stderr`` is one standard error over the task's documents, ``n`` their number; null if unknown."""
+class Result(TypedDict):
+    """One number. ``stderr`` is one standard error over the task's ``n`` documents; both are null where unknown."""
 
     run: str
     method: str
@@ -33,18 +34,18 @@ class Row(TypedDict):
     n: int | None
 
 
-def collect(runs: Iterable[RunArtifacts]) -> list[Row]:
-    """All rows of all runs: scores first, then held-out curves, then costs."""
-    return [row for run in runs for part in (_scores, _curves, _costs) for row in part(run)]
+def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
+    """All results of all runs: per run the scores first, then held-out losses, then costs."""
+    return [result for run in runs for part in (_scores, _held_out_losses, _costs) for result in part(run)]
 
 
-def _scores(run: RunArtifacts) -> Iterator[Row]:
+def _scores(run: RunArtifacts) -> Iterator[Result]:
     for target in run.scored_targets():
         for row in (run.evaluation(target) or {"rows": []})["rows"]:
-            yield _row(run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"])
+            yield _result(run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"])
 
 
-def _curves(run: RunArtifacts) -> Iterator[Row]:
+def _held_out_losses(run: RunArtifacts) -> Iterator[Result]:
     for stage in TRAINING_STAGES:
         training = run.training(stage) or {"held_out": []}
         for point in training["held_out"]:
@@ -52,10 +53,10 @@ def _curves(run: RunArtifacts) -> Iterator[Row]:
             values = {"loss": point["loss"], "perplexity": perplexity(point)}
             values |= {metric: point[metric] for metric in ("tokens", "flops", "seconds")}
             for metric, value in values.items():
-                yield _row(run, target, CURVE_TASKS[stage], metric, value)
+                yield _result(run, target, CURVE_TASKS[stage], metric, value)
 
 
-def _costs(run: RunArtifacts) -> Iterator[Row]:
+def _costs(run: RunArtifacts) -> Iterator[Result]:
     for target in MODEL_TARGETS:
         manifest, training = run.manifest(target), run.training(target) if target in TRAINING_STAGES else None
         values: dict[str, Any] = {}
@@ -65,13 +66,13 @@ def _costs(run: RunArtifacts) -> Iterator[Row]:
             values |= {metric: training[metric] for metric in ("tokens", "flops")}
         for metric, value in values.items():
             if value is not None:
-                yield _row(run, target, COST_TASK, metric, value)
+                yield _result(run, target, COST_TASK, metric, value)
 
 
-def _row(
+def _result(
     run: RunArtifacts, target: str, task: str, metric: str, value: float,
     stderr: float | None = None, n: int | None = None,
-) -> Row:  # fmt: skip
-    return Row(
+) -> Result:  # fmt: skip
+    return Result(
         run=run.name, method=run.method, target=target, task=task, metric=metric, value=value, stderr=stderr, n=n
     )

@@ -1,8 +1,8 @@
-"""What a finished run left behind: its artifacts' directories, and the JSON files in them.
+"""The artifacts of a finished run, as the report reads them: directories and the JSON files in them.
 
-A role is a stage's name as in ``pipeline.artifacts.task``: ``load``, ``tokenize/corpus``, ``evaluate/sft``, ...
-A role that is not there was not part of the run and reads as ``None``;
-a role that is there is complete, so that a missing file in it is an error.
+A role is the name of an artifact as in ``pipeline.artifacts.task``: ``load``, ``tokenize/corpus``, ``evaluate/sft``. A
+role without a directory was not part of the run and reads as None. A directory is always complete, so a missing file in
+it is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.evaluation.scores import Samples
 from pipeline.expansion.methods import built_in_method
 from pipeline.files import read_json
 
-ROLES = (
+ARTIFACT_ROLES = (
     "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
     "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
 )  # fmt: skip
@@ -33,28 +33,30 @@ class RunArtifacts:
     directories: Mapping[str, Path]
 
     def read(self, role: str, file: str) -> Any | None:
-        """The JSON ``file`` of that role's artifact, or None where the run has no such artifact."""
+        """The contents of a JSON file of an artifact, or None if the run has no such artifact."""
         directory = self.directories.get(role)
         return None if directory is None else read_json(directory / file)
 
     def manifest(self, role: str) -> dict[str, Any] | None:
-        """Key, settings, seconds, peak memory, packages: what ``run.py`` wrote when the artifact was whole."""
+        """Key, settings, seconds, peak memory and packages, as ``driver/run.py`` recorded them."""
         return self.read(role, "manifest.json")
 
     def evaluation(self, target: str) -> dict[str, Any] | None:
-        """The scores of one model, under "rows"; ``target`` as in results.json."""
+        """The scores of one model, under ``rows``. ``target`` is as in results.json."""
         return self.read(Target.parse(target).role, "evaluation.json")
 
     def samples(self, target: str) -> dict[str, dict[str, Samples]]:
-        """What the evaluation of one model kept of each document: score's task -> tasks that it is made of -> samples.
+        """The values per document that the evaluation of one model kept.
 
-        A score of a group (MMLU) is made of all tasks that were scored for it.
+        Returns:
+            By the task of a score, the samples of each task that the score is computed from: the task itself, or all
+            tasks of a group such as MMLU.
         """
         found: dict[str, dict[str, Samples]] = {}
         for file in sorted((self.directories[Target.parse(target).role] / "tasks").glob("*.json")):
-            answer = read_json(file)
-            found |= {task: {task: samples} for task, samples in answer["samples"].items()}
-            found.setdefault(answer["task"], answer["samples"])
+            scored = read_json(file)
+            found |= {task: {task: samples} for task, samples in scored["samples"].items()}
+            found.setdefault(scored["task"], scored["samples"])
         return found
 
     def scored_targets(self) -> list[str]:
@@ -89,12 +91,12 @@ class RunArtifacts:
         return [layer["layer"] for layer in expansion["layers"] if layer["new"]]
 
     def keeps_logits(self) -> bool:
-        """Whether the expansion stage compared the expanded model's logits with the base's and found them equal."""
+        """Whether the expansion stage verified that the expanded model's logits equal the base model's."""
         manifest = self.manifest("expand")
         return manifest is not None and manifest["metrics"]["check"]["logit_difference"] is not None
 
     def training_steps(self, stage: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that carry a training loss, by step; empty where the stage did not run."""
+        """The lines of metrics.jsonl with a training loss, sorted by step; empty if the stage did not run."""
         directory = self.directories.get(stage)
         if directory is None:
             return []
@@ -103,14 +105,14 @@ class RunArtifacts:
 
 
 def roles(runs: Sequence[RunArtifacts]) -> list[str]:
-    """``ROLES``, and after them the scores of the snapshots of any run."""
+    """``ARTIFACT_ROLES``, followed by the scores of all runs' snapshots."""
     targets = {target for run in runs for target in run.scored_targets()} - set(MODEL_TARGETS)
     snapshots = sorted(map(Target.parse, targets), key=lambda target: target.order)
-    return [*ROLES, *(target.role for target in snapshots)]
+    return [*ARTIFACT_ROLES, *(target.role for target in snapshots)]
 
 
 def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:
-    """Run name -> what a table's head or a line's end says: the method, or the run's own name where methods repeat."""
+    """How tables and plots call each run, by its name: the method, or the run's own name if methods repeat."""
     methods = [run.method for run in runs]
     if len(set(methods)) == len(methods):
         return {run.name: run.method_title for run in runs}
@@ -124,7 +126,11 @@ def title_of(method: str) -> str:
 
 
 def layouts(runs: Sequence[RunArtifacts]) -> list[tuple[list[RunArtifacts], dict[str, Any]]]:
-    """Runs that added layers, grouped by where their layers come from, with the expansion of each group's first."""
+    """The runs that added layers, grouped by where their layers come from.
+
+    Returns:
+        For each group its runs and the contents of the first run's expansion.json.
+    """
     groups: dict[str, tuple[list[RunArtifacts], dict[str, Any]]] = {}
     for run in runs:
         expansion = run.expansion()
@@ -132,3 +138,32 @@ def layouts(runs: Sequence[RunArtifacts]) -> list[tuple[list[RunArtifacts], dict
             layout = str([(layer["new"], layer["from"]) for layer in expansion["layers"]])
             groups.setdefault(layout, ([], expansion))[0].append(run)
     return list(groups.values())
+
+
+# ---------------------------------------------------------------------------------------- build times
+
+TIMED_STAGES = tuple(dict.fromkeys(role.partition("/")[0] for role in ARTIFACT_ROLES))
+
+
+def seconds_by_stage(run: RunArtifacts) -> dict[str, float]:
+    """Seconds that building each stage's artifacts took; several artifacts (tokenize, evaluate) are added up."""
+    seconds: dict[str, float] = {}
+    for role in roles([run]):
+        manifest = run.manifest(role)
+        if manifest is not None:
+            stage = role.partition("/")[0]
+            seconds[stage] = seconds.get(stage, 0.0) + manifest["seconds"]
+    return seconds
+
+
+def is_shared(runs: Sequence[RunArtifacts], stage: str) -> bool:
+    """Whether all runs use the same artifacts of a stage, so that its time was spent once."""
+    keys = [
+        [
+            manifest["key"]
+            for role in roles(runs)
+            if role.partition("/")[0] == stage and (manifest := run.manifest(role))
+        ]
+        for run in runs
+    ]
+    return len(runs) > 1 and all(keys_of_run == keys[0] for keys_of_run in keys)

@@ -1,85 +1,86 @@
-"""A report's scores, looked up by run, target, task and metric, and what may be said of two of them."""
+"""A report's scores, looked up by run, target, task and metric, and comparisons of two of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from pipeline.config import MODEL_TARGETS, Target
-from pipeline.report.differences import Difference, Model, PairedDifference, Verdict, side_by_side
-from pipeline.report.results import COST_TASK, CURVE_TASKS, Row
+from pipeline.report.differences import Difference, PairedDifference, ScoredModel, Verdict, compared_models
+from pipeline.report.results import COST_TASK, CURVE_TASKS, Result
 
 
 class Scores:
-    """lm-eval's rows of a report.
+    """lm-eval's scores among a report's results.
 
     Args:
-        rows: those of results.json; the others of them are passed over.
-        paired: those of paired_differences.json.
+        results: the entries of results.json. Held-out losses and costs are ignored.
+        paired: the entries of paired_differences.json.
     """
 
-    def __init__(self, rows: Iterable[Row], paired: Iterable[PairedDifference] = ()) -> None:
-        scored = [row for row in rows if row["task"] not in (COST_TASK, *CURVE_TASKS.values())]
-        self._rows = {(row["run"], row["target"], row["task"], row["metric"]): row for row in scored}
-        self._paired: dict[tuple[Model, Model, str, str], PairedDifference] = {}
+    def __init__(self, results: Iterable[Result], paired: Iterable[PairedDifference] = ()) -> None:
+        scored = [result for result in results if result["task"] not in (COST_TASK, *CURVE_TASKS.values())]
+        self._results = {(each["run"], each["target"], each["task"], each["metric"]): each for each in scored}
+        self._paired: dict[tuple[ScoredModel, ScoredModel, str, str], PairedDifference] = {}
         for pair in paired:
             before, after = (pair["against_run"], pair["against_target"]), (pair["run"], pair["target"])
+            # The standard error and the number of changed documents are the same in both directions.
             for one, other in ((before, after), (after, before)):
                 self._paired[one, other, pair["task"], pair["metric"]] = pair
 
-    def get(self, run: str, target: str, measure: tuple[str, str]) -> Row | None:
-        """The row of that (task, metric), or None where it was not scored."""
-        return self._rows.get((run, target, *measure))
+    def get(self, run: str, target: str, task_metric: tuple[str, str]) -> Result | None:
+        """The result for a (task, metric), or None if it was not scored."""
+        return self._results.get((run, target, *task_metric))
 
-    def difference(self, before: Row, after: Row) -> Difference:
-        """Two rows of one task and metric, with the error over pairs of documents where there is one."""
+    def task_metrics(self) -> list[tuple[str, str]]:
+        """Every (task, metric) that was scored, in the order of the evaluation."""
+        return list(dict.fromkeys((task, metric) for _, _, task, metric in self._results))
+
+    def targets(self, run: str) -> list[str]:
+        """The finished models of a run that were scored, from base to tuned."""
+        return [target for target in self.all_targets(run) if target in MODEL_TARGETS]
+
+    def all_targets(self, run: str) -> list[str]:
+        """The scored models of a run, snapshots included, from base to tuned."""
+        scored = {target for name, target, _, _ in self._results if name == run}
+        return sorted(scored, key=lambda target: Target.parse(target).order)
+
+    def difference(self, before: Result, after: Result) -> Difference:
+        """The difference of two results for one task and metric, with the error over pairs of documents if known."""
         models = (before["run"], before["target"]), (after["run"], after["target"])
         pair = self._paired.get((*models, after["task"], after["metric"]))
         return Difference(before, after) if pair is None else Difference(before, after, pair["stderr"], pair["changed"])
 
+    def mark(self, base: Result | None, result: Result) -> str:
+        """How a result compares with the base, as a sign of ``differences.MARKS``; empty for the base itself."""
+        return "" if base is None or base is result else self.difference(base, result).mark
+
+    def best(self, results: Sequence[Result | None]) -> Result | None:
+        """The result that is better than every other beyond noise, if there is one."""
+        present = [result for result in results if result is not None]
+        for result in present:
+            others = [other for other in present if other is not result]
+            if others and all(self.difference(other, result).verdict is Verdict.BETTER for other in others):
+                return result
+        return None
+
     def unpaired(self) -> list[tuple[str, str]]:
-        """The (task, metric) in which models side by side have no error over pairs, though each has one of its own."""
-        with_error = [key for key, row in self._rows.items() if row["stderr"] is not None]
+        """Every (task, metric) for which two compared models have standard errors but no error over pairs."""
+        with_error = [key for key, result in self._results.items() if result["stderr"] is not None]
         return [
             (task, metric)
-            for task, metric in self.measures()
+            for task, metric in self.task_metrics()
             if any(
                 (*pair, task, metric) not in self._paired
-                for pair in side_by_side(key[:2] for key in with_error if key[2:] == (task, metric))
+                for pair in compared_models(key[:2] for key in with_error if key[2:] == (task, metric))
             )
         ]
 
-    def best(self, rows: Sequence[Row | None]) -> Row | None:
-        """The row that is better than every other, beyond noise, if there is one."""
-        present = [row for row in rows if row is not None]
-        for row in present:
-            others = [other for other in present if other is not row]
-            if others and all(self.difference(other, row).verdict is Verdict.BETTER for other in others):
-                return row
-        return None
-
-    def mark(self, base: Row | None, row: Row) -> str:
-        """How a row stands to the base; see ``differences.MARKS``. Nothing for the base itself."""
-        return "" if base is None or base is row else self.difference(base, row).mark
-
-    def measures(self) -> list[tuple[str, str]]:
-        """Every (task, metric) scored, in the order of the evaluation."""
-        return list(dict.fromkeys((task, metric) for _, _, task, metric in self._rows))
-
-    def targets(self, run: str) -> list[str]:
-        """The finished models of that run that were scored, from base to tuned."""
-        return [target for target in self.all_targets(run) if target in MODEL_TARGETS]
-
-    def all_targets(self, run: str) -> list[str]:
-        """The same, with the snapshots between them."""
-        scored = {target for name, target, _, _ in self._rows if name == run}
-        return sorted(scored, key=lambda target: Target.parse(target).order)
-
     def shared_base(self, runs: Sequence[str]) -> bool:
-        """Whether all runs grew from a base with the same scores."""
-        measures = self.measures()
-        bases = [[self._value(run, measure) for measure in measures] for run in runs]
+        """Whether the base models of all runs have the same scores."""
+        task_metrics = self.task_metrics()
+        bases = [[self._base_value(run, task_metric) for task_metric in task_metrics] for run in runs]
         return all(base == bases[0] for base in bases) and any(value is not None for value in bases[0])
 
-    def _value(self, run: str, measure: tuple[str, str]) -> float | None:
-        row = self.get(run, "load", measure)
-        return None if row is None else row["value"]
+    def _base_value(self, run: str, task_metric: tuple[str, str]) -> float | None:
+        result = self.get(run, "load", task_metric)
+        return None if result is None else result["value"]

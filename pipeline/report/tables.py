@@ -1,6 +1,7 @@
-"""The report's tables. A value is shown with one standard error, its mark says how it stands to the base:
-▲ better, ▼ worse, ≈ within noise, = the same number. Bold is the one that beats all others beyond noise; often there
-is none.
+"""The report's tables.
+
+A score is shown with one standard error and a mark that compares it with the base: ▲ better, ▼ worse, ≈ within noise,
+= the same value. The score that beats all others of its row beyond noise is bold. Often there is none.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from pipeline.report.metrics import (
     target_name,
     with_error,
 )
-from pipeline.report.results import Row
+from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts, labels, roles
 from pipeline.report.scores import Scores
 
-STEPS = {
-    ("load", "expand"): "surgery",
+STEPS = {  # (before, after) -> column
+    ("load", "expand"): "expansion",
     ("expand", "pretrain"): "pre-training",
     ("pretrain", "sft"): "tuning",
     ("load", "pretrain"): "base to pre-trained",
@@ -41,87 +42,88 @@ NOTHING = "–"
 
 
 def score_table(scores: Scores, run: str) -> Table:
-    """Task × target for one run, the models on its way too."""
+    """Tasks by targets of one run, snapshots included."""
     targets = scores.all_targets(run)
     rows = []
-    for measure in scores.measures():
-        line = [scores.get(run, target, measure) for target in targets]
-        bases = [scores.get(run, "load", measure)] * len(line)
-        rows.append([*_measure_cells(measure, line), *_score_cells(scores, line, bases)])
+    for task_metric in scores.task_metrics():
+        line = [scores.get(run, target, task_metric) for target in targets]
+        bases = [scores.get(run, "load", task_metric)] * len(line)
+        rows.append([*_metric_cells(task_metric, line), *_score_cells(scores, line, bases)])
     return Table(["task", "metric", "n", *(target_name(target) for target in targets)], rows, text_columns=2)
 
 
 def method_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
-    """Task × method for one target, the base in front where all runs share it."""
+    """Tasks by methods for one target, preceded by the base if all runs share it."""
     names = labels(runs)
     with_base = scores.shared_base([run.name for run in runs])
     rows = []
-    for measure in scores.measures():
-        line = [scores.get(run.name, target, measure) for run in runs]
-        bases = [scores.get(run.name, "load", measure) for run in runs]
+    for task_metric in scores.task_metrics():
+        line = [scores.get(run.name, target, task_metric) for run in runs]
+        bases = [scores.get(run.name, "load", task_metric) for run in runs]
         if with_base:
             line, bases = [bases[0], *line], [bases[0], *bases]
-        rows.append([*_measure_cells(measure, line), *_score_cells(scores, line, bases)])
+        rows.append([*_metric_cells(task_metric, line), *_score_cells(scores, line, bases)])
     heads = [*(["base"] if with_base else []), *(escape(names[run.name]) for run in runs)]
     return Table(["task", "metric", "n", *heads], rows, text_columns=2)
 
 
-def _measure_cells(measure: tuple[str, str], line: Sequence[Row | None]) -> list[str]:
-    numbers = {row["n"] for row in line if row is not None and row["n"] is not None}
-    return [escape(measure[0]), escape(measure[1]), " / ".join(f"{n:,}" for n in sorted(numbers)) or NOTHING]
+def _metric_cells(task_metric: tuple[str, str], line: Sequence[Result | None]) -> list[str]:
+    # More than one number of documents means that the models were not all scored on the same ones.
+    numbers = {result["n"] for result in line if result is not None and result["n"] is not None}
+    return [escape(task_metric[0]), escape(task_metric[1]), " / ".join(f"{n:,}" for n in sorted(numbers)) or NOTHING]
 
 
-def _score_cells(scores: Scores, line: Sequence[Row | None], bases: Sequence[Row | None]) -> list[str]:
-    winner = scores.best(line)
+def _score_cells(scores: Scores, line: Sequence[Result | None], bases: Sequence[Result | None]) -> list[str]:
+    best = scores.best(line)
     return [
-        NOTHING if row is None else _score_cell(row, scores.mark(base, row), row is winner)
-        for row, base in zip(line, bases, strict=True)
+        NOTHING if result is None else _score_cell(result, scores.mark(base, result), result is best)
+        for result, base in zip(line, bases, strict=True)
     ]
 
 
-def _score_cell(row: Row, sign: str, wins: bool) -> str:
-    text = with_error(row["metric"], row["value"], row["stderr"])
-    return f"{bold(text) if wins else text} {sign}".strip()
+def _score_cell(result: Result, mark: str, is_best: bool) -> str:
+    text = with_error(result["metric"], result["value"], result["stderr"])
+    return f"{bold(text) if is_best else text} {mark}".strip()
 
 
 # --------------------------------------------------------------------------------------- differences
 
 
 def difference_table(scores: Scores, run: str) -> Table:
-    """What each stage of one run changed, and the whole way."""
+    """What each stage of one run changed, and what all stages changed together."""
     targets = scores.targets(run)
     steps = [step for step in STEPS if set(step) <= set(targets)]
     rows = [
-        [escape(measure[0]), escape(measure[1])]
+        [escape(task_metric[0]), escape(task_metric[1])]
         + [
-            _difference_cell(scores, scores.get(run, before, measure), scores.get(run, after, measure))
+            _difference_cell(scores, scores.get(run, before, task_metric), scores.get(run, after, task_metric))
             for before, after in steps
         ]
-        for measure in scores.measures()
+        for task_metric in scores.task_metrics()
     ]
     return Table(["task", "metric", *(STEPS[step] for step in steps)], rows, text_columns=2)
 
 
 def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
-    """Every method against the one with the best value; "within noise" means that the order says nothing."""
+    """The difference of every method from the one with the best value. "Within noise" means that the order is open."""
     names = labels(runs)
     rows = []
-    for measure in scores.measures():
-        line = [scores.get(run.name, target, measure) for run in runs]
+    for task_metric in scores.task_metrics():
+        line = [scores.get(run.name, target, task_metric) for run in runs]
         first = leader(line)
         if first is not None:
-            cells = [_lead_cell(scores, first, row) for row in line]
-            rows.append([escape(measure[0]), escape(measure[1]), *cells])
+            cells = [_lead_cell(scores, first, result) for result in line]
+            rows.append([escape(task_metric[0]), escape(task_metric[1]), *cells])
     return Table(["task", "metric", *(escape(names[run.name]) for run in runs)], rows, text_columns=2)
 
 
-def _lead_cell(scores: Scores, first: Row, row: Row | None) -> str:
-    if row is first:
-        return f"{number(row['metric'], row['value'])} leads"
-    return _difference_cell(scores, first, row)
+def _lead_cell(scores: Scores, first: Result, result: Result | None) -> str:
+    if result is first:
+        return f"{number(result['metric'], result['value'])} leads"
+    return _difference_cell(scores, first, result)
 
 
-def _difference_cell(scores: Scores, before: Row | None, after: Row | None) -> str:
+def _difference_cell(scores: Scores, before: Result | None, after: Result | None) -> str:
     if before is None or after is None:
         return NOTHING
     difference = scores.difference(before, after)
@@ -135,7 +137,7 @@ def _difference_cell(scores: Scores, before: Row | None, after: Row | None) -> s
 
 
 def curve_table(found: Sequence[Curve]) -> Table:
-    """Held-out loss and perplexity by fraction of the training steps."""
+    """Held-out loss and perplexity at every measured fraction of the training steps."""
     fractions = sorted({point["fraction"] for curve in found for point in curve.points})
     rows = []
     for fraction in fractions:
@@ -147,7 +149,7 @@ def curve_table(found: Sequence[Curve]) -> Table:
 
 
 def budget_table(found: Sequence[Curve]) -> Table:
-    """Held-out loss at the largest budget that all runs reach, counted in tokens, in FLOPs and in seconds."""
+    """Held-out loss at the largest budgets of tokens, of FLOPs and of seconds that all runs reach."""
     axes = {"tokens": count, "flops": scientific, "seconds": duration}
     budgets = {axis: common_budget(found, axis) for axis in axes}
     heads = [f"at {form(budgets[axis])}{_UNITS[axis]}" for axis, form in axes.items()]
@@ -160,11 +162,11 @@ def budget_table(found: Sequence[Curve]) -> Table:
 _UNITS = {"tokens": " tokens", "flops": " FLOPs", "seconds": ""}
 
 
-# ---------------------------------------------------------------------------------- training and cost
+# --------------------------------------------------------------------------------- training and cost
 
 
 def training_table(runs: Sequence[RunArtifacts]) -> Table:
-    """What was trained, on how much, and how fast."""
+    """Trained parameters, amount of data, compute and speed of every training stage."""
     names, rows = labels(runs), []
     for run in runs:
         for stage in TRAINING_STAGES:
@@ -205,7 +207,7 @@ def _training_cells(training: dict[str, Any]) -> list[str]:
 
 
 def artifact_table(runs: Sequence[RunArtifacts]) -> Table:
-    """Every artifact once, with what it took, the key that names it, and in a sweep the runs that use it."""
+    """Every artifact once: its build time, peak memory and key, and in a sweep the runs that use it."""
     names = labels(runs)
     users: dict[tuple[str, str], list[str]] = {}
     manifests = {}
@@ -223,10 +225,10 @@ def artifact_table(runs: Sequence[RunArtifacts]) -> Table:
     return Table(heads, rows, text_columns=len(heads) - 3)
 
 
-def _used_by(labels_: Sequence[str], num_runs: int) -> list[str]:
+def _used_by(run_labels: Sequence[str], num_runs: int) -> list[str]:
     if num_runs == 1:
         return []
-    return ["all" if len(labels_) == num_runs else escape(", ".join(labels_))]
+    return ["all" if len(run_labels) == num_runs else escape(", ".join(run_labels))]
 
 
 def _cost_cells(manifest: dict[str, Any]) -> list[str]:

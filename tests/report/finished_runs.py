@@ -1,4 +1,4 @@
-"""Hand-made artifacts of finished runs, with numbers that a test can compute with. No model is involved."""
+"""Artifacts of finished runs with known numbers, written by hand. No model is involved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STAGES = (
     "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
 )  # fmt: skip
 # (task, metric) -> (n, one standard error, value by target)
-Measures = Mapping[tuple[str, str], tuple[int, float | None, Mapping[str, float]]]
-MEASURES: Measures = {
+ScoreTable = Mapping[tuple[str, str], tuple[int, float | None, Mapping[str, float]]]
+SCORES: ScoreTable = {
     ("held_out_text", "word_perplexity"): (40, 0.4, {"load": 35.0, "expand": 50.0, "pretrain": 26.6, "sft": 27.0}),
     ("python_docs_mcq", "acc"): (300, 0.02, {"load": 0.40, "expand": 0.38, "pretrain": 0.47, "sft": 0.46}),
     ("minimal_pairs", "acc"): (500, 0.015, {"load": 0.814, "expand": 0.71, "pretrain": 0.809, "sft": 0.806}),
@@ -27,7 +27,7 @@ MEASURES: Measures = {
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes JSON, making folders."""
+    """Writes JSON and creates the directories above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
 
@@ -47,7 +47,7 @@ def finished_run(
     name: str = "quickstart",
     method: str = "lesa",
     stages: Iterable[str] = STAGES,
-    measures: Measures = MEASURES,
+    scores: ScoreTable = SCORES,
     losses: Iterable[float] = (4.0, 3.5, 3.2, 3.1, 3.05, 3.0),
     seconds_per_step: float = 2.0,
     num_base: int = NUM_BASE,
@@ -55,7 +55,7 @@ def finished_run(
     seed: int = 0,
     warnings: Iterable[str] = (),
 ) -> RunArtifacts:
-    """One run's artifacts below ``root``; runs of one root share ``load``, ``tokenize`` and ``evaluate/load``."""
+    """Writes one run's artifacts below ``root``; runs of one root share ``load``, ``tokenize``, ``evaluate/load``."""
     losses = list(losses)
     directories = {}
     for stage in stages:
@@ -76,7 +76,7 @@ def finished_run(
             trained = 400_000 if method != "none" else 1_500_000
             _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained)
         elif stage.startswith("evaluate/"):
-            _evaluation(directory, str(Target.of_role(stage)), measures)
+            _evaluation(directory, str(Target.of_role(stage)), scores)
     return RunArtifacts(name, method, directories)
 
 
@@ -115,10 +115,10 @@ def _training(directory: Path, losses: list[float], seconds_per_step: float, tra
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _evaluation(directory: Path, target: str, measures: Measures) -> None:
+def _evaluation(directory: Path, target: str, scores: ScoreTable) -> None:
     rows = [
         {"task": task, "metric": metric, "value": values[target], "stderr": stderr, "n": n}
-        for (task, metric), (n, stderr, values) in measures.items()
+        for (task, metric), (n, stderr, values) in scores.items()
     ]
     write(
         directory / "evaluation.json", {"rows": rows, "prompt_format": "plain", "first_tokens": [1], "dtype": "float32"}

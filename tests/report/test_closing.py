@@ -1,4 +1,4 @@
-"""The table that closes a run in the terminal."""
+"""The table that a run prints when it ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.report import RunArtifacts, closing_table, write_report
-from tests.report.finished_runs import MEASURES, finished_run
+from tests.report.finished_runs import SCORES, finished_run
 
 
 def _written(*runs: RunArtifacts) -> Path:
@@ -24,7 +24,7 @@ def _printed(*runs: RunArtifacts) -> str:
     return console.export_text()
 
 
-def test_base_expanded_pre_trained_and_tuned_with_errors_and_marks(tmp_path: Path) -> None:
+def test_the_table_shows_all_targets_with_errors_and_marks(tmp_path: Path) -> None:
     text = _printed(finished_run(tmp_path))
     assert all(head in text for head in ("base", "expanded", "pre-trained", "tuned"))
     (line,) = [line for line in text.splitlines() if "word_perplexity" in line]
@@ -34,15 +34,15 @@ def test_base_expanded_pre_trained_and_tuned_with_errors_and_marks(tmp_path: Pat
     assert "pretrain@" not in text and "cost" not in text
 
 
-def test_a_sweep_has_a_line_for_every_run(tmp_path: Path) -> None:
+def test_a_sweep_has_one_line_per_run(tmp_path: Path) -> None:
     text = _printed(finished_run(tmp_path, "s/lesa", "lesa"), finished_run(tmp_path, "s/copy", "copy"))
-    assert text.count("s/lesa") == text.count("s/copy") == len(MEASURES)
+    assert text.count("s/lesa") == text.count("s/copy") == len(SCORES)
 
 
-def test_names_from_outside_are_no_markup(tmp_path: Path) -> None:
+def test_task_names_are_not_interpreted_as_markup(tmp_path: Path) -> None:
     values = {"load": 0.5, "expand": 0.5, "pretrain": 0.5, "sft": 0.5}
-    assert "[red]task" in _printed(finished_run(tmp_path, measures={("[red]task", "acc"): (1, None, values)}))
+    assert "[red]task" in _printed(finished_run(tmp_path, scores={("[red]task", "acc"): (1, None, values)}))
 
 
-def test_nothing_scored_gives_an_empty_table(tmp_path: Path) -> None:
+def test_without_scores_the_table_is_empty(tmp_path: Path) -> None:
     assert closing_table(_written(finished_run(tmp_path, stages=["load", "expand"]))).row_count == 0

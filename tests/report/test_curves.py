@@ -1,4 +1,4 @@
-"""Held-out curves at equal budgets."""
+"""Curves of the held-out loss, and the loss at equal budgets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.report.curves import base_loss, common_budget, curves, loss_at
 from tests.report.finished_runs import finished_run, write
 
 
-def test_the_common_budget_is_what_the_slowest_reaches_and_the_loss_there_is_interpolated(tmp_path: Path) -> None:
+def test_the_common_budget_is_the_smallest_final_one_and_losses_are_interpolated(tmp_path: Path) -> None:
     fast = finished_run(tmp_path, "a", "lesa", losses=[4.0, 3.5, 3.2, 3.1], seconds_per_step=1.0)
     slow = finished_run(tmp_path, "b", "solar", losses=[5.0, 4.0, 3.0], seconds_per_step=3.0)
     found = curves([fast, slow], "pretrain")
@@ -22,13 +22,13 @@ def test_the_common_budget_is_what_the_slowest_reaches_and_the_loss_there_is_int
             assert loss_at(curve, "seconds", budget) == pytest.approx(numpy.interp(budget, xs, ys))
 
 
-def test_a_budget_beyond_the_curve_is_refused(tmp_path: Path) -> None:
+def test_a_budget_beyond_the_curve_raises(tmp_path: Path) -> None:
     (curve,) = curves([finished_run(tmp_path)], "pretrain")
     with pytest.raises(ValueError, match="2000 tokens"):
         loss_at(curve, "tokens", 2000)
 
 
-def test_one_point_is_no_curve(tmp_path: Path) -> None:
+def test_a_single_measurement_is_not_a_curve(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     training = run.training("pretrain")
     training["held_out"] = training["held_out"][:1]
@@ -36,7 +36,7 @@ def test_one_point_is_no_curve(tmp_path: Path) -> None:
     assert curves([run], "pretrain") == []
 
 
-def test_the_base_is_the_start_of_a_run_that_computes_what_the_base_does(tmp_path: Path) -> None:
+def test_the_base_loss_is_the_first_loss_of_a_run_whose_expansion_keeps_the_logits(tmp_path: Path) -> None:
     changed = finished_run(tmp_path, "a", "lesa", losses=[4.5, 3.0])
     same = finished_run(tmp_path, "b", "llama_pro", losses=[3.4, 3.2])
     assert base_loss([changed]) is None

@@ -1,4 +1,4 @@
-"""The sentences say what the numbers say, and not more."""
+"""The report's sentences: they state what the numbers show, and no more."""
 
 from __future__ import annotations
 
@@ -6,138 +6,138 @@ from pathlib import Path
 
 from pipeline.config import MODEL_TARGETS
 from pipeline.report.findings import caveats, final_target, headline, lead_findings, title
-from pipeline.report.results import collect
+from pipeline.report.results import collect_results
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
-from tests.report.finished_runs import MEASURES, finished_run
+from tests.report.finished_runs import SCORES, finished_run
 
 
 def _headline(*runs: RunArtifacts) -> str:
-    return headline(runs, Scores(collect(runs)))
+    return headline(runs, Scores(collect_results(runs)))
 
 
-def _measures(pretrained: dict[str, float], stderr: float | None = 0.015) -> dict:
-    """The usual scores with other values for the pre-trained model."""
+def _scores_with(pretrained: dict[str, float], stderr: float | None = 0.015) -> dict:
+    """The default scores with other values for the pre-trained model."""
     return {
         (task, metric): (n, stderr, {**values, "pretrain": pretrained.get(task, values["pretrain"])})
-        for (task, metric), (n, _, values) in MEASURES.items()
+        for (task, metric), (n, _, values) in SCORES.items()
     }
 
 
-def test_one_run_in_numbers(tmp_path: Path) -> None:
+def test_the_headline_of_one_run_states_its_scores(tmp_path: Path) -> None:
     assert _headline(finished_run(tmp_path)) == (
-        "From 6 to 8 layers by LESA. Pre-training on 1,000 tokens lowered word perplexity on held-out corpus text by "
-        "24.0 % against the untouched base (35.00 → 26.60). From base to pre-trained: multiple-choice questions on the "
-        "standard library 40.0 % → 47.0 % (+7.0 points, better); general-English minimal pairs 81.4 % → 80.9 % "
-        "(−0.5 points, within noise)."
+        "Expanded from 6 to 8 layers with LESA. Pre-training on 1,000 tokens lowered word perplexity on held-out "
+        "corpus text by 24.0 % relative to the base model (35.00 → 26.60). From base to pre-trained: multiple-choice "
+        "questions about the standard library 40.0 % → 47.0 % (+7.0 points, better); general-English minimal pairs "
+        "81.4 % → 80.9 % (−0.5 points, within noise)."
     )
 
 
-def test_a_rise_is_called_a_rise(tmp_path: Path) -> None:
-    text = _headline(finished_run(tmp_path, measures=_measures({"held_out_text": 70.0})))
+def test_an_increase_is_described_as_an_increase(tmp_path: Path) -> None:
+    text = _headline(finished_run(tmp_path, scores=_scores_with({"held_out_text": 70.0})))
     assert "raised word perplexity on held-out corpus text by 100.0 %" in text
 
 
-def test_every_source_of_a_mixture_has_its_sentence(tmp_path: Path) -> None:
-    """What was learnt of the one and forgotten of the other."""
+def test_every_source_of_a_mixture_has_a_sentence(tmp_path: Path) -> None:
+    """One source was learned, the other forgotten."""
     values = {"data.corpus.0": (20.0, 20.0, 15.0, 15.0), "data.corpus.1": (16.0, 16.0, 18.0, 18.0)}
     by_source = {
         (f"held_out_text/{source}", "word_perplexity"): (40, 0.4, dict(zip(MODEL_TARGETS, of, strict=True)))
         for source, of in values.items()
     }
-    text = _headline(finished_run(tmp_path, measures={**MEASURES, **by_source}))
+    text = _headline(finished_run(tmp_path, scores={**SCORES, **by_source}))
     assert "lowered word perplexity on held-out corpus text by 24.0 %" in text
     assert "lowered word perplexity on held-out corpus text of data.corpus.0 by 25.0 %" in text
     assert "raised word perplexity on held-out corpus text of data.corpus.1 by 12.5 %" in text
 
 
-def test_a_small_drop_is_called_noise_and_an_unknown_error_is_named(tmp_path: Path) -> None:
-    noisy = finished_run(tmp_path / "a", measures=_measures({"held_out_text": 34.0}, stderr=0.6))
+def test_a_difference_within_noise_or_without_a_standard_error_is_marked(tmp_path: Path) -> None:
+    noisy = finished_run(tmp_path / "a", scores=_scores_with({"held_out_text": 34.0}, stderr=0.6))
     assert "(35.00 → 34.00, within noise)" in _headline(noisy)
-    silent = finished_run(tmp_path / "b", measures=_measures({}, stderr=None))
+    silent = finished_run(tmp_path / "b", scores=_scores_with({}, stderr=None))
     assert "(35.00 → 26.60, no standard error)" in _headline(silent)
 
 
-def test_without_scores_the_training_loop_speaks_and_says_from_where(tmp_path: Path) -> None:
+def test_without_scores_the_headline_uses_the_held_out_loss_of_training(tmp_path: Path) -> None:
     text = _headline(finished_run(tmp_path, stages=["load", "expand", "pretrain"], losses=[4.0, 3.0]))
-    assert "took the expanded model's perplexity on held-out blocks of the corpus from 54.60 to 20.09" in text
+    assert "changed the expanded model's perplexity on held-out blocks of the corpus from 54.60 to 20.09" in text
 
 
-def test_without_training_the_surgery_is_the_cause(tmp_path: Path) -> None:
+def test_without_training_the_change_is_attributed_to_the_expansion(tmp_path: Path) -> None:
     run = finished_run(tmp_path, stages=["load", "expand", "evaluate/load", "evaluate/expand"])
-    assert "Surgery raised word perplexity on held-out corpus text by 42.9 %" in _headline(run)
+    assert "Expansion raised word perplexity on held-out corpus text by 42.9 %" in _headline(run)
 
 
-def test_titles(tmp_path: Path) -> None:
+def test_titles_of_a_run_a_control_and_a_sweep(tmp_path: Path) -> None:
     control = finished_run(tmp_path, "sweep/expand-none", "none")
     grown = finished_run(tmp_path, "sweep/expand-lesa", "lesa")
-    assert title([grown]) == "sweep/expand-lesa: from 6 to 8 layers by LESA"
+    assert title([grown]) == "sweep/expand-lesa: expanded from 6 to 8 layers with LESA"
     assert title([control]) == "sweep/expand-none: the base model, not expanded"
     assert title([control, grown]) == "sweep: 2 runs side by side"
 
 
-def test_labels_are_methods_unless_methods_repeat_and_a_new_method_keeps_its_name(tmp_path: Path) -> None:
+def test_labels_are_methods_unless_methods_repeat_and_unknown_methods_keep_their_name(tmp_path: Path) -> None:
     methods = [RunArtifacts("s/a", "lesa", {}), RunArtifacts("s/b", "brand_new", {})]
     assert labels(methods) == {"s/a": "LESA", "s/b": "brand_new"}
     seeds = [RunArtifacts("s/seed-0", "lesa", {}), RunArtifacts("s/seed-1", "lesa", {})]
     assert labels(seeds) == {"s/seed-0": "seed-0", "s/seed-1": "seed-1"}
 
 
-def test_a_sweep_names_the_leader_and_whom_it_cannot_be_told_from(tmp_path: Path) -> None:
+def test_a_sweep_names_the_leader_and_the_runs_within_noise_of_it(tmp_path: Path) -> None:
     values = {"lesa": 26.0, "llama_pro": 26.5, "solar": 30.0}
     runs = [
-        finished_run(tmp_path, name, name, measures=_measures({"held_out_text": value}, stderr=0.4))
+        finished_run(tmp_path, name, name, scores=_scores_with({"held_out_text": value}, stderr=0.4))
         for name, value in values.items()
     ]
-    first = lead_findings(Scores(collect(runs)), runs, "pretrain")[0]
+    first = lead_findings(Scores(collect_results(runs)), runs, "pretrain")[0]
     assert first == "LESA has the best word perplexity on held-out corpus text (26.00), but within noise of LLaMA Pro."
     alone = [runs[0], runs[2]]
-    first = lead_findings(Scores(collect(alone)), alone, "pretrain")[0]
+    first = lead_findings(Scores(collect_results(alone)), alone, "pretrain")[0]
     assert first.endswith("(26.00), ahead of all others by more than two standard errors.")
 
 
 def test_a_sweep_without_standard_errors_claims_no_lead(tmp_path: Path) -> None:
     runs = [
-        finished_run(tmp_path, name, name, measures=_measures({"held_out_text": value}, stderr=None))
+        finished_run(tmp_path, name, name, scores=_scores_with({"held_out_text": value}, stderr=None))
         for name, value in (("lesa", 26.0), ("copy", 30.0))
     ]
-    first = lead_findings(Scores(collect(runs)), runs, "pretrain")[0]
-    assert first.endswith("(26.00); without standard errors nothing more can be said.")
+    first = lead_findings(Scores(collect_results(runs)), runs, "pretrain")[0]
+    assert first.endswith("(26.00), but without standard errors this lead may be noise.")
 
 
-def test_a_sweep_is_compared_on_what_all_its_runs_have(tmp_path: Path) -> None:
-    whole = finished_run(tmp_path, "a", "lesa")
+def test_a_sweep_is_compared_by_the_last_target_that_all_runs_have(tmp_path: Path) -> None:
+    complete = finished_run(tmp_path, "a", "lesa")
     short = finished_run(tmp_path, "b", "copy", stages=["load", "expand", "evaluate/load", "evaluate/expand"])
-    assert final_target(Scores(collect([whole, short])), [whole, short]) == "expand"
-    assert final_target(Scores(collect([whole])), [whole]) == "pretrain"
+    assert final_target(Scores(collect_results([complete, short])), [complete, short]) == "expand"
+    assert final_target(Scores(collect_results([complete])), [complete]) == "pretrain"
 
 
-def test_a_sweep_ranks_held_out_losses_beside_the_base(tmp_path: Path) -> None:
+def test_a_sweep_ranks_held_out_losses_and_states_the_loss_of_the_base(tmp_path: Path) -> None:
     runs = [
         finished_run(tmp_path, "a", "lesa", losses=[4.5, 3.1]),
         finished_run(tmp_path, "b", "none", losses=[3.4, 3.2]),
     ]
-    assert "one run each (the base: 3.400): LESA 3.100, no expansion 3.200" in _headline(*runs)
+    assert "one run each (base model: 3.400): LESA 3.100, no expansion 3.200" in _headline(*runs)
 
 
-def test_caveats_of_one_small_run(tmp_path: Path) -> None:
+def test_caveats_of_a_small_run_state_seed_tokens_and_held_out_blocks(tmp_path: Path) -> None:
     run = finished_run(tmp_path, seed=7)
-    text = " ".join(caveats([run], Scores(collect([run]))))
+    text = " ".join(caveats([run], Scores(collect_results([run]))))
     assert "(seed 7)" in text and "1,000 tokens" in text and "4 blocks of 64 tokens" in text
     assert "learning rate" not in text
 
 
-def test_a_sweep_says_when_its_runs_train_different_numbers_of_parameters(tmp_path: Path) -> None:
+def test_a_sweep_warns_if_its_runs_train_different_numbers_of_parameters(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, method, method) for method in ("lesa", "copy", "none")]
-    assert "(400,000 to 1.5 M)" in " ".join(caveats(runs, Scores(collect(runs))))
-    assert "numbers of parameters" not in " ".join(caveats(runs[:2], Scores(collect(runs[:2]))))
+    assert "(400,000 to 1.5 M)" in " ".join(caveats(runs, Scores(collect_results(runs))))
+    assert "numbers of parameters" not in " ".join(caveats(runs[:2], Scores(collect_results(runs[:2]))))
 
 
-def test_caveats_of_a_sweep_name_shared_rates_confounded_places_and_missing_scores(tmp_path: Path) -> None:
+def test_a_sweep_warns_of_shared_learning_rates_different_placements_and_missing_scores(tmp_path: Path) -> None:
     runs = [
         finished_run(tmp_path, "a", "lesa", num_new=2),
         finished_run(tmp_path, "b", "copy", num_new=3, stages=["load", "expand", "pretrain", "evaluate/load"]),
     ]
-    text = " ".join(caveats(runs, Scores(collect(runs))))
+    text = " ".join(caveats(runs, Scores(collect_results(runs))))
     assert "one learning rate" in text and "same places" in text
     assert "Not scored in b: expanded, pre-trained." in text

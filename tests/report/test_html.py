@@ -1,4 +1,4 @@
-"""The HTML report is the Markdown report in one file."""
+"""The HTML page: the Markdown report as one file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.report.markup import Table, escape, render, table
 PNG = b"\x89PNG\r\n\x1a\n not really"
 
 
-def test_images_are_inside(tmp_path: Path) -> None:
+def test_images_are_embedded(tmp_path: Path) -> None:
     (tmp_path / "plot.png").write_bytes(PNG)
     page = render("# Title\n\n![a *plot*](plot.png)", "Title", tmp_path)
     (source,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -19,7 +19,7 @@ def test_images_are_inside(tmp_path: Path) -> None:
     assert 'alt="a *plot*"' in page
 
 
-def test_text_from_outside_cannot_act(tmp_path: Path) -> None:
+def test_outside_text_is_escaped(tmp_path: Path) -> None:
     name = "<script>alert(1)</script> | `x` *y* [z](http://example.org)"
     page = render(table(Table(["task"], [[escape(name)]])), "<t>", tmp_path)
     assert "<script>" not in page and "href" not in page and "<em>" not in page
@@ -27,7 +27,7 @@ def test_text_from_outside_cannot_act(tmp_path: Path) -> None:
     assert page.count("<td") == 1
 
 
-def test_tables_align_numbers_to_the_right(tmp_path: Path) -> None:
+def test_number_columns_are_aligned_to_the_right(tmp_path: Path) -> None:
     page = render(table(Table(["task", "value"], [["a", "1"]])), "t", tmp_path)
     assert '<th style="text-align:right">value</th>' in page
     assert "<th>task</th>" in page

@@ -1,4 +1,4 @@
-"""How numbers are printed."""
+"""Formatting of numbers."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from pipeline.report.metrics import (
         (scientific(1.34e14), "1.3×10¹⁴"),
     ],
 )
-def test_printed_numbers(printed: str, wanted: str) -> None:
+def test_numbers_are_printed_with_units_and_errors(printed: str, wanted: str) -> None:
     assert printed == wanted
 
 
-def test_sentences_speak_of_perplexity_first_and_of_plain_accuracy_before_the_normalised_one() -> None:
+def test_the_preferred_metric_is_perplexity_or_plain_accuracy() -> None:
     assert preferred(["bits_per_byte", "byte_perplexity", "word_perplexity"]) == "word_perplexity"
     assert preferred(["acc_norm", "acc"]) == "acc"
     assert preferred(["something_else"]) == "something_else"

@@ -1,4 +1,4 @@
-"""Errors over pairs of documents, against resampling of pairs."""
+"""Standard errors over pairs of documents, compared with resampling pairs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.evaluation.scores import Samples, value_of
 from pipeline.report import RunArtifacts, write_report
-from pipeline.report.differences import PairedDifference, Verdict, paired_differences, side_by_side
-from pipeline.report.results import collect
+from pipeline.report.differences import PairedDifference, Verdict, compared_models, paired_differences
+from pipeline.report.results import collect_results
 from pipeline.report.scores import Scores
 from tests.report.finished_runs import finished_run, write
 
@@ -23,7 +23,7 @@ DOCUMENTS = 200
 
 
 def _texts(seed: int, gain: float) -> list[list[float]]:
-    """(log likelihood, words) of documents: how hard one is, all models share; ``gain`` nats a word are the model's."""
+    """(log likelihood, words) per document: the difficulty is shared by all models, ``gain`` nats per word are not."""
     shared, own = random.Random(0), random.Random(seed)
     return [
         [-words * (shared.gauss(3.0, 0.5) - gain + own.gauss(0, 0.02)), words]
@@ -32,13 +32,13 @@ def _texts(seed: int, gain: float) -> list[list[float]]:
 
 
 def _answers(seed: int, gain: float) -> list[float]:
-    """Right or wrong, by a difficulty that all models share."""
+    """Correct or not, by a difficulty that all models share."""
     shared, own = random.Random(1), random.Random(seed)
     return [float(shared.random() + own.gauss(0, 0.05) < 0.5 + gain) for _ in range(DOCUMENTS)]
 
 
 def scored(run: RunArtifacts, target: str, task: str, parts: dict[str, Samples], metric: str) -> None:
-    """Writes one target's score of one task as an evaluation does, from the samples of the tasks it is made of."""
+    """Writes one target's score of a task or group as an evaluation does, from the samples of its tasks."""
     directory = run.directories[f"evaluate/{target}"]
     numbers = [number for samples in parts.values() for number in samples["metrics"][metric]]
     row = {"task": task, "metric": metric, "value": value_of(metric, numbers), "stderr": 0.5, "n": len(numbers)}
@@ -48,7 +48,7 @@ def scored(run: RunArtifacts, target: str, task: str, parts: dict[str, Samples],
 
 
 def _run(root: Path, name: str = "quickstart", gain: float = 0.05, documents: str = "same") -> RunArtifacts:
-    run = finished_run(root, name, measures={})
+    run = finished_run(root, name, scores={})
     for seed, (target, more) in enumerate({"load": 0.0, "pretrain": gain}.items()):
         text = Samples(documents=documents, metrics={"word_perplexity": _texts(seed, more)})
         scored(run, target, "held_out_text", {"held_out_text": text}, "word_perplexity")
@@ -65,7 +65,7 @@ def _only(found: list[PairedDifference], **values: Any) -> PairedDifference:
 @pytest.mark.parametrize(
     ("task", "metric", "make"), [("held_out_text", "word_perplexity", _texts), ("quiz", "acc", _answers)]
 )
-def test_the_error_is_that_of_the_bootstrap_over_pairs(tmp_path: Path, task: str, metric: str, make: Any) -> None:
+def test_the_paired_error_matches_the_bootstrap_over_pairs(tmp_path: Path, task: str, metric: str, make: Any) -> None:
     pair = _only(paired_differences([_run(tmp_path)]), task=task)
     before, after = make(0, 0.0), make(1, 0.05)
     draw = np.random.default_rng(0)
@@ -79,10 +79,10 @@ def test_the_error_is_that_of_the_bootstrap_over_pairs(tmp_path: Path, task: str
     assert (pair["against_target"], pair["target"]) == ("load", "pretrain")
 
 
-def test_a_difference_that_two_errors_hide_counts_in_pairs(tmp_path: Path) -> None:
-    """Of either order, the sign apart; and the report says so."""
+def test_pairs_reveal_a_difference_that_independent_errors_hide(tmp_path: Path) -> None:
+    """In either order of the models, and in the written report."""
     run = _run(tmp_path)
-    rows = collect([run])
+    rows = collect_results([run])
     with_pairs, without = Scores(rows, paired_differences([run])), Scores(rows)
     base, after = (with_pairs.get(run.name, target, ("quiz", "acc")) for target in ("load", "pretrain"))
     assert base is not None and after is not None
@@ -90,7 +90,7 @@ def test_a_difference_that_two_errors_hide_counts_in_pairs(tmp_path: Path) -> No
     assert with_pairs.difference(base, after).verdict is Verdict.BETTER
     assert with_pairs.difference(after, base).verdict is Verdict.WORSE
     assert with_pairs.best([base, after]) is after and without.best([base, after]) is None
-    assert with_pairs.unpaired() == [] and without.unpaired() == with_pairs.measures()
+    assert with_pairs.unpaired() == [] and without.unpaired() == with_pairs.task_metrics()
     out = tmp_path / "report"
     out.mkdir()
     write_report([run], out)
@@ -98,7 +98,7 @@ def test_a_difference_that_two_errors_hide_counts_in_pairs(tmp_path: Path) -> No
     assert f"{100 * after['value']:.1f} ± 50.0 %** ▲" in (out / "report.md").read_text()
 
 
-def test_other_documents_are_no_pair(tmp_path: Path) -> None:
+def test_scores_on_different_documents_are_not_paired(tmp_path: Path) -> None:
     runs = [_run(tmp_path / name, name, documents=name) for name in ("a", "b")]
     assert {(pair["run"], pair["against_run"]) for pair in paired_differences(runs)} == {("a", "a"), ("b", "b")}
     runs = [_run(tmp_path / "shared", name) for name in ("a", "b")]
@@ -106,26 +106,26 @@ def test_other_documents_are_no_pair(tmp_path: Path) -> None:
     assert pair["against_run"] == "a" and pair["stderr"] == 0 and pair["changed"] == 0
 
 
-def test_a_sweep_says_whose_differences_are_not_over_pairs(tmp_path: Path) -> None:
-    """Pairs within each run are no pairs between them."""
+def test_a_sweep_names_the_metrics_whose_differences_are_not_paired(tmp_path: Path) -> None:
+    """Pairs within each run do not pair the runs with each other."""
     same = [_run(tmp_path / "same", name) for name in ("a", "b")]
-    assert Scores(collect(same), paired_differences(same)).unpaired() == []
+    assert Scores(collect_results(same), paired_differences(same)).unpaired() == []
     other = [_run(tmp_path / name, name, documents=name) for name in ("a", "b")]
-    scores = Scores(collect(other), paired_differences(other))
-    assert scores.unpaired() == scores.measures()
+    scores = Scores(collect_results(other), paired_differences(other))
+    assert scores.unpaired() == scores.task_metrics()
 
 
 def test_runs_are_compared_with_one_base_only() -> None:
     models = [(run, target) for run in "abc" for target in ("load", "expand", "pretrain")]
-    found = list(side_by_side(models))
+    found = list(compared_models(models))
     assert len(found) == len(set(found)) == 3 * 3 + 2 * 3 + 2 * 3  # within runs, by target, with a's base
     assert all((one, other) in found for one, other in combinations(models[:3], 2))
     assert (("a", "load"), ("c", "pretrain")) in found and (("b", "load"), ("c", "pretrain")) not in found
 
 
-def test_what_a_metric_of_other_rules_is_made_of_is_left_alone(tmp_path: Path) -> None:
-    """F1 from (gold, said), a share over lists of unequal length, and what is no number: the scores stand unpaired."""
-    run = finished_run(tmp_path, measures={})
+def test_metrics_that_are_not_means_over_documents_are_not_paired(tmp_path: Path) -> None:
+    """F1 from (gold, predicted), a mean over lists of unequal lengths, and values that are not numbers."""
+    run = finished_run(tmp_path, scores={})
     samples = {
         "f1": [[1.0, 0.0]] * 9, "inst_level_acc": [[1.0], [0.0, 1.0]], "bleu": [[None, None]] * 9, "em": [1.0, None],
     }  # fmt: skip
@@ -140,12 +140,12 @@ def test_what_a_metric_of_other_rules_is_made_of_is_left_alone(tmp_path: Path) -
     out = tmp_path / "report"
     out.mkdir()
     write_report([run], out)
-    assert "Not all differences in odd f1, odd inst_level_acc, odd bleu, odd em have" in (out / "report.md").read_text()
+    assert "Some differences in odd f1, odd inst_level_acc, odd bleu, odd em have no" in (out / "report.md").read_text()
 
 
-def test_a_perplexity_of_documents_that_count_alike(tmp_path: Path) -> None:
+def test_the_paired_error_of_a_perplexity_with_equally_weighted_documents(tmp_path: Path) -> None:
     """As LAMBADA's: exp of minus the mean log likelihood."""
-    run = finished_run(tmp_path, measures={})
+    run = finished_run(tmp_path, scores={})
     numbers = {}
     for seed, target in enumerate(("load", "pretrain")):
         numbers[target] = [total / words for total, words in _texts(seed, 0.05 * seed)]
@@ -158,8 +158,8 @@ def test_a_perplexity_of_documents_that_count_alike(tmp_path: Path) -> None:
     assert pair["stderr"] == pytest.approx(np.std(moved, ddof=1) / math.sqrt(DOCUMENTS))
 
 
-def test_a_group_is_all_its_documents_where_they_give_its_score(tmp_path: Path) -> None:
-    run = finished_run(tmp_path, measures={})
+def test_a_group_is_paired_over_all_its_documents_if_they_reproduce_its_score(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, scores={})
     sizes = {"one": 150, "two": 50}
     parts = {}
     for seed, target in enumerate(("load", "pretrain")):
@@ -178,5 +178,5 @@ def test_a_group_is_all_its_documents_where_they_give_its_score(tmp_path: Path) 
     file = run.directories["evaluate/pretrain"] / "evaluation.json"
     evaluation = json.loads(file.read_text())
     evaluation["rows"][-1]["value"] = sum(sum(s["metrics"]["acc"]) / sizes[t] for t, s in parts["pretrain"].items()) / 2
-    write(file, evaluation)  # a mean of the tasks' means is another number than that of all documents
+    write(file, evaluation)  # the mean of the tasks' means differs from the mean over all documents
     assert paired_differences([run]) == []

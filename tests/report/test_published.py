@@ -1,4 +1,4 @@
-"""The papers' rows appear for the papers' set-ups and for no other."""
+"""Published results appear for the papers' setups and for no others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import METHODS
 from pipeline.files import read_json
 from pipeline.report.runs import RunArtifacts
-from pipeline.report.sections import PUBLISHED, from_papers, matching
+from pipeline.report.sections import PUBLISHED_FILE, matching_setups, published_results
 from tests.report.finished_runs import finished_run, write
 
 LLAMA_32_1B = {
@@ -41,23 +41,23 @@ def _run(root: Path, config: dict, method: str, num_base: int, num_new: int) -> 
         ({**LLAMA_8B, "hidden_size": 576}, "lesa", 32, 16, []),
     ],
 )
-def test_a_set_up_matches_by_architecture_depth_and_method(
+def test_setups_match_by_architecture_depth_and_method(
     tmp_path: Path, config: dict, method: str, num_base: int, num_new: int, bases: list[str]
 ) -> None:
-    assert [setup["base"] for setup in matching([_run(tmp_path, config, method, num_base, num_new)])] == bases
+    assert [setup["base"] for setup in matching_setups([_run(tmp_path, config, method, num_base, num_new)])] == bases
 
 
-def test_published_rows_stand_in_a_table_of_their_own_with_their_source(tmp_path: Path) -> None:
-    text = "\n".join(from_papers([_run(tmp_path, LLAMA_32_1B, "opt_deus", 16, 8)]))
+def test_published_results_are_in_a_table_of_their_own_with_their_source(tmp_path: Path) -> None:
+    text = "\n".join(published_results([_run(tmp_path, LLAMA_32_1B, "opt_deus", 16, 8)]))
     assert "OpT-DeUS (arXiv 2508.08011): Llama-3.2-1B to 24 layers" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| OpT-DeUS") and "pre-trained" in line]
     assert "12.19" in line and "52.0 %" in line
-    assert from_papers([finished_run(tmp_path / "other")]) == []
+    assert published_results([finished_run(tmp_path / "other")]) == []
 
 
 def test_published_means_are_the_means_of_the_published_tasks() -> None:
     checked = 0
-    for setup in read_json(PUBLISHED):
+    for setup in read_json(PUBLISHED_FILE):
         for row in setup["rows"]:
             assert row["method"] in METHODS
             tasks = [value for name, value in row["values"].items() if name.endswith(" acc") and name != "mean acc"]

@@ -1,4 +1,4 @@
-"""results.json: the contract that other programs read."""
+"""results.json, which other programs read."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from pathlib import Path
 import pytest
 
 from pipeline.report import write_report
-from pipeline.report.results import collect
+from pipeline.report.results import collect_results
 from pipeline.report.scores import Scores
 from pipeline.report.tables import artifact_table, score_table
-from tests.report.finished_runs import MEASURES, STAGES, finished_run
+from tests.report.finished_runs import SCORES, STAGES, finished_run
 
-COLUMNS = ["run", "method", "target", "task", "metric", "value", "stderr", "n"]
+FIELDS = ["run", "method", "target", "task", "metric", "value", "stderr", "n"]
 
 
 def _rows_of(rows: list, task: str, target: str) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in rows if (row["task"], row["target"]) == (task, target)}
 
 
-def test_every_row_has_the_contracts_columns_and_json_values(tmp_path: Path) -> None:
-    rows = collect([finished_run(tmp_path)])
-    assert all(list(row) == COLUMNS for row in rows)
+def test_every_result_has_the_documented_fields_and_json_values(tmp_path: Path) -> None:
+    rows = collect_results([finished_run(tmp_path)])
+    assert all(list(row) == FIELDS for row in rows)
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
 
 
-def test_every_score_of_every_target_is_a_row(tmp_path: Path) -> None:
-    rows = collect([finished_run(tmp_path, name="q", method="lesa")])
-    for (task, metric), (n, stderr, values) in MEASURES.items():
+def test_every_score_of_every_target_is_a_result(tmp_path: Path) -> None:
+    rows = collect_results([finished_run(tmp_path, name="q", method="lesa")])
+    for (task, metric), (n, stderr, values) in SCORES.items():
         for target, value in values.items():
-            wanted = dict(zip(COLUMNS, ["q", "lesa", target, task, metric, value, stderr, n], strict=True))
+            wanted = dict(zip(FIELDS, ["q", "lesa", target, task, metric, value, stderr, n], strict=True))
             assert rows.count(wanted) == 1
 
 
-def test_held_out_losses_during_training_carry_loss_perplexity_and_all_three_costs(tmp_path: Path) -> None:
-    rows = collect([finished_run(tmp_path, losses=[4.0, 3.0, 2.0], seconds_per_step=3.0)])
+def test_held_out_losses_come_with_perplexity_tokens_flops_and_seconds(tmp_path: Path) -> None:
+    rows = collect_results([finished_run(tmp_path, losses=[4.0, 3.0, 2.0], seconds_per_step=3.0)])
     assert _rows_of(rows, "held_out_loss", "pretrain@50%") == {
         "loss": 3.0, "perplexity": math.exp(3.0), "tokens": 500, "flops": 0.5e12, "seconds": 15.0,
     }  # fmt: skip
@@ -44,60 +44,67 @@ def test_held_out_losses_during_training_carry_loss_perplexity_and_all_three_cos
     assert targets == {"pretrain@0%", "pretrain@50%", "pretrain@100%"}
 
 
-def test_losses_on_conversations_are_another_task_than_losses_on_the_corpus(tmp_path: Path) -> None:
-    rows = collect([finished_run(tmp_path)])
+def test_losses_on_conversations_and_on_the_corpus_are_different_tasks(tmp_path: Path) -> None:
+    rows = collect_results([finished_run(tmp_path)])
     tasks = {row["task"] for row in rows if row["target"].startswith("sft@")}
     assert tasks == {"held_out_instruction_loss"}
 
 
-def test_costs_are_rows_and_unknown_ones_are_left_out(tmp_path: Path) -> None:
+def test_costs_are_results_and_unknown_ones_are_left_out(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     manifest = run.directories["expand"] / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "peak_memory_bytes": None}))
-    rows = collect([run])
+    rows = collect_results([run])
     assert _rows_of(rows, "cost", "expand") == {"seconds": 16.0}
     assert _rows_of(rows, "cost", "pretrain") == {
         "seconds": 18.0, "peak_memory_bytes": 3 * 2**29, "tokens": 1000, "flops": 1e12,
     }  # fmt: skip
 
 
-def test_a_run_without_training_or_without_scores_gives_what_it_has(tmp_path: Path) -> None:
-    rows = collect([finished_run(tmp_path, stages=["load", "evaluate/load"])])
+def test_a_run_without_training_or_without_scores_has_the_remaining_results(tmp_path: Path) -> None:
+    rows = collect_results([finished_run(tmp_path, stages=["load", "evaluate/load"])])
     assert {row["target"] for row in rows} == {"load"}
-    rows = collect([finished_run(tmp_path / "b", stages=["load", "expand", "pretrain"])])
+    rows = collect_results([finished_run(tmp_path / "b", stages=["load", "expand", "pretrain"])])
     assert {row["task"] for row in rows} == {"held_out_loss", "cost"}
 
 
-def test_a_whole_artifact_that_lacks_its_file_is_an_error_and_not_an_absent_stage(tmp_path: Path) -> None:
+def test_a_missing_file_in_a_finished_artifact_is_an_error(tmp_path: Path) -> None:
     run = finished_run(tmp_path)
     (run.directories["evaluate/sft"] / "evaluation.json").unlink()
     with pytest.raises(FileNotFoundError):
-        collect([run])
+        collect_results([run])
 
 
-def test_scores_are_looked_up_without_curves_and_costs(tmp_path: Path) -> None:
+def test_scores_do_not_include_held_out_losses_and_costs(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, name="a"), finished_run(tmp_path, name="b", stages=STAGES[:-1])]
-    scores = Scores(collect(runs))
-    assert scores.measures() == list(MEASURES)
+    scores = Scores(collect_results(runs))
+    assert scores.task_metrics() == list(SCORES)
     assert scores.targets("b") == ["load", "expand", "pretrain"]
     assert scores.get("b", "sft", ("minimal_pairs", "acc")) is None
     assert scores.shared_base(["a", "b"])
 
 
-def test_runs_from_different_bases_share_none(tmp_path: Path) -> None:
-    other = {key: (n, e, {**values, "load": 0.5}) for key, (n, e, values) in MEASURES.items()}
-    runs = [finished_run(tmp_path / "1", name="a"), finished_run(tmp_path / "2", name="b", measures=other)]
-    assert not Scores(collect(runs)).shared_base(["a", "b"])
+def test_runs_with_different_bases_have_no_shared_base(tmp_path: Path) -> None:
+    other = {key: (n, e, {**values, "load": 0.5}) for key, (n, e, values) in SCORES.items()}
+    runs = [finished_run(tmp_path / "1", name="a"), finished_run(tmp_path / "2", name="b", scores=other)]
+    assert not Scores(collect_results(runs)).shared_base(["a", "b"])
 
 
 def test_snapshots_are_listed_between_their_stages(tmp_path: Path) -> None:
-    way = {"load": 35.0, "expand": 50.0, "pretrain@20%": 40.0, "pretrain@80%": 30.0, "pretrain": 26.0, "sft": 27.0}
-    measures = {("held_out_text", "word_perplexity"): (40, 0.4, way)}
+    by_target = {
+        "load": 35.0,
+        "expand": 50.0,
+        "pretrain@20%": 40.0,
+        "pretrain@80%": 30.0,
+        "pretrain": 26.0,
+        "sft": 27.0,
+    }
+    values = {("held_out_text", "word_perplexity"): (40, 0.4, by_target)}
     stages = [*STAGES, "evaluate/pretrain-at-80", "evaluate/pretrain-at-20"]
-    run = finished_run(tmp_path, stages=stages, measures=measures)
-    rows = collect([run])
+    run = finished_run(tmp_path, stages=stages, scores=values)
+    rows = collect_results([run])
     scored = {row["target"]: row["value"] for row in rows if row["task"] == "held_out_text"}
-    assert list(scored.items()) == list(way.items())
+    assert list(scored.items()) == list(by_target.items())
     scores = Scores(rows)
     assert scores.targets(run.name) == ["load", "expand", "pretrain", "sft"]
     assert score_table(scores, run.name).columns[3:] == [

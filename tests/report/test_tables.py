@@ -1,4 +1,4 @@
-"""What the report's tables claim, and what they refuse to claim."""
+"""The report's tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from pipeline.report import tables
 from pipeline.report.curves import curves
 from pipeline.report.markup import Table
-from pipeline.report.results import collect
+from pipeline.report.results import collect_results
 from pipeline.report.scores import Scores
-from tests.report.finished_runs import MEASURES, finished_run
+from tests.report.finished_runs import SCORES, finished_run
 
 
 def _cells(content: Table, row: int) -> dict[str, str]:
@@ -17,15 +17,15 @@ def _cells(content: Table, row: int) -> dict[str, str]:
 
 
 def _scaled(factor: float) -> dict:
-    """The usual scores, but every target other than the base has ``factor`` times the value."""
+    """The default scores, with the values of every target but the base multiplied by ``factor``."""
     return {
         key: (n, stderr, {t: v if t == "load" else v * factor for t, v in values.items()})
-        for key, (n, stderr, values) in MEASURES.items()
+        for key, (n, stderr, values) in SCORES.items()
     }
 
 
-def test_one_run_by_target_with_marks_against_the_base(tmp_path: Path) -> None:
-    scores = Scores(collect([finished_run(tmp_path)]))
+def test_scores_by_target_have_marks_that_compare_them_with_the_base(tmp_path: Path) -> None:
+    scores = Scores(collect_results([finished_run(tmp_path)]))
     content = tables.score_table(scores, "quickstart")
     assert _cells(content, 0) == {
         "task": "held_out_text", "metric": "word_perplexity", "n": "40", "base": "35.00 ± 0.40",
@@ -34,53 +34,53 @@ def test_one_run_by_target_with_marks_against_the_base(tmp_path: Path) -> None:
     assert _cells(content, 2)["pre-trained"] == "80.9 ± 1.5 % ≈"
 
 
-def test_bold_is_only_for_what_beats_all_others(tmp_path: Path) -> None:
-    runs = [finished_run(tmp_path, name, name, measures=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.2))]
-    content = tables.method_table(Scores(collect(runs)), runs, "pretrain")
+def test_only_a_value_that_beats_all_others_is_bold(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, name, name, scores=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.2))]
+    content = tables.method_table(Scores(collect_results(runs)), runs, "pretrain")
     assert list(content.columns) == ["task", "metric", "n", "base", "LESA", "copying"]
     assert _cells(content, 0)["LESA"] == "**26.60 ± 0.40** ▲"  # lowest perplexity by far
     assert "**" not in _cells(content, 0)["copying"]
     assert _cells(content, 1)["copying"] == "**56.4 ± 2.0 %** ▲"
 
 
-def test_nothing_is_bold_where_the_first_two_are_close(tmp_path: Path) -> None:
-    runs = [finished_run(tmp_path, name, name, measures=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.01))]
-    content = tables.method_table(Scores(collect(runs)), runs, "pretrain")
+def test_nothing_is_bold_if_the_best_two_are_within_noise(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, name, name, scores=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.01))]
+    content = tables.method_table(Scores(collect_results(runs)), runs, "pretrain")
     assert "**" not in "".join(content.rows[0])
 
 
-def test_methods_side_by_side_do_not_show_a_base_that_they_do_not_share(tmp_path: Path) -> None:
-    other = {key: (n, e, {**values, "load": values["load"] * 2}) for key, (n, e, values) in MEASURES.items()}
-    runs = [finished_run(tmp_path / "1", "a", "lesa"), finished_run(tmp_path / "2", "b", "copy", measures=other)]
-    content = tables.method_table(Scores(collect(runs)), runs, "pretrain")
+def test_methods_with_different_bases_are_shown_without_a_base_column(tmp_path: Path) -> None:
+    other = {key: (n, e, {**values, "load": values["load"] * 2}) for key, (n, e, values) in SCORES.items()}
+    runs = [finished_run(tmp_path / "1", "a", "lesa"), finished_run(tmp_path / "2", "b", "copy", scores=other)]
+    content = tables.method_table(Scores(collect_results(runs)), runs, "pretrain")
     assert "base" not in content.columns
     assert _cells(content, 2)["LESA"].endswith("≈")  # each against its own base
     assert _cells(content, 2)["copying"].endswith("▼")
 
 
-def test_steps_say_within_noise_in_words(tmp_path: Path) -> None:
-    content = tables.difference_table(Scores(collect([finished_run(tmp_path)])), "quickstart")
+def test_differences_are_followed_by_their_verdict(tmp_path: Path) -> None:
+    content = tables.difference_table(Scores(collect_results([finished_run(tmp_path)])), "quickstart")
     assert _cells(content, 0)["pre-training"] == "−23.40 ± 0.57, better"
     assert _cells(content, 0)["base to pre-trained"] == "−8.40 ± 0.57, better"
     assert _cells(content, 2)["base to pre-trained"] == "*−0.5 ± 2.1 points, within noise*"
 
 
-def test_a_model_that_computes_what_the_base_does_is_called_the_same(tmp_path: Path) -> None:
-    same = {key: (n, e, {**values, "expand": values["load"]}) for key, (n, e, values) in MEASURES.items()}
-    content = tables.difference_table(Scores(collect([finished_run(tmp_path, measures=same)])), "quickstart")
-    assert {_cells(content, row)["surgery"] for row in range(3)} == {"*the same*"}
+def test_equal_scores_are_called_the_same(tmp_path: Path) -> None:
+    same = {key: (n, e, {**values, "expand": values["load"]}) for key, (n, e, values) in SCORES.items()}
+    content = tables.difference_table(Scores(collect_results([finished_run(tmp_path, scores=same)])), "quickstart")
+    assert {_cells(content, row)["expansion"] for row in range(3)} == {"*the same*"}
 
 
 def test_unscored_targets_have_no_column(tmp_path: Path) -> None:
     run = finished_run(tmp_path, stages=["load", "expand", "evaluate/load", "evaluate/expand"])
-    scores = Scores(collect([run]))
+    scores = Scores(collect_results([run]))
     assert list(tables.score_table(scores, run.name).columns) == ["task", "metric", "n", "base", "expanded"]
-    assert list(tables.difference_table(scores, run.name).columns) == ["task", "metric", "surgery"]
+    assert list(tables.difference_table(scores, run.name).columns) == ["task", "metric", "expansion"]
 
 
-def test_the_distance_to_the_leader(tmp_path: Path) -> None:
-    runs = [finished_run(tmp_path, name, name, measures=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.02))]
-    content = tables.lead_table(Scores(collect(runs)), runs, "pretrain")
+def test_the_lead_table_shows_differences_from_the_best_value(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, name, name, scores=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.02))]
+    content = tables.lead_table(Scores(collect_results(runs)), runs, "pretrain")
     assert _cells(content, 0)["LESA"] == "26.60 leads"
     assert _cells(content, 0)["copying"] == "*+0.53 ± 0.57, within noise*"
     assert _cells(content, 1)["copying"].endswith("leads")
@@ -100,7 +100,7 @@ def test_curves_by_fraction_and_at_equal_budgets(tmp_path: Path) -> None:
     assert list(budget.rows[1]) == ["copying", "3.000", "3.000", "4.000"]
 
 
-def test_what_was_trained(tmp_path: Path) -> None:
+def test_the_training_table_shows_parameters_data_compute_and_speed(tmp_path: Path) -> None:
     content = tables.training_table([finished_run(tmp_path)])
     assert [row[1] for row in content.rows] == ["pretrain", "sft"]
     assert _cells(content, 0) == {
@@ -109,7 +109,7 @@ def test_what_was_trained(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_shared_artifacts_stand_once_and_say_so(tmp_path: Path) -> None:
+def test_shared_artifacts_are_listed_once(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, name, name) for name in ("lesa", "copy")]
     used_by = [(row[0], row[1]) for row in tables.artifact_table(runs).rows]
     assert used_by.count(("load", "all")) == 1

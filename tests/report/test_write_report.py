@@ -1,4 +1,4 @@
-"""The report's files, for one run, for a sweep, and for whatever is missing."""
+"""The files of a report: for one run, for a sweep, and with stages missing."""
 
 from __future__ import annotations
 
@@ -39,40 +39,42 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def test_one_run_leaves_these_files_and_no_other(report: Path) -> None:
+def test_a_report_consists_of_these_files(report: Path) -> None:
     assert {path.name for path in report.iterdir()} == ALL_PLOTS | TEXTS
 
 
 def test_one_run_has_every_section(report: Path) -> None:
     text = (report / "report.md").read_text()
-    assert text.startswith("# quickstart: from 6 to 8 layers by LESA\n\n> From 6 to 8 layers by LESA.")
+    assert text.startswith(
+        "# quickstart: expanded from 6 to 8 layers with LESA\n\n> Expanded from 6 to 8 layers with LESA."
+    )
     assert _headings(text) == [
-        "Scores", "Held-out loss", "What was trained", "The new layers", "Cost", "What these numbers do not show",
+        "Scores", "Held-out loss", "Training", "The new layers", "Cost", "What these numbers do not show",
         "Reproduction",
     ]  # fmt: skip
     assert "4 ← 3+4, 6 ← 4+5" in text.replace("**", "")
     assert "commit `" + "0" * 40 + "`; torch 2.13.0" in text
 
 
-def test_results_are_the_rows_that_are_returned(tmp_path: Path) -> None:
+def test_the_returned_results_are_those_of_results_json(tmp_path: Path) -> None:
     rows = write_report([finished_run(tmp_path / "runs", stages=["load", "expand"])], tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == rows
 
 
-def test_the_html_needs_no_other_file_and_no_network(report: Path) -> None:
+def test_the_html_page_needs_no_other_file_and_no_network(report: Path) -> None:
     page = (report / "report.html").read_text()
     assert len(_links(page)) == len(ALL_PLOTS)
     assert all(link.startswith(("data:", "#")) for link in _links(page))
     assert "<link" not in page and "<script" not in page and "@import" not in page
 
 
-def test_plots_are_wide_enough_to_be_read_in_a_readme(report: Path) -> None:
+def test_plots_are_wide_enough_for_a_readme(report: Path) -> None:
     for name in ALL_PLOTS:
         width, height = struct.unpack(">II", (report / name).read_bytes()[16:24])
         assert width == 1800 and height >= 250
 
 
-def test_a_sweep_of_three_methods_sets_them_side_by_side(tmp_path: Path) -> None:
+def test_a_sweep_compares_its_methods_side_by_side(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path / "runs", f"sweep/expand-{m}", m) for m in ("lesa", "none", "solar")]
     text = _write(runs, tmp_path / "out")
     assert text.startswith("# sweep: 3 runs side by side")
@@ -91,14 +93,14 @@ def test_a_sweep_of_three_methods_sets_them_side_by_side(tmp_path: Path) -> None
         (["load", "expand"], ["The new layers", "Cost"], {"layers.png", "seconds.png"}),
         (
             ["load", "expand", "tokenize/corpus", "pretrain"],
-            ["Held-out loss", "What was trained", "The new layers", "Cost"],
+            ["Held-out loss", "Training", "The new layers", "Cost"],
             ALL_PLOTS - {"scores.png"},
         ),
-        (STAGES[:-1], ["Scores", "Held-out loss", "What was trained", "The new layers", "Cost"], ALL_PLOTS),
+        (STAGES[:-1], ["Scores", "Held-out loss", "Training", "The new layers", "Cost"], ALL_PLOTS),
         ([], [], set()),
     ],
 )
-def test_missing_stages_leave_their_sections_out(
+def test_sections_of_missing_stages_are_left_out(
     tmp_path: Path, stages: list[str], headings: list[str], plots: set[str]
 ) -> None:
     text = _write([finished_run(tmp_path / "runs", stages=stages)], tmp_path / "out")
@@ -108,34 +110,34 @@ def test_missing_stages_leave_their_sections_out(
     assert set(re.findall(r"\]\((\w+\.png)\)", text)) == plots
 
 
-def test_a_run_that_expanded_nothing_has_no_new_layers(tmp_path: Path) -> None:
+def test_the_control_has_no_section_on_new_layers(tmp_path: Path) -> None:
     text = _write([finished_run(tmp_path / "runs", method="none")], tmp_path / "out")
     assert "The new layers" not in text
     assert text.startswith("# quickstart: the base model, not expanded")
 
 
-def test_the_report_says_what_the_expansion_kept_and_what_it_warns_of(tmp_path: Path) -> None:
+def test_the_report_states_what_the_expansion_stage_verified_and_its_warnings(tmp_path: Path) -> None:
     warned = finished_run(tmp_path / "runs", method="opt_deus", stages=["load", "expand"], warnings=["3 of 7 <broke>"])
     text = _write([warned], tmp_path / "out")
     assert (
-        "**OpT-DeUS** computes what the base does: logits differ by 2e-07 of the largest at most; 3 of 7 \\<broke"
-        in text
+        "**OpT-DeUS** computes the same outputs as the base model: logits differ by at most 2e-07 of the largest; "
+        "3 of 7 \\<broke" in text
     )
     changed = _write([finished_run(tmp_path / "runs", stages=["load", "expand"])], tmp_path / "other")
-    assert "**LESA** starts from other outputs than the base's" in changed
+    assert "**LESA** does not compute the same outputs as the base model" in changed
 
 
-def test_many_tasks_without_standard_errors_are_shown_without_claims(tmp_path: Path) -> None:
-    measures = {
+def test_scores_without_standard_errors_have_no_marks(tmp_path: Path) -> None:
+    scores = {
         (f"task|{i}", "acc"): (9, None, {"load": 0.5, "expand": 0.4, "pretrain": 0.6, "sft": 0.7}) for i in range(14)
     }
     scored = ["evaluate/load", "evaluate/pretrain"]
-    text = _write([finished_run(tmp_path / "runs", stages=scored, measures=measures)], tmp_path / "out")
+    text = _write([finished_run(tmp_path / "runs", stages=scored, scores=scores)], tmp_path / "out")
     assert "task\\|13" in text
     assert not re.search(r"\d % [▲▼≈]", text)
 
 
-def test_reading_results_does_not_import_matplotlib_or_torch() -> None:
+def test_importing_the_package_imports_neither_matplotlib_nor_torch() -> None:
     program = "import sys, pipeline.report; print({'matplotlib', 'torch', 'markdown_it.main'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "matplotlib" not in answer.stdout and "torch" not in answer.stdout
