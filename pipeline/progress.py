@@ -34,7 +34,7 @@ def set_stream(stream: TextIO) -> None:
     _stream = stream
 
 
-class Bar:
+class ProgressBar:
     """A running progress bar, as yielded by ``progress``."""
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
@@ -83,7 +83,7 @@ def _format_note(note: str, numbers: dict[str, float]) -> str:
 
 
 @contextmanager
-def progress(description: str, total: float) -> Iterator[Bar]:
+def progress(description: str, total: float) -> Iterator[ProgressBar]:
     """Shows a progress bar over ``total`` units, or prints lines if the output is not a terminal."""
     console = Console(file=_stream or sys.stderr)
     columns = (
@@ -102,4 +102,4 @@ def progress(description: str, total: float) -> Iterator[Bar]:
         speed_estimate_period=SPEED_SECONDS,
     )
     with bar:
-        yield Bar(bar, bar.add_task(description, total=total, note=""))
+        yield ProgressBar(bar, bar.add_task(description, total=total, note=""))

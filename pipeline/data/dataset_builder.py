@@ -24,7 +24,7 @@ from pipeline.data.sources import SOURCE_READERS, ExampleStream, setting_name
 from pipeline.data.splits import Deduplicator
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 
 TEMPLATE_FILE = "chat_template.jinja"  # the name it has in a Hugging Face model directory
 SAVE_EVERY_SECONDS = 20.0
@@ -91,7 +91,7 @@ class DatasetBuilder:
     def __exit__(self, *details: Any) -> None:
         self._open.__exit__(*details)
 
-    def build(self, bar: Bar) -> dict[str, Any]:
+    def build(self, bar: ProgressBar) -> dict[str, Any]:
         """Reads the sources to their end or to the token budget, and writes the dataset.
 
         Returns:

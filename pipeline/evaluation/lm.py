@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.tokenizer import added_bos
-from pipeline.progress import Bar, progress
+from pipeline.progress import ProgressBar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
 FIRST_TOKENS = 8  # of the first request, kept for the record
@@ -41,7 +41,7 @@ class LanguageModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._adds_bos = added_bos(tokenizer) is not None
         self._largest_batch = batch_size
-        self._bar: Bar | None = None
+        self._bar: ProgressBar | None = None
         self._started, self._tokens = 0.0, 0
         self.start("")
 

@@ -18,7 +18,7 @@ from pipeline.errors import OutOfMemory, WorkersFailed
 from pipeline.files import read_json, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.launch.workers import run_workers
-from pipeline.progress import Bar, progress
+from pipeline.progress import ProgressBar, progress
 from pipeline.tracking import METRICS_FILE
 from pipeline.training.schedule import total_steps
 from pipeline.training.validate import validate_data
@@ -75,7 +75,7 @@ def snapshot_dir(artifact: Path, fraction: float) -> Path:
 class Watch:
     """Follows the workers' files: prints what is trained once, then moves the bar with every logged step."""
 
-    def __init__(self, out: Path, bar: Bar) -> None:
+    def __init__(self, out: Path, bar: ProgressBar) -> None:
         self._start_file, self._metrics, self._bar = out / LOGS / START_FILE, out / METRICS_FILE, bar
         self._started = False
 

@@ -1,12 +1,14 @@
-"""Size and seconds of a checkpoint beside the Trainer's: python -m scripts.benchmarks.checkpoint
+"""Size and duration of checkpoints, compared with transformers' Trainer: python -m scripts.benchmarks.checkpoint
 
-Both train the same new layers of the same expanded model for a few short steps and save after each. Ours holds the
-trained weights and their moments in float32, flushed to the disk; the Trainer's holds the whole model and DeepSpeed's
-partitioned state, as it writes them. The page cache serves both alike; on a network disk sizes are what counts.
+Both train the same new layers of the same expanded model for a few short steps and save a checkpoint after each. Ours
+contains the trained weights and their moments in float32, and is flushed to disk. The Trainer's contains the complete
+model and DeepSpeed's partitioned state in their own formats. Both benefit from the page cache. On a network disk, the
+size is what matters.
 
-Expected for SmolLM2 30 -> 45, before it was run: 53 million trained parameters in 12 bytes each are 0.64 GB for us; the
-Trainer adds the whole model, 188 million parameters, in the precision it trains in, so 1.4 GB in float32. Found: 0.64
-and 2.25 GB, about what two copies of the whole model take, the Trainer's and one in DeepSpeed's own files.
+Expected for SmolLM2 30 -> 45, before the first run: 53 million trained parameters in 12 bytes each give 0.64 GB for
+ours. The Trainer adds the complete model, 188 million parameters in the precision of training, so 1.4 GB in float32.
+Measured: 0.64 and 2.25 GB. The difference is about the size of two copies of the complete model, one written by the
+Trainer and one by DeepSpeed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from scripts.benchmarks.tasks import one_process, pretrain_settings, training_ta
 
 
 def ours(options: argparse.Namespace, model: Path, data: Path, out: Path, device: str) -> dict[str, Any]:
-    """Bytes and seconds of our checkpoints."""
+    """Returns the size and duration of our checkpoints."""
     settings = pretrain_settings(
         sequence_length=options.sequence_length, global_batch=options.global_batch, micro_batch=1,
         steps=options.steps, evaluate_at=[], checkpoint_every_steps=1, precision=options.precision,
@@ -42,7 +44,7 @@ def ours(options: argparse.Namespace, model: Path, data: Path, out: Path, device
 
 
 def trainer(options: argparse.Namespace, model: Path, data: Path, out: Path, device: str) -> dict[str, Any]:
-    """Bytes and seconds of the Trainer's checkpoints."""
+    """Returns the size and duration of the Trainer's checkpoints."""
     job = {
         "model": str(model), "data": str(data), "out": str(out), "device": device,
         "launch": one_process(device).model_dump(mode="json"),
@@ -57,8 +59,10 @@ def trainer(options: argparse.Namespace, model: Path, data: Path, out: Path, dev
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Size and seconds of a checkpoint beside the Trainer's.")
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description="Size and duration of checkpoints, compared with transformers' Trainer."
+    )
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--new-layers", type=int, default=15)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -76,17 +80,17 @@ def main() -> None:
         model, data = work / "model", write_blocks(work / "data", options)
         arguments = (options.shape, str(options.new_layers), "top", str(model))
         run_module("scripts.benchmarks.models", *arguments, log=work / "models.log")
-        places = {name: work / name for name in ("ours", "trainer")}
-        for place in places.values():
-            place.mkdir()
-        found = {
-            "ours": ours(options, model, data, places["ours"], device),
-            "Trainer": trainer(options, model, data, places["trainer"], device),
+        directories = {name: work / name for name in ("ours", "trainer")}
+        for directory in directories.values():
+            directory.mkdir()
+        measured = {
+            "ours": ours(options, model, data, directories["ours"], device),
+            "Trainer": trainer(options, model, data, directories["trainer"], device),
         }
     on = machine(*PACKAGES, gpu=device == "cuda")
     say(f"{on}. {options.shape} with {options.new_layers} new layers, {options.precision}, ZeRO 2.", "")
-    say(row("a checkpoint", "GB", "seconds"), row("---", "---", "---"))
-    for name, numbers in found.items():
+    say(row("", "GB per checkpoint", "seconds per checkpoint"), row("---", "---", "---"))
+    for name, numbers in measured.items():
         say(row(name, f"{numbers['bytes'] / 1e9:.2f}", f"{numbers['seconds'] / numbers['saved']:.1f}"))
 
 

@@ -1,17 +1,18 @@
 """Time and memory of each expansion method on a large checkpoint: ``python -m scripts.benchmarks.expand_memory DIR``.
 
-Writes a random checkpoint of Llama-3-8B's exact shape into DIR (bfloat16, sharded, 16 GB) and expands it from 32 to 48
-layers with one method after the other, each in a process of its own as the pipeline starts it. Needs 50 GB there.
-Memory is what only that process holds (RssAnon + RssShmem), read from outside; mapped files are not counted, and the
-time is that of the stage with its self-check. A run that was interrupted is taken up again, and its times are added.
+Writes a random checkpoint with the exact shape of Llama-3-8B into DIR (bfloat16, sharded, 16 GB) and expands it from 32
+to 48 layers with each method, in a separate process as the pipeline does. Requires 50 GB of disk space. Memory is what
+only that process uses (RssAnon + RssShmem), read from outside. Mapped files are not counted. The time is that of the
+stage including its self-check. An interrupted run resumes, and its times are added up.
 
-Random rows are not what a trained model has: rows of random matrices are all about equally far from each other, so that
-Sinkhorn's problems are solved in a few iterations. Times of OpT-DeUS on trained weights are in
-``scripts/benchmarks/expand.py``; its memory is the same.
+Rows of random matrices all have about the same distance from each other, unlike those of a trained model, so that
+Sinkhorn converges within a few iterations. Times of OpT-DeUS on trained weights are in
+``scripts/benchmarks/expand.py``. Its memory is the same.
 
 Expected before the first run, from operation counts at 125 GFLOP/s in float64 and 230 in float32 on two cores: LESA
-about 45 minutes, half of it the two decompositions of ``[14336, 14336]`` Gram matrices, and 7 GB for their workspace;
-OpT-DeUS about 15 minutes and 4.5 GB; copying methods as fast as the disk, and no more than torch itself takes.
+takes about 45 minutes, half of it for the two decompositions of ``[14336, 14336]`` Gram matrices, and 7 GB for their
+workspace; OpT-DeUS takes about 15 minutes and 4.5 GB; methods that copy are as fast as the disk, and use no more memory
+than torch itself.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from scripts.benchmarks.shapes import LLAMA
 from scripts.benchmarks.tasks import expand_settings, expand_task, load_smollm2
 
 GIGABYTE = 1e9
-NOTE_SECONDS = 5.0  # between notes of how far a run got, for one that is interrupted
+RECORD_SECONDS = 5.0  # between records of the progress, from which an interrupted run resumes
 METHODS = ("llama_pro", "solar", "copy", "average", "opt_deus", "lesa")
 
 
 def main() -> None:
-    """Writes the checkpoint unless it is there, runs the methods, prints the table."""
+    """Writes the checkpoint unless it exists, runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", default="llama-3-8b", choices=LLAMA)
-    parser.add_argument("--layers", type=int, help="a slice of the depth, at full width")
+    parser.add_argument("--layers", type=int, help="use only this many layers, at full width")
     parser.add_argument("--new-layers", type=int, default=16)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     chosen = parser.parse_args()
@@ -59,16 +60,20 @@ def main() -> None:
     print(
         f"{chosen.shape}{depth}, {chosen.new_layers} new layers, torch {torch.__version__}, {threads} threads; ", end=""
     )
-    print(f"cp takes {copy_rate:.2f} s a GB here.")
-    print("Weights are random, which Sinkhorn finds easy: OpT-DeUS's minutes are not those of a trained model.\n")
-    print("| method | minutes in all | writing weights, minutes | times cp | peak memory, GB | self-check |")
+    print(f"cp takes {copy_rate:.2f} s per GB.")
+    print("Sinkhorn converges faster on random weights, so OpT-DeUS takes longer on a trained model.\n")
+    print("| method | minutes in total | minutes for writing weights | relative to cp | peak memory, GB | self-check |")
     print("|---|---:|---:|---:|---:|---|")
     for method in chosen.methods:
         print(row(method, base, chosen.directory, chosen.new_layers, copy_rate), flush=True)
 
 
 def write_random_checkpoint(shape: str, directory: Path, layers: int | None = None) -> None:
-    """Normal numbers, standard deviation 0.02, norms at one; SmolLM2's tokenizer. ``layers``: a slice of the depth."""
+    """Writes normally distributed weights (standard deviation 0.02, norms 1) and SmolLM2's tokenizer.
+
+    Args:
+        layers: number of layers, if fewer than the shape has.
+    """
     hidden, intermediate, depth, heads, key_value_heads, head_dim, vocabulary, tied = LLAMA[shape]
     directory.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
@@ -88,12 +93,12 @@ def write_random_checkpoint(shape: str, directory: Path, layers: int | None = No
 
 
 def normal(shape: tuple[int, ...], generator: np.random.Generator) -> torch.Tensor:
-    """Float32, with a trained model's usual spread; numpy draws them several times as fast as torch."""
+    """Returns normally distributed float32 values. NumPy draws them several times as fast as torch."""
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(0.02)
 
 
 def llama_tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama checkpoint."""
+    """Yields the names and shapes of the tensors in a Llama checkpoint."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key_value = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
@@ -112,7 +117,7 @@ def llama_tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def seconds_per_gigabyte(base: Path) -> float:
-    """What cp needs for the base's first weight file."""
+    """Returns the time that copying the base's first weight file takes."""
     source = min(base.glob("model*.safetensors"))
     target = base.parent / "copied"
     started = time.perf_counter()
@@ -123,27 +128,27 @@ def seconds_per_gigabyte(base: Path) -> float:
 
 
 def row(method: str, base: Path, directory: Path, new_layers: int, copy_rate: float) -> str:
-    """One line of the table."""
+    """Expands with one method, and returns its row of the table."""
     out = directory / f"{method}.partial"
     out.mkdir(exist_ok=True)
-    history = directory / f"{method}.json"  # of interrupted runs
+    history = directory / f"{method}.json"  # time and memory of interrupted runs
     before = read_json(history) if history.is_file() else {"seconds": 0.0, "memory": 0}
     task, outcome = directory / f"{method}.task.json", directory / f"{method}.outcome.json"
     settings = expand_settings(method, new_layers=new_layers, position="top")
     write_json(task, task_to_json(expand_task(settings, base, out)))
-    outcome.unlink(missing_ok=True)  # an earlier one's
-    started = noted = time.perf_counter()
+    outcome.unlink(missing_ok=True)  # of an earlier run
+    started = recorded = time.perf_counter()
 
-    def note_progress(peak: int) -> bool:
-        nonlocal noted
+    def record_progress(peak: int) -> bool:
+        nonlocal recorded
         now = time.perf_counter()
-        if now - noted > NOTE_SECONDS:
-            noted = now
+        if now - recorded > RECORD_SECONDS:
+            recorded = now
             write_json(history, {"seconds": before["seconds"] + now - started, "memory": max(before["memory"], peak)})
         return False
 
     peak = run_module(
-        "pipeline.stages", str(task), str(outcome), log=directory / "log", until=note_progress, timeout=4 * 3600
+        "pipeline.stages", str(task), str(outcome), log=directory / "log", until=record_progress, timeout=4 * 3600
     )
     seconds = before["seconds"] + time.perf_counter() - started
     metrics, memory = read_json(outcome)["metrics"], max(before["memory"], peak.host)

@@ -1,11 +1,12 @@
-"""Perplexity right after surgery, every method at every position: ``python -m scripts.benchmarks.expand_perplexity``.
+"""Perplexity directly after expansion, for every method and position: python -m scripts.benchmarks.expand_perplexity
 
-SmolLM2-135M from 30 to 45 layers, untrained, on 4,096 held-out tokens of the embedded corpus in float32. LESA, which
-draws random numbers, is made with three seeds. SOLAR has a placement of its own.
+SmolLM2-135M is expanded from 30 to 45 layers and scored without training, on 4,096 held-out tokens of the embedded
+corpus in float32. LESA draws random numbers and is run with three seeds. SOLAR has its own placement.
 
-Expected before the first run: zero-initialised methods at the base's perplexity to the last digit; LESA and averaging
-lower than copying; everything better the fewer of the last layers it touches. Found: the first holds; LESA is worse
-than copying and averaging at every position; what changes logits is best at the top, copying in the middle.
+Expected before the first run: zero-initialized methods have exactly the base's perplexity; LESA and averaging have a
+lower perplexity than copying; every method is better the fewer of the last layers it changes. Measured: the first
+holds; LESA is worse than copying and averaging at every position; the best position is the top for methods that change
+the logits, except for copying, where it is the middle.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SEEDS = {"lesa": 3}
 
 
 def main() -> None:
-    """Prints one table."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("benchmarks-perplexity"))
     chosen = parser.parse_args()
@@ -38,21 +39,21 @@ def main() -> None:
     for method in METHODS:
         cells = [cell(base, method, position, chosen.directory / "out") for position in POSITIONS]
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
-    print(f"| solar (its own overlap) | {cell(base, 'solar', 'top', chosen.directory / 'out')} | | | |")
+    print(f"| solar (own placement) | {cell(base, 'solar', 'top', chosen.directory / 'out')} | | | |")
 
 
 def cell(base: Path, method: str, position: str, out: Path) -> str:
-    """Mean over the method's seeds, with its spread where there are several."""
-    found = []
+    """Returns the mean over the method's seeds, and the range if there are several."""
+    perplexities = []
     made_with = names_of(base, method, position=position)
     for seed in range(SEEDS.get(method, 1)):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         expand_by(made_with, seed, torch.device("cpu"), out)
         write_model(made_with[0], base, out)
-        found.append(held_out_perplexity(out))
-    mean = f"{statistics.mean(found):.2f}"
-    return mean if len(found) == 1 else f"{mean} ({min(found):.2f} to {max(found):.2f})"
+        perplexities.append(held_out_perplexity(out))
+    mean = f"{statistics.mean(perplexities):.2f}"
+    return mean if len(perplexities) == 1 else f"{mean} ({min(perplexities):.2f} to {max(perplexities):.2f})"
 
 
 if __name__ == "__main__":

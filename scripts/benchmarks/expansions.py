@@ -1,4 +1,4 @@
-"""Model directories from expanded weights, and what they are worth."""
+"""Completes expanded weights to model directories, and scores them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipeline.models.reading import copy_side_files
 
 
 def write_model(names: Names, base: Path, out: Path) -> None:
-    """What makes weights a model directory: config and tokenizer."""
+    """Adds the config and tokenizer to expanded weights."""
     write_json(out / "config.json", rebuild_config(spelled_out_config(base), names.plan.config_sources))
     copy_side_files(base, out)
 
 
 @torch.inference_mode()
 def held_out_perplexity(model: Path, blocks: int = 8, block_size: int = 512) -> float:
-    """Perplexity a token of the embedded corpus's held-out documents, run together into blocks, in float32."""
+    """Returns the perplexity per token of the embedded corpus's held-out documents, packed into blocks, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,9 +1,9 @@
-"""The other contender: transformers' Trainer with its DeepSpeed integration, as its documentation sets it up.
+"""The baseline: transformers' Trainer with its DeepSpeed integration, set up as its documentation recommends.
 
-``python -m scripts.benchmarks.hf_trainer JOB.json`` starts torchrun; under torchrun it is the worker. The ZeRO 2
-section is the one of huggingface.co/docs/transformers/deepspeed, with "auto" wherever that page writes it; the
-optimizer is Trainer's default, torch's fused AdamW. Nothing is evaluated or reported while it trains, and nothing
-saved unless ``save`` is in the job.
+``python -m scripts.benchmarks.hf_trainer JOB.json`` starts torchrun. Under torchrun it is the worker. The ZeRO 2
+section is from huggingface.co/docs/transformers/deepspeed, with "auto" wherever that page has it. The optimizer is the
+Trainer's default, torch's fused AdamW. Nothing is evaluated or reported during training, and nothing is saved unless
+the job contains ``save``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAVES_FILE = "saves.json"
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:
-    """The documentation's configuration file for this stage."""
+    """Returns the configuration that the documentation recommends for a ZeRO stage."""
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage in (1, 2):
         zero |= {
@@ -48,7 +48,7 @@ def deepspeed_config(zero_stage: int) -> dict[str, Any]:
 
 
 def train(job: dict[str, Any], out: Path) -> None:
-    """Trains for ``job["steps"]`` steps and writes when each of them ended."""
+    """Trains for ``job["steps"]`` steps, and writes the duration of each."""
     import numpy as np
     import torch
     from torch.utils.data import Dataset
@@ -67,7 +67,7 @@ def train(job: dict[str, Any], out: Path) -> None:
             ids = torch.from_numpy(self._ids[index].astype(np.int64))
             return {"input_ids": ids, "labels": ids}
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.times: list[float] = []
             self.saves: list[float] = []  # seconds
@@ -83,7 +83,7 @@ def train(job: dict[str, Any], out: Path) -> None:
         def on_save(self, *arguments: Any, **names: Any) -> None:
             self.saves.append(time.perf_counter() - self.times[-1])
 
-    # Before the model, as the documentation asks: ZeRO 3 takes its slices while the weights are loaded.
+    # The arguments must exist before the model, because ZeRO 3 partitions the weights while they are loaded.
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
         deepspeed=deepspeed_config(job["zero_stage"]),
@@ -114,7 +114,7 @@ def train(job: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """As a worker under torchrun, or as the process that starts it."""
+    """Trains under torchrun, or starts torchrun."""
     end_with_parent()
     job = read_json(Path(sys.argv[1]))
     out = Path(job["out"])
@@ -124,7 +124,9 @@ def main() -> None:
         return
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled on first use, for inference only
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # it would be compiled on first use, but only serves inference
+    )
     train(job, out)
     write_json(Path(os.environ[LOG_DIR_VARIABLE]) / OUTCOME_FILE, {"status": "done"})
 

@@ -1,4 +1,4 @@
-"""The machine's matrix-product rate: ``python -m scripts.benchmarks.matrix_rate cpu|cuda OUT.json``."""
+"""Measures the rate of matrix products: ``python -m scripts.benchmarks.matrix_rate cpu|cuda OUT.json``."""
 
 from __future__ import annotations
 

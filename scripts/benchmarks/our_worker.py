@@ -1,4 +1,4 @@
-"""Our contender: ``python -m scripts.benchmarks.our_worker TASK.json`` trains as the pretrain stage does.
+"""Our training: ``python -m scripts.benchmarks.our_worker TASK.json [profile]`` trains like the pretrain stage.
 
 Under torchrun (``PIPELINE_LOG_DIR`` is set) it is a worker that records a profile of its third step instead.
 """
@@ -17,7 +17,7 @@ from pipeline.launch.child import end_with_parent
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, run_workers
 
 PROFILE_FILE = "profile.json"
-# The first pattern found in an operation's name decides.
+# An operation belongs to the first part with a pattern that its name contains.
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "nvjet"),
     "attention": ("attend_by_document", "scaled_dot_product", "flash", "fmha"),
@@ -27,14 +27,14 @@ PARTS = {
 
 
 def train(task: StageTask) -> None:
-    """The stage itself; whoever started us ends us when enough steps are logged."""
+    """Runs the stage until the benchmark, which reads the logged steps, ends this process."""
     from pipeline.training.job import run_training
 
     run_training(task)
 
 
 def profile(task: StageTask) -> None:
-    """Starts this file as a worker that profiles one step."""
+    """Starts a worker that profiles one step."""
     job = task.out / "profile-task.json"
     from pipeline.artifacts.task import task_to_json
 
@@ -43,27 +43,27 @@ def profile(task: StageTask) -> None:
 
 
 def profiled_worker(task: StageTask, log_dir: Path) -> None:
-    """Trains, and records the time from the third step's gradients to the fourth's."""
+    """Trains, and profiles the time between the third and the fourth call of the stop callback, which is one step."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from pipeline.training.trainer import train as train_session
+    from pipeline.training.trainer import train as train_task
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if _on_gpu() else [])
     profiler = torch_profile(activities=activities)
-    asked: list[float] = []  # when, once a step
+    called: list[float] = []  # times of the calls, one per step
 
     def wants_stop() -> bool:
-        if len(asked) == 3:
+        if len(called) == 3:
             profiler.stop()
-        asked.append(time.perf_counter())
-        if len(asked) == 3:
+        called.append(time.perf_counter())
+        if len(called) == 3:
             profiler.start()
-        return len(asked) == 4
+        return len(called) == 4
 
-    train_session(task, log_dir, wants_stop)
+    train_task(task, log_dir, wants_stop)
     parts = seconds_by_part(profiler.key_averages())
-    write_json(task.out / PROFILE_FILE, {"seconds": asked[3] - asked[2], "parts": parts})
+    write_json(task.out / PROFILE_FILE, {"seconds": called[3] - called[2], "parts": parts})
     write_json(log_dir / OUTCOME_FILE, {"status": "done"})
 
 
@@ -72,13 +72,13 @@ def _on_gpu() -> bool:
 
 
 def seconds_by_part(events: Any) -> dict[str, float]:
-    """Seconds of every part's own operations, largest first; on a GPU those of its kernels."""
+    """Returns the seconds spent in each part, in descending order: in its operations or, on a GPU, in its kernels."""
     from torch.autograd import DeviceType
 
     seconds: dict[str, float] = {}
     for event in events:
         if _on_gpu() and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
-            continue  # an operation carries the time of its kernels, which are events of their own
+            continue  # an operation includes the time of its kernels, which are separate events
         own = event.self_device_time_total if _on_gpu() else event.self_cpu_time_total
         part = part_of(event.key)
         seconds[part] = seconds.get(part, 0.0) + own / 1e6
@@ -86,7 +86,7 @@ def seconds_by_part(events: Any) -> dict[str, float]:
 
 
 def part_of(operation: str) -> str:
-    """The part that an operation or kernel belongs to."""
+    """Returns the part that an operation or kernel belongs to."""
     for part, patterns in PARTS.items():
         if any(pattern in operation for pattern in patterns):
             return part
@@ -94,8 +94,8 @@ def part_of(operation: str) -> str:
 
 
 def main() -> None:
-    """As a worker, a driver to be profiled, or a driver."""
-    end_with_parent()  # else a benchmark that is interrupted would leave a training of a thousand steps behind
+    """Trains, starts a profiled training, or runs the profiled worker under torchrun."""
+    end_with_parent()  # otherwise an interrupted benchmark would leave a training of a thousand steps running
     task = task_from_json(read_json(Path(sys.argv[1])))
     if LOG_DIR_VARIABLE in os.environ:
         profiled_worker(task, Path(os.environ[LOG_DIR_VARIABLE]))

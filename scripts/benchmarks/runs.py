@@ -1,4 +1,4 @@
-"""The runs of one benchmark: what a contender is given, and what is read from it."""
+"""The runs of the pre-training benchmark: inputs and results."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from scripts.benchmarks.tasks import one_process, pretrain_settings, training_ta
 
 @dataclass(frozen=True)
 class Run:
-    """One process's steps."""
+    """The measurements of one process."""
 
-    seconds: list[float]  # of every step, the first included
-    flops_a_step: int  # 0 where the contender does not count
+    seconds: list[float]  # of every step, including the first
+    flops_per_step: int  # 0 for the Trainer
     peak: Peak
 
     @property
-    def settled(self) -> list[float]:
-        """Without the first step, which compiles and fills caches."""
+    def warm(self) -> list[float]:
+        """Seconds of all steps but the first, which compiles and fills caches."""
         return self.seconds[1:]
 
 
 class Bench:
-    """The runs on one model in one working directory."""
+    """Runs trainings of one model in one working directory."""
 
     def __init__(self, options: argparse.Namespace, work: Path, device: str) -> None:
         self.options, self.work, self.device = options, work, device
@@ -44,11 +44,11 @@ class Bench:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an optimizer step."""
+        """Tokens per optimizer step."""
         return int(self.options.global_batch * self.options.sequence_length)
 
     def model(self, position: str) -> Path:
-        """The expanded model with new layers there, made when it is first asked for."""
+        """Returns the expanded model with its new layers at a position, created on first use."""
         options = self.options
         out = self.work / f"model-{position}"
         if not (out / "expansion.json").exists():
@@ -57,36 +57,38 @@ class Bench:
         return out
 
     def ours(self, position: str, profile: bool = False, cold: bool = False, **changes: Any) -> Run:
-        """Our worker until it logged enough steps, or to the end of a profile.
+        """Runs our worker until it has logged enough steps.
 
         Args:
-            cold: nothing that was compiled before is used again.
-            changes: of its settings.
+            position: of the new layers.
+            profile: record a profile of one step instead.
+            cold: use an empty compilation cache.
+            changes: settings that differ from the command line's.
         """
         out = self._new_directory("ours")
         task = training_task(
             self._settings(changes), {"model": self.model(position), "data": self.data}, out, self.device
         )
         write_json(out / "task.json", task_to_json(task))
-        wanted = self.options.steps + 1
+        steps = self.options.steps + 1
         peak = run_module(
             "scripts.benchmarks.our_worker", str(out / "task.json"), *(["profile"] if profile else []),
-            log=out / "log", until=lambda peak: not profile and len(logged(out)) >= wanted,
+            log=out / "log", until=lambda peak: not profile and len(logged(out)) >= steps,
             variables={"TORCHINDUCTOR_CACHE_DIR": str((out if cold else self.work) / "inductor")},
         )  # fmt: skip
-        lines = logged(out)[:wanted]
+        lines = logged(out)[:steps]
         totals = [0.0, *(line["seconds"] for line in lines)]
         seconds = [later - before for before, later in pairwise(totals)]
         return Run(seconds, lines[0]["flops"], peak)
 
     def profile(self) -> tuple[float, dict[str, float]]:
-        """Seconds of one of our steps, and of its operations by part."""
+        """Returns the seconds of one of our steps, and of its operations by part."""
         self.ours(self.options.position, profile=True)
         found = read_json(self._directory("ours") / PROFILE_FILE)
         return found["seconds"], found["parts"]
 
     def trainer(self, micro_batch: int, steps: int) -> Run:
-        """The Trainer for so many settled steps."""
+        """Runs the Trainer for ``steps`` steps after the first."""
         options, out = self.options, self._new_directory("trainer")
         job = {
             "model": str(self.model(options.position)), "data": str(self.data), "out": str(out),
@@ -110,24 +112,24 @@ class Bench:
         }  # fmt: skip
         return pretrain_settings(**settings | changes)
 
-    def _directory(self, contender: str) -> Path:
-        return self.work / f"{self._number:02d}-{contender}"
+    def _directory(self, name: str) -> Path:
+        return self.work / f"{self._number:02d}-{name}"
 
-    def _new_directory(self, contender: str) -> Path:
+    def _new_directory(self, name: str) -> Path:
         self._number += 1
-        self._directory(contender).mkdir()
-        return self._directory(contender)
+        self._directory(name).mkdir()
+        return self._directory(name)
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
-    """The steps in a running task's metrics."""
+    """Returns the metrics of the steps that a running task has logged."""
     path = out / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines if '"loss"' in line]
 
 
 def write_blocks(directory: Path, options: argparse.Namespace) -> Path:
-    """Random tokens as a tokenize artifact, enough for every step of one run."""
+    """Writes random tokens in the format of a tokenize artifact, enough for all steps of a run."""
     directory.mkdir()
     blocks, length = options.global_batch * (options.steps + 1), options.sequence_length
     positions = np.tile(np.arange(length) % (options.document_tokens or length), (blocks, 1))

@@ -1,4 +1,4 @@
-"""Settings as a run composes them from conf/, and tasks of single stages outside of any run."""
+"""Settings composed from conf/ as in a run, and tasks of single stages outside a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from scripts.benchmarks.processes import Peak, run_module
 
 
 def quickstart(*overrides: str) -> Settings:
-    """The quickstart's settings with some values changed, untracked."""
+    """Returns the quickstart's settings with some overrides, without tracking."""
     (job,) = compose_jobs(["experiment=quickstart", "tracking=disabled", *overrides], multirun=False, config_dir=None)
     return job.settings
 
 
 def expand_settings(method: str, **changes: Any) -> AnyExpand:
-    """A method's settings with some values changed."""
+    """Returns a method's settings with some changes."""
     return quickstart(f"expand={method}", *_overrides("expand", changes)).expand
 
 
 def pretrain_settings(**changes: Any) -> Train:
-    """Pre-training's settings with some values changed; ``__`` stands for a dot."""
+    """Returns the pre-training settings with some changes, whose names have ``__`` in directory of dots."""
     return quickstart(*_overrides("pretrain", changes)).pretrain
 
 
@@ -35,14 +35,14 @@ def _overrides(group: str, changes: dict[str, Any]) -> list[str]:
 
 
 def text_files(path: str, weight: float = 1.0) -> Source:
-    """Documents as the tokenize stage finds them in a file, directory or glob."""
+    """Returns a source that reads a file, directory or glob."""
     return Source(
         kind="files", path=path, config_name=None, split=None, revision=None, text_field="text", weight=weight
     )
 
 
 def corpus_settings(sources: list[Source], sequence_length: int, held_out_fraction: float) -> Tokenize:
-    """Settings that tokenize all text of these sources."""
+    """Returns settings that tokenize all text of some sources."""
     return Tokenize(
         purpose="corpus", sources=sources, sequence_length=sequence_length, held_out_fraction=held_out_fraction,
         max_tokens=None, chat_template=None,
@@ -50,12 +50,12 @@ def corpus_settings(sources: list[Source], sequence_length: int, held_out_fracti
 
 
 def one_process(device: str) -> Launch:
-    """How a contender is started."""
+    """Returns launch settings with a single process, which both sides of a comparison use."""
     return quickstart(f"launch.device={device}", "launch.processes=1").launch
 
 
 def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path, seed: int = 0) -> StageTask:
-    """A task on this machine as it is."""
+    """Returns the task of a stage on this machine."""
     run = quickstart()
     return StageTask(
         name=name,
@@ -69,31 +69,36 @@ def stage_task(name: str, settings: Any, parents: dict[str, Path], out: Path, se
 
 
 def training_task(settings: Train, parents: dict[str, Path], out: Path, device: str) -> StageTask:
-    """The pretrain stage in one process, as the other contender has."""
+    """Returns a task of the pretrain stage in a single process."""
     task = stage_task("pretrain", settings, parents, out)
     return replace(task, launch=one_process(device))
 
 
 def expand_task(settings: AnyExpand, base: Path, out: Path, seed: int = 0) -> StageTask:
-    """The expand stage from directory to directory."""
+    """Returns a task of the expand stage."""
     return stage_task("expand", settings, {"load": base}, out, seed)
 
 
-def run_stage(task: StageTask, place: Path, timeout: float = 1800.0) -> tuple[Peak, dict[str, Any]]:
-    """Runs a task as the driver does, in a process of its own: its memory and its metrics.
+def run_stage(task: StageTask, directory: Path, timeout: float = 1800.0) -> tuple[Peak, dict[str, Any]]:
+    """Runs a task in its own process, like the driver.
 
     Args:
-        place: where the task, its outcome and its log are written.
+        task: the task.
+        directory: where the task, its outcome and its log are written.
+        timeout: in seconds.
+
+    Returns:
+        The peak memory and the metrics.
     """
-    job, outcome = place / "task.json", place / "outcome.json"
+    job, outcome = directory / "task.json", directory / "outcome.json"
     write_json(job, task_to_json(task))
-    peak = run_module("pipeline.stages", str(job), str(outcome), log=place / "log", timeout=timeout)
+    peak = run_module("pipeline.stages", str(job), str(outcome), log=directory / "log", timeout=timeout)
     metrics: dict[str, Any] = read_json(outcome)["metrics"]
     return peak, metrics
 
 
 def load_smollm2(directory: Path) -> Path:
-    """The real small model as the load stage writes it, unless it is there."""
+    """Runs the load stage for SmolLM2, unless the directory exists already, and returns the directory."""
     from pipeline.stages import load
 
     if not (directory / "config.json").is_file():

@@ -20,7 +20,7 @@ from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.config import Source
 from pipeline.data import dataset_builder, tokenizer
 from pipeline.data.tokenizer import TokenizerPool
-from pipeline.progress import Bar
+from pipeline.progress import ProgressBar
 from pipeline.stages import tokenize
 from tests.stages.test_tokenize import _source, _task
 
@@ -88,7 +88,7 @@ def test_repeated_interruptions_do_not_change_the_result(
     for survived, cores in ((3, 2), (40, 1), (7, 3), (61, 2), (33, 1)):
         with monkeypatch.context() as patched:
             patched.setattr(tokenizer, "available_cores", lambda cores=cores: cores)
-            patched.setattr(Bar, "advance", _dying_after(survived))
+            patched.setattr(ProgressBar, "advance", _dying_after(survived))
             with pytest.raises(Killed):
                 tokenize.run(task)
     tokenize.run(task)
