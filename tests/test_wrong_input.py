@@ -88,7 +88,7 @@ def _promise_too_much(model: Path) -> str:
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00002-of-00005.safetensors"
     (model / INDEX).write_text(json.dumps(index))
-    return "model.layers.9.mlp.up_proj.weight is in model-00002-of-00005.safetensors, which does not hold it"
+    return "maps model.layers.9.mlp.up_proj.weight to model-00002-of-00005.safetensors, which does not contain it"
 
 
 def _garble_index(model: Path) -> str:
@@ -131,7 +131,7 @@ def test_weights_that_are_not_finite_leave_nothing_behind(
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert main(["+experiment=quickstart", *base, f"model.path={model}", "stages=[load]"]) == EXIT_REQUEST
     message = capsys.readouterr().err
-    assert "model.norm.weight holds NaN or infinity" in message and "Traceback" not in message
+    assert "model.norm.weight contains NaN or infinity" in message and "Traceback" not in message
     assert not [*tmp_path.glob("out/**/manifest.json"), *tmp_path.glob("out/**/*.safetensors")]
 
 

@@ -54,13 +54,13 @@ def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], in
         For every file, its tensors by name and the offset of the first tensor's bytes.
 
     Raises:
-        UserError: a file is missing or truncated, or does not hold a tensor that the index says it holds.
+        UserError: a file is missing or truncated, or lacks a tensor that the index maps to it.
     """
     headers = {path: read_header(path) for path in find_weights(directory)}
     if (directory / INDEX).is_file():
         for tensor, name in _read_index(directory).items():
             if tensor not in headers[directory / name][0]:
-                rule = f"{INDEX} says that {tensor} is in {name}, but it is not"
+                rule = f"{INDEX} maps {tensor} to {name}, which does not contain it"
                 remedy = "Download the index and all files that it names again, from one revision."
                 raise _invalid(directory, rule, remedy)
     return headers
@@ -160,7 +160,7 @@ def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
         where: the model, for the message.
 
     Raises:
-        UserError: the config says that they are.
+        UserError: they are.
     """
     if config.get("quantization_config"):
         raise _invalid(

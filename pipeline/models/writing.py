@@ -113,7 +113,7 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Makes everything written so far survive an interruption, including a power failure."""
-        # The data must be on disk before the file that says so.
+        # The data must be on disk before the file that lists it.
         for shard in set(self._unflushed.values()):
             os.fsync(self._files[shard])
         with open(self._directory / PROGRESS_FILE, "a") as progress:

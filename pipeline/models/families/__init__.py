@@ -1,4 +1,4 @@
-"""Model families as data: one row per family in ``table.py`` says everything that depends on the family.
+"""Model families as data: one row of ``table.py`` per family describes everything that depends on it.
 
 Expansion methods see a layer as ``[out, in]`` matrices, biases, norms and a few others, each with a role, and never ask
 for the name of a family. Fused projections and stacked experts are split (``Fused``, ``Place``) before a method sees

@@ -1,4 +1,4 @@
-"""What a row of the family table says, and how it is applied to a checkpoint's tensor names."""
+"""The columns of the family table, and how a row is applied to the tensor names of a checkpoint."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Parameter:
         shape: the names of its dimensions, see ``dimension``; matrices are ``[out, in]``.
         when: the config entry that decides whether a model has this tensor. Empty if every model has it.
         unless: the config entry of models that do not have this tensor.
-        copies: for a name with ``{i}``, the dimension that says how many of them a layer has.
+        copies: for a name with ``{i}``, the dimension that gives the number of such tensors in a layer.
     """
 
     role: Role
@@ -87,7 +87,8 @@ class Fused:
 
     Attributes:
         parts: parameters by name within a layer, in the order of their rows. Names of experts contain ``{i}``.
-        groups: the dimension that says how often the sequence of parts repeats. None if each part is contiguous.
+        groups: the dimension that gives the number of times the sequence of parts repeats. None if each part is
+            contiguous.
         stacked: whether the first dimension is the expert.
         transposed: whether matrices are stored ``[in, out]``.
     """
@@ -138,13 +139,13 @@ class Family:
     by one, under the names of the parts of ``Fused``.
 
     Attributes:
-        layer: what every decoder layer has.
-        dense: what only layers without experts have, in families that mix both kinds.
-        sparse: what only layers with experts have, in such families.
-        defaults: what the family's config class fills in when config.json does not say.
+        layer: parameters of every decoder layer.
+        dense: parameters that only layers without experts have, in families with both kinds of layers.
+        sparse: parameters that only layers with experts have, in such families.
+        defaults: entries that the family's config class fills in when config.json leaves them out.
         norm_bias: whether the final norm has a bias.
-        stored_names: names on disk of tensors that transformers renames when it loads a model.
-        derived: tensors within a layer that old checkpoints hold although they follow from the config.
+        stored_names: by name in memory, names on disk of tensors that transformers renames when it loads a model.
+        derived: buffers within a layer that old checkpoints contain although they follow from the config.
     """
 
     layer: Parameters = field(repr=False)
@@ -166,7 +167,7 @@ class Family:
         return {**self.defaults, **{name: value for name, value in config.items() if value is not None}}
 
     def parameters(self, config: Config, layer: int) -> Parameters:
-        """What one layer of a model has.
+        """The parameters of one layer of a model.
 
         Args:
             config: with the family's defaults, see ``complete``.
@@ -212,7 +213,7 @@ class Family:
 
     @cached_property
     def _entries(self) -> dict[str, Parameter | Fused]:
-        """What a layer's tensor may be, by every name that it may have in memory or on disk."""
+        """All entries of the row, by every name that a tensor of a layer may have in memory or on disk."""
         entries: dict[str, Parameter | Fused] = {**self.layer, **self.dense, **self.sparse}
         for entry in [*entries.values()]:
             if isinstance(entry, Fused):
@@ -307,7 +308,7 @@ def _is_sparse(config: Config, layer: int) -> bool:
 
 
 def require_like_layers(first: int, first_names: Iterable[str], layer: int, names: Iterable[str]) -> None:
-    """Checks that two layers have the same tensors, which new layers made from several layers require.
+    """Checks that two layers have the same tensors. A new layer made from several layers requires it.
 
     Raises:
         UserError: the layers have different tensors.

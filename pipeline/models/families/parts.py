@@ -1,4 +1,4 @@
-"""The parts that rows of the family table are made of: roles and dimensions of common modules.
+"""Building blocks for rows of the family table: roles and dimensions of common modules.
 
 Arguments called ``bias`` are True, False, or the entry of config.json that decides whether there is a bias.
 """
@@ -35,7 +35,7 @@ def norm(
     unless: str = "",
     copies: str = "",
 ) -> Tensors:
-    """The scale of a norm, and the shift of a layer norm."""
+    """The scale of a norm, and its shift if it has one. ``Role`` and ``Parameter`` document the arguments."""
     scale = Role(role, "norm", block, side, offset=offset)
     tensors = {f"{module}.weight": Parameter(scale, (size,), when, unless, copies)}
     if bias:
@@ -52,7 +52,7 @@ def pre_norms(bias: bool = False, offset: float = 0.0) -> Tensors:
 
 
 def query_key_value(bias: Bias) -> Tensors:
-    """The input projections of attention, with as many key and value heads as the config says."""
+    """The input projections of attention, possibly with fewer heads for keys and values than for queries."""
     return {
         **linear("self_attn.q_proj", "q", "attention", "input", "query_size", "hidden_size", bias),
         **linear("self_attn.k_proj", "k", "attention", "input", "key_size", "hidden_size", bias),

@@ -1,14 +1,14 @@
-"""The table of model families: one row says everything that depends on a family.
+"""The table of model families: one row describes everything that depends on a family.
 
 A new family is a new row in ``FAMILIES``. Its layer is a mapping from tensor names to roles and dimensions, built from
-the functions in ``parts.py``. Beyond that a row can say:
+the functions in ``parts.py``. A row can also have:
 
 - ``Fused`` for projections or experts that are stored as one tensor.
 - ``dense`` and ``sparse`` for families in which only some layers have experts.
 - ``defaults`` for entries that config.json may leave out, as the family's config class fills them in.
 
-``Family`` documents the rest. ``tests/tiny_families.py`` needs a tiny config of the family; tests then compare its row
-with the model that transformers builds.
+``Family`` documents all columns. The tests compare every row with the model that transformers builds from the family's
+config in ``tests/tiny_families.py``.
 
 Mixture of experts: an expert is paired with the expert of the same index in other layers, and each of its matrices is
 made like those of a dense MLP. Where a method preserves the base's logits, the outputs of all experts, shared ones
@@ -184,7 +184,7 @@ def family_of(model_type: str | None) -> Family:
     """The row of a model's family.
 
     Args:
-        model_type: as in config.json. None if it does not say.
+        model_type: as in config.json. None if it is missing there.
 
     Raises:
         UserError: the family has no row.
