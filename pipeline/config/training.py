@@ -1,4 +1,4 @@
-"""Settings of pretrain and sft."""
+"""Settings of the training stages, pretrain and sft."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, Positi
 
 
 class DeepSpeed(Section):
-    """DeepSpeed's engine, as far as it is ours to choose."""
+    """DeepSpeed's settings, apart from those that follow from ``Train``."""
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotInKey]
-    offload_optimizer: Annotated[bool, NotInKey]
+    offload_optimizer: Annotated[bool, NotInKey]  # from ZeRO 1 on
     offload_parameters: Annotated[bool, NotInKey]  # ZeRO 3 only
     reduce_bucket_size: Annotated[Positive, NotInKey]  # elements
     allgather_bucket_size: Annotated[Positive, NotInKey]  # elements; ZeRO 1 and 2
-    overrides: dict[str, Any]  # merged last into DeepSpeed's own configuration; may change numbers, so in the key
+    overrides: dict[str, Any]  # merged last into DeepSpeed's configuration; may change numbers, so part of the key
 
 
 class Train(Section):
-    """One training stage; pretrain and sft share it."""
+    """Settings of one training stage."""
 
     draws_random_numbers: ClassVar[bool] = True
 
     sequence_length: Positive  # tokens
-    global_batch: Positive  # sequences an optimizer step, over all ranks
+    global_batch: Positive  # sequences per optimizer step, over all ranks
     steps: Positive | None  # exactly one of steps and epochs
     epochs: PositiveFloat | None
-    learning_rate: PositiveFloat
-    role_learning_rates: dict[str, PositiveFloat]  # multiples of it by role of the architecture table: {o: 2.0}
+    learning_rate: PositiveFloat  # at the peak
+    role_learning_rates: dict[str, PositiveFloat]  # multiples of the learning rate by role of a tensor: {o: 2.0}
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"]
     warmup_fraction: Fraction  # of the steps
     decay_fraction: Fraction  # of the steps; warmup_stable_decay only
@@ -43,20 +43,20 @@ class Train(Section):
     max_grad_norm: PositiveFloat
     trainable: str  # auto | new_layers | all | a regular expression over parameter names
     precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32
-    evaluate_at: list[Fraction]  # fractions of the steps at which the held-out loss is taken
-    held_out_blocks: Positive  # blocks of sequence_length that the held-out loss is taken on
-    micro_batch: Annotated[Positive, NotInKey]  # sequences a rank and forward pass
+    evaluate_at: list[Fraction]  # fractions of the steps at which to compute the held-out loss
+    held_out_blocks: Positive  # blocks of sequence_length tokens for the held-out loss
+    micro_batch: Annotated[Positive, NotInKey]  # sequences per rank and forward pass
     snapshot_at: Annotated[list[Fraction], NotInKey]  # fractions of the steps at which to save snapshots
     checkpoint_every_steps: Annotated[Positive, NotInKey]
-    keep_checkpoints: Annotated[Positive, NotInKey]  # the newest so many
+    keep_checkpoints: Annotated[Positive, NotInKey]  # number of the newest checkpoints to keep
     activation_checkpointing: Annotated[bool, NotInKey]
-    compile: Annotated[bool, NotInKey]  # layers and the loss by torch.compile; not at ZeRO 3
+    compile: Annotated[bool, NotInKey]  # torch.compile for layers and the loss; not at ZeRO 3
     float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
     attention: Annotated[Literal["auto", "documents", "sdpa", "eager"], NotInKey]
     deepspeed: DeepSpeed
 
     @model_validator(mode="after")
-    def _one_length(self) -> Train:
+    def _require_steps_or_epochs(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs; the other is null")
         return self

@@ -1,4 +1,4 @@
-"""Continual pre-training: the corpus's token blocks, by default on the new layers only."""
+"""pretrain: continual pre-training on the corpus, by default of the new layers only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pipeline.training.job import run_training
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes the trained model, ``metrics.jsonl`` and ``training.json``; parents are "model" and "data"."""
+    """Writes the trained model, ``metrics.jsonl`` and ``training.json``. The parents are "model" and "data"."""
     with naming_what_fits(task):
         return run_training(task)

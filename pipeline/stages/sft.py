@@ -1,4 +1,4 @@
-"""Instruction tuning: the same loop on conversations, with loss on the assistant's tokens only."""
+"""sft: instruction tuning on conversations, with the loss on the assistant's tokens only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pipeline.training.job import run_training
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes the tuned model, ``metrics.jsonl`` and ``training.json``; parents are "model" and "data"."""
+    """Writes the tuned model, ``metrics.jsonl`` and ``training.json``. The parents are "model" and "data"."""
     with naming_what_fits(task):
         return run_training(task)

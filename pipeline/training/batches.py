@@ -1,8 +1,8 @@
-"""Token blocks on disk as batches. Nothing is tokenised, shuffled or remembered while training.
+"""Batches from the token blocks on disk. Nothing is tokenized, shuffled or buffered during training.
 
-The blocks of a tokenize artifact are memory-mapped. Which blocks make up optimizer step s is a pure function of
-(seed, s): epoch e goes through permutation (seed, e) of all blocks. So any number of ranks sees the same global
-batches, and resuming at any step costs what starting costs.
+The blocks of a tokenize artifact are memory-mapped. The blocks of optimizer step s are a pure function of (seed, s):
+epoch e visits all blocks in the order of permutation (seed, e). Therefore any number of ranks sees the same global
+batches, and resuming at any step is as cheap as starting.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences for one forward pass; every tensor is [batch, sequence].
+class MicroBatch:
+    """Sequences for one forward pass. All tensors are [batch, sequence].
 
-    ``loss_mask`` is True where the token is a target, predicted from its predecessor in the same document.
+    ``loss_mask`` is True where the token is a target, predicted from the token before it in the same document.
     """
 
     input_ids: torch.Tensor
@@ -34,7 +34,7 @@ class Batch:
     loss_mask: torch.Tensor
 
 
-class Blocks:
+class TokenBlocks:
     """One split of a tokenize artifact, memory-mapped."""
 
     def __init__(self, directory: Path, split: Split) -> None:
@@ -47,16 +47,16 @@ class Blocks:
     def __len__(self) -> int:
         return int(self._input_ids.shape[0])
 
-    def batch(self, indices: Indices, device: torch.device) -> Batch:
-        """The blocks at ``indices`` as int64 and bool tensors on ``device``."""
+    def batch(self, indices: Indices, device: torch.device) -> MicroBatch:
+        """Returns the blocks at ``indices`` as int64 and bool tensors on ``device``."""
         ids, positions = (
             torch.from_numpy(array[indices].astype(np.int64)).to(device)
             for array in (self._input_ids, self._position_ids)
         )
-        return Batch(ids, positions, torch.from_numpy(self._loss_mask[indices].astype(np.bool_)).to(device))
+        return MicroBatch(ids, positions, torch.from_numpy(self._loss_mask[indices].astype(np.bool_)).to(device))
 
     def supervised_tokens(self, indices: Indices) -> int:
-        """How many tokens of these blocks are targets."""
+        """Returns how many tokens of these blocks are targets."""
         return int(np.count_nonzero(self._loss_mask[indices]))
 
 
@@ -69,28 +69,29 @@ def _open(directory: Path, split: str, name: str, dtype: np.dtype[Any]) -> npt.N
 # ------------------------------------------------------------------------------------------- order
 
 
-@lru_cache(maxsize=2)  # a global batch touches at most two epochs unless the data are tiny
+@lru_cache(maxsize=2)  # a global batch touches at most two epochs unless the data set is tiny
 def _permutation(seed: int, epoch: int, blocks: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(blocks)
 
 
 def global_batch(seed: int, step: int, blocks: int, size: int) -> Indices:
-    """The block indices of optimizer step ``step`` (from 1), in order, for all ranks together: [size]."""
+    """Returns the block indices of optimizer step ``step`` (from 1), in order, over all ranks: [size]."""
     positions = np.arange((step - 1) * size, step * size)
     epochs, offsets = np.divmod(positions, blocks)
     return np.array([_permutation(seed, int(e), blocks)[o] for e, o in zip(epochs, offsets, strict=True)])
 
 
 def micro_batches(indices: Indices, micro_batch: int, rank: int, ranks: int) -> Iterator[Indices]:
-    """This rank's share of a global batch, [micro_batch] at a time.
+    """Yields this rank's share of a global batch, in pieces of [micro_batch].
 
-    All ranks get equally many; ``ranks * micro_batch`` divides the global batch (checked before the start).
+    All ranks get equally many pieces: ``ranks * micro_batch`` divides the global batch, which is checked before the
+    stage starts.
     """
     assert len(indices) % (ranks * micro_batch) == 0, (len(indices), ranks, micro_batch)
     yield from indices.reshape(-1, ranks, micro_batch)[:, rank]
 
 
 def held_out_indices(blocks: int, at_most: int) -> Indices:
-    """At most ``at_most`` blocks, spread evenly, the same at every evaluation."""
+    """Returns at most ``at_most`` evenly spaced block indices, the same at every evaluation."""
     count = min(blocks, at_most)
     return np.arange(count) * blocks // max(1, count)

@@ -1,12 +1,12 @@
-"""What training changes, on disk: trained master weights, moments, counters. No pickle.
+"""Checkpoints of a training stage: trained master weights, their moments, and progress. No pickle.
 
-A checkpoint is a directory ``step-00000100`` of safetensors shards and ``state.json``, which names every shard with
-its hash and says what the state belongs to (the base model and the data by hash, the settings). Frozen weights are
-never written again. The directory gets its name by one rename after everything in it has reached the disk, so a
-checkpoint is whole or absent; the newest few are kept. Tensors are whole and named as in the
-model, so other numbers of ranks and other ZeRO stages can read them.
+A checkpoint is a directory ``step-00000100`` of safetensors shards and ``state.json``. The latter lists every shard
+with its hash, the progress, and what the checkpoint belongs to (base model and data by hash, settings, seed). Frozen
+weights are not saved. Tensors are stored in full under the model's names, so a checkpoint can be loaded with any number
+of ranks and any ZeRO stage. The directory is renamed to its final name after all of its content has been flushed to
+disk, so a checkpoint is either complete or absent.
 
-The order of data and the random numbers need no state: both are functions of (seed, step).
+The data order and the random numbers need no state, since both are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.files import (
     sha256_json,
     write_json,
 )
-from pipeline.training.optimizer_state import PARTS, Masters
+from pipeline.training.optimizer_state import STATE_KEYS, OptimizerState
 
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
@@ -42,26 +42,26 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A checkpoint on disk."""
 
     path: Path
 
     @property
     def step(self) -> int:
-        """The optimizer step after which it was taken."""
+        """The optimizer step after which it was saved."""
         return int(self.path.name.removeprefix("step-"))
 
     def content(self) -> dict[str, Any]:
-        """``state.json``: progress, identity, and where every tensor lies."""
+        """Returns ``state.json``: progress, identity, shard hashes, and the shard of every parameter."""
         content: dict[str, Any] = read_json(self.path / STATE_FILE)
         return content
 
     def fault(self) -> str | None:
-        """What is wrong with the files, read whole and hashed; None when nothing is."""
+        """Reads and hashes all files. Returns what is wrong with them, or None if the checkpoint is intact."""
         try:
             content = self.content()
             if content.pop("sha256") != sha256_json(content):
-                return f"{STATE_FILE} does not have the hash it was saved with"
+                return f"{STATE_FILE} does not match its recorded hash"
         except (OSError, ValueError, LookupError, AttributeError) as error:
             return f"{STATE_FILE} is missing or cannot be read ({type(error).__name__})"
         for name, expected in content["shards"].items():
@@ -69,28 +69,28 @@ class Checkpoint:
             if not shard.is_file():
                 return f"{name} is missing"
             if sha256_file(shard) != expected:
-                return f"{name} does not have the hash it was saved with"
+                return f"{name} does not match its recorded hash"
         return None
 
     def tensors(self) -> CheckpointTensors:
-        """All tensors by name, read from disk as they are asked for."""
+        """Returns all tensors by name, each read from disk on access."""
         return CheckpointTensors(self.path, self.content()["tensors"])
 
 
 class CheckpointTensors(Mapping[str, torch.Tensor]):
-    """The trained float32 weights of a checkpoint; one is in memory at a time."""
+    """The trained float32 weights of a checkpoint. Only the tensor being accessed is in memory."""
 
     def __init__(self, directory: Path, shard_of: Mapping[str, str]) -> None:
         self._directory, self._shard_of = directory, shard_of
 
-    def part(self, name: str, part: str) -> torch.Tensor:
-        """A parameter's weight or one of its moments."""
+    def read(self, name: str, key: str) -> torch.Tensor:
+        """Returns a parameter's weight or one of its moments; ``key`` is one of ``STATE_KEYS``."""
         with safe_open(self._directory / self._shard_of[name], framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(f"{part}.{name}")
+            tensor: torch.Tensor = shard.get_tensor(f"{key}.{name}")
         return tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.part(name, "weight")
+        return self.read(name, "weight")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)
@@ -99,96 +99,81 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
         return len(self._shard_of)
 
 
+def directory_name(step: int) -> str:
+    """Returns the name of a checkpoint's directory."""
+    return f"step-{step:08d}"
+
+
 def newest(directory: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files are as they were saved; damaged ones are reported and passed over."""
+    """Returns the newest intact checkpoint. Damaged ones are reported and skipped."""
     found = sorted(map(Checkpoint, directory.glob("step-????????")), key=lambda checkpoint: -checkpoint.step)
     for checkpoint in found:
         fault = checkpoint.fault()
         if fault is None:
             return checkpoint
-        report(f"checkpoint {checkpoint.path} cannot be used: {fault}; the one before it is tried")
+        report(f"checkpoint {checkpoint.path} cannot be used: {fault}; trying the one before it")
     return None
+
+
+def restore(checkpoint: Checkpoint, optimizer_state: OptimizerState) -> None:
+    """Loads a checkpoint's tensors and step count into the engine. Every rank reads the same files."""
+    tensors = checkpoint.tensors()
+    for name in optimizer_state.names():
+        for key in STATE_KEYS:
+            optimizer_state.write(name, key, tensors.read(name, key))
+    optimizer_state.set_step(checkpoint.step)
 
 
 # ------------------------------------------------------------------------------------------- saving
 
 
-def directory_name(step: int) -> str:
-    """A checkpoint's name in its directory."""
-    return f"step-{step:08d}"
-
-
 def save(
     directory: Path,
     step: int,
-    masters: Masters,
+    optimizer_state: OptimizerState,
     state: Mapping[str, Any],
-    writes: bool,
-    kept: int,
+    is_writer: bool,
+    keep: int,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Saves everything that training changed. Collective: all ranks read, the one with ``writes`` writes.
+    """Saves a checkpoint and removes old ones. Collective: all ranks read the state, and one of them writes it.
 
     Args:
-        state: JSON values that ``Checkpoint.content`` gives back, beside "shards" and "tensors".
-        kept: older checkpoints than the newest so many are removed.
-        shard_bytes: a shard is written when it holds so much, so that memory stays bounded.
+        directory: where checkpoints are saved.
+        step: the optimizer step that has just been taken.
+        state: JSON values to be stored in ``state.json`` beside "shards" and "tensors".
+        is_writer: whether this rank writes.
+        keep: how many of the newest checkpoints to keep, this one included.
+        shard_bytes: A shard is written once it holds this many bytes, which bounds the memory used.
 
     Returns:
-        Its size in bytes; 0 where nothing was written.
+        The checkpoint's size in bytes; 0 on ranks that do not write.
 
     Raises:
         TrainingFailure: the disk is full, or a value to be saved is not finite. Earlier checkpoints are intact.
     """
     final = directory / directory_name(step)
     partial = final.with_name(f"{final.name}.partial")
-    if not writes:
-        _write_shards(partial, masters, writes, shard_bytes)
+    if not is_writer:
+        _write_shards(partial, optimizer_state, is_writer, shard_bytes)
         return 0
-    with named_when_disk_is_full(partial, f"the checkpoint of step {step}"):
+    with report_full_disk(partial, f"the checkpoint of step {step}"):
         for stale in directory.glob("step-*.partial"):  # of attempts that were killed while saving
             shutil.rmtree(stale, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+        shutil.rmtree(final, ignore_errors=True)  # training only repeats a step if that step's checkpoint is damaged
         partial.mkdir(parents=True)
-        shard_of, shards = _write_shards(partial, masters, writes, shard_bytes)
+        shard_of, shards = _write_shards(partial, optimizer_state, is_writer, shard_bytes)
         content = {**state, "shards": shards, "tensors": shard_of}
         write_json(partial / STATE_FILE, {**content, "sha256": sha256_json(content)})
         fsync_directory(partial)
     os.replace(partial, final)
-    fsync(directory)
-    _remove_others(final, kept)
+    fsync(directory)  # makes the rename itself durable before older checkpoints are removed
+    _remove_old(final, keep)
     return sum(path.stat().st_size for path in final.iterdir())
 
 
-@contextmanager
-def named_when_disk_is_full(partial: Path, what: str) -> Iterator[None]:
-    """Turns the faults of a disk that takes no more into one message, and clears what was half written.
-
-    Raises:
-        TrainingFailure: instead of the system's error.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingFailure(
-            f"{what} could not be saved in {partial.parent}: {error}. What was saved before is intact; "
-            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there now. Free some space and give "
-            "the same command again; it goes on from the last checkpoint."
-        ) from error
-
-
-def _is_disk_full(error: OSError | SafetensorError) -> bool:
-    """safetensors tells the system's error number in its text only."""
-    if isinstance(error, OSError):
-        return error.errno in DISK_FULL_ERRNOS
-    return any(f"os error {number})" in str(error) for number in DISK_FULL_ERRNOS)
-
-
 def _write_shards(
-    directory: Path, masters: Masters, writes: bool, shard_bytes: int
+    directory: Path, optimizer_state: OptimizerState, is_writer: bool, shard_bytes: int
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the shard of every parameter and the hash of every shard."""
     shard_of: dict[str, str] = {}
@@ -198,16 +183,17 @@ def _write_shards(
     def write_pending() -> None:
         name = f"{len(shards):05d}.safetensors"
         shards[name] = ""
-        if writes:
+        if is_writer:
             save_file(pending, directory / name)
             shards[name] = sha256_file(directory / name)
         pending.clear()
 
-    for parameter in masters.names():
-        for part in PARTS:
-            value = masters.read(parameter, part)
-            _refuse_not_finite(value, parameter, part)
-            pending[f"{part}.{parameter}"] = value if writes else value.new_empty(0)
+    for parameter in optimizer_state.names():
+        for key in STATE_KEYS:
+            value = optimizer_state.read(parameter, key)
+            _check_finite(value, parameter, key)
+            # Other ranks take part in reading, which is collective, but need not hold what they read.
+            pending[f"{key}.{parameter}"] = value if is_writer else value.new_empty(0)
         shard_of[parameter] = f"{len(shards):05d}.safetensors"
         if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes:
             write_pending()
@@ -216,27 +202,52 @@ def _write_shards(
     return shard_of, shards
 
 
-def _refuse_not_finite(value: torch.Tensor, parameter: str, part: str) -> None:
-    """Every rank reads the same and raises at the same tensor."""
+def _check_finite(value: torch.Tensor, parameter: str, key: str) -> None:
+    # All ranks read the same value, so they all raise at the same tensor and none is left waiting in a collective.
     if not torch.isfinite(value).all():
         raise TrainingFailure(
-            f"the last step left a {part} of {parameter} that is not finite; it was not saved, and the last saved "
-            "state is kept. Lower learning_rate or max_grad_norm, or raise warmup_fraction."
+            f"the last step produced a non-finite {key} of {parameter}; it was not saved, and the last checkpoint is "
+            "intact. Lower learning_rate or max_grad_norm, or raise warmup_fraction."
         )
 
 
-def _remove_others(newest: Path, kept: int) -> None:
-    """All but the newest so many. Later steps than this one's were passed over as damaged, or it would not be new."""
-    found = sorted(newest.parent.glob("step-????????"))
-    last = found.index(newest) + 1
-    for path in (*found[: max(0, last - kept)], *found[last:]):
+def _remove_old(latest: Path, keep: int) -> None:
+    """Removes all checkpoints but ``latest`` and those just before it.
+
+    Checkpoints of later steps are removed too: training resumed before them, so they were damaged.
+    """
+    found = sorted(latest.parent.glob("step-????????"))
+    end = found.index(latest) + 1
+    for path in (*found[: max(0, end - keep)], *found[end:]):
         shutil.rmtree(path)
 
 
-def restore(checkpoint: Checkpoint, masters: Masters) -> None:
-    """Puts a checkpoint's tensors and step back into the engine. Every rank reads the same files."""
-    tensors = checkpoint.tensors()
-    for name in masters.names():
-        for part in PARTS:
-            masters.write(name, part, tensors.part(name, part))
-    masters.set_step(checkpoint.step)
+@contextmanager
+def report_full_disk(partial: Path, what: str) -> Iterator[None]:
+    """Replaces the errors of a full disk by one message, and removes the partly written directory.
+
+    Args:
+        partial: the directory being written.
+        what: its content, for the message.
+
+    Raises:
+        TrainingFailure: A disk, quota or file size limit was reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingFailure(
+            f"{what} could not be saved in {partial.parent}: {error}. Earlier checkpoints are intact; "
+            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there now. Free some space and repeat "
+            "the same command; it resumes from the last checkpoint."
+        ) from error
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL_ERRNOS
+    # safetensors reports the system's error number in its text only.
+    return any(f"os error {number})" in str(error) for number in DISK_FULL_ERRNOS)

@@ -1,4 +1,4 @@
-"""From typed settings to DeepSpeed's configuration dictionary. Pure."""
+"""DeepSpeed's configuration dictionary from the training settings. No torch, so that the plan can use it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pipeline.training.precision import Precision
 
 
 def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str, Any]:
-    """The whole dictionary for ``deepspeed.initialize``.
+    """Returns the dictionary for ``deepspeed.initialize``, including ``deepspeed.overrides``.
 
-    bfloat16 is DeepSpeed's own mode from ZeRO 1 on: parameters in bfloat16, float32 master weights in the optimizer.
-    At ZeRO 0 that mode would accumulate gradients in bfloat16, so there the parameters stay float32 and the forward
-    pass autocasts (see ``loss.SummedLoss``). Gradients accumulate and are reduced in float32 unless overridden.
+    From ZeRO 1 on, bfloat16 is DeepSpeed's own mode: parameters in bfloat16, and float32 master weights in the
+    optimizer. At ZeRO 0 that mode would accumulate gradients in bfloat16, so there the parameters stay float32 and the
+    forward pass uses autocast (see ``loss.SummedLoss``). Gradients are accumulated and reduced in float32 unless
+    overridden.
     """
     settings = train.deepspeed
     config: dict[str, Any] = {
@@ -26,15 +27,15 @@ def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": _zero(settings),
-        # The optimizer is torch's AdamW: nothing is compiled on first use, and its state can be named.
+        # Keep torch's AdamW when offloading. DeepSpeed's own would be compiled on first use.
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
+        "steps_per_print": 2**31,  # never; the loop logs
     }
     return merge(config, settings.overrides)
 
 
 def uses_bfloat16_parameters(train: Train, precision: Precision) -> bool:
-    """Whether the model itself is bfloat16, rather than float32 under autocast."""
+    """Returns whether the parameters are bfloat16, rather than float32 with or without autocast."""
     return precision == "bfloat16" and train.deepspeed.zero_stage > 0
 
 
@@ -52,7 +53,7 @@ def _zero(settings: DeepSpeed) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` laid over it, dictionary by dictionary."""
+    """Returns ``base`` updated by ``changes``. Nested dictionaries are merged recursively."""
     merged = dict(base)
     for name, value in changes.items():
         inner = merged.get(name)

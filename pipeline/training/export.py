@@ -1,103 +1,97 @@
-"""The end of a training stage: the whole model, and the numbers that say what was done."""
+"""Export of a finished training stage: the full model, and ``training.json`` with a summary of the run."""
 
 from __future__ import annotations
 
 import resource
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed
 
 from pipeline.files import fsync_directory, read_json, write_json
 from pipeline.models.export import export_with_replaced
-from pipeline.training import freeze
 from pipeline.training.checkpoint import Checkpoint, directory_name
+from pipeline.training.engine import RankContext
+from pipeline.training.freeze import ParameterRow
 from pipeline.training.job import TRAINING_FILE
-from pipeline.training.loop import DEVIATIONS, Progress
+from pipeline.training.loop import SPIKE_DEVIATIONS, Progress
 from pipeline.training.mfu import Peak
-from pipeline.training.rank_context import RankContext
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 
-def finish(session: RankContext, rows: list[freeze.Row], progress: Progress, peak: Peak) -> None:
-    """Writes the trained model and, last, ``training.json``. Collective."""
-    memory = _peak_memory(session)
-    if session.rank != 0:
+def export_trained_model(context: RankContext, table: list[ParameterRow], progress: Progress, peak: Peak) -> None:
+    """Writes the trained model from the last checkpoint and then ``training.json``. Collective."""
+    memory = _peak_memory(context)
+    if context.rank != 0:
         return
-    last = Checkpoint(session.checkpoints / directory_name(progress.step))
-    export_with_replaced(session.model_dir, session.task.out, last.tensors())
-    carry_chat_files(session.data_dir, session.task.out)
+    last = Checkpoint(context.checkpoints / directory_name(progress.step))
+    export_with_replaced(context.model_dir, context.task.out, last.tensors())
+    copy_chat_files(context.data_dir, context.task.out)
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
         "flops": progress.flops,
         "seconds": progress.seconds,
-        "world_size": session.ranks,
-        "precision": session.precision,
-        "zero_stage": session.settings.deepspeed.zero_stage,
-        "trainable_parameters": sum(row.parameters for row in rows if row.trained),
-        "total_parameters": sum(row.parameters for row in rows),
+        "world_size": context.ranks,
+        "precision": context.precision,
+        "zero_stage": context.settings.deepspeed.zero_stage,
+        "trainable_parameters": sum(row.parameters for row in table if row.trained),
+        "total_parameters": sum(row.parameters for row in table),
         "final_loss": progress.loss,
         "held_out": progress.held_out,
         "mfu": progress.flops / progress.seconds / peak.rate,
         "peak_flops_per_second": {"rate": peak.rate, "source": peak.source},
-        "checkpoints": _checkpoints(last, progress),
+        "checkpoints": {
+            "saved": progress.saves,
+            # If the run was killed after its last checkpoint, the seconds of that one are not included.
+            "seconds": progress.save_seconds,
+            "bytes": sum(path.stat().st_size for path in last.path.iterdir()),
+        },
         "warnings": _spike_warnings(progress),
         **memory,
     }
-    fsync_directory(session.task.out)  # the checkpoints go once this file is there
-    write_json(session.task.out / TRAINING_FILE, summary)
-
-
-def _checkpoints(last: Checkpoint, progress: Progress) -> dict[str, Any]:
-    """What saving cost; a run that was killed after its last save has no seconds of that one."""
-    return {
-        "saved": progress.saves,
-        "seconds": progress.save_seconds,
-        "bytes": sum(path.stat().st_size for path in last.path.iterdir()),
-    }
+    fsync_directory(context.task.out)  # the driver removes the checkpoints as soon as training.json exists
+    write_json(context.task.out / TRAINING_FILE, summary)
 
 
 def _spike_warnings(progress: Progress) -> list[str]:
     if not progress.spikes:
         return []
     steps = ", ".join(f"{spike['step']} ({spike['loss']:.3g})" for spike in progress.spikes)
-    return [f"the loss spiked at {len(progress.spikes)} step(s), more than {DEVIATIONS:g} deviations up: {steps}"]
+    return [
+        f"the loss spiked at {len(progress.spikes)} step(s), exceeding the mean by more than {SPIKE_DEVIATIONS:g} "
+        f"standard deviations: {steps}"
+    ]
 
 
-def _peak_memory(session: RankContext) -> dict[str, int]:
-    """Host memory of all ranks together, and the fullest GPU's."""
-    host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=session.device)
+def _peak_memory(context: RankContext) -> dict[str, int]:
+    """Returns the peak host memory summed over ranks, and the largest peak of a GPU, in bytes."""
+    host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=context.device)
     distributed.all_reduce(host)
-    if session.device.type != "cuda":
+    if context.device.type != "cuda":
         return {"peak_memory_bytes": int(host)}
-    gpu = torch.tensor(torch.cuda.max_memory_allocated(session.device), device=session.device)
+    gpu = torch.tensor(torch.cuda.max_memory_allocated(context.device), device=context.device)
     distributed.all_reduce(gpu, op=distributed.ReduceOp.MAX)
     return {"peak_memory_bytes": int(host), "peak_gpu_memory_bytes": int(gpu)}
 
 
-# --------------------------------------------------------------------------------------------------
-# What makes a tuned model a chat model for whoever loads it: its template, and where it stops.
+def copy_chat_files(data_dir: Path, model_dir: Path) -> None:
+    """Adds the chat template and end-of-turn token of the training data to the model trained on it.
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-GENERATION_CONFIG_FILE = "generation_config.json"
-
-
-def carry_chat_files(data_dir: Path, model_dir: Path) -> None:
-    """The template that the conversations were rendered with, and its end of turn, go with the model that learnt them.
-
-    A base model often stops at its end of text alone (Qwen2.5: ``<|endoftext|>``, turns end with ``<|im_end|>``), and
-    would talk on after every answer. Token blocks of plain text change nothing.
+    Many base models stop only at their end-of-text token. For example, Qwen2.5 stops at ``<|endoftext|>`` while its
+    turns end with ``<|im_end|>``, and would continue after every answer. Data without a template changes nothing.
     """
     template, end = data_dir / CHAT_TEMPLATE_FILE, read_json(data_dir / "dataset.json").get("end_of_turn")
     if template.is_file():
         shutil.copyfile(template, model_dir / CHAT_TEMPLATE_FILE)
     if end is not None:
-        _stop_at(end, model_dir)
+        _add_stop_token(end, model_dir)
 
 
-def _stop_at(token: int, model_dir: Path) -> None:
+def _add_stop_token(token: int, model_dir: Path) -> None:
     place = model_dir / GENERATION_CONFIG_FILE
     config = read_json(place) if place.exists() else {}
     known = config.get("eos_token_id", read_json(model_dir / "config.json").get("eos_token_id"))

@@ -1,4 +1,8 @@
-"""Which parameters train. Decided by ``expansion.json`` and the layer list, never by guessing from names."""
+"""Which parameters train, and the table that reports it.
+
+Layers are identified by the model's own list of layers, and new layers by ``expansion.json``, never by substrings of
+parameter names.
+"""
 
 from __future__ import annotations
 
@@ -18,52 +22,15 @@ from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.selection import BY_EXPANSION, select
 
 
-@dataclass(frozen=True)
-class Row:
-    """One parameter in the table that is printed before the first step."""
-
-    layer: int | None  # None: outside the decoder layers
-    role: str  # its name inside its layer, or its full name
-    name: str
-    parameters: int
-    trained: bool
-    dtype: str  # of compute; a trained parameter's master weight is float32
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks of a causal language model, in order."""
-    layers = model.base_model.layers
-    assert isinstance(layers, nn.ModuleList)
-    return layers
-
-
-def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
-    """Every parameter's decoder layer, or None outside of them; found by identity, in the model's order."""
-    owner = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
-    return {name: owner.get(id(p)) for name, p in model.named_parameters()}
-
-
-def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
-    """The role of every parameter that has one alone, by name; those outside the layers are left out."""
-    architecture = family_of(model.config.model_type)
-    found = {name: architecture.role_of(name) for name, _ in model.named_parameters()}
-    return {name: role for name, role in found.items() if role is not None}
-
-
 def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
-    """The names of the parameters that train; see ``pipeline.training.selection``.
+    """Returns the names of the parameters that train; see ``pipeline.training.selection``.
 
     Raises:
-        UserError: nothing would train, or the model directory does not say which layers are new.
+        UserError: no parameter would train, or the model directory does not record which layers are new.
     """
     layers = layer_of_parameter(model)
     expansion = _read_expansion(section, trainable, model_dir) if trainable in BY_EXPANSION else {}
     return select(section, trainable, layers, expansion)
-
-
-def new_layers(expansion: Mapping[str, Any]) -> set[int]:
-    """The layers that ``expansion.json`` calls new."""
-    return {entry["layer"] for entry in expansion["layers"] if entry["new"]}
 
 
 def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:
@@ -72,23 +39,52 @@ def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, 
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
-            rule=f"{EXPANSION_FILE} says which layers are new, and {model_dir} has none",
-            remedy=f"Say {section}.trainable=all, or a regular expression over parameter names.",
+            rule=f"{EXPANSION_FILE} records which layers are new, and {model_dir} has none",
+            remedy=f"Set {section}.trainable=all, or a regular expression over parameter names.",
         )
     expansion: dict[str, Any] = read_json(path)
     return expansion
 
 
 def freeze_others(model: PreTrainedModel, trainable: set[str]) -> None:
-    """Only these parameters ask for gradients from here on."""
+    """Makes the parameters named in ``trainable`` require gradients, and no others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
 
 
-def lowest_trainable_layer(model: PreTrainedModel) -> int:
-    """The lowest decoder layer that gradients must reach.
+# ------------------------------------------------------------------------------- layers and parameters
 
-    0 when something before the layers trains (embeddings), the number of layers when only something after them does.
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Returns the transformer layers of a causal language model, in order."""
+    layers = model.base_model.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
+    """Maps every parameter to its decoder layer, or to None outside of them, in the model's order."""
+    owner = {id(p): i for i, layer in enumerate(decoder_layers(model)) for p in layer.parameters()}
+    return {name: owner.get(id(p)) for name, p in model.named_parameters()}
+
+
+def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
+    """Maps the parameters inside layers to their roles. Parameters that hold several roles are omitted."""
+    family = family_of(model.config.model_type)
+    found = {name: family.role_of(name) for name, _ in model.named_parameters()}
+    return {name: role for name, role in found.items() if role is not None}
+
+
+def new_layers(expansion: Mapping[str, Any]) -> set[int]:
+    """Returns the layers that ``expansion.json`` marks as new."""
+    return {entry["layer"] for entry in expansion["layers"] if entry["new"]}
+
+
+def lowest_trainable_layer(model: PreTrainedModel) -> int:
+    """Returns the lowest decoder layer that gradients must reach.
+
+    It is 0 if parameters before the layers (embeddings) train, and the number of layers if only parameters after them
+    do.
     """
     layers = decoder_layers(model)
     inside = {id(p) for p in layers.parameters()}
@@ -99,28 +95,40 @@ def lowest_trainable_layer(model: PreTrainedModel) -> int:
     return next(trained, len(layers))
 
 
+def full_shape(parameter: nn.Parameter) -> Any:
+    """Returns the shape of the full parameter, of which a rank holds only a partition at ZeRO 3."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 # ------------------------------------------------------------------------------------------- table
 
 
-def describe(model: PreTrainedModel) -> list[Row]:
-    """One row a parameter, in the model's order."""
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter in the table that is printed before the first step."""
+
+    layer: int | None  # None outside the decoder layers
+    role: str  # the name inside its layer, or the full name
+    name: str
+    parameters: int
+    trained: bool
+    dtype: str  # of compute; the master weight of a trained parameter is float32
+
+
+def parameter_table(model: PreTrainedModel) -> list[ParameterRow]:
+    """Returns one row per parameter, in the model's order."""
     layers = layer_of_parameter(model)
     rows = []
     for name, parameter in model.named_parameters():
         layer = layers[name]
         role = name if layer is None else name.partition(f".{layer}.")[2]
         dtype = str(parameter.dtype).removeprefix("torch.")
-        rows.append(Row(layer, role, name, full_shape(parameter).numel(), parameter.requires_grad, dtype))
+        rows.append(ParameterRow(layer, role, name, full_shape(parameter).numel(), parameter.requires_grad, dtype))
     return rows
 
 
-def full_shape(parameter: nn.Parameter) -> Any:
-    """The shape of the whole parameter, also where ZeRO 3 holds only a slice of it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def format_rows(rows: list[Row]) -> str:
-    """The whole table as text, for the log."""
+def format_table(rows: list[ParameterRow]) -> str:
+    """Formats all rows as text, for the log."""
     lines = [f"{'layer':>5}  {'role':<40} {'parameters':>14}  {'':<7}  dtype"]
     for row in rows:
         layer = "-" if row.layer is None else str(row.layer)
@@ -128,11 +136,11 @@ def format_rows(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def format_summary(rows: list[Row]) -> str:
-    """The table for the terminal: neighbouring layers that fare alike share lines, and so do a layer's roles."""
+def format_summary(rows: list[ParameterRow]) -> str:
+    """Formats the table for the terminal. Consecutive layers that are alike share lines, as do roles that are alike."""
     lines = [f"{'layers':>9}  {'role':<34} {'parameters':>16}  {'':<7}  dtype"]
     layers = [(layer, list(group)) for layer, group in groupby(rows, key=lambda row: row.layer)]
-    for _, run in groupby(layers, key=lambda item: (item[0] is None, *_fate(item[1]))):
+    for _, run in groupby(layers, key=lambda item: (item[0] is None, *_signature(item[1]))):
         members = list(run)
         first, last = members[0][0], members[-1][0]
         label = "others" if first is None else str(first) if first == last else f"{first}-{last}"
@@ -142,10 +150,15 @@ def format_summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _role_lines(rows: list[Row]) -> list[str]:
-    """One line for all roles where they fare alike, else one a role."""
+def _signature(rows: list[ParameterRow]) -> tuple[tuple[str, int, bool], ...]:
+    """Returns what must be equal for layers to share lines."""
+    return tuple((row.role, row.parameters, row.trained) for row in rows)
+
+
+def _role_lines(rows: list[ParameterRow]) -> list[str]:
+    """Returns one line for all roles if they are alike, and one per role otherwise."""
     alike = len({(row.trained, row.dtype) for row in rows}) == 1
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[ParameterRow]] = {}
     for row in rows:
         groups.setdefault("all" if alike else row.role, []).append(row)
     return [
@@ -154,17 +167,13 @@ def _role_lines(rows: list[Row]) -> list[str]:
     ]
 
 
-def _state(row: Row) -> str:
+def _state(row: ParameterRow) -> str:
     return "trained" if row.trained else "frozen"
 
 
-def _fate(rows: list[Row]) -> tuple[tuple[str, int, bool], ...]:
-    return tuple((row.role, row.parameters, row.trained) for row in rows)
-
-
-def _count(rows: list[Row]) -> int:
+def _count(rows: list[ParameterRow]) -> int:
     return sum(row.parameters for row in rows)
 
 
-def _dtypes(row: Row) -> str:
+def _dtypes(row: ParameterRow) -> str:
     return f"{row.dtype}, master float32" if row.trained and row.dtype != "float32" else row.dtype

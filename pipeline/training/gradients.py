@@ -1,8 +1,8 @@
-"""Gradient norms by part, read where DeepSpeed keeps its slices: between the last backward pass and the step.
+"""Gradient norms by parameter group, read from DeepSpeed's partitions between the last backward pass and the step.
 
-The parts are the new layers' ``o_proj`` and ``down_proj`` (after function-preserving surgery they are zero, and alone
-get a gradient at first) and the rest of what trains. Every rank adds the squares of its own slices; one small
-reduction makes the norms, so that the whole norm costs what DeepSpeed's own does.
+The groups are the new layers' ``o_proj`` and ``down_proj`` and all other trained parameters. After function-preserving
+surgery these two projections are zero, and only they receive gradients at first. Every rank sums the squares of its own
+partitions, and one small all-reduce combines them, so the cost is that of DeepSpeed's own gradient norm.
 """
 
 from __future__ import annotations
@@ -23,61 +23,63 @@ from pipeline.models.families import Role
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.freeze import layer_of_parameter, new_layers, roles_of_parameters
 
-WHOLE, REST = "", "rest"  # all that trains; what is in none of the named parts
-PARTS: Mapping[tuple[str, str], str] = {("attention", "output"): "o_proj", ("mlp", "output"): "down_proj"}
+TOTAL, REST = "", "rest"  # all trained parameters; those outside the groups below
+NORM_GROUPS: Mapping[tuple[str, str], str] = {("attention", "output"): "o_proj", ("mlp", "output"): "down_proj"}
 
 
-def parts_of_parameters(model: PreTrainedModel, model_dir: Path) -> dict[nn.Parameter, str]:
-    """The part that each trained parameter counts with; where no layer is new, all layers count as such."""
+def group_parameters(model: PreTrainedModel, model_dir: Path) -> dict[nn.Parameter, str]:
+    """Returns the group of every trained parameter. If no layer is new, all layers are treated as new."""
     expansion = model_dir / EXPANSION_FILE
     new = new_layers(read_json(expansion)) if expansion.is_file() else set()
     layers, roles = layer_of_parameter(model), roles_of_parameters(model)
-    counted = {name: role for name, role in roles.items() if not new or layers[name] in new}
-    return {p: _part(counted.get(name)) for name, p in model.named_parameters() if p.requires_grad}
+    grouped = {name: role for name, role in roles.items() if not new or layers[name] in new}
+    return {p: _group_of(grouped.get(name)) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _part(role: Role | None) -> str:
-    return REST if role is None else PARTS.get((role.block, role.side), REST)
+def _group_of(role: Role | None) -> str:
+    return REST if role is None else NORM_GROUPS.get((role.block, role.side), REST)
 
 
 class GradientNorms:
-    """L2 norms of the accumulated gradients, before clipping.
+    """Computes L2 norms of the accumulated gradients, before clipping.
 
     Args:
-        parameters: the trained parameters, with the part that each belongs to.
+        engine: DeepSpeed's engine.
+        groups: the group of every trained parameter.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, parameters: Mapping[nn.Parameter, str]) -> None:
+    def __init__(self, engine: DeepSpeedEngine, groups: Mapping[nn.Parameter, str]) -> None:
         self._engine = engine
-        self._parameters = dict(parameters)
-        self._parts = sorted(set(parameters.values()))
-        self._sliced = not isinstance(engine.optimizer, torch.optim.Optimizer)  # else ZeRO 0: every rank has all
+        self._groups = dict(groups)
+        self._names = sorted(set(groups.values()))
+        # At ZeRO 0 the optimizer is AdamW itself, and every rank holds the full gradients.
+        self._partitioned = not isinstance(engine.optimizer, torch.optim.Optimizer)
 
     def read(self) -> dict[str, float]:
-        """The norm of every part, and of all together under ``WHOLE``. Collective."""
-        squares = torch.zeros(len(self._parts), dtype=torch.float64, device=self._engine.device)
-        for parameter, part in self._parameters.items():
-            gradient = self._slice(parameter)
+        """Returns the norm of every group, and of all together under ``TOTAL``. Collective."""
+        squares = torch.zeros(len(self._names), dtype=torch.float64, device=self._engine.device)
+        for parameter, group in self._groups.items():
+            gradient = self._local_gradient(parameter)
             if gradient is not None:
-                squares[self._parts.index(part)] += gradient.float().square().sum(dtype=torch.float64)
-        if self._sliced:
+                squares[self._names.index(group)] += gradient.float().square().sum(dtype=torch.float64)
+        if self._partitioned:
             distributed.all_reduce(squares)
         values: list[float] = squares.tolist()
-        return {
-            WHOLE: math.sqrt(math.fsum(values)),
-            **{p: math.sqrt(v) for p, v in zip(self._parts, values, strict=True)},
-        }
+        norms = {name: math.sqrt(value) for name, value in zip(self._names, values, strict=True)}
+        return {TOTAL: math.sqrt(math.fsum(values)), **norms}
 
-    def _slice(self, parameter: Any) -> torch.Tensor | None:
-        """What this rank holds of a parameter's gradient; None where that is nothing."""
-        if not self._sliced:
+    def _local_gradient(self, parameter: Any) -> torch.Tensor | None:
+        """Returns this rank's part of a parameter's gradient, or None if it has none."""
+        if not self._partitioned:
             return parameter.grad
         if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
             return self._engine.optimizer.get_local_fp32_grad_for_param(parameter)
-        mapping = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # DeepSpeed's link from a parameter to its fragment on this rank
         if mapping is None:
             return None
         gradient: torch.Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
         own = mapping.lp_fragment_address
-        whole = gradient.numel() == parameter.numel()  # the bfloat16 optimizer accumulates all on every rank
-        return gradient.narrow(0, own.start, own.numel) if whole else gradient
+        # DeepSpeed's bfloat16 optimizer accumulates full gradients on every rank. Without this cut they would be
+        # summed once per rank.
+        is_full = gradient.numel() == parameter.numel()
+        return gradient.narrow(0, own.start, own.numel) if is_full else gradient

@@ -1,6 +1,6 @@
-"""A training stage as the driver sees it: hand the task to workers, show how it goes, keep the artifact tidy.
+"""A training stage on the driver's side: starts the workers, follows their progress, and cleans up the artifact.
 
-No torch here: the driver never touches a tensor.
+The driver must not import torch, so neither does this module.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from pipeline.training.schedule import total_steps
 from pipeline.training.validate import validate_data
 
 WORKER = "pipeline.training.worker"
-LOGS, CHECKPOINTS = "logs", "checkpoints"  # the second is removed when training is done
-SNAPSHOTS = "on_the_way"  # the name that finished artifacts have on disk, so it stays
+LOGS, CHECKPOINTS = "logs", "checkpoints"  # in the artifact; checkpoints are removed once training is done
+SNAPSHOTS = "on_the_way"  # the directory's name in existing artifacts
 START_FILE = "start.json"  # in the logs: what the workers are about to train
-TRAINING_FILE = "training.json"  # written last: where it stands, training is done
-TAIL_BYTES = 16384
+TRAINING_FILE = "training.json"  # written last, so training is done once it exists
+TAIL_BYTES = 16384  # read from the end of the metrics file
 
 
 def run_training(task: StageTask) -> Metrics:
     """Trains under torchrun and leaves the finished model in ``task.out``.
 
     Raises:
-        UserError: the workers refused the job.
-        Stopped: a signal stopped them after they saved.
-        WorkersFailed: one of them died.
-        OutOfMemory: for want of memory.
+        UserError: the workers refused the request.
+        Stopped: the workers were stopped by a signal, after saving.
+        WorkersFailed: a worker died.
+        OutOfMemory: a worker ran out of memory.
     """
-    done = task.out / TRAINING_FILE
-    if not done.exists():
-        _run(task)
+    summary = task.out / TRAINING_FILE
+    if not summary.exists():
+        _run_workers(task)
     shutil.rmtree(task.out / CHECKPOINTS, ignore_errors=True)
-    metrics: Metrics = read_json(done)
+    metrics: Metrics = read_json(summary)
     return metrics
 
 
-def _run(task: StageTask) -> None:
+def _run_workers(task: StageTask) -> None:
     settings = task.settings
     assert isinstance(settings, Train)
     validate_data(task.name, settings, task.parents["data"], task.parents["model"])
     logs = task.out / LOGS
     logs.mkdir(parents=True, exist_ok=True)
-    (logs / START_FILE).unlink(missing_ok=True)
+    (logs / START_FILE).unlink(missing_ok=True)  # of an earlier attempt
     job_file = logs / "task.json"
     write_json(job_file, task_to_json(task))
     blocks = read_json(task.parents["data"] / "dataset.json")["blocks"]["train"]
     with progress(task.name, total=total_steps(settings, blocks)) as bar:
         try:
-            run_workers(WORKER, job_file, task.launch, logs, on_poll=Watch(task.out, bar))
+            run_workers(WORKER, job_file, task.launch, logs, on_poll=ProgressWatcher(task.out, bar))
         except WorkersFailed as error:
             if OUT_OF_MEMORY in str(error):
                 raise OutOfMemory(str(error)) from error
@@ -72,22 +72,23 @@ def snapshot_dir(artifact: Path, fraction: float) -> Path:
     return artifact / SNAPSHOTS / percent(fraction)
 
 
-class Watch:
-    """Follows the workers' files: prints what is trained once, then moves the bar with every logged step."""
+class ProgressWatcher:
+    """Polls the workers' files. Prints what they train once, then advances the bar with every logged step."""
 
     def __init__(self, out: Path, bar: ProgressBar) -> None:
         self._start_file, self._metrics, self._bar = out / LOGS / START_FILE, out / METRICS_FILE, bar
         self._started = False
 
     def __call__(self) -> None:
-        """One look."""
+        """Polls once."""
         if not self._started and self._start_file.exists():
             self._started = True
             announce(read_json(self._start_file))
-        numbers = last_logged(self._metrics, "loss") if self._started else None
-        if numbers is not None:
-            shown = {name: numbers[name] for name in ("loss", "tokens_per_second")}
-            self._bar.move_to(numbers["step"], **shown)
+        # Before the start, the metrics file may still hold steps that are dropped on resuming.
+        metrics = last_logged(self._metrics, "loss") if self._started else None
+        if metrics is not None:
+            shown = {name: metrics[name] for name in ("loss", "tokens_per_second")}
+            self._bar.move_to(metrics["step"], **shown)
 
 
 def announce(start: dict[str, Any]) -> None:
@@ -97,12 +98,14 @@ def announce(start: dict[str, Any]) -> None:
 
 
 def last_logged(metrics: Path, name: str) -> dict[str, Any] | None:
-    """The last whole line of a metrics file that has this number; None before there is one."""
+    """Returns the last complete line of a metrics file that contains ``name``, or None."""
     if not metrics.exists():
         return None
     with open(metrics, "rb") as stream:
         stream.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+        # What follows the last newline is a line that is still being written.
         lines = stream.read().decode(errors="replace").split("\n")[:-1]
+    # The first line may be cut off at its beginning, so only lines that begin like one count.
     found = (json.loads(line) for line in reversed(lines) if f'"{name}":' in line and line.startswith("{"))
     numbers: dict[str, Any] | None = next(found, None)
     return numbers

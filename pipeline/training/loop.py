@@ -1,8 +1,8 @@
-"""The one training loop: tokens in, loss out. pretrain and sft differ in their data and settings only.
+"""The training loop, shared by pretrain and sft, which differ in their data and settings only.
 
-A step's loss is the sum over supervised tokens divided by their number in the whole global batch, so neither ragged
-masks nor the number of ranks or micro-batches change it. Random numbers are seeded by (seed, step, rank) at every
-step, so they need no state.
+The loss of a step is the sum over supervised tokens divided by their number in the global batch. Therefore it depends
+neither on ragged masks nor on the number of ranks or micro-batches. Random numbers are seeded by (seed, step, rank) at
+every step, so they need no state in checkpoints.
 """
 
 from __future__ import annotations
@@ -23,53 +23,59 @@ from pipeline.config import Train
 from pipeline.errors import TrainingFailure
 from pipeline.models.flops import TrainingFlops
 from pipeline.tracking import Tracker
-from pipeline.training.batches import Blocks, global_batch, held_out_indices, micro_batches
-from pipeline.training.gradients import WHOLE, GradientNorms
+from pipeline.training.batches import TokenBlocks, global_batch, held_out_indices, micro_batches
+from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
-from pipeline.training.optimizer import MULTIPLE
+from pipeline.training.optimizer import LR_MULTIPLE
 from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
 
 Status = Literal["done", "stopped"]
 
+# A loss is a spike if it exceeds the mean of the previous steps by more than ``SPIKE_DEVIATIONS`` standard deviations.
+# This is the spike score of OLMo 2 (arXiv 2501.00656), over a window short enough for runs of a few hundred steps.
+SPIKE_DEVIATIONS = 7.0
+SPIKE_WINDOW = 128  # steps
+SPIKE_MIN_STEPS = 16  # in the window; with fewer, nothing is a spike
+
 
 @dataclass
 class Progress:
-    """Where training stands; all of it is JSON and survives in checkpoints."""
+    """The progress of training, as JSON values that are saved in checkpoints."""
 
     step: int = 0
     tokens: int = 0
     flops: int = 0
-    seconds: float = 0.0  # of training steps alone
+    seconds: float = 0.0  # of training steps only
     loss: float | None = None  # of the last step
-    recent_losses: list[float] = field(default_factory=list)  # what a spike is measured against
+    recent_losses: list[float] = field(default_factory=list)  # the window for detecting spikes, oldest first
     spikes: list[dict[str, float]] = field(default_factory=list)
-    saves: int = 0  # checkpoints written, this one too
-    save_seconds: float = 0.0  # of those before this one
+    saves: int = 0  # checkpoints, including the one being saved
+    save_seconds: float = 0.0  # of earlier checkpoints
     held_out: list[dict[str, float]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; ``Progress(**values)`` is the inverse."""
+        """Returns plain values. ``Progress(**values)`` is the inverse."""
         return asdict(self)
 
 
 @dataclass
 class Loop:
-    """One rank's part in training.
+    """Runs training on one rank.
 
     Attributes:
         section: "pretrain" or "sft", for messages.
-        wants_stop: asked once a step; any rank may say yes, and then all stop after the same step.
-        save: writes a checkpoint of the current progress; called by all ranks together.
-        save_snapshot: saves the current model as the snapshot of a fraction of the steps; called by all ranks together.
-        tracker: where numbers go; None on all ranks but the first.
+        wants_stop: called once per step. If it returns True on any rank, all ranks stop after that step.
+        save: saves a checkpoint of the current progress. Collective.
+        save_snapshot: saves the current model as the snapshot at a fraction of the steps. Collective.
+        tracker: receives the metrics; None on all ranks but the first.
     """
 
     section: str
     train: Train
     seed: int
     steps: int
-    blocks: Blocks
-    held_out: Blocks
+    blocks: TokenBlocks
+    held_out: TokenBlocks
     engine: deepspeed.DeepSpeedEngine
     gradients: GradientNorms
     flops: TrainingFlops
@@ -82,15 +88,15 @@ class Loop:
     tracker: Tracker | None
 
     def run(self) -> Status:
-        """Trains to the last step, or to where a stop was asked for; the state is saved either way.
+        """Trains until the last step or a stop request. A checkpoint is saved in both cases.
 
         Raises:
-            TrainingFailure: a loss or gradient norm is not finite.
+            TrainingFailure: A loss or gradient norm is not finite.
         """
-        self._look_if_due()
+        self._evaluate_and_snapshot()
         while self.progress.step < self.steps:
             stop = self._step()
-            self._look_if_due()
+            self._evaluate_and_snapshot()
             last = self.progress.step == self.steps
             if stop or last or self.progress.step % self.train.checkpoint_every_steps == 0:
                 self.save(self.progress)
@@ -101,22 +107,23 @@ class Loop:
     # ------------------------------------------------------------------------------------- one step
 
     def _step(self) -> bool:
-        """One optimizer step; returns whether some rank wants to stop after it."""
+        """Takes one optimizer step. Returns whether any rank wants to stop after it."""
         started = time.perf_counter()
         step = self.progress.step + 1
         self._seed(step)
         rate = learning_rate(self.train, step, self.steps)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate * group[MULTIPLE]
+            group["lr"] = rate * group[LR_MULTIPLE]
         indices = global_batch(self.seed, step, len(self.blocks), self.train.global_batch)
         supervised = self.blocks.supervised_tokens(indices)
         loss, stop = self._accumulate(indices, supervised)
-        self._check(loss, "loss", step)
+        # Both checks come before the optimizer step: a non-finite gradient would overwrite good weights.
+        self._check_finite(loss, "loss", step)
         norms = self.gradients.read()
-        self._check(norms[WHOLE], "gradient norm", step)
+        self._check_finite(norms[TOTAL], "gradient norm", step)
         self.engine.step()
         seconds = time.perf_counter() - started
-        flops = self._count(step, loss, supervised, seconds)
+        flops = self._update_progress(step, loss, supervised, seconds)
         self._log_step(loss, rate, norms, flops, seconds)
         return stop
 
@@ -125,10 +132,10 @@ class Loop:
         torch.manual_seed(int(words[0]))
 
     def _accumulate(self, indices: np.ndarray, supervised: int) -> tuple[float, bool]:
-        """Forward and backward over this rank's micro-batches.
+        """Runs the forward and backward passes of this rank's micro-batches.
 
         Returns:
-            The global batch's loss, and whether some rank wants to stop.
+            The loss of the global batch, and whether any rank wants to stop.
         """
         ranks, rank = distributed.get_world_size(), distributed.get_rank()
         count = max(1, supervised)
@@ -137,31 +144,34 @@ class Loop:
         for number, share in enumerate(shares, start=1):
             batch = self.blocks.batch(share, self.device)
             loss = self.engine(batch.input_ids, batch.position_ids, batch.loss_mask)
-            # DeepSpeed averages gradients over ranks; the sum is wanted.
+            # DeepSpeed averages gradients over ranks, but the sum is needed: the loss is already divided by the number
+            # of supervised tokens in the global batch. For the same reason DeepSpeed must not divide by the number of
+            # accumulation steps.
             self.engine.backward(loss * (ranks / count), scale_wrt_gas=False)
             if number < len(shares):
-                self.engine.step()  # inside the accumulation it only counts micro-batches
+                self.engine.step()  # before the last micro-batch this only advances DeepSpeed's counter
             total += loss.detach()
+        # The stop requests travel with the loss, which saves a collective per step.
         summed, stops = self._all_reduce(total.item(), float(self.wants_stop()))
         return summed / count, stops > 0
 
-    def _check(self, value: float, what: str, step: int) -> None:
+    def _check_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             rate = learning_rate(self.train, step, self.steps)
             raise TrainingFailure(
                 f"the {what} is {value} at step {step} (learning rate {rate:.3g}, last loss {self.progress.loss}); "
-                f"the last saved state is kept. Lower {self.section}.learning_rate or {self.section}.max_grad_norm, "
+                f"the last checkpoint is intact. Lower {self.section}.learning_rate or {self.section}.max_grad_norm, "
                 f"or raise {self.section}.warmup_fraction."
             )
 
-    def _count(self, step: int, loss: float, supervised: int, seconds: float) -> int:
-        """Adds a step to the progress; returns its operations."""
+    def _update_progress(self, step: int, loss: float, supervised: int, seconds: float) -> int:
+        """Adds a step to the progress. Returns the step's FLOPs."""
         progress = self.progress
         tokens = self.train.global_batch * self.blocks.sequence_length
         flops = self.flops.of_tokens(tokens, supervised)
         if is_spike(loss, progress.recent_losses):
             progress.spikes.append({"step": step, "loss": loss})
-        progress.recent_losses = [*progress.recent_losses, loss][-WINDOW:]
+        progress.recent_losses = [*progress.recent_losses, loss][-SPIKE_WINDOW:]
         progress.step, progress.loss = step, loss
         progress.tokens += tokens
         progress.flops += flops
@@ -172,25 +182,25 @@ class Loop:
         if self.tracker is None:
             return
         spiked = any(spike["step"] == self.progress.step for spike in self.progress.spikes)
-        numbers = {
+        metrics = {
             "loss": loss,
             "learning_rate": rate,
-            **{f"grad_norm/{part}" if part else "grad_norm": norm for part, norm in norms.items()},
+            **{f"grad_norm/{group}" if group else "grad_norm": norm for group, norm in norms.items()},
             "tokens_per_second": self.train.global_batch * self.blocks.sequence_length / seconds,
             "mfu": flops / seconds / self.peak.rate,
             "memory_bytes": memory_in_use(self.device),
             **({"loss_spike": 1} if spiked else {}),
         }
-        self.tracker.log({**numbers, **self._spent()}, step=self.progress.step)
+        self.tracker.log({**metrics, **self._cost()}, step=self.progress.step)
 
-    def _spent(self) -> dict[str, float]:
+    def _cost(self) -> dict[str, float]:
         progress = self.progress
         return {"tokens": progress.tokens, "flops": progress.flops, "seconds": progress.seconds}
 
     # --------------------------------------------------------------------- evaluation and snapshots
 
-    def _look_if_due(self) -> None:
-        """What is to be known or kept of the model as it is now."""
+    def _evaluate_and_snapshot(self) -> None:
+        """Computes the held-out loss and saves snapshots if they are due at the current step."""
         self._evaluate_if_due()
         for fraction in fractions_at(self.train.snapshot_at, self.progress.step, self.steps):
             self.save_snapshot(fraction)
@@ -198,28 +208,31 @@ class Loop:
     def _evaluate_if_due(self) -> None:
         step = self.progress.step
         fraction = evaluation_steps(self.train, self.steps).get(step)
+        # After resuming, the loss at the checkpoint's step may already be on record.
         if fraction is None or any(entry["step"] == step for entry in self.progress.held_out):
             return
         loss = self.held_out_loss()
-        self._check(loss, "held-out loss", step or 1)
-        self.progress.held_out.append({"fraction": fraction, "step": step, "loss": loss, **self._spent()})
+        self._check_finite(loss, "held-out loss", step or 1)
+        self.progress.held_out.append({"fraction": fraction, "step": step, "loss": loss, **self._cost()})
         if self.tracker is not None:
-            numbers = {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
-            self.tracker.log({**numbers, **self._spent()}, step=step)
+            # exp overflows above 709.
+            metrics = {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
+            self.tracker.log({**metrics, **self._cost()}, step=step)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean loss a supervised token on the held-out blocks, the same blocks every time."""
+        """Returns the mean loss per supervised token on the held-out blocks, which are the same every time."""
         ranks, rank = distributed.get_world_size(), distributed.get_rank()
         indices = held_out_indices(len(self.held_out), self.train.held_out_blocks)
         round_size = ranks * self.train.micro_batch
-        # Every rank runs equally many forward passes, as ZeRO 3 needs; repeated blocks are masked.
+        # At ZeRO 3 all ranks must run the same number of forward passes. Blocks are repeated to fill the last round,
+        # and the repeated ones are masked.
         padded = np.resize(indices, -(-len(indices) // round_size) * round_size)
         real = torch.from_numpy(np.arange(len(padded)) < len(indices)).to(self.device)
-        places = np.arange(len(padded))
+        positions = np.arange(len(padded))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.eval()
-        for share in micro_batches(places, self.train.micro_batch, rank, ranks):
+        for share in micro_batches(positions, self.train.micro_batch, rank, ranks):
             batch = self.held_out.batch(padded[share], self.device)
             total += self.engine(batch.input_ids, batch.position_ids, batch.loss_mask & real[share, None])
         self.engine.train()
@@ -227,26 +240,16 @@ class Loop:
         return summed / max(1, self.held_out.supervised_tokens(indices))
 
     def _all_reduce(self, *values: float) -> list[float]:
-        """Sums over all ranks."""
+        """Returns the sums over all ranks."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(tensor)
         summed: list[float] = tensor.tolist()
         return summed
 
 
-# --------------------------------------------------------------------------------------------------
-# When a step's loss counts as a spike.
-#
-# A loss is a spike when it lies more than ``DEVIATIONS`` standard deviations above the mean of the up to ``WINDOW``
-# steps before it, and there are at least ``LEAST`` of those. The measure is OLMo 2's spike score (arXiv 2501.00656),
-# over a window short enough for runs of some hundred steps.
-
-WINDOW, LEAST, DEVIATIONS = 128, 16, 7.0
-
-
-def is_spike(loss: float, before: Sequence[float]) -> bool:
-    """Whether ``loss`` is a spike after the losses ``before`` it, oldest first."""
-    window = before[-WINDOW:]
-    if len(window) < LEAST:
+def is_spike(loss: float, previous: Sequence[float]) -> bool:
+    """Returns whether ``loss`` is a spike compared to the ``previous`` losses, oldest first."""
+    window = previous[-SPIKE_WINDOW:]
+    if len(window) < SPIKE_MIN_STEPS:
         return False
-    return loss > statistics.fmean(window) + DEVIATIONS * statistics.pstdev(window)
+    return loss > statistics.fmean(window) + SPIKE_DEVIATIONS * statistics.pstdev(window)

@@ -1,7 +1,8 @@
-"""AdamW over the trained parameters: who decays, and who learns faster.
+"""AdamW over the trained parameters, with parameter groups for weight decay and learning rates.
 
-Norms and biases do not decay. Outputs that surgery set to zero (``o``, ``down``) are the only tensors that move in the
-first step, so a role may have a learning rate of its own, as a multiple of the schedule's.
+Norms and biases are not decayed. A role may have a learning rate of its own, as a multiple of the schedule's: after
+function-preserving surgery the zero-initialized outputs (``o``, ``down``) are the only tensors that change in the first
+step.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pipeline.config import Train
 from pipeline.errors import UserError
 from pipeline.training.freeze import full_shape, roles_of_parameters
 
-MULTIPLE = "learning_rate_multiple"  # of a parameter group; the loop multiplies the schedule's rate by it
+LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
 
 
 def parameter_groups(section: str, model: PreTrainedModel, train: Train) -> list[dict[str, Any]]:
-    """Trained parameters for AdamW, by weight decay and learning rate.
+    """Groups the trained parameters for AdamW by weight decay and learning rate.
 
     Raises:
-        UserError: a learning rate is set for a role that nothing trained has.
+        UserError: ``role_learning_rates`` names a role that no trained parameter has.
     """
     multiples = train.role_learning_rates
     role_of = roles_of_parameters(model) if multiples else {}
@@ -34,27 +35,25 @@ def parameter_groups(section: str, model: PreTrainedModel, train: Train) -> list
             continue
         role = role_of[name].name if name in role_of else None
         unused.discard(role or "")
-        is_bias = name.endswith("bias")  # gpt_oss's experts have theirs in one matrix
+        # The dimension alone does not identify biases: gpt_oss stacks those of its experts in a matrix.
+        is_bias = name.endswith("bias")
         decay = 0.0 if is_bias or len(full_shape(parameter)) < 2 else train.weight_decay
         groups[decay, multiples.get(role or "", 1.0)].append(parameter)
     if unused:
-        raise _no_such_role(section, sorted(unused), sorted({role.name for role in role_of.values()}))
+        known = sorted({role.name for role in role_of.values()})
+        raise UserError(
+            setting=f"{section}.role_learning_rates",
+            value=", ".join(sorted(unused)),
+            rule=f"no trained parameter has this role; the model's roles are {', '.join(known)}",
+            remedy="Name the role of a trained parameter, or remove the setting.",
+        )
     return [
-        {"params": parameters, "weight_decay": decay, MULTIPLE: multiple}
+        {"params": parameters, "weight_decay": decay, LR_MULTIPLE: multiple}
         for (decay, multiple), parameters in groups.items()
     ]
 
 
-def _no_such_role(section: str, unused: list[str], known: list[str]) -> UserError:
-    return UserError(
-        setting=f"{section}.role_learning_rates",
-        value=", ".join(unused),
-        rule=f"nothing that trains has this role; the model's roles are {', '.join(known)}",
-        remedy="Name one that trains, or leave the setting empty.",
-    )
-
-
 def make_adamw(groups: list[dict[str, Any]], train: Train) -> torch.optim.AdamW:
-    """torch's fused AdamW: one kernel a step, on CPU and GPU alike."""
+    """Returns torch's fused AdamW, on CPUs and GPUs alike."""
     betas = (train.beta1, train.beta2)
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)

@@ -1,9 +1,8 @@
-"""The float32 state of trained parameters, by name, wherever DeepSpeed keeps it.
+"""Named access to the float32 training state: master weights and AdamW's moments, for every ZeRO stage.
 
-ZeRO flattens, pads and slices master weights and AdamW's moments. DeepSpeed's accessors put one parameter together
-again; this room adds what they leave out: moments before a first step, ZeRO 0, slices with padding, and the compute
-weights, which DeepSpeed derives from the masters only after a step. Reading is collective: every rank calls in the
-same order.
+ZeRO flattens, pads and partitions this state. DeepSpeed's accessors reassemble single parameters. ``OptimizerState``
+adds what they leave out: moments before the first step, ZeRO 0, padded partitions at ZeRO 3, and the compute weights,
+which DeepSpeed updates from the master weights only in a step.
 """
 
 from __future__ import annotations
@@ -28,101 +27,113 @@ from deepspeed.utils import (
 from torch import nn
 from torch.nn.functional import pad
 
-Part = Literal["weight", "exp_avg", "exp_avg_sq"]
-MOMENTS: tuple[Part, ...] = ("exp_avg", "exp_avg_sq")
-PARTS: tuple[Part, ...] = ("weight", *MOMENTS)
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[StateKey, ...] = ("exp_avg", "exp_avg_sq")
+STATE_KEYS: tuple[StateKey, ...] = ("weight", *MOMENTS)
 
 
-class Masters:
-    """Read and write access to master weights and moments.
+class OptimizerState:
+    """Reads and writes the master weights and moments of trained parameters by name.
 
     Args:
         engine: DeepSpeed's engine around torch's AdamW, before its first step.
-        parameters: the trained parameters by the names they have in the model directory.
+        parameters: the trained parameters by their names in the model directory.
     """
 
     def __init__(self, engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter]) -> None:
         self._engine = engine
         self._parameters = dict(parameters)
+        self._zero0 = isinstance(engine.optimizer, torch.optim.Optimizer)  # AdamW itself, not wrapped by ZeRO
         self._zero3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
-        self._plain = isinstance(engine.optimizer, torch.optim.Optimizer)  # ZeRO 0
         self._create_moments()
 
     def names(self) -> Iterator[str]:
-        """The trained parameters, in the model's order."""
+        """Returns the names of the trained parameters, in the model's order."""
         return iter(self._parameters)
 
-    def read(self, name: str, part: Part) -> torch.Tensor:
-        """One whole float32 tensor, in the parameter's shape, on the CPU. Collective."""
+    def read(self, name: str, key: StateKey) -> torch.Tensor:
+        """Returns a full float32 tensor on the CPU, in the parameter's shape.
+
+        Collective: all ranks must read the same tensors in the same order.
+        """
         parameter = self._parameters[name]
-        if self._plain:
-            value = parameter.data if part == "weight" else self._engine.optimizer.state[parameter][part]
-        elif part == "weight":
+        if self._zero0:
+            # Parameters are float32 at ZeRO 0 (see deepspeed_config), so they are their own master weights.
+            value = parameter.data if key == "weight" else self._engine.optimizer.state[parameter][key]
+        elif key == "weight":
             value = safe_get_full_fp32_param(parameter)
         else:
-            value = safe_get_full_optimizer_state(parameter, part)
-        assert value is not None and value.dtype == torch.float32, (name, part)
+            value = safe_get_full_optimizer_state(parameter, key)
+        assert value is not None and value.dtype == torch.float32, (name, key)
         return value.detach().cpu()
 
-    def write(self, name: str, part: Part, value: torch.Tensor) -> None:
-        """Sets one whole tensor; a weight is also cast into the weights of compute. Every rank gives the same."""
+    def write(self, name: str, key: StateKey, value: torch.Tensor) -> None:
+        """Sets a full tensor. A weight is also written to the compute weights, in their dtype.
+
+        Collective: all ranks must pass the same value.
+        """
         parameter = self._parameters[name]
         value = value.to(self._engine.device, torch.float32)
-        if self._plain:
-            target = parameter.data if part == "weight" else self._engine.optimizer.state[parameter][part]
+        if self._zero0:
+            target = parameter.data if key == "weight" else self._engine.optimizer.state[parameter][key]
             target.copy_(value)
         elif self._zero3:
-            self._write_slice(parameter, part, value)
-        elif part == "weight":
+            self._write_partition(parameter, key, value)
+        elif key == "weight":
             safe_set_full_fp32_param(parameter, value)
-            parameter.data.copy_(value)
+            parameter.data.copy_(value)  # DeepSpeed would do this only after the next step
         else:
-            safe_set_full_optimizer_state(parameter, value, part)
+            safe_set_full_optimizer_state(parameter, value, key)
 
-    def _write_slice(self, parameter: Any, part: Part, value: torch.Tensor) -> None:
-        """ZeRO 3: the whole-tensor setter fails where the ranks do not divide the parameter, so slices are cut here."""
+    def _write_partition(self, parameter: Any, key: StateKey, value: torch.Tensor) -> None:
+        """Writes this rank's partition at ZeRO 3.
+
+        DeepSpeed's setter of full tensors fails if the number of ranks does not divide the number of elements, so the
+        value is padded and partitioned here.
+        """
         size = parameter.ds_tensor.ds_numel
         ranks, rank = self._engine.dp_world_size, torch.distributed.get_rank()
-        mine = pad(value.flatten(), (0, size * ranks - value.numel()))[size * rank : size * (rank + 1)]
-        if part != "weight":
-            safe_set_local_optimizer_state(parameter, mine, part)
+        padded = pad(value.flatten(), (0, size * ranks - value.numel()))
+        partition = padded[size * rank : size * (rank + 1)]
+        if key != "weight":
+            safe_set_local_optimizer_state(parameter, partition, key)
             return
-        safe_set_local_fp32_param(parameter, mine)
-        with GatheredParameters([parameter], modifier_rank=0):
+        safe_set_local_fp32_param(parameter, partition)
+        with GatheredParameters([parameter], modifier_rank=0):  # on exit, rank 0's values go to all partitions
             parameter.data.copy_(value)
 
-    # --------------------------------------------------------------------------------------- optimizer
+    def set_step(self, step: int) -> None:
+        """Sets AdamW's step count, from which it computes the bias corrections."""
+        for tensor in self._optimized_tensors():
+            self._adamw.state[tensor]["step"].fill_(step)
+
+    # ------------------------------------------------------------------------------------- AdamW's state
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.optimizer if self._plain else self._engine.optimizer.optimizer
+        optimizer = self._engine.optimizer if self._zero0 else self._engine.optimizer.optimizer
         assert isinstance(optimizer, torch.optim.AdamW)
         return optimizer
 
-    def _tensors(self) -> list[torch.Tensor]:
-        """The tensors that AdamW steps: flat float32 slices, or the parameters themselves at ZeRO 0."""
+    def _optimized_tensors(self) -> list[torch.Tensor]:
+        """Returns the tensors that AdamW updates: flat float32 partitions, or the parameters themselves at ZeRO 0."""
         optimizer = self._engine.optimizer
         if self._zero3:
             return list(optimizer.fp32_partitioned_groups_flat)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
             return list(optimizer.single_partition_of_fp32_groups)
-        if isinstance(optimizer, BF16_Optimizer):
+        if isinstance(optimizer, BF16_Optimizer):  # DeepSpeed's choice at ZeRO 1 in bfloat16
             return list(optimizer.fp32_groups_flat_partition)
-        assert self._plain, type(optimizer)
+        assert self._zero0, type(optimizer)
         return list(self._parameters.values())
 
     def _create_moments(self) -> None:
-        """AdamW makes its state in its first step; here it exists from the start, so that it can be restored."""
-        for tensor in self._tensors():
+        """Creates AdamW's state, which it would create in its first step, so that a checkpoint can be restored."""
+        for tensor in self._optimized_tensors():
             assert not self._adamw.state[tensor]
             self._adamw.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                 **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
             }
-        if not self._plain and not self._zero3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # links names to slices of the moments
-
-    def set_step(self, step: int) -> None:
-        """AdamW's own count of steps, which corrects its moments' bias."""
-        for tensor in self._tensors():
-            self._adamw.state[tensor]["step"].fill_(step)
+        if not self._zero0 and not self._zero3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # maps parameters to slices of the moments

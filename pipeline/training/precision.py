@@ -21,7 +21,7 @@ def resolve_precision(
     Args:
         setting: ``pretrain.precision`` or ``sft.precision``. Anything but ``auto`` is returned unchanged.
         device_type: "cpu" or "cuda".
-        gpu_has_bfloat16: Whether the GPU supports bfloat16 natively. The plan, which cannot query it, assumes so.
+        gpu_has_bfloat16: whether the GPU supports bfloat16 natively. The plan, which cannot query it, assumes so.
     """
     if setting != "auto":
         return setting

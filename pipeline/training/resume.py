@@ -1,7 +1,8 @@
-"""Where training begins: with the model's own weights, or at the newest checkpoint that is whole and belongs here.
+"""Resuming: the newest intact checkpoint, and whether it belongs to this run.
 
-One rank looks and the others are told, or a damaged file could part them. A checkpoint belongs to a model, data,
-settings and a seed; ranks, ZeRO stage and micro-batch may change, and then losses agree to rounding, not to the bit.
+Rank 0 chooses the checkpoint and broadcasts its choice. If every rank chose for itself, a damaged file could make them
+disagree. A checkpoint belongs to a model, data, settings and a seed. The number of ranks, the ZeRO stage and the
+micro-batch may change between saving and resuming; losses then agree up to rounding.
 """
 
 from __future__ import annotations
@@ -22,42 +23,55 @@ from pipeline.files import read_json, sha256_file
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 
-NONE = -1
+NO_CHECKPOINT = -1
 
 
 def newest_checkpoint(directory: Path, device: torch.device) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, as the first rank finds it, and there what was wrong with others. Collective."""
-    step, faults = torch.full((), NONE, dtype=torch.int64, device=device), list[str]()
+    """Returns the newest intact checkpoint, and on rank 0 what is wrong with newer ones. Collective."""
+    step, faults = torch.full((), NO_CHECKPOINT, dtype=torch.int64, device=device), list[str]()
     if distributed.get_rank() == 0 and (found := checkpoint.newest(directory, faults.append)) is not None:
         step.fill_(found.step)
     distributed.broadcast(step, src=0)
-    if step == NONE:
-        return None, [*faults, *(["no whole checkpoint is left; training starts anew"] if faults else [])]
+    if step == NO_CHECKPOINT:
+        restart = ["no intact checkpoint is left; training restarts from the beginning"] if faults else []
+        return None, [*faults, *restart]
     return Checkpoint(directory / checkpoint.directory_name(int(step))), faults
 
 
 def identity(
     model_dir: Path, data_dir: Path, settings: Train, seed: int, device: torch.device, read_weights: bool
 ) -> dict[str, Any]:
-    """What a checkpoint belongs to. Collective.
+    """Returns what a checkpoint belongs to. Collective.
 
     Args:
-        read_weights: hash the model's files themselves, frozen weights and all, rather than believe its manifest.
+        model_dir: the model to train.
+        data_dir: the token blocks to train on.
+        settings: of the stage.
+        seed: of the stage.
+        device: for the broadcast.
+        read_weights: hash the model's weight files, including frozen weights, instead of trusting its manifest. This
+            matters when resuming: the checkpoint holds only the trained weights.
     """
     hashes = torch.zeros(2, 32, dtype=torch.uint8, device=device)
-    if distributed.get_rank() == 0:
-        model = content_hash(model_dir, "*.safetensors", believe_manifest=not read_weights)
-        data = content_hash(data_dir, "*.npy", believe_manifest=True)
+    if distributed.get_rank() == 0:  # the model may be large, so only one rank hashes it
+        model = content_hash(model_dir, "*.safetensors", trust_manifest=not read_weights)
+        data = content_hash(data_dir, "*.npy", trust_manifest=True)
         hashes.copy_(torch.tensor([list(bytes.fromhex(digest)) for digest in (model, data)], dtype=torch.uint8))
     distributed.broadcast(hashes, src=0)
     model, data = (bytes(row).hex() for row in hashes.tolist())
     return {"model": model, "data": data, "settings": settings.key_settings(), "seed": seed}
 
 
-def content_hash(directory: Path, pattern: str, believe_manifest: bool) -> str:
-    """One hash over a directory's files of that name; an artifact's manifest knows theirs already."""
+def content_hash(directory: Path, pattern: str, trust_manifest: bool) -> str:
+    """Returns one hash over the matching files of a directory.
+
+    Args:
+        directory: an artifact or any other directory.
+        pattern: of the names of the files, which are directly in the directory.
+        trust_manifest: use the hashes that an artifact's manifest records instead of reading the files.
+    """
     manifest = directory / MANIFEST
-    if believe_manifest and manifest.is_file():
+    if trust_manifest and manifest.is_file():
         files = {name: entry["sha256"] for name, entry in read_json(manifest)["files"].items() if "/" not in name}
     else:
         files = {path.name: sha256_file(path) for path in directory.glob(pattern)}
@@ -65,35 +79,38 @@ def content_hash(directory: Path, pattern: str, believe_manifest: bool) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def check_belongs(found: Checkpoint, mine: Mapping[str, Any], stage: str) -> None:
-    """Refuses a checkpoint of another model, other data, other settings or another seed.
+def check_identity(found: Checkpoint, current: Mapping[str, Any], stage: str) -> None:
+    """Refuses a checkpoint of another model, data set, seed or other settings.
 
     Raises:
-        UserError: it says what differs, and for settings from what to what.
+        UserError: the message lists what differs, with both values of settings.
     """
-    theirs = found.content()["identity"]
+    saved = found.content()["identity"]
     differing = [
-        *(f"the {name}'s files" for name in ("model", "data") if theirs[name] != mine[name]),
-        *_differing_settings(theirs["settings"], mine["settings"], f"{stage}."),
-        *([f"seed ({theirs['seed']} there, {mine['seed']} here)"] if theirs["seed"] != mine["seed"] else []),
+        *(f"the {name}'s files" for name in ("model", "data") if saved[name] != current[name]),
+        *_differences(saved["settings"], current["settings"], f"{stage}."),
+        *([f"seed ({saved['seed']} there, {current['seed']} here)"] if saved["seed"] != current["seed"] else []),
     ]
     if differing:
         raise UserError(
             setting="output_dir",
             value=found.path,
-            rule=f"this checkpoint belongs to another run; what differs: {', '.join(differing)}",
-            remedy=f"Undo the change, or start the stage anew with force=[{stage}].",
+            rule=f"this checkpoint belongs to another run, which differs in {', '.join(differing)}",
+            remedy=f"Undo the change, or restart the stage with force=[{stage}].",
         )
 
 
-def _differing_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any], prefix: str) -> list[str]:
-    names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-    return [f"{prefix}{name} ({theirs.get(name)} there, {mine.get(name)} here)" for name in names]
-
-
-def rounding_note(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """One line where the same numbers will be summed in another order than before; None where they will not."""
-    changes = _differing_settings(saved, mine, "")
+def rounding_note(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
+    """Returns a note if sums will be computed in another order than before the interruption, and None otherwise."""
+    changes = _differences(saved, current, "")
     if not changes:
         return None
-    return f"spread otherwise than before: {', '.join(changes)}; losses go on to rounding, not to the bit"
+    return (
+        f"resuming with changed {', '.join(changes)}: the result will match an uninterrupted run's up to rounding, "
+        "not bitwise"
+    )
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> list[str]:
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    return [f"{prefix}{name} ({saved.get(name)} there, {current.get(name)} here)" for name in names]

@@ -1,4 +1,4 @@
-"""How long training lasts, and the learning rate as a pure function of the step: resuming cannot get it wrong."""
+"""The number of training steps, and the learning rate as a pure function of the step, so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from pipeline.config import Train
 
 
 def total_steps(train: Train, blocks: int) -> int:
-    """Optimizer steps of the stage: as set, or whole global batches in so many epochs of blocks, at least one."""
+    """Returns the number of optimizer steps: ``steps``, or the full global batches in ``epochs``, but at least one."""
     if train.steps is not None:
         return train.steps
-    assert train.epochs is not None  # config: exactly one of the two
+    assert train.epochs is not None  # the settings require exactly one of the two
     return max(1, int(train.epochs * blocks / train.global_batch))
 
 
 def evaluation_steps(train: Train, steps: int) -> dict[int, float]:
-    """The steps after which the held-out loss is taken, with the fraction each stands for; 0 is before the first."""
+    """Maps the steps after which to compute the held-out loss to their fractions. Step 0 is before training."""
     return {round(fraction * steps): fraction for fraction in sorted(train.evaluate_at)}
 
 
-def learning_rate(train: Train, step: int, steps: int) -> float:
-    """The rate of optimizer step ``step`` of ``steps``, counted from 1.
+def fractions_at(fractions: Iterable[float], step: int, steps: int) -> list[float]:
+    """Returns those of ``fractions`` that round to this step. There may be several if steps are few."""
+    return [fraction for fraction in fractions if round(fraction * steps) == step]
 
-    Warm-up rises linearly and reaches the peak at its last step; the decay ends at step ``steps`` on
-    ``final_learning_rate_fraction`` of the peak. ``warmup_stable_decay`` (MiniCPM, arXiv 2404.06395, section 4)
-    stays at the peak and decays linearly over the last ``decay_fraction`` of the steps.
+
+def learning_rate(train: Train, step: int, steps: int) -> float:
+    """Returns the learning rate of optimizer step ``step`` of ``steps``, counted from 1.
+
+    The warm-up is linear and reaches the peak at its last step. The decay ends at step ``steps`` with
+    ``final_learning_rate_fraction`` of the peak. ``warmup_stable_decay`` (MiniCPM, arXiv 2404.06395, section 4) stays
+    at the peak and decays linearly over the last ``decay_fraction`` of the steps.
     """
     assert 1 <= step <= steps, (step, steps)
     warmup = round(train.warmup_fraction * steps)
@@ -36,7 +41,7 @@ def learning_rate(train: Train, step: int, steps: int) -> float:
 
 
 def _decay(train: Train, step: int, steps: int, warmup: int) -> float:
-    """The fraction of the peak after warm-up."""
+    """Returns the fraction of the peak after the warm-up."""
     final = train.final_learning_rate_fraction
     if train.schedule == "constant":
         return 1.0
@@ -46,8 +51,3 @@ def _decay(train: Train, step: int, steps: int, warmup: int) -> float:
     progress = max(0.0, (step - start) / max(1, steps - start))
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1.0 - progress
     return final + (1.0 - final) * remaining
-
-
-def fractions_at(fractions: Iterable[float], step: int, steps: int) -> list[float]:
-    """Those of ``fractions`` that stand for this step; several do where steps are few."""
-    return [fraction for fraction in fractions if round(fraction * steps) == step]

@@ -23,12 +23,13 @@ from pipeline.training.job import snapshot_dir
 def save_snapshot(
     place: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes trained weights into the new directory ``place``, which is whole or absent, or as it was.
+    """Writes trained weights to the directory ``place``. If interrupted, it leaves ``place`` as it was.
 
     Args:
-        base: the model that is trained; weights are rounded to its dtypes.
+        place: the snapshot's directory.
+        base: the model being trained. Weights are cast to its dtypes.
         names: of all trained weights.
-        weights: name and tensor, one at a time.
+        weights: pairs of name and tensor, consumed one at a time.
     """
     partial = partial_snapshot(place)
     shutil.rmtree(partial, ignore_errors=True)
@@ -37,12 +38,13 @@ def save_snapshot(
         for name, weight in weights:
             writer.write(name, weight.to(base.specs[name].dtype))
     fsync_directory(partial)
-    shutil.rmtree(place, ignore_errors=True)  # the same weights, of an attempt that was stopped after this step
+    # An existing snapshot is of an earlier attempt at the same steps, and holds the same weights.
+    shutil.rmtree(place, ignore_errors=True)
     os.replace(partial, place)
 
 
 def partial_snapshot(place: Path) -> Path:
-    """Where ``place`` is while it is not whole."""
+    """Returns the directory in which the snapshot ``place`` is written before it is complete."""
     return place.with_name(f".{place.name}.partial")
 
 

@@ -1,7 +1,6 @@
-"""What each rank runs: ``python -m pipeline.training.worker TASK.json`` under torchrun.
+"""The entry point of a rank: ``python -m pipeline.training.worker TASK.json`` under torchrun.
 
-Nothing heavy is imported before the watch over the driver stands, so that a worker whose driver died while it was
-starting ends at once too.
+Heavy imports come after ``end_with_parent``, so a worker whose driver dies during those seconds still ends at once.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 
 
 class StopRequest:
-    """Says whether this rank was asked to stop: by a signal of its own, or by the driver's stop file.
+    """Tells whether this rank has been asked to stop, by a signal or by the driver's stop file.
 
-    A ``SIGUSR1`` that came while this process was starting was held back (``pipeline.launch.child``) and counts too.
+    Signals that arrived while this process was starting were blocked (see ``pipeline.launch.child``). They are
+    delivered when this object is created.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -33,25 +33,26 @@ class StopRequest:
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver too, which then writes the stop file
         signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
 
     def __call__(self) -> bool:
-        """Whether to stop after the current step."""
+        """Returns whether to stop after the current step."""
         return self._signalled or self._stop_file.exists()
 
 
 def main(task_file: Path, log_dir: Path) -> int:
-    """Runs the task on this rank and records how it ended.
+    """Runs the task on this rank and records the outcome.
 
     Returns:
-        The exit status. A stop is a success here: a failing status would make torchrun end ranks still saving.
+        The exit status. A stopped run is a success here: with a failing status, torchrun would kill ranks that are
+        still saving.
 
     Raises:
-        Exception: a defect, once it is on record; its traceback goes to the rank's log.
+        Exception: a bug. It is recorded first, and its traceback goes to the rank's log.
     """
     rank = int(os.environ["RANK"])
     stop = StopRequest(log_dir / STOP_FILE)
@@ -83,12 +84,15 @@ def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, 
 
 
 def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
-    """Records how the job ended; the first rank that knows decides, since others then fail for want of it."""
-    mine = temporary_path(log_dir / OUTCOME_FILE)
-    write_json(mine, outcome)
+    """Records the outcome, unless another rank already has.
+
+    The first rank to fail knows the cause. The others fail later because they lose the connection to it.
+    """
+    temporary = temporary_path(log_dir / OUTCOME_FILE)
+    write_json(temporary, outcome)
     with suppress(FileExistsError):
-        os.link(mine, log_dir / OUTCOME_FILE)  # unlike a rename, this never replaces
-    mine.unlink()
+        os.link(temporary, log_dir / OUTCOME_FILE)  # unlike a rename, this never replaces an existing file
+    temporary.unlink()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.errors import UserError
 from pipeline.estimates import trained_part
 from pipeline.models.families import shape_of
-from pipeline.training.freeze import describe, freeze_others, lowest_trainable_layer, select_trainable
+from pipeline.training.freeze import freeze_others, lowest_trainable_layer, parameter_table, select_trainable
 from pipeline.training.mfu import training_flops
 
 LENGTH = 24
@@ -41,7 +41,7 @@ def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: 
         "pretrain", trainable, shape_of(json.loads(config.to_json_string(use_diff=False))), EXPANSION
     )
     assert planned.names == names
-    assert planned.parameters == sum(row.parameters for row in describe(model) if row.trained)
+    assert planned.parameters == sum(row.parameters for row in parameter_table(model) if row.trained)
     assert planned.lowest == lowest_trainable_layer(model)
     assert planned.flops(LENGTH) == training_flops(model, LENGTH)
 

@@ -1,4 +1,4 @@
-"""SmolLM2 under DeepSpeed: two ranks at ZeRO 2 and 3 train as one rank does, and two threads resume to the bit."""
+"""SmolLM2 under DeepSpeed: two ranks at ZeRO 2 and 3 match one rank, and runs on two threads resume bitwise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTH_OF_TWO_THREADS = 128
 
 @pytest.fixture(scope="module")
 def grown_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model, with an ``expansion.json`` that calls two of its layers new."""
+    """The real model with an ``expansion.json`` that marks two of its layers as new."""
     directory = tmp_path_factory.mktemp("grown")
     for path in smollm2_dir.iterdir():
         os.link(path, directory / path.name)
@@ -36,14 +36,14 @@ def grown_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def blocks(model: Path, directory: Path, length: int) -> Path:
-    """Blocks of real text."""
+    """Writes blocks of real text."""
     text = AutoTokenizer.from_pretrained(model)(topics["assert"] + topics["del"] + topics["if"]).input_ids
     return write_blocks(directory, length=length, text=text)
 
 
 @pytest.fixture(scope="module")
 def tasks(grown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], StageTask]:
-    """Finished runs by (ranks, ZeRO stage), in float32: in bfloat16 Adam's first steps blow roundings up to 1e-3."""
+    """Finished runs by (ranks, ZeRO stage). In bfloat16, Adam's first steps would amplify rounding errors to 1e-3."""
     data = blocks(grown_dir, tmp_path_factory.mktemp("data"), LENGTH)
     made = {}
     for ranks, zero in ((2, 2), (2, 3), (1, 2)):
@@ -58,22 +58,22 @@ def tasks(grown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
 
 
 def work(logs: Path, *tasks: tuple[StageTask, int | None]) -> None:
-    """Runs tasks in one set of worker processes, each to its end or to the step given."""
+    """Runs tasks in one set of worker processes, each to its end or until the given step."""
     plan = [{"task": task_to_json(task), "stop_after": stop_after} for task, stop_after in tasks]
     (logs / "plan.json").write_text(json.dumps(plan))
     run_workers("tests.training.many_tasks", logs / "plan.json", tasks[0][0].launch, logs)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_two_ranks_get_the_losses_of_one(tasks: dict[tuple[int, int], StageTask], zero: int):
-    alone = tasks[1, 2]
-    before, after = logged(alone, "held_out_loss")
-    assert len(logged(alone, "loss")) == STEPS and after < before
+def test_two_ranks_have_the_losses_of_one(tasks: dict[tuple[int, int], StageTask], zero: int):
+    single = tasks[1, 2]
+    before, after = logged(single, "held_out_loss")
+    assert len(logged(single, "loss")) == STEPS and after < before
     for name in ("loss", "held_out_loss"):
-        assert logged(tasks[2, zero], name) == pytest.approx(logged(alone, name), rel=1e-5)
+        assert logged(tasks[2, zero], name) == pytest.approx(logged(single, name), rel=1e-5)
 
 
-def test_not_one_other_tensor_changes_by_a_bit(tasks: dict[tuple[int, int], StageTask], grown_dir: Path):
+def test_frozen_tensors_are_bitwise_unchanged(tasks: dict[tuple[int, int], StageTask], grown_dir: Path):
     base = load_file(grown_dir / "model.safetensors")
     for task in tasks.values():
         trained = load_file(task.out / "model.safetensors")
@@ -84,7 +84,7 @@ def test_not_one_other_tensor_changes_by_a_bit(tasks: dict[tuple[int, int], Stag
 
 @pytest.fixture(scope="module")
 def short_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model's first four layers, the last two called new: the real sizes, and little to compile."""
+    """The real model's first four layers, the last two marked as new: real sizes, and little to compile."""
     directory = tmp_path_factory.mktemp("short")
     AutoModelForCausalLM.from_pretrained(smollm2_dir, num_hidden_layers=4).save_pretrained(directory)
     AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(directory)
@@ -94,8 +94,8 @@ def short_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_two_threads_stopped_and_resumed_end_with_the_same_bits(short_dir: Path, tmp_path: Path, compiled: bool):
-    """In another process, at sizes where sums are shared out to both threads."""
+def test_a_run_on_two_threads_resumes_to_bitwise_equal_results(short_dir: Path, tmp_path: Path, compiled: bool):
+    """It resumes in another process, at sizes where both threads take part in sums."""
     data = blocks(short_dir, tmp_path / "data", LENGTH_OF_TWO_THREADS)
     settings = train_settings(
         steps=4, sequence_length=LENGTH_OF_TWO_THREADS, micro_batch=2, precision="bfloat16", compile=compiled

@@ -1,4 +1,4 @@
-"""What training tests share: token blocks and an expanded tiny model."""
+"""Fixtures of the training tests: token blocks and a tiny expanded model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.training.small import NEW_LAYERS, VOCABULARY, training_task, write_bl
 
 @pytest.fixture(scope="session")
 def blocks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten training blocks of 32 tokens with ragged masks, five held out."""
+    """Ten training blocks and five held-out blocks of 32 tokens with ragged masks."""
     return write_blocks(tmp_path_factory.mktemp("blocks"), ragged=True)
 
 
 @pytest.fixture(scope="session")
 def grown_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
-    """A random 4-layer Llama whose ``expansion.json`` calls layers 1 and 3 new.
+    """A random Llama of 4 layers whose ``expansion.json`` marks layers 1 and 3 as new.
 
-    The hidden size is odd, so that two ranks do not divide its norms and ZeRO has to pad.
+    The hidden size is odd, so two ranks do not divide its norms and ZeRO has to pad.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ def grown_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
 
 @pytest.fixture(scope="session")
 def make_task(tmp_path_factory: pytest.TempPathFactory, grown_dir: Path, blocks_dir: Path) -> Callable[..., StageTask]:
-    """Builds a pretrain task on the tiny model: ``make_task(settings, processes=2)``."""
+    """Creates a pretrain task on the tiny model: ``make_task(settings, processes=2)``."""
 
     def make(settings: Train, processes: int = 1, out: Path | None = None) -> StageTask:
         return training_task(settings, grown_dir, blocks_dir, out or tmp_path_factory.mktemp("out"), processes)
@@ -57,7 +57,7 @@ def make_task(tmp_path_factory: pytest.TempPathFactory, grown_dir: Path, blocks_
 
 @pytest.fixture(scope="session")
 def forked_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRanks]:
-    """Ranks at the price of a fork; mark users with the xdist group "distributed", so that one server serves them."""
+    """Starts ranks by forking. Its users need the xdist group "distributed", so that they share one server."""
     server = ForkedRanks(tmp_path_factory.mktemp("forked"))
     yield server
     server.close()

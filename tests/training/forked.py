@@ -1,7 +1,7 @@
-"""Ranks without the seconds of imports: one process imports everything and forks the ranks of every launch.
+"""Fast starts of ranks: a server process imports everything once and forks the ranks of every launch.
 
-``ForkedRanks`` is the test's side; ``python -m tests.training.forked`` is the other. Ranks run what real workers
-run, as processes of their own, with real signal handlers; only torchrun is left out.
+``ForkedRanks`` is the client in the tests, and ``python -m tests.training.forked`` is the server. Ranks run the code of
+real workers in separate processes with real signal handlers. Only torchrun is left out.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from pipeline.launch.failure import rank_log
 from pipeline.training.job import START_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 600.0  # seconds for one launch
-GRACE = 10.0  # seconds from the end of one rank to the end of all, as a launcher grants
+TIMEOUT = 600.0  # seconds for one launch
+GRACE = 10.0  # seconds after one rank has failed until the others are killed, as under a launcher
 
 
 @dataclass
 class Launch:
-    """Living or finished ranks; exit statuses are negative for signals."""
+    """Running or finished ranks. Exit statuses are negative for signals."""
 
     server: subprocess.Popen[str]
     pids: list[int]
     statuses: dict[int, int] = field(default_factory=dict)
 
     def wait(self) -> dict[int, int]:
-        """Until all ranks ended; when one fails the others are ended as torchrun does. Rank -> exit status."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits until all ranks have ended, and returns their exit statuses by rank."""
+        deadline = time.monotonic() + TIMEOUT
         while len(self.statuses) < len(self.pids):
             assert self.server.stdout is not None
-            answer = json.loads(self.server.stdout.readline())
-            self.statuses[answer["rank"]] = answer["status"]
+            report = json.loads(self.server.stdout.readline())
+            self.statuses[report["rank"]] = report["status"]
             assert time.monotonic() < deadline, "ranks hang"
         return self.statuses
 
     def kill(self, rank: int, number: signal.Signals) -> None:
-        """Sends a signal to one rank, if it still lives."""
+        """Sends a signal to one rank if it is still running."""
         with suppress(ProcessLookupError):
             os.kill(self.pids[rank], number)
 
 
 class ForkedRanks:
-    """The server, started once; one launch at a time."""
+    """Starts the server and requests launches from it, one at a time."""
 
     def __init__(self, logs: Path) -> None:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -67,14 +67,14 @@ class ForkedRanks:
         )  # fmt: skip
 
     def start(self, ranks: int, request: Mapping[str, Any]) -> Launch:
-        """Forks ``ranks`` processes that do what the request says; see ``_child``."""
+        """Forks ``ranks`` processes that run the request; see ``_child``."""
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps({**request, "ranks": ranks}) + "\n")
         self._server.stdin.flush()
         return Launch(self._server, json.loads(self._server.stdout.readline())["pids"])
 
     def work(self, task: StageTask, **request: Any) -> Launch:
-        """Starts a task's worker on its ranks, as torchrun would."""
+        """Starts the workers of a task, as torchrun would."""
         logs = task.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         for name in ("outcome.json", "stop", START_FILE):
@@ -83,14 +83,14 @@ class ForkedRanks:
         return self.start(int(task.launch.processes), {"task_file": str(logs / "task.json"), **request})
 
     def run_plan(self, ranks: int, plan: list[dict[str, Any]], logs: Path) -> None:
-        """Runs many tasks in one launch; see ``many_tasks``."""
+        """Runs several tasks in one launch; see ``many_tasks``."""
         launch = self.start(ranks, {"plan": plan, "logs": str(logs)})
         statuses = launch.wait()
         tails = [rank_log(logs, rank).read_text()[-3000:] for rank, status in statuses.items() if status]
         assert not tails, tails
 
     def close(self) -> None:
-        """Ends the server."""
+        """Stops the server."""
         assert self._server.stdin is not None
         self._server.stdin.close()
         self._server.wait(timeout=10)
@@ -100,8 +100,8 @@ class ForkedRanks:
 
 
 def serve() -> None:
-    """Forks the ranks of one request after another, and reports every end."""
-    import pipeline.training.trainer  # noqa: F401  # seconds of imports, once
+    """Forks the ranks of every request, and reports their exit statuses."""
+    import pipeline.training.trainer  # noqa: F401  # takes seconds, once
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -112,20 +112,20 @@ def serve() -> None:
 
 
 def _reap(pids: list[int]) -> None:
-    """Reports ranks as they end; after a failure the others get SIGTERM, and later SIGKILL."""
-    left, last_resort = set(pids), float("inf")
-    while left:
+    """Reports ranks as they end. After a failure, the others get SIGTERM and later SIGKILL, as under torchrun."""
+    running, kill_time = set(pids), float("inf")
+    while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            left.discard(pid)
+            running.discard(pid)
             code = os.waitstatus_to_exitcode(status)
             print(json.dumps({"rank": pids.index(pid), "status": code}), flush=True)
-            if code and last_resort == float("inf"):
-                last_resort = time.monotonic() + GRACE
-                _signal(left, signal.SIGTERM)
+            if code and kill_time == float("inf"):
+                kill_time = time.monotonic() + GRACE
+                _signal(running, signal.SIGTERM)
             continue
-        if time.monotonic() > last_resort:
-            _signal(left, signal.SIGKILL)
+        if time.monotonic() > kill_time:
+            _signal(running, signal.SIGKILL)
         time.sleep(0.005)
 
 
@@ -136,7 +136,7 @@ def _signal(pids: set[int], number: signal.Signals) -> None:
 
 
 def _free_port() -> int:
-    """Below those that the kernel gives to outgoing connections, which might take it before the ranks do."""
+    """Returns a free port below the ephemeral ports, which an outgoing connection could take before the ranks do."""
     while True:
         port = random.randrange(20000, 32000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -144,13 +144,13 @@ def _free_port() -> int:
 
 
 def _fork(request: dict[str, Any], rank: int, port: int) -> int:
-    lifeline, held = os.pipe()  # the child's standard input; the server's death closes it
+    read_end, write_end = os.pipe()  # the child's standard input, closed when the server dies (see end_with_parent)
     pid = os.fork()
     if pid:
-        os.close(lifeline)
+        os.close(read_end)
         return pid
-    os.close(held)
-    os.dup2(lifeline, 0)
+    os.close(write_end)
+    os.dup2(read_end, 0)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"]),
         "LOCAL_WORLD_SIZE": str(request["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -158,7 +158,7 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
     status = 1
     try:
         status = _child(request, rank)
-    except BaseException:  # noqa: BLE001  # whatever it was, a child must not return into the server's loop
+    except BaseException:  # noqa: BLE001  # a child must never return into the server's loop
         traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
@@ -166,7 +166,10 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
 
 
 def _child(request: dict[str, Any], rank: int) -> int:
-    """What one rank does: ``plan`` with ``logs``, or ``task_file`` with perhaps ``die_at_file_event`` or ``limits``."""
+    """Runs a request on one rank.
+
+    The request has either ``plan`` and ``logs``, or ``task_file`` and optionally ``die_at_file_event`` and ``limits``.
+    """
     from pipeline.launch.child import end_with_parent, redirect_output
     from pipeline.training import worker
 
@@ -189,18 +192,18 @@ def _child(request: dict[str, Any], rank: int) -> int:
     return worker.main(Path(request["task_file"]), logs)
 
 
-def is_half_written(path: str) -> bool:
-    """Whether it is a checkpoint without its name yet, or lies in one."""
+def is_partial_checkpoint(path: str) -> bool:
+    """Returns whether a path is, or is inside, a checkpoint that is still being written."""
     return "checkpoints" in path and ".partial" in path
 
 
 def _dying_hook(last: int) -> Callable[[str, tuple[Any, ...]], None]:
-    """Kills this process, as ``kill -9`` does, at the ``last``-th thing done to a checkpoint that is being written."""
+    """Returns an audit hook that kills this process at the ``last``-th file event of checkpoints being written."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and is_half_written(str(arguments[0])):
+        if event in ("open", "os.mkdir", "os.rename", "shutil.rmtree") and is_partial_checkpoint(str(arguments[0])):
             seen += 1
             if seen == last:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Runs several training tasks one after another in one set of worker processes: ``many_tasks.py PLAN.json``.
+"""Runs several training tasks in sequence in one set of worker processes: ``many_tasks.py PLAN.json``.
 
-Starting workers costs seconds of imports, so tests that compare many runs share them. The plan is a list of
-``{"task": ..., "stop_after": step or null}``; every task's outcome is written beside its logs.
+Starting workers takes seconds of imports, so tests that compare many runs share them. The plan is a list of
+``{"task": ..., "stop_after": step or null}``. The outcome of every task is written to its logs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 
 def run(entry: dict[str, Any]) -> None:
-    """One task; the stop request comes while step ``stop_after`` runs."""
+    """Runs one task. It is asked to stop during step ``stop_after``."""
     from pipeline.training.trainer import train
 
     task = task_from_json(entry["task"])
     logs = task.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    asked = 0
+    calls = 0
 
     def wants_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == entry["stop_after"]
+        nonlocal calls
+        calls += 1
+        return calls == entry["stop_after"]
 
     outcome = train(task, logs, wants_stop)
     if os.environ["RANK"] == "0":

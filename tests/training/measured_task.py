@@ -1,7 +1,7 @@
-"""Runs one training task as a worker does, and measures how its memory grows: ``measured_task.py TASK.json``.
+"""Runs a training task as a worker does, and measures how its memory grows: ``measured_task.py TASK.json``.
 
-Memory is what is anonymous or shared and resident, as Linux counts it, since before the model is loaded and after
-everything is imported.
+The memory is the resident anonymous and shared memory that Linux reports. It is measured from after the imports,
+before the model is loaded.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ COUNTED = ("RssAnon", "RssShmem")
 
 
 def resident() -> int:
-    """Bytes of this process."""
+    """Returns the resident bytes of this process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * sum(int(count) for count in re.findall(rf"(?:{'|'.join(COUNTED)}):\s*(\d+)", status))
 
 
 class Watch(threading.Thread):
-    """Knows the most that was ever resident since it started."""
+    """Records the peak resident memory since its start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -43,7 +43,7 @@ class Watch(threading.Thread):
 
 if __name__ == "__main__":
     end_with_parent()
-    import transformers.models.llama.modeling_llama  # noqa: F401  before the count begins
+    import transformers.models.llama.modeling_llama  # noqa: F401  imported before measuring
 
     from pipeline.training.trainer import train
 

@@ -1,4 +1,4 @@
-"""Token blocks, settings and tasks at a size for tests, made with numpy alone."""
+"""Small token blocks, settings and tasks for tests, created with numpy only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEW_LAYERS = (1, 3)
 
 
 def train_settings(**changes: Any) -> Train:
-    """conf/pretrain/default.yaml at a size for tests; a dictionary changes a section's members."""
+    """Returns conf/pretrain/default.yaml scaled down for tests. Dictionaries are merged into sections."""
     values = yaml.safe_load((CONF / "pretrain" / "default.yaml").read_text())
     small = {"sequence_length": 32, "global_batch": 4, "micro_batch": 1, "steps": 4, "held_out_blocks": 3}
     small |= {"precision": "float32", "checkpoint_every_steps": 1000, "evaluate_at": [0.0, 1.0]}
@@ -37,9 +37,15 @@ def write_blocks(
     ragged: bool = False,
     text: Sequence[int] = (),
 ) -> Path:
-    """A tokenize artifact in documents of random lengths, of random tokens or of those of ``text``.
+    """Writes a tokenize artifact with documents of random lengths.
 
-    ``ragged`` masks random targets too, and one block of training has none at all.
+    Args:
+        directory: where to write it.
+        blocks: number of training blocks.
+        held_out: number of held-out blocks.
+        length: tokens per block.
+        ragged: also remove random targets from the loss mask, and all targets of one training block.
+        text: the tokens to use instead of random ones.
     """
     random = np.random.default_rng(0)
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +73,7 @@ def write_blocks(
 
 
 def _positions(random: np.random.Generator, length: int) -> np.ndarray:
-    """Documents of 3 to 20 tokens, the last one cut."""
+    """Returns the positions of documents of 3 to 20 tokens, the last one truncated."""
     documents = [np.arange(random.integers(3, 20)) for _ in range(length)]
     return np.concatenate(documents)[:length]
 
@@ -79,7 +85,7 @@ def _save(path: Path, values: np.ndarray, dtype: type) -> None:
 
 
 def training_task(settings: Train, model: Path, data: Path, out: Path, processes: int = 1) -> StageTask:
-    """A pretrain task on CPU workers that writes into ``out``."""
+    """Creates a pretrain task on CPU workers that writes to ``out``."""
     tracking = Tracking(wandb="disabled", project="test", entity=None)
     return StageTask(
         name="pretrain",
@@ -93,6 +99,6 @@ def training_task(settings: Train, model: Path, data: Path, out: Path, processes
 
 
 def logged(task: StageTask, name: str) -> list[float]:
-    """One number's history from a task's ``metrics.jsonl``."""
+    """Returns the history of one metric from a task's ``metrics.jsonl``."""
     lines = [json.loads(line) for line in (task.out / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]

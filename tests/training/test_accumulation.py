@@ -1,7 +1,7 @@
-"""Gradients accumulate in float32 over however many micro-batches, at every ZeRO stage, also in bfloat16.
+"""Gradients are accumulated in float32 over any number of micro-batches, at every ZeRO stage, also in bfloat16.
 
-The oracle is arithmetic: the same block many times over has the gradient of that block once. As many times as a power
-of two, so that its share of the mean has the same digits; a sum kept in bfloat16 rounds at every addition.
+The mean gradient of many copies of a block equals the gradient of that block. The number of copies is a power of two,
+so dividing by it is exact, while a sum in bfloat16 would be rounded at every addition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.training.small import logged, train_settings, write_blocks
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-RANKS, ONCE, OFTEN = 2, 2, 128  # blocks a step: one a rank, or 64
+RANKS, ONCE, OFTEN = 2, 2, 128  # blocks per step: 1 or 64 per rank
 IN_BFLOAT16 = {"data_types": {"grad_accum_dtype": "bf16"}}
 
 
@@ -26,7 +26,7 @@ IN_BFLOAT16 = {"data_types": {"grad_accum_dtype": "bf16"}}
 def norm(
     tmp_path_factory: pytest.TempPathFactory, make_task: Callable[..., StageTask], forked_ranks: ForkedRanks
 ) -> Callable[..., float]:
-    """The gradient's norm in the first step, by ZeRO stage, blocks a step, and DeepSpeed's overrides."""
+    """Returns the gradient norm of the first step by ZeRO stage, blocks per step, and DeepSpeed overrides."""
     one_block = write_blocks(tmp_path_factory.mktemp("one") / "blocks", blocks=1)
 
     def task(stage: int, blocks: int, overrides: Mapping[str, Any]) -> StageTask:
@@ -45,9 +45,9 @@ def norm(
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_the_same_block_many_times_over_has_its_gradient_once(norm: Callable[..., float], stage: int):
+def test_many_copies_of_a_block_have_the_gradient_of_one(norm: Callable[..., float], stage: int):
     assert norm(stage, OFTEN, {}) == pytest.approx(norm(stage, ONCE, {}), rel=1e-6)
 
 
-def test_a_sum_in_bfloat16_would_be_seen(norm: Callable[..., float]):
+def test_accumulation_in_bfloat16_would_be_detected(norm: Callable[..., float]):
     assert norm(2, OFTEN, IN_BFLOAT16) != pytest.approx(norm(2, ONCE, {}), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Attention by document against a dense mask, in value and gradients, and what is refused."""
+"""Attention by document equals attention with a dense mask, in values and gradients."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.training.small import train_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 3, 24, 6, 2, 8
-# Blocks of one, four and three documents; some have a single token.
-DOCUMENTS_OF_BLOCKS = [[24], [9, 1, 13, 1], [1, 1, 22]]
+# The document lengths of three blocks. Some documents have a single token.
+BLOCKS = [[24], [9, 1, 13, 1], [1, 1, 22]]
 
 
 def positions(blocks: list[list[int]], device: torch.device = CPU) -> torch.Tensor:
@@ -27,7 +27,7 @@ def positions(blocks: list[list[int]], device: torch.device = CPU) -> torch.Tens
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Every pair of tokens, masked: [B, S, H, D]."""
+    """Computes masked attention over all pairs of tokens: [B, S, H, D]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     documents = (position_ids == 0).cumsum(1)
     seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
@@ -36,7 +36,7 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position_ids: torch
 
 
 def random_heads(dtype: torch.dtype, device: torch.device = CPU, size: int = SIZE) -> list[torch.Tensor]:
-    """Query, key and value as layers make them: views of [B, S, heads, size]."""
+    """Returns query, key and value as layers pass them: views of [B, S, heads, size]."""
     torch.manual_seed(0)
     made = [torch.randn(BATCH, LENGTH, heads, size).to(device, dtype) for heads in (HEADS, GROUPS, GROUPS)]
     return [x.transpose(1, 2).requires_grad_() for x in made]
@@ -48,7 +48,7 @@ def results(function, heads: list[torch.Tensor]) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad((out * weights).sum(), heads)]
 
 
-@pytest.mark.parametrize("blocks", [DOCUMENTS_OF_BLOCKS, [[24]] * 3, [[12, 12]] * 3], ids=["ragged", "whole", "even"])
+@pytest.mark.parametrize("blocks", [BLOCKS, [[24]] * 3, [[12, 12]] * 3], ids=["ragged", "whole", "even"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])
 def test_equals_a_dense_mask_in_float64(blocks: list[list[int]], compiled: bool):
     position_ids, heads = positions(blocks), random_heads(torch.float64)
@@ -64,7 +64,7 @@ def test_equals_a_dense_mask_in_float64(blocks: list[list[int]], compiled: bool)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_equals_a_dense_mask_on_a_gpu():
-    position_ids, heads = positions(DOCUMENTS_OF_BLOCKS, CUDA), random_heads(torch.bfloat16, CUDA, size=64)
+    position_ids, heads = positions(BLOCKS, CUDA), random_heads(torch.bfloat16, CUDA, size=64)
     bounds = document_bounds(position_ids)
     mine = results(lambda *x: attend_by_document(torch.nn.Module(), *x, None, document_bounds=bounds)[0], heads)
     wide = [x.detach().double().requires_grad_() for x in heads]
@@ -72,13 +72,13 @@ def test_equals_a_dense_mask_on_a_gpu():
         torch.testing.assert_close(ours.double(), theirs, rtol=3e-2, atol=3e-2)
 
 
-def test_bounds_are_where_positions_restart():
-    bounds = document_bounds(positions(DOCUMENTS_OF_BLOCKS))
+def test_documents_begin_where_positions_restart():
+    bounds = document_bounds(positions(BLOCKS))
     assert bounds.tolist() == [0, 24, 33, 34, 47, 48, 49, 50, 72] and bounds.dtype == torch.int32
 
 
-def test_a_model_gets_the_loss_and_gradients_that_a_mask_gives_it(tiny_llama_dir):
-    position_ids = positions(DOCUMENTS_OF_BLOCKS)
+def test_a_model_has_the_same_loss_and_gradients_as_with_a_mask(tiny_llama_dir):
+    position_ids = positions(BLOCKS)
     ids = torch.randint(0, 384, position_ids.shape, generator=torch.Generator().manual_seed(0))
     found = []
     for attention in (DOCUMENTS, "sdpa"):
@@ -90,14 +90,14 @@ def test_a_model_gets_the_loss_and_gradients_that_a_mask_gives_it(tiny_llama_dir
 
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)
-def test_every_family_trains_as_with_a_mask(family: str, monkeypatch: pytest.MonkeyPatch):
-    """Whatever ``auto`` takes for blocks that no window is shorter than, on a real forward pass."""
+def test_every_family_has_the_same_loss_as_with_a_mask(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Tests what ``auto`` chooses for blocks that no sliding window is shorter than."""
     if "sliding_window" in TINY_CONFIGS[family]:
         monkeypatch.setitem(TINY_CONFIGS[family], "sliding_window", LENGTH)
-    if family == "stablelm":  # a quarter of so small a head is one number, which cannot turn
+    if family == "stablelm":  # a quarter of such a small head is a single number, which cannot be rotated
         monkeypatch.setitem(TINY_CONFIGS[family], "partial_rotary_factor", 0.5)
     model = tiny_model(family)
-    position_ids = positions(DOCUMENTS_OF_BLOCKS)
+    position_ids = positions(BLOCKS)
     ids = torch.randint(3, 384, position_ids.shape, generator=torch.Generator().manual_seed(0))
     chosen = resolve_attention("pretrain", train_settings(sequence_length=LENGTH), model.config, "float32", CPU)
     assert (chosen == "eager") == (family in ("gemma2", "gpt_oss")) and chosen != "sdpa"
@@ -108,18 +108,18 @@ def test_every_family_trains_as_with_a_mask(family: str, monkeypatch: pytest.Mon
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0.0)
 
 
-def test_no_mask_over_pairs_of_tokens_is_made(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
-    """The largest tensor kept for the backward pass grows with the block, not with its square."""
+def test_no_mask_over_pairs_of_tokens_is_created(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
+    """No tensor saved for the backward pass grows with the square of the block's length."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32, attn_implementation=DOCUMENTS)
-    kept: list[torch.Size] = []
+    saved: list[torch.Size] = []
     position_ids = positions([[200, 56]])
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
         SummedLoss(model)(torch.zeros_like(position_ids), position_ids, position_ids > 0)
-    assert kept and not [shape for shape in kept if list(shape).count(256) > 1]
+    assert saved and not [shape for shape in saved if list(shape).count(256) > 1]
 
 
-def test_layers_are_not_compiled_anew_for_every_number_of_documents(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
-    """A block of packed text has another number in every batch; compiled for each, training would soon end."""
+def test_layers_are_not_recompiled_for_every_number_of_documents(tiny_llama_dir, monkeypatch: pytest.MonkeyPatch):
+    """The number of documents differs by batch. Recompiling for each would soon reach the recompile limit."""
     torch._dynamo.reset()
     monkeypatch.setattr("pipeline.training.loss.compiled_chunk_loss", lambda: loss_and_gradient)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, attn_implementation=DOCUMENTS)
@@ -135,10 +135,10 @@ def test_layers_are_not_compiled_anew_for_every_number_of_documents(tiny_llama_d
     assert 0 < counts[0] == counts[-1]
 
 
-# ------------------------------------------------------------------------------------------ choice
+# -------------------------------------------------------------------------------------- resolution
 
 
-def test_auto_takes_documents_on_cpus_and_they_can_be_asked_for_on_gpus():
+def test_auto_attends_by_document_on_cpus_and_gpus_can_opt_in():
     config = LlamaConfig()
     auto = train_settings(attention="auto")
     assert resolve_attention("pretrain", auto, config, "float32", CPU) == DOCUMENTS
@@ -149,11 +149,11 @@ def test_auto_takes_documents_on_cpus_and_they_can_be_asked_for_on_gpus():
     assert resolve_attention("pretrain", train_settings(attention="sdpa"), config, "float32", CPU) == "sdpa"
 
 
-def test_a_window_shorter_than_the_block_needs_the_mask():
+def test_a_sliding_window_shorter_than_the_block_requires_a_mask():
     capped = Gemma2Config()
     assert resolve_attention("pretrain", train_settings(), capped, "float32", CPU) == "eager"
     short, long = MistralConfig(sliding_window=16), MistralConfig(sliding_window=64)
     assert resolve_attention("pretrain", train_settings(), short, "float32", CPU) == "sdpa"
     assert resolve_attention("pretrain", train_settings(), long, "float32", CPU) == DOCUMENTS
-    with pytest.raises(UserError, match=r"pretrain.attention.*see 16 tokens back"):
+    with pytest.raises(UserError, match=r"pretrain.attention.*sliding window is 16 tokens"):
         resolve_attention("pretrain", train_settings(attention=DOCUMENTS), short, "float32", CPU)

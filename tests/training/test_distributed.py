@@ -1,7 +1,7 @@
-"""The same training however it is spread: ZeRO stages, ranks, micro-batches, interruptions.
+"""Training gives the same results for all ZeRO stages, numbers of ranks and micro-batches, and after interruptions.
 
-One launch for every number of ranks runs all cases one after another; the oracle is a plain torch loop with all
-logits at once, a hand-made attention mask and no DeepSpeed.
+One launch per number of ranks runs all cases in sequence. The oracle is a plain torch loop that computes all logits at
+once, with an explicit attention mask and without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MakeTask = Callable[..., StageTask]
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run the one training."""
+    """One configuration of the same training."""
 
     ranks: int
     zero: int
@@ -46,7 +46,7 @@ class Case:
     batch: int = 4
 
     def settings(self) -> Train:
-        # Without the threshold ZeRO 3 would keep tensors as small as these whole on every rank.
+        # By default ZeRO 3 does not partition tensors as small as these.
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         return train_settings(
             global_batch=self.batch, steps=STEPS, warmup_fraction=0.2, precision=self.precision,
@@ -58,7 +58,7 @@ class Case:
         )  # fmt: skip
 
 
-# Rounding to bfloat16 averages out over tokens, of which there are few here: twice as many where it is looked at.
+# Rounding errors of bfloat16 average out over tokens, so these cases have twice as many.
 EXACT_8, BFLOAT16_2 = Case(1, 2, batch=8), Case(2, 2, "bfloat16", 2, True, batch=8)
 MATRIX = [
     Case(ranks, zero, precision, 2 if recompute else 1, recompute, batch=8 if precision == "bfloat16" else 4)
@@ -73,13 +73,13 @@ CASES = [
     Case(2, 2, micro_batch=2),
 ]
 INTERRUPTED = [replace(BFLOAT16_2, zero=3), Case(2, 0), Case(2, 2, offload=True)]
-# What a checkpoint of two ranks at ZeRO 2 is resumed as.
+# How a checkpoint of two ranks at ZeRO 2 is resumed.
 ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0), replace(BFLOAT16_2, ranks=1, zero=3)]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """All finished tasks."""
+    """The finished tasks by case."""
 
     straight: dict[Case, StageTask]
     resumed: dict[Case, StageTask]
@@ -88,7 +88,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks) -> Runs:
-    """Runs everything in one launch of two ranks, which also leaves the checkpoints, then one of one and of four."""
+    """Runs all tasks: first on two ranks, which also saves the checkpoints, then on one and on four."""
     straight = {case: make_task(case.settings(), case.ranks) for case in CASES}
     resumed = {case: make_task(case.settings(), case.ranks) for case in INTERRUPTED}
     elastic = {case: make_task(case.settings(), case.ranks) for case in ELASTIC}
@@ -113,7 +113,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_r
 
 @dataclass(frozen=True)
 class Reference:
-    """The choice of parameters, and the loss and the gradient norms of every step."""
+    """The ``trainable`` setting, and the loss and gradient norms of every step."""
 
     trainable: str
     losses: list[float]
@@ -122,7 +122,7 @@ class Reference:
 
 @pytest.fixture(scope="module", params=["auto", "all"])
 def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path) -> Reference:
-    """A plain float32 loop."""
+    """Trains with a plain float32 loop."""
     train = Case(1, 0, trainable=request.param).settings()
     model = AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32, attn_implementation="eager")
     for name, parameter in model.named_parameters():
@@ -152,14 +152,14 @@ def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path)
 
 
 def naive_norms(model: torch.nn.Module) -> dict[str, float]:
-    """Gradient norms before clipping: of all, of the new layers' outputs, of the rest."""
+    """Returns gradient norms before clipping: the total, those of the new layers' outputs, and that of the rest."""
     outputs = {f"layers.{layer}.{name}" for layer in NEW_LAYERS for name in ("self_attn.o_proj", "mlp.down_proj")}
-    parts: dict[str, list[torch.Tensor]] = {"o_proj": [], "down_proj": [], "rest": []}
+    groups: dict[str, list[torch.Tensor]] = {"o_proj": [], "down_proj": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             place = name.removeprefix("model.").removesuffix(".weight")
-            parts[place.rpartition(".")[2] if place in outputs else "rest"].append(parameter.grad.flatten())
-    norms = {f"grad_norm/{part}": torch.cat(gradients).norm().item() for part, gradients in parts.items()}
+            groups[place.rpartition(".")[2] if place in outputs else "rest"].append(parameter.grad.flatten())
+    norms = {f"grad_norm/{group}": torch.cat(gradients).norm().item() for group, gradients in groups.items()}
     return {**norms, "grad_norm": math.hypot(*norms.values())}
 
 
@@ -173,7 +173,7 @@ def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tenso
 
 
 def naive_rate(step: int) -> float:
-    """1e-3, warm-up over 4 of 20 steps, cosine to a tenth."""
+    """Returns a rate of 1e-3 with warm-up over 4 of 20 steps and cosine decay to a tenth."""
     if step <= 4:
         return 1e-3 * step / 4
     return 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 16)) / 2)
@@ -187,17 +187,17 @@ def float32_cases(trainable: str) -> list[Case]:
     return [case for case in CASES if (case.trainable, case.precision, case.batch) == wanted]
 
 
-def test_float32_losses_are_those_of_a_plain_loop(runs: Runs, reference: Reference):
+def test_float32_losses_equal_those_of_a_plain_loop(runs: Runs, reference: Reference):
     cases, expected = float32_cases(reference.trainable), reference.losses
     assert len(cases) >= 3
     for case in cases:
         assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-6), case
-    assert expected[-1] < expected[0] - 0.1  # it learns, so that a wrong gradient would show
+    assert expected[-1] < expected[0] - 0.1  # the loss decreases, so a wrong gradient would be detected
 
 
-def test_gradient_norms_by_part_are_those_of_a_plain_loop(runs: Runs, reference: Reference):
+def test_gradient_norms_by_group_equal_those_of_a_plain_loop(runs: Runs, reference: Reference):
     limit = Case(1, 0).settings().max_grad_norm
-    assert any(norms["grad_norm"] > limit for norms in reference.norms)  # so that clipping was seen at work
+    assert any(norms["grad_norm"] > limit for norms in reference.norms)  # so clipping has taken place
     for case in float32_cases(reference.trainable):
         for name in ("grad_norm", "grad_norm/o_proj", "grad_norm/down_proj", "grad_norm/rest"):
             expected = [norms[name] for norms in reference.norms]
@@ -219,7 +219,7 @@ def test_held_out_loss_and_counters_agree(runs: Runs):
             assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
 
 
-def test_not_one_other_tensor_changes_by_a_bit(runs: Runs, grown_dir: Path):
+def test_frozen_tensors_are_bitwise_unchanged(runs: Runs, grown_dir: Path):
     base = load_file(grown_dir / "model.safetensors")
     new = {name for name in base if any(f"layers.{layer}." in name for layer in NEW_LAYERS)}
     for case, task in runs.straight.items():
@@ -229,8 +229,8 @@ def test_not_one_other_tensor_changes_by_a_bit(runs: Runs, grown_dir: Path):
         assert changed == (new if case.trainable == "auto" else base.keys()), case
 
 
-def test_master_weights_start_from_the_files_not_from_bfloat16(runs: Runs, grown_dir: Path):
-    """With bfloat16 compute the float32 weights of the export still hold what bfloat16 cannot."""
+def test_master_weights_are_loaded_from_the_files_in_float32(runs: Runs, grown_dir: Path):
+    """With bfloat16 compute, the exported float32 weights still have digits that bfloat16 cannot represent."""
     base = load_file(grown_dir / "model.safetensors")
     trained = load_file(runs.straight[BFLOAT16_2].out / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -240,7 +240,7 @@ def test_master_weights_start_from_the_files_not_from_bfloat16(runs: Runs, grown
 
 
 @pytest.mark.parametrize("case", INTERRUPTED, ids=str)
-def test_interrupted_equals_uninterrupted_to_the_bit(runs: Runs, case: Case):
+def test_an_interrupted_run_is_bitwise_equal_to_an_uninterrupted_one(runs: Runs, case: Case):
     straight, resumed = runs.straight[case], runs.resumed[case]
     for name in ("loss", "learning_rate", "grad_norm", "tokens", "flops", "held_out_loss"):
         assert logged(resumed, name) == logged(straight, name), name
@@ -250,13 +250,13 @@ def test_interrupted_equals_uninterrupted_to_the_bit(runs: Runs, case: Case):
 
 
 @pytest.mark.parametrize("case", ELASTIC, ids=str)
-def test_a_checkpoint_resumes_on_other_ranks_and_stages(runs: Runs, case: Case):
+def test_a_checkpoint_resumes_with_other_numbers_of_ranks_and_zero_stages(runs: Runs, case: Case):
     exact = case.precision == "float32"
     expected = logged(runs.straight[Case(1, 0) if exact else EXACT_8], "loss")
     assert logged(runs.elastic[case], "loss") == pytest.approx(expected, **({"abs": 2e-6} if exact else {"rel": 1e-3}))
 
 
-def test_training_json_says_what_was_done(runs: Runs):
+def test_training_json_summarizes_the_run(runs: Runs):
     task = runs.straight[replace(BFLOAT16_2, zero=3)]
     summary = json.loads((task.out / "training.json").read_text())
     assert (summary["steps"], summary["world_size"], summary["zero_stage"]) == (STEPS, 2, 3)
@@ -266,7 +266,7 @@ def test_training_json_says_what_was_done(runs: Runs):
     assert summary["trainable_parameters"] * 2 == summary["total_parameters"] - 384 * 33 - 33
     assert summary["peak_memory_bytes"] > 0
     assert summary["checkpoints"]["saved"] == 1 and summary["checkpoints"]["seconds"] > 0
-    float32_state = 3 * 4 * summary["trainable_parameters"]  # weights and two moments, and little beside them
+    float32_state = 3 * 4 * summary["trainable_parameters"]  # weights and two moments; the overhead is small
     assert float32_state < summary["checkpoints"]["bytes"] < 1.1 * float32_state + 16384
     assert summary["mfu"] == pytest.approx(
         summary["flops"] / summary["seconds"] / summary["peak_flops_per_second"]["rate"]
@@ -275,7 +275,7 @@ def test_training_json_says_what_was_done(runs: Runs):
     assert AutoModelForCausalLM.from_pretrained(task.out).config.num_hidden_layers == 4
 
 
-def test_nothing_that_torch_could_unpickle_is_written(runs: Runs):
+def test_no_pickle_file_is_written(runs: Runs):
     for task in (*runs.straight.values(), *runs.resumed.values()):
         assert {path.suffix for path in task.out.rglob("*") if path.is_file()} <= {
             ".safetensors", ".json", ".jsonl", ".jinja", ".log"

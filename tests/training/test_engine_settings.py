@@ -1,6 +1,6 @@
 """Every setting of the engine reaches DeepSpeed or the model, and training with it gives the same losses.
 
-One launch of one rank runs all variants of one short float32 training (see ``many_tasks``).
+One launch of one rank runs all variants of a short training (see ``many_tasks``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offloaded": {"deepspeed": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}},
     "recomputed": {"activation_checkpointing": True, "micro_batch": 2},
     "overridden": {"deepspeed": {"overrides": {"zero_optimization": {"overlap_comm": False}, "steps_per_print": 1}}},
-    # Compiling takes most of this file's time: one variant, and no held-out loss, which would be compiled once more.
+    # Compiling takes most of this file's time, so there is one variant, without the held-out loss, which would be
+    # compiled separately.
     "compiled_and_recomputed": {"compile": True, "activation_checkpointing": True, "evaluate_at": []},
 }
 BFLOAT16: dict[str, dict[str, Any]] = {
@@ -49,11 +50,11 @@ def losses(tmp_path_factory: pytest.TempPathFactory, make_task: Callable[..., St
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_losses_are_those_of_the_default(losses: dict[str, list[float]], variant: str):
+def test_losses_equal_those_of_the_default(losses: dict[str, list[float]], variant: str):
     assert len(losses[variant]) == STEPS
     assert losses[variant] == pytest.approx(losses["default"], abs=2e-6)
 
 
-def test_products_by_float32_units_are_as_good_as_the_native_ones(losses: dict[str, list[float]]):
+def test_losses_with_float32_products_equal_the_native_ones_up_to_rounding(losses: dict[str, list[float]]):
     assert losses["float32_products"] == pytest.approx(losses["native"], rel=1e-3)
-    assert losses["float32_products"] != losses["native"]  # or the setting would have reached nothing
+    assert losses["float32_products"] != losses["native"]  # otherwise the setting had no effect

@@ -1,4 +1,4 @@
-"""A tuned model carries its template and stops where its turns end, whatever the base stopped at."""
+"""A tuned model has the chat template and stops at the end of a turn, wherever the base model stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.training.export import carry_chat_files
+from pipeline.training.export import copy_chat_files
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from pipeline.training.export import carry_chat_files
         ({"eos_token_id": 0}, {}, None, {"eos_token_id": 0}),
     ],
 )
-def test_the_end_of_turn_is_added_to_what_stops_generation(
+def test_the_end_of_turn_is_added_to_the_stop_tokens(
     generation: Any, config: Any, end: int | None, expected: Any, tmp_path: Path
 ) -> None:
     data, model = tmp_path / "data", tmp_path / "model"
@@ -32,17 +32,17 @@ def test_the_end_of_turn_is_added_to_what_stops_generation(
     (model / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (model / "generation_config.json").write_text(json.dumps(generation))
-    carry_chat_files(data, model)
+    copy_chat_files(data, model)
     assert json.loads((model / "generation_config.json").read_text()) == expected
 
 
-def test_the_template_goes_along(tmp_path: Path) -> None:
+def test_the_chat_template_is_copied(tmp_path: Path) -> None:
     data, model = tmp_path / "data", tmp_path / "model"
     data.mkdir()
     model.mkdir()
     (data / "dataset.json").write_text("{}")
-    carry_chat_files(data, model)
+    copy_chat_files(data, model)
     assert not list(model.iterdir())
     (data / "chat_template.jinja").write_text("template")
-    carry_chat_files(data, model)
+    copy_chat_files(data, model)
     assert (model / "chat_template.jinja").read_text() == "template"

@@ -1,4 +1,4 @@
-"""bfloat16 products by the float32 units: as exact as the native ones, on the same operands."""
+"""bfloat16 products on the float32 units are as accurate as the native ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.training.loss import SummedLoss
 
 @pytest.mark.parametrize("trains", [(True, True), (False, True), (True, False)], ids=["both", "input", "weight"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_value_and_gradients_are_the_exact_ones_rounded_once(trains: tuple[bool, bool], bias: bool):
+def test_values_and_gradients_are_exact_up_to_one_rounding(trains: tuple[bool, bool], bias: bool):
     torch.manual_seed(0)
     layer = nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16)
     layer.weight.requires_grad_(trains[0])
@@ -35,7 +35,7 @@ def test_value_and_gradients_are_the_exact_ones_rounded_once(trains: tuple[bool,
             torch.testing.assert_close(mine.double(), theirs, rtol=2**-8, atol=1e-6)
 
 
-def test_a_whole_models_loss_is_the_native_one_up_to_rounding(tiny_llama_dir: Path):
+def test_the_loss_of_a_model_equals_the_native_one_up_to_rounding(tiny_llama_dir: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16, attn_implementation=DOCUMENTS)
     ids = torch.randint(0, 384, (2, 48), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(48).repeat(2, 1)
@@ -47,8 +47,8 @@ def test_a_whole_models_loss_is_the_native_one_up_to_rounding(tiny_llama_dir: Pa
     torch.testing.assert_close(ours, native, rtol=2e-3, atol=0.0)
 
 
-def test_a_frozen_weight_keeps_no_input_alive():
-    """As in torch's own: below and inside frozen layers only what the gradient needs is stored."""
+def test_the_input_of_a_frozen_layer_is_not_saved():
+    """As with torch's own layers, only tensors that a gradient needs are saved."""
     layer = nn.Linear(96, 40, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     use_float32_products(nn.ModuleList([layer]))
     stored: list[tuple[int, ...]] = []

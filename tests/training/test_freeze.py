@@ -17,7 +17,7 @@ def model(grown_dir: Path) -> nn.Module:
 
 
 def expansion(tmp_path: Path, grown_dir: Path, method: str, new: set[int]) -> Path:
-    """A model directory whose ``expansion.json`` says this."""
+    """Creates a model directory with this ``expansion.json``."""
     directory = tmp_path / "model"
     shutil.copytree(grown_dir, directory)
     layers = [{"layer": layer, "new": layer in new, "from": [layer]} for layer in range(4)]
@@ -44,13 +44,13 @@ def test_auto_trains_everything_for_solar_and_none(
     assert chosen == {name for name, _ in model.named_parameters()}
 
 
-def test_new_layers_means_them_for_solar_too(tmp_path: Path, grown_dir: Path, model: nn.Module):
+def test_new_layers_trains_only_the_new_layers_for_solar_too(tmp_path: Path, grown_dir: Path, model: nn.Module):
     directory = expansion(tmp_path, grown_dir, "solar", {1})
     assert layers_of(model, freeze.select_trainable("pretrain", "new_layers", model, directory)) == {1}
 
 
-def test_layer_1_is_not_layer_11():
-    """Layers are told apart by what they hold, not by a substring of a name."""
+def test_layer_1_is_not_confused_with_layer_11():
+    """Layers are identified by their parameters, not by substrings of names."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -61,7 +61,7 @@ def test_layer_1_is_not_layer_11():
     assert all(name.startswith(f"model.layers.{layer}.") for name, layer in layers.items() if layer is not None)
 
 
-def test_a_pattern_is_searched_in_names(model: nn.Module, grown_dir: Path):
+def test_a_pattern_is_searched_in_parameter_names(model: nn.Module, grown_dir: Path):
     chosen = freeze.select_trainable("pretrain", r"layers\.[01]\..*norm", model, grown_dir)
     assert len(chosen) == 4 and layers_of(model, chosen) == {0, 1}
 
@@ -74,7 +74,7 @@ def test_training_nothing_is_refused(tmp_path: Path, grown_dir: Path, model: nn.
     assert error.value.setting == "sft.trainable"
 
 
-def test_a_model_that_was_never_expanded_must_be_told_what_trains(model: nn.Module, tiny_llama_dir: Path):
+def test_a_model_that_was_never_expanded_needs_an_explicit_choice(model: nn.Module, tiny_llama_dir: Path):
     with pytest.raises(UserError, match="expansion.json"):
         freeze.select_trainable("pretrain", "auto", model, tiny_llama_dir)
     assert freeze.select_trainable("pretrain", "all", model, tiny_llama_dir)
@@ -90,12 +90,12 @@ def test_the_lowest_trainable_layer(model: nn.Module):
     assert freeze.lowest_trainable_layer(model) == 0
 
 
-def test_the_table_names_every_parameter_once_and_the_summary_adds_up(model: nn.Module, grown_dir: Path):
+def test_the_table_lists_every_parameter_once_and_the_summary_adds_up(model: nn.Module, grown_dir: Path):
     freeze.freeze_others(model, freeze.select_trainable("pretrain", "auto", model, grown_dir))
-    rows = freeze.describe(model)
+    rows = freeze.parameter_table(model)
     assert [row.name for row in rows] == [name for name, _ in model.named_parameters()]
     assert {row.layer for row in rows if row.trained} == {1, 3}
-    assert "self_attn.q_proj.weight" in freeze.format_rows(rows)
+    assert "self_attn.q_proj.weight" in freeze.format_table(rows)
     summary = freeze.format_summary(rows).splitlines()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert summary[-1] == f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"
@@ -105,9 +105,9 @@ def test_the_table_names_every_parameter_once_and_the_summary_adds_up(model: nn.
     assert sum(int(cells[2]) for cells in table if cells[3] == "trained") == trained
 
 
-def test_roles_of_a_layer_that_fare_otherwise_have_lines_of_their_own(model: nn.Module, grown_dir: Path):
+def test_roles_that_differ_within_a_layer_get_separate_lines(model: nn.Module, grown_dir: Path):
     freeze.freeze_others(model, freeze.select_trainable("pretrain", r"layers\.[12]\.mlp\.down", model, grown_dir))
-    lines = [line.split() for line in freeze.format_summary(freeze.describe(model)).splitlines()]
+    lines = [line.split() for line in freeze.format_summary(freeze.parameter_table(model)).splitlines()]
     both = [cells[1:4:2] for cells in lines if cells[0] == "1-2"]
     assert ["mlp.down_proj.weight", "trained"] in both and ["mlp.up_proj.weight", "frozen"] in both
     assert [cells[0] for cells in lines].count("1-2") == 9

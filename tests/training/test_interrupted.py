@@ -1,4 +1,4 @@
-"""Stopped anywhere, by any signal to any rank, or killed in the middle of a save: the result is the same to the bit."""
+"""Runs that are stopped by a signal to any rank, or killed while saving, end with bitwise identical results."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tests.training.small import logged, train_settings
 pytestmark = pytest.mark.xdist_group("distributed")
 
 RANKS, STEPS, SAVE_EVERY = 2, 60, 3
-FILE_EVENTS_A_SAVE = 8  # directories made, files opened and renamed; one more where a half-written one is cleared
-FIRST_INSIDE = 3  # of them; before it, nothing may be there yet
+FILE_EVENTS_PER_SAVE = 8  # directories made, files opened and renamed; one more if a partial one is removed first
+FIRST_INSIDE = 3  # before this event the partial directory may not exist yet
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "grad_norm/rest", "held_out_loss", "tokens", "flops")
 MakeTask = Callable[..., StageTask]
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """One end of an attempt: a signal some time after some steps, or ``kill -9`` of rank 0 at some file event."""
+    """How an attempt ends: by a signal some time after some steps, or by ``kill -9`` of rank 0 at a file event."""
 
     number: signal.Signals
     rank: int = 0
@@ -45,7 +45,7 @@ class Interruption:
 
 
 def interruptions(seed: int) -> list[Interruption]:
-    """Ten of them, in random order: six signals that ask, two that kill, and two kills within a save."""
+    """Returns ten in random order: six stop requests, two kills, and two kills while saving."""
     chance = random.Random(seed)
 
     def anywhere(number: signal.Signals) -> Interruption:
@@ -53,22 +53,22 @@ def interruptions(seed: int) -> list[Interruption]:
 
     found = [anywhere(number) for number in 3 * [signal.SIGTERM, signal.SIGUSR1] + 2 * [signal.SIGKILL]]
     for _ in range(2):
-        found.append(Interruption(signal.SIGKILL, file_event=chance.randint(FIRST_INSIDE, FILE_EVENTS_A_SAVE - 1)))
+        found.append(Interruption(signal.SIGKILL, file_event=chance.randint(FIRST_INSIDE, FILE_EVENTS_PER_SAVE - 1)))
     chance.shuffle(found)
     return found
 
 
 def last_step(task: StageTask) -> int:
-    """The last logged step, 0 before the first."""
+    """Returns the last logged step, or 0 before the first."""
     path = task.out / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 def interrupt(launch: Launch, task: StageTask, how: Interruption) -> dict[int, int]:
-    """Waits for the right moment, sends the signal, and waits for the end.
+    """Waits for the right moment, sends the signal, and waits for the ranks to end.
 
-    After a kill the log tells of steps that were not saved, until ranks drop them and tell that they start.
+    After a kill, the log contains steps that were not saved, until the ranks drop them and announce their start.
     """
     if how.file_event is None:
         first = saved_step(task)
@@ -80,7 +80,7 @@ def interrupt(launch: Launch, task: StageTask, how: Interruption) -> dict[int, i
 
 
 def saved_step(task: StageTask) -> int:
-    """The step of the newest good checkpoint, 0 where there is none."""
+    """Returns the step of the newest intact checkpoint, or 0 if there is none."""
     found = checkpoint.newest(task.out / CHECKPOINTS, print)
     return 0 if found is None else found.step
 
@@ -90,7 +90,7 @@ def saved_step(task: StageTask) -> int:
     [(1, {}), (2, {"precision": "bfloat16", "deepspeed": {"zero_stage": 3}})],
     ids=["ZeRO 2 float32", "ZeRO 3 bfloat16"],
 )
-def test_ten_interruptions_leave_no_trace(make_task: MakeTask, forked_ranks: ForkedRanks, seed: int, changes: dict):
+def test_ten_interruptions_change_nothing(make_task: MakeTask, forked_ranks: ForkedRanks, seed: int, changes: dict):
     settings = train_settings(
         steps=STEPS, checkpoint_every_steps=SAVE_EVERY, evaluate_at=[0.0, 0.2, 0.5, 1.0], snapshot_at=[0.1], **changes
     )
@@ -99,11 +99,11 @@ def test_ten_interruptions_leave_no_trace(make_task: MakeTask, forked_ranks: For
     for how in interruptions(seed):
         request = {} if how.file_event is None else {"die_at_file_event": how.file_event}
         statuses = interrupt(forked_ranks.work(broken, **request), broken, how)
-        assert not (broken.out / TRAINING_FILE).exists(), "it was done before it was interrupted"
+        assert not (broken.out / TRAINING_FILE).exists(), "training finished before it was interrupted"
         if how.number == signal.SIGKILL:
             assert statuses[how.rank] == -signal.SIGKILL, how
-            assert how.file_event is None or list((broken.out / CHECKPOINTS).glob("*.partial")), how  # within a save
-        else:  # both ranks stopped after the same step, saved it, and call that no failure
+            assert how.file_event is None or list((broken.out / CHECKPOINTS).glob("*.partial")), how  # while saving
+        else:  # both ranks stopped after the same step, saved, and exited successfully
             assert set(statuses.values()) == {0}, how
             assert read_json(broken.out / "logs" / OUTCOME_FILE) == {"status": "stopped"}
             assert saved_step(broken) == last_step(broken)
@@ -116,24 +116,24 @@ def test_ten_interruptions_leave_no_trace(make_task: MakeTask, forked_ranks: For
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(make_task: MakeTask, forked_ranks: ForkedRanks):
+def test_a_full_disk_is_reported_and_no_saved_state_is_lost(make_task: MakeTask, forked_ranks: ForkedRanks):
     settings = train_settings(steps=6, checkpoint_every_steps=2)
     straight, cut = make_task(settings), make_task(settings)
     forked_ranks.work(straight).wait()
-    first = forked_ranks.work(cut, die_at_file_event=FILE_EVENTS_A_SAVE + FIRST_INSIDE)
+    first = forked_ranks.work(cut, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE)
     first.wait()
     before = saved_step(cut)
     assert before > 0
     assert forked_ranks.work(cut, limits={"RLIMIT_FSIZE": 50_000}).wait() == {0: 1}
     outcome = read_json(cut.out / "logs" / OUTCOME_FILE)
     assert outcome["explained"] and f"the checkpoint of step {before + 2} could not be saved" in outcome["cause"]
-    assert "Free some space and give the same command again" in outcome["cause"]
+    assert "Free some space and repeat the same command" in outcome["cause"]
     assert saved_step(cut) == before
     assert forked_ranks.work(cut).wait() == {0: 0}
     assert logged(cut, "loss") == logged(straight, "loss")
 
 
-def test_a_disk_that_takes_no_log_line_more_is_named(make_task: MakeTask, forked_ranks: ForkedRanks):
+def test_a_disk_that_is_full_while_logging_is_reported(make_task: MakeTask, forked_ranks: ForkedRanks):
     task = make_task(train_settings(steps=60))
     assert forked_ranks.work(task, limits={"RLIMIT_FSIZE": 16_000}).wait() == {0: EXIT_REQUEST}
     assert 0 < last_step(task) < 60 and saved_step(task) == 0
@@ -143,13 +143,13 @@ def test_a_disk_that_takes_no_log_line_more_is_named(make_task: MakeTask, forked
     assert forked_ranks.work(task).wait() == {0: 0}
 
 
-def test_a_base_whose_frozen_weights_changed_is_not_gone_on_with(
+def test_resuming_is_refused_if_frozen_base_weights_changed(
     make_task: MakeTask, forked_ranks: ForkedRanks, tmp_path: Path
 ):
     task = make_task(train_settings(steps=6, checkpoint_every_steps=2))
     model = Path(shutil.copytree(task.parents["model"], tmp_path / "model"))
     task = replace(task, parents={**task.parents, "model": model})
-    forked_ranks.work(task, die_at_file_event=FILE_EVENTS_A_SAVE + FIRST_INSIDE).wait()
+    forked_ranks.work(task, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
     assert saved_step(task) > 0
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1.0  # frozen
@@ -159,24 +159,24 @@ def test_a_base_whose_frozen_weights_changed_is_not_gone_on_with(
     assert outcome["status"] == "refused" and "the model's files" in outcome["rule"]
 
 
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_is_gone_on_with(
+def test_a_damaged_checkpoint_is_reported_and_training_resumes_from_the_one_before_it(
     make_task: MakeTask, forked_ranks: ForkedRanks
 ):
     settings = train_settings(steps=8, checkpoint_every_steps=2)
     straight, damaged = make_task(settings), make_task(settings)
     forked_ranks.work(straight).wait()
-    forked_ranks.work(damaged, die_at_file_event=2 * FILE_EVENTS_A_SAVE + FIRST_INSIDE).wait()
+    forked_ranks.work(damaged, die_at_file_event=2 * FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
     newest = saved_step(damaged)
     state = damaged.out / CHECKPOINTS / checkpoint.directory_name(newest) / checkpoint.STATE_FILE
     state.write_text(state.read_text()[:-100])
     assert 0 < saved_step(damaged) < newest
     assert forked_ranks.work(damaged).wait() == {0: 0}
-    told = read_json(damaged.out / "logs" / START_FILE)
-    assert told["resumed_after"] < newest and f"{state.parent} cannot be used" in told["notes"][0]
+    start = read_json(damaged.out / "logs" / START_FILE)
+    assert start["resumed_after"] < newest and f"{state.parent} cannot be used" in start["notes"][0]
     assert logged(damaged, "loss") == logged(straight, "loss")
 
 
-def test_a_number_that_is_not_finite_ends_training_by_name_over_the_last_good_state(
+def test_a_non_finite_loss_ends_training_and_keeps_the_last_good_checkpoint(
     make_task: MakeTask, forked_ranks: ForkedRanks
 ):
     task = make_task(train_settings(learning_rate=1e30, warmup_fraction=0.0, checkpoint_every_steps=1))

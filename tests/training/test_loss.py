@@ -14,7 +14,7 @@ from pipeline.training import loss as loss_module
 from pipeline.training.attention import DOCUMENTS
 from pipeline.training.loss import (
     ChunkLoss,
-    LogitRule,
+    LogitTransform,
     SummedLoss,
     chunked_cross_entropy,
     compiled_chunk_loss,
@@ -24,11 +24,11 @@ from pipeline.training.loss import (
 N, H, V = 37, 12, 51
 
 
-def plain(x_NH, w_VH, targets_N, rule: LogitRule):
-    """The textbook: all logits at once, torch's own derivative."""
-    logits = x_NH @ w_VH.T * rule.scale
-    if rule.softcap is not None:
-        logits = rule.softcap * torch.tanh(logits / rule.softcap)
+def plain(x_NH, w_VH, targets_N, transform: LogitTransform):
+    """The textbook computation: all logits at once, differentiated by torch."""
+    logits = x_NH @ w_VH.T * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
     return cross_entropy(logits, targets_N, reduction="sum")
 
 
@@ -37,16 +37,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * V)
 
 
-@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(scale=0.25), LogitRule(softcap=3.0), LogitRule(2.0, 5.0)])
-def test_chunked_equals_plain_in_float64(small_chunks: None, rule: LogitRule):
-    check_equals_plain(rule, loss_and_gradient)
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)]
+)
+def test_chunked_equals_plain_in_float64(small_chunks: None, transform: LogitTransform):
+    check_equals_plain(transform, loss_and_gradient)
 
 
 def test_a_compiled_chunk_equals_plain_in_float64(small_chunks: None):
-    check_equals_plain(LogitRule(2.0, 5.0), compiled_chunk_loss())
+    check_equals_plain(LogitTransform(2.0, 5.0), compiled_chunk_loss())
 
 
-def check_equals_plain(rule: LogitRule, chunk_loss: ChunkLoss) -> None:
+def check_equals_plain(transform: LogitTransform, chunk_loss: ChunkLoss) -> None:
     def chunked(*arguments):
         return chunked_cross_entropy(*arguments, chunk_loss)
 
@@ -56,18 +58,18 @@ def check_equals_plain(rule: LogitRule, chunk_loss: ChunkLoss) -> None:
     results = []
     for function in (chunked, plain):
         leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
-        value = function(*leaves, targets, rule)
+        value = function(*leaves, targets, transform)
         (value * 0.37).backward()
         results.append((value, leaves[0].grad, leaves[1].grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_a_frozen_head_costs_no_gradient_and_float32_stays_exact(small_chunks: None):
+def test_a_frozen_head_gets_no_gradient_and_float32_is_accurate(small_chunks: None):
     torch.manual_seed(0)
     x, w, targets = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
     chunked_cross_entropy(x, w, targets).backward()
-    expected = torch.autograd.grad(plain(x, w, targets, LogitRule()), x)[0]
+    expected = torch.autograd.grad(plain(x, w, targets, LogitTransform()), x)[0]
     assert w.grad is None and torch.allclose(x.grad, expected, atol=1e-5)
 
 
@@ -78,7 +80,7 @@ def test_no_supervised_token_gives_zero_loss_and_zero_gradient():
     assert value == 0 and x.grad.shape == (0, H)
 
 
-def test_logits_never_exceed_a_chunk(small_chunks: None, monkeypatch: pytest.MonkeyPatch):
+def test_logits_are_computed_in_chunks(small_chunks: None, monkeypatch: pytest.MonkeyPatch):
     rows = []
 
     def spy(x, w):
@@ -104,12 +106,12 @@ def test_equals_the_loss_of_transformers(tiny_llama: nn.Module):
     mask = positions > 0
     ours = SummedLoss(tiny_llama)(ids, positions, mask)
     theirs = tiny_llama(input_ids=ids, labels=ids).loss * mask.sum()
-    # transformers takes the cross entropy in float32 whatever the model's dtype
+    # transformers computes the cross entropy in float32 for any dtype of the model
     assert torch.allclose(ours, theirs.double(), rtol=1e-6)
 
 
 def test_documents_in_one_block_do_not_see_each_other(tiny_llama: nn.Module):
-    """A packed block's loss is the sum of its documents' losses, each alone; so are its gradients."""
+    """The loss of a packed block is the sum of its documents' losses, and likewise for gradients."""
     random = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, 384, (length,), generator=random) for length in (9, 5, 1, 17)]
     weight = tiny_llama.base_model.layers[1].mlp.up_proj.weight
@@ -128,7 +130,7 @@ def test_documents_in_one_block_do_not_see_each_other(tiny_llama: nn.Module):
     assert torch.allclose(*gradients, rtol=1e-8, atol=1e-12)
 
 
-def test_only_masked_in_tokens_are_targets(tiny_llama: nn.Module):
+def test_only_tokens_in_the_loss_mask_are_targets(tiny_llama: nn.Module):
     ids = torch.randint(0, 384, (1, 12), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(12)[None]
     model = SummedLoss(tiny_llama)
@@ -140,7 +142,7 @@ def test_only_masked_in_tokens_are_targets(tiny_llama: nn.Module):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live; a model's parameters are not theirs."""
+    """Counts the bytes of all live storages that operations allocate, excluding the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def partly_frozen(below: int, attention: str, trained: int = 1) -> SummedLoss:
-    """Frozen layers, then ``trained`` layers that train, then one frozen layer."""
+    """Builds a model of ``below`` frozen layers, ``trained`` trainable layers and one frozen layer."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=below + trained + 1,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
@@ -198,13 +200,13 @@ def peak_bytes(model: SummedLoss) -> int:
 
 @pytest.mark.parametrize("attention", [DOCUMENTS, "sdpa"])
 @pytest.mark.parametrize("measure", [stored_bytes, peak_bytes])
-def test_frozen_layers_below_the_lowest_trainable_one_cost_no_activation_memory(measure, attention: str):
+def test_frozen_layers_below_the_lowest_trainable_layer_need_no_activation_memory(measure, attention: str):
     few, many = (measure(partly_frozen(below, attention)) for below in (1, 9))
     assert few == many > 0
-    assert measure(partly_frozen(1, attention, trained=4)) > few  # what is trained above them does
+    assert measure(partly_frozen(1, attention, trained=4)) > few  # trainable layers do
 
 
-def test_nothing_runs_backwards_below_the_lowest_trainable_layer():
+def test_the_backward_pass_ends_at_the_lowest_trainable_layer():
     model = partly_frozen(below=3, attention=DOCUMENTS)
     layers = model.model.base_model.layers
     outputs: list[torch.Tensor] = []

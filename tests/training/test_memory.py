@@ -6,43 +6,43 @@ import torch
 
 from pipeline.artifacts.task import StageTask
 from pipeline.errors import OutOfMemory, TrainingFailure, WorkersFailed
-from pipeline.estimates import fitting as out_of_memory
+from pipeline.estimates import fitting
 from pipeline.estimates.fitting import naming_what_fits
 from pipeline.launch.machine import Placement, device_memory
-from pipeline.training.memory import named_when_out_of_memory
+from pipeline.training.trainer import report_out_of_memory
 from pipeline.training.validate import less_memory
 from tests.training.small import train_settings
 
 
-def test_the_allocators_error_is_known():
-    with pytest.raises(TrainingFailure, match="^out of memory: "), named_when_out_of_memory():
-        torch.empty(2**55)  # the real one, of this system's allocator
+def test_the_error_of_the_cpu_allocator_is_recognized():
+    with pytest.raises(TrainingFailure, match="^out of memory: "), report_out_of_memory():
+        torch.empty(2**55)  # raises the real error of this system's allocator
 
 
 @pytest.mark.parametrize("there, said", [(2**20, "What fits: "), (2**40, "Less is needed with ")])
-def test_the_stage_adds_what_would_fit(
+def test_the_stage_adds_settings_that_fit(
     there: int, said: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(out_of_memory, "device_memory", lambda placement: there)
+    monkeypatch.setattr(fitting, "device_memory", lambda placement: there)
     task = make_task(train_settings(micro_batch=2))
     with pytest.raises(WorkersFailed, match=f"^rank 0 of 1: out of memory\n.*{said}"), naming_what_fits(task):
         raise OutOfMemory("rank 0 of 1: out of memory")
 
 
-def test_a_process_has_its_share_of_the_nodes_memory():
+def test_a_process_gets_an_equal_share_of_the_nodes_memory():
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert device_memory(Placement("cpu", 2, 1)) == pytest.approx(there / 2, rel=0.02)
 
 
-def test_a_gpus_error_is_known_too():
-    said = "CUDA out of memory. Tried to allocate 2.00 GiB"
-    with pytest.raises(TrainingFailure, match=said), named_when_out_of_memory():
-        raise torch.OutOfMemoryError(f"{said}\nGPU 0 has ...")
+def test_the_error_of_a_gpu_is_recognized():
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(TrainingFailure, match=message), report_out_of_memory():
+        raise torch.OutOfMemoryError(f"{message}\nGPU 0 has ...")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, RecursionError, torch.distributed.DistBackendError])
-def test_other_errors_pass(kind: type[RuntimeError]):
-    with pytest.raises(kind, match="a defect"), named_when_out_of_memory():
+def test_other_errors_are_not_changed(kind: type[RuntimeError]):
+    with pytest.raises(kind, match="a defect"), report_out_of_memory():
         raise kind("a defect")
 
 
@@ -55,12 +55,12 @@ def test_other_errors_pass(kind: type[RuntimeError]):
          ["deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"]),
     ],
 )  # fmt: skip
-def test_only_what_is_not_set_yet_is_named(changes: dict, processes: int, named: list[str]):
+def test_only_settings_that_are_not_used_yet_are_suggested(changes: dict, processes: int, named: list[str]):
     sentence = less_memory("pretrain", train_settings(**changes), processes)
     assert [part.strip(" ;,.") for part in sentence.split() if "=" in part] == [f"pretrain.{name}" for name in named]
 
 
-def test_when_all_is_set_the_sequence_is_what_remains():
+def test_a_shorter_sequence_is_suggested_if_all_other_settings_are_used():
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
     train = train_settings(micro_batch=1, activation_checkpointing=True, deepspeed=everything)
     assert "shorter pretrain.sequence_length" in less_memory("pretrain", train, 2)

@@ -18,11 +18,11 @@ BATCH, LENGTH = 2, 24
      ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA Unheard Of", None)],
 )  # fmt: skip
 def test_data_sheet_peaks_are_found_by_device_name(name: str, rate: float | None):
-    assert mfu.sheet_rate(name, "bfloat16") == rate
+    assert mfu.data_sheet_rate(name, "bfloat16") == rate
 
 
 def test_the_data_sheet_has_no_peak_for_float32():
-    assert mfu.sheet_rate("NVIDIA H200", "float32") is None
+    assert mfu.data_sheet_rate("NVIDIA H200", "float32") is None
 
 
 def test_the_measured_rate_is_plausible():

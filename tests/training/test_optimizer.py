@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.training import freeze
-from pipeline.training.optimizer import MULTIPLE, make_adamw, parameter_groups
+from pipeline.training.optimizer import LR_MULTIPLE, make_adamw, parameter_groups
 from tests.tiny_families import tiny_model
 from tests.training.small import train_settings
 
@@ -25,7 +25,7 @@ def names_of(model: nn.Module, group: dict) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
-def test_norms_and_biases_do_not_decay(model: nn.Module):
+def test_norms_and_biases_are_not_decayed(model: nn.Module):
     matrices, vectors = parameter_groups("pretrain", model, train_settings(weight_decay=0.1))
     assert matrices["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in matrices["params"])
     assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
@@ -34,17 +34,17 @@ def test_norms_and_biases_do_not_decay(model: nn.Module):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2", "gpt_oss"])
-def test_no_bias_decays_be_it_a_vector_or_a_matrix_of_experts(family: str):
+def test_biases_are_not_decayed_even_if_experts_stack_them_in_a_matrix(family: str):
     model = tiny_model(family)
     decaying, _ = parameter_groups("pretrain", model, train_settings(weight_decay=0.1))
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     assert biases and decaying["weight_decay"] == 0.1 and not biases & names_of(model, decaying)
 
 
-def test_a_role_can_learn_faster_than_the_rest(model: nn.Module):
+def test_roles_can_have_their_own_learning_rates(model: nn.Module):
     groups = parameter_groups("pretrain", model, train_settings(role_learning_rates={"o": 2.0, "down": 4.0}))
     by_multiple = {
-        multiple: set().union(*(names_of(model, group) for group in groups if group[MULTIPLE] == multiple))
+        multiple: set().union(*(names_of(model, group) for group in groups if group[LR_MULTIPLE] == multiple))
         for multiple in (1.0, 2.0, 4.0)
     }
     assert by_multiple[2.0] == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 3)}
@@ -52,14 +52,14 @@ def test_a_role_can_learn_faster_than_the_rest(model: nn.Module):
     assert len(by_multiple[1.0]) == 2 * 7
 
 
-def test_a_rate_for_a_role_that_does_not_train_is_refused(model: nn.Module):
-    with pytest.raises(UserError, match="nothing that trains has this role") as error:
+def test_a_learning_rate_for_a_role_that_does_not_train_is_refused(model: nn.Module):
+    with pytest.raises(UserError, match="no trained parameter has this role") as error:
         parameter_groups("sft", model, train_settings(role_learning_rates={"q_norm": 2.0}))
     assert error.value.setting == "sft.role_learning_rates" and error.value.value == "q_norm"
 
 
-def test_a_step_is_that_of_adamw_as_it_is_written_down():
-    """Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, by hand, over three steps."""
+def test_a_step_equals_published_adamw():
+    """Computes three steps of algorithm 2 of Loshchilov and Hutter (arXiv 1711.05101) by hand."""
     train = train_settings(learning_rate=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8)
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
     optimizer = make_adamw([{"params": [weight], "weight_decay": 0.1}], train)

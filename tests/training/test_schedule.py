@@ -15,20 +15,20 @@ def rates(**changes) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
-def test_warms_up_linearly_to_the_peak(schedule: str):
+def test_the_warm_up_is_linear(schedule: str):
     warm = rates(schedule=schedule)[:10]
     assert warm == pytest.approx([0.1 * step for step in range(1, 11)])
 
 
 @pytest.mark.parametrize("schedule, last", [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
-def test_ends_on_the_final_fraction_and_never_rises(schedule: str, last: float):
+def test_the_decay_ends_with_the_final_fraction_and_never_rises(schedule: str, last: float):
     after = rates(schedule=schedule)[9:]
     assert after[-1] == pytest.approx(last)
     assert all(later <= earlier for earlier, later in pairwise(after))
 
 
 def naive(schedule: str, step: int) -> float:
-    """Ten steps of warm-up to 1, then down to 0.1 at step 100; written out anew."""
+    """An independent implementation: ten steps of warm-up to 1, then decay to 0.1 at step 100."""
     if step <= 10:
         return step / 10
     share = (step - 10) / 90
@@ -41,37 +41,37 @@ def naive(schedule: str, step: int) -> float:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
-def test_every_step_has_the_rate_of_the_formula(schedule: str):
+def test_every_step_has_the_rate_of_an_independent_implementation(schedule: str):
     expected = [naive(schedule, step) for step in range(1, STEPS + 1)]
     assert rates(schedule=schedule, decay_fraction=0.2) == pytest.approx(expected, rel=1e-12)
 
 
-def test_cosine_is_half_way_in_the_middle():
-    assert rates(schedule="cosine")[54] == pytest.approx(0.55)  # step 55 of 10 … 100
+def test_cosine_is_halfway_in_the_middle():
+    assert rates(schedule="cosine")[54] == pytest.approx(0.55)  # step 55 is the middle of 10 to 100
 
 
-def test_warmup_stable_decay_holds_the_peak_and_then_falls():
+def test_warmup_stable_decay_stays_at_the_peak_and_then_decays():
     all_rates = rates(schedule="warmup_stable_decay", decay_fraction=0.2)
     assert all_rates[9:80] == [1.0] * 71
     assert all_rates[89] == pytest.approx(0.55)
     assert all_rates[99] == pytest.approx(0.1)
 
 
-def test_no_warmup_starts_at_the_schedule():
+def test_without_warm_up_the_first_step_has_the_peak_rate():
     train = train_settings(learning_rate=1.0, warmup_fraction=0.0, schedule="constant")
     assert learning_rate(train, 1, 1) == 1.0
 
 
 @pytest.mark.parametrize("epochs, steps", [(1.0, 12), (2.0, 25), (0.5, 6), (0.01, 1)])
-def test_epochs_become_whole_global_batches(epochs: float, steps: int):
+def test_epochs_are_converted_to_full_global_batches(epochs: float, steps: int):
     assert total_steps(train_settings(steps=None, epochs=epochs, global_batch=8), blocks=101) == steps
 
 
-def test_fractions_become_steps_with_zero_before_the_first():
+def test_evaluation_fractions_are_converted_to_steps():
     train = train_settings(evaluate_at=[0.0, 0.2, 0.5, 1.0])
     assert evaluation_steps(train, 20) == {0: 0.0, 4: 0.2, 10: 0.5, 20: 1.0}
 
 
-def test_fractions_that_fall_on_one_step_are_all_found_there():
+def test_several_fractions_may_round_to_one_step():
     assert fractions_at([0.2, 0.4, 1.0], 1, steps=3) == [0.2, 0.4]
     assert fractions_at([0.2, 0.4, 1.0], 2, steps=3) == []

@@ -17,15 +17,15 @@ def changed(base: ModelDirectory, value: float) -> torch.Tensor:
     return base.read(TRAINED) + value
 
 
-def test_a_kept_model_is_the_finished_one_with_the_weights_of_then(grown_dir: Path, tmp_path: Path):
+def test_a_snapshot_is_the_finished_model_with_earlier_weights(grown_dir: Path, tmp_path: Path):
     base, artifact = ModelDirectory(grown_dir), tmp_path / "artifact"
     artifact.mkdir()
     for fraction, value in ((0.2, 2.0), (0.125, 1.25)):
         save_snapshot(snapshot_dir(artifact, fraction), base, [TRAINED], iter([(TRAINED, changed(base, value))]))
     export_with_replaced(grown_dir, artifact, {TRAINED: changed(base, 10.0)})
     assert sorted(path.name for path in (artifact / "on_the_way").iterdir()) == ["12.5", "20"]
-    kept = load_file(artifact / "on_the_way" / "20" / "model.safetensors")
-    assert kept.keys() == {TRAINED}  # and nothing that did not train
+    snapshot = load_file(artifact / "on_the_way" / "20" / "model.safetensors")
+    assert snapshot.keys() == {TRAINED}  # and no frozen weights
 
     materialize_snapshot(artifact, 0.2, tmp_path / "model")
     ours = load_file(tmp_path / "model" / "model.safetensors")
@@ -37,8 +37,8 @@ def test_a_kept_model_is_the_finished_one_with_the_weights_of_then(grown_dir: Pa
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
 
 
-def test_a_kept_model_stays_until_the_next_is_whole(grown_dir: Path, tmp_path: Path):
-    """Or a kill while it is kept again, after a resume at its very step, would end the run for good."""
+def test_an_existing_snapshot_stays_until_its_replacement_is_complete(grown_dir: Path, tmp_path: Path):
+    """Otherwise a kill while saving it again, after resuming at the same step, would leave a run that cannot resume."""
     base, place = ModelDirectory(grown_dir), snapshot_dir(tmp_path, 0.4)
     save_snapshot(place, base, [TRAINED], iter([(TRAINED, changed(base, 1.0))]))
 
@@ -51,12 +51,12 @@ def test_a_kept_model_stays_until_the_next_is_whole(grown_dir: Path, tmp_path: P
     assert torch.equal(load_file(place / "model.safetensors")[TRAINED], changed(base, 1.0))
 
 
-def test_keeping_again_replaces_what_a_killed_attempt_left(grown_dir: Path, tmp_path: Path):
+def test_saving_again_replaces_the_partial_snapshot_of_a_killed_attempt(grown_dir: Path, tmp_path: Path):
     base, place = ModelDirectory(grown_dir), snapshot_dir(tmp_path, 0.4)
     for value in (1.0, 2.0):
-        half = place.with_name(f".{place.name}.partial")
-        half.mkdir(parents=True)
-        (half / "junk").write_text("cut")
+        partial = place.with_name(f".{place.name}.partial")
+        partial.mkdir(parents=True)
+        (partial / "junk").write_text("cut")
         save_snapshot(place, base, [TRAINED], iter([(TRAINED, changed(base, value))]))
     assert torch.equal(load_file(place / "model.safetensors")[TRAINED], changed(base, 2.0))
     assert [path.name for path in place.parent.iterdir()] == ["40"]

@@ -1,4 +1,4 @@
-"""A whole training stage through the driver and torchrun, killed and started again."""
+"""A complete training stage under the driver and torchrun, killed and restarted."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ run_training(task_from_json(json.loads(Path(sys.argv[1]).read_text())))
 
 
 def running_with(*arguments: str) -> list[str]:
-    """Command lines of living processes that mention one of these."""
+    """Returns the command lines of running processes that contain any of ``arguments``."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # it ended while we looked
+        with suppress(OSError):  # the process has just ended
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
     return [line for line in lines if any(argument in line for argument in arguments)]
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(make_task: Callable[..., StageTask], tmp_path: Path):
+def test_a_killed_run_resumes_to_bitwise_equal_results(make_task: Callable[..., StageTask], tmp_path: Path):
     settings = train_settings(steps=60, checkpoint_every_steps=4, evaluate_at=[0.0, 0.5, 1.0])
     straight, killed = make_task(settings, 2), make_task(settings, 2)
     run_training(straight)
@@ -45,7 +45,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_task: Callable[..., StageTas
     write_json(tmp_path / "task.json", task_to_json(killed))
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "task.json")], cwd=ROOT)
     saved = killed.out / CHECKPOINTS
-    while not (saved.exists() and any(saved.iterdir())):  # some file of a first save is there, half or whole
+    while not (saved.exists() and any(saved.iterdir())):  # until the first checkpoint is being written
         assert driver.poll() is None
         time.sleep(0.002)
     assert len(running_with(str(killed.out))) >= 3  # torchrun and two ranks
@@ -63,8 +63,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_task: Callable[..., StageTas
         assert logged(killed, name) == logged(straight, name), name
     ours, theirs = (load_file(task.out / "model.safetensors") for task in (killed, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not saved.exists()  # nothing of the training is left but its result
+    assert not saved.exists()  # checkpoints are removed at the end
 
     before = (killed.out / "metrics.jsonl").stat().st_mtime_ns
     assert run_training(killed) == summary == json.loads((killed.out / "training.json").read_text())
-    assert (killed.out / "metrics.jsonl").stat().st_mtime_ns == before  # done is done
+    assert (killed.out / "metrics.jsonl").stat().st_mtime_ns == before  # nothing was repeated

@@ -13,7 +13,7 @@ from pipeline.training import worker
 
 @pytest.fixture(autouse=True)
 def rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A rank's environment; its signal handlers are put back."""
+    """Sets the environment of a rank, and restores the signal handlers afterwards."""
     monkeypatch.setenv("RANK", "0")
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -23,14 +23,14 @@ def rank_zero(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_asks_to_stop_and_ends_nothing(tmp_path: Path, number: signal.Signals):
+def test_a_signal_requests_a_stop_without_ending_the_process(tmp_path: Path, number: signal.Signals):
     stop = worker.StopRequest(tmp_path / STOP_FILE)
     assert not stop()
     os.kill(os.getpid(), number)
     assert stop()
 
 
-def test_the_drivers_stop_file_asks_to_stop(tmp_path: Path):
+def test_the_drivers_stop_file_requests_a_stop(tmp_path: Path):
     stop = worker.StopRequest(tmp_path / STOP_FILE)
     (tmp_path / STOP_FILE).touch()
     assert stop()
@@ -42,11 +42,11 @@ def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body) -> tuple[int
 
 
 @pytest.mark.parametrize("status", ["done", "stopped"])
-def test_done_and_stopped_are_successes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str):
+def test_done_and_stopped_exit_successfully(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str):
     assert run_with(monkeypatch, tmp_path, lambda: {"status": status}) == (EXIT_DONE, {"status": status})
 
 
-def test_a_refusal_keeps_its_four_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_user_error_is_recorded_with_its_four_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def refuse():
         raise UserError(setting="a.b", value=Path("x"), rule="r", remedy="m")
 
@@ -55,7 +55,7 @@ def test_a_refusal_keeps_its_four_parts(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert outcome == {"status": "refused", "setting": "a.b", "value": "x", "rule": "r", "remedy": "m"}
 
 
-def test_a_defect_names_rank_and_cause_and_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_bug_is_recorded_and_raised_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def fail():
         raise ZeroDivisionError("one over nothing")
 
@@ -65,7 +65,7 @@ def test_a_defect_names_rank_and_cause_and_keeps_its_traceback(monkeypatch: pyte
     assert read_json(tmp_path / OUTCOME_FILE) == {"status": "failed", "rank": 0, "cause": cause}
 
 
-def test_a_named_failure_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_training_failure_is_recorded_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def fail():
         raise TrainingFailure("the disk is full; free some space")
 
@@ -74,7 +74,7 @@ def test_a_named_failure_is_told_without_a_traceback(monkeypatch: pytest.MonkeyP
     assert outcome == {"status": "failed", "rank": 0, "cause": "the disk is full; free some space", "explained": True}
 
 
-def test_the_first_rank_to_know_decides(tmp_path: Path):
+def test_the_first_recorded_outcome_wins(tmp_path: Path):
     worker.write_outcome(tmp_path, {"status": "refused"})
     worker.write_outcome(tmp_path, {"status": "failed"})
     assert read_json(tmp_path / OUTCOME_FILE) == {"status": "refused"}
