@@ -162,7 +162,7 @@ class Family:
 
     # ------------------------------------------------------------------ config
 
-    def complete(self, config: Config) -> Config:
+    def with_defaults(self, config: Config) -> Config:
         """The config with the family's defaults for entries that are absent or null."""
         return {**self.defaults, **{name: value for name, value in config.items() if value is not None}}
 
@@ -170,7 +170,7 @@ class Family:
         """The parameters of one layer of a model.
 
         Args:
-            config: with the family's defaults, see ``complete``.
+            config: with the family's defaults, see ``with_defaults``.
             layer: index of the layer.
         """
         kind = self.sparse if _is_sparse(config, layer) else self.dense
@@ -263,7 +263,7 @@ class Family:
             UserError: layers are not named like the family's, differ in what they hold, or hold a tensor without a
                 role.
         """
-        config = self.complete(config)
+        config = self.with_defaults(config)
         layers = self._names_by_layer(tensor_names, config["num_hidden_layers"])
         for layer, names in enumerate(layers):
             if not names:

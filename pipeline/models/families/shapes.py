@@ -131,7 +131,7 @@ def shape_of(config: Config) -> Shape:
     """
     family = family_of(config.get("model_type"))
     try:
-        return _shape(family, family.complete(config))
+        return _shape(family, family.with_defaults(config))
     except KeyError as error:
         raise UserError(
             setting="model.path",
@@ -148,7 +148,7 @@ def _shape(family: Family, config: Config) -> Shape:
         final_norm[family.final_norm.removesuffix("weight") + "bias"] = (hidden,)
     head = {} if config.get("tie_word_embeddings") else {family.lm_head: (vocabulary, hidden)}
     return Shape(
-        layers=tuple(_layer(family, config, index) for index in range(config["num_hidden_layers"])),
+        layers=tuple(_layer_shape(family, config, index) for index in range(config["num_hidden_layers"])),
         before={family.embeddings: (vocabulary, hidden)},
         after={**final_norm, **head},
         layer_prefix=family.layer_prefix,
@@ -160,7 +160,7 @@ def _shape(family: Family, config: Config) -> Shape:
     )
 
 
-def _layer(family: Family, config: Config, layer: int) -> LayerShape:
+def _layer_shape(family: Family, config: Config, layer: int) -> LayerShape:
     parameters = family.parameters(config, layer)
     matrices = {name: entry.matrix_roles for name, entry in parameters.items()}
     return LayerShape(
