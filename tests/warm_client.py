@@ -23,6 +23,8 @@ def is_warm(arguments: list[str]) -> bool:
     """Whether a fork of the server does what these arguments ask for."""
     if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in MODULES:
         return False
+    if any(os.path.exists(f"{place}/sitecustomize.py") for place in os.environ.get("PYTHONPATH", "").split(":")):
+        return False  # only a new interpreter runs it
     return all(os.environ.get(name) == value for name, value in FIXED.items())
 
 

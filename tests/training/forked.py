@@ -27,7 +27,7 @@ from pipeline.launch.failure import rank_log
 from pipeline.training.job import START_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 600.0  # seconds for one launch
+TIMEOUT = 3000.0  # seconds for one launch
 GRACE = 10.0  # seconds after one rank has failed until the others are killed, as under a launcher
 
 
