@@ -11,7 +11,6 @@ from rich.console import Console
 
 from pipeline.__main__ import compose_jobs
 from pipeline.artifacts.task import Metrics, StageTask
-from pipeline.driver import run as driver
 from pipeline.driver.graph import Inputs, build_graph
 from pipeline.driver.run import run_graph
 from pipeline.errors import WorkersFailed
@@ -34,11 +33,11 @@ def test_the_time_between_a_failed_attempt_and_the_next_is_not_counted(
     def succeed(task: StageTask) -> Metrics:
         return {}
 
-    monkeypatch.setattr(driver, "_execute", fail)
+    monkeypatch.setattr("pipeline.driver.run._execute", fail)
     with pytest.raises(WorkersFailed):
         run_graph(settings, nodes, CONSOLE)
     _move_back_in_time(nodes["load"].artifact.partial, HOUR)
-    monkeypatch.setattr(driver, "_execute", succeed)
+    monkeypatch.setattr("pipeline.driver.run._execute", succeed)
     run_graph(settings, nodes, CONSOLE)
     manifest = nodes["load"].artifact.manifest()
     assert manifest["attempts"] == 2 and manifest["seconds"] < HOUR / 2

@@ -11,8 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.evaluation import lm as lm_module
-from pipeline.evaluation.lm import LanguageModel
+from pipeline.evaluation.lm import LOGITS_BYTES, LanguageModel
 
 TEXTS = ["Return the number of items.", "The quick brown fox. " * 40, "def add(a, b):\n    return a + b"]
 
@@ -76,7 +75,7 @@ def test_the_batch_leaves_the_numbers_alone(tiny_llama_dir: Path) -> None:
 
 def test_long_sequences_are_scored_in_smaller_batches(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of 384 tokens, twice, in float32: 3072 bytes a position."""
-    monkeypatch.setitem(lm_module.LOGITS_BYTES, "cpu", 100 * 3072)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 100 * 3072)
     lm = _lm(tiny_llama_dir, batch_size=16)
     sizes: list[tuple[int, int]] = []
     call = lm.model.forward
@@ -102,6 +101,6 @@ def test_progress_is_told_in_sequences(tiny_llama_dir: Path, monkeypatch: pytest
         def __exit__(self, *details: object) -> None:
             pass
 
-    monkeypatch.setattr(lm_module, "progress", lambda label, total: Shown())
+    monkeypatch.setattr("pipeline.evaluation.lm.progress", lambda label, total: Shown())
     _lm(tiny_llama_dir).loglikelihood(_requests("loglikelihood", *(("a b", f" c {number} d") for number in range(9))))
     assert sum(advanced) == 9

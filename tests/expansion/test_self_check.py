@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.expansion import self_check as model_check
+from pipeline.expansion import self_check
 from pipeline.expansion.self_check import CheckFailedError, check_model
 from pipeline.models.layer_config import spelled_out_config
 from tests.tiny_families import TINY_CONFIGS, save_tiny
@@ -77,14 +77,14 @@ def test_a_config_that_reads_back_differently(model: Path) -> None:
 
 def test_a_layer_that_uses_another_ones_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classic fault of a copied layer: the same logits without a cache, wrong ones with it."""
-    load = model_check._load
+    load = self_check._load
 
     def load_with_shared_index(directory: Path, **placement: Any) -> Any:
         loaded: Any = load(directory, **placement)
         loaded.model.layers[2].self_attn.layer_idx = 1
         return loaded
 
-    monkeypatch.setattr(model_check, "_load", load_with_shared_index)
+    monkeypatch.setattr(self_check, "_load", load_with_shared_index)
     with pytest.raises(CheckFailedError, match="cached decoding differs"):
         check_model(model, _config(model), same_logits_as=model, memory=WHOLE)
 
@@ -92,7 +92,7 @@ def test_a_layer_that_uses_another_ones_cache(model: Path, monkeypatch: pytest.M
 def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights are on the meta device, and what decodes is a narrow twin of its depth."""
     loaded: list[Any] = []
-    load, decode = model_check._load, model_check._cache_difference
+    load, decode = self_check._load, self_check._cache_difference
 
     def load_and_remember(directory: Path, **placement: Any) -> Any:
         loaded.append(load(directory, **placement))
@@ -102,8 +102,8 @@ def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.M
         loaded.append(model)
         return decode(model, prompt)
 
-    monkeypatch.setattr(model_check, "_load", load_and_remember)
-    monkeypatch.setattr(model_check, "_cache_difference", decode_and_remember)
+    monkeypatch.setattr(self_check, "_load", load_and_remember)
+    monkeypatch.setattr(self_check, "_cache_difference", decode_and_remember)
     outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), tiny_llama_dir, memory=LAYER_BY_LAYER)
     *streamed, twin = loaded
     assert {parameter.device.type for model in streamed for parameter in model.parameters()} == {"meta"}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import AnyExpand
-from pipeline.expansion import surgery as layer_surgery
+from pipeline.expansion import surgery
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, method_of
 from pipeline.expansion.surgery import Names, write_weights
@@ -62,7 +62,7 @@ def test_an_interrupted_expansion_goes_on_and_ends_the_same(
     uninterrupted = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), uninterrupted, CPU, whole, seed=0)
 
-    monkeypatch.setattr(layer_surgery, "KEEP_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "KEEP_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, parted, seed=0)
     second = Watched(settings)
@@ -79,14 +79,14 @@ def test_an_interrupted_expansion_goes_on_and_ends_the_same(
 
 
 def _weights_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {layer_surgery.RECORDS}
+    return {path.name for path in directory.iterdir()} - {surgery.RECORDS}
 
 
 def test_a_layer_that_is_made_and_that_no_other_needs_is_not_solved_again(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = expand_settings("opt_deus", new_layers=2, position=[0, 2])
-    monkeypatch.setattr(layer_surgery, "KEEP_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "KEEP_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, tmp_path, seed=0)
     second = Watched(settings)
@@ -106,7 +106,7 @@ def test_an_attempt_that_was_cut_off_after_the_last_tensor_is_not_made_again(
     assert second.given == [] and (tmp_path / "model.safetensors").stat().st_mtime_ns == written
     assert (again.records, again.warnings) == (first.records, first.warnings)
 
-    layer_surgery.forget_records(tmp_path)  # the stage's word that they are final, or wrong
+    surgery.forget_records(tmp_path)  # the stage's word that they are final, or wrong
     write_weights(names, second, CPU, tmp_path, seed=0)
     assert second.given
 
@@ -119,7 +119,7 @@ def test_large_room_is_in_a_file_without_a_name(
     in_memory.mkdir(), on_disk.mkdir()
     write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, in_memory, seed=0)
 
-    monkeypatch.setattr(layer_surgery, "SCRATCH_ON_DISK_BYTES", 0)
+    monkeypatch.setattr(surgery, "SCRATCH_ON_DISK_BYTES", 0)
     mapped: list[int] = []
     from_file = torch.from_file
 

@@ -18,7 +18,7 @@ from pipeline.__main__ import main
 from pipeline.artifacts.task import Metrics
 from pipeline.config import METHODS, AnyExpand
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, UserError
-from pipeline.expansion import self_check as model_check
+from pipeline.expansion import self_check
 from pipeline.files import write_json
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
@@ -221,8 +221,8 @@ def test_a_killed_attempt_is_overwritten(expand_settings: ExpandSettings, tiny_l
 def test_a_failed_check_fails_the_stage(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_check, "CACHE_TOLERANCE", -1.0)
-    with pytest.raises(model_check.CheckFailedError, match="cached decoding"):
+    monkeypatch.setattr(self_check, "CACHE_TOLERANCE", -1.0)
+    with pytest.raises(self_check.CheckFailedError, match="cached decoding"):
         _run(tiny_llama_dir, expand_settings("copy", new_layers=1), out)
 
 

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline.training import loss as loss_module
 from pipeline.training.attention import DOCUMENTS
 from pipeline.training.loss import (
     ChunkLoss,
@@ -34,7 +33,7 @@ def plain(x_NH, w_VH, targets_N, transform: LogitTransform):
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 5 * V)
+    monkeypatch.setattr("pipeline.training.loss.CHUNK_LOGITS", 5 * V)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_logits_are_computed_in_chunks(small_chunks: None, monkeypatch: pytest.M
         rows.append(x.shape[0])
         return x @ w.T
 
-    monkeypatch.setattr(loss_module, "linear", spy)
+    monkeypatch.setattr("pipeline.training.loss.linear", spy)
     chunked_cross_entropy(torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.zeros(N, dtype=torch.int64))
     assert sum(rows) == N and max(rows) <= 5
 
