@@ -1,10 +1,11 @@
-"""Grammatical minimal pairs from templates of our own: two sentences that differ in one word or in word order.
+"""The task ``minimal_pairs``: two sentences that differ in one word or in word order, one of them grammatical.
 
-To see forgetting: a model that keeps its English prefers the grammatical one. In the manner of BLiMP (arXiv
-1912.00582), with neither its sentences nor its templates. Deterministic, the same for every Python version.
+It measures forgetting, since a model that has kept its English prefers the grammatical sentence. The design follows
+BLiMP (arXiv 1912.00582), but the templates and sentences are not taken from it. The pairs are deterministic and do not
+depend on the Python version.
 
-A template names its words: ``{person[1]}`` is the plural of a word from ``WORDS["person"]``; ``{person2[0]}`` the
-singular of another one.
+A template names its words: ``{person[1]}`` is the plural of a word from ``WORDS["person"]``, and ``{person2[0]}`` is
+the singular of a different one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
-PAIRS_EACH = 40
+PAIRS_PER_PHENOMENON = 40
 
-# Templates are used in turn; <good|bad> is the difference.
+# The templates of a phenomenon are used in turn. <grammatical|ungrammatical> is the contrast.
 PHENOMENA: dict[str, tuple[str, ...]] = {
     "agreement_with_noun_between": (
         "The {person[0]} {near} the {thing[1]} <{be[0]}|{be[1]}> {state}.",
@@ -74,62 +75,8 @@ PHENOMENA: dict[str, tuple[str, ...]] = {
     ),
 }
 
-SLOT = re.compile(r"\{(\w+?)(\d?)(?:\[\d\])?\}")
-CONTRAST = re.compile(r"<(.+?)\|(.+?)>")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two sentences; the grammatical one is ``choices[gold]``."""
-
-    phenomenon: str
-    choices: list[str]
-    gold: int
-
-
-def build_pairs() -> list[Pair]:
-    """``PAIRS_EACH`` distinct pairs of every phenomenon."""
-    return [pair for phenomenon in PHENOMENA for pair in _pairs_of(phenomenon)]
-
-
-def _pairs_of(phenomenon: str) -> Iterator[Pair]:
-    templates = PHENOMENA[phenomenon]
-    seen: set[str] = set()
-    number = 0
-    while len(seen) < PAIRS_EACH:
-        template = templates[number % len(templates)]
-        text = template.format(**_choose_words(template, f"{phenomenon} {number}"))
-        number += 1
-        if text in seen:
-            continue
-        seen.add(text)
-        sentences = [_capitalised(CONTRAST.sub(rf"\{which}", text)) for which in (1, 2)]
-        gold = _pick(text, 2)  # on either side, so that a tie in likelihood is worth nothing
-        yield Pair(phenomenon, sentences if gold == 0 else sentences[::-1], gold)
-
-
-def _choose_words(template: str, seed: str) -> dict[str, str | tuple[str, str]]:
-    chosen: dict[str, str | tuple[str, str]] = {}
-    for kind, number in SLOT.findall(template):
-        if kind + number not in chosen:
-            words = [word for word in WORDS[kind] if word not in chosen.values()]
-            chosen[kind + number] = words[_pick(f"{seed} {kind}{number}", len(words))]
-    return chosen
-
-
-def _capitalised(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
-
-
-def _pick(seed: str, count: int) -> int:
-    return int(sha256(seed.encode()).hexdigest(), 16) % count
-
-
-# --------------------------------------------------------------------------------------------------
-# The words of the minimal pairs: plain, common, and fit for every template that names them.
-#
-# Pairs are singular and plural, or the two forms that a template contrasts.
-
+# Words that are plain, common, and fit every template that names them. A pair is the singular and the plural, or the
+# two forms that a template contrasts.
 WORDS: dict[str, tuple[str, ...] | tuple[tuple[str, str], ...]] = {
     "person": (
         ("teacher", "teachers"), ("farmer", "farmers"), ("doctor", "doctors"), ("student", "students"),
@@ -181,3 +128,56 @@ WORDS: dict[str, tuple[str, ...] | tuple[tuple[str, str], ...]] = {
     "enjoyed": ("enjoyed", "avoided", "finished", "kept", "disliked", "considered"),
     "hoped": ("hoped", "decided", "refused", "wanted", "agreed", "planned"),
 }  # fmt: skip
+
+SLOT = re.compile(r"\{(\w+?)(\d?)(?:\[\d\])?\}")
+CONTRAST = re.compile(r"<(.+?)\|(.+?)>")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences, of which ``choices[gold]`` is grammatical."""
+
+    phenomenon: str
+    choices: list[str]
+    gold: int
+
+
+def build_pairs() -> list[Pair]:
+    """Returns ``PAIRS_PER_PHENOMENON`` distinct pairs for every phenomenon."""
+    return [pair for phenomenon in PHENOMENA for pair in _generate(phenomenon)]
+
+
+def _generate(phenomenon: str) -> Iterator[Pair]:
+    templates = PHENOMENA[phenomenon]
+    seen: set[str] = set()
+    number = 0
+    while len(seen) < PAIRS_PER_PHENOMENON:
+        template = templates[number % len(templates)]
+        text = template.format(**_choose_words(template, f"{phenomenon} {number}"))
+        number += 1
+        if text in seen:
+            continue
+        seen.add(text)
+        sentences = [_capitalize(CONTRAST.sub(rf"\{which}", text)) for which in (1, 2)]
+        # In either position, so that always choosing the same one (or breaking ties that way) scores chance.
+        gold = _pick(text, 2)
+        yield Pair(phenomenon, sentences if gold == 0 else sentences[::-1], gold)
+
+
+def _choose_words(template: str, seed: str) -> dict[str, str | tuple[str, str]]:
+    """Draws a word for every slot of a template, without repeating one."""
+    chosen: dict[str, str | tuple[str, str]] = {}
+    for kind, number in SLOT.findall(template):
+        if kind + number not in chosen:
+            words = [word for word in WORDS[kind] if word not in chosen.values()]
+            chosen[kind + number] = words[_pick(f"{seed} {kind}{number}", len(words))]
+    return chosen
+
+
+def _capitalize(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def _pick(seed: str, count: int) -> int:
+    """A number below ``count`` that depends on ``seed`` alone."""
+    return int(sha256(seed.encode()).hexdigest(), 16) % count

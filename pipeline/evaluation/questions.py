@@ -1,13 +1,13 @@
-"""Multiple-choice questions on the standard library: which of four names does this summary describe.
+"""The task ``python_docs_mcq``: which of four names from the standard library does a summary describe?
 
-All four names are from one module, those with summaries most like the right one first, so that knowing what a module
-is about does not help. Questions are about the asked modules of ``python_docs``: their docstrings stand in the corpus
-and in no instruction pair. A fourth of the questions has the longest name right, a fourth the second longest, and so
-on, so that choosing by length scores exactly chance.
+All four names are from one module, with preference for names whose summaries resemble the correct one, so that knowing
+what a module is about does not help. The questions are about the modules that ``python_docs`` reserves for them: their
+docstrings are in the corpus but in no instruction pair. The correct name is the longest one in a quarter of the
+questions, the second longest in another quarter, and so on, so that choosing by length scores exactly chance.
 
-A model answers with the name after which it finds the summary most likely, in the layout of the corpus. The scored
-text is the same for all four, so no answer gains by being short, as it would if the options themselves were scored
-(seen on SmolLM2-135M-Instruct: 66 % this way, 38 % the other way round, chance 25 %).
+A model's answer is the name after which it finds the summary most likely, in the layout of the corpus. The scored text
+is the same for all four names, so no answer gains from being short, as it would if the names themselves were scored
+(SmolLM2-135M-Instruct: 66 % this way, 38 % the other way around; chance is 25 %).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LONGEST_SUMMARY, LONGEST_NAME = 60, 40  # characters; short questions keep an ev
 
 @dataclass(frozen=True)
 class Question:
-    """One question; ``names[gold]`` is what the summary describes."""
+    """One question. ``names[gold]`` is the name that the summary describes."""
 
     summary: str
     names: list[str]
@@ -36,9 +36,13 @@ class Question:
 
 
 def build_questions(entries: Iterable[Entry] | None = None, number: int = QUESTIONS) -> list[Question]:
-    """At most ``number`` questions, as many for each rank of the right name's length; deterministic."""
+    """Returns at most ``number`` questions, the same number for each rank of the correct name by length.
+
+    The questions are deterministic: whatever is drawn is drawn by hashes.
+    """
     by_rank: dict[int, list[Question]] = defaultdict(list)
     taken: Counter[int] = Counter()
+    # Each entry goes to the rank with the fewest questions so far for which its module has distractors.
     for entry, others in _candidates(question_entries() if entries is None else entries):
         for rank in sorted(range(OPTIONS), key=lambda rank: (taken[rank], _order(f"{rank}{entry.name}"))):
             chosen = _distractors(entry, others, rank)
@@ -53,7 +57,10 @@ def build_questions(entries: Iterable[Entry] | None = None, number: int = QUESTI
 
 
 def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
-    """Entries fit to be asked about, each with its module's; modules take turns, so that no large one prevails."""
+    """The entries that can be asked about, each with all such entries of its module.
+
+    Modules take turns, so that large ones do not dominate.
+    """
     modules: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         short = len(entry.summary) <= LONGEST_SUMMARY and len(entry.name) <= LONGEST_NAME
@@ -67,7 +74,7 @@ def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
 
 
 def _distractors(entry: Entry, others: list[Entry], rank: int) -> list[Entry] | None:
-    """Three others of the module, of which ``rank`` have shorter names and the rest longer ones."""
+    """Three other entries, of which ``rank`` have shorter names than ``entry`` and the rest longer ones."""
     usable = [other for other in others if _differs(other, entry)]
     usable.sort(key=lambda other: (-_shared_words(other, entry), _order(entry.name + other.name)))
     shorter = [other for other in usable if len(other.name) < len(entry.name)][:rank]
@@ -77,7 +84,7 @@ def _distractors(entry: Entry, others: list[Entry], rank: int) -> list[Entry] | 
 
 
 def _differs(other: Entry, entry: Entry) -> bool:
-    """Another summary and another last name: ``a.close`` is no distractor to ``b.close``."""
+    """Whether summaries and last parts of names differ: ``a.close`` cannot be a distractor for ``b.close``."""
     same_name = other.name.rpartition(".")[2] == entry.name.rpartition(".")[2]
     return not same_name and words(other.summary) != words(entry.summary)
 

@@ -1,4 +1,9 @@
-"""lm-eval's answer for one task as rows with standard errors, also for perplexities, which lm-eval leaves out."""
+"""Scores with standard errors from lm-eval's results, and what each document contributes to them.
+
+lm-eval gives no standard errors for perplexities that weight documents by their length. They are computed here from the
+values per document (samples), which are also kept, so that a report can take errors over pairs of documents. Nothing
+beyond the standard library is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,15 @@ from typing import Any, TypedDict
 
 from pipeline.files import sha256_json
 
+# A sample is the value of one document: a number, or (log likelihood in nats, length in words or bytes).
+Sample = Any
+# The metrics that are a rate over all documents together, -Σ log p / Σ length, as exp(rate) or in bits.
+LENGTH_WEIGHTED = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
+EQUALLY_WEIGHTED = "perplexity"  # the same with a length of 1 for every document (LAMBADA); samples are log likelihoods
+
 
 class Score(TypedDict):
-    """One number; ``stderr`` is one standard error over the task's ``n`` documents, null where it is not known."""
+    """One number. ``stderr`` is one standard error over the task's ``n`` documents, null if unknown."""
 
     task: str
     metric: str
@@ -20,21 +31,31 @@ class Score(TypedDict):
     n: int
 
 
+class Samples(TypedDict):
+    """One task's values per document, in the order of its documents, so that two models can be compared in pairs."""
+
+    documents: str  # a hash of all documents, equal for two models that were given the same documents
+    metrics: dict[str, list[Any]]  # by the names of metrics in scores
+
+
 def scores_of(task: str, results: Mapping[str, Any]) -> list[Score]:
-    """The rows of a task, or of a group: its own numbers where it has some, else those of its tasks.
+    """The scores of a task or group. A group without scores of its own has those of its tasks.
 
     Args:
         results: what ``lm_eval.evaluator.evaluate`` returned.
+
+    Raises:
+        ValueError: a score is not finite.
     """
-    own = _rows(task, results)
+    own = _own_scores(task, results)
     if own or task not in results.get("group_subtasks", {}):
         return own
-    return [row for child in results["group_subtasks"][task] for row in scores_of(child, results)]
+    return [score for child in results["group_subtasks"][task] for score in scores_of(child, results)]
 
 
-def _rows(task: str, results: Mapping[str, Any]) -> list[Score]:
+def _own_scores(task: str, results: Mapping[str, Any]) -> list[Score]:
     numbers: Mapping[str, Any] = results["results"].get(task, {})
-    rows = []
+    scores = []
     for key, value in numbers.items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, Real):
@@ -42,50 +63,53 @@ def _rows(task: str, results: Mapping[str, Any]) -> list[Score]:
         if not math.isfinite(value):
             raise ValueError(f"{task}: {metric} is {value}; the model's output is not finite")
         stderr = numbers.get(f"{metric}_stderr,{filter_name}")
-        if metric in WEIGHTED and task in results["samples"]:
+        if metric in LENGTH_WEIGHTED and task in results["samples"]:
             stderr = standard_error(influences(metric, [sample[metric] for sample in results["samples"][task]]))
+        # lm-eval writes "N/A" for an unknown standard error.
         known = float(stderr) if isinstance(stderr, Real) and math.isfinite(stderr) else None
-        name, n = named(metric, filter_name), _count(task, results)
-        rows.append(Score(task=task, metric=name, value=float(value), stderr=known, n=n))
-    return rows
+        name, n = metric_name(metric, filter_name), _count(task, results)
+        scores.append(Score(task=task, metric=name, value=float(value), stderr=known, n=n))
+    return scores
 
 
 def _count(task: str, results: Mapping[str, Any]) -> int:
-    """Documents scored; a group's are its tasks'."""
+    """The number of documents scored, for a group over all its tasks."""
     if task in results["n-samples"]:
         return int(results["n-samples"][task]["effective"])
     return sum(_count(child, results) for child in results["group_subtasks"][task])
 
 
+def metric_name(metric: str, filter_name: str) -> str:
+    """The name of a metric in scores and samples; ``none`` is lm-eval's name for no filter."""
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
+
+
+# ----------------------------------------------------------------------------- scores of each source
+
+
+def by_source(task: str, results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """A text task's samples by the documents' source, as ``<task>/<source>``; empty for a single source."""
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for sample in results["samples"][task]:
+        samples.setdefault(f"{task}/{sample['doc']['source']}", []).append(sample)
+    return dict(sorted(samples.items())) if len(samples) > 1 else {}
+
+
 def text_scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Score]:
-    """Perplexities and bits per byte of each list of samples, by the task that it stands for."""
+    """Perplexities and bits per byte of the samples of several tasks, as ``by_source`` returns them."""
     return [
         _text_score(task, metric, [sample[metric] for sample in found])
         for task, found in samples.items()
-        for metric in WEIGHTED
+        for metric in LENGTH_WEIGHTED
     ]
 
 
-def _text_score(task: str, metric: str, items: Sequence[Sample]) -> Score:
-    stderr = standard_error(influences(metric, items))
-    return Score(task=task, metric=metric, value=value_of(metric, items), stderr=stderr, n=len(items))
+def _text_score(task: str, metric: str, samples: Sequence[Sample]) -> Score:
+    stderr = standard_error(influences(metric, samples))
+    return Score(task=task, metric=metric, value=value_of(metric, samples), stderr=stderr, n=len(samples))
 
 
-# --------------------------------------------------------------------------------------------------
-# What each document of a task contributes to its score: the numbers by document, and the errors that follow from them.
-#
-# Needs no library, so that a report can take errors over pairs of documents from what an evaluation kept.
-
-Sample = Any  # of one document: a number, or (log likelihood in nats, length in words or bytes)
-WEIGHTED = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
-UNWEIGHTED = "perplexity"  # of documents that count alike (LAMBADA); its samples are log likelihoods
-
-
-class Samples(TypedDict):
-    """One task's numbers by document, in the order of its documents, so that two models can be compared in pairs."""
-
-    documents: str  # a hash of all of them: two models were given the same ones where it is the same
-    metrics: dict[str, list[Any]]  # by the metrics' names in scores
+# ------------------------------------------------------------------------------ values per document
 
 
 def kept_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Samples]:
@@ -94,86 +118,74 @@ def kept_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
 
 
 def _kept(rows: Sequence[Mapping[str, Any]]) -> Samples:
-    """lm-eval goes through all documents once for each of a task's filters."""
     metrics: dict[str, list[Any]] = {}
     documents: dict[str, list[str]] = {}
+    # lm-eval lists all documents once for each filter of the task.
     for row in rows:
         documents.setdefault(row["filter"], []).append(row["doc_hash"])
         for metric in row["metrics"]:
-            metrics.setdefault(named(metric, row["filter"]), []).append(_plain(row[metric]))
+            metrics.setdefault(metric_name(metric, row["filter"]), []).append(_json_value(row[metric]))
     return Samples(documents=sha256_json(next(iter(documents.values()), [])), metrics=metrics)
 
 
-def _plain(value: Any) -> Any:
-    """A finite number, or several such as (log likelihood, length), as JSON has them; None for anything else."""
+def _json_value(value: Any) -> Any:
+    """A finite number, or several such as (log likelihood, length), as JSON; None for anything else."""
     if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
+        return [_json_value(part) for part in value]
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
-def named(metric: str, filter_name: str) -> str:
-    """What a metric is called in scores and samples."""
-    return metric if filter_name == "none" else f"{metric} ({filter_name})"
-
-
-def by_source(task: str, results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """A text task's samples on each source's documents alone, as ``<task>/<source>``, where they have several."""
-    samples: dict[str, list[dict[str, Any]]] = {}
-    for sample in results["samples"][task]:
-        samples.setdefault(f"{task}/{sample['doc']['source']}", []).append(sample)
-    return dict(sorted(samples.items())) if len(samples) > 1 else {}
+def is_sample(metric: str, value: Any) -> bool:
+    """Whether a kept value can be used by ``value_of``. F1, BLEU and others keep lists and have rules of their own."""
+    if metric in LENGTH_WEIGHTED:
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(part, Real) for part in value)
+    return isinstance(value, Real)
 
 
 def value_of(metric: str, samples: Sequence[Sample]) -> float:
-    """A task's score as lm-eval takes it from its documents: their mean, or from the rate r of all of them together.
+    """A task's score as lm-eval computes it from its documents: their mean, or a function of the rate over all of them.
 
     Args:
-        samples: of each document a number, or (log likelihood in nats, length in words or bytes).
+        samples: per document a number, or (log likelihood in nats, length in words or bytes).
     """
     if not _is_rate(metric):
         return sum(samples) / len(samples)
-    rate = _rate(_items(metric, samples))
-    return rate / math.log(2) if WEIGHTED.get(metric) == "bits" else math.exp(rate)
+    rate = _rate(_with_lengths(metric, samples))
+    return rate / math.log(2) if LENGTH_WEIGHTED.get(metric) == "bits" else math.exp(rate)
 
 
 def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
-    """By how much each document moves the score, to first order (its empirical influence over n); they sum to zero.
+    """How much each document moves the score to first order: its empirical influence over n. They sum to zero.
 
-    For a mean m it is (xᵢ - m)/n. The rate r = -Σ log p / Σ length is a ratio of two sums over documents: there it is
+    For a mean m this is (xᵢ - m)/n. For the rate r = -Σ log p / Σ length, a ratio of two sums over documents, it is
     (-log pᵢ - r·lengthᵢ)/Σ length, and exp(r) times that for a perplexity exp(r).
     """
     if not _is_rate(metric):
         mean = value_of(metric, samples)
         return [(sample - mean) / len(samples) for sample in samples]
-    items = _items(metric, samples)
+    items = _with_lengths(metric, samples)
     total, rate = sum(length for _, length in items), _rate(items)
-    scale = 1 / math.log(2) if WEIGHTED.get(metric) == "bits" else math.exp(rate)
+    scale = 1 / math.log(2) if LENGTH_WEIGHTED.get(metric) == "bits" else math.exp(rate)
     return [scale * (-loglikelihood - rate * length) / total for loglikelihood, length in items]
 
 
 def standard_error(influences: Sequence[float]) -> float | None:
-    """Of a score, from its influences, or of the difference of two scores of the same documents, from theirs.
+    """The standard error of a score, given its influences ψᵢ: sqrt(n/(n-1) Σ ψᵢ²).
 
-    sqrt(n/(n-1) Σ ψᵢ²); None for less than two documents. For a mean this is the sample deviation over √n.
+    Given the differences of two scores' influences on the same documents, it is the standard error of their difference.
+    For a mean this is the sample standard deviation over √n. None for fewer than two documents.
     """
     n = len(influences)
     return math.sqrt(n / (n - 1) * sum(influence**2 for influence in influences)) if n > 1 else None
 
 
-def is_sample(metric: str, value: Any) -> bool:
-    """Whether a kept value is of the kind above: F1, BLEU and others are made of lists, by rules of their own."""
-    if metric in WEIGHTED:
-        return isinstance(value, list) and len(value) == 2 and all(isinstance(part, Real) for part in value)
-    return isinstance(value, Real)
-
-
 def _is_rate(metric: str) -> bool:
-    return metric in WEIGHTED or metric == UNWEIGHTED
+    return metric in LENGTH_WEIGHTED or metric == EQUALLY_WEIGHTED
 
 
-def _items(metric: str, samples: Sequence[Sample]) -> Sequence[tuple[float, float]]:
+def _with_lengths(metric: str, samples: Sequence[Sample]) -> Sequence[tuple[float, float]]:
     """(log likelihood, length) of each document."""
-    return [(sample, 1.0) for sample in samples] if metric == UNWEIGHTED else samples
+    return [(sample, 1.0) for sample in samples] if metric == EQUALLY_WEIGHTED else samples
 
 
 def _rate(items: Sequence[tuple[float, float]]) -> float:

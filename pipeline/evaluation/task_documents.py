@@ -1,4 +1,4 @@
-"""The documents of the bundled tasks, written as JSON lines beside the scores, so that one can see what was asked."""
+"""The documents of the bundled tasks, written as JSON lines beside the scores, where they can be inspected."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pipeline.data.python_docs import words
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.questions import build_questions
 
-LONGEST_PASSAGE = 1_000  # characters: many short passages have a smaller standard error than few long ones
+LONGEST_PASSAGE = 1_000  # characters; many short passages have a smaller standard error than a few long ones
 
 
 def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: int) -> Path:
     """Writes ``<folder>/<task>.jsonl`` for a bundled task.
 
     Args:
-        corpus: the tokenize/corpus artifact, for its held-out text.
-        held_out_characters: of every source's held-out text to score; the last passage is not cut.
+        corpus: the tokenize/corpus artifact, which holds the held-out text.
+        held_out_characters: the amount of each source's held-out text. The last passage is not truncated.
     """
     makers: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]] = {
         "held_out_text": lambda: _held_out_text(corpus, held_out_characters),
@@ -38,9 +38,9 @@ def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: 
 
 
 def _held_out_text(corpus: Path, characters: int) -> list[dict[str, str]]:
-    """Passages from the start of held-out documents, so many characters of every source, in the order of their hashes.
+    """Beginnings of held-out documents, ``characters`` of each source, ordered by their hashes.
 
-    A source with a small share of the tokens gets as many as any other, so that its own score has as small an error.
+    Sources get the same amount whatever their share of the tokens, so that their scores have similar standard errors.
     """
     passages: dict[str, set[str]] = {}
     with open(corpus / HELD_OUT_FILE, encoding="utf-8") as stream:
@@ -50,25 +50,25 @@ def _held_out_text(corpus: Path, characters: int) -> list[dict[str, str]]:
     drawn = [
         {"text": passage, "source": source} for source in passages for passage in _draw(passages[source], characters)
     ]
-    return sorted(drawn, key=lambda row: (_place(row["text"]), row["source"]))
+    return sorted(drawn, key=lambda row: (_hash(row["text"]), row["source"]))
 
 
 def _draw(passages: Iterable[str], characters: int) -> Iterator[str]:
-    """Up to the number of characters; the last is not cut."""
-    for passage in sorted(passages, key=_place):
+    """Yields passages until they have ``characters`` characters together. The last one is not truncated."""
+    for passage in sorted(passages, key=_hash):
         if characters <= 0:
             return
-        if words(passage):
+        if words(passage):  # word perplexity divides by the number of words
             yield passage
             characters -= len(passage)
 
 
-def _place(text: str) -> str:
+def _hash(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
 def _passage(text: str) -> str:
-    """The document's beginning, cut at the end of a line where there is one."""
+    """The beginning of a document, truncated at the end of a line if possible."""
     if len(text) <= LONGEST_PASSAGE:
         return text
     head, newline, _ = text[:LONGEST_PASSAGE].rpartition("\n")
@@ -76,7 +76,7 @@ def _passage(text: str) -> str:
 
 
 def _python_docs_mcq() -> Iterable[dict[str, Any]]:
-    """A name stands where the corpus has it, and what follows is scored; see ``questions``."""
+    """A question per document: each name as the corpus lays it out, and the summary to score after it."""
     for question in build_questions():
         contexts = [f"{name}\n   " for name in question.names]
         yield {

@@ -1,4 +1,4 @@
-"""Which tasks are accepted, without torch or lm-eval, and within seconds."""
+"""Which tasks are accepted: decided within seconds and without importing torch or lm-eval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def test_bundled_tasks_need_nothing(no_network: None) -> None:
+def test_bundled_tasks_need_no_network(no_network: None) -> None:
     validate(_evaluate(*BUNDLED))
 
 
@@ -50,22 +50,22 @@ def test_validating_imports_neither_torch_nor_lm_eval() -> None:
 @pytest.mark.parametrize(
     ("wrong", "right"), [("held_out_txt", "held_out_text"), ("minimal_pair", "minimal_pairs"), ("arc_eazy", "arc_easy")]
 )
-def test_a_misspelt_task_is_refused_with_a_suggestion(wrong: str, right: str) -> None:
+def test_an_unknown_task_is_refused_with_a_suggestion(wrong: str, right: str) -> None:
     with pytest.raises(UserError, match=right):
         validate(_evaluate("minimal_pairs", wrong))
 
 
-def test_a_task_whose_data_are_a_script_is_refused_before_anything_starts() -> None:
+def test_a_task_whose_data_set_is_a_loading_script_is_refused() -> None:
     with pytest.raises(UserError, match=r"logiqa: its data set is a loading script.*Leave it out"):
         validate(_evaluate("minimal_pairs", "logiqa"))
 
 
-def test_no_task_at_all_is_refused() -> None:
+def test_an_empty_list_of_tasks_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to score"):
         validate(_evaluate())
 
 
-def test_tasks_of_the_hub_out_of_reach_are_refused_at_once(no_network: None) -> None:
+def test_tasks_with_hub_data_are_refused_within_seconds_if_the_hub_is_unreachable(no_network: None) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match="cannot be reached") as caught:
         validate(_evaluate("arc_easy"))
@@ -73,17 +73,17 @@ def test_tasks_of_the_hub_out_of_reach_are_refused_at_once(no_network: None) -> 
     assert "HF_HUB_OFFLINE" in caught.value.remedy
 
 
-def test_offline_what_was_fetched_before_may_be_used(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_offline_mode_cached_data_may_be_used(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     validate(_evaluate("arc_easy"))
 
 
-def test_the_published_suites_are_names_that_lm_eval_knows() -> None:
+def test_the_suites_in_conf_name_tasks_that_lm_eval_knows() -> None:
     assert installed_names() >= SUITE_TASKS
     for file in (REPOSITORY / "conf" / "evaluate").glob("*.yaml"):
         tasks = yaml.safe_load(file.read_text()).get("tasks", [])
         assert set(tasks) <= SUITE_TASKS | set(BUNDLED), file.name
 
 
-def test_a_task_of_a_group_is_known() -> None:
+def test_groups_and_their_tasks_are_known() -> None:
     assert {"mmlu_anatomy", "mmlu", "hellaswag"} <= installed_names()

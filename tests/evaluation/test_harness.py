@@ -1,4 +1,4 @@
-"""Settings on their way to lm-eval."""
+"""How settings are passed to lm-eval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.evaluation import harness
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no way"), DatasetNotFoundError("gone")])
-def test_data_that_cannot_be_fetched_is_the_users_business(error: Exception) -> None:
+def test_data_that_cannot_be_downloaded_raise_a_user_error(error: Exception) -> None:
     def load(names: list[str]) -> None:
         raise error
 
@@ -24,7 +24,7 @@ def test_data_that_cannot_be_fetched_is_the_users_business(error: Exception) -> 
 
 
 class _Task:
-    """As much of lm-eval's task as shots need."""
+    """The part of lm-eval's task that few-shot settings use."""
 
     def __init__(self, fixed: int | None) -> None:
         self.num_fewshot = fixed
@@ -46,12 +46,12 @@ class _Task:
         (None, 5, 5),
         (0, 5, 0),
         (5, None, 5),
-        (5, 0, 0),  # a task that fixes zero examples keeps that, as on lm-eval's command line
+        (5, 0, 0),  # as on lm-eval's command line, a task that fixes zero keeps zero
         ({"arc_challenge": 25}, None, 25),
         ({"hellaswag": 10}, 3, 3),
     ],
 )
-def test_how_many_examples_a_task_gets(asked: Any, fixed: int | None, given: int) -> None:
+def test_the_number_of_few_shot_examples(asked: Any, fixed: int | None, given: int) -> None:
     task = _Task(fixed)
     settings = Evaluate.model_construct(num_fewshot=asked)
     harness._set_fewshot("arc_challenge", {"arc_challenge": task}, settings)
@@ -62,5 +62,5 @@ def test_how_many_examples_a_task_gets(asked: Any, fixed: int | None, given: int
     ("dtype", "device", "expected"),
     [("auto", "cpu", "float32"), ("auto", "cuda", "bfloat16"), ("bfloat16", "cpu", "bfloat16")],
 )
-def test_the_dtype_is_never_the_checkpoints(dtype: str, device: str, expected: str) -> None:
+def test_the_dtype_does_not_depend_on_the_checkpoint(dtype: str, device: str, expected: str) -> None:
     assert harness.dtype_of(dtype, device) == expected

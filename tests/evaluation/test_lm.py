@@ -1,4 +1,4 @@
-"""Likelihoods against plain transformers, one beginning of sequence, bounded memory."""
+"""Likelihoods compared with plain transformers, one BOS token per sequence, and bounded memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _loglikelihood(directory: Path, ids: list[int], first_scored: int) -> float:
     return sum(logits[at - 1, ids[at]].item() for at in range(first_scored, len(ids)))
 
 
-def test_a_continuation_is_scored_as_by_hand(tiny_llama_dir: Path) -> None:
+def test_the_score_of_a_continuation_matches_transformers(tiny_llama_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     pairs = [("json.dumps\n   ", " Return a string."), ("x", " y"), ("", "The whole sentence.")]
     found = _lm(tiny_llama_dir).loglikelihood(_requests("loglikelihood", *pairs))
@@ -42,7 +42,7 @@ def test_a_continuation_is_scored_as_by_hand(tiny_llama_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_llama_with_bos"])
-def test_a_text_is_scored_after_exactly_one_bos(model: str, request: pytest.FixtureRequest) -> None:
+def test_a_text_is_scored_after_exactly_one_bos_token(model: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(model)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     lm = _lm(directory)
@@ -53,28 +53,28 @@ def test_a_text_is_scored_after_exactly_one_bos(model: str, request: pytest.Fixt
     assert lm.first_tokens.count(tokenizer.bos_token_id) == 1
 
 
-def test_contexts_begin_with_the_bos_that_the_tokenizer_adds(tiny_llama_with_bos: Path) -> None:
+def test_contexts_begin_with_the_bos_token_of_the_tokenizer(tiny_llama_with_bos: Path) -> None:
     lm = _lm(tiny_llama_with_bos)
     lm.loglikelihood(_requests("loglikelihood", ("A context", " and more")))
     assert lm.first_tokens[0] == lm.tokenizer.bos_token_id != lm.first_tokens[1]
-    lm.start("chat: the template writes it out")
+    lm.start("chat: the template contains the BOS token")
     lm.loglikelihood(_requests("loglikelihood", ("<|endoftext|>A context", " and more")))
     assert lm.first_tokens[0] == lm.tokenizer.bos_token_id != lm.first_tokens[1]
 
 
-def test_two_bos_are_a_defect(tiny_llama_with_bos: Path) -> None:
+def test_two_bos_tokens_fail_an_assertion(tiny_llama_with_bos: Path) -> None:
     with pytest.raises(AssertionError, match="two beginning-of-sequence"):
         _lm(tiny_llama_with_bos).loglikelihood(_requests("loglikelihood", ("<|endoftext|><|endoftext|>A", " b")))
 
 
-def test_the_batch_leaves_the_numbers_alone(tiny_llama_dir: Path) -> None:
+def test_scores_do_not_depend_on_the_batch_size(tiny_llama_dir: Path) -> None:
     requests = _requests("loglikelihood_rolling", *((text,) for text in TEXTS))
     one, many = (_lm(tiny_llama_dir, size).loglikelihood_rolling(requests) for size in (1, 8))
     assert one == pytest.approx(many, rel=1e-4)
 
 
 def test_long_sequences_are_scored_in_smaller_batches(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of 384 tokens, twice, in float32: 3072 bytes a position."""
+    """Logits over 384 tokens, twice, in float32 take 3072 bytes per position."""
     monkeypatch.setitem(LOGITS_BYTES, "cpu", 100 * 3072)
     lm = _lm(tiny_llama_dir, batch_size=16)
     sizes: list[tuple[int, int]] = []
@@ -85,12 +85,12 @@ def test_long_sequences_are_scored_in_smaller_batches(tiny_llama_dir: Path, monk
     assert all(batch == 1 or batch * tokens <= 100 for batch, tokens in sizes)
 
 
-def test_the_dtype_is_the_one_asked_for(tiny_llama_dir: Path) -> None:
+def test_weights_have_the_requested_dtype(tiny_llama_dir: Path) -> None:
     lm = LanguageModel(tiny_llama_dir, torch.bfloat16, "cpu", 1)
     assert {parameter.dtype for parameter in lm.model.parameters()} == {torch.bfloat16}
 
 
-def test_progress_is_told_in_sequences(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_sequences(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advanced: list[float] = []
     bar = SimpleNamespace(advance=lambda count, **numbers: advanced.append(count))
 

@@ -1,4 +1,4 @@
-"""The minimal pairs: many, truly minimal, the same everywhere."""
+"""The minimal pairs: their number, that they are minimal, and that they are deterministic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import sha256
 from pipeline.evaluation.minimal_pairs import PHENOMENA, WORDS, build_pairs
 
 
-def test_there_are_at_least_five_hundred_different_ones_of_many_phenomena() -> None:
+def test_there_are_at_least_five_hundred_distinct_pairs_of_at_least_ten_phenomena() -> None:
     pairs = build_pairs()
     assert len({tuple(pair.choices) for pair in pairs}) == len(pairs) >= 500
     assert len(PHENOMENA) >= 10
@@ -26,21 +26,21 @@ def test_the_two_sentences_differ_in_one_place() -> None:
         assert max(len(one), len(other)) <= 2  # "to work" against "working"
 
 
-def test_every_sentence_is_written_as_one() -> None:
+def test_every_sentence_is_well_formed() -> None:
     for pair in build_pairs():
         for sentence in pair.choices:
             assert sentence[0].isupper() and sentence.endswith(".") and "  " not in sentence
             assert not set("{}<>|[]") & set(sentence)
 
 
-def test_the_grammatical_sentence_stands_on_either_side() -> None:
+def test_the_grammatical_sentence_is_first_about_half_of_the_time() -> None:
     assert 0.4 < sum(pair.gold for pair in build_pairs()) / len(build_pairs()) < 0.6
 
 
-def test_they_are_the_same_on_every_machine() -> None:
+def test_the_pairs_are_the_same_on_every_machine() -> None:
     text = "\n".join(f"{pair.choices[pair.gold]}|{pair.choices[1 - pair.gold]}" for pair in build_pairs())
     assert sha256(text.encode()).hexdigest().startswith("32a4a61a34b8ffc7"), (
-        "then evaluate needs a new version in the graph"
+        "a change of the pairs needs a new version of evaluate in driver/graph.py"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows and standard errors, against resampling."""
+"""Scores and their standard errors, compared with resampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _documents(count: int) -> list[tuple[float, int]]:
 
 
 @pytest.mark.parametrize("metric", ["word_perplexity", "bits_per_byte"])
-def test_the_error_of_a_rate_is_that_of_the_bootstrap(metric: str) -> None:
+def test_the_standard_error_of_a_rate_matches_the_bootstrap(metric: str) -> None:
     items = np.array(_documents(60))
     draw = np.random.default_rng(0)
     rates = []
@@ -31,12 +31,12 @@ def test_the_error_of_a_rate_is_that_of_the_bootstrap(metric: str) -> None:
     assert found == pytest.approx(expected, rel=0.1)
 
 
-def test_one_document_has_no_error() -> None:
+def test_one_document_has_no_standard_error() -> None:
     assert standard_error(influences("word_perplexity", [(-3.0, 5)])) is None
 
 
 def _results() -> dict[str, Any]:
-    """As lm-eval gives them: a group of two tasks, one of them with a filter."""
+    """Results in lm-eval's layout: a group of two tasks, one of them with a filter."""
     return {
         "results": {
             "suite": {"alias": "suite", "acc,none": 0.5, "acc_stderr,none": 0.1},
@@ -53,12 +53,12 @@ def _results() -> dict[str, Any]:
     }
 
 
-def test_rows_of_tasks_and_groups() -> None:
+def test_scores_of_tasks_and_groups() -> None:
     assert scores_of("one", _results()) == [{"task": "one", "metric": "acc", "value": 0.25, "stderr": 0.2, "n": 4}]
     assert scores_of("suite", _results()) == [{"task": "suite", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 12}]
 
 
-def test_a_group_without_numbers_of_its_own_gives_those_of_its_tasks() -> None:
+def test_a_group_without_scores_of_its_own_has_those_of_its_tasks() -> None:
     rows = scores_of("bare", _results())
     assert [(row["task"], row["metric"], row["stderr"]) for row in rows] == [
         ("one", "acc", 0.2),
@@ -66,14 +66,14 @@ def test_a_group_without_numbers_of_its_own_gives_those_of_its_tasks() -> None:
     ]
 
 
-def test_a_model_that_gives_no_finite_number_is_an_error() -> None:
+def test_a_score_that_is_not_finite_raises() -> None:
     results = _results()
     results["results"]["one"]["acc,none"] = math.nan
     with pytest.raises(ValueError, match="one.*acc.*nan"):
         scores_of("one", results)
 
 
-def test_samples_keep_each_documents_numbers_by_the_scores_names() -> None:
+def test_samples_keep_the_values_per_document_under_the_names_of_scores() -> None:
     def sample(document: str, filter_name: str, value: Any) -> dict[str, Any]:
         return {"metrics": ["em"], "em": value, "filter": filter_name, "doc_hash": document}
 
@@ -85,6 +85,6 @@ def test_samples_keep_each_documents_numbers_by_the_scores_names() -> None:
     assert kept["one"]["documents"] != kept["other"]["documents"]
 
 
-def test_the_error_of_a_mean_is_the_sample_deviation_over_the_root() -> None:
+def test_the_standard_error_of_a_mean_is_the_sample_deviation_over_the_root_of_n() -> None:
     numbers = [0.0, 1.0, 1.0, 3.0]
     assert standard_error(influences("acc", numbers)) == pytest.approx(np.std(numbers, ddof=1) / 2)

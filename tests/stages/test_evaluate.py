@@ -1,4 +1,4 @@
-"""The evaluate stage: numbers as lm-eval gives them, one file a task, nothing scored twice."""
+"""The evaluate stage: scores with standard errors, one file per task, and no task scored twice."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.plain_settings import cpu_launch
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Held-out text as tokenize/corpus leaves it."""
+    """Held-out text as tokenize/corpus writes it."""
     texts = [f"Return item {number} of the container.\n" * (3 + number % 7) for number in range(30)]
     return _held_out(tmp_path_factory.mktemp("corpus_artifact"), {"data.corpus": texts})
 
 
 def _held_out(directory: Path, texts: dict[str, list[str]]) -> Path:
-    """The held-out documents of several sources, in turns."""
+    """The held-out documents of several sources, interleaved."""
     rows = [
         {"text": text, "source": source} for together in zip(*texts.values(), strict=True)
         for source, text in zip(texts, together, strict=True)
@@ -58,7 +58,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)
 
 
-def test_all_bundled_tasks_with_standard_errors(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+def test_all_bundled_tasks_have_scores_with_standard_errors(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
     task = _task(tiny_llama_dir, corpus, tmp_path / "out")
     metrics = evaluate.run(task)
     evaluation = read_json(task.out / "evaluation.json")
@@ -75,7 +75,7 @@ def test_all_bundled_tasks_with_standard_errors(tiny_llama_dir: Path, corpus: Pa
     assert len(metrics["table"]["rows"]) == len(rows)
 
 
-def test_the_perplexity_is_that_of_its_documents(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+def test_bits_per_byte_follow_from_the_values_per_document(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
     task = _task(tiny_llama_dir, corpus, tmp_path / "out", tasks=["held_out_text"], limit=None)
     evaluate.run(task)
     answer = read_json(task.out / "tasks" / "held_out_text.json")
@@ -87,8 +87,10 @@ def test_the_perplexity_is_that_of_its_documents(tiny_llama_dir: Path, corpus: P
     assert bits == pytest.approx(nats / 0.6931471805599453 / sum(map(len, texts)))
 
 
-def test_held_out_text_of_several_sources_is_scored_in_all_and_by_source(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """A source's score is what it would be alone; every source gets the number of characters."""
+def test_held_out_text_of_several_sources_is_scored_in_total_and_by_source(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """A source's score is the same as without the other sources, and every source has the same number of characters."""
     texts = {
         "data.corpus.0": [f"Return item {number} of the container.\n" * 9 for number in range(9)],
         "data.corpus.1": [f"The {number} ministers met again in spring.\n" * 5 for number in range(9)],
@@ -111,7 +113,7 @@ def test_held_out_text_of_several_sources_is_scored_in_all_and_by_source(tiny_ll
     }
 
 
-def test_a_killed_evaluation_loses_one_task_at_most(
+def test_a_killed_evaluation_loses_at_most_one_task(
     tiny_llama_dir: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[str] = []
@@ -134,7 +136,7 @@ def test_a_killed_evaluation_loses_one_task_at_most(
     assert len(read_json(task.out / "evaluation.json")["rows"]) == 5
 
 
-def test_the_result_is_the_same_every_time(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+def test_scores_are_deterministic(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
     rows = []
     for out in ("one", "two"):
         evaluate.run(_task(tiny_llama_dir, corpus, tmp_path / out, limit=6))
@@ -143,7 +145,6 @@ def test_the_result_is_the_same_every_time(tiny_llama_dir: Path, corpus: Path, t
 
 
 def test_a_chat_format_needs_a_chat_template(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
-
     chat = _task(tiny_llama_dir, corpus, tmp_path / "chat", prompt_format="chat", tasks=["python_docs_mcq"], limit=2)
     evaluate.run(chat)
     first = read_json(chat.out / "evaluation.json")["first_tokens"][0]["ids"]
@@ -154,8 +155,8 @@ def test_a_chat_format_needs_a_chat_template(tiny_llama_dir: Path, corpus: Path,
         evaluate.run(_task(tmp_path / "bare", corpus, tmp_path / "out", prompt_format="chat", limit=2))
 
 
-def test_examples_are_given_as_asked(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
-    """A task that fixes zero examples, as all bundled ones do, keeps that."""
+def test_the_requested_number_of_few_shot_examples_is_used(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
+    """A task that fixes zero examples, as all bundled ones do, keeps zero."""
     task = _task(tiny_llama_dir, corpus, tmp_path / "out", num_fewshot={"minimal_pairs": 3}, limit=2)
     evaluate.run(task)
     assert read_json(task.out / "tasks" / "minimal_pairs.json")["num_fewshot"] == {"minimal_pairs": 0}
@@ -170,29 +171,29 @@ def _written(corpus: Path, folder: Path, characters: int) -> list[str]:
 
 
 def test_held_out_text_is_a_fixed_subset_of_bounded_size(corpus: Path, tmp_path: Path) -> None:
-    whole = _written(corpus, tmp_path, 10**9)
-    assert len(whole) == 30
+    everything = _written(corpus, tmp_path, 10**9)
+    assert len(everything) == 30
     some = _written(corpus, tmp_path, 2000)
-    assert some == whole[: len(some)] and 2000 <= sum(map(len, some)) < 2400
+    assert some == everything[: len(some)] and 2000 <= sum(map(len, some)) < 2400
     lines = (corpus / "held_out.jsonl").read_text().splitlines()
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines[::-1]))
-    assert _written(tmp_path, tmp_path, 2000) == some  # whatever the order
+    assert _written(tmp_path, tmp_path, 2000) == some  # independent of the order of the lines
 
 
-def test_long_documents_give_their_beginning(tmp_path: Path) -> None:
+def test_long_documents_are_truncated_at_a_line_end(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(2000))
     _held_out(tmp_path, {"data.corpus": [text]})
     (passage,) = _written(tmp_path, tmp_path, 10**6)
     assert text.startswith(passage) and passage.endswith("\n") and 900 < len(passage) <= 1000
 
 
-def test_minimal_pairs_are_written_as_they_are(corpus: Path, tmp_path: Path) -> None:
+def test_minimal_pairs_are_written_unchanged(corpus: Path, tmp_path: Path) -> None:
     path = write_documents("minimal_pairs", corpus, tmp_path, 1)
     assert [json.loads(line)["choices"] for line in path.open()] == [pair.choices for pair in build_pairs()]
 
 
 def test_a_snapshot_is_scored_as_it_was_and_leaves_no_copy(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
-    """The finished model's layer 1 is spoilt; the snapshot at 20 % is the untouched model."""
+    """The finished model's layer 1 is changed; the snapshot at 20 % is the untouched model."""
     base, name = ModelDirectory(tiny_llama_dir), "model.layers.1.mlp.down_proj.weight"
     artifact = tmp_path / "artifact"
     artifact.mkdir()
@@ -203,8 +204,8 @@ def test_a_snapshot_is_scored_as_it_was_and_leaves_no_copy(tiny_llama_dir: Path,
     snapshot = EvaluateSnapshot(**task.settings.model_dump(), fraction=0.2)
     rows = [evaluate.run(each)["scores"] for each in (plain, replace(task, settings=snapshot))]
     assert rows[0] == rows[1]
-    spoilt = evaluate.run(_task(artifact, corpus, tmp_path / "end", tasks=["held_out_text"]))["scores"]
-    assert spoilt != rows[0]
+    changed = evaluate.run(_task(artifact, corpus, tmp_path / "end", tasks=["held_out_text"]))["scores"]
+    assert changed != rows[0]
     assert not (task.out / "model").exists()
     again = task_from_json(json.loads(json.dumps(task_to_json(replace(task, settings=snapshot)))))
     assert again.settings == snapshot

@@ -1,4 +1,4 @@
-"""Documents of a bundled task, as written beside its scores; read into memory, nothing is cached."""
+"""Reads the documents of a bundled task, as written beside its scores, into memory. Nothing is cached."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from datasets import Dataset
 
 
 def read(documents: str, task: str, **metadata: Any) -> dict[str, Dataset]:
-    """The one split of the task.
+    """Returns the only split of a task.
 
     Args:
-        documents: the folder that has ``<task>.jsonl``; comes from the task manager.
-        task: comes from the task's file.
-        metadata: what else lm-eval knows about the task.
+        documents: the directory that holds ``<task>.jsonl``. The task manager passes it.
+        task: the name of the task. Its YAML file passes it.
+        metadata: whatever else lm-eval passes about the task.
     """
     with open(Path(documents) / f"{task}.jsonl", encoding="utf-8") as stream:
         return {"test": Dataset.from_list([json.loads(line) for line in stream])}
