@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.config import execution
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
+from pipeline.launch.machine import Machine
 from pipeline.models.weight_files import INDEX
+from pipeline.planning import prepared
+from tests.tiny_families import save_tiny
 
 Arguments = list[str]
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a refused command; nothing was built."""
+    """Return the message of a refused command, which built nothing and which ``action=plan`` foretold."""
+    planned = _first_blocker(capsys, *arguments)
     assert main(["+experiment=quickstart", *arguments]) == EXIT_REQUEST
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     assert "build" not in captured.out
+    assert captured.err.startswith(planned)
     return captured.err
+
+
+def _first_blocker(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the first blocker of the plan in the form of a refusal: setting and value, and the rule."""
+    status = main(["+experiment=quickstart", *arguments, "action=plan"])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if status == EXIT_REQUEST:  # the settings contradict each other or the model: there is nothing to plan
+        return captured.err
+    blocker = re.search(r"^  1\. (\S+ = .*?): (.*)$", captured.out, re.MULTILINE)
+    assert blocker is not None, captured.out
+    return f"{blocker[1]}\n  {blocker[2]}\n"
 
 
 @pytest.fixture
@@ -261,6 +281,45 @@ def test_online_tracking_without_a_login(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert "wandb login" in _refused(capsys, *base, "tracking=online")
+
+
+@pytest.mark.parametrize(
+    "setting, arguments",
+    [
+        ("pretrain.compile", ["pretrain.compile=true", "pretrain.deepspeed.zero_stage=3"]),
+        ("sft.float32_products", ["sft.float32_products=true", "sft.deepspeed.zero_stage=0"]),
+        ("pretrain.trainable", ["pretrain.trainable=layers.(3"]),
+        ("sft.trainable", ["sft.trainable=no_such_name"]),
+        ("sft.trainable", ["sft.trainable=new_layers", "expand=none"]),
+        ("pretrain.role_learning_rates", ["pretrain.role_learning_rates={o_proj: 2.0}"]),
+        ("launch.device", ["launch.device=cuda"]),
+    ],
+)
+def test_training_settings_that_cannot_work(
+    setting: str, arguments: Arguments, base: Arguments, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(prepared, "detect_machine", lambda: Machine(cores=2, gpus=0))
+    assert _refused(capsys, *base, *arguments).startswith(f"{setting} = ")
+
+
+def test_training_that_does_not_fit_the_named_gpu(
+    base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepared, "detect_machine", lambda: Machine(cores=2, gpus=1))
+    monkeypatch.setitem(execution.GPUS, "h100_80gb", execution.Gpu("H100", 2**-10, 989.4))
+    message = _refused(capsys, *base, "launch.device=h100_80gb")
+    assert message.startswith("pretrain.micro_batch = 2") and "h100_80gb" in message
+
+
+def test_a_mixture_with_some_dense_layers(
+    base: Arguments, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny("qwen2_moe", tmp_path / "model", tiny_tokenizer)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "mlp_only_layers": [1]}))
+    message = _refused(capsys, *base, f"model.path={model}")
+    assert message.startswith("model.path = layers 0 and 1") and "differ" in message
 
 
 def test_no_experiment_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

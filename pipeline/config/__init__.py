@@ -51,17 +51,17 @@ class Settings(Section):
 
     @property
     def reads_data(self) -> bool:
-        """Some chosen stage hangs on the corpus or the instructions."""
+        """Whether a chosen stage depends on the corpus or the instructions."""
         return not set(self.stages) <= {"load", "expand"}
 
     @property
     def scores_models(self) -> bool:
-        """Whether some chosen stage needs the scores of a model."""
-        return bool({"evaluate", "report"} & {*self.stages})
+        """Whether a chosen stage depends on benchmark scores."""
+        return not {"evaluate", "report"}.isdisjoint(self.stages)
 
     @property
     def only_looks(self) -> bool:
-        """The command is to leave no trace in the file tree."""
+        """Whether the command must not change any file."""
         return self.action in ("plan", "status") or (self.action == "submit" and self.dry_run)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.artifacts.task import StageTask
-from pipeline.config import Launch, Train
+from pipeline.config import Train
 from pipeline.errors import OutOfMemory, WorkersFailed
 from pipeline.estimates.memory import Setup, memory_of
 from pipeline.estimates.sizes import Trained, trained_part
 from pipeline.files import gib, read_json
-from pipeline.launch.machine import Machine, detect_machine, device_memory, place
+from pipeline.launch.machine import Placement, detect_machine, device_memory, place
 from pipeline.models.families import shape_of
 from pipeline.training.precision import resolve_precision
 from pipeline.training.validate import less_memory
@@ -19,17 +19,10 @@ from pipeline.training.validate import less_memory
 HEADROOM = 0.06  # of a device's memory: CUDA's context, NCCL, and gaps that the allocator cannot use
 
 
-def setup_of(train: Train, launch: Launch, machine: Machine) -> Setup:
+def setup_of(train: Train, placement: Placement) -> Setup:
     """How the engine will train on these devices."""
-    on_gpu = launch.kind == "cuda" or (launch.kind == "auto" and machine.gpus > 0)
-    precision = resolve_precision(train.precision, "cuda" if on_gpu else "cpu")
-    return Setup(train, precision, ranks(launch, machine), on_gpu)
-
-
-def ranks(launch: Launch, machine: Machine) -> int:
-    """Worker processes of all nodes together; where GPUs are meant and not here, one a node."""
-    here = 1 if launch.kind == "cpu" else max(1, machine.gpus)
-    return (here if launch.processes == "auto" else launch.processes) * launch.nodes
+    precision = resolve_precision(train.precision, placement.device)
+    return Setup(train, precision, placement.ranks, on_gpu=placement.device == "cuda")
 
 
 def usable(memory: float) -> int:
@@ -111,6 +104,6 @@ def _remedy(task: StageTask) -> str:
     assert isinstance(train, Train)
     shape = shape_of(read_json(model / "config.json"))
     trained = trained_part(task.name, train.trainable, shape, read_json(model / "expansion.json"))
-    there = usable(device_memory(place(task.launch, machine)))
-    launch = task.launch.model_copy(update={"nodes": machine.nodes})  # the setting is for plans
-    return when_out_of_memory(task.name, trained, setup_of(train, launch, machine), there)
+    placement = place(task.launch, machine)
+    there = usable(device_memory(placement))
+    return when_out_of_memory(task.name, trained, setup_of(train, placement), there)

@@ -46,16 +46,24 @@ def place(launch: Launch, machine: Machine) -> Placement:
     Raises:
         UserError: the settings ask for more GPUs than the machine has.
     """
-    device = launch.kind if launch.kind != "auto" else "cuda" if machine.gpus else "cpu"
-    processes = launch.processes if launch.processes != "auto" else machine.gpus if device == "cuda" else 1
-    if device == "cuda" and not 1 <= processes <= machine.gpus:
+    placement = requested_placement(launch, machine)
+    if placement.device == "cuda" and placement.processes > machine.gpus:
         if machine.gpus:
-            setting, value, remedy = "launch.processes", str(processes), f"Set launch.processes={machine.gpus}."
+            setting, value = "launch.processes", str(placement.processes)
+            remedy = f"Set launch.processes={machine.gpus}."
         else:
             setting, value = "launch.device", launch.device
             remedy = "Run on a machine with GPUs, or set launch.device=cpu."
         rule = f"each process uses one GPU, and {machine.gpus} are available"
         raise UserError(setting=setting, value=value, rule=rule, remedy=remedy)
+    return placement
+
+
+def requested_placement(launch: Launch, machine: Machine) -> Placement:
+    """Returns the placement that the settings ask for, even if the machine does not have that many GPUs."""
+    device = launch.kind if launch.kind != "auto" else "cuda" if machine.gpus else "cpu"
+    default_processes = max(1, machine.gpus) if device == "cuda" else 1
+    processes = launch.processes if launch.processes != "auto" else default_processes
     threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
     return Placement(device, processes, threads, machine.nodes)
 

@@ -1,6 +1,8 @@
-"""``action=plan``: what a run would do and cost, and what would stop it. Reads no weights and changes no file."""
+"""``action=plan``, and the checks that it shares with ``run`` and ``submit``. No weights are read."""
 
-from pipeline.planning.plan import Plan, Planner
+from pipeline.planning.checks import INPUT_CHECKS, refuse_blocked
+from pipeline.planning.plan import Plan, make_plans
+from pipeline.planning.prepared import PreparedRun, prepare
 from pipeline.planning.table import print_plan
 
-__all__ = ["Plan", "Planner", "print_plan"]
+__all__ = ["INPUT_CHECKS", "Plan", "PreparedRun", "make_plans", "prepare", "print_plan", "refuse_blocked"]

@@ -1,259 +1,290 @@
-"""What would fail is said now: every check that needs no weights, before anything expensive starts."""
+"""The list of checks to pass before anything starts. ``run`` and ``submit`` refuse what it finds, ``plan`` prints it.
+
+No check reads weights: of the model, only its config and the headers of its weight files are read.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from pipeline.artifacts.store import Fingerprints
-from pipeline.config import EvaluateSnapshot, Settings, Target, Train
-from pipeline.data import python_docs, sources
-from pipeline.driver.graph import Inputs, Node
+from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target
+from pipeline.config.execution import GPUS
+from pipeline.data import sources
 from pipeline.errors import UserError
-from pipeline.estimates import Disk, TrainingOutputs, disk_of, sizes_of
-from pipeline.evaluation.catalogue import fingerprint_tasks
-from pipeline.evaluation.catalogue import validate as validate_evaluation
+from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.expansion.method import method_of
-from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import free_bytes, gib, insufficient_space
-from pipeline.launch.machine import Machine, detect_machine
-from pipeline.models.families import family_of, shape_of
-from pipeline.models.source import ModelSource, check_shape, config_of
+from pipeline.models.families import check_layers_alike, family_of, shape_of
+from pipeline.models.source import check_shape
 from pipeline.models.weight_files import read_headers, refuse_quantized
+from pipeline.planning.prepared import PreparedRun, nearest_existing, unwritable
 from pipeline.training.job import snapshot_dir
 from pipeline.training.selection import stored_apart
-from pipeline.training.validate import validate as validate_training
-from pipeline.training.validate import validate_length
+from pipeline.training.validate import context_length_faults, training_faults
+
+NOTHING_FITS = "Use more devices (launch.processes, launch.nodes) or larger ones: no other setting makes it fit."
+Faults = Iterator[UserError]
+Need = Literal["config", "shape", "sizes", "corpus", "instructions"]
 
 
-def check_output(run: Settings) -> None:
-    """The output directory can be made and written, where the command is to write.
+@dataclass(frozen=True)
+class Check:
+    """One row of the list.
+
+    Attributes:
+        faults: yields an error for everything that the check finds wrong.
+        stops: what could not be built then: nodes, or stages for all of their nodes. The check is skipped if none of
+            these is missing.
+        needs: what must be known of the inputs. The check is skipped if it is not, since another one says why.
+    """
+
+    faults: Callable[[PreparedRun], Faults]
+    stops: tuple[str, ...]
+    needs: Need | None = None
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """Something that would stop a run, and the nodes or stages that could not be built."""
+
+    fault: UserError
+    stops: tuple[str, ...]
+
+
+def find_blockers(prepared: PreparedRun, checks: Sequence[Check] | None = None) -> Iterator[Blocker]:
+    """Go through the checks of what is missing, in order.
+
+    Args:
+        checks: a part of the list; None for all of it.
+    """
+    missing = {*prepared.missing, *(node.stage for node in prepared.missing.values())}
+    for check in CHECKS if checks is None else checks:
+        if not missing.isdisjoint(check.stops) and _is_known(prepared, check.needs):
+            for fault in check.faults(prepared):
+                yield Blocker(fault, check.stops)
+
+
+def _is_known(prepared: PreparedRun, need: Need | None) -> bool:
+    match need:
+        case None:
+            return True
+        case "config":
+            return bool(prepared.inputs.config)
+        case "shape":
+            return prepared.shape is not None
+        case "sizes":
+            return prepared.sizes is not None
+        case "corpus" | "instructions":
+            return need not in prepared.inputs.failures
+
+
+def refuse_blocked(prepared: PreparedRun, checks: Sequence[Check] | None = None) -> None:
+    """Raise the first thing that would stop a run.
 
     Raises:
-        UserError: it cannot.
+        UserError: a check found something wrong.
     """
-    if run.only_looks:
-        return
-    place = Path(run.output_dir)
+    for blocker in find_blockers(prepared, checks):
+        raise blocker.fault
+
+
+def _raised_by(function: Callable[[], object]) -> Faults:
     try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(place, error.strerror or "it cannot be made") from error
-    check_writable(run)
+        function()
+    except UserError as error:
+        yield error
 
 
-def check_writable(run: Settings) -> None:
-    """The output directory, or where it is to be made, can be written.
-
-    Raises:
-        UserError: it cannot.
-    """
-    place = _existing(Path(run.output_dir))
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise _unwritable(place, "it cannot be written")
+# ---------------------------------------------------------------------------------------- model and expansion
 
 
-def _existing(place: Path) -> Path:
-    """The place, or what of its path there is."""
-    place = place.absolute()
-    return place if place.exists() else _existing(place.parent)
+def _input(name: str, prepared: PreparedRun) -> Faults:
+    if name in prepared.inputs.failures:
+        yield prepared.inputs.failures[name]
 
 
-def _unwritable(place: Path, why: str) -> UserError:
-    return UserError(
-        setting="output_dir",
-        value=place,
-        rule=f"results must be written there: {why.lower()}",
-        remedy="Say output_dir=DIRECTORY with one you may write to.",
-    )
+def _model(prepared: PreparedRun) -> Faults:
+    model, config = prepared.run.model, prepared.inputs.config
+    yield from _raised_by(lambda: refuse_quantized(config, model.path))
+    yield from _raised_by(lambda: check_shape(model, config))
+    unsupported = list(_raised_by(lambda: family_of(config.get("model_type"))))
+    yield from unsupported or _raised_by(lambda: shape_of(config))
 
 
-def pin_data(run: Settings) -> Settings:
-    """The run with its hub data sets' revisions resolved: what a branch stands for now is what will be read.
-
-    Where nothing will be read, data that cannot be had are no obstacle.
-
-    Raises:
-        UserError: the hub cannot be reached, or has no such data set or revision.
-    """
-    if not run.reads_data:
-        return run
-    corpus, instructions = run.data.corpus, run.data.instructions
-    pinned = {
-        "corpus": sources.pin_sources(corpus, "corpus"),
-        "instructions": sources.pin_sources(instructions, "instructions"),
-    }
-    return run.model_copy(update={"data": run.data.model_copy(update=pinned)})
+def _weights(prepared: PreparedRun) -> Faults:
+    """The weight files on this machine are complete."""
+    source = prepared.inputs.source
+    if source is not None and (directory := source.directory) is not None and source.gguf_file is None:
+        yield from _raised_by(lambda: read_headers(directory))
 
 
-def identify(run: Settings, source: ModelSource) -> Inputs:
-    """The content identity of everything that comes from outside; data that no chosen stage reads have none."""
-    fingerprints = Fingerprints(Path(run.output_dir) / "artifacts" / "fingerprints.json", writes=not run.only_looks)
-    data = {
-        name: sources.fingerprint_sources(getattr(run.data, name), name, fingerprints) if run.reads_data else ""
-        for name in ("corpus", "instructions")
-    }
-    return Inputs(
-        model=source.identity or fingerprints.of_files(source.files),
-        **data,
-        interpreter=python_docs.interpreter_fingerprint(),
-        tasks=fingerprint_tasks(run.evaluate, fingerprints) if run.scores_models else {},
-        method=None if run.expand.module is None else module_fingerprint(run.expand.module),
-    )
+def _layers(prepared: PreparedRun) -> Faults:
+    """All layers of the base have the same tensors, so that a new one can be made from any of them."""
+    yield from _raised_by(lambda: check_layers_alike(prepared.inputs.config))
 
 
-Check = Callable[[], None]
-MachineOf = Callable[[str], Machine]
+def _expansion(prepared: PreparedRun) -> Faults:
+    assert prepared.shape is not None
+    depth = len(prepared.shape.layers)
+    yield from _raised_by(lambda: method_of(prepared.run.expand).check(depth))
 
 
-def here(stage: str) -> Machine:
-    """Every stage runs on this machine, or on the nodes of the Slurm job around this process."""
-    return detect_machine()
+# ------------------------------------------------------------------------------------------------------- data
 
 
-def check(run: Settings, source: ModelSource, missing: Mapping[str, Node], machine_of: MachineOf = here) -> None:
-    """Checks what the missing stages will need.
-
-    Args:
-        machine_of: where a stage will run; this machine, or the nodes of the Slurm job around this process.
-
-    Raises:
-        UserError: the first thing that cannot work, with its remedy.
-    """
-    if not missing:
-        return
-    for each in checks(run, config_of(source), missing, machine_of).values():
-        each()
-    if "load" in missing and source.directory is not None and source.gguf_file is None:
-        read_headers(source.directory)  # weights that lie on this machine are whole
+def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
+    yield from _raised_by(lambda: sources.check_sources(getattr(prepared.run.data, purpose), purpose))
 
 
-def checks(
-    run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node], machine_of: MachineOf = here
-) -> dict[str, Check]:
-    """What the missing stages will need, each by what it looks at; every one raises a UserError where it fails.
+def _block_length(section: str, prepared: PreparedRun) -> Faults:
+    context = prepared.inputs.config.get("max_position_embeddings")
+    yield from context_length_faults(section, getattr(prepared.run, section), context)
 
-    Args:
-        config: the model's.
-        machine_of: where a stage will run.
-    """
-    context, stages = config.get("max_position_embeddings"), {node.stage for node in missing.values()}
-    found: dict[str, Check] = {
-        "model": lambda: _check_model(run, config),
-        "expand": lambda: method_of(run.expand).check(config["num_hidden_layers"]),
-        "experts": lambda: _check_experts(run, config, missing),
-    }
-    if "pretrain" in stages:
-        found["pretrain"] = lambda: validate_training(
-            "pretrain", run.pretrain, run.launch, context, machine_of("pretrain")
+
+def _chat_template(prepared: PreparedRun) -> Faults:
+    if prepared.run.data.chat_template == "model" and not prepared.inputs.config.get("has_chat_template", True):
+        yield UserError(
+            setting="data.chat_template",
+            value="model",
+            rule=f"{prepared.run.model.path} has no chat template, and instruction tuning needs one",
+            remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
         )
-    if "sft" in stages:
-        found["sft"] = lambda: validate_training("sft", run.sft, run.launch, context, machine_of("sft"))
-    if "evaluate" in stages:
-        found["evaluate"] = lambda: validate_evaluation(run.evaluate)
-        found["snapshots"] = lambda: _check_snapshots(missing)
-    if "tokenize/corpus" in missing:
-        found["corpus_length"] = lambda: validate_length("pretrain", run.pretrain, context)
-        found["corpus"] = lambda: sources.check_sources(run.data.corpus, "corpus")
-    if "tokenize/instructions" in missing:
-        found["instructions_length"] = lambda: validate_length("sft", run.sft, context)
-        found["instructions"] = lambda: sources.check_sources(run.data.instructions, "instructions")
-        found["chat_template"] = lambda: _check_chat_template(run, config)
-    found["login"] = lambda: _check_login(run)
-    found["disk"] = lambda: check_disk(run, disk_needed(run, config, missing))
-    return found
 
 
-def _check_model(run: Settings, config: Mapping[str, Any]) -> None:
-    refuse_quantized(config, run.model.path)
-    family_of(config.get("model_type"))  # a family that is not in the table is refused before it is loaded
-    check_shape(run.model, config)
+# --------------------------------------------------------------------------------------------------- training
 
 
-def _check_experts(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]) -> None:
-    """Nothing trains that loading puts together from tensors of single experts."""
-    if not config.get("experts_apart", False):
+def _training(section: str, prepared: PreparedRun) -> Faults:
+    run, context = prepared.run, prepared.inputs.config.get("max_position_embeddings")
+    yield from training_faults(section, getattr(run, section), run.launch, context, prepared.machine(section))
+
+
+def _trainable(section: str, prepared: PreparedRun) -> Faults:
+    """``trainable`` selects something, and nothing that cannot be trained."""
+    sizes = prepared.sizes
+    assert sizes is not None
+    yield from _raised_by(lambda: sizes.trained(section, getattr(prepared.run, section)))
+    trained = prepared.trained(section)
+    if trained is None or not prepared.inputs.config.get("experts_apart", False):
         return
-    sizes = sizes_of(run.expand, shape_of(config))
-    for name, train in _training(missing).items():
-        part = sizes.trained(name, train)
-        if experts := sorted(tensor for tensor in part.names if tensor in sizes.grown.experts):
-            raise stored_apart(name, experts[0])
+    # transformers holds all experts of a layer as one parameter, which cannot be written back as single tensors.
+    if experts := sorted(trained.names & trained.shape.experts):
+        yield stored_apart(section, experts[0])
 
 
-def _training(missing: Mapping[str, Node]) -> dict[str, Train]:
-    """The settings of the missing stages that train."""
-    return {name: node.settings for name, node in missing.items() if isinstance(node.settings, Train)}
+def _memory(section: str, prepared: PreparedRun) -> Faults:
+    """By estimate, training fits the GPU that ``launch.device`` names."""
+    device = prepared.run.launch.device
+    trained, gpu = prepared.trained(section), GPUS.get(device)
+    if trained is None or gpu is None:
+        return
+    setup, available = prepared.setup(section), usable(gpu.memory_gib * 2**30)
+    needed = memory_of(trained, setup).total
+    if needed > available:
+        fits = what_fits(section, trained, setup, available)
+        yield UserError(
+            setting=f"{section}.micro_batch",
+            value=setup.train.micro_batch,
+            rule=f"training needs about {gib(needed)} per device, and {device} has {gib(available)} available",
+            remedy=f"Set {fits}." if fits else NOTHING_FITS,
+        )
 
 
-def _check_snapshots(missing: Mapping[str, Node]) -> None:
-    """A snapshot can be scored if its training stage is still to run, or has saved it."""
-    for node in missing.values():
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+def _snapshots(prepared: PreparedRun) -> Faults:
+    """Snapshots can be scored if their training stage is still to run, or has saved them."""
+    for node in prepared.missing.values():
         if not isinstance(node.settings, EvaluateSnapshot):
             continue
-        trained, target = node.parents["model"], Target(node.parents["model"].stage, node.settings.fraction)
-        if trained.name not in missing and not snapshot_dir(trained.artifact.path, node.settings.fraction).is_dir():
-            raise UserError(
+        stage, fraction = node.parents["model"], node.settings.fraction
+        if stage.name not in prepared.missing and not snapshot_dir(stage.artifact.path, fraction).is_dir():
+            yield UserError(
                 setting="evaluate.targets",
-                value=target,
-                rule=f"{trained.name} is finished and saved no snapshot there",
-                remedy=f"Leave it out, or train again with force=[{trained.name}].",
+                value=Target(stage.stage, fraction),
+                rule=f"{stage.name} is finished and saved no snapshot there",
+                remedy=f"Leave it out, or train again with force=[{stage.name}].",
             )
 
 
-def _check_chat_template(run: Settings, config: Mapping[str, Any]) -> None:
-    if run.data.chat_template == "model" and not config.get("has_chat_template", True):
-        raise UserError(
-            setting="data.chat_template",
-            value="model",
-            rule=f"{run.model.path} carries no chat template, and instruction tuning needs one",
-            remedy="Say data.chat_template=plain for a plain-text template that needs no new tokens.",
-        )
+# --------------------------------------------------------------------------------------------------- run-wide
 
 
-def _check_login(run: Settings) -> None:
-    if run.tracking.wandb != "online" or os.environ.get("WANDB_API_KEY"):
+def _output_dir(prepared: PreparedRun) -> Faults:
+    if (fault := unwritable(prepared.run.output_dir)) is not None:
+        yield fault
+
+
+def _login(prepared: PreparedRun) -> Faults:
+    if prepared.run.tracking.wandb != "online" or os.environ.get("WANDB_API_KEY"):
         return
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if not (netrc.exists() and "wandb" in netrc.read_text()):
-        raise UserError(
+        yield UserError(
             setting="tracking.wandb",
             value="online",
-            rule="there is no W&B login",
-            remedy="Run 'wandb login' or set WANDB_API_KEY; or say tracking=offline and sync later.",
+            rule="there is no W&B login on this machine",
+            remedy="Run 'wandb login' or set WANDB_API_KEY, or set tracking=offline and sync later.",
         )
 
 
-def disk_needed(run: Settings, config: Mapping[str, Any], missing: Mapping[str, Node]) -> Disk:
-    """What the missing stages will write.
+def _disk(prepared: PreparedRun) -> Faults:
+    needed, free = disk_needed(prepared).total, free_bytes(nearest_existing(Path(prepared.run.output_dir)))
+    if free < needed:
+        yield insufficient_space(prepared.run.output_dir, f"{gib(needed)} are needed there and {gib(free)} are free")
 
-    Raises:
-        UserError: the model cannot be expanded so, or nothing of it would train.
+
+def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Disk:
+    """Estimate the disk space that the missing nodes take. The sizes of the models must be known.
+
+    Args:
+        nodes: only these; None for all that are missing.
     """
-    sizes = sizes_of(run.expand, shape_of(config))
-    trained = {
-        name: TrainingOutputs(sizes.trained(name, train).parameters, train.keep_checkpoints, len(train.snapshot_at))
-        for name, train in _training(missing).items()
+    sizes, run = prepared.sizes, prepared.run
+    assert sizes is not None
+    chosen = {name: node.stage for name, node in prepared.missing.items() if nodes is None or name in nodes}
+    outputs = {
+        stage: TrainingOutputs(trained.parameters, train.keep_checkpoints, len(train.snapshot_at))
+        for stage, train in prepared.training.items()
+        if stage in chosen and (trained := prepared.trained(stage)) is not None
     }
-    return disk_of(
-        {name: node.stage for name, node in missing.items()},
-        sizes.base,
-        sizes.grown,
-        run.model.dtype,
-        trained,
-        {"tokenize/corpus": run.data.max_corpus_tokens or 0},
-        method_of(run.expand).scratch_bytes(sizes.base) if "expand" in missing else 0,
-    )
+    scratch = sizes.method.scratch_bytes(sizes.base) if "expand" in chosen else 0
+    tokens = {"tokenize/corpus": run.data.max_corpus_tokens or 0}
+    return disk_of(chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch)
 
 
-def check_disk(run: Settings, disk: Disk) -> None:
-    """There is room for what will be written.
-
-    Raises:
-        UserError: there is not.
-    """
-    free = free_bytes(_existing(Path(run.output_dir)))
-    if free < disk.total:
-        raise insufficient_space(run.output_dir, f"{gib(disk.total)} are needed there and {gib(free)} are free")
+# What was looked up comes first: without it, most other checks cannot say anything.
+INPUT_CHECKS = (
+    Check(partial(_input, "model"), stops=("load",)),
+    Check(partial(_input, "corpus"), stops=("tokenize/corpus",)),
+    Check(partial(_input, "instructions"), stops=("tokenize/instructions",)),
+    Check(partial(_input, "evaluate"), stops=("evaluate",)),
+)
+CHECKS = (
+    Check(_output_dir, stops=STAGE_NAMES),
+    *INPUT_CHECKS,
+    Check(_model, stops=("load",), needs="config"),
+    Check(_weights, stops=("load",)),
+    Check(_expansion, stops=("expand",), needs="shape"),
+    Check(_layers, stops=("expand",), needs="shape"),
+    Check(partial(_trainable, "pretrain"), stops=("pretrain",), needs="sizes"),
+    Check(partial(_trainable, "sft"), stops=("sft",), needs="sizes"),
+    Check(partial(_training, "pretrain"), stops=("pretrain",)),
+    Check(partial(_training, "sft"), stops=("sft",)),
+    Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
+    Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),
+    Check(_snapshots, stops=("evaluate",)),
+    Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),
+    Check(partial(_data, "corpus"), stops=("tokenize/corpus",), needs="corpus"),
+    Check(partial(_block_length, "sft"), stops=("tokenize/instructions",), needs="shape"),
+    Check(partial(_data, "instructions"), stops=("tokenize/instructions",), needs="instructions"),
+    Check(_chat_template, stops=("tokenize/instructions",), needs="shape"),
+    Check(_login, stops=STAGE_NAMES),
+    Check(_disk, stops=STAGE_NAMES, needs="sizes"),
+)

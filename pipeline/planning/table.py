@@ -8,11 +8,11 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.estimates import Memory, Sizes
+from pipeline.estimates import Memory, Sizes, usable
 from pipeline.files import gib
 from pipeline.models.families import Shape
 from pipeline.planning.plan import Plan
-from pipeline.planning.training import TrainingPlan, room
+from pipeline.planning.training import TrainingPlan
 
 UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 NOT_YET = "known once tokenized"
@@ -21,7 +21,6 @@ COMPONENTS = {
     "weights": "weights", "gradients": "gradients, float32", "optimizer": "optimizer, float32 masters",
     "activations": "activations", "logits": "logits and loss", "buckets": "reduction buckets",
 }  # fmt: skip
-Row = tuple[str, Callable[[TrainingPlan], str]]
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -58,8 +57,8 @@ def _parameters(shape: Shape) -> str:
 
 def _print_stages(plan: Plan, console: Console) -> None:
     table = _table("", "stage", "state", "blocked by")
-    for line in plan.lines:
-        table.add_row("", line.name, line.state, _few(line.blocked_by))
+    for node in plan.nodes:
+        table.add_row("", node.name, node.state, _few(node.blocked_by))
     console.print(table)
 
 
@@ -71,7 +70,7 @@ def _few(names: Sequence[str]) -> str:
 
 # --------------------------------------------------------------------------------------------- training
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
     ("trains", lambda plan: _share(plan)),
     ("in layers", lambda plan: ranges(plan.trained.layers) or "none"),
     ("tokens a step", lambda plan: f"{plan.setup.train.global_batch * plan.setup.train.sequence_length:,}"),
@@ -108,15 +107,15 @@ def _or_not_yet(count: int | None, form: str) -> str:
 
 
 def _hours(plan: TrainingPlan) -> str:
-    if plan.device is None:
+    if plan.gpu is None:
         return "say launch.device=h100_80gb or the like"
     if plan.hours is None:
         return NOT_YET
-    return f"{plan.hours:.3g} at {plan.launch.utilization:.0%} of {plan.device.bfloat16_tflops:.0f} TFLOP/s each"
+    return f"{plan.hours:.3g} at {plan.launch.utilization:.0%} of {plan.gpu.bfloat16_tflops:.0f} TFLOP/s each"
 
 
 def _device(plan: TrainingPlan) -> str:
-    return plan.launch.device if plan.device is not None else "GPU" if plan.setup.on_gpu else "CPU"
+    return plan.launch.device if plan.gpu is not None else "GPU" if plan.setup.on_gpu else "CPU"
 
 
 def _how(plan: TrainingPlan) -> str:
@@ -126,7 +125,7 @@ def _how(plan: TrainingPlan) -> str:
 
 
 def _together(plan: TrainingPlan) -> str:
-    of = "" if plan.device is None else f" of {gib(room(plan.device))}"
+    of = "" if plan.gpu is None else f" of {gib(usable(plan.gpu.memory_gib * 2**30))}"
     return gib(plan.memory.total) + of
 
 

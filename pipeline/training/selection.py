@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.expansion.methods import built_in_method
 
 BY_EXPANSION = ("auto", "new_layers")  # what these mean, ``expansion.json`` says
+NAMED_CHOICES = (*BY_EXPANSION, "all")
 
 
 def select(section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]) -> set[str]:
@@ -31,7 +32,8 @@ def select(section: str, trainable: str, layers: Mapping[str, int | None], expan
         return set(layers)
     if trainable in BY_EXPANSION:
         return _by_expansion(section, trainable, layers, expansion)
-    chosen = {name for name in layers if re.search(trainable, name)}
+    pattern = trainable_pattern(section, trainable)
+    chosen = {name for name in layers if pattern.search(name)}
     if not chosen:
         raise UserError(
             setting=f"{section}.trainable",
@@ -40,6 +42,23 @@ def select(section: str, trainable: str, layers: Mapping[str, int | None], expan
             remedy="Names look like " + next(name for name, layer in layers.items() if layer is not None) + ".",
         )
     return chosen
+
+
+def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
+    """Compile a ``trainable`` that is a regular expression.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        return re.compile(trainable)
+    except re.error as error:
+        raise UserError(
+            setting=f"{section}.trainable",
+            value=trainable,
+            rule=f"it is none of {', '.join(NAMED_CHOICES)} and no regular expression: {error}",
+            remedy="Correct it; it is searched in parameter names.",
+        ) from error
 
 
 def stored_apart(section: str, parameter: str) -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,35 +10,29 @@ from pathlib import Path
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.launch.machine import Machine, place
+from pipeline.launch.machine import Machine, place, requested_placement
 from pipeline.models.families import role_names
+from pipeline.training.selection import NAMED_CHOICES, trainable_pattern
 
-NAMED_CHOICES = ("auto", "new_layers", "all")
 
-
-def validate(section: str, train: Train, launch: Launch, context_length: int | None, machine: Machine) -> None:
-    """Checks one training section against the machine and the model.
+def training_faults(
+    section: str, train: Train, launch: Launch, context_length: int | None, machine: Machine
+) -> Iterator[UserError]:
+    """Yield everything that is wrong with one training section.
 
     Args:
         section: "pretrain" or "sft", for the messages.
-        context_length: the model's longest sequence in tokens, None where its config does not say.
-        machine: where it will run.
-
-    Raises:
-        UserError: the first fault found.
+        context_length: the longest sequence that the model accepts, in tokens; None if its config does not say.
+        machine: where the stage will run.
     """
-    placement = place(launch, machine)
-    for fault in faults(section, train, placement.ranks, context_length):
-        raise fault
-    for fault in (*_compilation(section, train, placement.device), *_products(section, train, placement.device)):
-        raise fault
-
-
-def faults(section: str, train: Train, processes: int, context_length: int | None) -> Iterator[UserError]:
-    """Everything that is wrong with one training section, for so many processes; see ``validate``."""
-    yield from _too_long(section, train, context_length)
-    if train.global_batch % (processes * train.micro_batch):
-        yield _indivisible(section, train, processes)
+    try:
+        placement = place(launch, machine)
+    except UserError as error:
+        yield error
+        placement = requested_placement(launch, machine)
+    yield from context_length_faults(section, train, context_length)
+    if train.global_batch % (placement.ranks * train.micro_batch):
+        yield _indivisible(section, train, placement.ranks)
     if train.deepspeed.offload_parameters and train.deepspeed.zero_stage != 3:
         yield UserError(
             setting=f"{section}.deepspeed.offload_parameters",
@@ -54,21 +47,18 @@ def faults(section: str, train: Train, processes: int, context_length: int | Non
             rule="the optimizer can be offloaded from ZeRO 1 on, and zero_stage is 0",
             remedy=f"Say {section}.deepspeed.zero_stage=2, or offload_optimizer=false.",
         )
-    yield from _bad_pattern(section, train.trainable)
+    if train.trainable not in NAMED_CHOICES:
+        try:
+            trainable_pattern(section, train.trainable)
+        except UserError as error:
+            yield error
     yield from _unknown_roles(section, train)
+    yield from _compilation(section, train, placement.device)
+    yield from _products(section, train, placement.device)
 
 
-def validate_length(section: str, train: Train, context_length: int | None) -> None:
-    """What of a training section already decides over its token blocks.
-
-    Raises:
-        UserError: a block would be longer than the model's context.
-    """
-    for fault in _too_long(section, train, context_length):
-        raise fault
-
-
-def _too_long(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:
+def context_length_faults(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:
+    """Yield an error if token blocks would be longer than the model's context, which tokenize must know too."""
     if context_length is not None and train.sequence_length > context_length:
         yield UserError(
             setting=f"{section}.sequence_length",
@@ -151,20 +141,6 @@ def _indivisible(section: str, train: Train, processes: int) -> UserError:
         rule=f"{processes} process(es) with micro_batch {train.micro_batch} must divide it",
         remedy=remedy,
     )
-
-
-def _bad_pattern(section: str, trainable: str) -> Iterator[UserError]:
-    if trainable in NAMED_CHOICES:
-        return
-    try:
-        re.compile(trainable)
-    except re.error as error:
-        yield UserError(
-            setting=f"{section}.trainable",
-            value=trainable,
-            rule=f"it is none of {', '.join(NAMED_CHOICES)} and no regular expression: {error}",
-            remedy="Correct it; it is searched in parameter names.",
-        )
 
 
 def validate_data(section: str, train: Train, data_dir: Path, model_dir: Path) -> None:

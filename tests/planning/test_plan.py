@@ -17,11 +17,9 @@ from typing import Any
 import pytest
 
 from pipeline.__main__ import compose_jobs, main
-from pipeline.driver.graph import build_graph
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
 from pipeline.models import hub
-from pipeline.models.source import resolve
-from pipeline.planning.checks import identify
+from pipeline.planning import prepare
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.tiny_families import save_tiny
 from tests.training.small import write_blocks
@@ -136,17 +134,28 @@ def test_a_directory_s_own_config_is_preferred_and_named(plan: Plan, shrunk: lis
 def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
     shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    """Every tree that it could write to is compared, and every file that it opens is watched."""
+    """Every tree that it could write to is compared, every file that it opens is watched, and of a weight file
+    nothing is read but the header: its length in 8 bytes, and that many bytes of JSON."""
     home, model = tmp_path / "home", tmp_path / "model"
     (home / ".cache" / "huggingface").mkdir(parents=True)
     shutil.copytree(tiny_llama_dir, model)
     probe = (
-        "import sys; opened = []\n"
+        "import builtins, io, sys; opened, readers = [], []\n"
         "sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == 'open' else None)\n"
+        "class Counting(io.FileIO):\n"
+        "    count = 0\n"
+        "    def read(self, size=-1):\n"
+        "        data = super().read(size); self.count += len(data); return data\n"
+        "def watched(file, *arguments, **options):\n"
+        "    if not str(file).endswith('.safetensors'): return io.open(file, *arguments, **options)\n"
+        "    readers.append(Counting(file)); return readers[-1]\n"
+        "builtins.open = watched\n"
         "from pipeline.__main__ import main; status = main(sys.argv[1:])\n"
         "weights = [path for path in opened if path.endswith('.safetensors')]\n"
-        "heavy = sorted({'torch', 'transformers', 'numpy', 'wandb'} & set(sys.modules))\n"
-        "print('status', status, 'imported', heavy, 'read', weights, any('config.json' in path for path in opened))"
+        "unwatched = len(weights) - len(readers)\n"
+        "heavy = sorted({'torch', 'transformers', 'numpy', 'wandb', 'safetensors'} & set(sys.modules))\n"
+        "print('status', status, 'imported', heavy, 'unwatched', unwatched,"
+        " any('config.json' in path for path in opened), 'read', max(reader.count for reader in readers))"
     )
     environment = {**os.environ, "HOME": str(home), "HF_HOME": str(home / "hf"), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
@@ -155,14 +164,15 @@ def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
         [sys.executable, "-c", probe, "+experiment=quickstart", *shrunk, f"model.path={model}", "action=plan"],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert "status 0 imported [] read [] True" in answer.stdout, answer.stdout + answer.stderr
+    header = 8 + int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
+    expected = f"status 0 imported [] unwatched 0 True read {header}"
+    assert expected in answer.stdout, answer.stdout + answer.stderr
     assert _hash_of(tmp_path, REPOSITORY / "pipeline", REPOSITORY / "conf") == before
 
 
 def _pretend(command: list[str], *names: str) -> None:
     """Artifacts of these nodes, with no more in them than a plan looks at."""
-    run = compose_jobs(command, False, None)[0].settings
-    nodes = build_graph(run, identify(run, resolve(run.model)))
+    nodes = prepare([compose_jobs(command, False, None)[0].settings])[0].nodes
     for name in names:
         artifact = nodes[name].artifact
         artifact.partial.mkdir(parents=True)
@@ -288,7 +298,7 @@ def test_memory_that_does_not_fit_says_what_would(plan: Plan) -> None:
     assert "pretrain.micro_batch" not in _blockers(output)
     too_large = plan("lesa_llama3", "launch.device=a100_40gb", "launch.processes=8", "pretrain.micro_batch=8",
                      "pretrain.activation_checkpointing=false")  # fmt: skip
-    assert "Say pretrain.micro_batch=" in too_large
+    assert "Set pretrain.micro_batch=" in too_large
     smaller = plan("lesa_llama3", "launch.device=rtx4090_24gb", "launch.processes=8")
     assert "pretrain.deepspeed.zero_stage=3" in smaller
 
@@ -353,4 +363,4 @@ def test_experts_that_are_stored_apart_are_refused_before_anything_starts(
         & _blockers(plan("lesa_llama3", "expand.new_layers=2", "expand.position=top", *arguments)).keys()
         for arguments in ([f"model.path={published}"], [f"model.path={published}", *without], [f"model.path={stacked}"])
     ]
-    assert at_fault == [{"pretrain.trainable"}, set(), set()]
+    assert at_fault == [{"pretrain.trainable", "sft.trainable"}, set(), set()]

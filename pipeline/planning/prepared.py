@@ -1,0 +1,276 @@
+"""Look up what a run reads from outside: the model, the data, and what identifies their contents.
+
+The hub is asked about everything at once, so that the answer takes no longer than the slowest of its parts. What
+cannot be looked up is recorded rather than raised, so that ``action=plan`` can list it among everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.artifacts.store import Fingerprints, RememberedFingerprints
+from pipeline.config import Data, Model, Settings, Source, Train
+from pipeline.data import python_docs, sources
+from pipeline.driver.graph import Inputs, Node, build_graph, select
+from pipeline.driver.run import missing
+from pipeline.errors import UserError
+from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
+from pipeline.evaluation.catalogue import fingerprint_tasks
+from pipeline.evaluation.catalogue import validate as validate_evaluation
+from pipeline.expansion.methods import module_fingerprint
+from pipeline.launch.machine import Machine, detect_machine, requested_placement
+from pipeline.models import hub
+from pipeline.models.families import Shape, shape_of
+from pipeline.models.source import ModelSource, config_of, resolve
+
+UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
+PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class FoundInputs:
+    """What was found of a run's inputs.
+
+    Attributes:
+        model, data: the run's settings, with branches and tags resolved to commits.
+        source: where the model is; None if it was not found.
+        config: the model's config, or the entries of ``model.shape``; empty if neither is known.
+        config_from: the origin of ``config``, for the user.
+        identities: what identifies the contents; ``UNKNOWN`` for an input that was not found.
+        failures: why an input cannot be used: ``model``, ``corpus``, ``instructions`` or ``evaluate``.
+    """
+
+    model: Model
+    data: Data
+    source: ModelSource | None
+    config: Mapping[str, Any]
+    config_from: str
+    identities: Inputs
+    failures: Mapping[str, UserError]
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run with its inputs looked up and its graph built: what the checks and the plan are made from."""
+
+    run: Settings
+    inputs: FoundInputs = field(repr=False)
+    nodes: Mapping[str, Node] = field(repr=False)
+
+    @cached_property
+    def selected(self) -> dict[str, Node]:
+        """The nodes of the chosen stages and all that these depend on."""
+        return select(self.nodes, self.run.stages)
+
+    @cached_property
+    def missing(self) -> dict[str, Node]:
+        """The nodes that would be built now."""
+        return missing(self.run, self.nodes)
+
+    @cached_property
+    def shape(self) -> Shape | None:
+        """The tensors of the base model; None if its config is not known or its family is not supported."""
+        return _attempt(lambda: shape_of(self.inputs.config))[0] if self.inputs.config else None
+
+    @cached_property
+    def sizes(self) -> Sizes | None:
+        """The models before and after expansion; None if the base is not known or cannot be expanded as asked."""
+        shape = self.shape
+        return None if shape is None else _attempt(lambda: sizes_of(self.run.expand, shape))[0]
+
+    @property
+    def training(self) -> dict[str, Train]:
+        """The settings of the training stages that would run."""
+        return {name: node.settings for name, node in self.missing.items() if isinstance(node.settings, Train)}
+
+    def trained(self, stage: str) -> Trained | None:
+        """Which parameters a training stage trains; None if that is not known or would be none."""
+        sizes, train = self.sizes, getattr(self.run, stage)
+        return None if sizes is None else _attempt(lambda: sizes.trained(stage, train))[0]
+
+    def machine(self, stage: str) -> Machine:
+        """Where a stage would run: on the nodes that its batch job asks for, or on those around this process."""
+        if self.run.action == "submit":
+            resources = self.run.slurm.resources(stage)
+            return Machine(cores=resources.cpus, gpus=resources.gpus, nodes=resources.nodes)
+        machine = detect_machine()
+        return replace(machine, nodes=self.run.launch.nodes) if self.run.action == "plan" else machine
+
+    def setup(self, stage: str) -> Setup:
+        """How a training stage would be placed on its machine."""
+        return setup_of(getattr(self.run, stage), requested_placement(self.run.launch, self.machine(stage)))
+
+
+def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
+    """Look up the inputs of every job of a command and build its graph. What jobs share is looked up once.
+
+    Raises:
+        UserError: ``output_dir`` cannot be written, and the command would write to it.
+    """
+    found: dict[str, FoundInputs] = {}
+    prepared = []
+    for run in runs:
+        parts = (run.model, run.data, run.evaluate)
+        shared = json.dumps([run.stages, run.expand.module, *(part.model_dump_json() for part in parts)])
+        if shared not in found:
+            if not run.only_looks:
+                _create_output_dir(run)
+            found[shared] = _look_up(run)
+        prepared.append(_with_graph(run, found[shared]))
+    return prepared
+
+
+def _with_graph(run: Settings, inputs: FoundInputs) -> PreparedRun:
+    run = run.model_copy(update={"model": inputs.model, "data": inputs.data})
+    prepared = PreparedRun(run, inputs, build_graph(run, inputs.identities))
+    source = inputs.source
+    if inputs.config or source is None or run.only_looks or not prepared.missing:
+        return prepared
+    # The config of a GGUF file on the hub is inside that file. Fetch it only now that something is to be built.
+    config, failure = _attempt(lambda: config_of(source))
+    failures = {**inputs.failures, **({} if failure is None else {"model": failure})}
+    return replace(prepared, inputs=replace(inputs, config=config or {}, failures=failures))
+
+
+# ----------------------------------------------------------------------------------------- output directory
+
+
+def _create_output_dir(run: Settings) -> None:
+    if (fault := unwritable(run.output_dir)) is not None:
+        raise fault
+    try:
+        Path(run.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(run.output_dir, error.strerror or "it cannot be created") from error
+
+
+def unwritable(output_dir: str) -> UserError | None:
+    """Check that a directory can be written, or created if it does not exist. Changes nothing."""
+    place = nearest_existing(Path(output_dir))
+    if not place.is_dir():
+        return _unwritable(output_dir, f"{place} is not a directory")
+    return None if os.access(place, os.W_OK | os.X_OK) else _unwritable(output_dir, f"{place} is not writable")
+
+
+def nearest_existing(place: Path) -> Path:
+    """The path itself, or its nearest ancestor that exists."""
+    place = place.absolute()
+    return place if place.exists() else nearest_existing(place.parent)
+
+
+def _unwritable(output_dir: str, why: str) -> UserError:
+    return UserError(
+        setting="output_dir",
+        value=output_dir,
+        rule=f"results are written to this directory, but {why[0].lower()}{why[1:]}",
+        remedy="Set output_dir=DIRECTORY to one that you can write to.",
+    )
+
+
+# -------------------------------------------------------------------------------------------------- inputs
+
+
+def _look_up(run: Settings) -> FoundInputs:
+    """Look up everything that the chosen stages read, all at once."""
+    find_model = _find_source if run.action == "status" else _find_source_and_config
+    asked: dict[str, Callable[[], Any]] = {"model": lambda: find_model(run)}
+    if run.reads_data:
+        asked |= {purpose: partial(sources.pin_sources, getattr(run.data, purpose), purpose) for purpose in PURPOSES}
+    if run.scores_models and run.action != "status":
+        asked["evaluate"] = lambda: validate_evaluation(run.evaluate)
+    with ThreadPoolExecutor() as pool:
+        answers = dict(zip(asked, pool.map(_attempt, asked.values()), strict=True))
+    failures = {name: failure for name, (_, failure) in answers.items() if failure is not None}
+
+    found: _FoundModel = answers["model"][0] or _FoundModel(None)
+    if found.failure is not None:
+        failures["model"] = found.failure
+    model, source = run.model, found.source
+    if source is not None and source.commit is not None:
+        model = model.model_copy(update={"revision": source.commit})
+    pinned: dict[str, Any] = {name: answers[name][0] for name in PURPOSES if name in asked and name not in failures}
+    data = run.data.model_copy(update=pinned)
+    config, config_from = (found.config, _place(source)) if found.config and source else _second_best_config(run.model)
+    return FoundInputs(model, data, source, config, config_from, _identify(run, source, pinned, failures), failures)
+
+
+def _identify(
+    run: Settings, source: ModelSource | None, pinned: Mapping[str, list[Source]], failures: dict[str, UserError]
+) -> Inputs:
+    """Identify the contents of what was found, and record in ``failures`` what cannot be read."""
+    memo = Path(run.output_dir) / "artifacts" / "fingerprints.json"
+    # A plan reads no file only to hash it.
+    fingerprints = (
+        RememberedFingerprints(memo) if run.action == "plan" else Fingerprints(memo, writes=not run.only_looks)
+    )
+    # One after another, because all of them update the same file of remembered fingerprints.
+    identities = dict.fromkeys(("model", *PURPOSES), UNKNOWN)
+    if source is not None:
+        identities["model"] = source.identity or fingerprints.of_files(source.files)
+    for purpose in PURPOSES:
+        if purpose in pinned:
+            identify = partial(sources.fingerprint_sources, pinned[purpose], purpose, fingerprints)
+            identity, failure = _attempt(identify)
+            identities[purpose] = identity or UNKNOWN
+            if failure is not None:
+                failures[purpose] = failure
+    tasks: Mapping[str, str] | None = {}
+    if run.scores_models:
+        tasks, failure = _attempt(lambda: fingerprint_tasks(run.evaluate, fingerprints))
+        if failure is not None:
+            failures.setdefault("evaluate", failure)
+    return Inputs(
+        **identities,
+        interpreter=python_docs.interpreter_fingerprint(),
+        tasks=dict.fromkeys(run.evaluate.tasks, UNKNOWN) if tasks is None else tasks,
+        method=None if run.expand.module is None else module_fingerprint(run.expand.module),
+    )
+
+
+@dataclass(frozen=True)
+class _FoundModel:
+    source: ModelSource | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    failure: UserError | None = None  # of reading the config
+
+
+def _find_source(run: Settings) -> _FoundModel:
+    return _FoundModel(resolve(run.model))
+
+
+def _find_source_and_config(run: Settings) -> _FoundModel:
+    source = resolve(run.model)
+    if source.gguf_file is not None and source.directory is None:
+        return _FoundModel(source)  # its config is inside the file, which would have to be downloaded
+    config, failure = _attempt(lambda: config_of(source, keep=not run.only_looks))
+    return _FoundModel(source, config or {}, failure)
+
+
+def _place(source: ModelSource) -> str:
+    return f"the config in {source.directory or f'{source.repo} on the hub'}"
+
+
+def _second_best_config(model: Model) -> tuple[Mapping[str, Any], str]:
+    """The config of a model that cannot be read: from the hub's cache, or else from ``model.shape``."""
+    cached = hub.cached_file(model.path, model.revision, "config.json") if hub.is_repo_id(model.path) else None
+    if cached is not None and model.gguf_file is None:
+        return json.loads(cached.read_text()), "the config in the hub's cache"
+    if model.shape is not None:
+        return model.shape, "model.shape, since its config cannot be read"
+    return {}, "nowhere"
+
+
+def _attempt(function: Callable[[], _Result]) -> tuple[_Result | None, UserError | None]:
+    """The result of a function, or the ``UserError`` that it raised."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
