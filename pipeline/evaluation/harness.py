@@ -203,7 +203,9 @@ def _load_custom(name: str, manager: TaskManager, custom: CustomTasks) -> Any:
     try:
         loaded = manager.load([name])
         for task in loaded["tasks"].values():
-            document = next(iter(task.eval_docs))
+            document = next(iter(task.eval_docs), None)
+            if document is None:
+                raise ValueError("its data are empty")
             task.doc_to_text(document)
             task.doc_to_target(document)
             if task.OUTPUT_TYPE == "multiple_choice":
@@ -215,7 +217,7 @@ def _load_custom(name: str, manager: TaskManager, custom: CustomTasks) -> Any:
             setting="evaluate.include_path",
             value=", ".join(str(file.path) for file in custom.files_of(name)),
             rule=f"lm-eval cannot build {name} from it ({type(error).__name__}: {error})",
-            remedy="Correct the task; its data's columns and the YAML's fields must match.",
+            remedy="Correct the task. The fields that the YAML file uses must be columns of the data.",
         ) from error
     return loaded
 
