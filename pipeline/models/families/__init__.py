@@ -5,7 +5,8 @@ for the name of a family. Fused projections and stacked experts are split (``Fus
 them, and joined again when its tensors are written. The plan takes the shape of every tensor from the same rows.
 """
 
-from pipeline.models.families.family import Family, Fused, Parameter, expert_share, num_experts
+from pipeline.models.families.family import Family
+from pipeline.models.families.parameters import Fused, Parameter, expert_share, num_experts
 from pipeline.models.families.shapes import LayerShape, Shape, check_layers_alike, shape_of
 from pipeline.models.families.table import FAMILIES, family_of, role_names
 from pipeline.models.families.tensors import LayerTensor, Place, Role

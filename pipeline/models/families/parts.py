@@ -5,7 +5,7 @@ Arguments called ``bias`` are True, False, or the entry of config.json that deci
 
 from __future__ import annotations
 
-from pipeline.models.families.family import Fused, Parameter, Parameters
+from pipeline.models.families.parameters import Fused, Parameter, Parameters
 from pipeline.models.families.tensors import Block, Role, Side
 
 Tensors = dict[str, Parameter]

@@ -8,14 +8,8 @@ from fractions import Fraction
 from math import prod
 
 from pipeline.errors import UserError
-from pipeline.models.families.family import (
-    Config,
-    Family,
-    Fused,
-    dimension,
-    expert_share,
-    require_like_layers,
-)  # fmt: skip
+from pipeline.models.families.family import Family, require_like_layers
+from pipeline.models.families.parameters import Config, Fused, dimension, expert_share
 from pipeline.models.families.table import family_of
 from pipeline.models.flops import matrix_entries
 

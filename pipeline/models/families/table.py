@@ -21,7 +21,8 @@ whose authors found no way to predict a router, takes that of the lower neighbor
 from __future__ import annotations
 
 from pipeline.errors import UserError
-from pipeline.models.families.family import Family, Fused, Parameter, Parameters
+from pipeline.models.families.family import Family
+from pipeline.models.families.parameters import Fused, Parameter, Parameters
 from pipeline.models.families.parts import (
     attention,
     experts,
