@@ -1,8 +1,8 @@
-"""Where new layers go and what they come from. Integers only.
+"""Where new layers go and which layers they come from. Integers only.
 
-Gap i lies between base layers i and i+1; a layer appended after the last one has gap L-1, where the missing upper
-neighbour is layer L-1 itself. Several layers in one gap are made by halving: the middle one from the outer two,
-then left and right of it.
+Gap i is between base layers i and i+1. A layer appended after the last one has gap L-1, where the last layer stands in
+for the missing upper neighbor. Several layers in one gap are made by halving: first the middle one from the outer two,
+then those on its left and right.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class PlannedLayer:
 
     Attributes:
         layer: its index in the new model.
-        new: whether it was not in the base; for SOLAR, a base layer's second occurrence.
-        base: base layers it comes from: itself, or the neighbours of its gap.
-        made_from: indices in the new model of the two layers it is made between; empty for copies of ``base[0]``.
+        new: whether it is not in the base. Where base layers are repeated, the second occurrence is new.
+        base: the base layers it comes from: itself, or the neighbors of its gap.
+        made_from: indices in the new model of the two layers that it is made between. Empty for copies of ``base[0]``.
     """
 
     layer: int
@@ -34,11 +34,17 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """All layers of the new model in order, and the order in which the new ones can be made."""
+    """All layers of the new model.
+
+    Attributes:
+        num_base_layers: the depth of the base.
+        layers: from input to output.
+        making_order: indices of the new layers, each after those it is made from.
+    """
 
     num_base_layers: int
     layers: tuple[PlannedLayer, ...]
-    making_order: tuple[int, ...] = field(repr=False)  # indices in the new model; each follows what it is made from
+    making_order: tuple[int, ...] = field(repr=False)
 
     @property
     def new_layers(self) -> tuple[PlannedLayer, ...]:
@@ -47,82 +53,86 @@ class LayerPlan:
 
     @property
     def config_sources(self) -> tuple[int, ...]:
-        """For every layer the base layer whose per-layer config entries it takes: its lower source."""
+        """For every layer, the base layer whose per-layer config entries it takes: its lower source."""
         return tuple(layer.base[0] for layer in self.layers)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The rows of ``expansion.json``; ``made_from`` only where a layer is made from another new one."""
-        return [self._row(layer) for layer in self.layers]
-
-    def _row(self, layer: PlannedLayer) -> dict[str, Any]:
-        row: dict[str, Any] = {"layer": layer.layer, "new": layer.new, "from": list(layer.base)}
-        if any(self.layers[index].new for index in layer.made_from):
-            row["made_from"] = list(layer.made_from)
-        return row
+        """Returns the rows of ``expansion.json``, with ``made_from`` where a layer is made from another new one."""
+        rows: list[dict[str, Any]] = []
+        for layer in self.layers:
+            rows.append({"layer": layer.layer, "new": layer.new, "from": list(layer.base)})
+            if any(self.layers[index].new for index in layer.made_from):
+                rows[-1]["made_from"] = list(layer.made_from)
+        return rows
 
 
 def gaps_of(position: str | Sequence[int], new_layers: int, num_base_layers: int) -> tuple[int, ...]:
-    """The gap of every new layer, ascending; a gap named k times gets k layers.
+    """Returns the gap of every new layer, in ascending order. A gap listed k times gets k layers.
+
+    Args:
+        position: top, middle, bottom, interleaved, or a list of gaps.
 
     Raises:
-        UserError: the list and ``new_layers`` disagree, a gap is not there, or a model of one layer has no inner gap.
+        UserError: the list does not have ``new_layers`` gaps, or one of the gaps does not exist.
     """
     if not isinstance(position, str):
-        return _explicit(position, new_layers, num_base_layers)
-    if position == "interleaved":  # LLaMA Pro: after every (L/k)-th layer, as even as integers allow
+        return _listed_gaps(position, new_layers, num_base_layers)
+    if position == "interleaved":  # after every (L/k)-th layer (arXiv 2401.02415), as evenly as integers allow
         return tuple(-(-(j + 1) * num_base_layers // new_layers) - 1 for j in range(new_layers))
-    inner = num_base_layers - 1
+    inner = num_base_layers - 1  # the number of gaps between two layers
     if inner == 0:
         raise UserError(
             setting="expand.position",
             value=position,
-            rule="a model of one layer has no gap between layers",
-            remedy="Say expand.position=interleaved to append layers.",
+            rule="a model with one layer has no gap between layers",
+            remedy="Set expand.position=interleaved to append layers.",
         )
-    everywhere, rest = divmod(new_layers, inner)
+    # Every gap gets the same number of layers, and the position decides where the remainder goes.
+    per_gap, rest = divmod(new_layers, inner)
     start = {"top": inner - rest, "bottom": 0, "middle": (inner - rest) // 2}[position]
-    return tuple(sorted([*range(inner)] * everywhere + [*range(start, start + rest)]))
+    return tuple(sorted([*range(inner)] * per_gap + [*range(start, start + rest)]))
 
 
-def _explicit(gaps: Sequence[int], new_layers: int, num_base_layers: int) -> tuple[int, ...]:
+def _listed_gaps(gaps: Sequence[int], new_layers: int, num_base_layers: int) -> tuple[int, ...]:
     if len(gaps) != new_layers:
         raise UserError(
             setting="expand.new_layers",
             value=new_layers,
-            rule=f"expand.position lists {len(gaps)} gaps, one for each new layer",
-            remedy=f"Say expand.new_layers={len(gaps)}, or list {new_layers} gaps.",
+            rule=f"expand.position lists {len(gaps)} gaps, and needs one for each new layer",
+            remedy=f"Set expand.new_layers={len(gaps)}, or list {new_layers} gaps.",
         )
     missing = [gap for gap in gaps if not 0 <= gap < num_base_layers]
     if missing:
         raise UserError(
             setting="expand.position",
             value=list(gaps),
-            rule=f"gap {missing[0]} is not there: a base of this depth has gaps 0 to {num_base_layers - 1}",
-            remedy="Gap i lies after base layer i; list only gaps that are there.",
+            rule=f"gap {missing[0]} does not exist: a base of this depth has gaps 0 to {num_base_layers - 1}",
+            remedy="List only existing gaps. Gap i is after base layer i.",
         )
     return tuple(sorted(gaps))
 
 
 def insertion_plan(gaps: Sequence[int], num_base_layers: int) -> LayerPlan:
-    """The base's layers with new ones between them, one for each entry of the ascending ``gaps``."""
+    """Returns the plan that adds one new layer to the base for each entry of the ascending ``gaps``."""
     count = Counter(gaps)
     layers: list[PlannedLayer] = []
     order: list[int] = []
     for base in range(num_base_layers):
         lower = len(layers)
         layers.append(PlannedLayer(lower, new=False, base=(base,)))
-        neighbours = (base, base + 1) if base + 1 < num_base_layers else (base,)
+        is_last = base + 1 == num_base_layers
+        neighbors = (base,) if is_last else (base, base + 1)
         made = {middle: pair for middle, *pair in _halving(lower, lower + count[base] + 1)}
         order.extend(made)
         for index in sorted(made):
-            # Past the last layer the upper neighbour is the last layer itself.
-            pair = (lower if base + 1 == num_base_layers and end > lower + count[base] else end for end in made[index])
-            layers.append(PlannedLayer(index, new=True, base=neighbours, made_from=tuple(pair)))
+            # There is no layer above the last gap: the last base layer is both of its ends.
+            pair = (lower if is_last and end > lower + count[base] else end for end in made[index])
+            layers.append(PlannedLayer(index, new=True, base=neighbors, made_from=tuple(pair)))
     return LayerPlan(num_base_layers, tuple(layers), tuple(order))
 
 
 def _halving(lower: int, upper: int) -> Iterator[tuple[int, int, int]]:
-    """(new, lower, upper) for every index strictly between two layers, in an order in which they can be made."""
+    """Yields (new, lower, upper) for every index between two layers, in an order in which they can be made."""
     between = upper - lower - 1
     if between > 0:
         middle = lower + (between + 1) // 2

@@ -91,7 +91,7 @@ def _new_matrices(role: MatrixRole, loss: float, plan: LayerPlan, work: Workspac
         loss=loss / svd.scale**2,
         predicted_norm_ratio=sum(norms) / len(norms) / float(known),
     )
-    work.keep()
+    work.save()
 
 
 @dataclass(frozen=True)

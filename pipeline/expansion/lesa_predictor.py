@@ -1,4 +1,4 @@
-"""LESA's predictor G and its training (arXiv 2502.13794, section 3.2; loss as in the authors' code)."""
+"""LESA's predictor G and its training (arXiv 2502.13794, section 3.2, with the loss of the authors' code)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pipeline.expansion.methods.lesa import Lesa
 
-WARMUP_FRACTION = 0.05  # of the steps; of a cosine schedule
-FITTED_DIRECTIONS = 4096  # that first predictions are centred and sized on
-TUNED_WIDTH = 576  # the largest d_in at which a standardized predictor has its learning rate undiminished
+WARMUP_FRACTION = 0.05  # of the steps of a cosine schedule
+INITIALIZATION_SAMPLES = 4096  # on which first predictions are centered and scaled
+TUNED_WIDTH = 576  # the d_in above which the learning rate of a standardized predictor decreases
 
 
 class Predictor(nn.Sequential):
     """Linear(2 d_in -> hidden), ReLU, Linear(hidden -> hidden), ReLU, Linear(hidden -> d_in).
 
-    Input ``[n, 2 d_in]``: the same singular direction's row in the lower and in the upper layer. Output ``[n, d_in]``.
+    Input ``[n, 2 d_in]``: the rows of the same singular direction in the lower and in the upper layer. Output
+    ``[n, d_in]``: its row in the layer between them.
     """
 
     def __init__(self, d_in: int, hidden_size: int, seed: int) -> None:
@@ -35,36 +36,40 @@ class Predictor(nn.Sequential):
             )
 
     @torch.no_grad()
-    def fit_first_predictions(self, rows: Tensor, rank: int, samples: Tensor, seed: int) -> None:
-        """Starts from predictions without a common part and of the targets' size, for inputs of unit variance.
+    def initialize_on(self, rows: Tensor, rank: int, samples: Tensor, seed: int) -> None:
+        """Initializes for inputs of unit variance: first predictions have zero mean and the norm of the targets.
 
-        Weights after He et al. (arXiv 1502.01852, eq. 10); the last layer's then fitted to some of the data
-        (Krähenbühl et al., arXiv 1511.06856, section 3.1). PyTorch's own start hardly sees entries as small as those
-        of singular vectors beside its random biases: every direction gets one and the same prediction, and since the
-        norm in the loss is cheapest met by making that one longer, most of it stays. A layer of such predictions has
-        rank one and a spectral norm of up to ten times its neighbours'.
+        Weights are initialized as by He et al. (arXiv 1502.01852, eq. 10), then the last layer is fitted to some of the
+        data (Krähenbühl et al., arXiv 1511.06856, section 3.1). In PyTorch's default initialization, random biases
+        dominate inputs as small as the entries of singular vectors, so every direction gets nearly the same prediction.
+        Most of that persists, because making the common part longer is the easiest way to reduce the norm term of the
+        loss. A layer of such predictions has rank one and a spectral norm of up to ten times its neighbors'.
+
+        Args:
+            rows: V of all base layers, ``[layers * rank, d_in]``.
+            samples: indices into ``rows``; see ``_sample_indices``.
         """
         generator = torch.Generator().manual_seed(seed)
         *inner, last = (module for module in self if isinstance(module, nn.Linear))
         for linear in (*inner, last):
-            gain = 1.0 if linear is last else 2.0
+            gain = 1.0 if linear is last else 2.0  # ReLU halves the variance
             fresh = torch.randn(linear.weight.shape, generator=generator) * math.sqrt(gain / linear.in_features)
             linear.weight.copy_(fresh)
             linear.bias.zero_()
-        some = samples[torch.randperm(len(samples), generator=generator)[:FITTED_DIRECTIONS]].to(rows.device)
+        some = samples[torch.randperm(len(samples), generator=generator)[:INITIALIZATION_SAMPLES]].to(rows.device)
         inputs, target = _inputs_and_target(rows, rank, some)
         first = self(inputs)
-        common = first.mean(dim=0)
-        size = torch.linalg.vector_norm(target) / torch.linalg.vector_norm(first - common)
-        last.weight.mul_(size)
-        last.bias.copy_(-common * size)
+        mean = first.mean(dim=0)
+        scale = torch.linalg.vector_norm(target) / torch.linalg.vector_norm(first - mean)
+        last.weight.mul_(scale)
+        last.bias.copy_(-mean * scale)
 
 
 def prediction_loss(predicted: Tensor, target: Tensor, norm_loss_weight: float, norm_batch: int) -> Tensor:
-    """(1-w) MSE(predicted, target) + w MSE(norms of predicted, norms of target), both ``[n, d_in]``.
+    """Returns (1 - w) MSE(predicted, target) + w MSE(norms of predicted, norms of target), for ``[n, d_in]``.
 
-    A norm is one number for ``norm_batch`` directions (the authors': for their whole batch), so that the weight of
-    that term does not depend on how many directions a step sees.
+    There is one norm per ``norm_batch`` directions (in the authors' code one per batch), so the weight of the norm term
+    does not depend on the number of directions per step.
     """
     norm_error = _norms(predicted, norm_batch) - _norms(target, norm_batch)
     error = nn.functional.mse_loss(predicted, target)
@@ -72,7 +77,7 @@ def prediction_loss(predicted: Tensor, target: Tensor, norm_loss_weight: float, 
 
 
 def _norms(rows: Tensor, norm_batch: int) -> Tensor:
-    """``[n, d]`` to the Frobenius norms of ``norm_batch`` rows each, ``[n / norm_batch]`` rounded up."""
+    """Returns the Frobenius norm of every ``norm_batch`` rows of ``[n, d]``."""
     if len(rows) <= norm_batch:
         return torch.linalg.vector_norm(rows).view(1)
     padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % norm_batch))
@@ -87,31 +92,35 @@ def train_predictor(
     note: Callable[[int, int, float], None],
     directions: Tensor | None = None,
 ) -> float:
-    """Teaches G every direction of every layer that has two neighbours, in a new random order each epoch.
+    """Trains G on every direction of every layer that has two neighbors, in a new random order in each epoch.
 
-    Batches are gathered from ``right`` itself, so that inputs and targets are never laid out beside it.
+    Batches are gathered from ``right`` itself, so inputs and targets never need memory of their own.
 
     Args:
-        predictor: trained in place; on the device of ``right``.
-        right: V of all base layers, ``[layers, rank, d_in]``; may be mapped from a file.
-        note: called from time to time with the steps done, the steps in all, and the mean loss since the last call.
-        directions: the singular directions to learn from, of ``range(rank)``; None for all.
+        predictor: trained in place, on the device of ``right``.
+        right: V of all base layers, ``[layers, rank, d_in]``. May be mapped from a file.
+        seed: of the order of the samples.
+        note: called after each epoch with the completed steps, the total steps, and the epoch's mean loss.
+        directions: the singular directions to learn from, a subset of ``range(rank)``. None for all.
 
     Returns:
-        The last epoch's mean loss.
+        The mean loss of the last epoch.
     """
     rows = right.flatten(0, 1)
-    samples = _samples(right.shape[0], right.shape[1], directions)
+    samples = _sample_indices(right.shape[0], right.shape[1], directions)
     learning_rate = settings.learning_rate
     if settings.standardized:
-        predictor.fit_first_predictions(rows, right.shape[1], samples, seed)
-        learning_rate *= min(1.0, TUNED_WIDTH / right.shape[2])  # Adam's best is as one over the width (2203.03466)
+        predictor.initialize_on(rows, right.shape[1], samples, seed)
+        # The best learning rate of Adam is proportional to 1 / width (arXiv 2203.03466).
+        learning_rate *= min(1.0, TUNED_WIDTH / right.shape[2])
     steps_per_epoch = -(-len(samples) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
     optimizer = torch.optim.AdamW(
         predictor.parameters(), lr=learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(settings.schedule, step, total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _learning_rate_factor(settings.schedule, step, total)
+    )
     mean_loss, done = float("nan"), 0
     for losses in _epochs(predictor, rows, right.shape[1], samples, settings, seed, optimizer, schedule):
         done += len(losses)
@@ -120,24 +129,24 @@ def train_predictor(
     return mean_loss
 
 
-def _samples(layers: int, rank: int, directions: Tensor | None) -> Tensor:
-    """Row numbers of V_i in the rows of all layers; its neighbours' are ``rank`` rows away."""
+def _sample_indices(layers: int, rank: int, directions: Tensor | None) -> Tensor:
+    """Returns the indices of targets in the rows of all layers. The neighbors' rows are ``rank`` before and after."""
     inner = torch.arange(1, layers - 1)[:, None] * rank
     return (inner + (torch.arange(rank) if directions is None else directions)).flatten()
 
 
 def _inputs_and_target(rows: Tensor, rank: int, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """What G is given for some rows of V_i, ``[n, 2 d_in]``, and what it is to say, ``[n, d_in]``."""
+    """Returns G's inputs ``[n, 2 d_in]`` and targets ``[n, d_in]`` for some rows of V_i."""
     inputs = rows[torch.stack([samples - rank, samples + rank], dim=1)].view(len(samples), 2 * rows.shape[1])
     return inputs, rows[samples]
 
 
-def _rate(schedule: str, step: int, total: int) -> float:
-    """The fraction of the learning rate at a step."""
+def _learning_rate_factor(schedule: str, step: int, total: int) -> float:
+    """Returns the factor of the learning rate at a step."""
     if schedule == "constant":
         return 1.0
-    warm_up = (step + 1) / max(1.0, WARMUP_FRACTION * total)
-    return min(1.0, warm_up) * (1 + math.cos(math.pi * step / total)) / 2
+    warmup = (step + 1) / max(1.0, WARMUP_FRACTION * total)
+    return min(1.0, warmup) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def _epochs(
@@ -150,13 +159,13 @@ def _epochs(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> Iterator[list[Tensor]]:
-    """The losses of the steps of each epoch."""
+    """Trains, and yields the losses of the steps of each epoch."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(settings.epochs):
         losses = []
-        for target in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
-            inputs, known = _inputs_and_target(rows, rank, target.to(rows.device))
-            loss = prediction_loss(predictor(inputs), known, settings.norm_loss_weight, settings.norm_batch)
+        for batch in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
+            inputs, targets = _inputs_and_target(rows, rank, batch.to(rows.device))
+            loss = prediction_loss(predictor(inputs), targets, settings.norm_loss_weight, settings.norm_batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

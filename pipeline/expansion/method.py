@@ -152,7 +152,7 @@ def _ignore_note(note: str, **numbers: float) -> None:
     pass
 
 
-def _keep_nothing() -> None:
+def _save_nothing() -> None:
     pass
 
 
@@ -164,7 +164,7 @@ class Workspace:
         note: shows a line of text and named numbers in the progress bar.
         made: layers' indices in the new model and tensors that an interrupted attempt has already written. A method may
             skip them as long as what it yields does not depend on that.
-        keep: saves what has been yielded so far, with ``records``, so that it outlasts an interruption. For results
+        save: saves what has been yielded so far, with ``records``, so that it survives an interruption. For results
             that are expensive to recompute; everything is saved every few seconds anyway.
         scratch: allocates uninitialized float32 tensors, on disk where they are large.
         records: facts for the manifest, by subject.
@@ -174,7 +174,7 @@ class Workspace:
 
     note: Callable[..., None] = _ignore_note
     made: Collection[tuple[int, LayerTensor]] = ()
-    keep: Callable[[], None] = _keep_nothing
+    save: Callable[[], None] = _save_nothing
     scratch: Scratch = in_memory
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The README.md of an expanded model: what was done to which model, enough to do it again."""
+"""The README.md of an expanded model: how it was made from which model, in enough detail to repeat it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pipeline.models.weight_files import find_weights
 
 
 def model_card(expansion: Mapping[str, Any], base: Path) -> str:
-    """The card's text.
+    """Returns the text of the card.
 
     Args:
         expansion: the content of ``expansion.json``.
-        base: the directory that was expanded; its manifest, where it has one, says where it came from.
+        base: the directory that was expanded. Its manifest, if it has one, names the model's source.
     """
     model = _manifest(base).get("settings", {})
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if model.get("revision"):  # else it is a directory, whose name says nothing to others
+    if model.get("revision"):  # otherwise it is a local directory, whose name is of no use to others
         header.append(f"base_model: {json.dumps(model['path'])}")
     header += ["tags:", "- depth-growth", f"- {expansion['method']}", "---", ""]
     return "\n".join([*header, *_body(expansion, model)]) + "\n"
 
 
 def base_weights(base: Path) -> dict[str, str]:
-    """SHA-256 of the base's weight files by name."""
+    """Returns the SHA-256 of the base's weight files by name."""
     files = _manifest(base).get("files", {})
     return {
         path.name: files[path.name]["sha256"] if path.name in files else sha256_file(path)
@@ -41,23 +41,23 @@ def _manifest(base: Path) -> dict[str, Any]:
 
 
 def _body(expansion: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    came_from = " ".join(str(model[part]) for part in ("path", "gguf_file", "revision") if model.get(part))
+    source = " ".join(str(model[part]) for part in ("path", "gguf_file", "revision") if model.get(part))
     new = [layer for layer in expansion["layers"] if layer["new"]]
     return [
         f"# {expansion['num_base_layers']} layers grown to {expansion['num_layers']} by {expansion['method']}",
         "",
-        f"- Base: {came_from or 'a local model directory'}",
+        f"- Base: {source or 'a local model directory'}",
         f"- Method: {expansion['source']}",
         f"- New layers: {', '.join(str(layer['layer']) for layer in new) or 'none'}",
         f"- Seed: {expansion['seed']}",
         "",
-        "It was not trained after that; `expansion.json` says where every layer comes from.",
+        "The model has not been trained since. `expansion.json` lists where every layer comes from.",
         "",
         "## Settings",
         "",
         *_table(("setting", "value"), expansion["settings"]),
         "",
-        "## The base's weights, as loaded",
+        "## Weight files of the base",
         "",
         *_table(("file", "SHA-256"), expansion["base"]),
     ]

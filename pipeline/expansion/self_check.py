@@ -1,5 +1,7 @@
-"""Whether a written model directory is a sound model: it loads whole, decodes with a cache as without, and, where it
-was promised, computes what another one does. On the model's own tokenizer and a few sentences.
+"""Verifies a written model directory on a few sentences, with the model's own tokenizer.
+
+The model must load completely, decode with a cache as it does without, and, where the method promises it, compute the
+same logits as the base.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ SENTENCES = (
     "Water boils at a lower temperature on a mountain, because the air presses on it less.",
 )
 DECODED_TOKENS = 8
-LOGIT_TOLERANCE = 1e-5  # of the largest logit, or absolute where that is below one: float32 rounding
-CACHE_TOLERANCE = 1e-3  # likewise; a cache sums in another order, which depth amplifies
+LOGIT_TOLERANCE = 1e-5  # relative to the largest logit, or absolute if that is below one: float32 rounding
+CACHE_TOLERANCE = 1e-3  # likewise; with a cache, sums are in another order, and depth amplifies the difference
 
-ROOM = ".check-"  # begins the name of a folder to work in
+WORK_PREFIX = ".check-"  # of temporary directories
 
-# A narrow twin's sizes. Head width stays: rotary tables have its length.
+# The largest sizes of a narrow twin. The head size stays, because lengths of rotary tables depend on it.
 NARROW = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32, "vocab_size": 512, "sliding_window": 8,
@@ -37,18 +39,18 @@ NARROW = {
 
 
 class CheckFailedError(Exception):
-    """The model that was written is not the model that was meant: a defect of the pipeline's."""
+    """The model that was written is not the one that was planned, which is a bug of the pipeline or of a method."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured, all as fractions of the largest logit or absolute where that is below one.
+    """What was measured. Differences are relative to the largest logit, or absolute if that is below one.
 
     Attributes:
         cache_difference: between decoding with a cache and without.
-        logit_difference: to the model that it must agree with; None where nothing was promised.
+        logit_difference: from the model that must have the same logits, or None if there is no such model.
         logits_of: how the logits were computed.
-        cache_of: what was decoded.
+        cache_of: which model was decoded.
     """
 
     cache_difference: float
@@ -58,43 +60,43 @@ class Outcome:
 
 
 def check_model(directory: Path, config: dict[str, Any], same_logits_as: Path | None, memory: int) -> Outcome:
-    """Checks shapes, values, per-layer config entries, tied weights, cached decoding, and logits: finite, as promised.
+    """Checks shapes, values, the per-layer config entries, tied weights, cached decoding and logits.
 
-    A model that takes more than ``memory`` bytes in float32 is not held: its logits are computed layer by layer from
-    disk, in the dtype it is stored in, and decoding is compared on a narrow random model of the same config and depth.
+    A model that needs more than ``memory`` bytes in float32 is never held. Its logits are computed layer by layer from
+    disk, in the stored dtype, and decoding is compared on a narrow random model with the same config and depth.
 
     Args:
-        directory: what was written.
-        config: what its config must spell out to.
-        same_logits_as: a model directory that it must agree with, or None.
+        directory: the directory that was written.
+        config: what its config must read back as, with all defaults.
+        same_logits_as: a model directory whose logits it must reproduce, or None.
         memory: bytes.
 
     Raises:
-        CheckFailedError: with the first thing that is wrong.
+        CheckFailedError: with the first fault found.
     """
     _check_config(directory, config)
     _check_values(directory)
     entries = sum(spec.entries for spec in ModelDirectory(directory).specs.values())
-    whole = entries * torch.float32.itemsize <= memory
+    fits = entries * torch.float32.itemsize <= memory
     prompts = _prompts(directory)
-    for stale in directory.glob(f"{ROOM}*"):  # of an attempt that was cut off
+    for stale in directory.glob(f"{WORK_PREFIX}*"):  # from an interrupted attempt
         shutil.rmtree(stale)
-    with TemporaryDirectory(prefix=ROOM, dir=directory) as room:
-        promised = None if same_logits_as is None else _logits(_opened(same_logits_as, whole, room), prompts)
-        model = _opened(directory, whole, room)
-        logit_difference = _check_logits(_logits(model, prompts), promised)
-        cache_difference = _check_cache(model if whole else _narrow_twin(directory), prompts)
+    with TemporaryDirectory(prefix=WORK_PREFIX, dir=directory) as work_dir:
+        expected = None if same_logits_as is None else _logits(_open(same_logits_as, fits, work_dir), prompts)
+        model = _open(directory, fits, work_dir)
+        logit_difference = _check_logits(_logits(model, prompts), expected)
+        cache_difference = _check_cache(model if fits else _narrow_twin(directory), prompts)
     return Outcome(
         cache_difference,
         logit_difference,
-        logits_of="the whole model in float32" if whole else "layer by layer from disk, in the stored dtype",
-        cache_of="this model" if whole else "a narrow random model of the same config and depth",
+        logits_of="the whole model in float32" if fits else "layer by layer from disk, in the stored dtype",
+        cache_of="this model" if fits else "a narrow random model of the same config and depth",
     )
 
 
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise CheckFailedError(f"the model that was written is wrong: {otherwise}")
+def _require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise CheckFailedError(f"the model that was written is wrong: {fault}")
 
 
 def _check_config(directory: Path, config: dict[str, Any]) -> None:
@@ -110,44 +112,45 @@ def _check_values(directory: Path) -> None:
 
 
 def _prompts(directory: Path) -> Tensor:
-    """Token ids of the sentences ``[sentences, longest]``.
+    """Returns token ids of the sentences ``[sentences, longest]``.
 
-    Shorter ones are filled up on the right with token 0, which nothing to its left can see.
+    Shorter ones are padded on the right with token 0, which no token before it attends to.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = [tokenizer(sentence, return_tensors="pt")["input_ids"][0] for sentence in SENTENCES]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _opened(directory: Path, whole: bool, room: str) -> PreTrainedModel:
-    """A directory's model: held in float32, or read from disk layer by layer, in its own dtype, as it computes.
+def _open(directory: Path, fits: bool, work_dir: str) -> PreTrainedModel:
+    """Loads a model in float32, or if it does not fit, so that each layer is read from disk when it computes.
 
-    ``room`` is a folder for weights that loading rearranges.
+    Args:
+        work_dir: a folder for weights that transformers stores in another layout.
     """
-    if whole:
+    if fits:
         return _load(directory)
-    return _load(directory, dtype="auto", device_map={"": "disk"}, offload_folder=room)
+    return _load(directory, dtype="auto", device_map={"": "disk"}, offload_folder=work_dir)
 
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, prompts: Tensor) -> Tensor:
-    """``[sentences, longest, vocabulary]``."""
+    """Returns ``[sentences, longest, vocabulary]``."""
     logits: Tensor = model(prompts, use_cache=False).logits
     return logits
 
 
-def _check_logits(logits: Tensor, promised: Tensor | None) -> float | None:
-    """How far they are from what was promised; None where nothing was."""
+def _check_logits(logits: Tensor, expected: Tensor | None) -> float | None:
+    """Returns the difference of the logits from those that are expected, or None if none are."""
     _require(bool(logits.isfinite().all()), "its logits are not finite")
-    if promised is None:
+    if expected is None:
         return None
-    difference = _difference(promised, logits)
+    difference = _difference(expected, logits)
     _require(difference <= LOGIT_TOLERANCE, f"its logits differ from the base's by {difference:.2g}")
     return difference
 
 
 def _check_cache(model: PreTrainedModel, prompts: Tensor) -> float:
-    """How far cached decoding is from uncached."""
+    """Returns the difference between cached and uncached decoding."""
     difference = _cache_difference(model, prompts % model.config.vocab_size)
     _require(difference <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {difference:.2g}")
     return difference
@@ -169,14 +172,14 @@ def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreT
 
 
 def _narrow_twin(directory: Path) -> PreTrainedModel:
-    """A random model of the directory's config, kinds of layers and depth, and of small width; float32."""
+    """Returns a narrow random float32 model with the config, the kinds of layers and the depth of the directory's."""
     config = AutoConfig.from_pretrained(directory)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, size in NARROW.items():
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, min(size, getattr(config, name)))
     config.hidden_size = config.num_attention_heads * head_width
-    config.pad_token_id = None  # it may lie beyond the narrow vocabulary
+    config.pad_token_id = None  # it may be outside the narrow vocabulary
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -185,7 +188,7 @@ def _narrow_twin(directory: Path) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _cache_difference(model: PreTrainedModel, prompt: Tensor) -> float:
-    """Decodes greedily with a cache, then computes the same positions at once without one."""
+    """Decodes greedily with a cache, then computes the same positions in one forward pass without one."""
     step = model(prompt, use_cache=True)
     tokens, cached = prompt, [step.logits[:, -1]]
     for _ in range(DECODED_TOKENS):
@@ -197,5 +200,5 @@ def _cache_difference(model: PreTrainedModel, prompt: Tensor) -> float:
     return _difference(uncached, torch.stack(cached, dim=1))
 
 
-def _difference(wanted: Tensor, got: Tensor) -> float:
-    return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1.0))
+def _difference(expected: Tensor, actual: Tensor) -> float:
+    return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1.0))

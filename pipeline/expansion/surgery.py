@@ -1,6 +1,7 @@
-"""Streams a base's tensors and a method's new ones into the weight files of a deeper model, and outlasts interruptions.
+"""Streams the tensors of the base and of a method's new layers into the weight files of a deeper model.
 
-Holds what the method holds: the base's tensors are copied from file to file, and a new one is written when it comes.
+Memory is what the method itself needs: the base's tensors are copied from file to file, and a new tensor is written as
+soon as the method yields it. An interrupted expansion resumes with the tensors that are missing.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import PROGRESS_FILE, ShardWriter
 from pipeline.progress import progress
 
-KEEP_EVERY_SECONDS = 10.0  # what an interruption can cost, beside the piece of work in hand
-RECORDS = ".expansion.records.json"  # what the method had to say of what is kept, and the sign that it was
+SAVE_EVERY_SECONDS = 10.0  # how much an interruption can cost, besides the current unit of work
+RECORDS = ".expansion.records.json"  # about the saved tensors; exists while they can be resumed
 
 MakeTensors = Callable[[list[LayerWeights], LayerPlan, Workspace], Iterator[NewTensor]]
 
 
 class StoredLayer(Mapping[LayerTensor, Tensor]):
-    """One layer of the base; tensors are read when they are asked for, parts of fused ones as themselves."""
+    """One layer of the base. Tensors are read on access, and parts of fused ones are separate tensors."""
 
     def __init__(self, base: ModelDirectory, names: Mapping[LayerTensor, str], device: torch.device) -> None:
         self._base, self._names, self._device = base, names, device
@@ -50,23 +51,23 @@ class StoredLayer(Mapping[LayerTensor, Tensor]):
 
 
 @dataclass(frozen=True)
-class Names:
-    """What every tensor of a deeper model is called, and where it comes from."""
+class TensorNames:
+    """The names of a deeper model's tensors, and which tensor of the base each comes from."""
 
     base: ModelDirectory
-    architecture: Family
+    family: Family
     plan: LayerPlan
 
     @cached_property
     def tensors(self) -> list[LayerTensor]:
-        """Of every layer."""
-        return self.architecture.layer_tensors(self.base.specs, self.base.config)
+        """The tensors of any one layer."""
+        return self.family.layer_tensors(self.base.specs, self.base.config)
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """For every stored tensor of the deeper model, in order, the base's tensor that has its dtype and shape."""
-        outside = {name: name for name in self.base.specs if self.architecture.layer_of(name) is None}
-        name_of = self.architecture.tensor_name
+        """For every stored tensor of the deeper model, in order, the base's tensor with the same dtype and shape."""
+        outside = {name: name for name in self.base.specs if self.family.layer_of(name) is None}
+        name_of = self.family.tensor_name
         inside = {
             name_of(planned.layer, name): name_of(planned.base[0], name)
             for planned in self.plan.layers
@@ -76,16 +77,16 @@ class Names:
 
     @cached_property
     def new(self) -> dict[tuple[int, LayerTensor], str]:
-        """Every tensor of a new layer, those that are parts of a stored one by the name of the part."""
+        """The name of every tensor of a new layer. For a part of a stored tensor it is the name of the part."""
         return {
-            (planned.layer, tensor): self.architecture.tensor_name(planned.layer, tensor.name)
+            (planned.layer, tensor): self.family.tensor_name(planned.layer, tensor.name)
             for planned in self.plan.new_layers
             for tensor in self.tensors
         }
 
     @property
     def parts(self) -> dict[str, list[str]]:
-        """The stored tensors of new layers that come in parts, and the parts' names."""
+        """The names of the parts of each stored tensor of a new layer that consists of parts."""
         parts: dict[str, list[str]] = {}
         for (layer, tensor), name in self.new.items():
             if tensor.place is not None:
@@ -93,9 +94,9 @@ class Names:
         return parts
 
     @property
-    def kept(self) -> dict[str, str]:
-        """The tensors that are the base's, and their names there."""
-        layer_of, layers = self.architecture.layer_of, self.plan.layers
+    def copied(self) -> dict[str, str]:
+        """The tensors that are copied from the base, and their names there."""
+        layer_of, layers = self.family.layer_of, self.plan.layers
         return {
             name: source
             for name, source in self.sources.items()
@@ -103,15 +104,15 @@ class Names:
         }
 
     def stored(self, layer: int, tensor: LayerTensor) -> str:
-        """The name of the stored tensor that holds this one."""
-        return self.architecture.tensor_name(layer, tensor.stored)
+        """Returns the name of the stored tensor that contains this one."""
+        return self.family.tensor_name(layer, tensor.stored)
 
     def spec(self, layer: int, tensor: LayerTensor) -> TensorSpec:
-        """Dtype and shape of the stored tensor that holds this one."""
+        """Returns dtype and shape of the stored tensor that contains this one."""
         return self.base.specs[self.sources[self.stored(layer, tensor)]]
 
     def base_layers(self, device: torch.device) -> list[LayerWeights]:
-        """The base as a method sees it."""
+        """Returns the base's layers as a method reads them."""
         return [
             StoredLayer(self.base, {tensor: self.stored(layer, tensor) for tensor in self.tensors}, device)
             for layer in range(self.plan.num_base_layers)
@@ -119,19 +120,22 @@ class Names:
 
 
 def write_weights(
-    names: Names, new_tensors: MakeTensors, device: torch.device, out: Path, seed: int | None = None
+    names: TensorNames, new_tensors: MakeTensors, device: torch.device, out: Path, seed: int | None = None
 ) -> Workspace:
-    """Writes every tensor of the deeper model into ``out``: the base's as they are, new ones rounded to its dtypes.
+    """Writes every tensor of the deeper model into ``out``: the base's unchanged, new ones in the dtypes of the base.
 
-    What an interrupted attempt has kept there is not made again; where that was everything, nothing is.
+    Resumes what an interrupted attempt has saved there. If that attempt had finished, nothing is written.
 
     Args:
-        new_tensors: a method's function of that name.
-        device: of the tensors that it works with.
-        seed: for a method that draws random numbers.
+        new_tensors: the bound function of that name of a method.
+        device: where the method's tensors are.
+        seed: the run's seed for a method that draws random numbers, else None.
+
+    Returns:
+        The method's workspace, with its records and warnings.
 
     Raises:
-        UserError: the disk has no room.
+        UserError: the disk is full.
     """
     specs = {name: names.base.specs[source] for name, source in names.sources.items()}
     if _is_finished(out, specs):
@@ -144,76 +148,77 @@ def write_weights(
             forget_records(out)
         with progress("expand", total=sum(_millions(names, *key) for key in names.new)) as bar:
             bar.move_to(sum(_millions(names, *key) for key in made))
-            keeper = _Keeper(writer, out, has_kept=bool(made))
+            saver = _Saver(writer, out, has_saved=bool(made))
             work = Workspace(
                 note=lambda note, **numbers: bar.advance(0, note=note, **numbers),
                 made=made,
-                keep=lambda: keeper.keep(work),
+                save=lambda: saver.save(work),
                 scratch=_scratch_in(out),
                 records=records,
                 declared_seed=seed,
             )
             for new in new_tensors(names.base_layers(device), names.plan, work):
-                keeper.keep_now_and_then(work)
+                saver.save_if_due(work)
+                # A method may yield again what an earlier attempt has written.
                 if (new.layer, new.tensor) not in made:
                     _write_new(writer, names, new)
                     bar.advance(_millions(names, *new[:2]), note=names.new[new.layer, new.tensor])
-            if keeper.has_kept:
-                keeper.keep(work)
+            # An expansion that took only seconds is not worth waiting for the disk.
+            if saver.has_saved:
+                saver.save(work)
     return work
 
 
 def forget_records(out: Path) -> None:
-    """The weights that are there are final, or wrong: what was said of them is of no use to another attempt."""
+    """Removes the sign that weights in ``out`` can be resumed, once they are verified or known to be wrong."""
     (out / RECORDS).unlink(missing_ok=True)
 
 
-class _Keeper:
-    """Makes work outlast an interruption: when it is told to, and every few seconds."""
+class _Saver:
+    """Makes what has been written so far, and the records about it, survive an interruption."""
 
-    def __init__(self, writer: ShardWriter, out: Path, has_kept: bool) -> None:
+    def __init__(self, writer: ShardWriter, out: Path, has_saved: bool) -> None:
         self._writer, self._out = writer, out
         self._last = time.monotonic()
-        self.has_kept = has_kept  # at the end only then: what is made within seconds is not worth waiting for the disk
+        self.has_saved = has_saved
 
-    def keep(self, work: Workspace) -> None:
-        """Now."""
+    def save(self, work: Workspace) -> None:
+        # The records come first: tensors without records could not be described in the manifest.
         write_json(self._out / RECORDS, {"records": work.records, "warnings": work.warnings})
         self._writer.flush()
-        self._last, self.has_kept = time.monotonic(), True
+        self._last, self.has_saved = time.monotonic(), True
 
-    def keep_now_and_then(self, work: Workspace) -> None:
-        """Where the last time is a while ago."""
-        if time.monotonic() - self._last > KEEP_EVERY_SECONDS:
-            self.keep(work)
+    def save_if_due(self, work: Workspace) -> None:
+        if time.monotonic() - self._last > SAVE_EVERY_SECONDS:
+            self.save(work)
 
 
 def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether an attempt that was cut off later had written, and kept, all of it."""
+    """Whether an earlier attempt wrote and saved all weights, and was interrupted after that."""
     if not (out / RECORDS).is_file() or (out / PROGRESS_FILE).exists():
         return False
     try:
         return ModelDirectory(out, out.glob("model*.safetensors")).specs == specs
-    except UserError:  # a file that is cut short
+    except UserError:  # a truncated file
         return False
 
 
-def _millions(names: Names, layer: int, tensor: LayerTensor) -> float:
-    """A new tensor's entries, by which its work is counted; of the stored one where it is a part."""
+def _millions(names: TensorNames, layer: int, tensor: LayerTensor) -> float:
+    """Returns millions of elements of a new tensor, for progress. A part counts as the tensor it is stored in."""
     return names.spec(layer, tensor).entries / 1e6
 
 
-def _copy_base(writer: ShardWriter, names: Names) -> None:
-    kept = names.kept
-    with progress("copy", total=len(kept)) as bar:
-        for name, source in kept.items():
+def _copy_base(writer: ShardWriter, names: TensorNames) -> None:
+    copied = names.copied
+    with progress("copy", total=len(copied)) as bar:
+        for name, source in copied.items():
             if name not in writer.written:
                 writer.copy(name, names.base.place(source))
             bar.advance(1, note=name)
 
 
-def _write_new(writer: ShardWriter, names: Names, new: NewTensor) -> None:
-    """Rounds a new tensor to the dtype of what it came from; a part goes to its place in the stored tensor."""
+def _write_new(writer: ShardWriter, names: TensorNames, new: NewTensor) -> None:
+    """Writes a new tensor in the dtype of its source. A part is written to its place in the stored tensor."""
     stored = names.stored(new.layer, new.tensor)
     if new.tensor.place is None:
         writer.write(stored, new.value.to("cpu", names.spec(new.layer, new.tensor).dtype))
@@ -223,9 +228,9 @@ def _write_new(writer: ShardWriter, names: Names, new: NewTensor) -> None:
 
 
 def _scratch_in(directory: Path) -> Scratch:
-    """Room in a file of ``directory`` for what is large and not on a GPU; the file has no name, so none is left."""
+    """Returns an allocator that maps large CPU tensors from unnamed files in ``directory``."""
 
-    def room(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
         size = torch.Size(shape).numel() * torch.float32.itemsize
         if device.type != "cpu" or size <= SCRATCH_ON_DISK_BYTES:
             return in_memory(shape, device)
@@ -235,6 +240,6 @@ def _scratch_in(directory: Path) -> Scratch:
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(str(path), shared=True, size=size // torch.float32.itemsize).view(shape)
         finally:
-            path.unlink()
+            path.unlink()  # the mapping outlives the name, and the kernel frees the space even after a kill
 
-    return room
+    return allocate

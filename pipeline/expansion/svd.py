@@ -2,9 +2,10 @@
 
     W = [W_1 ... W_L] = U S V^T,  [d_out, L d_in];   W_i = U S V_i with V_i [rank, d_in]
 
-U and S^2 are the eigenvectors and eigenvalues of W W^T = sum_i W_i W_i^T, ``[d_out, d_out]``, summed a layer at a
-time in float64; then V_i = S^-1 U^T W_i. Seven SVDs of a 135M model take 4 s instead of 31. What is large, V, can lie
-in a file: it is written once and read a batch of rows at a time.
+U and S^2 are the eigenvectors and eigenvalues of W W^T = sum_i W_i W_i^T, ``[d_out, d_out]``, which is summed one layer
+at a time in float64. Then V_i = S^-1 U^T W_i. The seven SVDs of a 135M model take 4 s instead of 31 s. V, the largest
+tensor, can
+be in a file: it is written once and read one batch of rows at a time.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from pipeline.expansion.method import Scratch, in_memory
 
-COLUMNS_AT_ONCE = 2048  # of the Gram matrix
+BLOCK_COLUMNS = 2048  # of the Gram matrix, per matrix product
 
 
 @dataclass(frozen=True)
 class SharedSVD:
-    """One role's factors, float32.
+    """The SVD that one role's matrices of all layers share, float32.
 
     Attributes:
-        left: U S over ``scale``, ``[d_out, rank]``, singular values descending.
-        right: V_i times ``scale`` of every base layer, ``[layers, rank, d_in]``.
+        left: U S divided by ``scale``, ``[d_out, rank]``, with descending singular values.
+        right: V_i multiplied by ``scale`` of every base layer, ``[layers, rank, d_in]``.
+        scale: 1, or what gives the entries of ``right`` unit variance.
     """
 
     left: Tensor
@@ -35,38 +37,41 @@ class SharedSVD:
 
     @property
     def d_out(self) -> int:
-        """Rows of a layer's matrix."""
+        """The number of rows of a layer's matrix."""
         return self.left.shape[0]
 
     @property
     def d_in(self) -> int:
-        """Columns of a layer's matrix."""
+        """The number of columns of a layer's matrix."""
         return self.right.shape[2]
 
     @property
     def rank(self) -> int:
-        """Directions that are kept."""
+        """The number of singular directions."""
         return self.left.shape[1]
 
 
 def decompose(
     read: Callable[[int], Tensor], num_layers: int, scratch: Scratch = in_memory, standardized: bool = False
 ) -> SharedSVD:
-    """The factors of ``read(0) ... read(num_layers - 1)``, each ``[d_out, d_in]`` and read twice.
+    """Decomposes the matrices ``read(0) ... read(num_layers - 1)``, each ``[d_out, d_in]`` and read twice.
 
-    ``standardized``: a direction is a unit vector over all layers, so its entries have unit variance once they are
-    multiplied by the square root of their number.
+    The largest entry of each left singular vector is positive, because what is learned from the factors depends on
+    their signs. Directions whose singular value is numerically zero have no right vector and are dropped. At most four
+    ``[d_out, d_out]`` matrices in float64 are held, and V where ``scratch`` allocates memory.
 
-    Each left singular vector's largest entry is positive, because what is learnt from the factors depends on their
-    signs. Directions with a singular value of numerically zero have no right vector and are left out. Holds at most
-    four ``[d_out, d_out]`` matrices in float64, beside V where ``scratch`` gives memory.
+    Args:
+        scratch: allocates V.
+        standardized: whether the entries of ``right`` get unit variance. A right singular vector is a unit vector over
+            all layers, so it is multiplied by the square root of its length.
     """
     values, vectors = _left_factors(read, num_layers)
     d_in = read(0).shape[1]
     scale = float(num_layers * d_in) ** 0.5 if standardized else 1.0
     left = (vectors * (values / scale)).float()
-    to_right = vectors.div_(values / scale).T.float()  # [rank, d_out]; exact to 1e-6 at the conditions met in practice
-    del vectors
+    # [rank, d_out]; float32 is exact to 1e-6 at the condition numbers met in practice.
+    to_right = vectors.div_(values / scale).T.float()
+    del vectors  # the largest float64 matrix, no longer needed
     right = scratch((num_layers, len(values), d_in), left.device)
     for layer in range(num_layers):
         torch.mm(to_right, read(layer).float(), out=right[layer])
@@ -74,10 +79,10 @@ def decompose(
 
 
 def _left_factors(read: Callable[[int], Tensor], num_layers: int) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, ``[rank]``, and left singular vectors with fixed signs, ``[d_out, rank]``."""
-    eigenvalues, vectors = torch.linalg.eigh(_lower_gram(read, num_layers))  # reads the lower triangle only
+    """Returns singular values ``[rank]``, descending, and left singular vectors ``[d_out, rank]`` with fixed signs."""
+    eigenvalues, vectors = torch.linalg.eigh(_lower_gram(read, num_layers))  # reads only the lower triangle
     kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * torch.finfo(torch.float64).eps
-    first = len(eigenvalues) - int(kept.sum())  # they ascend
+    first = len(eigenvalues) - int(kept.sum())  # eigh returns ascending eigenvalues
     vectors = vectors[:, first:].flip(1)
     lowest, highest = vectors.aminmax(dim=0)
     vectors *= torch.where(highest >= -lowest, 1.0, -1.0)
@@ -85,14 +90,15 @@ def _left_factors(read: Callable[[int], Tensor], num_layers: int) -> tuple[Tenso
 
 
 def _lower_gram(read: Callable[[int], Tensor], num_layers: int) -> Tensor:
-    """The lower triangle of sum_i W_i W_i^T, float64; what stands above it is of no use."""
+    """Returns the lower triangle of sum_i W_i W_i^T in float64. The entries above the diagonal are not meaningful."""
     gram: Tensor | None = None
     for layer in range(num_layers):
         matrix = read(layer).double()
         if gram is None:
             gram = matrix.new_zeros(len(matrix), len(matrix))
-        for start in range(0, len(matrix), COLUMNS_AT_ONCE):
-            end = start + COLUMNS_AT_ONCE
+        # Products of blocks on and below the diagonal are half the work of the complete product.
+        for start in range(0, len(matrix), BLOCK_COLUMNS):
+            end = start + BLOCK_COLUMNS
             gram[start:, start:end].addmm_(matrix[start:], matrix[start:end].T)
     assert gram is not None, "a model has layers"
     return gram

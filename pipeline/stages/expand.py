@@ -18,7 +18,7 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method
 from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.expansion.self_check import CheckFailedError, check_model
-from pipeline.expansion.surgery import Names, forget_records, write_weights
+from pipeline.expansion.surgery import TensorNames, forget_records, write_weights
 from pipeline.files import write_json
 from pipeline.models.families import family_of
 from pipeline.models.layer_config import rebuild_config, spelled_out_config
@@ -41,7 +41,7 @@ def run(task: StageTask) -> Metrics:
     base = ModelDirectory(task.parents["load"])
     config = spelled_out_config(base.path)
     plan = method.place(config["num_hidden_layers"])
-    names = Names(base, family_of(config["model_type"]), plan)
+    names = TensorNames(base, family_of(config["model_type"]), plan)
     seed = task.seed if method.draws_random_numbers else None
 
     started = time.monotonic()

@@ -39,7 +39,7 @@ from pipeline.expansion.lesa_predictor import Predictor, prediction_loss, train_
 from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, from_neighbors, method_of, silenced
 from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.methods.opt_deus import OptDeus, fuse
-from pipeline.expansion.surgery import MakeTensors, Names, write_weights
+from pipeline.expansion.surgery import MakeTensors, TensorNames, write_weights
 from pipeline.expansion.svd import decompose
 from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
@@ -69,11 +69,11 @@ def main() -> None:
     print_lesa(base, chosen.directory / "lesa", torch.device(chosen.device), chosen.seeds)
 
 
-def names_of(base: Path, method: str, **changes: Any) -> tuple[Names, Any]:
+def names_of(base: Path, method: str, **changes: Any) -> tuple[TensorNames, Any]:
     """Returns the tensors of a base model with a method's layer plan, and the method's settings."""
     settings = method_of(expand_settings(method, **{"new_layers": NEW_LAYERS, "position": "top", **changes}))
     model = ModelDirectory(base)
-    return Names(model, family_of("llama"), settings.place(model.config["num_hidden_layers"])), settings
+    return TensorNames(model, family_of("llama"), settings.place(model.config["num_hidden_layers"])), settings
 
 
 def seconds_of(work: Callable[[], object], out: Path) -> float:
@@ -85,7 +85,7 @@ def seconds_of(work: Callable[[], object], out: Path) -> float:
     return time.perf_counter() - started
 
 
-def expand_by(made_with: tuple[Names, Any], seed: int, device: torch.device, out: Path) -> Workspace:
+def expand_by(made_with: tuple[TensorNames, Any], seed: int, device: torch.device, out: Path) -> Workspace:
     """Writes the weights of a model expanded by one of the pipeline's methods, and returns the method's records."""
     names, method = made_with
     return write_weights(names, method.new_tensors, device, out, seed)

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import LayerWeights, NewTensor, Workspace
 from pipeline.expansion.methods.lesa import Lesa
-from pipeline.expansion.surgery import Names, write_weights
+from pipeline.expansion.surgery import TensorNames, write_weights
 
 
-def publish_lesa(names: Names, settings: Lesa, seed: int, device: torch.device, out: Path) -> None:
+def publish_lesa(names: TensorNames, settings: Lesa, seed: int, device: torch.device, out: Path) -> None:
     """Writes the weights of a model whose new layers are copies of layer 0 with seven predicted matrices."""
 
     def method(layers: list[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:

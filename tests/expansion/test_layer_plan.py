@@ -140,8 +140,8 @@ def test_solar_refuses_other_positions(expand_settings: ExpandSettings, position
     [
         ("solar", {"new_layers": 5}, 4, "expand.new_layers = 5.*at most 4.*expand.new_layers=4"),
         ("copy", {"new_layers": 3, "position": [0, 1]}, 4, "expand.new_layers = 3.*lists 2 gaps"),
-        ("copy", {"new_layers": 2, "position": [0, 4]}, 4, r"expand.position = \[0, 4\].*gap 4 is not there"),
-        ("copy", {"new_layers": 1, "position": [-1]}, 4, "gap -1 is not there"),
+        ("copy", {"new_layers": 2, "position": [0, 4]}, 4, r"expand.position = \[0, 4\].*gap 4 does not exist"),
+        ("copy", {"new_layers": 1, "position": [-1]}, 4, "gap -1 does not exist"),
         ("copy", {"new_layers": 1, "position": "top"}, 1, "expand.position = top.*one layer"),
         ("lesa", {"new_layers": 1, "position": "top"}, 2, "expand.method = lesa.*at least 3 layers"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.config import AnyExpand
 from pipeline.expansion import lesa_predictions
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.lesa_predictor import Predictor, _rate, prediction_loss, train_predictor
+from pipeline.expansion.lesa_predictor import Predictor, _learning_rate_factor, prediction_loss, train_predictor
 from pipeline.expansion.method import Workspace
 from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.svd import decompose
@@ -142,7 +142,7 @@ def test_standardized_factors_have_unit_variance_and_the_same_product() -> None:
 def test_first_predictions_are_centred_and_of_the_targets_size() -> None:
     right = torch.randn(5, 40, 12, generator=torch.Generator().manual_seed(0))
     predictor = Predictor(12, 32, seed=0)
-    predictor.fit_first_predictions(right.flatten(0, 1), 40, torch.arange(40, 160), seed=1)
+    predictor.initialize_on(right.flatten(0, 1), 40, torch.arange(40, 160), seed=1)
     with torch.no_grad():
         first = predictor(torch.cat([right[:-2], right[2:]], dim=2)).flatten(0, 1)
     torch.testing.assert_close(first.mean(dim=0), torch.zeros(12), atol=1e-5, rtol=0)
@@ -262,11 +262,11 @@ def test_only_the_directions_given_are_learnt_from(settings: Callable[..., Lesa]
 
 
 def test_the_cosine_schedule_warms_up_and_ends_near_zero() -> None:
-    rates = [_rate("cosine", step, 100) for step in range(100)]
+    rates = [_learning_rate_factor("cosine", step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2, rel=1e-3)
     assert max(rates) == rates[4] == pytest.approx((1 + math.cos(0.04 * math.pi)) / 2)
     assert rates[99] == pytest.approx((1 + math.cos(0.99 * math.pi)) / 2)
-    assert {_rate("constant", step, 100) for step in range(100)} == {1.0}
+    assert {_learning_rate_factor("constant", step, 100) for step in range(100)} == {1.0}
 
 
 def test_an_interrupted_expansion_goes_on_with_the_roles_that_are_missing(

@@ -22,7 +22,7 @@ from pipeline.config import METHODS, AnyExpand
 from pipeline.expansion import surgery
 from pipeline.expansion.method import Method, NewTensor, Workspace
 from pipeline.expansion.methods import built_in_method
-from pipeline.expansion.surgery import Names, write_weights
+from pipeline.expansion.surgery import TensorNames, write_weights
 from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory
 from pipeline.stages import expand
@@ -118,7 +118,7 @@ def test_an_interrupted_expansion_ends_with_the_same_weights(
     after: int,
 ) -> None:
     method, base = make_method(name, position="top"), ModelDirectory(tiny_llama_dir)
-    names = Names(base, family_of("llama"), method.place(4))
+    names = TensorNames(base, family_of("llama"), method.place(4))
 
     def interrupted(*arguments: Any) -> Iterator[NewTensor]:
         for number, new in enumerate(method.new_tensors(*arguments)):
@@ -130,7 +130,7 @@ def test_an_interrupted_expansion_ends_with_the_same_weights(
     whole.mkdir(), resumed.mkdir()
     seed = 3 if method.draws_random_numbers else None
     uninterrupted = write_weights(names, method.new_tensors, CPU, whole, seed)
-    monkeypatch.setattr(surgery, "KEEP_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
     if names.plan.new_layers:
         with pytest.raises(KeyboardInterrupt):
             write_weights(names, interrupted, CPU, resumed, seed)

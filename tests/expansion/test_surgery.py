@@ -13,7 +13,7 @@ from pipeline.config import AnyExpand
 from pipeline.expansion import surgery
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, method_of
-from pipeline.expansion.surgery import Names, write_weights
+from pipeline.expansion.surgery import TensorNames, write_weights
 from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory
 
@@ -42,9 +42,9 @@ class Watched:
             yield new
 
 
-def _names(base: Path, settings: AnyExpand) -> Names:
+def _names(base: Path, settings: AnyExpand) -> TensorNames:
     model = ModelDirectory(base)
-    return Names(model, family_of("llama"), method_of(settings).place(model.config["num_hidden_layers"]))
+    return TensorNames(model, family_of("llama"), method_of(settings).place(model.config["num_hidden_layers"]))
 
 
 @pytest.mark.parametrize("method", ["lesa", "opt_deus", "average", "llama_pro"])
@@ -62,7 +62,7 @@ def test_an_interrupted_expansion_goes_on_and_ends_the_same(
     uninterrupted = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), uninterrupted, CPU, whole, seed=0)
 
-    monkeypatch.setattr(surgery, "KEEP_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, parted, seed=0)
     second = Watched(settings)
@@ -86,7 +86,7 @@ def test_a_layer_that_is_made_and_that_no_other_needs_is_not_solved_again(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = expand_settings("opt_deus", new_layers=2, position=[0, 2])
-    monkeypatch.setattr(surgery, "KEEP_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, tmp_path, seed=0)
     second = Watched(settings)
