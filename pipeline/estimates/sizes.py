@@ -13,7 +13,7 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method, method_of
 from pipeline.models.families import Shape
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops
-from pipeline.training.selection import select
+from pipeline.training.selection import select_parameters
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[
         UserError: nothing would train.
     """
     layers = {name: layer for name, layer, _ in shape.tensors()}
-    return Trained(shape, frozenset(select(section, trainable, layers, expansion)))
+    return Trained(shape, frozenset(select_parameters(section, trainable, layers, expansion)))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pipeline.models.source import check_shape
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, nearest_existing, unwritable
 from pipeline.training.job import snapshot_dir
-from pipeline.training.selection import stored_apart
+from pipeline.training.selection import split_parameter_error
 from pipeline.training.validate import context_length_faults, training_faults
 
 NOTHING_FITS = "Use more devices (launch.processes, launch.nodes) or larger ones: no other setting makes it fit."
@@ -174,7 +174,7 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
         return
     # transformers holds all experts of a layer as one parameter, which cannot be written back as single tensors.
     if experts := sorted(trained.names & trained.shape.experts):
-        yield stored_apart(section, experts[0])
+        yield split_parameter_error(section, experts[0])
 
 
 def _memory(section: str, prepared: PreparedRun) -> Faults:

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.models.families import Role, family_of
 from pipeline.models.reading import EXPANSION_FILE
-from pipeline.training.selection import BY_EXPANSION, select
+from pipeline.training.selection import BY_EXPANSION, select_parameters
 
 
 def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
@@ -30,7 +30,7 @@ def select_trainable(section: str, trainable: str, model: PreTrainedModel, model
     """
     layers = layer_of_parameter(model)
     expansion = _read_expansion(section, trainable, model_dir) if trainable in BY_EXPANSION else {}
-    return select(section, trainable, layers, expansion)
+    return select_parameters(section, trainable, layers, expansion)
 
 
 def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
     return {name: role for name, role in found.items() if role is not None}
 
 
-def new_layers(expansion: Mapping[str, Any]) -> set[int]:
-    """Returns the layers that ``expansion.json`` marks as new."""
+def new_layer_indices(expansion: Mapping[str, Any]) -> set[int]:
+    """Returns the indices of the layers that ``expansion.json`` marks as new."""
     return {entry["layer"] for entry in expansion["layers"] if entry["new"]}
 
 

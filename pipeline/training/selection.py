@@ -1,4 +1,4 @@
-"""What ``trainable`` means, for the engine's model and for one that is only planned. No torch."""
+"""Which parameters the setting ``trainable`` selects, for the engine's model and for the plan. No torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.expansion.methods import built_in_method
 
-BY_EXPANSION = ("auto", "new_layers")  # what these mean, ``expansion.json`` says
+BY_EXPANSION = ("auto", "new_layers")  # they depend on ``expansion.json``
 NAMED_CHOICES = (*BY_EXPANSION, "all")
 
 
-def select(section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]) -> set[str]:
-    """The names of the parameters that train.
+def select_parameters(
+    section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]
+) -> set[str]:
+    """Returns the names of the parameters that train.
 
-    ``auto`` means the new layers where the method inserts some, and everything where nothing is new or where base
-    layers are repeated; ``new_layers`` and ``all`` say it themselves; anything else is a regular expression
-    searched in parameter names.
+    ``auto`` selects what the expansion method trains by default: the new layers if it inserts some, and all parameters
+    if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. Any other value is a
+    regular expression that is searched in parameter names.
 
     Args:
         section: "pretrain" or "sft", for the messages.
-        layers: every parameter's decoder layer, None outside of them.
-        expansion: the method and the layers of ``expansion.json``; read for ``BY_EXPANSION`` only.
+        trainable: the setting.
+        layers: the decoder layer of every parameter, None outside of them.
+        expansion: the content of ``expansion.json``; only used for ``BY_EXPANSION``.
 
     Raises:
-        UserError: nothing would train.
+        UserError: no parameter would train.
     """
     if trainable == "all":
         return set(layers)
@@ -35,20 +38,21 @@ def select(section: str, trainable: str, layers: Mapping[str, int | None], expan
     pattern = trainable_pattern(section, trainable)
     chosen = {name for name in layers if pattern.search(name)}
     if not chosen:
+        example = next(name for name, layer in layers.items() if layer is not None)
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
-            rule="it is searched in parameter names and matches none, so nothing would train",
-            remedy="Names look like " + next(name for name, layer in layers.items() if layer is not None) + ".",
+            rule="no parameter name matches it, so nothing would train",
+            remedy=f"Correct the pattern. Parameter names look like {example}.",
         )
     return chosen
 
 
 def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
-    """Compile a ``trainable`` that is a regular expression.
+    """Compiles the setting as a regular expression.
 
     Raises:
-        UserError: it is not one.
+        UserError: it is not a valid one.
     """
     try:
         return re.compile(trainable)
@@ -56,18 +60,18 @@ def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
-            rule=f"it is none of {', '.join(NAMED_CHOICES)} and no regular expression: {error}",
-            remedy="Correct it; it is searched in parameter names.",
+            rule=f"it is neither {', '.join(NAMED_CHOICES)} nor a valid regular expression: {error}",
+            remedy="Correct the expression, which is searched in parameter names.",
         ) from error
 
 
-def stored_apart(section: str, parameter: str) -> UserError:
-    """The refusal of a parameter that is held as one and stored in several tensors, as most mixtures' experts are."""
+def split_parameter_error(section: str, parameter: str) -> UserError:
+    """Returns the error for a parameter that is stored as several tensors, as the experts of most mixtures are."""
     return UserError(
         setting=f"{section}.trainable",
         value=parameter,
-        rule="this parameter is stored in several tensors and held as one, and cannot be trained yet",
-        remedy=f"Say {section}.trainable=REGEX with a pattern that leaves it out, such as self_attn.",
+        rule="this parameter is assembled from several stored tensors, and such parameters cannot be trained yet",
+        remedy=f"Set {section}.trainable to a regular expression that excludes it, such as self_attn.",
     )
 
 
@@ -81,13 +85,14 @@ def _by_expansion(
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
-            rule=f"method {expansion['method']} added no layer, so nothing would train",
-            remedy=f"Say {section}.trainable=all.",
+            rule=f"method {expansion['method']} added no layers, so nothing would train",
+            remedy=f"Set {section}.trainable=all.",
         )
     return {name for name, layer in layers.items() if layer in new}
 
 
 def _trained_by_default(expansion: Mapping[str, Any]) -> str:
-    """What the method trains by default; models expanded before this was recorded were made by a built-in method."""
+    """Returns what the method trains by default."""
+    # Older models do not record it. They were expanded by a built-in method.
     method = built_in_method(expansion["method"])
     return str(expansion.get("trains", None if method is None else method.trains))

@@ -34,7 +34,7 @@ from pipeline.training.mfu import peak_of, slow_bfloat16_note, training_flops
 from pipeline.training.optimizer_state import OptimizerState
 from pipeline.training.precision import resolve_precision
 from pipeline.training.schedule import total_steps
-from pipeline.training.selection import stored_apart
+from pipeline.training.selection import split_parameter_error
 from pipeline.training.snapshots import partial_snapshot, save_snapshot
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises if the host has no memory left
@@ -159,7 +159,7 @@ def _check_stored_whole(section: str, trained: Collection[str], model_dir: Path)
     """
     assembled = sorted(set(trained) - ModelDirectory(model_dir).specs.keys())
     if assembled:
-        raise stored_apart(section, assembled[0])
+        raise split_parameter_error(section, assembled[0])
 
 
 # ------------------------------------------------------------------------------- starting and resuming

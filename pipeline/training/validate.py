@@ -1,4 +1,4 @@
-"""What can be refused before any worker starts. No torch, no weights."""
+"""Checks of training settings and data that need no weights, so they run before any worker starts. No torch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from pipeline.training.selection import NAMED_CHOICES, trainable_pattern
 def training_faults(
     section: str, train: Train, launch: Launch, context_length: int | None, machine: Machine
 ) -> Iterator[UserError]:
-    """Yield everything that is wrong with one training section.
+    """Yields everything that is wrong with the settings of one training stage.
 
     Args:
         section: "pretrain" or "sft", for the messages.
         context_length: the longest sequence that the model accepts, in tokens; None if its config does not say.
+        train: the settings.
+        launch: how the workers will be started.
         machine: where the stage will run.
     """
     try:
         placement = place(launch, machine)
     except UserError as error:
         yield error
-        placement = requested_placement(launch, machine)
+        placement = requested_placement(launch, machine)  # so that the other faults are reported as well
     yield from context_length_faults(section, train, context_length)
     if train.global_batch % (placement.ranks * train.micro_batch):
         yield _indivisible(section, train, placement.ranks)
@@ -38,14 +40,14 @@ def training_faults(
             setting=f"{section}.deepspeed.offload_parameters",
             value="true",
             rule=f"only ZeRO 3 can offload parameters, and zero_stage is {train.deepspeed.zero_stage}",
-            remedy=f"Say {section}.deepspeed.zero_stage=3, or offload_parameters=false.",
+            remedy=f"Set {section}.deepspeed.zero_stage=3 or {section}.deepspeed.offload_parameters=false.",
         )
     if train.deepspeed.offload_optimizer and train.deepspeed.zero_stage == 0:
         yield UserError(
             setting=f"{section}.deepspeed.offload_optimizer",
             value="true",
-            rule="the optimizer can be offloaded from ZeRO 1 on, and zero_stage is 0",
-            remedy=f"Say {section}.deepspeed.zero_stage=2, or offload_optimizer=false.",
+            rule="the optimizer can only be offloaded from ZeRO 1 on, and zero_stage is 0",
+            remedy=f"Set {section}.deepspeed.zero_stage=2 or {section}.deepspeed.offload_optimizer=false.",
         )
     if train.trainable not in NAMED_CHOICES:
         try:
@@ -58,13 +60,13 @@ def training_faults(
 
 
 def context_length_faults(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:
-    """Yield an error if token blocks would be longer than the model's context, which tokenize must know too."""
+    """Yields an error if token blocks would exceed the model's context. tokenize needs this check too."""
     if context_length is not None and train.sequence_length > context_length:
         yield UserError(
             setting=f"{section}.sequence_length",
             value=train.sequence_length,
-            rule=f"the model's context is {context_length} tokens",
-            remedy=f"Say {section}.sequence_length={context_length} or less.",
+            rule=f"the model's context is limited to {context_length} tokens",
+            remedy=f"Set {section}.sequence_length={context_length} or less.",
         )
 
 
@@ -75,13 +77,13 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
         yield UserError(
             setting=f"{section}.role_learning_rates",
             value=", ".join(unknown),
-            rule=f"roles are {', '.join(sorted(known))}",
-            remedy=f"For example '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', in quotes.",
+            rule=f"the roles are {', '.join(sorted(known))}",
+            remedy=f"Name one of them, such as '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', with the quotes.",
         )
 
 
 def less_memory(section: str, train: Train, processes: int) -> str:
-    """What needs less memory and is not set yet. None of it changes the numbers."""
+    """Suggests settings that need less memory and are not used yet. None of them changes the numbers."""
     smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
     deepspeed = train.deepspeed
     wanted = {
@@ -93,8 +95,8 @@ def less_memory(section: str, train: Train, processes: int) -> str:
     }
     settings = [f"{section}.{setting}" for setting, helps in wanted.items() if helps]
     if not settings:
-        return f"All that spares memory is set; use more processes or a shorter {section}.sequence_length."
-    return f"Less is needed with {', '.join(settings)}; the same command with one of these goes on where it stood."
+        return f"All settings that save memory are used; use more processes or a shorter {section}.sequence_length."
+    return f"Less memory is needed with {', '.join(settings)}; the same command with one of these resumes the run."
 
 
 def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:
@@ -104,16 +106,16 @@ def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]
         yield UserError(
             setting=f"{section}.compile",
             value="true",
-            rule="ZeRO 3 gathers parameters in hooks that compiled layers do not have, and zero_stage is 3",
-            remedy=f"Say {section}.compile=false, or {section}.deepspeed.zero_stage=2.",
+            rule="ZeRO 3 gathers parameters in module hooks, which compiled layers do not run, and zero_stage is 3",
+            remedy=f"Set {section}.compile=false or {section}.deepspeed.zero_stage=2.",
         )
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and shutil.which(compiler) is None:
         yield UserError(
             setting=f"{section}.compile",
             value="true",
-            rule=f"torch.compile needs a C++ compiler on the CPU, and {compiler} is not there",
-            remedy=f"Install g++, set CXX to a compiler, or say {section}.compile=false.",
+            rule=f"torch.compile needs a C++ compiler on CPUs, and {compiler} was not found",
+            remedy=f"Install g++, set CXX to a compiler, or set {section}.compile=false.",
         )
 
 
@@ -122,32 +124,32 @@ def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
         yield UserError(
             setting=f"{section}.float32_products",
             value="true",
-            rule=f"it is for CPUs at ZeRO 1 and 2; this is {device} at ZeRO {train.deepspeed.zero_stage}",
-            remedy=f"Say {section}.float32_products=false.",
+            rule=f"it requires a CPU and ZeRO 1 or 2; this is {device} at ZeRO {train.deepspeed.zero_stage}",
+            remedy=f"Set {section}.float32_products=false.",
         )
 
 
 def _indivisible(section: str, train: Train, processes: int) -> UserError:
-    share, rest = divmod(train.global_batch, processes)
-    fits = [size for size in range(1, share + 1) if share % size == 0] if rest == 0 else []
-    if fits:
-        remedy = f"Say {section}.micro_batch=" + " or ".join(str(size) for size in fits[-3:]) + "."
+    per_process, rest = divmod(train.global_batch, processes)
+    if rest == 0:
+        divisors = [size for size in range(1, per_process + 1) if per_process % size == 0]
+        remedy = f"Set {section}.micro_batch=" + " or ".join(str(size) for size in divisors[-3:]) + "."
     else:
-        near = max(1, round(train.global_batch / processes)) * processes
-        remedy = f"Say {section}.global_batch={near}, or another launch.processes."
+        nearest = max(1, round(train.global_batch / processes)) * processes
+        remedy = f"Set {section}.global_batch={nearest} or another launch.processes."
     return UserError(
         setting=f"{section}.global_batch",
         value=train.global_batch,
-        rule=f"{processes} process(es) with micro_batch {train.micro_batch} must divide it",
+        rule=f"it must be a multiple of {processes} process(es) times micro_batch={train.micro_batch}",
         remedy=remedy,
     )
 
 
 def validate_data(section: str, train: Train, data_dir: Path, model_dir: Path) -> None:
-    """Refuses token blocks that cannot train this model.
+    """Checks that the token blocks can train this model.
 
     Raises:
-        UserError: an empty split, nothing to learn from, or tokens that the model does not know.
+        UserError: a split is empty, no token is a target, or the tokenizer has more tokens than the model.
     """
     data = read_json(data_dir / "dataset.json")
     source = "data.corpus" if data["purpose"] == "corpus" else "data.instructions"
@@ -156,22 +158,22 @@ def validate_data(section: str, train: Train, data_dir: Path, model_dir: Path) -
             raise UserError(
                 setting=source,
                 value=f"0 blocks of {data['sequence_length']} tokens in the {split} split",
-                rule=f"{section} needs at least one",
-                remedy="Give more data, or set data.held_out_fraction so that both splits get some.",
+                rule=f"{section} needs at least one block",
+                remedy="Provide more data, or set data.held_out_fraction so that both splits get some.",
             )
     if data["supervised_tokens"]["train"] == 0:
         raise UserError(
             setting=source,
             value="0 supervised tokens",
-            rule="the loss needs tokens to predict: documents of two tokens or more, or assistant turns",
-            remedy=f"Check the data and data.chat_template; dropped so far: {data['dropped']}.",
+            rule="the loss needs targets: documents of at least two tokens, or assistant turns",
+            remedy=f"Check the data and data.chat_template. Dropped documents: {data['dropped']}.",
         )
     config = read_json(model_dir / "config.json")
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
     if data["vocab_size"] > vocabulary:
         raise UserError(
             setting="model.path",
-            value=f"a tokenizer of {data['vocab_size']} tokens",
-            rule=f"the model's vocabulary has {vocabulary}",
-            remedy="Use the tokenizer that belongs to the model.",
+            value=f"a tokenizer with {data['vocab_size']} tokens",
+            rule=f"the model's vocabulary has only {vocabulary}",
+            remedy="Use the tokenizer that was trained with the model.",
         )

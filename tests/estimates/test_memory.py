@@ -96,7 +96,9 @@ def test_out_of_memory_names_the_mildest_change_that_fits(gibibytes: int, change
 
 def test_out_of_memory_says_where_nothing_fits_and_where_it_should_have_fitted() -> None:
     assert "more devices" in when_out_of_memory("pretrain", _trained(), _setup(ranks=2), 2**30)
-    assert "Less is needed with pretrain.micro_batch=2" in when_out_of_memory("pretrain", _trained(), _setup(), 2**40)
+    assert "Less memory is needed with pretrain.micro_batch=2" in when_out_of_memory(
+        "pretrain", _trained(), _setup(), 2**40
+    )
 
 
 def test_an_offloaded_optimizer_is_not_on_the_device() -> None:

@@ -19,7 +19,7 @@ def test_the_error_of_the_cpu_allocator_is_recognized():
         torch.empty(2**55)  # raises the real error of this system's allocator
 
 
-@pytest.mark.parametrize("there, said", [(2**20, "What fits: "), (2**40, "Less is needed with ")])
+@pytest.mark.parametrize("there, said", [(2**20, "What fits: "), (2**40, "Less memory is needed with ")])
 def test_the_stage_adds_settings_that_fit(
     there: int, said: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
 ):
