@@ -1,7 +1,7 @@
-"""The command line: Hydra composes, pydantic validates once, then run | plan | submit | status.
+"""The command line: settings composed by Hydra and validated by pydantic, then run, plan, submit or status.
 
-The only file that imports hydra or omegaconf. Hydra's compose API is used rather than its launcher: that one
-changes directories, writes files of its own and starts a sweep's first job before it has looked at the last.
+This is the only module that imports hydra or omegaconf. It uses Hydra's compose API rather than its launcher, which
+changes the working directory, writes its own files, and starts the first job of a sweep before it validates the others.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from pipeline.errors import (
     WorkersFailed,
 )
 
-CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a link to the top-level conf/
-FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # its keys are additions to Hydra, and pydantic's to judge
+CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
+FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
 LOG_WIDTH = 120  # columns, where the output is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; see ``pipeline.errors``."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is Slurm's warning ahead of a time limit
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm sends SIGUSR1 before a time limit
         signal.signal(number, _stop)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_refusal(error)
         return EXIT_REQUEST
     except (Stopped, KeyboardInterrupt):
-        print("stopped; what was done is saved, the same command goes on from there", file=sys.stderr)
-        if (told := requeue_this_job()) is not None:
-            print(told, file=sys.stderr)
+        print("stopped; progress is saved, and the same command resumes from there", file=sys.stderr)
+        if (message := requeue_this_job()) is not None:
+            print(message, file=sys.stderr)
         return EXIT_STOPPED
     except (WorkersFailed, NoProgress) as error:
         print(error, file=sys.stderr)
@@ -83,34 +83,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """A first signal unwinds like Ctrl-C does."""
-    for each in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
+    """Unwinds the stack on the first signal, like Ctrl-C. Later signals are ignored."""
+    for ignored in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
     raise Stopped(f"signal {number}")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
-        description="Takes a pre-trained language model and gives back a deeper, better one.",
+        description="Turns a pre-trained language model into a deeper, better one.",
         epilog="experiments: " + ", ".join(list_experiments([CONF])),
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="+experiment=NAME, then any settings")
-    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: key=a,b runs a job for each value")
-    parser.add_argument("--config-dir", type=Path, help="a folder with configuration of your own, laid out like conf/")
-    parser.add_argument("--job", type=Path, help="what one batch job of action=submit does; its script says it")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: key=a,b runs one job per value")
+    parser.add_argument(
+        "--config-dir", type=Path, help="a directory with your own configuration, structured like conf/"
+    )
+    parser.add_argument("--job", type=Path, help="used by the batch scripts of action=submit")
     return parser.parse_intermixed_args(arguments)
 
 
 def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) -> list[Job]:
-    """All jobs of the command, composed and validated before the first one starts.
+    """Returns all jobs of the command, composed and validated before the first one starts.
 
     Raises:
-        UserError: Hydra or pydantic refuses something; the message carries the remedy.
+        UserError: Hydra or pydantic rejects a setting.
     """
     overrides = [f"+{item}" if item.startswith("experiment=") else item for item in overrides]
     if config_dir is not None and not config_dir.is_dir():
-        raise UserError(setting="--config-dir", value=config_dir, rule="it must be a folder", remedy="Check the path.")
+        raise UserError(
+            setting="--config-dir", value=config_dir, rule="it must be a directory", remedy="Check the path."
+        )
     folders = [CONF, *([config_dir] if config_dir else [])]
     if not any(item.startswith("+experiment=") for item in overrides):
         raise no_experiment(folders)
@@ -145,7 +149,7 @@ def _check_quoting(overrides: list[str]) -> None:
 
 
 def _split_sweep(overrides: list[str]) -> list[tuple[list[str], str]]:
-    """Every combination of the swept values, each with the job's name: ``expand-lesa_seed-1``."""
+    """Returns the overrides of every combination of the swept values, with a name such as ``expand-lesa_seed-1``."""
     parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
     choices: list[list[tuple[str, str]]] = []
     for override, text in zip(parsed, overrides, strict=True):
@@ -164,19 +168,19 @@ def _split_sweep(overrides: list[str]) -> list[tuple[list[str], str]]:
 
 def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings:
     _refuse_method_key(overrides)
-    # An experiment's file opens with the command that runs it, where Hydra would want '# @package _global_'.
+    # Experiment files begin with the command that runs them rather than with Hydra's '# @package _global_'.
     overrides = [item.replace("+experiment=", "+experiment@_global_=", 1) for item in overrides]
     search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders[1:]]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
         try:
             composed = compose("config", overrides=[*overrides, *search])
-        except ValueError as error:  # OmegaConf's int() of what should be a list's index
+        except ValueError as error:  # from OmegaConf's int() of a list index
             raise not_a_number(overrides) from error
     for key in sorted(OmegaConf.missing_keys(composed)):
         raise not_given(key)
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    values["expand"].pop("variants", None)  # the presets' table; what was picked from it has been filled in
+    values["expand"].pop("variants", None)  # the table of presets, from which the selected one has been filled in
     refuse_secrets(values)
     if suffix:
         values["name"] = f"{values['name']}/{suffix}"
@@ -184,14 +188,14 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
 
 
 def _refuse_method_key(overrides: list[str]) -> None:
-    """A method's own settings live in its group file, so the method alone cannot be changed."""
+    """Refuses to change the method alone, since each method has its own settings in its group file."""
     for override in overrides:
         key, _, value = override.partition("=")
         if key.lstrip("+") == "expand.method":
             raise UserError(
                 setting="expand.method",
                 value=value,
-                rule="a method comes with settings of its own",
+                rule="each method has its own settings",
                 remedy=f"Say expand={value}.",
             )
 

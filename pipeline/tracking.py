@@ -35,7 +35,7 @@ class Tracker:
     ) -> None:
         self._path = directory / METRICS_FILE
         _drop_lines_after(self._path, resume_after)
-        self._stream = open(self._path, "a", buffering=1)  # line by line, because the driver reads it meanwhile
+        self._stream = open(self._path, "a", buffering=1)  # line by line, because the driver reads it during training
         self._run = _start_run(target, config)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -189,7 +189,7 @@ def test_stopped_run_saves_its_state_and_resumes(shrunk: list[str], tmp_path: Pa
         os.kill(process.pid if number == signal.SIGTERM else workers[-1], number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == EXIT_STOPPED, output
-        assert "the same command goes on" in output
+        assert "the same command resumes" in output
         stopped_after = _last_step(metrics)
     status, output = run(*command, cwd=tmp_path)
     assert status == EXIT_DONE, output

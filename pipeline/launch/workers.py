@@ -5,9 +5,9 @@ which all nodes share, and through one pipe:
 
 - ``outcome.json`` says how the work ended. The first worker that knows writes it.
 - ``stop`` is created by the driver on a signal. Workers that see it save their state and exit.
-- The standard input of every worker, also behind srun, is a pipe that the driver holds open. When the driver dies, the
-  pipe closes and the workers exit (see ``end_with_parent``). The driver also closes it if one rank has died and the
-  others do not exit, so that no rank waits forever for a dead one.
+- The standard input of every worker, including those that srun starts, is a pipe that the driver holds open. When the
+  driver dies, the pipe closes and the workers exit (see ``end_with_parent``). The driver also closes it if one rank
+  has died and the others do not exit, so that no rank waits forever for a dead one.
 """
 
 from __future__ import annotations
