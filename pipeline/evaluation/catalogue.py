@@ -37,7 +37,7 @@ PREFETCH = (
 )
 
 
-def validate(evaluate: Evaluate) -> None:
+def validate_evaluation(evaluate: Evaluate) -> None:
     """Checks that every task exists and that its data can be read or downloaded.
 
     Raises:

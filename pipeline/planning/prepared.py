@@ -22,8 +22,7 @@ from pipeline.driver.graph import Inputs, Node, build_graph, select
 from pipeline.driver.run import missing
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
-from pipeline.evaluation.catalogue import fingerprint_tasks
-from pipeline.evaluation.catalogue import validate as validate_evaluation
+from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
 from pipeline.expansion.methods import module_fingerprint
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub

@@ -55,7 +55,7 @@ def bold(text: str) -> str:
     return f"**{text}**"
 
 
-def quiet(text: str) -> str:
+def emphasis(text: str) -> str:
     """Emphasis, which the HTML page shows in gray inside tables."""
     return f"*{text}*"
 
@@ -72,7 +72,7 @@ def code(text: str, language: str = "") -> str:
 
 def image(file: str, caption: str) -> str:
     """An image file beside the report, with its caption below."""
-    return f"![{caption}]({file})\n\n{quiet(caption)}"
+    return f"![{caption}]({file})\n\n{emphasis(caption)}"
 
 
 def table(content: Table) -> str:

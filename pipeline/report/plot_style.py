@@ -14,7 +14,7 @@ from pipeline.report.runs import RunArtifacts
 
 WIDTH = 9.0  # inches, about the width at which a README shows an image
 DPI = 200
-INK, QUIET, FAINT = "#1f2328", "#6a737d", "#d8dee4"
+TEXT_COLOR, GRAY, LIGHT_GRAY = "#1f2328", "#6a737d", "#d8dee4"
 SPARE_COLORS = ("#6a3d9a", "#8c564b", "#b2182b", "#17888f", "#9a9a00", "#4d4d4d", "#e377c2", "#1b4f9c")
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -23,19 +23,19 @@ _STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": TEXT_COLOR,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": False,
-    "grid.color": FAINT,
+    "grid.color": LIGHT_GRAY,
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    "text.color": TEXT_COLOR,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+    "xtick.labelcolor": TEXT_COLOR,
+    "ytick.labelcolor": TEXT_COLOR,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "figure.constrained_layout.use": True,

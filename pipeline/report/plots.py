@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pipeline.config import TRAINING_STAGES
 from pipeline.report.curves import Curve, curves
 from pipeline.report.metrics import count, scientific
-from pipeline.report.plot_style import FAINT, INK, QUIET, colors, figure, label_ends
+from pipeline.report.plot_style import GRAY, LIGHT_GRAY, TEXT_COLOR, colors, figure, label_ends
 from pipeline.report.runs import RunArtifacts, labels, layouts
 from pipeline.report.score_plots import scores_by_target, seconds_by_stage_plot
 from pipeline.report.scores import Scores
@@ -62,12 +62,12 @@ def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) 
         for axes, axis in zip(panels, AXES, strict=True):
             _loss_panel(axes, found, axis, palette)
             if base is not None:
-                axes.axhline(base, color=INK, linestyle=(0, (5, 4)), linewidth=1.2)
+                axes.axhline(base, color=TEXT_COLOR, linestyle=(0, (5, 4)), linewidth=1.2)
         _loss_limits(panels[0], found, base, palette)
         panels[0].set_ylabel("held-out loss (nats per token)")
         drawing.draw_without_rendering()
         ends = [(curve.last["loss"], f"{curve.label} {curve.last['loss']:.3f}", palette[curve.run]) for curve in found]
-        label_ends(panels[-1], [*ends, *([(base, f"base {base:.3f}", INK)] if base is not None else [])])
+        label_ends(panels[-1], [*ends, *([(base, f"base {base:.3f}", TEXT_COLOR)] if base is not None else [])])
     return True
 
 
@@ -167,31 +167,33 @@ def _strip(axes: Axes, expansion: Mapping[str, Any], color: str, widest: int) ->
     base_x = {layer["from"][0]: layer["layer"] for layer in layers if not layer["new"]}
     for layer in layers:
         for source in layer["from"]:
-            _connector(axes, base_x[source], layer["layer"], color if layer["new"] else FAINT, layer["new"])
+            _connector(axes, base_x[source], layer["layer"], color if layer["new"] else LIGHT_GRAY, layer["new"])
         _cell(axes, layer["layer"], EXPANDED_Y, color if layer["new"] else BASE_LAYER_COLOR)
     for x in base_x.values():
         _cell(axes, x, BASE_Y, BASE_LAYER_COLOR)
-    inks = {layer["layer"]: "white" if layer["new"] else INK for layer in layers}
-    _numbers(axes, {index: index for index in inks}, EXPANDED_Y, inks, widest)
-    _numbers(axes, base_x, BASE_Y, dict.fromkeys(base_x, INK), widest)
+    text_colors = {layer["layer"]: "white" if layer["new"] else TEXT_COLOR for layer in layers}
+    _numbers(axes, {index: index for index in text_colors}, EXPANDED_Y, text_colors, widest)
+    _numbers(axes, base_x, BASE_Y, dict.fromkeys(base_x, TEXT_COLOR), widest)
     for y, text in ((BASE_Y, "base"), (EXPANDED_Y, "expanded")):
-        axes.text(-0.5 - 0.01 * widest, y, text, ha="right", va="center", color=QUIET)
+        axes.text(-0.5 - 0.01 * widest, y, text, ha="right", va="center", color=GRAY)
     axes.set_xlim(-0.5 - 0.08 * widest, widest - 0.4)
     axes.set_ylim(-0.75, EXPANDED_Y + 0.75)
     axes.axis("off")
 
 
-def _numbers(axes: Axes, places: Mapping[int, int], y: float, inks: Mapping[int, str], widest: int) -> None:
+def _numbers(axes: Axes, places: Mapping[int, int], y: float, text_colors: Mapping[int, str], widest: int) -> None:
     """Writes each layer's index into its cell, or every tenth index beside the row if two digits would not fit."""
     fitting = 330 / widest  # font size in points that fits two digits into a cell
     if fitting >= 5:
         for index, x in places.items():
-            axes.text(x, y - 0.02, str(index), ha="center", va="center", color=inks[index], fontsize=min(8.0, fitting))
+            axes.text(
+                x, y - 0.02, str(index), ha="center", va="center", color=text_colors[index], fontsize=min(8.0, fitting)
+            )
         return
     outside = y + 0.62 if y == EXPANDED_Y else y - 0.62
     for index, x in places.items():
         if index % 10 == 0:
-            axes.text(x, outside, str(index), ha="center", va="center", color=QUIET, fontsize=7)
+            axes.text(x, outside, str(index), ha="center", va="center", color=GRAY, fontsize=7)
 
 
 def _connector(axes: Axes, base_x: float, new_x: float, color: str, new: bool) -> None:

@@ -56,7 +56,7 @@ def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str
         *sections.leaders(runs, scores),
         *sections.score_tables(runs, scores, figures),
         *sections.training(runs, figures),
-        *sections.new_layers(runs, figures),
+        *sections.layer_origins(runs, figures),
         *sections.cost(runs, figures),
         *sections.published_results(runs),
         "## What these numbers do not show",

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from pipeline.config import MODEL_TARGETS, Target
 from pipeline.report.findings import primary_metrics
 from pipeline.report.metrics import SHARES, TARGET_NAMES, duration, number
-from pipeline.report.plot_style import INK, QUIET, colors, figure
+from pipeline.report.plot_style import GRAY, TEXT_COLOR, colors, figure
 from pipeline.report.results import Result
 from pipeline.report.runs import TIMED_STAGES, RunArtifacts, is_shared, labels, seconds_by_stage
 from pipeline.report.scores import Scores
@@ -54,8 +54,8 @@ def _score_panel(axes: Axes, runs: Sequence[RunArtifacts], scores: Scores, task_
     shared = scores.shared_base([run.name for run in runs])
     base = scores.get(runs[0].name, "load", task_metric)
     if shared and base is not None:
-        axes.axhline(base["value"], color=INK, linestyle=(0, (5, 4)), linewidth=1.0, zorder=1)
-        _points(axes, [(0, base)], INK, with_values=len(runs) == 1)
+        axes.axhline(base["value"], color=TEXT_COLOR, linestyle=(0, (5, 4)), linewidth=1.0, zorder=1)
+        _points(axes, [(0, base)], TEXT_COLOR, with_values=len(runs) == 1)
     for rank, run in enumerate(runs):
         offset = DODGE * (rank - (len(runs) - 1) / 2) / max(len(runs) - 1, 1)
         found = [(x, scores.get(run.name, target, task_metric)) for x, target in enumerate(targets)]
@@ -82,7 +82,7 @@ def _points(axes: Axes, points: Sequence[tuple[float, Result]], color: str, with
 def _label_panel(axes: Axes, task_metric: tuple[str, str], targets: Sequence[str]) -> None:
     task, metric = task_metric
     axes.set_title(task, pad=20)
-    axes.text(0, 1.04, metric.replace("_", " "), transform=axes.transAxes, color=QUIET, fontsize=8.5)
+    axes.text(0, 1.04, metric.replace("_", " "), transform=axes.transAxes, color=GRAY, fontsize=8.5)
     # A snapshot is labeled with its percentage alone, since it is between the names of its stages.
     names = [TARGET_NAMES.get(target, target.partition("@")[2].replace("%", " %")) for target in targets]
     axes.set_xticks(range(len(targets)), names)
@@ -145,7 +145,7 @@ def _bars(runs: Sequence[RunArtifacts]) -> list[StageBar]:
             seconds = seconds_by_stage(run).get(stage)
             if seconds is not None:
                 label = "" if len(runs) == 1 else "shared by all" if shared else names[run.name]
-                bars.append(StageBar(y, stage, seconds, label, QUIET if shared else palette[run.name]))
+                bars.append(StageBar(y, stage, seconds, label, GRAY if shared else palette[run.name]))
                 y += 1
         y += 0.5 if len(runs) > 1 else 0
     return bars

@@ -85,7 +85,7 @@ def _curve_blocks(found: Sequence[Curve]) -> list[str]:
     return blocks
 
 
-def new_layers(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
+def layer_origins(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
     """Which layers are new, which base layers they are made from, and what the expansion stage verified."""
     lines = []
     for alike, expansion in layouts(runs):
@@ -211,5 +211,5 @@ def _published_table(setup: Mapping[str, Any]) -> Table:
 
 def _published_value(name: str, values: Mapping[str, float]) -> str:
     if name not in values:
-        return tables.NOTHING
+        return tables.MISSING
     return number("acc", values[name]) if name.endswith(" acc") else f"{values[name]:g}"

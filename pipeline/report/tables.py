@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import TRAINING_STAGES
 from pipeline.report.curves import Curve, common_budget, loss_at, perplexity
 from pipeline.report.differences import Verdict, leader
-from pipeline.report.markup import Table, bold, escape, quiet
+from pipeline.report.markup import Table, bold, emphasis, escape
 from pipeline.report.metrics import (
     count,
     duration,
@@ -35,7 +35,7 @@ STEPS = {  # (before, after) -> column
     ("load", "pretrain"): "base to pre-trained",
     ("load", "sft"): "base to tuned",
 }
-NOTHING = "–"
+MISSING = "–"
 
 
 # -------------------------------------------------------------------------------------------- scores
@@ -70,13 +70,13 @@ def method_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> T
 def _metric_cells(task_metric: tuple[str, str], line: Sequence[Result | None]) -> list[str]:
     # More than one number of documents means that the models were not all scored on the same ones.
     numbers = {result["n"] for result in line if result is not None and result["n"] is not None}
-    return [escape(task_metric[0]), escape(task_metric[1]), " / ".join(f"{n:,}" for n in sorted(numbers)) or NOTHING]
+    return [escape(task_metric[0]), escape(task_metric[1]), " / ".join(f"{n:,}" for n in sorted(numbers)) or MISSING]
 
 
 def _score_cells(scores: Scores, line: Sequence[Result | None], bases: Sequence[Result | None]) -> list[str]:
     best = scores.best(line)
     return [
-        NOTHING if result is None else _score_cell(result, scores.mark(base, result), result is best)
+        MISSING if result is None else _score_cell(result, scores.mark(base, result), result is best)
         for result, base in zip(line, bases, strict=True)
     ]
 
@@ -125,12 +125,12 @@ def _lead_cell(scores: Scores, first: Result, result: Result | None) -> str:
 
 def _difference_cell(scores: Scores, before: Result | None, after: Result | None) -> str:
     if before is None or after is None:
-        return NOTHING
+        return MISSING
     difference = scores.difference(before, after)
     if difference.verdict is Verdict.SAME:
-        return quiet(Verdict.SAME.value)
+        return emphasis(Verdict.SAME.value)
     text = f"{signed(after['metric'], difference.value, difference.stderr)}, {difference.verdict}"
-    return text if difference.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.CHANGED) else quiet(text)
+    return text if difference.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.CHANGED) else emphasis(text)
 
 
 # -------------------------------------------------------------------------------------------- curves
@@ -143,7 +143,7 @@ def curve_table(found: Sequence[Curve]) -> Table:
     for fraction in fractions:
         points = [next((p for p in curve.points if p["fraction"] == fraction), None) for curve in found]
         tokens = max(point["tokens"] for point in points if point is not None)
-        cells = [f"{p['loss']:.3f} ({significant(perplexity(p))})" if p is not None else NOTHING for p in points]
+        cells = [f"{p['loss']:.3f} ({significant(perplexity(p))})" if p is not None else MISSING for p in points]
         rows.append([f"{100 * fraction:g} %", count(tokens), *cells])
     return Table(["trained", "tokens", *(escape(curve.label) for curve in found)], rows, text_columns=1)
 
@@ -199,7 +199,7 @@ def _training_cells(training: dict[str, Any]) -> list[str]:
         count(tokens),
         scientific(training["flops"]),
         duration(seconds),
-        count(tokens / seconds) if seconds else NOTHING,
+        count(tokens / seconds) if seconds else MISSING,
         str(training["world_size"]),
         str(training["zero_stage"]),
         str(training["precision"]),
@@ -233,4 +233,4 @@ def _used_by(run_labels: Sequence[str], num_runs: int) -> list[str]:
 
 def _cost_cells(manifest: dict[str, Any]) -> list[str]:
     peak = manifest["peak_memory_bytes"]
-    return [duration(manifest["seconds"]), memory(peak) if peak else NOTHING, f"`{manifest['key'][:12]}`"]
+    return [duration(manifest["seconds"]), memory(peak) if peak else MISSING, f"`{manifest['key'][:12]}`"]

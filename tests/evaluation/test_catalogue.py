@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
-from pipeline.evaluation.catalogue import BUNDLED, SUITE_TASKS, installed_names, validate
+from pipeline.evaluation.catalogue import BUNDLED, SUITE_TASKS, installed_names, validate_evaluation
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,13 +34,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bundled_tasks_need_no_network(no_network: None) -> None:
-    validate(_evaluate(*BUNDLED))
+    validate_evaluation(_evaluate(*BUNDLED))
 
 
 def test_validating_imports_neither_torch_nor_lm_eval() -> None:
     program = (
-        "import sys; from pipeline.config import Evaluate; from pipeline.evaluation.catalogue import BUNDLED, validate;"
-        "validate(Evaluate.model_construct(tasks=list(BUNDLED), include_path=None));"
+        "import sys; from pipeline.config import Evaluate;"
+        "from pipeline.evaluation.catalogue import BUNDLED, validate_evaluation;"
+        "validate_evaluation(Evaluate.model_construct(tasks=list(BUNDLED), include_path=None));"
         "sys.exit(', '.join({'torch', 'lm_eval', 'transformers', 'datasets', 'numpy'} & set(sys.modules)) or 0)"
     )
     answer = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
@@ -52,30 +53,30 @@ def test_validating_imports_neither_torch_nor_lm_eval() -> None:
 )
 def test_an_unknown_task_is_refused_with_a_suggestion(wrong: str, right: str) -> None:
     with pytest.raises(UserError, match=right):
-        validate(_evaluate("minimal_pairs", wrong))
+        validate_evaluation(_evaluate("minimal_pairs", wrong))
 
 
 def test_a_task_whose_data_set_is_a_loading_script_is_refused() -> None:
     with pytest.raises(UserError, match=r"logiqa: its data set is a loading script.*Leave it out"):
-        validate(_evaluate("minimal_pairs", "logiqa"))
+        validate_evaluation(_evaluate("minimal_pairs", "logiqa"))
 
 
 def test_an_empty_list_of_tasks_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to score"):
-        validate(_evaluate())
+        validate_evaluation(_evaluate())
 
 
 def test_tasks_with_hub_data_are_refused_within_seconds_if_the_hub_is_unreachable(no_network: None) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match="cannot be reached") as caught:
-        validate(_evaluate("arc_easy"))
+        validate_evaluation(_evaluate("arc_easy"))
     assert time.monotonic() - started < 10.0
     assert "HF_HUB_OFFLINE" in caught.value.remedy
 
 
 def test_in_offline_mode_cached_data_may_be_used(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    validate(_evaluate("arc_easy"))
+    validate_evaluation(_evaluate("arc_easy"))
 
 
 def test_the_suites_in_conf_name_tasks_that_lm_eval_knows() -> None:

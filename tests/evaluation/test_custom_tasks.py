@@ -14,7 +14,7 @@ from pipeline.__main__ import main
 from pipeline.artifacts.store import Fingerprints
 from pipeline.config import Evaluate
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.evaluation.catalogue import fingerprint_tasks, validate
+from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
 from pipeline.evaluation.custom_tasks import CustomTasks, resolve_data_paths
 from pipeline.files import read_json
 from tests.evaluation.custom_tasks import write_custom_tasks
@@ -37,12 +37,12 @@ def _fingerprints(directory: Path, *tasks: str) -> dict[str, str]:
 
 def test_tasks_groups_and_tags_are_accepted_without_a_network(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.getaddrinfo", None)
-    validate(_evaluate(directory, "capitals", "own_suite", "geography", "minimal_pairs"))
+    validate_evaluation(_evaluate(directory, "capitals", "own_suite", "geography", "minimal_pairs"))
 
 
 def test_reading_tasks_executes_no_function(directory: Path) -> None:
     (directory / "utils.py").write_text("raise AssertionError('imported')")
-    validate(_evaluate(directory, "repeat"))
+    validate_evaluation(_evaluate(directory, "repeat"))
     assert "utils" not in sys.modules
 
 
@@ -124,23 +124,23 @@ def _write(name: str, text: str) -> Callable[[Path], None]:
 def test_files_that_cannot_be_loaded_are_refused(spoil: Callable[[Path], None], message: str, directory: Path) -> None:
     spoil(directory)
     with pytest.raises(UserError, match=message) as caught:
-        validate(_evaluate(directory, "capitals", "repeat", "own_suite"))
+        validate_evaluation(_evaluate(directory, "capitals", "repeat", "own_suite"))
     assert caught.value.setting == "evaluate.include_path"
 
 
 def test_a_directory_that_is_missing_or_without_tasks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no/such: there is no such directory"):
-        validate(_evaluate(["/no/such"], "capitals"))
+        validate_evaluation(_evaluate(["/no/such"], "capitals"))
     (tmp_path / "_base.yaml").write_text("dataset_path: json")
     (tmp_path / "capitals.yml").write_text("task: capitals")
     with pytest.raises(UserError, match=r"no \.yaml file that defines a task"):
-        validate(_evaluate(tmp_path, "capitals"))
+        validate_evaluation(_evaluate(tmp_path, "capitals"))
 
 
 def test_an_unknown_name_lists_near_matches_of_all_sources(directory: Path) -> None:
     for wrong, right in {"capital": "capitals", "arc_eazy": "arc_easy", "minimal_pair": "minimal_pairs"}.items():
         with pytest.raises(UserError, match=f"Did you mean .*{right}"):
-            validate(_evaluate(directory, wrong))
+            validate_evaluation(_evaluate(directory, wrong))
 
 
 def test_names_that_a_group_does_not_define_must_be_known(directory: Path) -> None:
@@ -148,7 +148,7 @@ def test_names_that_a_group_does_not_define_must_be_known(directory: Path) -> No
     assert CustomTasks(str(directory)).outside_names("mixed") == ["arc_easy"]
     (directory / "mixed.yaml").write_text("group: mixed\ntask: [capitals, arc_eazy]")
     with pytest.raises(UserError, match=r"arc_eazy: there is no such task"):
-        validate(_evaluate(directory, "mixed"))
+        validate_evaluation(_evaluate(directory, "mixed"))
 
 
 def test_a_run_scores_local_tasks_once_and_again_after_a_line_of_their_data_changed(

@@ -113,5 +113,5 @@ def test_shared_artifacts_are_listed_once(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path, name, name) for name in ("lesa", "copy")]
     used_by = [(row[0], row[1]) for row in tables.artifact_table(runs).rows]
     assert used_by.count(("load", "all")) == 1
-    assert [whom for stage, whom in used_by if stage == "expand"] == ["LESA", "copying"]
+    assert [users for stage, users in used_by if stage == "expand"] == ["LESA", "copying"]
     assert "used by" not in tables.artifact_table(runs[:1]).columns
