@@ -257,5 +257,5 @@ def test_a_family_without_a_row_is_refused(
 ) -> None:
     base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
     write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), "model_type": "mamba"})
-    with pytest.raises(UserError, match=r"mamba.*pipeline/architecture/table\.py"):
+    with pytest.raises(UserError, match=r"mamba.*pipeline/models/families/table\.py"):
         _run(base, expand_settings("copy", new_layers=1), out)
