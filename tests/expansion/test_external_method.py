@@ -10,12 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.__main__ import compose_jobs, main
-from pipeline.driver.graph import build_graph
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.expansion.methods import external_method, module_fingerprint
 from pipeline.files import read_json
-from pipeline.models.source import resolve
-from pipeline.planning.checks import identify
+from pipeline.planning import prepare
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
 
@@ -71,8 +69,9 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteModule
 
 
 def _keys(*overrides: str) -> dict[str, str]:
-    run = compose_jobs(["+experiment=quickstart", *overrides], multirun=False, config_dir=None)[0].settings
-    return {name: node.artifact.key for name, node in build_graph(run, identify(run, resolve(run.model))).items()}
+    command = ["+experiment=quickstart", *overrides, "action=plan"]
+    run = compose_jobs(command, multirun=False, config_dir=None)[0].settings
+    return {name: node.artifact.key for name, node in prepare([run])[0].nodes.items()}
 
 
 def test_a_method_from_another_directory_runs_from_load_to_report(
