@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.files import write_json
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
+from pipeline.models.weight_files import read_header
 from pipeline.models.writing import PROGRESS_FILE, ShardWriter
 
 TENSORS = {
@@ -43,6 +44,13 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     read = load_file(tmp_path / "model.safetensors")
     assert set(read) == set(TENSORS)
     assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("letters", range(1, 9))
+def test_tensors_begin_at_a_multiple_of_8_bytes(tmp_path: Path, letters: int) -> None:
+    _write(tmp_path, {"x" * letters: torch.ones(3)})
+    _, offset = read_header(tmp_path / "model.safetensors")
+    assert offset % 8 == 0
 
 
 def test_shards_stay_within_their_limit_and_are_read_as_one_model(tmp_path: Path) -> None:

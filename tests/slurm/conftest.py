@@ -77,3 +77,8 @@ def tokenized(full_run: Workplace, tmp_path: Path) -> Workplace:
             full_run.directory / "outputs" / "artifacts" / stage, tmp_path / "outputs" / "artifacts" / stage
         )
     return Workplace(tmp_path, full_run.overrides)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes() -> None:
+    """Jobs start new interpreters: Slurm tracks and signals them."""
