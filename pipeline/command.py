@@ -17,7 +17,7 @@ from pipeline.driver.run import link, run_graph
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import folder, print_scripts, stage_jobs, submit
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import read_record
 from pipeline.launch.slurm import require_slurm
 from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, print_plan, refuse_blocked
 from pipeline.report.closing import closing_table
@@ -69,7 +69,14 @@ def execute_batch_job(file: Path, console: Console) -> None:
     Raises:
         UserError: the inputs are not those of the submission any more.
     """
-    frozen = read_json(file)
+    frozen = read_record(file, lambda value: {"node", "key", "run", "linked", "sweep"} <= value.keys())
+    if frozen is None:
+        raise UserError(
+            setting="--job",
+            value=file,
+            rule="it must be the file that action=submit wrote for this job",
+            remedy="Submit the run again: the same command with action=submit.",
+        )
     run, *sweep = (_frozen_settings(values, file) for values in (frozen["run"], *frozen["sweep"]))
     prepared = prepare(sweep or [run])
     for each in prepared:

@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,12 +31,57 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text())
 
 
+def read_record(path: Path, is_valid: Callable[[Any], object]) -> Any | None:
+    """Reads a JSON file that a later run relies on but can do without, such as a cache or a record of progress.
+
+    A power cut can leave such a file truncated or filled with zeros, in particular one that an earlier version wrote
+    without flushing it to disk. An unreadable file counts as absent and is reported once, in one line on stderr.
+
+    Args:
+        path: the file.
+        is_valid: whether the value has the expected structure. It may also raise the error of a failed look-up.
+
+    Returns:
+        The value, or None if the file does not exist or cannot be used.
+    """
+    try:
+        value = read_json(path)
+        if is_valid(value):
+            return value
+        fault = "unexpected content"
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # ValueError: not JSON
+        fault = type(error).__name__
+    report_once(f"{path} cannot be used ({fault}) and counts as absent")
+    return None
+
+
+@cache  # a command may read the same file many times
+def report_once(message: str) -> None:
+    """Prints a line on stderr, unless this process has already printed it."""
+    print(message, file=sys.stderr)
+
+
 def write_json(path: Path | str, value: Any) -> None:
-    """Writes ``value`` as JSON, atomically: a reader sees either the old file or the new one."""
+    """Writes ``value`` as JSON, atomically and durably.
+
+    A reader sees either the old file or the new one, also after a power cut: the content is on disk before the rename,
+    and the rename before this function returns.
+    """
     path = Path(path)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     temporary = temporary_path(path)
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
 
 
 def temporary_path(path: Path) -> Path:

@@ -15,8 +15,34 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.artifacts.task import TrackingTarget
+from pipeline.files import report_once, temporary_path
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file. Lines that are damaged or incomplete are skipped.
+
+    A process that was killed may leave half a line at the end, which is normal. Any other damage, such as zeros after a
+    power cut, is reported on stderr.
+    """
+    if not path.exists():
+        return []
+    *complete, last = path.read_text(errors="replace").split("\n")
+    parsed = [parse_metrics(line) for line in (*complete, last)]
+    damaged = parsed[:-1].count(None) + ("\0" in last)
+    if damaged:
+        report_once(f"{path} contains {damaged} damaged line(s), which are skipped")
+    return [line for line in parsed if line is not None]
+
+
+def parse_metrics(line: str) -> dict[str, Any] | None:
+    """Returns one line of a metrics file, or None if it is damaged or incomplete."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
 class Tracker:
@@ -71,11 +97,9 @@ def _drop_lines_after(path: Path, step: int | None) -> None:
     """Removes the lines of later steps, or all lines if ``step`` is None, and a last line that was not completed."""
     if not path.exists():
         return
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1].splitlines()  # a process that was killed may leave half a line
-    kept = [] if step is None else [line for line in complete if json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    kept = [] if step is None else [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = temporary_path(path)
+    temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     os.replace(temporary, path)
 
 

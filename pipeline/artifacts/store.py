@@ -11,14 +11,15 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pipeline.artifacts.lock import Holder, Lock
-from pipeline.files import fsync_directory, read_json, sha256_file, sha256_json, write_json
+from pipeline.files import fsync_directory, read_json, read_record, sha256_file, sha256_json, write_json
 
 MANIFEST = "manifest.json"
 ATTEMPTS_FILE = "attempts.json"
@@ -48,11 +49,12 @@ class Artifact:
 
     def is_complete(self) -> bool:
         """Whether the manifest exists and every file it lists has the recorded size. Contents are not read."""
-        manifest = self.path / MANIFEST
-        if self._rebuild_marker.exists() or not manifest.is_file():
+        if self._rebuild_marker.exists():
             return False
-        files = read_json(manifest)["files"]
-        return all(_size_of(self.path / name) == entry["bytes"] for name, entry in files.items())
+        manifest = read_record(self.path / MANIFEST, _lists_files)
+        if manifest is None:
+            return False
+        return all(_size_of(self.path / name) == entry["bytes"] for name, entry in manifest["files"].items())
 
     def manifest(self) -> dict[str, Any]:
         """Reads the manifest of a complete artifact."""
@@ -96,6 +98,10 @@ class Artifact:
     def lock(self) -> Lock:
         """Returns the lock that a process must hold while it builds this artifact."""
         return Lock(self.path.with_name(f"{self.key}.builder"), Holder.current(os.environ))
+
+
+def _lists_files(manifest: Any) -> bool:
+    return all(isinstance(entry["bytes"], int) for entry in manifest["files"].values())
 
 
 def _size_of(path: Path) -> int | None:
@@ -176,32 +182,48 @@ class RememberedFingerprints(Fingerprints):
 # How long an artifact took to build, over all attempts. A killed attempt cannot record when it ended, so the time of
 # the newest file that it wrote counts as its end.
 
+Attempt = dict[str, float | None]  # "started": seconds since the epoch; "seconds": None while it runs
 
-def begin_attempt(partial: Path) -> None:
+
+def begin_attempt(partial: Path) -> list[Attempt]:
     """Records in a partial directory that an attempt begins, and how long the previous one took.
 
     Call this before anything else is written there.
+
+    Returns:
+        All attempts, for ``finish_attempts``.
     """
     attempts = [*_finished_attempts(partial), {"started": time.time(), "seconds": None}]
     write_json(partial / ATTEMPTS_FILE, attempts)
+    return attempts
 
 
-def finish_attempts(partial: Path) -> tuple[int, float]:
-    """Removes the record of the attempts.
+def finish_attempts(partial: Path, attempts: Sequence[Attempt]) -> tuple[int, float]:
+    """Removes the record of the attempts, which need not be readable any more.
 
     Returns:
         The number of attempts and their total duration in seconds.
     """
-    attempts = read_json(partial / ATTEMPTS_FILE)
-    (partial / ATTEMPTS_FILE).unlink()
-    last = time.time() - attempts[-1]["started"]
-    return len(attempts), sum(attempt["seconds"] for attempt in attempts[:-1]) + last
+    (partial / ATTEMPTS_FILE).unlink(missing_ok=True)
+    *earlier, last = attempts
+    return len(attempts), sum(attempt["seconds"] or 0.0 for attempt in earlier) + time.time() - _started(last)
 
 
-def _finished_attempts(partial: Path) -> list[dict[str, float]]:
-    file = partial / ATTEMPTS_FILE
-    if not file.exists():
+def _finished_attempts(partial: Path) -> list[Attempt]:
+    attempts: list[Attempt] = read_record(partial / ATTEMPTS_FILE, _are_attempts) or []
+    if not attempts:
         return []
-    attempts: list[dict[str, float]] = read_json(file)
     last_write = max(path.stat().st_mtime for path in partial.rglob("*"))
-    return [*attempts[:-1], {**attempts[-1], "seconds": max(0.0, last_write - attempts[-1]["started"])}]
+    return [*attempts[:-1], {**attempts[-1], "seconds": max(0.0, last_write - _started(attempts[-1]))}]
+
+
+def _are_attempts(value: Any) -> bool:
+    # The last one has no duration yet, since the next attempt computes it.
+    return isinstance(value, list) and all(
+        isinstance(attempt["started"], float) and isinstance(attempt["seconds"], (float, NoneType)) for attempt in value
+    )
+
+
+def _started(attempt: Attempt) -> float:
+    assert attempt["started"] is not None
+    return attempt["started"]

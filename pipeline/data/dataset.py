@@ -15,7 +15,7 @@ from pipeline.config import Tokenize
 from pipeline.data.blocks import BlockWriter, DocumentPacker, ExamplePacker, Ids, State
 from pipeline.data.chat import TokenizedConversation
 from pipeline.data.records import SPLITS, Conversation, Split
-from pipeline.files import read_json, write_json
+from pipeline.files import read_record, report_once, write_json
 
 HELD_OUT_FILE = "held_out.jsonl"
 
@@ -119,19 +119,20 @@ class TokenizeCheckpoint:
         self.state: State | None = None
         self.hashes = array("Q")
         self._saved_hashes = 0
-        if self._state_file.exists():
-            self._load()
+        state = read_record(self._state_file, lambda value: isinstance(value["hashes"], int) and value["blocks"])
+        if state is not None:
+            self._load(state)
 
-    def _load(self) -> None:
+    def _load(self, state: State) -> None:
+        hashes = array("Q")
         try:
-            self.state = read_json(self._state_file)
-        except json.JSONDecodeError:  # the machine crashed during a save: start again, at the cost of time only
+            # The file may hold more hashes than counted, if the attempt was killed between the two writes.
+            with open(self._hashes_file, "rb") as stream:
+                hashes.fromfile(stream, state["hashes"])
+        except (FileNotFoundError, EOFError, ValueError) as error:  # start again, at the cost of time only
+            report_once(f"{self._hashes_file} is missing or truncated ({type(error).__name__}): tokenizing restarts")
             return
-        assert self.state is not None
-        # More hashes than counted here may be in the file, if the attempt was killed between the two writes.
-        self._saved_hashes = self.state["hashes"]
-        with open(self._hashes_file, "rb") as stream:
-            self.hashes.fromfile(stream, self._saved_hashes)
+        self.state, self.hashes, self._saved_hashes = state, hashes, state["hashes"]
 
     def save(self, state: State, new_hashes: array[int]) -> None:
         """Saves the state and appends ``new_hashes``, which is emptied."""

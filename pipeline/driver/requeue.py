@@ -15,7 +15,7 @@ from pipeline.config import Settings
 from pipeline.driver.graph import Node
 from pipeline.driver.submit import folder
 from pipeline.errors import NoProgress
-from pipeline.files import read_json, sha256_file, write_json
+from pipeline.files import read_record, sha256_file, write_json
 from pipeline.launch import slurm
 
 DURABLE = ("checkpoints/step-*", "tasks/*.json")  # what a stage that was cut off need not do again
@@ -63,15 +63,17 @@ def counted_restarts(run: Settings, nodes: Collection[Node]) -> Iterator[None]:
     record = folder(run) / f"progress-{os.environ['SLURM_JOB_ID']}.json"
     finished = sorted({entry for node in nodes for entry in _finished(node)})
     in_vain = 0
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and record.exists():
-        before = read_json(record)
+    before = read_record(
+        record, lambda value: isinstance(value["in_vain"], int) and isinstance(value["finished"], list)
+    )
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and before is not None:
         in_vain = before["in_vain"] + 1 if before["finished"] == finished else 0
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, {"finished": finished, "in_vain": in_vain})
     if in_vain > run.slurm.max_requeues_without_progress:
         raise _no_progress(run, in_vain)
     yield
-    record.unlink()
+    record.unlink(missing_ok=True)
 
 
 def _no_progress(run: Settings, in_vain: int) -> NoProgress:

@@ -21,7 +21,7 @@ from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select
 from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import disk_full_as_user_error, read_json, temporary_path, write_json
+from pipeline.files import disk_full_as_user_error, read_record, temporary_path, write_json
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
 from pipeline.launch.workers import package_environment
@@ -80,7 +80,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     failure, resumed = partial / FAILURE_FILE, partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     # First of all, because the newest file or directory tells when an attempt that was killed ended.
-    begin_attempt(partial)
+    attempts = begin_attempt(partial)
     failure.parent.mkdir(exist_ok=True)
     failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
@@ -91,7 +91,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
-    number, together = finish_attempts(partial)
+    number, together = finish_attempts(partial, attempts)
     lock.confirm()
     with disk_full_as_user_error(partial):
         node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
@@ -145,7 +145,7 @@ def _execute_in_process(task: StageTask) -> Metrics:
         process.terminate()
         process.wait()
         raise
-    outcome: dict[str, Any] = read_json(outcome_file) if outcome_file.exists() else {"status": "failed"}
+    outcome: dict[str, Any] = read_record(outcome_file, lambda value: value["status"]) or {"status": "failed"}
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
     if outcome["status"] != "done":

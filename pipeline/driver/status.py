@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pipeline.driver.submit import recorded
 from pipeline.files import read_json
 from pipeline.launch import slurm
 from pipeline.launch.failure import failure_message
+from pipeline.tracking import METRICS_FILE, read_metrics
 from pipeline.training.schedule import total_steps
 
 ENDED_BADLY = frozenset({
@@ -88,8 +88,7 @@ def _failure(node: Node, entry: Mapping[str, Any] | None, info: slurm.JobInfo | 
 def numbers(node: Node, under_way: bool) -> str:
     """Step, newest metrics and, of training under way, the time left."""
     directory = node.artifact.path if node.artifact.is_complete() else node.artifact.partial
-    path = directory / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    lines = read_metrics(directory / METRICS_FILE)
     if not lines:
         return ""
     newest = {key: value for line in lines for key, value in line.items() if isinstance(value, (int, float))}

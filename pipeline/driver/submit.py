@@ -27,7 +27,7 @@ from pipeline.artifacts.store import Artifact
 from pipeline.config import Settings
 from pipeline.driver.graph import Node, forced, select
 from pipeline.driver.run import missing
-from pipeline.files import read_json, write_json
+from pipeline.files import read_record, write_json
 from pipeline.launch import slurm
 from pipeline.launch.slurm import escape_percent
 from pipeline.launch.workers import package_environment
@@ -179,9 +179,13 @@ def _invalidate(artifact: Artifact) -> None:
 
 def recorded(run: Settings) -> dict[str, dict[str, Any]]:
     """The last job of every node of this run, by the node's name: its id, the artifact's key, its log."""
-    path = folder(run) / JOBS_FILE
-    entries: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    entries: dict[str, dict[str, Any]] = read_record(folder(run) / JOBS_FILE, _are_jobs) or {}
     return entries
+
+
+def _are_jobs(value: Any) -> bool:
+    entries = value.values()
+    return all(isinstance(entry["job"], int) and {"key", "log"} <= entry.keys() for entry in entries)
 
 
 def _record(job: StageJob, number: int) -> None:

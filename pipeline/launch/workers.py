@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.config import Launch
 from pipeline.errors import Stopped, UserError, WorkersFailed
-from pipeline.files import read_json, temporary_path
+from pipeline.files import read_record, temporary_path
 from pipeline.launch.child import block_signals_in_children
 from pipeline.launch.failure import LAUNCHER_LOG, LAUNCHER_LOGS, explain_workers, worker_deaths
 from pipeline.launch.machine import Placement, detect_machine, place
@@ -243,7 +243,7 @@ def _load_outcome(log_dir: Path) -> dict[str, Any]:
         probe = temporary_path(path)
         probe.touch()
         probe.unlink()
-    outcome: dict[str, Any] = read_json(path) if path.exists() else {"status": "lost"}
+    outcome: dict[str, Any] = read_record(path, lambda value: value["status"]) or {"status": "lost"}
     return outcome
 
 

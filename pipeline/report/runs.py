@@ -7,7 +7,6 @@ it is an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.config import MODEL_TARGETS, Target
 from pipeline.evaluation.scores import Samples
 from pipeline.expansion.methods import built_in_method
 from pipeline.files import read_json
+from pipeline.tracking import METRICS_FILE, read_metrics
 
 ARTIFACT_ROLES = (
     "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
@@ -100,7 +100,7 @@ class RunArtifacts:
         directory = self.directories.get(stage)
         if directory is None:
             return []
-        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        lines = read_metrics(directory / METRICS_FILE)
         return sorted((line for line in lines if "loss" in line), key=lambda line: line["step"])
 
 

@@ -8,7 +8,7 @@ from pipeline.data.dataset import TokenizeCheckpoint
 from pipeline.data.dataset_builder import DatasetBuilder
 from pipeline.data.sources import expected_bytes
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.files import fsync_directory, read_json, write_json
+from pipeline.files import fsync_directory, read_record, write_json
 from pipeline.progress import progress
 
 DATASET_FILE = "dataset.json"
@@ -25,10 +25,11 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(task.settings, Tokenize)
     dataset_file = task.out / DATASET_FILE
     # It exists if an earlier attempt was killed after this stage, while the driver hashed the files.
-    if not dataset_file.exists():
-        write_json(dataset_file, _build(task, task.settings))
+    summary: Metrics | None = read_record(dataset_file, lambda value: value["blocks"])
+    if summary is None:
+        summary = _build(task, task.settings)
+        write_json(dataset_file, summary)
     TokenizeCheckpoint(task.out).remove()  # not part of the artifact
-    summary: Metrics = read_json(dataset_file)
     return summary
 
 

@@ -5,7 +5,6 @@ The driver must not import torch, so neither does this module.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,11 +14,11 @@ from pipeline.artifacts.task import Metrics, StageTask, task_to_json
 from pipeline.config import Train
 from pipeline.config.evaluation import percent
 from pipeline.errors import OutOfMemory, WorkersFailed
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, read_record, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.launch.workers import run_workers
 from pipeline.progress import ProgressBar, progress
-from pipeline.tracking import METRICS_FILE
+from pipeline.tracking import METRICS_FILE, parse_metrics
 from pipeline.training.schedule import total_steps
 from pipeline.training.validate import validate_data
 
@@ -40,12 +39,26 @@ def run_training(task: StageTask) -> Metrics:
         WorkersFailed: a worker died.
         OutOfMemory: a worker ran out of memory.
     """
-    summary = task.out / TRAINING_FILE
-    if not summary.exists():
+    metrics = _finished_training(task.out)
+    if metrics is None:
+        # Removed, since its existence must mean that the weights written by this attempt are complete.
+        (task.out / TRAINING_FILE).unlink(missing_ok=True)
         _run_workers(task)
+        metrics = _finished_training(task.out)
+    # The checkpoints are removed only once the result has been read back.
+    if metrics is None:
+        raise WorkersFailed(
+            f"the workers of {task.name} ended well, but left no usable {TRAINING_FILE} and weights in {task.out}. The "
+            "checkpoints were kept: repeat the same command to export the model again."
+        )
     shutil.rmtree(task.out / CHECKPOINTS, ignore_errors=True)
-    metrics: Metrics = read_json(summary)
     return metrics
+
+
+def _finished_training(out: Path) -> Metrics | None:
+    """Returns the content of ``training.json``, or None if it is not usable or the weights are missing."""
+    metrics: Metrics | None = read_record(out / TRAINING_FILE, lambda value: value["steps"])
+    return metrics if any(out.glob("model*.safetensors")) else None
 
 
 def _run_workers(task: StageTask) -> None:
@@ -105,7 +118,6 @@ def last_logged(metrics: Path, name: str) -> dict[str, Any] | None:
         stream.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
         # What follows the last newline is a line that is still being written.
         lines = stream.read().decode(errors="replace").split("\n")[:-1]
-    # The first line may be cut off at its beginning, so only lines that begin like one count.
-    found = (json.loads(line) for line in reversed(lines) if f'"{name}":' in line and line.startswith("{"))
-    numbers: dict[str, Any] | None = next(found, None)
-    return numbers
+    # The first line may be cut off at its beginning, and a power cut may leave zeros: neither parses.
+    parsed = map(parse_metrics, reversed(lines))
+    return next((line for line in parsed if line is not None and name in line), None)

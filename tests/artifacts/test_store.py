@@ -115,17 +115,24 @@ def test_killed_attempt_lasts_until_its_last_write(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     for path in tmp_path.iterdir():
         os.utime(path, (1030.0, 1030.0))
-    begin_attempt(tmp_path)
+    attempts = begin_attempt(tmp_path)
     first, second = read_json(tmp_path / ATTEMPTS_FILE)
     assert first == {"started": 1000.0, "seconds": 30.0}
     assert second["started"] == pytest.approx(time.time(), abs=5)
-    number, seconds = finish_attempts(tmp_path)
+    number, seconds = finish_attempts(tmp_path, attempts)
     assert number == 2 and 30.0 <= seconds < 35.0
     assert not (tmp_path / ATTEMPTS_FILE).exists()
 
 
 def test_duration_of_a_single_attempt(tmp_path: Path) -> None:
-    begin_attempt(tmp_path)
+    attempts = begin_attempt(tmp_path)
     time.sleep(0.05)
-    number, seconds = finish_attempts(tmp_path)
+    number, seconds = finish_attempts(tmp_path, attempts)
     assert number == 1 and 0.05 <= seconds < 5.0
+
+
+def test_single_attempt_whose_record_disappears_still_has_its_duration(tmp_path: Path) -> None:
+    attempts = begin_attempt(tmp_path)
+    (tmp_path / ATTEMPTS_FILE).write_bytes(bytes(20))
+    assert finish_attempts(tmp_path, attempts)[0] == 1
+    assert not (tmp_path / ATTEMPTS_FILE).exists()
