@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import LayerWeights, NewTensor, Scratch, Workspace, in_memory
-from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_json, write_json
+from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_record, write_json
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
-from pipeline.models.writing import PROGRESS_FILE, ShardWriter
+from pipeline.models.writing import PROGRESS_FILE, ShardWriter, remove_weights
 from pipeline.progress import progress
 
 SAVE_EVERY_SECONDS = 10.0  # how much an interruption can cost, besides the current unit of work
@@ -138,12 +139,15 @@ def write_weights(
         UserError: the disk is full.
     """
     specs = {name: names.base.specs[source] for name, source in names.sources.items()}
-    if _is_finished(out, specs):
-        return Workspace(**read_json(out / RECORDS))
+    saved = read_record(out / RECORDS, _are_records)
+    if saved is None:
+        remove_weights(out)  # without their records, saved tensors could not be described in the manifest
+    elif _is_finished(out, specs):
+        return Workspace(**saved)
     with ShardWriter(out, specs, names.parts) as writer:
         _copy_base(writer, names)
         made = {key for key, name in names.new.items() if name in writer.written}
-        records = read_json(out / RECORDS)["records"] if made else {}
+        records = saved["records"] if saved is not None and made else {}
         if not made:
             forget_records(out)
         with progress("expand", total=sum(_millions(names, *key) for key in names.new)) as bar:
@@ -193,9 +197,13 @@ class _Saver:
             self.save(work)
 
 
+def _are_records(value: Any) -> bool:
+    return value.keys() == {"records", "warnings"} and hasattr(value["records"], "items")
+
+
 def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether an earlier attempt wrote and saved all weights, and was interrupted after that."""
-    if not (out / RECORDS).is_file() or (out / PROGRESS_FILE).exists():
+    """Whether an earlier attempt that left records wrote and saved all weights, and was interrupted after that."""
+    if (out / PROGRESS_FILE).exists():
         return False
     try:
         return ModelDirectory(out, out.glob("model*.safetensors")).specs == specs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,27 @@ def test_an_interrupted_expansion_goes_on_and_ends_the_same(
         assert not any(name in given for name in ("gate_proj", "up_proj", "down_proj") for given in second.given)
     if method == "opt_deus":  # whose units of work are layers, here the second one from the first
         assert work.records.keys() == second.work.records.keys()
+
+
+@pytest.mark.parametrize("content", [b"", bytes(64), b'{"records": 3}'])
+@pytest.mark.parametrize("gives", [3, None])
+def test_expansion_restarts_if_the_records_of_an_earlier_attempt_are_unreadable(
+    expand_settings: ExpandSettings,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gives: int | None,
+    content: bytes,
+) -> None:
+    settings = expand_settings("average", new_layers=1)
+    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
+    with nullcontext() if gives is None else pytest.raises(Interrupted):
+        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=gives), CPU, tmp_path, seed=0)
+    (tmp_path / surgery.RECORDS).write_bytes(content)
+    second = Watched(settings)
+    write_weights(_names(tiny_llama_dir, settings), second, CPU, tmp_path, seed=0)
+    assert not second.work.made and second.given
+    assert _weights_in(tmp_path) == {"model.safetensors"}
 
 
 def _weights_in(directory: Path) -> set[str]:
