@@ -38,7 +38,7 @@ from pipeline.config.messages import (
     not_given,
     not_yaml,
     refuse_secrets,
-    validate,
+    validate_settings,
 )
 from pipeline.driver.requeue import requeue_this_job
 from pipeline.errors import (
@@ -184,7 +184,7 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
     refuse_secrets(values)
     if suffix:
         values["name"] = f"{values['name']}/{suffix}"
-    return validate(values)
+    return validate_settings(values)
 
 
 def _refuse_method_key(overrides: list[str]) -> None:
@@ -196,7 +196,7 @@ def _refuse_method_key(overrides: list[str]) -> None:
                 setting="expand.method",
                 value=value,
                 rule="each method has its own settings",
-                remedy=f"Say expand={value}.",
+                remedy=f"Set expand={value} instead.",
             )
 
 

@@ -1,4 +1,4 @@
-"""What a command does with its jobs once they are validated: run, plan, submit or status."""
+"""Carry out a command whose settings are valid: ``action=run``, ``plan``, ``submit`` or ``status``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline.config import Settings
-from pipeline.driver.graph import Node, lineage, make_report, select
+from pipeline.driver.graph import Node, lineage, make_report
 from pipeline.driver.requeue import counted_restarts
 from pipeline.driver.run import link, run_graph
 from pipeline.driver.status import print_status
-from pipeline.driver.submit import folder, print_scripts, stage_jobs, submit
+from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
 from pipeline.errors import UserError
 from pipeline.files import read_record
 from pipeline.launch.slurm import require_slurm
@@ -25,7 +25,7 @@ from pipeline.report.closing import closing_table
 
 @dataclass(frozen=True)
 class Job:
-    """One pipeline run, and whether it is one of a sweep's."""
+    """The settings of a run, and whether the run is part of a sweep."""
 
     settings: Settings
     sweep: bool
@@ -64,48 +64,51 @@ def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> Non
 
 
 def execute_batch_job(file: Path, console: Console) -> None:
-    """Does what one job of ``action=submit`` was submitted for; see ``submit.frozen``.
+    """Carry out the task of a job that ``action=submit`` submitted.
+
+    Args:
+        file: the task as ``driver.submit.job_task`` describes it.
 
     Raises:
-        UserError: the inputs are not those of the submission any more.
+        UserError: the inputs have changed since the submission.
     """
-    frozen = read_record(file, lambda value: {"node", "key", "run", "linked", "sweep"} <= value.keys())
-    if frozen is None:
+    task = read_record(file, lambda value: {"node", "key", "run", "linked", "sweep"} <= value.keys())
+    if task is None:
         raise UserError(
             setting="--job",
             value=file,
             rule="it must be the file that action=submit wrote for this job",
-            remedy="Submit the run again: the same command with action=submit.",
+            remedy="Submit the run again with action=submit.",
         )
-    run, *sweep = (_frozen_settings(values, file) for values in (frozen["run"], *frozen["sweep"]))
+    run, *sweep = (_submitted_settings(values, file) for values in (task["run"], *task["sweep"]))
     prepared = prepare(sweep or [run])
     for each in prepared:
         refuse_blocked(each, INPUT_CHECKS)
     nodes = _sweep_report(prepared)[1] if sweep else prepared[0].nodes
-    node = nodes[frozen["node"]]
-    if node.artifact.key != frozen["key"]:
-        raise _changed(file, f"model, data or program are others, so {node.name} would be another artifact")
+    node = nodes[task["node"]]
+    if node.artifact.key != task["key"]:
+        raise _changed(file, f"the model, the data or the program has changed, and {node.name} with it")
     needed = lineage([node])
     job = replace(prepared[0], run=run, nodes={name: n for name, n in nodes.items() if n.artifact.key in needed})
     refuse_blocked(job)
     _run_all([job], sweep=False, console=console)
-    for name in frozen["linked"]:
+    for name in task["linked"]:
         link(run.model_copy(update={"name": name}), node)
 
 
-def _frozen_settings(values: Mapping[str, object], file: Path) -> Settings:
+def _submitted_settings(values: Mapping[str, object], file: Path) -> Settings:
     try:
         return Settings.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise _changed(file, "the program's settings are others") from error
+        raise _changed(file, "the program accepts other settings now") from error
 
 
 def _changed(file: Path, what: str) -> UserError:
     return UserError(
         setting="--job",
         value=file,
-        rule=f"{what} than when it was submitted",
-        remedy="Submit the run again: the same command with action=submit.",
+        rule=f"since this job was submitted, {what}",
+        remedy="Submit the run again with action=submit.",
     )
 
 
@@ -120,15 +123,15 @@ def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> N
     require_slurm()
     if not planned:
         return console.print("everything is there; nothing was submitted")
-    submit(planned, console)
-    return console.print(f"jobs, scripts and logs: {folder(planned[-1].runs[0])}; add action=status to see how they do")
+    submit_jobs(planned, console)
+    return console.print(f"jobs, scripts and logs: {slurm_dir(planned[-1].runs[0])}; action=status shows their state")
 
 
 # --------------------------------------------------------------------------------------------- run
 
 
 def _run_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
-    with counted_restarts(jobs[0].run, [node for job in jobs for node in select(job.nodes, job.run.stages).values()]):
+    with counted_restarts(jobs[0].run, [node for job in jobs for node in job.selected.values()]):
         for job in jobs:
             _run(job, console)
         if sweep:
@@ -148,24 +151,24 @@ def _run(job: PreparedRun, console: Console) -> None:
         console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
     if any(seconds.values()) and job.run.tracking.wandb == "offline":
         runs = Path(job.run.output_dir) / job.run.name / "wandb" / "offline-run-*"
-        console.print(f"to send the metrics to W&B: wandb sync {runs}")
+        console.print(f"to upload the metrics to W&B: wandb sync {runs}")
 
 
 def _print_seconds(seconds: dict[str, float], console: Console) -> None:
     parts = [f"{name} {value:.0f} s" for name, value in seconds.items() if value]
-    console.print("seconds by stage: " + ", ".join(parts) + f"; together {sum(seconds.values()):.0f} s")
+    console.print("seconds by stage: " + ", ".join(parts) + f"; total {sum(seconds.values()):.0f} s")
 
 
 def _report_sweep(jobs: Sequence[PreparedRun], console: Console) -> None:
-    """One report over all jobs of a sweep, beside them: ``<output_dir>/<name>/report``."""
-    whole, nodes = _sweep_report(jobs)
-    run_graph(whole, nodes, console)
+    """Build one report on all jobs of a sweep and link it as ``<output_dir>/<name>/report``."""
+    settings, nodes = _sweep_report(jobs)
+    run_graph(settings, nodes, console)
     node = nodes["report"]
     console.print(closing_table(node.artifact.path))
-    console.print(f"report: {Path(whole.output_dir) / whole.name / 'report' / 'report.md'}")
+    console.print(f"report: {Path(settings.output_dir) / settings.name / 'report' / 'report.md'}")
 
 
 def _sweep_report(jobs: Sequence[PreparedRun]) -> tuple[Settings, dict[str, Node]]:
-    """The sweep as a run of its own, and its one node."""
-    whole = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
-    return whole, {"report": make_report(whole, [(job.run, select(job.nodes, job.run.stages)) for job in jobs])}
+    """Return the settings and the only node of the report on a sweep."""
+    settings = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
+    return settings, {"report": make_report(settings, [(job.run, job.selected) for job in jobs])}

@@ -1,8 +1,8 @@
-"""Every setting: its type, its unit, what it means, and the rules between settings.
+"""All settings: their types, units and meaning, and the rules between them.
 
-Values live in ``conf/*.yaml`` and nowhere else, so no field has a default. Sections are frozen and strict:
-an unknown key, a string for a number or a value out of range is refused with its path. Fields marked
-``NotInKey`` cannot change a result's numbers and so do not name an artifact. No torch, no files.
+Default values are in ``conf/*.yaml`` only, so fields have none here. Sections are frozen and strict: unknown keys,
+wrong types and values out of range are rejected. Fields marked ``NotInKey`` cannot change the numbers of a result and
+are not part of an artifact's key. Nothing here imports torch or reads files.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ StageName = Literal["load", "expand", "tokenize", "pretrain", "sft", "evaluate",
 
 
 class Settings(Section):
-    """One pipeline run."""
+    """The settings of one run."""
 
     name: str
     seed: NonNegative
     output_dir: str
     action: Literal["run", "plan", "submit", "status"]
-    dry_run: bool  # submit: print the batch scripts and leave nothing
+    dry_run: bool  # with action=submit: print the batch scripts and write nothing
     stages: list[StageName]
     force: list[StageName]
     model: Model

@@ -72,7 +72,7 @@ def bfloat16_peak(device_name: str) -> float | None:
 
 
 class Tracking(Section):
-    """Weights & Biases; a JSONL beside the artifact is always written."""
+    """Logging to Weights & Biases. Metrics are always written to a JSONL file in the artifact as well."""
 
     wandb: Literal["offline", "online", "disabled"]
     project: str
@@ -80,13 +80,13 @@ class Tracking(Section):
 
 
 class Launch(Section):
-    """Where workers run. Never changes numbers."""
+    """Where worker processes run. Never changes numbers."""
 
-    device: str  # auto | cpu | cuda, or a GPU of GPUS, which means cuda and lets action=plan say what fits
-    processes: Positive | Literal["auto"]  # worker processes on this node; auto: one a GPU, else one
-    nodes: Positive  # machines, for action=plan; a run takes those that it stands on
-    threads: Positive | Literal["auto"]  # CPU threads a process; auto: cores / processes
-    utilization: Fraction  # of the device's peak that training reaches (MFU); action=plan's hours follow from it
+    device: str  # auto, cpu, cuda, or a name in GPUS: cuda, and the memory that training needs is checked
+    processes: Positive | Literal["auto"]  # worker processes per node; auto: one per GPU, or one on CPUs
+    nodes: Positive  # number of nodes, for action=plan; a run uses the nodes of its Slurm job
+    threads: Positive | Literal["auto"]  # CPU threads per process; auto: cores / processes
+    utilization: Fraction  # share of the peak FLOP/s that training reaches (MFU), to estimate hours in action=plan
 
     @field_validator("device")
     @classmethod
@@ -97,36 +97,34 @@ class Launch(Section):
 
     @property
     def kind(self) -> Literal["auto", "cpu", "cuda"]:
-        """The device without its name."""
+        """The kind of device, with the name of a GPU resolved to cuda."""
         return "cuda" if self.device in GPUS else self.device  # type: ignore[return-value]  # validated above
 
 
-SlurmTime = Annotated[
-    str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")
-]  # hours:minutes:seconds; days-hours; minutes:seconds
+SlurmTime = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")]  # such as 04:00:00 or 1-12 (days-hours)
 
 
 class Resources(Section):
-    """What one stage asks of Slurm."""
+    """The resources of one stage's batch job."""
 
     partition: str | None  # null: slurm.partition
-    nodes: Positive  # more than one for pretrain and sft only: the other stages use one process
-    gpus: NonNegative  # a node
-    cpus: Positive  # a node
-    memory: str | None  # a node, such as 64G; "0": all of it; null: the cluster's default
-    time: Positive | SlurmTime  # a whole number: minutes
-    options: list[str]  # more of sbatch's own, such as --constraint=h100
+    nodes: Positive  # more than one only for pretrain and sft
+    gpus: NonNegative  # per node
+    cpus: Positive  # per node
+    memory: str | None  # per node, such as 64G; "0": all of it; null: the cluster's default
+    time: Positive | SlurmTime  # an integer is in minutes
+    options: list[str]  # further options of sbatch, such as --constraint=h100
 
 
 class Slurm(Section):
-    """How stages become batch jobs."""
+    """How stages are submitted as batch jobs."""
 
-    partition: str | None  # null: the cluster's default; likewise below
+    partition: str | None  # null: the cluster's default; likewise account and qos
     account: str | None
     qos: str | None
-    environment: list[str]  # shell lines before the command, such as "module load cuda"
-    options: list[str]  # more of sbatch's own, for every job
-    signal_seconds: Positive  # ahead of the time limit, to finish a step and save
+    environment: list[str]  # shell commands to run first, such as "module load cuda"
+    options: list[str]  # further options of sbatch for every job
+    signal_seconds: Positive  # how long before the time limit the run is told to save and stop
     max_requeues_without_progress: NonNegative
     load: Resources
     expand: Resources
@@ -144,6 +142,6 @@ class Slurm(Section):
         return self
 
     def resources(self, stage: str) -> Resources:
-        """One stage's part."""
+        """Return the resources of one stage."""
         resources: Resources = getattr(self, stage)
         return resources

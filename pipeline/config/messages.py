@@ -1,4 +1,4 @@
-"""What a user is told when a request is wrong: the setting, its value, the rule, the remedy."""
+"""Error messages for wrong requests. Each has four parts: the setting, its value, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from pipeline.config import METHODS, Settings
 from pipeline.errors import UserError
 
 TOKEN_SHAPE = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bwandb_v1_[A-Za-z0-9_]{20,}\b")
-RENAMED = {  # old name -> new name
-    f"{section}.keep_at": f"{section}.snapshot_at" for section in ("pretrain", "sft")
-}
+RENAMED = {f"{section}.keep_at": f"{section}.snapshot_at" for section in ("pretrain", "sft")}  # old name -> new name
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "Did you mean lesa? " or nothing."""
+    """Return a hint such as ``Did you mean lesa?`` with a trailing space, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean {close[0]}? " if close else ""
 
@@ -35,18 +33,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def list_experiments(folders: Iterable[Path]) -> list[str]:
-    """The names of all experiments in these configuration folders."""
+    """List the names of the experiments in some configuration directories."""
     return sorted({path.stem for folder in folders for path in (folder / "experiment").glob("*.yaml")})
 
 
 def no_experiment(folders: list[Path]) -> UserError:
-    """The refusal of a command without an experiment; it lists what there is."""
+    """The error for a command without an experiment. It lists the experiments."""
     names = list_experiments(folders)
     return UserError(
         setting="+experiment",
         value="(not given)",
-        rule="every run starts from an experiment: " + ", ".join(names),
-        remedy="For example: python -m pipeline +experiment=quickstart",
+        rule="every run needs an experiment, one of " + ", ".join(names),
+        remedy="For example, run: python -m pipeline +experiment=quickstart",
     )
 
 
@@ -54,7 +52,7 @@ def no_experiment(folders: list[Path]) -> UserError:
 
 
 def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -> UserError:
-    """One of our messages for one of Hydra's or OmegaConf's refusals."""
+    """Translate an error of Hydra or OmegaConf."""
     text = str(error)
     if missing := re.search(r"Could not find '([\w/]+)/([^'/]+)'|Could not load '([\w/]+)/([^'/]+)'", text):
         group, name = (part for part in missing.groups() if part)
@@ -69,14 +67,14 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = ambiguous.group(1).partition("=")
         remedy = f"Add --multirun for a sweep over these values, or quote a list: {key}=[{value}]"
-        return UserError(setting=key, value=value, rule="several values need a sweep", remedy=remedy)
+        return UserError(setting=key, value=value, rule="several values make a sweep", remedy=remedy)
     if "InterpolationKeyError" in type(error).__name__ or "Interpolation key" in text:
         return _unknown_variant(text, overrides)
     return UserError(
         setting="command line",
         value=" ".join(overrides),
         rule=text.strip().splitlines()[0].rstrip("."),
-        remedy="See conf/config.yaml for what can be set.",
+        remedy="See conf/config.yaml for the available settings.",
     )
 
 
@@ -86,13 +84,13 @@ def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:
     return UserError(
         setting=setting,
         value=name,
-        rule=f"there is no such {'method' if group == 'expand' else group}; there are " + ", ".join(options),
-        remedy=did_you_mean(name, options) + f"Say {setting}=NAME with one of them.",
+        rule=f"there is no such {'method' if group == 'expand' else group}; choose from " + ", ".join(options),
+        remedy=did_you_mean(name, options) + f"Set {setting}=NAME to one of these.",
     )
 
 
 def badly_quoted(override: str) -> UserError:
-    """The refusal of an override that Hydra's grammar cannot read, with the quotes it wants."""
+    """The error for an override that Hydra cannot parse, with the quotes that it needs."""
     key, _, value = override.partition("=")
     return UserError(
         setting=key,
@@ -103,27 +101,29 @@ def badly_quoted(override: str) -> UserError:
 
 
 def not_given(key: str) -> UserError:
-    """The refusal of a setting that has no value."""
-    key = re.sub(r"\[(\d+)\]", r".\1", key)  # a list's item, as the command line spells it
+    """The error for a setting without a value."""
+    key = re.sub(r"\[(\d+)\]", r".\1", key)  # a list item as it is written on the command line
     return UserError(setting=key, value="(not given)", rule="it must be set", remedy=f"Add {key}=... to the command.")
 
 
 def not_a_number(overrides: list[str]) -> UserError:
-    """The refusal of an override that names an item of a list by a word."""
+    """The error for an override that does not name the item of a list by its number."""
     lists = [item for item in overrides if item.startswith(("data.corpus.", "data.instructions."))]
     return UserError(
         setting=lists[0].partition("=")[0] if lists else "command line",
         value=lists[0].partition("=")[2] if lists else " ".join(overrides),
-        rule="this is a list of several, and its items go by number, from 0",
-        remedy="Say which, such as data.corpus.0.path=...",
+        rule="this is a list of several items, which are numbered from 0",
+        remedy="Add the number of the item, such as data.corpus.0.path=...",
     )
 
 
 def not_yaml(error: YAMLError) -> UserError:
-    """The refusal of a configuration file that is no YAML; the parser names file, line and column."""
+    """The error for a configuration file that is not valid YAML. The parser names file, line and column."""
     where = str(getattr(error, "problem_mark", "")).strip() or "a configuration file"
     problem = getattr(error, "problem", None) or "it cannot be parsed"
-    return UserError(setting="--config-dir", value=where, rule=f"not YAML: {problem}", remedy="Correct that line.")
+    return UserError(
+        setting="--config-dir", value=where, rule=f"this is not valid YAML: {problem}", remedy="Correct that line."
+    )
 
 
 def _unknown_key(key: str) -> UserError:
@@ -131,7 +131,7 @@ def _unknown_key(key: str) -> UserError:
         setting=key,
         value="(unknown)",
         rule="there is no such setting",
-        remedy=did_you_mean(key, known_keys()) + "See conf/config.yaml and the files beside it.",
+        remedy=did_you_mean(key, known_keys()) + "See conf/config.yaml and the other files in conf/.",
     )
 
 
@@ -149,19 +149,19 @@ def _unknown_variant(text: str, overrides: list[str]) -> UserError:
     return UserError(
         setting="expand.variant",
         value=chosen.partition("=")[2],
-        rule="this method has no such preset; the presets stand under 'variants' in its file in conf/expand",
-        remedy="Usually one of: reference, paper.",
+        rule="this method has no such preset; see 'variants' in its file in conf/expand",
+        remedy="Usually, the presets are: reference, paper.",
     )
 
 
 # ----------------------------------------------------------------------------------------- pydantic
 
 
-def validate(values: Mapping[str, Any]) -> Settings:
-    """The settings, or one message that lists every fault with its path.
+def validate_settings(values: Mapping[str, Any]) -> Settings:
+    """Validate the composed settings.
 
     Raises:
-        UserError: naming the first fault as setting and value, and all of them in the rule.
+        UserError: some are wrong. Setting and value are those of the first error; the rule lists all errors.
     """
     for key in RENAMED:
         section, name = key.split(".")
@@ -176,12 +176,12 @@ def validate(values: Mapping[str, Any]) -> Settings:
     raise UserError(setting=setting, value=value, rule=rule + others, remedy=remedy)
 
 
-Fault = tuple[str, str, str, str]  # setting, value, rule, remedy
+_Fault = tuple[str, str, str, str]  # setting, value, rule, remedy
 
 
-def _merge(faults: Iterable[Fault]) -> list[Fault]:
-    """One fault a setting: a value that fits no member of a union is one mistake."""
-    merged: dict[str, Fault] = {}
+def _merge(faults: Iterable[_Fault]) -> list[_Fault]:
+    """Merge the errors of each setting: pydantic reports one per member of a union."""
+    merged: dict[str, _Fault] = {}
     for path, value, rule, remedy in faults:
         before = f"{merged[path][2]}, or " if path in merged else ""
         merged[path] = (path, value, before + rule, remedy)
@@ -189,12 +189,12 @@ def _merge(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """The dotted setting; pydantic also names the member of a union it tried, which no user types."""
+    """Return the dotted name of a setting without the members of unions that pydantic inserts."""
     tried = re.compile(r"literal\[|list\[|constrained-")
     return ".".join(str(part) for part in location if not tried.match(str(part)))
 
 
-def _fault(detail: ErrorDetails) -> Fault:
+def _fault(detail: ErrorDetails) -> _Fault:
     path = _path(detail["loc"])
     value = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else "{...}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -208,7 +208,7 @@ def _fault(detail: ErrorDetails) -> Fault:
 
 
 def known_keys() -> list[str]:
-    """Every dotted setting there is."""
+    """List the dotted names of all settings."""
     methods: Any = import_module("pipeline.expansion.methods")  # by name, as in pipeline.config.expand
     of_methods = {name for method in METHODS for name in methods.built_in_method(method).model_fields}
     return [*_keys_of(Settings, ""), *sorted(f"expand.{name}" for name in of_methods)]
@@ -217,7 +217,7 @@ def known_keys() -> list[str]:
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for inner in (field.annotation, *get_args(field.annotation)):  # a section, or a list of them
+        for inner in (field.annotation, *get_args(field.annotation)):  # a section, or the items of a list of sections
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from _keys_of(inner, f"{prefix}{name}.")
 
@@ -226,10 +226,10 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
 
 
 def refuse_secrets(values: Any, path: str = "") -> None:
-    """Settings end in manifests and in W&B, so nothing secret may stand in them.
+    """Check that no setting contains an access token, since settings are written to manifests and to W&B.
 
     Raises:
-        UserError: a setting holds an access token; its value is not repeated.
+        UserError: a setting contains one. The message does not repeat it.
     """
     if isinstance(values, Mapping):
         for name, value in values.items():
@@ -237,15 +237,15 @@ def refuse_secrets(values: Any, path: str = "") -> None:
     elif isinstance(values, list):
         for value in values:
             refuse_secrets(value, path)
-    elif isinstance(values, str) and _holds_secret(values):
+    elif isinstance(values, str) and _contains_secret(values):
         raise UserError(
             setting=path,
             value="(hidden)",
-            rule="it holds an access token, and settings are written to manifests and W&B",
-            remedy="Put tokens into the environment: HF_TOKEN, WANDB_API_KEY.",
+            rule="it contains an access token, and settings are written to manifests and to W&B",
+            remedy="Pass tokens in environment variables: HF_TOKEN, WANDB_API_KEY.",
         )
 
 
-def _holds_secret(text: str) -> bool:
+def _contains_secret(text: str) -> bool:
     known = [os.environ[name] for name in TOKEN_VARIABLES if len(os.environ.get(name, "")) >= 8]
     return bool(TOKEN_SHAPE.search(text)) or any(secret in text for secret in known)

@@ -1,4 +1,4 @@
-"""Settings of load: the base model."""
+"""Settings of the load stage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pipeline.config.section import Dtype, NotInKey, Section
 
 
 class Model(Section):
-    """The base model: a hub id, a local directory, or ``package:NAME`` for files inside a Python package."""
+    """The base model: a hub id, a local directory, or ``package:NAME`` for files in an installed Python package."""
 
     path: str
     revision: str | None  # hub only: branch, tag or commit
-    gguf_file: str | None  # a GGUF file inside path, dequantised on load
-    package: str | None  # what pip must have installed where path is package:NAME
+    gguf_file: str | None  # a GGUF file within path, dequantized on load
+    package: str | None  # the pip requirement that provides package:NAME, for the error message
     dtype: Dtype  # of the artifact's weights
     trust_remote_code: bool
-    # Entries of its config.json from which sizes follow: action=plan counts by them where that file cannot be read, and
-    # loading refuses a model that has others.
+    # Entries of config.json that determine the sizes. A plan uses them if that file cannot be read, and loading rejects
+    # a model whose config differs.
     shape: Annotated[dict[str, str | int | bool] | None, NotInKey]

@@ -1,4 +1,4 @@
-"""What every group of settings is: frozen, strict, without defaults; and the types of single settings."""
+"""The base class of all groups of settings, and types for single settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class NotInKey:
-    """Marks a field that speeds a stage up or slows it down but leaves its numbers alone."""
+    """Marks a field that can change the speed of a stage but not its numbers."""
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -21,14 +21,14 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
-    """A frozen group of settings."""
+    """A group of settings: frozen, strict and without defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    draws_random_numbers: ClassVar[bool] = False  # whether a stage with these settings does: the seed is in its key
+    draws_random_numbers: ClassVar[bool] = False  # if True, the seed is part of the key
 
     def key_settings(self) -> dict[str, Any]:
-        """The part that names an artifact: everything but the fields marked ``NotInKey``."""
+        """Return the settings that enter an artifact's key: all fields that are not marked ``NotInKey``."""
         settings: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             if NotInKey in field.metadata:

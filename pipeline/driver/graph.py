@@ -1,11 +1,11 @@
-"""From settings to the graph of artifacts: which stages there are, what each hangs on, and every key.
+"""The graph of a run's artifacts: the stages, the dependencies between them, and the key of every artifact.
 
     load ──▶ expand ──▶ pretrain ──▶ sft ──▶ report
       │         │           │          │        ▲
       │      tokenize ──────┴──────────┘        │
       └─────────┴───────────┴──────────┴─▶ evaluate
 
-Pure: nothing is read or built here, and no method is known by name.
+Nothing is read or built here, and no expansion method is known by name.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pipeline.config import (
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: what a stage's artifacts depend on beside settings, and where it runs."""
+    """What a stage's artifacts depend on besides settings, parents and inputs, and where it runs."""
 
-    version: int  # raise it when the same settings would give another artifact
-    own_process: bool = True  # the driver starts it in a process; else it starts workers itself
+    version: int  # to be increased when the same settings would give a different artifact
+    own_process: bool = True  # False: the stage starts workers itself, from the driver's process
 
 
 STAGES: dict[str, Stage] = {
@@ -50,19 +50,19 @@ STAGES: dict[str, Stage] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What identifies the content that comes from outside, by the input's name."""
+    """What identifies the contents of a run's external inputs."""
 
     model: str
     corpus: str
     instructions: str
-    interpreter: str  # the bundled questions are made from this Python's documentation
-    tasks: Mapping[str, str] = field(default_factory=dict)  # evaluate.tasks of the user's own: name -> their content
-    method: str | None = None  # the source of ``expand.module``, where there is one
+    interpreter: str  # bundled questions are generated from this Python's documentation
+    tasks: Mapping[str, str] = field(default_factory=dict)  # custom tasks of evaluate.tasks: name -> content
+    method: str | None = None  # the source code of expand.module
 
 
 @dataclass(frozen=True)
 class Node:
-    """One artifact of a run, built or to be built."""
+    """An artifact of a run, which may or may not exist yet."""
 
     name: str  # "load", "tokenize/corpus", "evaluate/sft"
     stage: str
@@ -73,14 +73,14 @@ class Node:
 
 
 class _Builder:
-    """Collects nodes in an order in which each follows its parents."""
+    """Collects nodes, parents first."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.nodes: dict[str, Node] = {}
 
     def add(self, name: str, settings: Section, parents: Mapping[str, str], **inputs: str) -> None:
-        """Adds one node; ``parents`` maps a role to the name of an earlier node."""
+        """Add a node. ``parents`` maps each role to the name of an earlier node."""
         stage = name.partition("/")[0]
         nodes = {role: self.nodes[parent] for role, parent in parents.items()}
         self.nodes[name] = make_node(self._settings, name, STAGES[stage], settings, nodes, inputs)
@@ -89,7 +89,7 @@ class _Builder:
 def make_node(
     run: Settings, name: str, stage: Stage, settings: Section, parents: Mapping[str, Node], inputs: Mapping[str, str]
 ) -> Node:
-    """One node with its key."""
+    """Create a node and work out its key."""
     stage_name = name.partition("/")[0]
     seed = run.seed if settings.draws_random_numbers else 0
     key = make_key(
@@ -104,7 +104,7 @@ def make_node(
 
 
 def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
-    """All nodes of one run, parents first. ``evaluate.targets`` decides which models are scored."""
+    """Create all nodes of a run, parents first. ``evaluate.targets`` decides which models are scored."""
     graph = _Builder(run)
     graph.add("load", run.model, {}, model=inputs.model)
     method = {} if inputs.method is None else {"method": inputs.method}
@@ -124,7 +124,12 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
 
 
 def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Node]]]) -> Node:
-    """The node that sets one run, or all runs of a sweep, side by side."""
+    """Create the node of a report on one run, or on all runs of a sweep.
+
+    Args:
+        first: the settings that the report's artifact is stored by.
+        runs: the settings and the nodes of every run.
+    """
     runs = list(runs)
     settings = Report(runs={run.name: run.expand.method for run, _ in runs})
     parents = {
@@ -137,7 +142,7 @@ def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Nod
 
 
 def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
-    """One tokenize node a data set; what matters to it is gathered from ``data`` and the training sections."""
+    """Collect the settings that matter to each tokenize node from ``data`` and the training sections."""
     corpus = Tokenize(
         purpose="corpus",
         sources=_weighted(run.data.corpus),
@@ -158,7 +163,7 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
 
 
 def _weighted(sources: list[Source]) -> list[Source]:
-    """The sources as they matter: one alone has no share."""
+    """The sources for the key, in which the weight of a single source does not matter."""
     return sources if len(sources) > 1 else [sources[0].model_copy(update={"weight": 1.0})]
 
 
@@ -176,30 +181,30 @@ def _evaluate_settings(run: Settings, target: Target) -> Evaluate:
     return EvaluateSnapshot(**run.evaluate.model_dump(), fraction=target.fraction)
 
 
-def select(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:
-    """The nodes of these stages and all they need, in order."""
+def select_nodes(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:
+    """Select the nodes of some stages and all that these depend on, in order."""
     chosen = set(stages)
     wanted = lineage(node for node in nodes.values() if node.stage in chosen)
     return {name: node for name, node in nodes.items() if node.artifact.key in wanted}
 
 
 def lineage(nodes: Iterable[Node]) -> set[str]:
-    """The keys of these nodes and of all they need."""
+    """Return the keys of some nodes and of all that these depend on."""
     keys: set[str] = set()
 
-    def take(node: Node) -> None:
+    def add(node: Node) -> None:
         if node.artifact.key not in keys:
             keys.add(node.artifact.key)
             for parent in node.parents.values():
-                take(parent)
+                add(parent)
 
     for node in nodes:
-        take(node)
+        add(node)
     return keys
 
 
 def forced(nodes: Mapping[str, Node], stages: Iterable[str]) -> set[str]:
-    """Names of the nodes to redo: those of ``stages`` and everything below them."""
+    """Return the names of the nodes to rebuild: those of ``stages`` and everything that depends on them."""
     redo: set[str] = set()
     for name, node in nodes.items():
         if node.stage in set(stages) or any(parent.name in redo for parent in node.parents.values()):

@@ -1,4 +1,4 @@
-"""Builds what is missing, in order, and says what is there already. No torch, no method names."""
+"""Build the missing artifacts of a run in order and report those that exist."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from pipeline.artifacts.lock import Lock
 from pipeline.artifacts.store import begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
 from pipeline.config import Settings
-from pipeline.driver.graph import STAGES, Node, forced, select
-from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import disk_full_as_user_error, read_record, temporary_path, write_json
+from pipeline.driver.graph import STAGES, Node, forced, select_nodes
+from pipeline.errors import WorkersFailed
+from pipeline.files import disk_full_as_user_error, temporary_path, write_json
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
-from pipeline.launch.workers import package_environment
+from pipeline.launch.workers import OUTCOME_FILE, load_outcome, package_environment, raise_refusal
 
-FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt ended
+FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt failed
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors", "pot")
 
 
 def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dict[str, float]:
-    """Builds the selected nodes of one run.
+    """Build the selected nodes of a run.
 
     Returns:
-        Seconds by node name; 0.0 for what was there already.
+        Seconds by node name, 0.0 for artifacts that existed.
 
     Raises:
-        UserError: a stage refused its input.
-        Stopped: a signal ended a stage after it saved.
-        WorkersFailed: a stage's process died.
+        UserError: a stage rejected its input.
+        Stopped: a stage stopped for a signal, after it saved its state.
+        WorkersFailed: a process of a stage died.
     """
-    selected = select(nodes, run.stages)
+    selected = select_nodes(nodes, run.stages)
     redo = forced(selected, run.force)
     seconds = {}
     for name, node in selected.items():
@@ -50,27 +50,27 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
     return seconds
 
 
-def missing(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """The selected nodes that would be built now."""
-    selected = select(nodes, run.stages)
+def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """Return the selected nodes whose artifacts do not exist or are to be rebuilt."""
+    selected = select_nodes(nodes, run.stages)
     redo = forced(selected, run.force)
     return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
 
 
 def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
-    """Makes sure that the node's artifact is there; builds it under its lock when it is not."""
+    """Build an artifact under its lock unless it exists. Returns the seconds that took."""
     if not redo and node.artifact.is_complete():
         console.print(f"  [green]there[/]  {node.name:<24} {node.artifact.key[:12]}")
         return 0.0
 
-    def wait(holder: str) -> None:
+    def report_wait(holder: str) -> None:
         console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")
 
     lock = node.artifact.lock()
-    with lock.held(wait):
+    with lock.held(report_wait):
         if redo:
             node.artifact.invalidate()
-        if node.artifact.is_complete():  # the one we waited for has built it
+        if node.artifact.is_complete():  # built by the process that held the lock
             return 0.0
         return _build(run, node, lock, console)
 
@@ -79,7 +79,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     partial = node.artifact.partial
     failure, resumed = partial / FAILURE_FILE, partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
-    # First of all, because the newest file or directory tells when an attempt that was killed ended.
+    # This comes before any other write: the newest file in the directory tells when an earlier attempt was killed.
     attempts = begin_attempt(partial)
     failure.parent.mkdir(exist_ok=True)
     failure.unlink(missing_ok=True)
@@ -91,10 +91,10 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
-    number, together = finish_attempts(partial, attempts)
+    number, total = finish_attempts(partial, attempts)
     lock.confirm()
     with disk_full_as_user_error(partial):
-        node.artifact.commit({**_manifest(node, metrics, together), "attempts": number})
+        node.artifact.commit({**_manifest(node, metrics, total), "attempts": number})
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)
@@ -102,8 +102,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
 
 
 def make_task(run: Settings, node: Node) -> StageTask:
-    """What the stage function gets."""
-    group = run.name
+    """Create the task for the stage's function."""
     return StageTask(
         name=node.name,
         settings=node.settings,
@@ -113,7 +112,7 @@ def make_task(run: Settings, node: Node) -> StageTask:
         launch=run.launch,
         tracking=TrackingTarget(
             settings=run.tracking,
-            group=group,
+            group=run.name,
             job_type=node.name,
             run_id=node.artifact.key[:16],
             wandb_dir=Path(run.output_dir).absolute() / run.name,
@@ -130,10 +129,10 @@ def _execute(task: StageTask) -> Metrics:
 
 
 def _execute_in_process(task: StageTask) -> Metrics:
-    """Runs ``python -m pipeline.stages`` and reads its outcome; the pipe ends it if this process dies."""
-    logs = task.out / "logs"  # not a temporary folder: the stage may run on another node
+    """Run ``python -m pipeline.stages`` and read its outcome. Its standard input is a pipe, which ends it if we die."""
+    logs = task.out / "logs"  # not a temporary directory, because the stage may run on another node
     logs.mkdir(parents=True, exist_ok=True)
-    task_file, outcome_file = logs / "task.json", logs / "outcome.json"
+    task_file, outcome_file = logs / "task.json", logs / OUTCOME_FILE
     outcome_file.unlink(missing_ok=True)
     write_json(task_file, task_to_json(task))
     command = [*first_node_prefix(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
@@ -145,9 +144,8 @@ def _execute_in_process(task: StageTask) -> Metrics:
         process.terminate()
         process.wait()
         raise
-    outcome: dict[str, Any] = read_record(outcome_file, lambda value: value["status"]) or {"status": "failed"}
-    if outcome["status"] == "refused":
-        raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
+    outcome = load_outcome(logs)
+    raise_refusal(outcome)
     if outcome["status"] != "done":
         raise WorkersFailed(failure_message(f"stage {task.name}: {describe_exit(status)}", logs / "stage.log"))
     metrics: Metrics = outcome["metrics"]
@@ -172,7 +170,7 @@ def _manifest(node: Node, metrics: Metrics, seconds: float) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this source tree, or None for an installed package."""
+    """Return the commit of this source tree, or None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -181,12 +179,12 @@ def _git_commit() -> str | None:
 
 
 def link(run: Settings, node: Node) -> None:
-    """``<output_dir>/<name>/<node>`` points to the artifact, relative, so that the tree can be moved."""
+    """Link ``<output_dir>/<name>/<node>`` to the artifact. The link is relative, so that the tree can be moved."""
     place = Path(run.output_dir) / run.name / node.name
     place.parent.mkdir(parents=True, exist_ok=True)
     target = os.path.relpath(node.artifact.path, place.parent)
     if place.is_symlink() and os.readlink(place) == target:
         return
-    temporary = temporary_path(place)  # jobs of one run that start together all link what they share
+    temporary = temporary_path(place)  # jobs of a run that start at the same time link the artifacts they share
     temporary.symlink_to(target)
     os.replace(temporary, place)

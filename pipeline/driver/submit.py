@@ -1,14 +1,14 @@
-"""A run as dependent batch jobs: one job an artifact that is missing, each after the jobs of its parents.
+"""``action=submit``: run as batch jobs, one per missing artifact, each depending on the jobs of its parents.
 
-What a job does is frozen beside its script as JSON, the composed settings included, rather than repeated as a command
-line: a job may start days later, and must then do what was asked for and what its dependants wait for, whatever has
-become of conf/ meanwhile. The script may be submitted again by hand at any time: a job whose artifact is there does
-nothing, and one that was cut off goes on.
+A job's task, with the composed settings, is stored as JSON next to its script rather than repeated as a command line.
+A job may start days later and must then build the artifact that was asked for and that other jobs wait for, even if the
+files in conf/ have changed since. The script can be submitted again by hand at any time: a job whose artifact exists
+does nothing, and one that was interrupted resumes.
 
-    <output_dir>/<name>/slurm/pretrain.sh     the script; sbatch takes it again
-                              pretrain.json   what the job does
-                              pretrain-12.log what job 12 printed
-                              jobs.json       the last job of every artifact
+    <output_dir>/<name>/slurm/pretrain.sh      the script
+                              pretrain.json    the job's task
+                              pretrain-12.log  the output of job 12
+                              jobs.json        the last job of every artifact
 """
 
 from __future__ import annotations
@@ -25,61 +25,70 @@ from rich.console import Console
 
 from pipeline.artifacts.store import Artifact
 from pipeline.config import Settings
-from pipeline.driver.graph import Node, forced, select
-from pipeline.driver.run import missing
+from pipeline.driver.graph import Node, forced, select_nodes
+from pipeline.driver.run import missing_nodes
 from pipeline.files import read_record, write_json
 from pipeline.launch import slurm
 from pipeline.launch.slurm import escape_percent
 from pipeline.launch.workers import package_environment
 
-FOLDER, JOBS_FILE = "slurm", "jobs.json"
+SLURM_DIR, JOBS_FILE = "slurm", "jobs.json"
 Run = tuple[Settings, Mapping[str, Node]]
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One artifact to be built by one batch job."""
+    """A batch job that builds one artifact.
+
+    Attributes:
+        runs: the runs that need the artifact. The first one builds it, and all of them link to it.
+        redo: whether to rebuild the artifact if it exists.
+        sweep: all runs of the sweep, if the artifact is the sweep's report.
+    """
 
     node: Node
-    runs: tuple[Settings, ...]  # that want it: the first builds it, and all link to it
-    redo: bool  # although it is there
-    sweep: tuple[Settings, ...] = ()  # of a sweep's report: all its runs
+    runs: tuple[Settings, ...]
+    redo: bool
+    sweep: tuple[Settings, ...] = ()
 
     @property
     def place(self) -> Path:
-        """Script, JSON and logs, but for their suffixes."""
-        return folder(self.runs[0]) / self.node.name.replace("/", "-")
+        """The path of the script, the task and the logs without their suffixes."""
+        return slurm_dir(self.runs[0]) / self.node.name.replace("/", "-")
 
 
-def folder(run: Settings) -> Path:
-    """Where a run keeps its jobs."""
-    return (Path(run.output_dir) / run.name / FOLDER).absolute()
+def slurm_dir(run: Settings) -> Path:
+    """The directory of a run's jobs."""
+    return (Path(run.output_dir) / run.name / SLURM_DIR).absolute()
 
 
-# ---------------------------------------------------------------------------------------- which jobs
+# ------------------------------------------------------------------------------------------------ jobs
 
 
 def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
-    """The jobs of these runs, parents first; what several runs share is there once.
+    """Create the jobs of some runs, parents first. An artifact that several runs share gets one job.
 
     Args:
-        report: a sweep's own: its settings, and the one node.
+        report: the report of a sweep: its settings and its only node.
     """
     jobs: dict[str, StageJob] = {}
     for run, nodes in runs:
-        redo = forced(select(nodes, run.stages), run.force)
-        for node in missing(run, nodes).values():
+        redo = forced(select_nodes(nodes, run.stages), run.force)
+        for node in missing_nodes(run, nodes).values():
             known = jobs.get(node.artifact.key, StageJob(node, (), node.name in redo))
             jobs[node.artifact.key] = replace(known, runs=(*known.runs, run))
     if report is not None:
-        whole, nodes = report
-        for node in missing(whole, nodes).values():
-            jobs[node.artifact.key] = StageJob(node, (whole,), redo=False, sweep=tuple(run for run, _ in runs))
+        settings, nodes = report
+        for node in missing_nodes(settings, nodes).values():
+            jobs[node.artifact.key] = StageJob(node, (settings,), redo=False, sweep=tuple(run for run, _ in runs))
     return list(jobs.values())
 
 
-def frozen(job: StageJob) -> dict[str, Any]:
-    """What the job does, as JSON values. ``force`` has been seen to, and a requeued job must not begin again."""
+def job_task(job: StageJob) -> dict[str, Any]:
+    """Describe a job's task as JSON values.
+
+    ``force`` is dropped: artifacts to be rebuilt are invalidated on submission, and a requeued job must resume.
+    """
     run = job.runs[0].model_copy(update={"action": "run", "force": [], "stages": [job.node.stage]})
     return {
         "node": job.node.name,
@@ -90,10 +99,11 @@ def frozen(job: StageJob) -> dict[str, Any]:
     }
 
 
-def script(job: StageJob) -> str:
-    """The job's batch script."""
+def job_script(job: StageJob) -> str:
+    """Write a job's batch script."""
     run, place = job.runs[0], job.place
     python_path = package_environment(os.environ)["PYTHONPATH"]
+    # The job must import the same package, wherever it was imported from.
     here = [f"export PYTHONPATH={shlex.quote(python_path)}"]
     settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, *here]})
     batch = slurm.BatchJob(
@@ -106,23 +116,23 @@ def script(job: StageJob) -> str:
     return slurm.batch_script(batch, settings)
 
 
-# ------------------------------------------------------------------------------------ submitting them
+# ------------------------------------------------------------------------------------------ submission
 
 
 def print_scripts(jobs: Sequence[StageJob], console: Console) -> None:
-    """What would be submitted; nothing is left."""
+    """Print the scripts that would be submitted. No file is written."""
     for job in jobs:
         parents = [parent.node.name for parent in jobs if parent.node.artifact.key in _parent_keys(job)]
         after = f", after {', '.join(parents)}" if parents else ""
         console.print(f"[bold]{job.place}.sh[/]{after}")
-        console.print(script(job), markup=False)
+        console.print(job_script(job), markup=False)
 
 
-def submit(jobs: Sequence[StageJob], console: Console) -> None:
-    """Queues all jobs or none. What is in the queue already, from an earlier submission, is not queued again.
+def submit_jobs(jobs: Sequence[StageJob], console: Console) -> None:
+    """Queue all jobs or none. Jobs of an earlier submission that are still in the queue are not queued again.
 
     Raises:
-        UserError: sbatch refuses one of them.
+        UserError: sbatch rejects one of them.
     """
     known = {key: entry["job"] for key, entry in _still_queued(jobs)}
     for job in jobs:
@@ -154,9 +164,9 @@ def _parent_keys(job: StageJob) -> list[str]:
 
 def _write(job: StageJob) -> None:
     job.place.parent.mkdir(parents=True, exist_ok=True)
-    write_json(f"{job.place}.json", frozen(job))
+    write_json(f"{job.place}.json", job_task(job))
     path = Path(f"{job.place}.sh")
-    path.write_text(script(job))
+    path.write_text(job_script(job))
     path.chmod(0o755)
 
 
@@ -169,17 +179,17 @@ def _print_submitted(job: StageJob, number: int, parents: Sequence[int], console
 
 
 def _invalidate(artifact: Artifact) -> None:
-    """Once and here, so that a job that is requeued goes on."""
+    """Have an artifact rebuilt. This happens on submission, so that a job that is requeued resumes."""
     with artifact.lock().held(lambda holder: None):
         artifact.invalidate()
 
 
-# -------------------------------------------------------------------------------- what was submitted
+# -------------------------------------------------------------------------------------- submitted jobs
 
 
-def recorded(run: Settings) -> dict[str, dict[str, Any]]:
-    """The last job of every node of this run, by the node's name: its id, the artifact's key, its log."""
-    entries: dict[str, dict[str, Any]] = read_record(folder(run) / JOBS_FILE, _are_jobs) or {}
+def submitted_jobs(run: Settings) -> dict[str, dict[str, Any]]:
+    """Read the last job of every node of a run by the node's name: job id, artifact key, script and log."""
+    entries: dict[str, dict[str, Any]] = read_record(slurm_dir(run) / JOBS_FILE, _are_jobs) or {}
     return entries
 
 
@@ -196,15 +206,15 @@ def _record(job: StageJob, number: int) -> None:
         "log": f"{job.place}-{number}.log",
     }
     for run in job.runs:
-        folder(run).mkdir(parents=True, exist_ok=True)
-        write_json(folder(run) / JOBS_FILE, {**recorded(run), job.node.name: entry})
+        slurm_dir(run).mkdir(parents=True, exist_ok=True)
+        write_json(slurm_dir(run) / JOBS_FILE, {**submitted_jobs(run), job.node.name: entry})
 
 
 def _still_queued(jobs: Sequence[StageJob]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Jobs of an earlier submission that will make, or are making, one of these artifacts."""
+    """Find the jobs of earlier submissions that will build, or are building, one of these artifacts."""
     for job in jobs:
         for run in job.runs:
-            entry = recorded(run).get(job.node.name)
+            entry = submitted_jobs(run).get(job.node.name)
             if entry is None or entry["key"] != job.node.artifact.key:
                 continue
             info = slurm.job_info(entry["job"])

@@ -192,7 +192,7 @@ def _wait(process: subprocess.Popen[bytes], log_dir: Path, on_poll: Callable[[],
 
 
 def _a_rank_died(log_dir: Path) -> bool:
-    return _load_outcome(log_dir)["status"] in ("failed", "refused") or bool(worker_deaths(log_dir))
+    return load_outcome(log_dir)["status"] in ("failed", "refused") or bool(worker_deaths(log_dir))
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
@@ -236,7 +236,8 @@ def _stop_file_on_signal(stop_file: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ outcome
 
 
-def _load_outcome(log_dir: Path) -> dict[str, Any]:
+def load_outcome(log_dir: Path) -> dict[str, Any]:
+    """Reads how the work ended: ``{"status": "lost"}`` if no process recorded it."""
     path = log_dir / OUTCOME_FILE
     # NFS caches for up to a minute that a file does not exist, unless this host itself changes the directory.
     with suppress(OSError):
@@ -247,11 +248,16 @@ def _load_outcome(log_dir: Path) -> dict[str, Any]:
     return outcome
 
 
-def _read_outcome(log_dir: Path, exit_status: int, placement: Placement) -> dict[str, Any]:
-    """Returns the outcome of a finished job, or raises the exception for any other."""
-    outcome = _load_outcome(log_dir)
+def raise_refusal(outcome: Mapping[str, Any]) -> None:
+    """Raises the ``UserError`` that an outcome holds, if it holds one."""
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
+
+
+def _read_outcome(log_dir: Path, exit_status: int, placement: Placement) -> dict[str, Any]:
+    """Returns the outcome of a finished job, or raises the exception for any other."""
+    outcome = load_outcome(log_dir)
+    raise_refusal(outcome)
     # A stop requested while the last worker was finishing must still stop the stages that follow.
     if outcome["status"] == "stopped" or (outcome["status"] == "done" and (log_dir / STOP_FILE).exists()):
         raise Stopped(f"workers stopped; logs in {log_dir}")

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from pipeline.artifacts.store import Fingerprints, RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source, Train
 from pipeline.data import python_docs, sources
-from pipeline.driver.graph import Inputs, Node, build_graph, select
-from pipeline.driver.run import missing
+from pipeline.driver.graph import Inputs, Node, build_graph, select_nodes
+from pipeline.driver.run import missing_nodes
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
@@ -67,12 +67,12 @@ class PreparedRun:
     @cached_property
     def selected(self) -> dict[str, Node]:
         """The nodes of the chosen stages and all that these depend on."""
-        return select(self.nodes, self.run.stages)
+        return select_nodes(self.nodes, self.run.stages)
 
     @cached_property
     def missing(self) -> dict[str, Node]:
         """The nodes that would be built now."""
-        return missing(self.run, self.nodes)
+        return missing_nodes(self.run, self.nodes)
 
     @cached_property
     def shape(self) -> Shape | None:

@@ -1,4 +1,4 @@
-"""Every experiment composes with every method, and every wrong request gets one message."""
+"""Composing experiments, and the error messages for wrong requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _refusal(*overrides: str) -> UserError:
     return caught.value
 
 
-def test_the_published_experiments_are_there() -> None:
+def test_the_published_experiments_exist() -> None:
     assert set(EXPERIMENTS) >= {
         "quickstart", "lesa_llama3", "llama_pro_llama2", "opt_deus_llama32_1b", "opt_deus_llama31_8b", "solar_mistral",
     }  # fmt: skip
@@ -39,13 +39,13 @@ def test_every_experiment_composes_with_every_method(experiment: str, method: st
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_opens_with_the_command_that_runs_it(experiment: str) -> None:
+def test_the_first_line_of_an_experiment_is_the_command_that_runs_it(experiment: str) -> None:
     first = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(f" +experiment={experiment}")
     assert _compose(f"+experiment={experiment}").name == experiment
 
 
-def test_published_hyper_parameters() -> None:
+def test_published_hyperparameters() -> None:
     pro = _compose("+experiment=llama_pro_llama2")
     assert (pro.pretrain.global_batch, pro.pretrain.sequence_length, pro.pretrain.steps) == (1024, 4096, 15900)
     assert (pro.pretrain.learning_rate, pro.pretrain.warmup_fraction, pro.pretrain.weight_decay) == (2e-4, 0.06, 0.1)
@@ -54,7 +54,7 @@ def test_published_hyper_parameters() -> None:
     assert (deus.pretrain.sequence_length, deus.pretrain.steps, deus.sft.epochs) == (2048, 12100, 1.0)
 
 
-def test_a_free_dictionary_is_typed_like_any_other_value() -> None:
+def test_a_dictionary_is_overridden_like_any_other_value() -> None:
     settings = _compose(
         "+experiment=quickstart", "pretrain.role_learning_rates={o: 2.0, down: 4.0}",
         "sft.deepspeed.overrides={zero_optimization: {overlap_comm: true}}",
@@ -65,7 +65,7 @@ def test_a_free_dictionary_is_typed_like_any_other_value() -> None:
     assert "role_learning_rates" in wrong.remedy
 
 
-def test_variants_are_presets_of_explicit_settings() -> None:
+def test_variants_are_presets_of_settings() -> None:
     reference = _compose("+experiment=quickstart", "expand=lesa", "expand.variant=reference").expand
     paper = _compose("+experiment=quickstart", "expand=lesa", "expand.variant=paper").expand
     own = _compose("+experiment=quickstart", "expand=lesa", "expand.epochs=3").expand
@@ -74,7 +74,7 @@ def test_variants_are_presets_of_explicit_settings() -> None:
     assert own.epochs == 3  # type: ignore[union-attr]
 
 
-def test_a_sweep_is_composed_whole_before_anything_runs() -> None:
+def test_all_jobs_of_a_sweep_are_composed_at_once() -> None:
     jobs = compose_jobs(["+experiment=quickstart", "expand=lesa,none", "seed=0,1"], True, None)
     assert [job.settings.name for job in jobs] == [
         f"quickstart/expand-{method}_seed-{seed}" for method in ("lesa", "none") for seed in (0, 1)
@@ -83,14 +83,14 @@ def test_a_sweep_is_composed_whole_before_anything_runs() -> None:
         compose_jobs(["+experiment=quickstart", "expand=lesa,lasa"], True, None)
 
 
-def test_a_config_dir_adds_experiments_of_ones_own(tmp_path: Path) -> None:
+def test_a_config_dir_adds_experiments(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("defaults:\n  - override /expand: copy\nname: mine\n")
     settings = _compose("+experiment=mine", config_dir=tmp_path)
     assert (settings.name, settings.expand.method) == ("mine", "copy")
 
 
-def test_a_misspelt_key_inside_an_experiment_file_is_refused(tmp_path: Path) -> None:
+def test_a_misspelled_key_in_an_experiment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("name: mine\npretrain:\n  learning_rte: 1.0e-4\n")
     with pytest.raises(UserError) as caught:
@@ -108,7 +108,7 @@ WRONG = [
     (["+experiment=quickstart", "pretrain.steps=1.5"], "pretrain.steps", "1.5", "pretrain.steps="),
     (["+experiment=quickstart", "expand.new_layers=0"], "expand.new_layers", "0", "expand.new_layers="),
     (["+experiment=quickstart", "expand.position=side"], "expand.position", '"side"', "expand.position="),
-    (["+experiment=quickstart", "expand.method=lesa"], "expand.method", "lesa", "Say expand=lesa"),
+    (["+experiment=quickstart", "expand.method=lesa"], "expand.method", "lesa", "Set expand=lesa"),
     (["+experiment=quickstart", "model.path=/a=b/c~d"], "model.path", "/a=b/c~d", """'model.path="/a=b/c~d"'"""),
     (["+experiment=quickstart", "model=hub"], "model.path", "(not given)", "model.path="),
     (["+experiment=quickstart", "expand=lesa,copy"], "expand", "lesa,copy", "--multirun"),
@@ -120,7 +120,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("command", "setting", "value", "remedy"), WRONG, ids=lambda item: str(item)[:40])
-def test_a_wrong_request_names_setting_value_rule_and_remedy(
+def test_the_error_for_a_wrong_request_names_setting_value_rule_and_remedy(
     command: list[str], setting: str, value: str, remedy: str
 ) -> None:
     error = _refusal(*command)
@@ -130,17 +130,17 @@ def test_a_wrong_request_names_setting_value_rule_and_remedy(
     assert remedy in error.remedy
 
 
-def test_without_an_experiment_the_message_lists_them() -> None:
+def test_the_error_without_an_experiment_lists_them() -> None:
     assert all(name in _refusal().rule for name in EXPERIMENTS)
 
 
-def test_every_fault_is_listed_in_one_message() -> None:
+def test_one_message_lists_all_errors() -> None:
     error = _refusal("+experiment=quickstart", "pretrain.steps=abc", "sft.beta1=2")
     assert "sft.beta1" in error.setting + error.rule and "pretrain.steps" in error.setting + error.rule
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN", "WANDB_API_KEY"])
-def test_a_token_in_a_setting_is_refused_and_not_repeated(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_in_a_setting_is_refused_but_not_printed(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "topsecret-0123456789")
     error = _refusal("+experiment=quickstart", "model.path=dir/topsecret-0123456789")
     assert error.setting == "model.path" and "topsecret" not in str(error)

@@ -12,19 +12,19 @@ from pipeline.config import Target
         ("pretrain@7%", "pretrain", 0.07, "pretrain-at-7"),
     ],
 )
-def test_a_target_goes_to_and_fro(text: str, stage: str, fraction: float | None, file_name: str):
+def test_parsing_a_target_reverses_formatting_it(text: str, stage: str, fraction: float | None, file_name: str):
     target = Target.parse(text)
     assert (target.stage, target.fraction, str(target), target.file_name) == (stage, fraction, text, file_name)
     assert Target.of_role(target.role) == target and "%" not in target.role
 
 
 @pytest.mark.parametrize("text", ["pretrian", "load@20%", "pretrain@20", "pretrain@-1%", "pretrain@0%", "sft@100%"])
-def test_what_names_no_model_is_refused(text: str):
+def test_an_invalid_target_is_refused(text: str):
     with pytest.raises(ValueError, match="say expand for 0 %|say pretrain for 0 %|must be one of load, expand"):
         Target.parse(text)
 
 
-def test_targets_sort_from_the_base_to_the_tuned_model():
+def test_targets_are_sorted_from_the_base_to_the_tuned_model():
     texts = ["sft", "pretrain", "pretrain@80%", "load", "sft@50%", "pretrain@9%", "expand"]
     ordered = sorted(map(Target.parse, texts), key=lambda target: target.order)
     assert list(map(str, ordered)) == ["load", "expand", "pretrain@9%", "pretrain@80%", "pretrain", "sft@50%", "sft"]

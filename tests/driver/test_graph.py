@@ -1,4 +1,4 @@
-"""Keys: what changes which artifacts, and what changes none."""
+"""The graph of a run, and which settings change the keys of which artifacts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.__main__ import compose_jobs
 from pipeline.config import Settings
-from pipeline.driver.graph import Inputs, Node, build_graph, forced, make_report, select
+from pipeline.driver.graph import Inputs, Node, build_graph, forced, make_report, select_nodes
 
 INPUTS = Inputs(model="m", corpus="c", instructions="i", interpreter="p")
 
@@ -37,7 +37,7 @@ AFTER_SFT = {"sft", "evaluate/sft", "report"}
         "force=[expand]", "stages=[load]", "output_dir=elsewhere",
     ],
 )  # fmt: skip
-def test_settings_that_cannot_change_numbers_are_in_no_key(override: str) -> None:
+def test_settings_that_cannot_change_numbers_change_no_key(override: str) -> None:
     assert _changed(override) == set()
 
 
@@ -52,29 +52,31 @@ def test_settings_that_cannot_change_numbers_are_in_no_key(override: str) -> Non
         ("pretrain.steps=7", AFTER_EXPAND - {"expand", "evaluate/expand"}),
         ("evaluate.limit=5", {"evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft", "report"}),
         ("model.dtype=bfloat16", set(_keys())),
-        ("seed=1", AFTER_EXPAND - {"expand", "evaluate/expand"}),  # llama_pro draws nothing
+        ("seed=1", AFTER_EXPAND - {"expand", "evaluate/expand"}),  # llama_pro draws no random numbers
     ],
 )
-def test_one_changed_setting_redoes_that_stage_and_what_hangs_on_it(override: str, changed: set[str]) -> None:
+def test_a_changed_setting_changes_the_keys_of_its_stage_and_of_dependent_stages(
+    override: str, changed: set[str]
+) -> None:
     assert _changed(override) == changed
 
 
-def test_the_seed_names_an_expansion_only_where_the_method_draws() -> None:
+def test_the_seed_changes_the_key_of_an_expansion_that_draws_random_numbers() -> None:
     lesa, again = _keys("expand=lesa"), _keys("expand=lesa", "seed=1")
     assert lesa["expand"] != again["expand"] and lesa["load"] == again["load"]
 
 
-def test_a_report_is_named_after_its_run() -> None:
+def test_the_name_of_a_run_changes_only_the_key_of_its_report() -> None:
     assert _changed("name=another") == {"report"}
 
 
-def test_contents_of_inputs_name_what_is_made_from_them() -> None:
+def test_the_content_of_an_input_changes_the_keys_of_what_is_made_from_it() -> None:
     before, after = _keys(), _keys(inputs=Inputs(model="m", corpus="other", instructions="i", interpreter="p"))
     same = {name for name in before if before[name] == after[name]}
     assert same == {"load", "expand", "tokenize/instructions"}
 
 
-def test_a_sweep_shares_what_does_not_depend_on_the_method() -> None:
+def test_a_sweep_shares_artifacts_that_do_not_depend_on_the_method() -> None:
     nodes: dict[str, set[str]] = {}
     for method in ("lesa", "llama_pro", "none"):
         for name, key in _keys(f"expand={method}").items():
@@ -83,20 +85,20 @@ def test_a_sweep_shares_what_does_not_depend_on_the_method() -> None:
     assert shared == {"load", "tokenize/corpus", "tokenize/instructions", "evaluate/load"}
 
 
-def test_stages_selects_these_and_what_they_need() -> None:
+def test_stages_are_selected_with_their_dependencies() -> None:
     nodes = build_graph(_settings(), INPUTS)
-    assert list(select(nodes, ["expand"])) == ["load", "expand"]
-    assert list(select(nodes, ["tokenize"])) == ["load", "tokenize/corpus", "tokenize/instructions"]
-    assert list(select(nodes, ["report"])) == list(nodes)
+    assert list(select_nodes(nodes, ["expand"])) == ["load", "expand"]
+    assert list(select_nodes(nodes, ["tokenize"])) == ["load", "tokenize/corpus", "tokenize/instructions"]
+    assert list(select_nodes(nodes, ["report"])) == list(nodes)
 
 
-def test_force_redoes_a_stage_and_all_below_it() -> None:
+def test_force_rebuilds_a_stage_and_its_dependents() -> None:
     nodes = build_graph(_settings(), INPUTS)
     assert forced(nodes, ["expand"]) == AFTER_EXPAND
     assert forced(nodes, ["sft"]) == AFTER_SFT
 
 
-def test_a_report_over_a_sweep_hangs_on_every_job() -> None:
+def test_the_report_on_a_sweep_depends_on_every_job() -> None:
     runs = [_settings(f"expand={method}", f"name=q/{method}") for method in ("lesa", "none")]
     graphs: list[tuple[Settings, dict[str, Node]]] = [(run, build_graph(run, INPUTS)) for run in runs]
     node = make_report(runs[0], graphs)

@@ -1,4 +1,4 @@
-"""A batch job that comes back again and again must have something to show for it."""
+"""Requeued batch jobs must make progress between restarts."""
 
 from __future__ import annotations
 
@@ -30,57 +30,55 @@ def node(settings: Settings, tmp_path: Path) -> Node:
     return Node("pretrain", "pretrain", settings.pretrain, {}, 0, artifact)
 
 
-def _begin(monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node, restarts: int) -> None:
-    """The job begins and is cut off."""
+def _start_and_interrupt(monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node, restarts: int) -> None:
+    """Start the job and interrupt it."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     with pytest.raises(KeyboardInterrupt), counted_restarts(settings, [node]):
         raise KeyboardInterrupt
 
 
-def test_restarts_in_vain_are_bounded(monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node) -> None:
+def test_restarts_without_progress_are_limited(monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node) -> None:
     for restarts in range(3):
-        _begin(monkeypatch, settings, node, restarts)
+        _start_and_interrupt(monkeypatch, settings, node, restarts)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     with pytest.raises(NoProgress, match="3 times in a row"), counted_restarts(settings, [node]):
-        raise AssertionError("it must not begin")
+        raise AssertionError("the job must not start")
 
 
-def test_a_checkpoint_in_between_begins_the_count_anew(
-    monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node
-) -> None:
+def test_a_new_checkpoint_resets_the_count(monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node) -> None:
     for restarts in range(10):
-        _begin(monkeypatch, settings, node, restarts)
+        _start_and_interrupt(monkeypatch, settings, node, restarts)
         if restarts % 2 == 1:
             (node.artifact.partial / "checkpoints" / f"step-{restarts:08d}").mkdir()
 
 
-def test_a_half_written_checkpoint_is_no_progress(
+def test_an_incomplete_checkpoint_is_not_progress(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node
 ) -> None:
     for restarts in range(3):
-        _begin(monkeypatch, settings, node, restarts)
+        _start_and_interrupt(monkeypatch, settings, node, restarts)
         (node.artifact.partial / "checkpoints" / f"step-{restarts:08d}.partial").mkdir()
     with pytest.raises(NoProgress):
-        _begin(monkeypatch, settings, node, 3)
+        _start_and_interrupt(monkeypatch, settings, node, 3)
 
 
 @pytest.mark.parametrize("file", [".model.kept", "checkpoint/progress.json"])
-def test_what_grows_is_progress_and_what_is_written_again_is_none(
+def test_a_growing_file_is_progress_but_rewriting_it_is_not(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node, file: str
 ) -> None:
     path = node.artifact.partial / file
     path.parent.mkdir(exist_ok=True)
     for restarts in range(10):
         path.write_text("one more\n" * (restarts // 2))
-        _begin(monkeypatch, settings, node, restarts)
+        _start_and_interrupt(monkeypatch, settings, node, restarts)
     path.write_text(path.read_text())
-    _begin(monkeypatch, settings, node, 10)
+    _start_and_interrupt(monkeypatch, settings, node, 10)
     with pytest.raises(NoProgress):
-        _begin(monkeypatch, settings, node, 11)
+        _start_and_interrupt(monkeypatch, settings, node, 11)
 
 
-def test_outside_a_batch_job_nothing_is_counted(
+def test_restarts_are_not_counted_outside_a_batch_job(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, node: Node, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -94,14 +92,14 @@ def test_outside_a_batch_job_nothing_is_counted(
     "state, reason, batch, may_requeue, requeued",
     [
         ("RUNNING", "None", True, True, [12]),
-        ("COMPLETING", "TimeLimit", True, True, [12]),  # the warning was too short
-        ("COMPLETING", "None", True, True, []),  # scancel's SIGTERM looks like a preemption's
+        ("COMPLETING", "TimeLimit", True, True, [12]),  # the signal came too late to save
+        ("COMPLETING", "None", True, True, []),  # cancelled: the SIGTERM of scancel looks like that of a preemption
         ("CANCELLED", "None", True, True, []),
-        ("RUNNING", "None", False, True, []),  # somebody's terminal
+        ("RUNNING", "None", False, True, []),  # an interactive job
         ("RUNNING", "None", True, False, []),  # --no-requeue
     ],
 )
-def test_only_a_running_batch_job_that_may_is_requeued(
+def test_only_interrupted_batch_jobs_that_may_be_requeued_are(
     monkeypatch: pytest.MonkeyPatch, state: str, reason: str, batch: bool, may_requeue: bool, requeued: list[int]
 ) -> None:
     info = JobInfo(12, state, reason, 0, batch=batch, may_requeue=may_requeue, run_time="", time_limit="")
@@ -113,11 +111,11 @@ def test_only_a_running_batch_job_that_may_is_requeued(
     assert asked == requeued
 
 
-def test_when_slurm_does_not_answer_the_user_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_is_told_what_to_do_if_slurm_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(job: int) -> JobInfo:
         raise SlurmUnreachable("no controller")
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setattr(requeue.slurm, "job_info", silent)
-    told = requeue_this_job()
-    assert told is not None and "submit its script again" in told
+    message = requeue_this_job()
+    assert message is not None and "submit its script again" in message

@@ -1,4 +1,4 @@
-"""Building one artifact, with a function in place of the stage."""
+"""Build an artifact with a function in place of the stage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_time_between_a_failed_attempt_and_the_next_is_not_counted(
 
 
 def _move_back_in_time(partial: Path, seconds: float) -> None:
-    """Make the last attempt look as if it had begun and ended that long ago."""
+    """Make the last attempt look as if it started and ended that long ago."""
     file = partial / "attempts.json"
     attempts = json.loads(file.read_text())
     attempts[-1]["started"] -= seconds

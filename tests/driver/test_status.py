@@ -1,4 +1,4 @@
-"""What status says of a run that is under way, or that failed."""
+"""``action=status`` for a run that is in progress or has failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.config import Settings
 from pipeline.driver.graph import Inputs, Node, build_graph
 from pipeline.driver.run import FAILURE_FILE
 from pipeline.driver.status import print_status
-from pipeline.driver.submit import folder
+from pipeline.driver.submit import slurm_dir
 from pipeline.files import write_json
 from pipeline.launch import slurm
 from pipeline.launch.slurm import JobInfo
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Run:
     return settings, build_graph(settings, Inputs("m", "c", "i", "p"))
 
 
-def _said(run: Run) -> str:
+def _printed(run: Run) -> str:
     console = Console(file=io.StringIO(), width=200)
     print_status(*run, console)
     assert isinstance(console.file, io.StringIO)
@@ -36,11 +36,11 @@ def _said(run: Run) -> str:
 
 
 def _line(run: Run, name: str) -> str:
-    return next(line for line in _said(run).splitlines() if f" {name} " in line)
+    return next(line for line in _printed(run).splitlines() if f" {name} " in line)
 
 
 def _training(run: Run, *lines: dict[str, float]) -> Node:
-    """pretrain under way, its data finished."""
+    """Make pretrain look as if it was running, with its data finished."""
     node = run[1]["pretrain"]
     data = node.parents["data"].artifact
     data.partial.mkdir(parents=True)
@@ -51,7 +51,7 @@ def _training(run: Run, *lines: dict[str, float]) -> Node:
     return node
 
 
-def test_training_under_way_shows_its_newest_numbers_and_the_time_left(run: Run) -> None:
+def test_running_training_shows_its_latest_metrics_and_the_time_left(run: Run) -> None:
     _training(run, {"step": 5, "loss": 3.0, "seconds": 50.0}, {"step": 6, "loss": 2.5, "seconds": 60.0})
     assert "step 6 of 18, loss 2.5, 0:02:00 left" in _line(run, "pretrain")
     assert "absent" in _line(run, "sft")
@@ -60,7 +60,7 @@ def test_training_under_way_shows_its_newest_numbers_and_the_time_left(run: Run)
 def _job(monkeypatch: pytest.MonkeyPatch, run: Run, state: str, reason: str = "None") -> None:
     info = JobInfo(12, state, reason, 1, batch=True, may_requeue=True, run_time="00:01:00", time_limit="01:00:00")
     monkeypatch.setattr(slurm, "job_info", lambda job: info)
-    log = folder(run[0]) / "pretrain-12.log"
+    log = slurm_dir(run[0]) / "pretrain-12.log"
     log.parent.mkdir(parents=True)
     log.write_text("first\nOut of memory\n")
     entry = {"job": 12, "key": run[1]["pretrain"].artifact.key, "log": str(log)}
@@ -72,23 +72,29 @@ def test_a_running_job_is_shown_with_its_time(run: Run, monkeypatch: pytest.Monk
     assert "job 12 RUNNING 00:01:00 of 01:00:00, restarts 1" in _line(run, "pretrain")
 
 
-def test_a_failed_stage_repeats_its_last_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_stage_shows_its_error_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _job(monkeypatch, run, "FAILED", "NonZeroExitCode")
     node = _training(run, {"step": 1, "loss": 3.0, "seconds": 1.0})
     (node.artifact.partial / FAILURE_FILE).write_text("rank 1 of 2: killed by SIGKILL\n  | boom\n")
-    said = _said(run)
-    assert "job 12 FAILED (NonZeroExitCode)" in said and "rank 1 of 2: killed by SIGKILL" in said and "| boom" in said
-    assert " left" not in said
+    printed = _printed(run)
+    assert (
+        "job 12 FAILED (NonZeroExitCode)" in printed
+        and "rank 1 of 2: killed by SIGKILL" in printed
+        and "| boom" in printed
+    )
+    assert " left" not in printed
 
 
-def test_a_job_that_died_without_a_word_shows_the_end_of_its_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_job_without_an_error_message_shows_the_end_of_its_log(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _job(monkeypatch, run, "OUT_OF_MEMORY", "OutOfMemory")
-    said = _said(run)
-    assert "| Out of memory" in said and "pretrain-12.log" in said
+    printed = _printed(run)
+    assert "| Out of memory" in printed and "pretrain-12.log" in printed
 
 
-def test_a_job_of_other_settings_is_not_this_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_was_submitted_with_other_settings_is_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _job(monkeypatch, run, "RUNNING")
     entry = {"job": 12, "key": "another", "log": "x"}
-    write_json(folder(run[0]) / "jobs.json", {"pretrain": entry})
+    write_json(slurm_dir(run[0]) / "jobs.json", {"pretrain": entry})
     assert "job" not in _line(run, "pretrain")

@@ -1,4 +1,4 @@
-"""Which jobs a run becomes, and what each of them will do; a real Slurm runs them in tests/slurm."""
+"""Which batch jobs a run is submitted as, and their tasks. tests/slurm runs them on a real Slurm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.artifacts.store import Artifact
 from pipeline.config import Settings
 from pipeline.driver import submit
 from pipeline.driver.graph import Inputs, Node, build_graph, make_report
-from pipeline.driver.submit import StageJob, frozen, script, stage_jobs
+from pipeline.driver.submit import StageJob, job_script, job_task, stage_jobs
 from pipeline.errors import UserError
 from pipeline.launch import slurm
 from pipeline.launch.slurm import JobInfo
@@ -37,7 +37,7 @@ def _position(jobs: list[StageJob]) -> dict[str, int]:
     return {job.node.artifact.key: index for index, job in enumerate(jobs)}
 
 
-def test_every_missing_artifact_is_one_job_after_those_of_its_parents(tmp_path: Path) -> None:
+def test_each_missing_artifact_is_built_by_one_job_after_its_parents(tmp_path: Path) -> None:
     ((run, nodes),) = _runs(tmp_path)
     _finish(nodes["load"])
     jobs = stage_jobs([(run, nodes)], None)
@@ -55,42 +55,42 @@ def test_a_sweep_shares_jobs_and_ends_with_one_report(tmp_path: Path) -> None:
     counts = {name: sum(job.node.name == name for job in jobs) for name in ("load", "tokenize/corpus", "expand")}
     assert counts == {"load": 1, "tokenize/corpus": 1, "expand": 3}
     shared = next(job for job in jobs if job.node.name == "load")
-    assert frozen(shared)["linked"] == ["quickstart/expand-average", "quickstart/expand-none"]
+    assert job_task(shared)["linked"] == ["quickstart/expand-average", "quickstart/expand-none"]
     assert jobs[-1].node.name == "report" and jobs[-1].runs == (whole,)
-    assert len(frozen(jobs[-1])["sweep"]) == 3
+    assert len(job_task(jobs[-1])["sweep"]) == 3
 
 
-def test_what_a_job_does_is_frozen_and_forced_only_once(tmp_path: Path) -> None:
+def test_the_task_of_a_job_holds_its_settings_without_force(tmp_path: Path) -> None:
     ((run, nodes),) = _runs(tmp_path, "force=[expand]", "action=submit")
     _finish(nodes["load"])
     _finish(nodes["expand"])
     jobs = {job.node.name: job for job in stage_jobs([(run, nodes)], None)}
     assert jobs["expand"].redo and jobs["pretrain"].redo and not jobs["tokenize/corpus"].redo
-    values = frozen(jobs["expand"])
+    values = job_task(jobs["expand"])
     again = Settings.model_validate_json(json.dumps(values["run"]))
     assert build_graph(again, INPUTS)["expand"].artifact.key == values["key"] == nodes["expand"].artifact.key
     assert (again.action, again.force, again.stages) == ("run", [], ["expand"])
 
 
-def test_a_stage_has_its_own_resources(tmp_path: Path) -> None:
+def test_each_stage_requests_its_own_resources(tmp_path: Path) -> None:
     ((run, nodes),) = _runs(tmp_path, "slurm=gpu", "slurm.pretrain.nodes=4")
     jobs = {job.node.name: job for job in stage_jobs([(run, nodes)], None)}
-    assert "--nodes=4" in script(jobs["pretrain"]) and "--gpus-per-node=8" in script(jobs["pretrain"])
-    assert "--gpus-per-node=1" in script(jobs["expand"])
+    assert "--nodes=4" in job_script(jobs["pretrain"]) and "--gpus-per-node=8" in job_script(jobs["pretrain"])
+    assert "--gpus-per-node=1" in job_script(jobs["expand"])
     for cpu_stage in ("tokenize/corpus", "report", "load"):
-        assert "--gpus" not in script(jobs[cpu_stage])
-    assert f"export PYTHONPATH={Path(submit.__file__).resolve().parents[2]}" in script(jobs["load"])
+        assert "--gpus" not in job_script(jobs[cpu_stage])
+    assert f"export PYTHONPATH={Path(submit.__file__).resolve().parents[2]}" in job_script(jobs["load"])
 
 
 @pytest.mark.parametrize("wrong", ["slurm.evaluate.nodes=2", "slurm.load.time=1:2:3:4", "slurm.pretrain.gpus=-1"])
-def test_resources_that_make_no_sense_are_refused(tmp_path: Path, wrong: str) -> None:
+def test_invalid_resources_are_refused(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(UserError) as error:
         _runs(tmp_path, wrong)
     assert error.value.setting.startswith("slurm")
 
 
 class FakeSlurm:
-    """Remembers what it was asked; refuses a job by its script's name."""
+    """Records the requests; rejects the job whose script has the name ``refused``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, refused: str = "") -> None:
         self.parents: dict[str, list[int]] = {}
@@ -115,47 +115,47 @@ class FakeSlurm:
         return JobInfo(job, state, "None", 0, batch=True, may_requeue=True, run_time="", time_limit="")
 
 
-def test_jobs_depend_on_their_parents_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_jobs_depend_on_the_jobs_of_their_parents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = FakeSlurm(monkeypatch)
     ((run, nodes),) = _runs(tmp_path)
     _finish(nodes["load"])
-    submit.submit(stage_jobs([(run, nodes)], None), CONSOLE)
+    submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
     number = {name: index for index, name in enumerate(fake.parents, start=1)}
     assert fake.parents["expand"] == []
     assert fake.parents["pretrain"] == [number["expand"], number["tokenize-corpus"]]
     assert sorted(fake.released) == sorted(number.values())
-    assert submit.recorded(run)["sft"]["job"] == number["sft"]
+    assert submit.submitted_jobs(run)["sft"]["job"] == number["sft"]
 
 
-def test_either_all_jobs_are_queued_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_job_is_queued_if_one_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = FakeSlurm(monkeypatch, refused="sft")
     ((run, nodes),) = _runs(tmp_path, "force=[load]")
     _finish(nodes["load"])
     with pytest.raises(UserError):
-        submit.submit(stage_jobs([(run, nodes)], None), CONSOLE)
+        submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
     assert fake.cancelled == list(range(1, len(fake.parents) + 1))
     assert not fake.released and nodes["load"].artifact.is_complete()
 
 
-def test_a_job_that_is_still_queued_is_waited_for_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_job_that_is_still_queued_is_not_submitted_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = FakeSlurm(monkeypatch)
     ((run, nodes),) = _runs(tmp_path, "stages=[expand]")
-    submit.submit(stage_jobs([(run, nodes)], None), CONSOLE)
-    first = submit.recorded(run)["expand"]["job"]
+    submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
+    first = submit.submitted_jobs(run)["expand"]["job"]
     fake.active, fake.parents = {first}, {"occupied": [], "also": [], "and": []}
     _finish(nodes["load"])
     ((wider, wider_nodes),) = _runs(tmp_path, "stages=[pretrain]")
-    submit.submit(stage_jobs([(wider, wider_nodes)], None), CONSOLE)
+    submit.submit_jobs(stage_jobs([(wider, wider_nodes)], None), CONSOLE)
     assert "expand" not in fake.parents
     assert first in fake.parents["pretrain"]
 
 
-def test_forced_artifacts_count_as_missing_once_the_jobs_are_queued(
+def test_forced_artifacts_are_invalidated_when_their_jobs_are_queued(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     FakeSlurm(monkeypatch)
     ((run, nodes),) = _runs(tmp_path, "force=[load]", "stages=[load]")
     _finish(nodes["load"])
-    submit.submit(stage_jobs([(run, nodes)], None), CONSOLE)
+    submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
     artifact: Artifact = nodes["load"].artifact
     assert not artifact.is_complete() and artifact.path.exists()

@@ -1,8 +1,8 @@
-"""Artifact keys and finished runs of commit 379a28e, from before the code was divided into packages, stay valid.
+"""Artifact keys and finished runs of commit 379a28e, from before the package layout was introduced, stay valid.
 
-``keys.json`` holds the keys that commit gave for some command lines, and ``finished_run.tar.gz`` a run that it finished
-(inputs, command line and outputs). A change that is meant to make artifacts anew raises a stage's version in
-``driver/graph.py`` and updates both.
+``keys.json`` contains the keys of that commit for some command lines, and ``finished_run.tar.gz`` a run that it
+finished (inputs, command line and outputs). A change that is meant to rebuild artifacts increases the version of a
+stage in ``driver/graph.py`` and updates both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def test_keys_of_every_recorded_command_line_are_unchanged() -> None:
 
 
 def _split(arguments: str) -> list[str]:
-    """The recorded command line as arguments; a dictionary's spaces separate nothing."""
+    """Split a recorded command line into arguments, except at spaces within a dictionary."""
     parts: list[str] = []
     for part in arguments.split(" "):
         if parts and parts[-1].count("{") > parts[-1].count("}"):
