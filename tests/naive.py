@@ -1,4 +1,4 @@
-"""The methods' arithmetic once more, written from their descriptions and as plainly as possible: the tests' oracles."""
+"""Oracles of the tests: the arithmetic of the methods, written as plainly as possible from their descriptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def svd_factors(matrices: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Thin SVD of the matrices side by side, float64: U, S, and the block of V^T of each matrix.
+    """Returns the thin SVD of the matrices side by side, float64: U, S, and the block of V^T of each matrix.
 
     The largest entry of each left singular vector is made positive, as the project fixes signs.
     """
@@ -29,7 +29,12 @@ def predicted_matrix(
     layers_of_predictor: list[tuple[Tensor, Tensor]],
     scale: float = 1.0,
 ) -> Tensor:
-    """LESA's new matrix between two base layers, given the (weight, bias) pairs of a predictor of scaled vectors."""
+    """Returns LESA's new matrix between two base layers.
+
+    Args:
+        layers_of_predictor: (weight, bias) pairs.
+        scale: of the right singular vectors that the predictor reads and predicts.
+    """
     left, values, right = svd_factors(matrices)
     hidden = torch.cat([right[lower], right[upper]], dim=1) * scale
     for index, (weight, bias) in enumerate(layers_of_predictor):
@@ -40,10 +45,10 @@ def predicted_matrix(
 
 
 def sinkhorn(cost: Tensor, regularization: float, iterations: int = 5000) -> Tensor:
-    """Entropic optimal transport with uniform marginals: the textbook's scaling of exp(-cost / reg), float64."""
+    """Solves entropic optimal transport with uniform marginals by scaling exp(-cost / reg), float64."""
     n, m = cost.shape
     kernel = torch.exp(-cost.double() / regularization)
-    assert bool((kernel > 0).all()), "too large a cost for this oracle"
+    assert bool((kernel > 0).all()), "this oracle underflows for such costs"
     u, v = torch.ones(n).double(), torch.ones(m).double()
     for _ in range(iterations):
         u = 1 / n / (kernel @ v)
@@ -52,7 +57,7 @@ def sinkhorn(cost: Tensor, regularization: float, iterations: int = 5000) -> Ten
 
 
 def sinkhorn_in_logs(cost: Tensor, regularization: float, iterations: int) -> Tensor:
-    """The same for costs whose exponential would be zero: potentials in float64, that many iterations."""
+    """Solves the same with float64 potentials, for costs whose exponential underflows, in a number of iterations."""
     n, m = cost.shape
     scaled = -cost.double() / regularization
     f, g = torch.zeros(n).double(), torch.zeros(m).double()
@@ -63,19 +68,20 @@ def sinkhorn_in_logs(cost: Tensor, regularization: float, iterations: int) -> Te
 
 
 def distances(first: Tensor, second: Tensor) -> Tensor:
-    """Euclidean distance of every row of one matrix from every row of the other, difference by difference."""
+    """Returns the Euclidean distance between every row of one matrix and every row of the other."""
     return torch.stack([(row - second).norm(dim=1) for row in first])
 
 
 def fused_layer(
     lower: Mapping[str, Tensor], upper: Mapping[str, Tensor], iterations: Mapping[str, int], rescale: bool
 ) -> dict[str, Tensor]:
-    """OpT-DeUS between two Llama layers before outputs are silenced, module by module as the paper's appendix lists
-    them; float64.
+    """Returns OpT-DeUS's layer between two Llama layers, before outputs are zeroed, float64.
+
+    Modules are in the order of the paper's appendix.
 
     Args:
-        iterations: of Sinkhorn at the authors' regularization of 0.06, by module.
-        rescale: the plan's rows sum to one (the paper's) and not to 1 / n (the released code's).
+        iterations: Sinkhorn iterations at the authors' regularization of 0.06, by module.
+        rescale: whether the rows of a plan sum to one, as in the paper, or to 1 / n, as in the released code.
     """
     lower, upper = ({name: tensor.double() for name, tensor in layer.items()} for layer in (lower, upper))
     identity, plans = torch.eye(len(lower["input_layernorm.weight"])).double(), dict[str, Tensor]()
@@ -100,6 +106,6 @@ def fused_layer(
     return fused
 
 
-def relative_difference(got: Tensor, wanted: Tensor) -> float:
-    """In the Frobenius norm."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Returns the relative difference in the Frobenius norm."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())

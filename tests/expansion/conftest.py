@@ -1,4 +1,4 @@
-"""Base layers in memory: what a method sees, without files."""
+"""Base layers in memory, as a method reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.expansion.random_layer import Layers, random_layer
 
 @pytest.fixture
 def random_layers() -> Callable[[int], Layers]:
-    """``random_layers(5)``: five different Llama layers with biases, float32."""
+    """``random_layers(5)`` returns five different float32 Llama layers with biases."""
     roles = family_of("llama").roles
 
     def make(count: int) -> Layers:

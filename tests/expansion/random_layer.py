@@ -1,4 +1,4 @@
-"""A Llama layer with biases and random values, in memory."""
+"""A random Llama layer with biases, in memory."""
 
 from __future__ import annotations
 

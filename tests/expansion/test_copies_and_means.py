@@ -1,4 +1,4 @@
-"""Methods without arithmetic of their own: copies to the bit, means, and blocks that add zero."""
+"""Methods without linear algebra: exact copies, means, and blocks that add zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RandomLayers = Callable[[int], Layers]
 
 
 def _expand(base: Layers, settings: AnyExpand) -> tuple[LayerPlan, dict[int, dict[LayerTensor, Tensor]]]:
-    """The plan, and the new layers' tensors by index in the new model; each is yielded once."""
+    """Returns the plan, and the new layers' tensors by index in the new model."""
     method = method_of(settings)
     plan = method.place(len(base))
     made: dict[int, dict[LayerTensor, Tensor]] = {layer.layer: {} for layer in plan.new_layers}
@@ -32,11 +32,11 @@ def _expand(base: Layers, settings: AnyExpand) -> tuple[LayerPlan, dict[int, dic
 
 @pytest.mark.parametrize("method", ["copy", "solar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_copies_are_their_sources_to_the_bit(
+def test_copies_are_exact(
     expand_settings: ExpandSettings, random_layers: RandomLayers, method: str, dtype: torch.dtype
 ) -> None:
     base = [{tensor: value.to(dtype) for tensor, value in layer.items()} for layer in random_layers(4)]
-    base[2] = {tensor: value * 1e-6 for tensor, value in base[2].items()}  # float16: below its smallest normal number
+    base[2] = {tensor: value * 1e-6 for tensor, value in base[2].items()}  # subnormal in float16
     plan, made = _expand(base, expand_settings(method, new_layers=3))
     for layer, tensors in made.items():
         source = plan.layers[layer].base[0]
@@ -47,7 +47,7 @@ def _is_output(role: Role) -> bool:
     return role.name in ("o", "down")
 
 
-def test_llama_pro_copies_and_zeroes_outputs_with_their_biases(
+def test_llama_pro_copies_all_but_zeroed_outputs_and_their_biases(
     expand_settings: ExpandSettings, random_layers: RandomLayers
 ) -> None:
     base = random_layers(4)
@@ -60,15 +60,15 @@ def test_llama_pro_copies_and_zeroes_outputs_with_their_biases(
                 assert torch.equal(value, base[plan.layers[layer].base[0]][tensor])
 
 
-def test_average_is_the_mean_of_the_neighbours(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+def test_average_is_the_mean_of_the_neighbors(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
     base = random_layers(4)
     _, made = _expand(base, expand_settings("average", new_layers=2, position=[1, 3]))
     for tensor in base[0]:
         assert torch.equal(made[2][tensor], (base[1][tensor] + base[2][tensor]) / 2)
-        assert torch.equal(made[5][tensor], base[3][tensor])  # past the end: of the last layer with itself
+        assert torch.equal(made[5][tensor], base[3][tensor])  # after the last layer: its mean with itself
 
 
-def test_three_averages_in_a_gap_lie_at_its_quarters(
+def test_three_averages_in_a_gap_are_at_its_quarters(
     expand_settings: ExpandSettings, random_layers: RandomLayers
 ) -> None:
     base = random_layers(2)
@@ -78,6 +78,6 @@ def test_three_averages_in_a_gap_lie_at_its_quarters(
             torch.testing.assert_close(made[layer][tensor], torch.lerp(lower, base[1][tensor], layer / 4))
 
 
-def test_none_makes_nothing(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+def test_none_adds_no_tensors(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
     _, made = _expand(random_layers(3), expand_settings("none"))
     assert made == {}

@@ -1,4 +1,4 @@
-"""Placements as published, and what an arbitrary placement must satisfy."""
+"""Published placements, and the properties of arbitrary ones."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _sources(plan: LayerPlan) -> list[int]:
     return [layer.base[0] for layer in plan.layers]
 
 
-def test_interleaved_8_of_32_is_llama_pro_on_llama_2() -> None:
+def test_interleaving_8_into_32_is_llama_pro_on_llama_2() -> None:
     gaps = gaps_of("interleaved", 8, 32)
     assert gaps == (3, 7, 11, 15, 19, 23, 27, 31)
     plan = insertion_plan(gaps, 32)
     assert _new(plan) == [4, 9, 14, 19, 24, 29, 34, 39]
-    assert plan.layers[39].base == (31,)  # past the last layer there is no upper neighbour
+    assert plan.layers[39].base == (31,)  # after the last layer there is no upper neighbor
 
 
 @pytest.mark.parametrize("new_layers", [1, 3, 5, 7, 11, 29, 30, 31, 45])
@@ -71,7 +71,7 @@ def test_the_second_of_two_in_a_gap_is_made_from_the_first() -> None:
     assert [(layer.layer, layer.made_from) for layer in plan.new_layers] == [(2, (1, 4)), (3, (2, 4))]
 
 
-def test_layers_past_the_end_are_made_against_the_last_one() -> None:
+def test_layers_after_the_last_one_are_made_from_it() -> None:
     plan = insertion_plan((1, 1), 2)
     assert [(layer.layer, layer.base, layer.made_from) for layer in plan.new_layers] == [
         (2, (1,), (1, 1)),
@@ -80,17 +80,17 @@ def test_layers_past_the_end_are_made_against_the_last_one() -> None:
 
 
 @pytest.mark.parametrize("gaps", [(), (0,), (0, 0, 0, 2, 4), (4, 4, 4, 4), (0, 1, 1, 2, 2, 2, 3, 3, 3, 3)])
-def test_every_insertion_keeps_the_base_in_order_and_can_be_made(gaps: tuple[int, ...]) -> None:
+def test_every_insertion_keeps_the_base_in_order_and_is_made_in_order(gaps: tuple[int, ...]) -> None:
     plan = insertion_plan(gaps, 5)
     assert [layer.layer for layer in plan.layers] == list(range(5 + len(gaps)))
     assert [layer.base[0] for layer in plan.layers if not layer.new] == list(range(5))
     assert sorted(layer.base[0] for layer in plan.layers if layer.new) == list(gaps)
     assert list(plan.config_sources) == sorted(plan.config_sources)
-    there = {layer.layer for layer in plan.layers if not layer.new}
+    available = {layer.layer for layer in plan.layers if not layer.new}
     for layer in plan.new_layers:
-        assert set(layer.made_from) <= there
-        there.add(layer.layer)
-    assert there == set(range(len(plan.layers)))
+        assert set(layer.made_from) <= available
+        available.add(layer.layer)
+    assert available == set(range(len(plan.layers)))
 
 
 def test_solar_on_32_layers_is_24_and_24(expand_settings: ExpandSettings) -> None:
@@ -103,7 +103,7 @@ def test_solar_on_32_layers_is_24_and_24(expand_settings: ExpandSettings) -> Non
     ("new_layers", "lower_copy", "upper_copy"),
     [(1, 3, 2), (2, 4, 2), (3, 4, 1), (4, 5, 1), (5, 5, 0)],
 )
-def test_solar_drops_half_of_what_is_too_much_from_each_copy(
+def test_solar_drops_half_of_the_surplus_from_each_copy(
     expand_settings: ExpandSettings, new_layers: int, lower_copy: int, upper_copy: int
 ) -> None:
     plan = method_of(expand_settings("solar", new_layers=new_layers)).place(5)
@@ -119,7 +119,7 @@ def test_rows_of_expansion_json() -> None:
     ]
 
 
-def test_none_leaves_the_base(expand_settings: ExpandSettings) -> None:
+def test_none_adds_no_layer(expand_settings: ExpandSettings) -> None:
     settings = expand_settings("none", new_layers=8, position="top")
     assert (settings.new_layers, settings.position) == (0, None)
     assert _new(method_of(settings).place(4)) == []
@@ -136,7 +136,7 @@ def test_solar_refuses_other_positions(expand_settings: ExpandSettings, position
 
 
 @pytest.mark.parametrize(
-    ("method", "changes", "layers", "says"),
+    ("method", "changes", "layers", "message"),
     [
         ("solar", {"new_layers": 5}, 4, "expand.new_layers = 5.*at most 4.*expand.new_layers=4"),
         ("copy", {"new_layers": 3, "position": [0, 1]}, 4, "expand.new_layers = 3.*lists 2 gaps"),
@@ -146,10 +146,10 @@ def test_solar_refuses_other_positions(expand_settings: ExpandSettings, position
         ("lesa", {"new_layers": 1, "position": "top"}, 2, "expand.method = lesa.*at least 3 layers"),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_remedy(
-    expand_settings: ExpandSettings, method: str, changes: dict[str, object], layers: int, says: str
+def test_impossible_placements_are_refused_with_a_remedy(
+    expand_settings: ExpandSettings, method: str, changes: dict[str, object], layers: int, message: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         method_of(expand_settings(method, **changes)).check(layers)
 
 
@@ -193,24 +193,26 @@ def test_published_placements(
 
 
 def _halved(lower: int, upper: int) -> dict[int, tuple[int, int]]:
-    """What each layer between two is made from: passes over whatever gaps are left, until none is.
+    """Returns what each layer between two is made from, in passes over the remaining gaps until none is left.
 
-    Of n layers in a gap the ceil(n/2)-th is the middle one.
+    Of n layers in a gap, the middle one is the ceil(n/2)-th.
     """
-    made, standing = {}, [lower, upper]
-    while any(b - a > 1 for a, b in pairwise(standing)):
-        for a, b in list(pairwise(standing)):
+    made, placed = {}, [lower, upper]
+    while any(b - a > 1 for a, b in pairwise(placed)):
+        for a, b in list(pairwise(placed)):
             if b - a > 1:
                 middle = a + math.ceil((b - a - 1) / 2)
                 made[middle] = (a, b)
-                standing.append(middle)
-        standing.sort()
+                placed.append(middle)
+        placed.sort()
     return made
 
 
 @pytest.mark.parametrize("position", ["top", "middle", "bottom", "interleaved", "list"])
 @pytest.mark.parametrize("base", [2, 3, 5, 12])
-def test_any_amount_is_made_by_halving_every_gap(expand_settings: ExpandSettings, position: str, base: int) -> None:
+def test_any_number_of_layers_is_made_by_halving_every_gap(
+    expand_settings: ExpandSettings, position: str, base: int
+) -> None:
     for new_layers in range(1, 4 * base + 1):
         drawn = random.Random(new_layers).choices(range(base), k=new_layers)
         gaps = drawn if position == "list" else position
@@ -220,19 +222,19 @@ def test_any_amount_is_made_by_halving_every_gap(expand_settings: ExpandSettings
         wanted: dict[int, tuple[int, int]] = {}
         for lower, upper in pairwise([*old, len(plan.layers)]):
             between = _halved(lower, upper)
-            if upper == len(plan.layers):  # past the last layer, which stands for its own upper neighbour
+            if upper == len(plan.layers):  # after the last layer, which stands in for the upper neighbor
                 between = {new: (a, lower if b == upper else b) for new, (a, b) in between.items()}
             wanted |= between
         assert {layer.layer: layer.made_from for layer in plan.new_layers} == wanted
-        there = set(old)
+        available = set(old)
         for layer in plan.new_layers:
-            assert set(layer.made_from) <= there
-            there.add(layer.layer)
+            assert set(layer.made_from) <= available
+            available.add(layer.layer)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("solar", "none")])
 @pytest.mark.parametrize("position", ["top", "interleaved"])
-def test_four_times_the_base_is_the_most(expand_settings: ExpandSettings, method: str, position: str) -> None:
+def test_at_most_four_new_layers_per_base_layer(expand_settings: ExpandSettings, method: str, position: str) -> None:
     method_of(expand_settings(method, new_layers=48, position=position)).check(12)
     with pytest.raises(UserError, match=r"expand.new_layers = 49: .*at most 4 .*48.*expand.new_layers=48"):
         method_of(expand_settings(method, new_layers=49, position=position)).check(12)

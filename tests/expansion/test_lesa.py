@@ -28,7 +28,7 @@ RandomLayers = Callable[[int], Layers]
 
 @pytest.fixture
 def settings(expand_settings: ExpandSettings) -> Callable[..., Lesa]:
-    """LESA's own settings, made small."""
+    """Returns LESA's settings, with small sizes."""
 
     def make(**changes: object) -> Lesa:
         small = {"epochs": 2, "hidden_size": 16, "new_layers": 2, "batch_size": 8}
@@ -51,7 +51,7 @@ def _expand(
     return plan, made, work
 
 
-def _quiet(step: int, steps: int, loss: float) -> None:
+def _ignore_progress(step: int, steps: int, loss: float) -> None:
     pass
 
 
@@ -60,7 +60,7 @@ def _matrices(base: Layers, name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (24, 4)], ids=["tall", "wide", "taller than all side by side"])
-def test_the_gram_route_is_the_svd(shape: tuple[int, int]) -> None:
+def test_the_decomposition_equals_a_full_svd(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator) for _ in range(4)]
     svd = decompose(lambda layer: matrices[layer], 4)
@@ -73,7 +73,7 @@ def test_the_gram_route_is_the_svd(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(svd.left @ svd.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
 
 
-def test_directions_without_a_singular_value_are_left_out() -> None:
+def test_directions_with_a_zero_singular_value_are_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(8, 3, generator=generator)
     matrices = [basis @ torch.randn(3, 5, generator=generator) for _ in range(4)]
@@ -83,14 +83,14 @@ def test_directions_without_a_singular_value_are_left_out() -> None:
     torch.testing.assert_close(svd.left @ svd.right[1], matrices[1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_is_the_authors() -> None:
+def test_the_loss_is_that_of_the_authors() -> None:
     predicted, target = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     mean_squared_error, norm_error = (9 + 9) / 4, (5.0 - 1.0) ** 2
     loss = prediction_loss(predicted, target, norm_loss_weight=0.1, norm_batch=64)
     torch.testing.assert_close(loss, torch.tensor(0.9 * mean_squared_error + 0.1 * norm_error))
 
 
-def test_norms_are_taken_over_the_authors_batch_however_many_directions_a_step_sees() -> None:
+def test_norms_do_not_depend_on_the_number_of_directions_per_step() -> None:
     generator = torch.Generator().manual_seed(0)
     predicted, target = torch.randn(10, 3, generator=generator), torch.randn(10, 3, generator=generator)
     batches = list(zip(predicted.split(4), target.split(4), strict=True))
@@ -100,17 +100,17 @@ def test_norms_are_taken_over_the_authors_batch_however_many_directions_a_step_s
 
 
 @pytest.mark.parametrize(("variant", "norm_loss_weight"), [("reference", 5e-4), ("paper", 5e-5)])
-def test_training_is_that_of_a_plain_loop_over_all_samples(
+def test_training_equals_a_plain_loop_over_all_samples(
     settings: Callable[..., Lesa], variant: str, norm_loss_weight: float
 ) -> None:
-    """The authors': one batch a step, whose norm is one number, at a constant learning rate."""
+    """As the authors do: one norm per batch, and a constant learning rate."""
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(5, 6, 3, generator=generator)
     chosen = settings(variant=variant, epochs=3)
     predictor = Predictor(3, 16, seed=1)
     naive = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     naive.load_state_dict(predictor.state_dict())
-    train_predictor(predictor, right, chosen, seed=2, note=_quiet)
+    train_predictor(predictor, right, chosen, seed=2, note=_ignore_progress)
 
     inputs = torch.cat([torch.cat([right[i - 1], right[i + 1]], dim=1) for i in (1, 2, 3)])
     targets = torch.cat([right[i] for i in (1, 2, 3)])
@@ -139,7 +139,7 @@ def test_standardized_factors_have_unit_variance_and_the_same_product() -> None:
         torch.testing.assert_close(svd.left @ svd.right[layer], matrices[layer], atol=1e-5, rtol=1e-5)
 
 
-def test_first_predictions_are_centred_and_of_the_targets_size() -> None:
+def test_first_predictions_are_centered_and_have_the_norm_of_the_targets() -> None:
     right = torch.randn(5, 40, 12, generator=torch.Generator().manual_seed(0))
     predictor = Predictor(12, 32, seed=0)
     predictor.initialize_on(right.flatten(0, 1), 40, torch.arange(40, 160), seed=1)
@@ -149,7 +149,7 @@ def test_first_predictions_are_centred_and_of_the_targets_size() -> None:
     torch.testing.assert_close(first.norm(), right[1:-1].norm(), rtol=1e-5, atol=0)
 
 
-def test_training_learns(settings: Callable[..., Lesa]) -> None:
+def test_training_reduces_the_loss(settings: Callable[..., Lesa]) -> None:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(64, 8, generator=generator)
     right = torch.stack([direction * (1 + 0.1 * layer) for layer in range(6)])
@@ -170,7 +170,7 @@ def test_new_matrices_are_predicted_from_an_exact_svd(
         tensor = LayerTensor(name, family_of("llama").roles[name])
         predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
         svd = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
-        train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_quiet)
+        train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_ignore_progress)
         linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
         matrices = _matrices(base, name)
         for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
@@ -188,7 +188,7 @@ def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
     tensor = LayerTensor(name, family_of("llama").roles[name])
     predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
     svd = decompose(lambda layer: base[layer][tensor], 4)
-    train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_quiet)
+    train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_ignore_progress)
     first = predictor(torch.cat([svd.right[1], svd.right[2]], dim=1))
     second = predictor(torch.cat([first, svd.right[2]], dim=1))
     torch.testing.assert_close(made[2][tensor], (svd.left @ first).detach())
@@ -213,14 +213,16 @@ def test_norms_and_biases_come_from_where_the_setting_says(
         assert torch.equal(made[5][tensor], wanted[1])
 
 
-def test_zero_init_silences_both_blocks(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
+def test_zero_init_zeroes_the_outputs_of_both_blocks(
+    settings: Callable[..., Lesa], random_layers: RandomLayers
+) -> None:
     _, made, _ = _expand(random_layers(4), settings(zero_init=True))
     for tensors in made.values():
         for tensor, value in tensors.items():
             assert bool(value.any()) != (tensor.role.name in ("o", "down"))
 
 
-def test_the_seed_decides_everything(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
+def test_only_the_seed_matters(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
     base = random_layers(4)
     torch.manual_seed(1)
     _, first, _ = _expand(base, settings(), seed=3)
@@ -233,7 +235,7 @@ def test_the_seed_decides_everything(settings: Callable[..., Lesa], random_layer
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_how_many_roles_are_made_at_once_changes_nothing(
+def test_the_number_of_concurrent_roles_does_not_matter(
     settings: Callable[..., Lesa], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     base = random_layers(4)
@@ -245,19 +247,19 @@ def test_how_many_roles_are_made_at_once_changes_nothing(
     assert list(one_work.records.items()) == list(several_work.records.items())
 
 
-def test_the_work_has_a_record_for_each_matrix(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
+def test_every_matrix_role_is_recorded(settings: Callable[..., Lesa], random_layers: RandomLayers) -> None:
     _, _, work = _expand(random_layers(4), settings())
     assert len(work.records) == 7
     assert all(facts["loss"] > 0 for facts in work.records.values())
 
 
-def test_only_the_directions_given_are_learnt_from(settings: Callable[..., Lesa]) -> None:
+def test_only_the_given_directions_are_trained_on(settings: Callable[..., Lesa]) -> None:
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(5, 6, 3, generator=generator)
-    some, without_the_rest = Predictor(3, 16, seed=1), Predictor(3, 16, seed=1)
-    train_predictor(some, right, settings(), seed=2, note=_quiet, directions=torch.tensor([0, 2, 5]))
-    train_predictor(without_the_rest, right[:, [0, 2, 5]], settings(), seed=2, note=_quiet)
-    for got, wanted in zip(some.parameters(), without_the_rest.parameters(), strict=True):
+    subset, alone = Predictor(3, 16, seed=1), Predictor(3, 16, seed=1)
+    train_predictor(subset, right, settings(), seed=2, note=_ignore_progress, directions=torch.tensor([0, 2, 5]))
+    train_predictor(alone, right[:, [0, 2, 5]], settings(), seed=2, note=_ignore_progress)
+    for got, wanted in zip(subset.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -269,13 +271,13 @@ def test_the_cosine_schedule_warms_up_and_ends_near_zero() -> None:
     assert {_learning_rate_factor("constant", step, 100) for step in range(100)} == {1.0}
 
 
-def test_an_interrupted_expansion_goes_on_with_the_roles_that_are_missing(
+def test_an_interrupted_expansion_resumes_with_the_missing_roles(
     settings: Callable[..., Lesa], random_layers: RandomLayers
 ) -> None:
     base, chosen = random_layers(4), settings()
     plan, whole, _ = _expand(base, chosen)
     made = {(layer, tensor) for layer in whole for tensor in base[0] if tensor.role.name in ("q", "gate")}
-    lacking = {key for key in made if key[0] == max(whole) and key[1].role.name == "gate"}  # so gate is made again
+    lacking = {key for key in made if key[0] == max(whole) and key[1].role.name == "gate"}  # so gate must be repeated
     rest = list(chosen.new_tensors(base, plan, Workspace(made=made - lacking, declared_seed=0)))
     assert {new.tensor.role.name for new in rest if new.tensor.role.kind == "matrix"} == {
         "k",
@@ -288,7 +290,7 @@ def test_an_interrupted_expansion_goes_on_with_the_roles_that_are_missing(
     assert all(torch.equal(new.value, whole[new.layer][new.tensor]) for new in rest)
 
 
-def test_a_large_role_is_taught_alone_to_the_same_result(
+def test_a_large_role_is_trained_alone_with_the_same_result(
     settings: Callable[..., Lesa], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = random_layers(4)
@@ -299,7 +301,7 @@ def test_a_large_role_is_taught_alone_to_the_same_result(
     assert len(work.records) == 7
 
 
-def test_a_group_s_factors_are_let_go_before_the_next_is_decomposed(
+def test_the_factors_of_a_group_are_freed_before_the_next_is_decomposed(
     settings: Callable[..., Lesa], random_layers: RandomLayers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lesa_predictions, "GROUP_BYTES", 0)
@@ -317,7 +319,7 @@ def test_a_group_s_factors_are_let_go_before_the_next_is_decomposed(
     assert len(held) == 7
 
 
-def test_variants_are_presets_of_numbers(expand_settings: ExpandSettings) -> None:
+def test_variants_are_presets_of_explicit_settings(expand_settings: ExpandSettings) -> None:
     default, fast = expand_settings("lesa"), expand_settings("lesa", variant="fast")
     assert isinstance(default, Lesa) and default.variant == "fast"
     assert isinstance(fast, Lesa) and (fast.epochs, fast.batch_size, fast.norm_batch) == (3, 256, 64)

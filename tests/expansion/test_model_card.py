@@ -1,4 +1,4 @@
-"""The model card says what was done to which weights."""
+"""The model card describes how the model was made and from which weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ EXPANSION: dict[str, Any] = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """What the card needs of a directory: names and bytes."""
+    """A directory with a config and weights, as far as the card reads them."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     return tmp_path
 
 
-def test_a_directory_from_anywhere_is_named_by_its_weights(base: Path) -> None:
+def test_a_base_without_a_manifest_is_identified_by_its_weights(base: Path) -> None:
     card = model_card(EXPANSION | {"seed": 3, "base": base_weights(base)}, base)
     assert "# 2 layers grown to 3 by llama_pro" in card
     assert "arXiv 2401.02415" in card
@@ -43,7 +43,7 @@ def test_a_directory_from_anywhere_is_named_by_its_weights(base: Path) -> None:
     assert "base_model" not in card
 
 
-def test_what_the_manifest_knows_is_taken_from_it(base: Path) -> None:
+def test_source_and_hashes_are_taken_from_the_manifest(base: Path) -> None:
     files = {"model.safetensors": {"bytes": 7, "sha256": "abc"}}
     settings = {"path": "meta-llama/Llama-3.2-1B", "revision": "0123456", "gguf_file": None}
     write_json(base / "manifest.json", {"settings": settings, "files": files})

@@ -1,4 +1,4 @@
-"""OpT-DeUS against a plain log-space Sinkhorn and the description of its flow."""
+"""OpT-DeUS against a plain Sinkhorn in the log domain and the paper's description of the transport flow."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def costs() -> Tensor:
     return distances(first, second)
 
 
-def test_the_log_domain_solver_finds_the_plan(costs: Tensor) -> None:
-    """That of as many plain iterations, and of so many that no more would change it."""
+def test_the_log_domain_solver_finds_the_optimal_plan(costs: Tensor) -> None:
+    """Equal to that of as many plain iterations, and to that of converged ones."""
     solved = sinkhorn_log(costs, 0.06, max_iterations=5000, marginal_error=1e-6)
     assert solved.iterations is not None and solved.iterations < 5000
     assert relative_difference(solved.plan, sinkhorn_in_logs(costs, 0.06, solved.iterations)) < 1e-5
@@ -38,14 +38,14 @@ def test_the_log_domain_solver_finds_the_plan(costs: Tensor) -> None:
     assert solved.outcome(1e-5) == "converged"
 
 
-def test_costs_that_underflow_an_exponential_are_solved(costs: Tensor) -> None:
+def test_problems_whose_kernel_underflows_are_solved(costs: Tensor) -> None:
     assert (torch.exp(-costs * 100 / 0.06) == 0).any()
     solved = sinkhorn_log(costs * 100, 0.06, max_iterations=20000, marginal_error=1e-3)
     assert solved.outcome(2e-3) == "converged"
     assert torch.isfinite(solved.plan).all()
 
 
-def test_a_solve_that_ran_out_of_iterations_says_so(costs: Tensor) -> None:
+def test_a_solve_that_did_not_converge_is_reported(costs: Tensor) -> None:
     solved = sinkhorn_log(costs, 0.06, max_iterations=1, marginal_error=1e-6)
     assert (solved.iterations, solved.outcome(1e-6)) == (1, "not converged")
 
@@ -55,7 +55,7 @@ def test_the_authors_solver_agrees_where_it_does_not_underflow(costs: Tensor) ->
     assert relative_difference(solved.plan, sinkhorn(costs, 0.5)) < 1e-5
 
 
-def test_the_authors_solver_returns_nothing_where_it_underflows(costs: Tensor) -> None:
+def test_the_authors_solver_returns_a_zero_plan_where_it_underflows(costs: Tensor) -> None:
     solved = sinkhorn_pot(costs + 20, 0.06, max_iterations=10000, marginal_error=1e-9)
     assert float(solved.plan.sum()) < 1e-6
     assert solved.outcome(1e-9) == "underflow: the plan is zero"
@@ -72,12 +72,12 @@ def _settings(expand_settings: ExpandSettings, **changes: object) -> OptDeus:
 
 
 def _iterations(work: Workspace) -> dict[str, int]:
-    """Sinkhorn's iterations by module, of one new layer."""
+    """Returns the Sinkhorn iterations of one new layer by module."""
     return {name.split()[-1]: facts["iterations"] for name, facts in work.records.items()}
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_a_layer_is_fused_along_the_flow_of_transport(
+def test_a_layer_is_fused_as_the_paper_describes(
     expand_settings: ExpandSettings, random_layers: RandomLayers, rescale: bool
 ) -> None:
     settings = _settings(expand_settings, rescale_plan=rescale)
@@ -93,8 +93,8 @@ def test_a_layer_is_fused_along_the_flow_of_transport(
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_before_silencing_outputs_are_fused_too(random_layers: RandomLayers, rescale: bool) -> None:
-    """They are what further layers of the same gap are made from."""
+def test_outputs_are_fused_before_they_are_zeroed(random_layers: RandomLayers, rescale: bool) -> None:
+    """Further layers of the same gap are made from them."""
     lower, upper = random_layers(2)
     iterations: dict[str, int] = {}
 
@@ -111,8 +111,8 @@ def test_before_silencing_outputs_are_fused_too(random_layers: RandomLayers, res
         assert relative_difference(value, wanted[name]) < 1e-5, name
 
 
-def test_a_layer_with_its_own_permutation_is_found_again(random_layers: RandomLayers) -> None:
-    """Neurons in another order are brought back: the fused matrix is the upper one."""
+def test_permuted_neurons_are_aligned(random_layers: RandomLayers) -> None:
+    """If the lower matrix is a permutation of the upper one, the fused matrix is the upper one."""
     (upper,) = random_layers(1)
     tensor = next(tensor for tensor in upper if tensor.role.name == "q" and tensor.role.kind == "matrix")
     w2 = upper[tensor]
@@ -124,7 +124,7 @@ def test_a_layer_with_its_own_permutation_is_found_again(random_layers: RandomLa
 def test_the_reference_preset_reproduces_the_zero_plan(
     expand_settings: ExpandSettings, random_layers: RandomLayers
 ) -> None:
-    """Where the authors' float32 solver underflows, what comes out is half of the upper layer."""
+    """If the authors' float32 solver underflows, the new matrices are half of the upper layer's."""
     settings = _settings(expand_settings, variant="reference")
     assert (settings.solver, settings.rescale_plan, settings.marginal_error) == ("pot_float32", False, 1e-9)
     base = [{tensor: value * 30 for tensor, value in layer.items()} for layer in random_layers(4)]
@@ -136,7 +136,7 @@ def test_the_reference_preset_reproduces_the_zero_plan(
     assert work.warnings == ["7 of 7 transport problems: underflow: the plan is zero"]
 
 
-def test_every_solve_is_recorded(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
+def test_the_outcome_of_every_solve_is_recorded(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:
     settings = _settings(expand_settings)
     work = Workspace()
     list(settings.new_tensors(random_layers(3), settings.place(3), work))

@@ -1,4 +1,4 @@
-"""A sound model passes; each kind of fault is found and named."""
+"""A correct model passes, and each kind of fault is found and named."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipeline.expansion.self_check import CheckFailedError, check_model
 from pipeline.models.layer_config import spelled_out_config
 from tests.tiny_families import TINY_CONFIGS, save_tiny
 
-WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes that the check may hold
+WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes of memory that the check may use
 
 
 @pytest.fixture
 def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may corrupt."""
     return Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
 
 
@@ -39,20 +39,20 @@ def _change(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("memory", [WHOLE, LAYER_BY_LAYER])
-def test_a_sound_model_agrees_with_itself(tiny_llama_dir: Path, memory: int) -> None:
+def test_a_correct_model_has_its_own_logits(tiny_llama_dir: Path, memory: int) -> None:
     outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), same_logits_as=tiny_llama_dir, memory=memory)
     assert outcome.logit_difference == 0.0
     assert outcome.cache_difference < 1e-5
 
 
-def test_without_a_promise_logits_are_not_compared(tiny_llama_dir: Path) -> None:
+def test_logits_are_not_compared_without_a_reference(tiny_llama_dir: Path) -> None:
     outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), same_logits_as=None, memory=WHOLE)
     assert outcome.logit_difference is None
 
 
 @pytest.mark.parametrize("memory", [WHOLE, LAYER_BY_LAYER])
 @pytest.mark.parametrize(
-    ("name", "tensor", "says"),
+    ("name", "tensor", "message"),
     [
         ("model.layers.1.mlp.up_proj.weight", None, "missing_keys.*layers.1.mlp.up_proj"),
         ("model.layers.4.mlp.up_proj.weight", torch.ones(64, 32), "unexpected_keys.*layers.4"),
@@ -62,21 +62,21 @@ def test_without_a_promise_logits_are_not_compared(tiny_llama_dir: Path) -> None
     ],
     ids=["missing", "unexpected", "not finite", "untied", "other logits"],
 )
-def test_a_fault_in_the_weights(
-    model: Path, tiny_llama_dir: Path, name: str, tensor: torch.Tensor | None, says: str, memory: int
+def test_faults_in_the_weights_are_found(
+    model: Path, tiny_llama_dir: Path, name: str, tensor: torch.Tensor | None, message: str, memory: int
 ) -> None:
     _change(model, name, tensor)
-    with pytest.raises(CheckFailedError, match=says):
+    with pytest.raises(CheckFailedError, match=message):
         check_model(model, _config(model), same_logits_as=tiny_llama_dir, memory=memory)
 
 
-def test_a_config_that_reads_back_differently(model: Path) -> None:
+def test_a_config_that_reads_back_differently_is_found(model: Path) -> None:
     with pytest.raises(CheckFailedError, match="differently in rms_norm_eps"):
         check_model(model, {**_config(model), "rms_norm_eps": 0.5}, same_logits_as=None, memory=WHOLE)
 
 
-def test_a_layer_that_uses_another_ones_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classic fault of a copied layer: the same logits without a cache, wrong ones with it."""
+def test_a_layer_that_uses_the_cache_of_another_is_found(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classic bug of copied layers: correct logits without a cache, wrong ones with it."""
     load = self_check._load
 
     def load_with_shared_index(directory: Path, **placement: Any) -> Any:
@@ -90,7 +90,7 @@ def test_a_layer_that_uses_another_ones_cache(model: Path, monkeypatch: pytest.M
 
 
 def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are on the meta device, and what decodes is a narrow twin of its depth."""
+    """Its weights are on the meta device, and a narrow model of the same depth is decoded."""
     loaded: list[Any] = []
     load, decode = self_check._load, self_check._cache_difference
 
@@ -114,7 +114,7 @@ def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)
 def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """From disk a sound model agrees with itself, its narrow twin decodes, and one layer in disorder is found."""
+    """From disk, a correct model has its own logits, its narrow twin decodes, and a corrupted layer is found."""
     base = save_tiny(family, tmp_path / "base", tiny_tokenizer)
     config = spelled_out_config(base)
     outcome = check_model(base, config, same_logits_as=base, memory=LAYER_BY_LAYER)
@@ -122,9 +122,9 @@ def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer:
     assert outcome.logit_difference == 0.0
     assert outcome.cache_difference < 1e-5
 
-    spoilt = Path(shutil.copytree(base, tmp_path / "spoilt"))
-    tensors = load_file(spoilt / "model.safetensors")
+    corrupted = Path(shutil.copytree(base, tmp_path / "corrupted"))
+    tensors = load_file(corrupted / "model.safetensors")
     name = next(name for name in tensors if "layers.2." in name and tensors[name].dim() > 1)
-    _change(spoilt, name, tensors[name].flip(0))  # which no norm makes up for, as it may for a scale or a shift
+    _change(corrupted, name, tensors[name].flip(0))  # no norm compensates for this, as it may for a scale or a shift
     with pytest.raises(CheckFailedError, match="logits differ from the base's"):
-        check_model(spoilt, config, same_logits_as=base, memory=LAYER_BY_LAYER)
+        check_model(corrupted, config, same_logits_as=base, memory=LAYER_BY_LAYER)

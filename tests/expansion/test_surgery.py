@@ -1,4 +1,4 @@
-"""Base and new tensors on their way to disk: interruptions, room to work in, and where new ones go."""
+"""Writing the weights of a deeper model: interruptions and scratch space."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ CPU = torch.device("cpu")
 
 
 class Interrupted(Exception):
-    """What a test ends a method with."""
+    """Raised to interrupt a method."""
 
 
 class Watched:
-    """A method that remembers what it gave, and ends after a number of tensors."""
+    """The tensors of a method, remembered as they are yielded; interrupted after ``limit`` of them."""
 
-    def __init__(self, settings: AnyExpand, gives: int | None = None) -> None:
-        self._settings, self._gives = settings, gives
-        self.given: list[str] = []
+    def __init__(self, settings: AnyExpand, limit: int | None = None) -> None:
+        self._settings, self._limit = settings, limit
+        self.yielded: list[str] = []
         self.work = Workspace()
 
     def __call__(self, layers: list[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         self.work = work
         for new in method_of(self._settings).new_tensors(layers, plan, work):
-            if len(self.given) == self._gives:
+            if len(self.yielded) == self._limit:
                 raise Interrupted
-            self.given.append(f"{new.layer} {new.tensor.name}")
+            self.yielded.append(f"{new.layer} {new.tensor.name}")
             yield new
 
 
@@ -49,7 +49,7 @@ def _names(base: Path, settings: AnyExpand) -> TensorNames:
 
 
 @pytest.mark.parametrize("method", ["lesa", "opt_deus", "average", "llama_pro"])
-def test_an_interrupted_expansion_goes_on_and_ends_the_same(
+def test_an_interrupted_expansion_resumes_without_repeating_finished_work(
     expand_settings: ExpandSettings,
     tiny_llama_dir: Path,
     tmp_path: Path,
@@ -58,24 +58,25 @@ def test_an_interrupted_expansion_goes_on_and_ends_the_same(
 ) -> None:
     small = {"epochs": 1, "hidden_size": 16} if method == "lesa" else {}
     settings = expand_settings(method, new_layers=2, position=[1, 1], **small)
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    whole.mkdir(), parted.mkdir()
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole.mkdir(), resumed.mkdir()
     uninterrupted = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), uninterrupted, CPU, whole, seed=0)
 
     monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
-        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, parted, seed=0)
+        write_weights(_names(tiny_llama_dir, settings), Watched(settings, limit=12), CPU, resumed, seed=0)
     second = Watched(settings)
-    work = write_weights(_names(tiny_llama_dir, settings), second, CPU, parted, seed=0)
-    assert (parted / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    work = write_weights(_names(tiny_llama_dir, settings), second, CPU, resumed, seed=0)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert work.records == uninterrupted.work.records
-    kept = {"lesa": 12}.get(method, 11)  # a role of LESA's is kept when it is whole; else the twelfth was in hand
-    assert len(second.work.made) == kept
-    assert _weights_in(parted) == {"model.safetensors"}
-    if method == "lesa":  # whose roles are its units of work, the largest first
-        assert not any(name in given for name in ("gate_proj", "up_proj", "down_proj") for given in second.given)
-    if method == "opt_deus":  # whose units of work are layers, here the second one from the first
+    # LESA saves a role when it is complete. Otherwise the twelfth tensor was being yielded.
+    assert len(second.work.made) == {"lesa": 12}.get(method, 11)
+    assert _weights_in(resumed) == {"model.safetensors"}
+    if method == "lesa":  # its units of work are roles, the largest first
+        finished = ("gate_proj", "up_proj", "down_proj")
+        assert not any(name in yielded for name in finished for yielded in second.yielded)
+    if method == "opt_deus":  # its units of work are layers, and here the second is made from the first
         assert work.records.keys() == second.work.records.keys()
 
 
@@ -104,19 +105,19 @@ def _weights_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()} - {surgery.RECORDS}
 
 
-def test_a_layer_that_is_made_and_that_no_other_needs_is_not_solved_again(
+def test_a_finished_layer_that_no_other_is_made_from_is_not_repeated(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = expand_settings("opt_deus", new_layers=2, position=[0, 2])
     monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
     with pytest.raises(Interrupted):
-        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=12), CPU, tmp_path, seed=0)
+        write_weights(_names(tiny_llama_dir, settings), Watched(settings, limit=12), CPU, tmp_path, seed=0)
     second = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), second, CPU, tmp_path, seed=0)
-    assert {given.split()[0] for given in second.given} == {"4"}  # 1 was whole
+    assert {yielded.split()[0] for yielded in second.yielded} == {"4"}  # layer 1 was complete
 
 
-def test_an_attempt_that_was_cut_off_after_the_last_tensor_is_not_made_again(
+def test_an_attempt_that_was_interrupted_after_the_last_tensor_is_not_repeated(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     settings = expand_settings("lesa", new_layers=2, epochs=1, hidden_size=16)
@@ -125,15 +126,15 @@ def test_an_attempt_that_was_cut_off_after_the_last_tensor_is_not_made_again(
     written = (tmp_path / "model.safetensors").stat().st_mtime_ns
     second = Watched(settings)
     again = write_weights(names, second, CPU, tmp_path, seed=0)
-    assert second.given == [] and (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+    assert second.yielded == [] and (tmp_path / "model.safetensors").stat().st_mtime_ns == written
     assert (again.records, again.warnings) == (first.records, first.warnings)
 
-    surgery.forget_records(tmp_path)  # the stage's word that they are final, or wrong
+    surgery.forget_records(tmp_path)  # as the stage does once they are verified or known to be wrong
     write_weights(names, second, CPU, tmp_path, seed=0)
-    assert second.given
+    assert second.yielded
 
 
-def test_large_room_is_in_a_file_without_a_name(
+def test_large_scratch_tensors_are_in_an_unnamed_file(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = expand_settings("lesa", new_layers=2, epochs=1, hidden_size=16)

@@ -1,7 +1,7 @@
-"""Decomposes random matrices in a process of its own: ``python -m tests.real.decompose_alone WIDTH LAYERS DIRECTORY``.
+"""Decomposes random matrices in a separate process: ``python -m tests.real.decompose_alone WIDTH LAYERS DIRECTORY``.
 
-V lies in a file of the directory, which has no name, so none is left. What was resident before any work is written
-there, in bytes, as ``before``.
+V is in an unnamed file in the directory. The resident memory before the decomposition is written to the file ``before``
+there, in bytes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from scripts.benchmarks.processes import resident_bytes
 
 
 def main(width: int, layers: int, directory: Path) -> None:
-    """Matrices are ``[width, width]`` in bfloat16, drawn when they are read."""
+    """Decomposes bfloat16 matrices ``[width, width]``, which are generated when they are read."""
 
     def read(layer: int) -> Tensor:
         return torch.randn(width, width, generator=torch.Generator().manual_seed(layer)).bfloat16()
 
     def scratch(shape: tuple[int, ...], device: torch.device) -> Tensor:
-        room = torch.from_file(str(directory / "v"), shared=True, size=torch.Size(shape).numel()).view(shape)
+        tensor = torch.from_file(str(directory / "v"), shared=True, size=torch.Size(shape).numel()).view(shape)
         (directory / "v").unlink()
-        return room
+        return tensor
 
     (directory / "before").write_text(str(resident_bytes(os.getpid())))
     svd = decompose(read, layers, scratch)

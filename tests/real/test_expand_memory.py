@@ -1,4 +1,4 @@
-"""Expansion at Llama-3-8B's full width holds a few tensors, never a model: two layers stand for all thirty-two."""
+"""Expansion at the width of Llama-3-8B holds a few tensors, never a model. Two layers stand in for all 32."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.tasks import expand_settings, expand_task
 
 GIGABYTE = 1e9
-LLAMA_3_8B_INTERMEDIATE = 14336  # rows of gate and up: the largest that LESA decomposes
+LLAMA_3_8B_INTERMEDIATE = 14336  # rows of gate and up, the largest matrices that LESA decomposes
 
 
 @pytest.fixture(scope="module")
 def slice_of_llama_3_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random, bfloat16, 3 GB; written by a writer that holds one tensor."""
+    """A random bfloat16 checkpoint of 3 GB, written one tensor at a time."""
     directory: Path = tmp_path_factory.mktemp("full_width") / "base"
     write_random_checkpoint("llama-3-8b", directory, layers=2)
     return directory
 
 
 @pytest.mark.parametrize(("method", "gigabytes"), [("llama_pro", 2), ("solar", 2), ("opt_deus", 6)])
-def test_what_a_method_holds(slice_of_llama_3_8b: Path, tmp_path: Path, method: str, gigabytes: int) -> None:
-    """Anonymous and shared pages from outside, self-check included, which goes layer by layer."""
+def test_peak_memory_of_a_method(slice_of_llama_3_8b: Path, tmp_path: Path, method: str, gigabytes: int) -> None:
+    """Anonymous and shared pages, measured from outside, including the layer-by-layer self-check."""
     out, task, outcome = tmp_path / "out", tmp_path / "task.json", tmp_path / "outcome.json"
     out.mkdir()
     settings = expand_settings(method, new_layers=1, position="top")
@@ -38,11 +38,11 @@ def test_what_a_method_holds(slice_of_llama_3_8b: Path, tmp_path: Path, method: 
     assert 0.2 * GIGABYTE < peak.host < gigabytes * GIGABYTE
 
 
-def test_what_lesa_s_decomposition_holds(tmp_path: Path) -> None:
-    """Four square matrices of d_out in float64, whatever the depth: for all of Llama-3-8B less than 8 GB.
+def test_peak_memory_of_lesa_s_decomposition(tmp_path: Path) -> None:
+    """At most four float64 matrices ``[d_out, d_out]`` whatever the depth: less than 8 GB for all of Llama-3-8B.
 
-    LESA needs three layers, and at full width and depth takes an hour; so one role of hidden width stands for gate
-    and up, whose Gram matrices are twelve times as large. In memory V alone would be another four.
+    LESA needs three layers and takes an hour at full width and depth. Here one square matrix of the hidden size stands
+    in for gate and up, whose Gram matrices are twelve times as large. V, which is on disk, would be another four.
     """
     width, layers, matrices = 4096, 8, 4.5
     peak = run_module("tests.real.decompose_alone", str(width), str(layers), str(tmp_path), log=tmp_path / "log")

@@ -1,4 +1,4 @@
-"""Expansion of the real small model, and what was seen on it before."""
+"""Expansion of a real small model, against plain implementations and earlier observations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _matrix(directory: Path, layer: int, module: str) -> Tensor:
 
 
 def _layer(directory: Path, layer: int) -> LayerWeights:
-    """All tensors of a Llama layer, float32."""
+    """Returns all tensors of a Llama layer, float32."""
     stored = ModelDirectory(directory)
     return {
         LayerTensor(name, role): stored.read(f"model.layers.{layer}.{name}").float()
@@ -52,7 +52,7 @@ def _expand(base: Path, settings: AnyExpand, out: Path) -> Metrics:
     return expand.run(StageTask("expand", settings, {"load": base}, out, 0, launch, target))
 
 
-def test_the_unpacked_model_speaks(smollm2_dir: Path) -> None:
+def test_the_dequantized_model_answers_a_question(smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -62,7 +62,7 @@ def test_the_unpacked_model_speaks(smollm2_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["llama_pro", "opt_deus"])
-def test_the_base_s_logits_stay(
+def test_the_logits_of_the_base_are_kept(
     expand_settings: Callable[..., AnyExpand], smollm2_dir: Path, tmp_path: Path, method: str
 ) -> None:
     metrics = _expand(smollm2_dir, expand_settings(method, new_layers=3, position="interleaved"), tmp_path)
@@ -73,13 +73,13 @@ def test_the_base_s_logits_stay(
 
 @pytest.mark.parametrize("standardized", [False, True])
 @pytest.mark.parametrize("module", MODULES)
-def test_lesa_on_three_trained_layers_is_the_plain_svd(
+def test_lesa_on_three_trained_layers_equals_a_plain_svd(
     expand_settings: Callable[..., AnyExpand], smollm2_dir: Path, module: str, standardized: bool
 ) -> None:
-    """Factors, and what a predictor makes of them, to 1e-5.
+    """Factors and predictions agree to 1e-5.
 
-    A standardized predictor sees right vectors times the square root of their length over all layers, and what it
-    says is divided by that.
+    A standardized predictor reads right singular vectors multiplied by the square root of their length over all layers,
+    and its predictions are divided by that.
     """
     matrices = [_matrix(smollm2_dir, layer, module) for layer in (14, 15, 16)]
     settings = expand_settings("lesa", new_layers=1, position=[0], standardized=standardized)
@@ -101,8 +101,8 @@ def test_lesa_on_three_trained_layers_is_the_plain_svd(
 
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("module", MODULES)
-def test_opt_deus_on_trained_layers_is_the_plain_sinkhorn(smollm2_dir: Path, module: str, rescale: bool) -> None:
-    """A fused matrix to 1e-5, after as many iterations."""
+def test_opt_deus_on_trained_layers_equals_a_plain_sinkhorn(smollm2_dir: Path, module: str, rescale: bool) -> None:
+    """Fused matrices agree to 1e-5 after the same number of iterations."""
     w1, w2 = (_matrix(smollm2_dir, layer, module) for layer in (15, 16))
     scale = len(w1) if rescale else 1
     solved = sinkhorn_log(torch.cdist(w1, w2), 0.06, max_iterations=1000, marginal_error=1e-3)
@@ -113,13 +113,13 @@ def test_opt_deus_on_trained_layers_is_the_plain_sinkhorn(smollm2_dir: Path, mod
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-def test_opt_deus_fuses_whole_trained_layers_along_the_flow(
+def test_opt_deus_fuses_complete_trained_layers_as_the_paper_describes(
     expand_settings: Callable[..., AnyExpand], smollm2_dir: Path, rescale: bool
 ) -> None:
-    """Every tensor, the two that are silenced afterwards included, to 1e-5 after as many iterations.
+    """All tensors, including the two that are zeroed later, agree to 1e-5 after the same number of iterations.
 
-    Where the plan is not rescaled, what is moved is some 1e-3 of a fused matrix, and of gate and up, which are moved
-    twice, 5e-8: there this states no more than that it is as little.
+    If the plan is not rescaled, the transported part is about 1e-3 of a fused matrix, and 5e-8 of gate and up, which
+    are transported twice. There the test shows only that it is that small.
     """
     lower, upper = (_layer(smollm2_dir, layer) for layer in (15, 16))
     settings, work = expand_settings("opt_deus", rescale_plan=rescale), Workspace()
@@ -137,7 +137,7 @@ def test_opt_deus_fuses_whole_trained_layers_along_the_flow(
         assert relative_difference(value, wanted[name]) < 1e-5, name
 
 
-def test_the_gram_route_is_exact_on_trained_weights(smollm2_dir: Path) -> None:
+def test_the_decomposition_is_exact_on_trained_weights(smollm2_dir: Path) -> None:
     matrices = [_matrix(smollm2_dir, layer, "self_attn.v_proj") for layer in range(30)]
     svd = decompose(matrices.__getitem__, 30)
     values = torch.linalg.svdvals(torch.cat(matrices, dim=1).double())
@@ -149,7 +149,7 @@ def test_the_gram_route_is_exact_on_trained_weights(smollm2_dir: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_transport_between_trained_layers(smollm2_dir: Path, module: str) -> None:
-    """In the log domain every problem is solved; the authors' float32 call underflows on every one."""
+    """Every problem is solved in the log domain, and the authors' float32 call underflows on every one."""
     costs = torch.cdist(_matrix(smollm2_dir, 15, module), _matrix(smollm2_dir, 16, module))
     solved = sinkhorn_log(costs, 0.06, max_iterations=200, marginal_error=1e-3)
     assert solved.outcome(1e-3) == "converged"

@@ -1,4 +1,4 @@
-"""The expand stage from directory to directory: every method at every position, and what outsiders rely on."""
+"""The expand stage from directory to directory: every method at every position, and the files that users rely on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.stages.one_task import make_task
 
 ExpandSettings = Callable[..., AnyExpand]
 POSITIONS = ["top", "middle", "bottom", "interleaved", [0, 2, 2]]
-CASES = [  # solar refuses a list with its settings
+CASES = [  # solar does not accept a list
     (method, position) for method in METHODS for position in (POSITIONS[:-1] if method == "solar" else POSITIONS)
 ]
 SMALL_LESA = {"epochs": 1, "hidden_size": 16}
@@ -108,7 +108,7 @@ def test_cached_generation_equals_uncached(expand_settings: ExpandSettings, tiny
     assert torch.equal(cached, uncached)
 
 
-def test_new_tensors_are_rounded_to_the_base_s_dtype(
+def test_new_tensors_have_the_dtype_of_the_base(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
 ) -> None:
     base = tmp_path / "base"
@@ -123,7 +123,7 @@ def test_new_tensors_are_rounded_to_the_base_s_dtype(
     assert AutoConfig.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_expansion_json_says_where_every_layer_comes_from(
+def test_expansion_json_lists_where_every_layer_comes_from(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path
 ) -> None:
     settings = expand_settings("copy", new_layers=3, position=[0, 0, 3])
@@ -151,7 +151,7 @@ def test_none_is_the_base(expand_settings: ExpandSettings, tiny_llama_dir: Path,
     assert _read_expansion(out)["settings"] == {"method": "none", "new_layers": 0, "position": None}
 
 
-def test_solar_says_once_that_it_places_layers_itself(
+def test_solar_warns_that_it_has_its_own_placement(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path
 ) -> None:
     metrics = _run(tiny_llama_dir, expand_settings("solar", new_layers=2, position="top"), out)
@@ -161,9 +161,7 @@ def test_solar_says_once_that_it_places_layers_itself(
     assert [row["from"] for row in _read_expansion(out)["layers"]] == [[0], [1], [2], [1], [2], [3]]
 
 
-def test_the_seed_changes_lesa_and_nothing_else_does(
-    expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path
-) -> None:
+def test_only_the_seed_changes_lesa(expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path) -> None:
     settings = expand_settings("lesa", new_layers=1, position=[1], **SMALL_LESA)
     weights = []
     for index, seed in enumerate((0, 0, 1)):
@@ -173,10 +171,10 @@ def test_the_seed_changes_lesa_and_nothing_else_does(
     assert not torch.equal(*(w["model.layers.2.mlp.up_proj.weight"] for w in (weights[0], weights[2])))
 
 
-def test_what_lies_beside_the_weights_is_the_base_s_byte_for_byte(
+def test_files_other_than_weights_are_copied_byte_for_byte(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
 ) -> None:
-    """Tokenizer, chat template and generation config, though a library would write them otherwise."""
+    """Tokenizer, chat template and generation config, even if libraries would write them differently."""
     base = Path(shutil.copytree(tiny_llama_dir, tmp_path / "base"))
     names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
     for name in names:
@@ -189,10 +187,10 @@ def test_what_lies_beside_the_weights_is_the_base_s_byte_for_byte(
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
 
 
-def test_layer_kinds_follow_the_layers(
+def test_per_layer_config_entries_follow_the_layers(
     expand_settings: ExpandSettings, tiny_tokenizer: Any, tmp_path: Path, out: Path
 ) -> None:
-    """A Qwen2 whose upper half has a sliding window; biases and all."""
+    """A Qwen2, which has biases, with a sliding window in the upper half."""
     base = tmp_path / "base"
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -210,7 +208,7 @@ def test_layer_kinds_follow_the_layers(
 
 def test_a_killed_attempt_is_overwritten(expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path) -> None:
     out.mkdir()
-    (out / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"truncated")
     (out / "model.safetensors.index.json").write_text("{")
     (out / "expansion.json").write_text("{")
     _run(tiny_llama_dir, expand_settings("copy", new_layers=1), out)
@@ -226,30 +224,37 @@ def test_a_failed_check_fails_the_stage(
         _run(tiny_llama_dir, expand_settings("copy", new_layers=1), out)
 
 
-FAULT = """
-import sys
-if "pipeline.stages" in sys.orig_argv:
-    from pipeline.expansion import self_check
-    self_check.CACHE_TOLERANCE = -1.0
-"""  # read at the start of every process; acts in those of stages
+FAULTY_METHOD = """
+import os
+from pipeline.expansion.method import InsertionMethod, NewTensor, copies, silenced
+
+class Faulty(InsertionMethod):
+    title = source = "faulty"
+    keeps_logits = property(lambda self: True)
+
+    def new_tensors(self, base, plan, work):
+        for layer, tensor, value in copies(base, plan):
+            yield NewTensor(layer, tensor, value if "FAULTY" in os.environ else silenced(tensor, value))
+"""
 
 
 def test_a_failed_check_leaves_no_artifact(
     shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the driver: one message, no manifest, no link, and the same command makes it anew."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(FAULT)
-    command = ["+experiment=quickstart", *shrunk, f"output_dir={tmp_path}", "stages=[expand]", "expand=copy"]
+    """Through the driver: one message, no manifest, no link, and the same command rebuilds it."""
+    (tmp_path / "faulty_method.py").write_text(FAULTY_METHOD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = ["+experiment=quickstart", *shrunk, "output_dir=.", "stages=[expand]", "expand.module=faulty_method"]
     with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        patch.setenv("FAULTY", "1")
         assert main(command) == EXIT_FAILED
     message = capsys.readouterr().err
-    assert "stage expand" in message and "cached decoding differs from uncached" in message
-    made, link = tmp_path / "artifacts" / "expand", tmp_path / "quickstart" / "expand"
-    assert list(made.glob("*.partial")) and not list(made.rglob("manifest.json")) and not link.exists()
+    assert "stage expand" in message and "its logits differ from the base's" in message
+    artifacts, link = tmp_path / "artifacts" / "expand", tmp_path / "quickstart" / "expand"
+    assert list(artifacts.glob("*.partial")) and not list(artifacts.rglob("manifest.json")) and not link.exists()
     assert main(command) == EXIT_DONE
-    assert (link / "manifest.json").is_file() and not list(made.glob("*.partial"))
+    assert (link / "manifest.json").is_file() and not list(artifacts.glob("*.partial"))
 
 
 def test_a_family_without_a_row_is_refused(

@@ -1,4 +1,4 @@
-"""Every method on a tiny random model of every family, from directory to directory, judged by plain transformers."""
+"""Methods on tiny random models of all families, from directory to directory, verified with plain transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOKENS = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(
 
 
 class Deeper(NamedTuple):
-    """What a method made of a base."""
+    """An expanded model and its base."""
 
     base: Path
     path: Path
@@ -45,7 +45,7 @@ class Deeper(NamedTuple):
 
 @pytest.fixture(scope="module")
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """One family's model."""
+    """A tiny model of the requested family."""
     return save_tiny(request.param, tmp_path_factory.mktemp(request.param), tiny_tokenizer)
 
 
@@ -78,7 +78,7 @@ def test_every_method_at_every_position(
     base: Path, case: str, position: object, expand_settings: ExpandSettings, tmp_path: Path
 ) -> None:
     if case == "solar" and isinstance(position, list):
-        pytest.skip("its settings refuse a list")
+        pytest.skip("solar does not accept a list")
     _check(_grow(base, _settings(expand_settings, case, position), tmp_path / "out"), case)
 
 
@@ -94,7 +94,7 @@ def _check(deeper: Deeper, case: str) -> None:
 
 
 def _check_kinds_of_layers(deeper: Deeper) -> None:
-    """Finite, tied as the base, and each layer of the kind of its lower source."""
+    """All values are finite, embeddings are tied as in the base, and layers have the kind of their lower source."""
     for name, parameter in deeper.model.named_parameters():
         assert torch.isfinite(parameter).all(), name
     before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (deeper.base, deeper.path))
@@ -122,7 +122,7 @@ def _check_generation(model: PreTrainedModel) -> None:
 
 
 def _check_first_step(deeper: Deeper) -> None:
-    """One AdamW step on the new layers moves all that is silent, and the loss hardly."""
+    """One AdamW step on the new layers reaches all of them and hardly changes the loss."""
     model = deeper.model
     before = _loss(model).item()
     new = {f"layers.{row['layer']}." for row in deeper.rows if row["new"]}
@@ -135,12 +135,12 @@ def _check_first_step(deeper: Deeper) -> None:
     assert _loss(model).item() == pytest.approx(before, rel=0.01)
 
 
-# ---------------------------------------------------------------------- what is fused, and experts
+# ------------------------------------------------------------------------ fused tensors and experts
 
 
 @pytest.fixture(scope="module")
 def fused_and_plain(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, tuple[Path, Path]]:
-    """Pairs of the same model: fused on disk, and with every matrix as a tensor of its own."""
+    """Pairs of the same model: with fused tensors on disk, and with one tensor per matrix."""
     folder = tmp_path_factory.mktemp("pairs")
     phi3 = save_tiny("phi3", folder / "phi3", tiny_tokenizer)
     moe = save_tiny("qwen3_moe", folder / "moe", tiny_tokenizer)
@@ -149,7 +149,7 @@ def fused_and_plain(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: An
 
 
 def _as_llama(phi3: Path, llama: Path) -> Path:
-    """A Phi-3 with its matrices stored as Llama stores them."""
+    """Writes a Phi-3 with its matrices stored as Llama stores them."""
     shutil.copytree(phi3, llama)
     stored = load_file(phi3 / "model.safetensors")
     outside = {name: tensor for name, tensor in stored.items() if "layers" not in name}
@@ -166,7 +166,7 @@ def _as_llama(phi3: Path, llama: Path) -> Path:
 
 @pytest.mark.parametrize("case", ["lesa", "llama_pro", "opt_deus", "average"])
 @pytest.mark.parametrize("pair", ["phi3", "qwen3_moe"])
-def test_what_is_fused_on_disk_is_made_as_if_it_were_not(
+def test_fused_tensors_are_expanded_like_separate_ones(
     pair: str, case: str, fused_and_plain: Any, expand_settings: ExpandSettings, tmp_path: Path
 ) -> None:
     made = []
@@ -180,7 +180,7 @@ def test_what_is_fused_on_disk_is_made_as_if_it_were_not(
 
 @pytest.mark.parametrize("base", ["qwen2_moe", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("case", ["lesa", "average", "opt_deus"])
-def test_routers_follow_their_rule_and_expert_goes_with_expert(
+def test_routers_and_experts_keep_the_order_of_experts(
     base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path
 ) -> None:
     deeper = _grow(base, _settings(expand_settings, case, position=[1, 2]), tmp_path / "out")
@@ -192,7 +192,7 @@ def test_routers_follow_their_rule_and_expert_goes_with_expert(
             assert torch.equal(made[name], lower[name])
         elif case == "average" or name.endswith("bias"):
             torch.testing.assert_close(made[name], (lower[name] + upper[name]) / 2)
-        else:  # a soft permutation of what the router reads: every expert's row stays its own
+        else:  # a soft permutation of the input, so each row keeps its sum
             moved = 2 * made[name] - upper[name]
             torch.testing.assert_close(moved.sum(dim=1), lower[name].sum(dim=1), rtol=0.02, atol=0.02)
     if case == "average":
@@ -202,14 +202,9 @@ def test_routers_follow_their_rule_and_expert_goes_with_expert(
         assert len(outputs) > 3 and not any(tensor.any() for tensor in outputs)
 
 
-# ------------------------------------------------------------------------------------- any amount
-
-
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
 @pytest.mark.parametrize("case", ["lesa", "lesa zeroed", "llama_pro", "opt_deus", "average", "copy"])
-def test_four_new_layers_for_each_of_the_base_s(
-    base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path
-) -> None:
+def test_four_new_layers_per_base_layer(base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path) -> None:
     settings = _settings(expand_settings, case).model_copy(update={"new_layers": 16})
     deeper = _grow(base, settings, tmp_path / "out")
     _check_kinds_of_layers(deeper)
