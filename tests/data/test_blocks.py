@@ -111,6 +111,16 @@ def test_examples_are_packed_uncut_and_completely(tmp_path: Path) -> None:
     assert used / (writer.blocks * length) > 0.9  # at most a tenth is padding
 
 
+def test_an_example_that_fills_a_block_exactly_is_put_there(tmp_path: Path) -> None:
+    with BlockWriter(tmp_path, "train", 10) as writer:
+        packer = ExamplePacker(writer, 10, PADDING)
+        for size in (6, 4, 10):
+            packer.add([1] * size, [1] * size)
+        packer.finish()
+    assert writer.blocks == 2
+    assert PADDING not in _read(tmp_path)["input_ids"]
+
+
 def test_the_number_of_open_blocks_is_bounded(tmp_path: Path) -> None:
     with BlockWriter(tmp_path, "train", 10) as writer:
         packer = ExamplePacker(writer, 10, PADDING)

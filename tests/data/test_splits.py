@@ -63,7 +63,8 @@ def _chat(prompt: str, answer: str, system: str = "s") -> list[dict[str, str]]:
 
 def test_all_answers_to_a_prompt_are_in_the_same_split() -> None:
     chats = [_chat(f"prompt {number}", f"{answer}", f"{answer}") for number in range(200) for answer in range(3)]
-    splits, _ = _split(chats, 0.5)
+    splits, dropped = _split(chats, 0.5)
+    assert not dropped
     prompts = [{chat[1]["content"] for chat in splits[split]} for split in ("train", "held_out")]
     assert not prompts[0] & prompts[1] and all(prompts)
 

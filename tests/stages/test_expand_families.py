@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +45,15 @@ class Deeper(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+def base_of(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[[str], Path]:
+    """Returns the directory of a family's tiny model, which is made once."""
+    return cache(lambda family: save_tiny(family, tmp_path_factory.mktemp(family), tiny_tokenizer))
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest, base_of: Callable[[str], Path]) -> Path:
     """A tiny model of the requested family."""
-    return save_tiny(request.param, tmp_path_factory.mktemp(request.param), tiny_tokenizer)
+    return base_of(request.param)
 
 
 def _settings(expand_settings: ExpandSettings, case: str, position: object = "interleaved") -> AnyExpand:
