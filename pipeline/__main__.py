@@ -1,4 +1,4 @@
-"""The command line: settings composed by Hydra and validated by pydantic, then run, plan, submit or status.
+"""The command line: settings composed by Hydra and validated by pydantic, then run, plan, submit, status or verify.
 
 This is the only module that imports hydra or omegaconf. It uses Hydra's compose API rather than its launcher, which
 changes the working directory, writes its own files, and starts the first job of a sweep before it validates the others.
@@ -46,6 +46,7 @@ from pipeline.errors import (
     EXIT_FAILED,
     EXIT_REQUEST,
     EXIT_STOPPED,
+    DamagedArtifacts,
     NoProgress,
     Stopped,
     UserError,
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (message := requeue_this_job()) is not None:
             print(message, file=sys.stderr)
         return EXIT_STOPPED
-    except (WorkersFailed, NoProgress) as error:
+    except (DamagedArtifacts, WorkersFailed, NoProgress) as error:
         print(error, file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE

@@ -1,4 +1,4 @@
-"""Carry out a command whose settings are valid: ``action=run``, ``plan``, ``submit`` or ``status``."""
+"""Carry out a command whose settings are valid: ``action=run``, ``plan``, ``submit``, ``status`` or ``verify``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.driver.requeue import counted_restarts
 from pipeline.driver.run import link, run_graph
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
+from pipeline.driver.verify import verify
 from pipeline.errors import UserError
 from pipeline.files import read_record
 from pipeline.launch.slurm import require_slurm
@@ -45,6 +46,10 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
         for job in prepared:
             refuse_blocked(job, INPUT_CHECKS)
             print_status(job.run, job.nodes, console)
+    elif action == "verify":
+        for job in prepared:
+            refuse_blocked(job, INPUT_CHECKS)
+            verify(job.run, job.nodes, console)
     else:
         for job in prepared:
             refuse_blocked(job)

@@ -49,3 +49,7 @@ class OutOfMemory(WorkersFailed):
 
 class NoProgress(RuntimeError):
     """A batch job was requeued several times without making progress. Exit code 1."""
+
+
+class DamagedArtifacts(RuntimeError):
+    """``action=verify`` found files that differ from what was committed. Exit code 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,6 +17,8 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline.errors import UserError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 # The disk is full, the user's quota is exhausted, or the process's limit on file sizes is reached.
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -87,6 +90,25 @@ def write_json(path: Path | str, value: Any) -> None:
 def temporary_path(path: Path) -> Path:
     """Returns a hidden path in the same directory, to be renamed to ``path``. It is unique across all nodes."""
     return path.with_name(f".{path.name}.{uuid4().hex}")
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swaps two existing paths in one atomic step.
+
+    Returns:
+        False if the operating system or the file system does not support it, as on NFS. Nothing has changed then.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # not Linux, or a C library without it
+        return False
+    arguments = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    if renameat2(*arguments) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 # ----------------------------------------------------------------------------------------- hashes

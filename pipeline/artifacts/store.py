@@ -3,15 +3,19 @@
 An artifact's key is the SHA-256 of its stage's name and version, its settings, the keys of its parents and the content
 of its external inputs. A stage writes into ``<key>.partial``. The file ``manifest.json`` is written last, and one
 rename commits the directory. A lock beside it lets one process build while others wait (see ``lock``).
+
+Hidden files never belong to an artifact. They are temporary files, and a commit removes those of killed writers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +23,18 @@ from types import NoneType
 from typing import Any
 
 from pipeline.artifacts.lock import Holder, Lock
-from pipeline.files import fsync_directory, read_json, read_record, sha256_file, sha256_json, write_json
+from pipeline.errors import WorkersFailed
+from pipeline.files import (
+    exchange,
+    fsync,
+    fsync_directory,
+    read_json,
+    read_record,
+    sha256_file,
+    sha256_json,
+    temporary_path,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 ATTEMPTS_FILE = "attempts.json"
@@ -47,43 +62,82 @@ class Artifact:
     def _rebuild_marker(self) -> Path:
         return self.path.with_name(f"{self.key}.redo")
 
+    @property
+    def _old(self) -> Path:
+        return self.path.with_name(f"{self.key}.old")
+
     def is_complete(self) -> bool:
-        """Whether the manifest exists and every file it lists has the recorded size. Contents are not read."""
-        if self._rebuild_marker.exists():
-            return False
-        manifest = read_record(self.path / MANIFEST, _lists_files)
-        if manifest is None:
+        """Whether the manifest is this artifact's and every file it lists has the recorded size.
+
+        Contents are not read; see ``damage``.
+        """
+        manifest = self._readable_manifest()
+        if manifest is None or self._is_invalidated():
             return False
         return all(_size_of(self.path / name) == entry["bytes"] for name, entry in manifest["files"].items())
+
+    def damage(self) -> list[str]:
+        """Reads and hashes every file. Returns what differs from the manifest, or nothing if all is as committed."""
+        manifest = self._readable_manifest()
+        if manifest is None:
+            return [f"{MANIFEST} is missing, cannot be read, or belongs to another artifact"]
+        found = []
+        for name, entry in manifest["files"].items():
+            size = _size_of(self.path / name)
+            if size is None:
+                found.append(f"{name} is missing")
+            elif size != entry["bytes"]:
+                found.append(f"{name} has {size:,} bytes instead of {entry['bytes']:,}")
+            elif sha256_file(self.path / name) != entry["sha256"]:
+                found.append(f"{name} does not match its recorded hash")
+        return [*found, *(f"{name} was added" for name in _files_of(self.path) if name not in manifest["files"])]
 
     def manifest(self) -> dict[str, Any]:
         """Reads the manifest of a complete artifact."""
         manifest: dict[str, Any] = read_json(self.path / MANIFEST)
         return manifest
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
+    def commit(
+        self,
+        manifest: Mapping[str, Any],
+        expected: Sequence[str] = (),
+        confirm: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes the partial directory the complete artifact, replacing an older one.
 
         Args:
-            manifest: the content of the manifest. The size and SHA-256 of every file are added to it.
+            manifest: the content of the manifest. The key, and the size and SHA-256 of every file, are added to it.
+            expected: glob patterns, relative to the directory. Each must match a file that is not empty.
+            confirm: called just before the rename. It raises an exception if this process may not commit any more.
+
+        Raises:
+            WorkersFailed: an expected file is missing. Nothing was committed.
         """
+        _remove_hidden(self.partial)
+        if missing := _missing_files(self.partial, expected):
+            raise WorkersFailed(
+                f"stage {self.stage} ended without writing {', '.join(missing)} in {self.partial}; it was not "
+                f"committed. Add force=[{self.stage}] to build it from the beginning."
+            )
         files = {
-            str(path.relative_to(self.partial)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(self.partial.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
+            name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for name, path in _files_of(self.partial).items()
         }
-        write_json(self.partial / MANIFEST, {**manifest, "files": files})
+        write_json(self.partial / MANIFEST, {**manifest, "key": self.key, "files": files})
         # The data must be on disk before the rename that declares it complete.
         fsync_directory(self.partial)
-        if self.path.exists():
-            # A rename cannot replace a directory that is not empty, so the old one is moved away first.
-            old = self.path.with_name(f"{self.key}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.path, old)
+        confirm()
+        if not self.path.exists():
             os.replace(self.partial, self.path)
-            shutil.rmtree(old)
-        else:
+        elif not exchange(self.partial, self.path):
+            # A rename cannot replace a directory that is not empty. If the machine fails between the two renames,
+            # ``tidy`` restores the old artifact.
+            _discard(self._old)
+            os.replace(self.path, self._old)
             os.replace(self.partial, self.path)
+        fsync(self.path.parent)
+        for outdated in (self.partial, self._old):
+            _discard(outdated)
         self._rebuild_marker.unlink(missing_ok=True)
 
     def invalidate(self) -> None:
@@ -92,8 +146,30 @@ class Artifact:
         The old files stay until the new ones replace them, but the artifact counts as missing.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rebuild_marker.touch()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if (self.path / MANIFEST).is_file():
+            # Names what is invalid, so that a marker which a killed commit leaves does not apply to the new artifact.
+            write_json(self._rebuild_marker, sha256_file(self.path / MANIFEST))
+        _discard(self.partial)
+
+    def tidy(self) -> None:
+        """Repairs what a process that was killed while committing or invalidating left. Only for the lock's holder."""
+        if self._old.exists() and not self.path.exists():
+            os.replace(self._old, self.path)
+        _discard(self._old)
+        for aside in (self._old, self.partial):
+            for leftover in self.path.parent.glob(f".{aside.name}.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _readable_manifest(self) -> dict[str, Any] | None:
+        manifest: dict[str, Any] | None = read_record(self.path / MANIFEST, _lists_files)
+        return manifest if manifest is not None and manifest["key"] == self.key else None
+
+    def _is_invalidated(self) -> bool:
+        if not self._rebuild_marker.exists():
+            return False
+        named = re.fullmatch('"([0-9a-f]{64})"', self._rebuild_marker.read_text(errors="replace").strip())
+        # A marker without a readable hash, like those of earlier versions, applies to whatever is there.
+        return named is None or named[1] == sha256_file(self.path / MANIFEST)
 
     def lock(self) -> Lock:
         """Returns the lock that a process must hold while it builds this artifact."""
@@ -101,7 +177,48 @@ class Artifact:
 
 
 def _lists_files(manifest: Any) -> bool:
-    return all(isinstance(entry["bytes"], int) for entry in manifest["files"].values())
+    return "key" in manifest and all(isinstance(entry["bytes"], int) for entry in manifest["files"].values())
+
+
+def _discard(directory: Path) -> None:
+    """Removes a directory. It is renamed first, so that no half of it is left under its name if this is interrupted."""
+    aside = temporary_path(directory)
+    with suppress(FileNotFoundError):
+        os.replace(directory, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_hidden(directory: Path) -> None:
+    for path in sorted(directory.rglob(".*"), reverse=True):  # children before their parents
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # on NFS, a file that is still open reappears; ``_files_of`` ignores it
+                path.unlink()
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    """All files but the manifest and hidden ones, by their relative path."""
+    relative = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(name): path
+        for name, path in relative.items()
+        if str(name) != MANIFEST and not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def _missing_files(directory: Path, expected: Sequence[str]) -> list[str]:
+    """Expected patterns without a file that is not empty, and files that an index of weights lists but do not exist."""
+    listed = {
+        name
+        for index in directory.glob("*.safetensors.index.json")
+        for name in read_json(index)["weight_map"].values()
+    }  # fmt: skip
+    return [
+        pattern
+        for pattern in (*expected, *sorted(listed))
+        if not any(path.is_file() and path.stat().st_size for path in directory.glob(pattern))
+    ]
 
 
 def _size_of(path: Path) -> int | None:

@@ -35,7 +35,7 @@ class Settings(Section):
     name: str
     seed: NonNegative
     output_dir: str
-    action: Literal["run", "plan", "submit", "status"]
+    action: Literal["run", "plan", "submit", "status", "verify"]
     dry_run: bool  # with action=submit: print the batch scripts and write nothing
     stages: list[StageName]
     force: list[StageName]
@@ -62,7 +62,7 @@ class Settings(Section):
     @property
     def only_looks(self) -> bool:
         """Whether the command must not change any file."""
-        return self.action in ("plan", "status") or (self.action == "submit" and self.dry_run)
+        return self.action in ("plan", "status", "verify") or (self.action == "submit" and self.dry_run)
 
 
 STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {

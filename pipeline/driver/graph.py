@@ -34,17 +34,24 @@ class Stage:
     """What a stage's artifacts depend on besides settings, parents and inputs, and where it runs."""
 
     version: int  # to be increased when the same settings would give a different artifact
+    files: tuple[str, ...]  # patterns of the files that every artifact of the stage contains
     own_process: bool = True  # False: the stage starts workers itself, from the driver's process
 
 
+_MODEL = ("config.json", "model*.safetensors")
+_TRAINED = (*_MODEL, "expansion.json", "metrics.jsonl", "training.json")
+_BLOCKS = tuple(
+    f"{split}.{array}.npy" for split in ("train", "held_out") for array in ("input_ids", "position_ids", "loss_mask")
+)
+
 STAGES: dict[str, Stage] = {
-    "load": Stage(version=1),
-    "expand": Stage(version=1),
-    "tokenize": Stage(version=3),
-    "pretrain": Stage(version=2, own_process=False),
-    "sft": Stage(version=2, own_process=False),
-    "evaluate": Stage(version=2),
-    "report": Stage(version=2),
+    "load": Stage(version=1, files=_MODEL),
+    "expand": Stage(version=1, files=(*_MODEL, "expansion.json")),
+    "tokenize": Stage(version=3, files=("dataset.json", "held_out.jsonl", *_BLOCKS)),
+    "pretrain": Stage(version=2, files=_TRAINED, own_process=False),
+    "sft": Stage(version=2, files=_TRAINED, own_process=False),
+    "evaluate": Stage(version=2, files=("evaluation.json", "tasks/*.json")),
+    "report": Stage(version=2, files=("results.json", "report.md", "report.html")),
 }
 
 

@@ -68,6 +68,7 @@ def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
 
     lock = node.artifact.lock()
     with lock.held(report_wait):
+        node.artifact.tidy()
         if redo:
             node.artifact.invalidate()
         if node.artifact.is_complete():  # built by the process that held the lock
@@ -93,8 +94,9 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     seconds = time.monotonic() - started
     number, total = finish_attempts(partial, attempts)
     lock.confirm()
+    manifest = {**_manifest(node, metrics, total), "attempts": number}
     with disk_full_as_user_error(partial):
-        node.artifact.commit({**_manifest(node, metrics, total), "attempts": number})
+        node.artifact.commit(manifest, STAGES[node.stage].files, confirm=lock.confirm)
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)

@@ -179,11 +179,11 @@ def _unwritable(output_dir: str, why: str) -> UserError:
 
 def _look_up(run: Settings) -> FoundInputs:
     """Look up everything that the chosen stages read, all at once."""
-    find_model = _find_source if run.action == "status" else _find_source_and_config
+    find_model = _find_source if run.action in ("status", "verify") else _find_source_and_config
     asked: dict[str, Callable[[], Any]] = {"model": lambda: find_model(run)}
     if run.reads_data:
         asked |= {purpose: partial(sources.pin_sources, getattr(run.data, purpose), purpose) for purpose in PURPOSES}
-    if run.scores_models and run.action != "status":
+    if run.scores_models and run.action not in ("status", "verify"):
         asked["evaluate"] = lambda: validate_evaluation(run.evaluate)
     with ThreadPoolExecutor() as pool:
         answers = dict(zip(asked, pool.map(_attempt, asked.values()), strict=True))

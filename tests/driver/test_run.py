@@ -31,6 +31,8 @@ def test_the_time_between_a_failed_attempt_and_the_next_is_not_counted(
         raise WorkersFailed("killed")
 
     def succeed(task: StageTask) -> Metrics:
+        for name in ("config.json", "model.safetensors"):
+            (task.out / name).write_text("content")
         return {}
 
     monkeypatch.setattr("pipeline.driver.run._execute", fail)
