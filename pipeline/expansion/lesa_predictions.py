@@ -61,7 +61,7 @@ def _predict_group(
     base: Sequence[LayerWeights], group: Sequence[LayerTensor], plan: LayerPlan, settings: Lesa, work: Workspace
 ) -> Iterator[NewTensor]:
     """Yields all matrices of some roles. Their factors are freed when it ends, before the next group is decomposed."""
-    roles = [prepare(base, tensor, settings, work) for tensor in group]
+    roles = [prepare_role(base, tensor, settings, work) for tensor in group]
     for role, loss in zip(roles, _train(roles, settings, work), strict=True):
         yield from _new_matrices(role, loss, plan, work)
 
@@ -132,7 +132,7 @@ class MatrixRole:
             predicted = {index: right for index, right in predicted.items() if index in needed}
 
 
-def prepare(base: Sequence[LayerWeights], tensor: LayerTensor, settings: Lesa, work: Workspace) -> MatrixRole:
+def prepare_role(base: Sequence[LayerWeights], tensor: LayerTensor, settings: Lesa, work: Workspace) -> MatrixRole:
     """Decomposes one role and initializes its predictor."""
     work.note(f"{tensor.module} decomposition")
     svd = decompose(lambda layer: base[layer][tensor], len(base), work.scratch, settings.standardized)

@@ -27,7 +27,7 @@ from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import PROGRESS_FILE, ShardWriter, remove_weights
 from pipeline.progress import progress
 
-SAVE_EVERY_SECONDS = 10.0  # how much an interruption can cost, besides the current unit of work
+WEIGHTS_SAVE_SECONDS = 10.0  # how much an interruption can cost, besides the current unit of work
 RECORDS = ".expansion.records.json"  # about the saved tensors; exists while they can be resumed
 
 MakeTensors = Callable[[list[LayerWeights], LayerPlan, Workspace], Iterator[NewTensor]]
@@ -193,7 +193,7 @@ class _Saver:
         self._last, self.has_saved = time.monotonic(), True
 
     def save_if_due(self, work: Workspace) -> None:
-        if time.monotonic() - self._last > SAVE_EVERY_SECONDS:
+        if time.monotonic() - self._last > WEIGHTS_SAVE_SECONDS:
             self.save(work)
 
 

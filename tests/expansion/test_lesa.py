@@ -306,7 +306,7 @@ def test_the_factors_of_a_group_are_freed_before_the_next_is_decomposed(
 ) -> None:
     monkeypatch.setattr(lesa_predictions, "GROUP_BYTES", 0)
     held: list[weakref.ref[lesa_predictions.MatrixRole]] = []
-    prepare = lesa_predictions.prepare
+    prepare = lesa_predictions.prepare_role
 
     def watched(*arguments: Any) -> lesa_predictions.MatrixRole:
         assert all(reference() is None for reference in held)
@@ -314,7 +314,7 @@ def test_the_factors_of_a_group_are_freed_before_the_next_is_decomposed(
         held.append(weakref.ref(work))
         return work
 
-    monkeypatch.setattr(lesa_predictions, "prepare", watched)
+    monkeypatch.setattr(lesa_predictions, "prepare_role", watched)
     _expand(random_layers(4), settings())
     assert len(held) == 7
 

@@ -130,7 +130,7 @@ def test_an_interrupted_expansion_ends_with_the_same_weights(
     whole.mkdir(), resumed.mkdir()
     seed = 3 if method.draws_random_numbers else None
     uninterrupted = write_weights(names, method.new_tensors, CPU, whole, seed)
-    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "WEIGHTS_SAVE_SECONDS", -1.0)
     if names.plan.new_layers:
         with pytest.raises(KeyboardInterrupt):
             write_weights(names, interrupted, CPU, resumed, seed)

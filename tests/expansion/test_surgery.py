@@ -63,7 +63,7 @@ def test_an_interrupted_expansion_resumes_without_repeating_finished_work(
     uninterrupted = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), uninterrupted, CPU, whole, seed=0)
 
-    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "WEIGHTS_SAVE_SECONDS", -1.0)
     with pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, limit=12), CPU, resumed, seed=0)
     second = Watched(settings)
@@ -91,7 +91,7 @@ def test_expansion_restarts_if_the_records_of_an_earlier_attempt_are_unreadable(
     content: bytes,
 ) -> None:
     settings = expand_settings("average", new_layers=1)
-    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "WEIGHTS_SAVE_SECONDS", -1.0)
     with nullcontext() if gives is None else pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=gives), CPU, tmp_path, seed=0)
     (tmp_path / surgery.RECORDS).write_bytes(content)
@@ -109,7 +109,7 @@ def test_a_finished_layer_that_no_other_is_made_from_is_not_repeated(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = expand_settings("opt_deus", new_layers=2, position=[0, 2])
-    monkeypatch.setattr(surgery, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(surgery, "WEIGHTS_SAVE_SECONDS", -1.0)
     with pytest.raises(Interrupted):
         write_weights(_names(tiny_llama_dir, settings), Watched(settings, limit=12), CPU, tmp_path, seed=0)
     second = Watched(settings)

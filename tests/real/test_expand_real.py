@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget
 from pipeline.config import AnyExpand, Tracking
-from pipeline.expansion.lesa_predictions import prepare
+from pipeline.expansion.lesa_predictions import prepare_role
 from pipeline.expansion.method import LayerWeights, Workspace
 from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.methods.opt_deus import OptDeus, fuse
@@ -85,7 +85,7 @@ def test_lesa_on_three_trained_layers_equals_a_plain_svd(
     settings = expand_settings("lesa", new_layers=1, position=[0], standardized=standardized)
     assert isinstance(settings, Lesa)
     tensor = LayerTensor(f"{module}.weight", family_of("llama").roles[f"{module}.weight"])
-    role = prepare([{tensor: matrix} for matrix in matrices], tensor, settings, Workspace(declared_seed=0))
+    role = prepare_role([{tensor: matrix} for matrix in matrices], tensor, settings, Workspace(declared_seed=0))
     svd, scale = role.svd, math.sqrt(3 * matrices[0].shape[1]) if standardized else 1.0
     left, values, right = svd_factors(matrices)
     assert relative_difference(svd.left * scale, left * values) < 1e-5
