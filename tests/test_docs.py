@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from pipeline.config import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
-PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^ *(?:\$ )?(?:scripts/run|scripts/submit|salloc|python -m pipeline) .*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -49,6 +52,22 @@ def test_the_example_experiment_composes(tmp_path: Path) -> None:
     assert job.settings.data.chat_template == "plain"
 
 
+@pytest.fixture(scope="module")
+def example_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The method that CONTRIBUTING.md adds is importable as ``my_package.scaled_copy``."""
+    added = (
+        CONTRIBUTING.read_text().partition("+++ b/pipeline/expansion/methods/scaled_copy.py\n")[2].partition("+++ ")[0]
+    )
+    package = tmp_path_factory.mktemp("example") / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "scaled_copy.py").write_text("".join(f"{line[1:]}\n" for line in added.splitlines()))
+    sys.path.insert(0, str(package.parent))
+    yield
+    sys.path.remove(str(package.parent))
+
+
+@pytest.mark.usefixtures("example_method")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_compose_and_their_ranks_divide_their_batches(page: Path) -> None:
     for command in _commands(page):
