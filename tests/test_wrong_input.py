@@ -1,4 +1,4 @@
-"""Requests that cannot work end with exit code 2 and one message, before anything is loaded."""
+"""Wrong requests end with exit code 2 and one message before anything starts, and a plan lists the same message."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def _first_blocker(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.fixture
 def base(shrunk: list[str], tmp_path: Path) -> Arguments:
-    """A request that would work."""
+    """A request that works."""
     return [*shrunk, f"output_dir={tmp_path / 'out'}"]
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, whatever the machine has."""
+    """Make name resolution fail."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no network in this test")
@@ -63,17 +63,17 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def test_a_model_path_that_is_not_there(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_path_that_does_not_exist(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "model.path=/no/such/directory")
     assert "model.path = /no/such/directory" in message
 
 
-def test_a_directory_that_is_no_model(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_is_not_a_model(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, f"model.path={tmp_path}")
     assert "config.json" in message
 
 
-def test_a_model_with_pickle_weights_only(
+def test_a_model_with_only_pickle_weights(
     base: Arguments, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_llama_dir, tmp_path / "model")
@@ -84,7 +84,7 @@ def test_a_model_with_pickle_weights_only(
 
 @pytest.fixture
 def sharded(tiny_llama_dir: Path, tmp_path: Path) -> Path:
-    """The tiny model in several files, to be spoilt."""
+    """The tiny model in several weight files, to be damaged."""
     from transformers import AutoModelForCausalLM
 
     place = tmp_path / "sharded"
@@ -93,53 +93,56 @@ def sharded(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     return place
 
 
-def _lose(model: Path) -> str:
+def _remove_shard(model: Path) -> str:
     (model / "model-00002-of-00005.safetensors").unlink()
     return "names model-00002-of-00005.safetensors, which does not exist"
 
 
-def _cut_short(model: Path) -> str:
+def _truncate_shard(model: Path) -> str:
     shard = model / "model-00002-of-00005.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     return "the file is truncated"
 
 
-def _promise_too_much(model: Path) -> str:
+def _add_missing_tensor_to_index(model: Path) -> str:
     index = json.loads((model / INDEX).read_text())
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00002-of-00005.safetensors"
     (model / INDEX).write_text(json.dumps(index))
     return "maps model.layers.9.mlp.up_proj.weight to model-00002-of-00005.safetensors, which does not contain it"
 
 
-def _garble_index(model: Path) -> str:
+def _break_index(model: Path) -> str:
     (model / INDEX).write_text("{")
     return "the index of the weights cannot be read"
 
 
-def _quantise(model: Path) -> str:
+def _mark_as_quantized(model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
     return "quantized"
 
 
-def _rename_family(model: Path) -> str:
+def _change_family(model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
     return "FAMILIES in pipeline/models/families/table.py"
 
 
-@pytest.mark.parametrize("spoil", [_lose, _cut_short, _promise_too_much, _garble_index, _quantise, _rename_family])
-def test_a_model_that_is_not_whole_or_not_plain(
-    spoil: Callable[[Path], str], base: Arguments, sharded: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "damage",
+    [_remove_shard, _truncate_shard, _add_missing_tensor_to_index, _break_index, _mark_as_quantized, _change_family],
+)
+def test_a_model_that_is_incomplete_or_not_supported(
+    damage: Callable[[Path], str], base: Arguments, sharded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    says = spoil(sharded)
+    rule = damage(sharded)
     message = _refused(capsys, *base, f"model.path={sharded}")
-    assert "model.path = " in message and says in message
+    assert "model.path = " in message and rule in message
     assert message.count("model.path = ") == 1
 
 
-def test_weights_that_are_not_finite_leave_nothing_behind(
+def test_weights_that_are_not_finite_leave_no_artifact(
     base: Arguments, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -186,20 +189,20 @@ def test_a_missing_corpus(base: Arguments, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("weight", ["0", "-0.5", "much"])
-def test_a_weight_that_is_none(weight: str, base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_weight_of_a_data_source(weight: str, base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, f"data.corpus.weight={weight}")
     assert message.startswith("data.corpus.weight = ")
 
 
 @pytest.fixture
 def mixed(base: Arguments, tiny_corpus: Path, tiny_chats: Path) -> Arguments:
-    """A request with two sources that would work once both have a path."""
+    """A request with two data sources that works once both have a path."""
     kept = [item for item in base if not item.startswith("data")]
     second = ["data.corpus.1.kind=files", "data.corpus.1.split=null", f"data.corpus.1.path={tiny_corpus}"]
     return [*kept, "data=replay", f"data.instructions.path={tiny_chats}", *second]
 
 
-def test_a_fault_in_one_of_several_sources_says_in_which(
+def test_an_error_in_one_of_several_data_sources_names_it(
     mixed: Arguments, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "data.corpus.0.path=..." in _refused(capsys, *mixed)
@@ -212,31 +215,29 @@ def test_a_fault_in_one_of_several_sources_says_in_which(
     assert "go by number" in _refused(capsys, *both, f"data.corpus.path={tiny_corpus}")
 
 
-def test_a_sequence_longer_than_the_model_reads(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sequence_longer_than_the_context(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "pretrain.sequence_length=512")
     assert "pretrain.sequence_length = 512" in message and "256" in message
     assert _refused(capsys, *base, "pretrain.sequence_length=512", "stages=[tokenize]") == message
 
 
-def test_a_batch_that_the_ranks_do_not_divide(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_is_not_divisible_by_the_ranks(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "launch.processes=3")
     assert "global_batch = 4" in message and "3" in message
 
 
-def test_more_layers_than_solar_can_make(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_new_layers_than_solar_can_make(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "expand=solar", "expand.new_layers=5")
     assert "expand.new_layers = 5" in message
 
 
 @pytest.mark.parametrize("method", ["lesa", "opt_deus", "llama_pro", "average", "copy"])
-def test_more_layers_than_fit_between_the_base_s(
-    method: str, base: Arguments, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_many_new_layers(method: str, base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, f"expand={method}", "expand.new_layers=17")
     assert "expand.new_layers = 17" in message and "16 or less" in message
 
 
-def test_a_gap_list_that_does_not_fit(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_list_of_gaps(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expand.position" in _refused(capsys, *base, "expand.position=[1,2,3]")
     assert "expand.position" in _refused(capsys, *base, "expand.position=[1,9]")
 
@@ -256,12 +257,12 @@ def test_too_little_disk(base: Arguments, monkeypatch: pytest.MonkeyPatch, capsy
     assert "output_dir" in message and "GiB are needed" in message
 
 
-def test_a_task_that_is_not_known(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_task(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "evaluate.tasks=[held_out_txt]")
     assert "held_out_text" in message
 
 
-def test_a_target_that_is_no_model(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_target(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "evaluate.targets=[pretrain@100%]")
     assert "evaluate.targets" in message and "say expand for 0 % and pretrain for 100 %" in message
 
@@ -312,6 +313,14 @@ def test_training_that_does_not_fit_the_named_gpu(
     assert message.startswith("pretrain.micro_batch = 2") and "h100_80gb" in message
 
 
+def test_a_method_whose_module_cannot_be_imported(
+    base: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_method.py").write_text("import no_such_library\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _refused(capsys, *base, "expand.module=broken_method").startswith("expand.module = broken_method")
+
+
 def test_a_mixture_with_some_dense_layers(
     base: Arguments, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,17 +331,17 @@ def test_a_mixture_with_some_dense_layers(
     assert message.startswith("model.path = layers 0 and 1") and "differ" in message
 
 
-def test_no_experiment_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_without_an_experiment_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == EXIT_REQUEST
     assert "quickstart" in capsys.readouterr().err
 
 
-def test_a_hub_data_set_that_is_a_path(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_in_place_of_a_data_set_on_the_hub(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "data=wikipedia", "data.corpus.path=/texts/corpus.jsonl")
     assert "data.corpus.path = /texts/corpus.jsonl" in message and "kind: files" in message
 
 
-def test_data_that_no_chosen_stage_reads_are_no_obstacle(
+def test_data_that_no_chosen_stage_reads_are_not_checked(
     base: Arguments, offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = ["data=wikipedia", "data.corpus.path=wikimedia/wikipedia", "data.instructions.path=vicgalle/alpaca-gpt4"]

@@ -1,4 +1,4 @@
-"""What a run will need, from shapes and settings alone: parameters, operations, memory, disk, hours. No torch."""
+"""Estimates of what a run needs, from shapes and settings alone: parameters, FLOPs, memory and disk. No torch."""
 
 from pipeline.estimates.disk import Disk, TrainingOutputs, disk_of
 from pipeline.estimates.fitting import largest_micro_batch, setup_of, usable, what_fits, when_out_of_memory

@@ -1,4 +1,4 @@
-"""Disk that a run needs: every stage's artifact, room to work in, and checkpoints while training lasts."""
+"""Estimate the disk space of a run: the artifacts, scratch space, and checkpoints during training."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pipeline.models.families import Shape
 from pipeline.training.precision import CHECKPOINT_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TOKEN_BYTES = 9  # of a token block: two uint32 and one uint8
-SMALL = 20 * 2**20  # tokenizer, logs, scores, plots: of every artifact together with its model or blocks
+TOKEN_BYTES = 9  # per token of a block: two uint32 and one uint8
+SMALL = 20 * 2**20  # allowance per artifact for tokenizer, logs, scores and plots
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes by what needs them."""
+    """Disk space in bytes."""
 
-    artifacts: Mapping[str, int]  # by node, those that are missing
-    checkpoints: int  # the larger training stage's; they are removed when it ends
-    scratch: int  # expand's while it lasts
+    artifacts: Mapping[str, int]  # by missing node
+    checkpoints: int  # of the training stage with the larger ones; removed when it ends
+    scratch: int  # of expand while it runs
 
     @property
     def total(self) -> int:
-        """No less than at the fullest moment."""
+        """An upper bound of the space in use at any time."""
         return sum(self.artifacts.values()) + max(self.checkpoints, self.scratch)
 
 
@@ -45,14 +45,14 @@ def disk_of(
     tokens: Mapping[str, int],
     scratch: int = 0,
 ) -> Disk:
-    """What the missing stages will write.
+    """Estimate what the missing stages will write.
 
     Args:
-        missing: node -> stage, such as "tokenize/corpus" -> "tokenize".
+        missing: the stage of every missing node, such as {"tokenize/corpus": "tokenize"}.
         dtype: of the artifacts' weights.
         trained: by training stage.
-        tokens: tokenize node -> tokens, where that is known.
-        scratch: what expanding needs beside its artifact.
+        tokens: the number of tokens by tokenize node, if it is known.
+        scratch: what expand needs in addition to its artifact, in bytes.
     """
     width = DTYPE_BYTES[dtype]
     models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
@@ -62,7 +62,7 @@ def disk_of(
         node: SMALL + (models[stage] * width if stage in models else tokens.get(node, 0) * TOKEN_BYTES)
         for node, stage in missing.items()
     }
-    # A new checkpoint is whole before an old one is removed.
+    # A new checkpoint is complete before an old one is removed, hence one more than are kept.
     training = [trained[stage] for stage in missing.values() if stage in trained]
     checkpoints = max((outputs.parameters * (outputs.checkpoints + 1) for outputs in training), default=0)
     return Disk(artifacts, checkpoints * CHECKPOINT_BYTES, scratch)

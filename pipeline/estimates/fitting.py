@@ -1,4 +1,7 @@
-"""Which settings fit into a device's memory, the mildest change first."""
+"""Find settings with which training fits into a device's memory, preferring those that cost the least speed.
+
+The same search serves a plan, and the error message of a training stage that ran out of memory.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,26 @@ from pipeline.models.families import shape_of
 from pipeline.training.precision import resolve_precision
 from pipeline.training.validate import less_memory
 
-HEADROOM = 0.06  # of a device's memory: CUDA's context, NCCL, and gaps that the allocator cannot use
+HEADROOM = 0.06  # share of a device's memory for the CUDA context, NCCL and fragmentation
 
 
 def setup_of(train: Train, placement: Placement) -> Setup:
-    """How the engine will train on these devices."""
+    """Describe how the engine would train on some devices."""
     precision = resolve_precision(train.precision, placement.device)
     return Setup(train, precision, placement.ranks, on_gpu=placement.device == "cuda")
 
 
 def usable(memory: float) -> int:
-    """Bytes, of a device's so many, that training can fill."""
+    """Return how much of a device's memory, in bytes, training can use."""
     return int(memory * (1 - HEADROOM))
 
 
 def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
-    """The largest micro-batch, of those that divide a device's share of the global batch, in so much memory; or 0."""
+    """Find the largest micro-batch that fits and divides a device's share of the global batch; 0 if none fits.
+
+    Args:
+        memory: bytes per device that training can use.
+    """
     share = max(1, setup.train.global_batch // setup.ranks)
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
     fitting = (size for size in sizes if memory_of(trained, setup.with_train(micro_batch=size)).total <= memory)
@@ -39,12 +46,19 @@ def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
 
 
 def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str | None:
-    """The settings to type: a smaller micro-batch, then less stored, then more shared out; None where nothing fits."""
+    """Find overrides with which training fits: a smaller micro-batch, then recomputation, sharding and offloading.
+
+    Args:
+        memory: bytes per device that training can use.
+
+    Returns:
+        The overrides as they are typed, or None if nothing fits.
+    """
     if largest := largest_micro_batch(trained, setup, memory):
         return f"{section}.micro_batch={largest}"
     sharing = setup.train.deepspeed.model_copy(update={"zero_stage": 3})
     offloading = sharing.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
-    plain: dict[str, object] = {"compile": False} if setup.train.compile else {}  # ZeRO 3 does not go with it
+    plain: dict[str, object] = {"compile": False} if setup.train.compile else {}  # not possible with ZeRO 3
     uncompiled = f"{section}.compile=false " if plain else ""
     steps: list[tuple[dict[str, object], str]] = [
         ({"activation_checkpointing": True}, f"{section}.activation_checkpointing=true"),
@@ -55,43 +69,39 @@ def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str 
         ),
     ]
     changes: dict[str, object] = {"micro_batch": 1}
-    said = [f"{section}.micro_batch=1"]
-    for change, words in steps:
+    overrides = [f"{section}.micro_batch=1"]
+    for change, override in steps:
         changes |= change
-        said.append(words)
+        overrides.append(override)
         if memory_of(trained, setup.with_train(**changes)).total <= memory:
-            return " ".join(said)
+            return " ".join(overrides)
     return None
 
 
 def when_out_of_memory(section: str, trained: Trained, setup: Setup, memory: int) -> str:
-    """What to type after memory ran out. None of it changes the numbers, so that a run goes on from its checkpoint.
+    """Describe the remedy after memory ran out. It changes no numbers, so the run can resume from its checkpoint.
 
     Args:
-        memory: bytes that training can fill on each device.
+        memory: bytes per device that training can use.
     """
     needed = memory_of(trained, setup).total
-    if needed <= memory:  # something else took it
+    if needed <= memory:  # another program uses the memory, or the estimate is too low
         return less_memory(section, setup.train, setup.ranks)
     fits = what_fits(section, trained, setup, memory)
     if fits is None:
-        fits = "launch.processes or launch.nodes with more devices: nothing else"
+        fits = "only more devices (launch.processes or launch.nodes)"
     return (
-        f"By estimate {gib(needed)} a device are needed, and {gib(memory)} are there. What fits: {fits}; the same "
-        "command with it goes on where it stood."
+        f"Training needs about {gib(needed)} per device, and {gib(memory)} are available. What fits: {fits}. The same "
+        "command with this change resumes the run."
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# What a training stage says when memory ran out: the settings that would fit, by the estimate of ``action=plan``.
 
 
 @contextmanager
 def naming_what_fits(task: StageTask) -> Iterator[None]:
-    """Adds the remedy to what the workers said.
+    """Add the remedy to the error of workers that ran out of memory.
 
     Raises:
-        WorkersFailed: memory ran out.
+        WorkersFailed: they did.
     """
     try:
         yield
@@ -105,5 +115,4 @@ def _remedy(task: StageTask) -> str:
     shape = shape_of(read_json(model / "config.json"))
     trained = trained_part(task.name, train.trainable, shape, read_json(model / "expansion.json"))
     placement = place(task.launch, machine)
-    there = usable(device_memory(placement))
-    return when_out_of_memory(task.name, trained, setup_of(train, placement), there)
+    return when_out_of_memory(task.name, trained, setup_of(train, placement), usable(device_memory(placement)))

@@ -1,16 +1,16 @@
-"""Memory that training takes on one device, by component.
+"""Estimate the memory that training takes on one device, by component.
 
-Shapes in bytes a token, with h the hidden size, a = heads · head size, f the MLP's units, S the sequence length and c
-the bytes of a number in compute. What the backward pass needs of one decoder layer:
+What the backward pass needs of one decoder layer, in bytes per token, with h the hidden size, a = heads · head size,
+f the MLP's units, S the sequence length and c the bytes of a number in compute:
 
-    each norm             4·h  its input in float32, and where weights train c·h twice: before and after its scale
-    attention             4·c·a  queries, keys, values and its output, 4·heads  the softmax's sums; keys and values are
-                          repeated for every head but on CPUs by document; with sdpa also c·S  the mask
-    MLP                   3·c·f  gate, its activation and up (without a gate: 1), and c·f their product if weights train
+    each norm             4·h  its input in float32, and c·h twice if weights train: before and after its scale
+    attention             4·c·a  queries, keys, values and output, 4·heads  the softmax's sums; keys and values are
+                          repeated for every head, except by document on CPUs; with sdpa also c·S  the mask
+    MLP                   3·c·f  gate, its activation and up (1 without a gate), and c·f their product if weights train
 
-Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores its input, c·h, and
-one layer at a time is whole. The layer at work has gradients of as much as it stores. The rest is DeepSpeed's: what
-each ZeRO stage shares out is divided by the devices.
+Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores only its input, c·h,
+and one layer at a time stores everything. The gradients of the current layer take as much as it stores. What a ZeRO
+stage partitions is divided by the number of devices.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_p
 from pipeline.training.precision import BYTES, CHUNK_LOGITS, Precision
 
 WIDE = 4  # bytes of a float32
-ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered unless told otherwise
+ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default number of parameters that stay gathered
 ZERO3_PREFETCH = 50_000_000
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained.
+    """How a model is trained, as far as it affects memory.
 
     Attributes:
         ranks: devices, all nodes together.
-        on_gpu: whether buffers count that a CPU's memory never sees touched.
+        on_gpu: whether training runs on GPUs, where buffers take memory even before they are used.
     """
 
     train: Train
@@ -50,49 +50,49 @@ class Setup:
 
     @property
     def zero(self) -> dict[str, Any]:
-        """Its part about ZeRO."""
+        """DeepSpeed's configuration of ZeRO."""
         zero: dict[str, Any] = self.deepspeed["zero_optimization"]
         return zero
 
     @property
     def tokens(self) -> int:
-        """In one micro-batch."""
+        """Tokens per micro-batch."""
         return self.train.micro_batch * self.train.sequence_length
 
     @property
     def width(self) -> int:
-        """Bytes of a number in compute."""
+        """Bytes per number in compute."""
         return BYTES[self.precision]
 
     @property
     def weight_width(self) -> int:
-        """Bytes of a weight."""
+        """Bytes per weight."""
         return BYTES[self.precision] if uses_bfloat16_parameters(self.train, self.precision) else WIDE
 
     def with_train(self, **changes: Any) -> Setup:
-        """The same with other settings of the training section."""
+        """Return a copy with changed settings of the training section."""
         return replace(self, train=self.train.model_copy(update=changes))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the fullest moment."""
+    """Peak memory of one device in bytes, by component."""
 
     weights: int
     gradients: int
     optimizer: int  # float32 master weights and two moments
     activations: int
-    logits: int  # and the loss, and the head's gradient
+    logits: int  # with the loss and the gradient of the head
     buckets: int
 
     @property
     def total(self) -> int:
-        """Of all components."""
+        """The sum of all components."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def memory_of(trained: Trained, setup: Setup) -> Memory:
-    """What one device holds while it trains."""
+    """Estimate the peak memory of one device during training."""
     return Memory(
         weights=_weights(trained, setup),
         gradients=_gradients(trained, setup),
@@ -103,34 +103,34 @@ def memory_of(trained: Trained, setup: Setup) -> Memory:
     )
 
 
-# ----------------------------------------------------------------------------------- what ZeRO shares out
+# ------------------------------------------------------------------------------------ partitioned by ZeRO
 
 
 def _weights(trained: Trained, setup: Setup) -> int:
-    whole = trained.shape.parameters * setup.weight_width
+    total = trained.shape.parameters * setup.weight_width
     if setup.zero["stage"] < 3:
-        return whole + _cast_copies(trained, setup)
+        return total + _cast_copies(trained, setup)
     live = setup.zero.get("stage3_max_live_parameters", ZERO3_LIVE)
     live += setup.zero.get("stage3_prefetch_bucket_size", ZERO3_PREFETCH)
     gathered = min(trained.shape.parameters, live) * setup.weight_width
-    return gathered + (0 if "offload_param" in setup.zero else whole // setup.ranks)
+    return gathered + (0 if "offload_param" in setup.zero else total // setup.ranks)
 
 
 def _cast_copies(trained: Trained, setup: Setup) -> int:
-    """Autocast's copies of float32 weights, which the backward pass keeps where it goes."""
+    """Autocast's copies of float32 weights, which are kept for the layers that the backward pass reaches."""
     if setup.weight_width == setup.width:
         return 0
     return setup.width * sum(layer.parameters for layer in trained.shape.layers[trained.lowest :])
 
 
 def _gradients(trained: Trained, setup: Setup) -> int:
-    whole = trained.parameters * WIDE
-    return whole if setup.zero["stage"] < 2 else whole // setup.ranks
+    total = trained.parameters * WIDE
+    return total if setup.zero["stage"] < 2 else total // setup.ranks
 
 
 def _optimizer(trained: Trained, setup: Setup) -> int:
     if setup.zero["stage"] == 0:
-        return trained.parameters * 2 * WIDE  # the weights are their own masters
+        return trained.parameters * 2 * WIDE  # the float32 weights are the master weights themselves
     return 0 if "offload_optimizer" in setup.zero else trained.parameters * 3 * WIDE // setup.ranks
 
 
@@ -141,20 +141,20 @@ def _buckets(trained: Trained, setup: Setup) -> int:
     return WIDE * (bucket if setup.on_gpu else min(bucket, trained.parameters))
 
 
-# ------------------------------------------------------------------------------------- what a pass stores
+# ------------------------------------------------------------------------ stored between forward and backward
 
 
 def _activations(trained: Trained, setup: Setup) -> int:
     layers = list(enumerate(trained.shape.layers))[trained.lowest :]
     sizes = [_layer(trained, setup, layer, trained.inside(index)) for index, layer in layers]
-    at_work = max(sizes, default=0)  # a layer's gradients, as much as it stores
+    current = max(sizes, default=0)  # the gradients of one layer take as much as it stores
     if setup.train.activation_checkpointing:
-        return len(sizes) * setup.tokens * setup.width * trained.shape.hidden_size + 2 * at_work
-    return sum(sizes) + at_work
+        return len(sizes) * setup.tokens * setup.width * trained.shape.hidden_size + 2 * current
+    return sum(sizes) + current
 
 
 def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[str]) -> int:
-    """Bytes that one layer stores for its backward pass."""
+    """Bytes that one layer stores for the backward pass."""
     shape, width, units = trained.shape, setup.width, layer.mlp_units(trained.shape.hidden_size)
     trains = any("norm" not in name for name in names)
     norms = sum(name.endswith("norm.weight") and size == (shape.hidden_size,) for name, size in layer.tensors.items())
@@ -163,7 +163,7 @@ def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[s
 
 
 def _attention(shape: Shape, setup: Setup) -> int:
-    """Bytes a token that one layer's attention stores."""
+    """Bytes per token that the attention of one layer stores."""
     queries = shape.heads * shape.head_size
     attention = setup.train.attention
     by_document = attention == "documents" or (attention == "auto" and not setup.on_gpu)
@@ -173,7 +173,8 @@ def _attention(shape: Shape, setup: Setup) -> int:
 
 
 def _logits(trained: Trained, setup: Setup) -> int:
-    """One chunk of logits in compute's width and in float32, the hidden states and their gradient, the head's."""
+    """Bytes of a chunk of logits in compute precision and float32, the hidden states with their gradient, and the
+    gradient of the head."""
     shape = trained.shape
     chunk = min(CHUNK_LOGITS, setup.tokens * shape.vocab_size) * (WIDE + (setup.width if setup.width < WIDE else 0))
     hidden = setup.tokens * shape.hidden_size * (WIDE + 2 * setup.width)

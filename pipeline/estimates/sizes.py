@@ -1,4 +1,4 @@
-"""Which tensors of a planned model train, and what that asks of memory and arithmetic."""
+"""The sizes of the models before and after expansion, and what of the larger one trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.training.selection import select_parameters
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the choice of what trains.
+    """A model and its trainable parameters.
 
     Attributes:
         names: the full names of the tensors that train.
@@ -29,33 +29,33 @@ class Trained:
 
     @cached_property
     def parameters(self) -> int:
-        """Of the tensors that train."""
+        """The number of trainable parameters."""
         return sum(prod(shape) for name, _, shape in self.shape.tensors() if name in self.names)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The decoder layers in which something trains."""
+        """The decoder layers with trainable parameters."""
         return tuple(sorted({i for name, i, _ in self.shape.tensors() if i is not None and name in self.names}))
 
     @property
     def lowest(self) -> int:
-        """The lowest layer that gradients must reach; the number of layers where they reach none."""
+        """The lowest layer that gradients must reach, or the number of layers if they need not reach any."""
         if self.names & set(self.shape.before):
             return 0
         return min(self.layers, default=len(self.shape.layers))
 
     def inside(self, layer: int) -> frozenset[str]:
-        """The names, within one layer, of its tensors that train."""
+        """Return the trainable tensors of a layer by their names within the layer."""
         prefix = self.shape.layer_prefix.format(layer=layer)
         return frozenset(name for name in self.shape.layers[layer].tensors if prefix + name in self.names)
 
     @property
     def head_trains(self) -> bool:
-        """Whether the head does, be it the embeddings or its own."""
+        """Whether the output head trains, which may be tied to the embeddings."""
         return self.shape.head in self.names
 
     def flops(self, sequence_length: int) -> TrainingFlops:
-        """Operations a token, by the engine's formula."""
+        """Count the floating-point operations per token by the formula that training reports."""
         shape = self.shape
         work = [
             LayerWork(layer.matrix_entries(), layer.matrix_entries(self.inside(index)))
@@ -68,7 +68,7 @@ class Trained:
 
 
 def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[str, Any]) -> Trained:
-    """What ``pretrain.trainable`` or ``sft.trainable`` chooses in this model.
+    """Apply ``pretrain.trainable`` or ``sft.trainable`` to a model.
 
     Args:
         expansion: "method", "trains" and "layers" as in ``expansion.json``.
@@ -80,13 +80,9 @@ def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[
     return Trained(shape, frozenset(select_parameters(section, trainable, layers, expansion)))
 
 
-# --------------------------------------------------------------------------------------------------
-# The model before and after, and what of it trains.
-
-
 @dataclass(frozen=True)
 class Sizes:
-    """A base and the model that ``expand`` will make of it."""
+    """A base model and the model that ``expand`` makes of it."""
 
     base: Shape
     grown: Shape
@@ -94,7 +90,7 @@ class Sizes:
     method: Method
 
     def trained(self, section: str, train: Train) -> Trained:
-        """What a training section chooses in the deeper model.
+        """Apply the ``trainable`` of a training section to the expanded model.
 
         Raises:
             UserError: nothing would train.
@@ -104,10 +100,10 @@ class Sizes:
 
 
 def sizes_of(expand: Expand, base: Shape) -> Sizes:
-    """Both models' sizes.
+    """Work out the sizes of both models.
 
     Raises:
-        UserError: the base cannot be expanded so.
+        UserError: the base cannot be expanded as asked.
     """
     method = method_of(expand)
     layers = method.place(len(base.layers))

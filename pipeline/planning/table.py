@@ -1,4 +1,4 @@
-"""A plan on the terminal."""
+"""Print a plan on the terminal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, 
 NOT_YET = "known once tokenized"
 MOST_NAMES = 4
 COMPONENTS = {
-    "weights": "weights", "gradients": "gradients, float32", "optimizer": "optimizer, float32 masters",
+    "weights": "weights", "gradients": "gradients, float32", "optimizer": "optimizer state, float32",
     "activations": "activations", "logits": "logits and loss", "buckets": "reduction buckets",
 }  # fmt: skip
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Everything about one run; blockers last, where they are seen."""
+    """Print the plan of one run, with the blockers last, where they are most visible."""
     console.print(f"[bold]{plan.run.name}[/]  {plan.run.expand.method}, seed {plan.run.seed}")
     _print_model(plan, console)
     _print_stages(plan, console)
@@ -63,7 +63,7 @@ def _print_stages(plan: Plan, console: Console) -> None:
 
 
 def _few(names: Sequence[str]) -> str:
-    """All of them, or the first ones where they are many."""
+    """Join the names, or only the first ones if there are many."""
     rest = len(names) - MOST_NAMES
     return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -73,10 +73,10 @@ def _few(names: Sequence[str]) -> str:
 ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
     ("trains", lambda plan: _share(plan)),
     ("in layers", lambda plan: ranges(plan.trained.layers) or "none"),
-    ("tokens a step", lambda plan: f"{plan.setup.train.global_batch * plan.setup.train.sequence_length:,}"),
+    ("tokens per step", lambda plan: f"{plan.setup.train.global_batch * plan.setup.train.sequence_length:,}"),
     ("steps", lambda plan: NOT_YET if plan.amount.steps is None else f"{plan.amount.steps:,}"),
     ("tokens", lambda plan: _or_not_yet(plan.amount.tokens(plan.setup.train), "{}")),
-    ("FLOPs a step", lambda plan: big(plan.step_flops)),
+    ("FLOPs per step", lambda plan: big(plan.step_flops)),
     ("FLOPs", lambda plan: _or_not_yet(plan.flops, "{}")),
     ("devices", lambda plan: f"{plan.setup.ranks} × {_device(plan)}"),
     ("hours", lambda plan: _hours(plan)),
@@ -89,10 +89,10 @@ def _print_training(plans: Iterable[TrainingPlan], console: Console) -> None:
     for name, value in ROWS:
         table.add_row("", name, *map(value, plans))
     table.add_section()
-    table.add_row("", "memory a device", *map(_how, plans))
+    table.add_row("", "memory per device", *map(_engine, plans))
     for field in fields(Memory):
         table.add_row("", f"  {COMPONENTS[field.name]}", *(gib(getattr(plan.memory, field.name)) for plan in plans))
-    table.add_row("", "  together", *map(_together, plans))
+    table.add_row("", "  total", *map(_total, plans))
     table.add_row("", "largest micro-batch", *map(_largest, plans))
     console.print(table)
 
@@ -108,7 +108,7 @@ def _or_not_yet(count: int | None, form: str) -> str:
 
 def _hours(plan: TrainingPlan) -> str:
     if plan.gpu is None:
-        return "say launch.device=h100_80gb or the like"
+        return "set launch.device, for example to h100_80gb"
     if plan.hours is None:
         return NOT_YET
     return f"{plan.hours:.3g} at {plan.launch.utilization:.0%} of {plan.gpu.bfloat16_tflops:.0f} TFLOP/s each"
@@ -118,20 +118,20 @@ def _device(plan: TrainingPlan) -> str:
     return plan.launch.device if plan.gpu is not None else "GPU" if plan.setup.on_gpu else "CPU"
 
 
-def _how(plan: TrainingPlan) -> str:
+def _engine(plan: TrainingPlan) -> str:
     train = plan.setup.train
-    stored = ", activation checkpointing" if train.activation_checkpointing else ""
-    return f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}{stored}"
+    recomputed = ", activation checkpointing" if train.activation_checkpointing else ""
+    return f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}{recomputed}"
 
 
-def _together(plan: TrainingPlan) -> str:
+def _total(plan: TrainingPlan) -> str:
     of = "" if plan.gpu is None else f" of {gib(usable(plan.gpu.memory_gib * 2**30))}"
     return gib(plan.memory.total) + of
 
 
 def _largest(plan: TrainingPlan) -> str:
     if plan.largest_micro_batch is None:
-        return "likewise"
+        return "set launch.device"
     return str(plan.largest_micro_batch or "none fits")
 
 
@@ -150,7 +150,7 @@ def _print_disk(plan: Plan, console: Console) -> None:
 
 def _print_blockers(plan: Plan, console: Console) -> None:
     if not plan.blockers:
-        console.print("  nothing known would stop it")
+        console.print("  no blockers found")
     for number, blocker in enumerate(plan.blockers, 1):
         fault = blocker.fault
         console.print(f"  {number}. {fault.setting} = {fault.value}: {fault.rule}.", style="red", markup=False)
@@ -165,12 +165,12 @@ def _table(*columns: str) -> Table:
 
 
 def billions(count: int) -> str:
-    """8.03B, 135M."""
+    """Format a number of parameters, such as 8.03B or 135.0M."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def big(count: int) -> str:
-    """1.23 P."""
+    """Format a large number with an SI prefix, such as 1.23 P."""
     for unit, name in UNITS:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
@@ -178,7 +178,7 @@ def big(count: int) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """0-3, 7, 9."""
+    """Format ascending integers, such as 0-3, 7, 9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

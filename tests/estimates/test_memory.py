@@ -1,4 +1,4 @@
-"""What must hold of the memory that training takes, whatever the constants."""
+"""Properties of the memory estimate that hold for any constants."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _setup(ranks: int = 1, stage: int = 2, **changes: Any) -> Setup:
     return Setup(train, "bfloat16", ranks, on_gpu=True)
 
 
-def test_every_stage_shares_out_what_deepspeed_says() -> None:
+def test_each_zero_stage_partitions_what_deepspeed_documents() -> None:
     """ZeRO (arXiv 1910.02054, section 5): optimizer state, then gradients, then parameters."""
     trained = _trained()
     shares = {stage: memory_of(trained, _setup(ranks=8, stage=stage)) for stage in (0, 1, 2, 3)}
@@ -62,7 +62,7 @@ def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_grow_with_the_micro_batch_and_little_with_checkpointing(checkpointing: bool) -> None:
+def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(checkpointing: bool) -> None:
     trained, setup = _trained(), _setup(activation_checkpointing=checkpointing)
     half = memory_of(trained, setup.with_train(micro_batch=2)).activations
     assert memory_of(trained, setup).activations == 2 * half
@@ -87,14 +87,14 @@ def test_training_everything_stores_more_than_training_the_top() -> None:
 def test_out_of_memory_names_the_mildest_change_that_fits(gibibytes: int, changes: dict[str, Any]) -> None:
     trained, setup, there = _trained(), _setup(ranks=2), gibibytes * 2**30
     said = when_out_of_memory("pretrain", trained, setup, there)
-    assert "26.1 GiB a device are needed" in said and f"{gibibytes}.0 GiB are there" in said
+    assert "26.1 GiB per device" in said and f"{gibibytes}.0 GiB are available" in said
     typed = re.findall(r"pretrain\.(?:deepspeed\.)?(\w+)=(\w+)", said)
     assert typed == [(name, str(value).lower()) for name, value in changes.items()]
     sharing = setup.train.deepspeed.model_copy(update={"zero_stage": changes.pop("zero_stage", 2)})
     assert memory_of(trained, setup.with_train(**changes, deepspeed=sharing)).total <= there
 
 
-def test_out_of_memory_says_where_nothing_fits_and_where_it_should_have_fitted() -> None:
+def test_out_of_memory_reports_that_nothing_fits_or_that_it_should_have_fitted() -> None:
     assert "more devices" in when_out_of_memory("pretrain", _trained(), _setup(ranks=2), 2**30)
     assert "Less memory is needed with pretrain.micro_batch=2" in when_out_of_memory(
         "pretrain", _trained(), _setup(), 2**40
@@ -109,7 +109,7 @@ def test_an_offloaded_optimizer_is_not_on_the_device() -> None:
     assert memory.weights < memory_of(_trained(), setup).weights
 
 
-def test_overrides_of_deepspeed_s_own_settings_count() -> None:
+def test_overrides_of_deepspeed_settings_count() -> None:
     overrides = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
     setup = _setup()
     changed = setup.train.deepspeed.model_copy(update={"overrides": overrides})

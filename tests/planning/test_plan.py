@@ -1,4 +1,4 @@
-"""``action=plan``: right numbers, everything that would stop a run, and not one byte changed."""
+"""``action=plan`` prints correct numbers and all blockers of a run, and changes no file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Plan = Callable[..., str]
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
-    """``plan("quickstart", "seed=1")`` gives what is printed; the directory it runs in is empty before and after."""
+    """``plan("quickstart", "seed=1")`` returns the output. The working directory must stay empty."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -50,7 +50,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are not resolved, whatever the machine has."""
+    """Make name resolution fail."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no network in this test")
@@ -59,13 +59,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _blockers(output: str) -> dict[str, str]:
-    """The settings at fault, each with its line."""
+    """Return the blockers: setting -> the rest of its line."""
     lines = re.findall(r"^ +\d+\. ([\w.]+) = (.*)$", output, re.MULTILINE)
     return dict(lines)
 
 
 def _states(output: str) -> dict[str, str]:
-    """Stage -> what the table says of it."""
+    """Return the table of stages: stage -> the rest of its line."""
     rows = re.findall(
         r"^ +((?:load|expand|tokenize|pretrain|sft|evaluate|report)\S*) +(\S.*?) *$", output, re.MULTILINE
     )
@@ -73,11 +73,11 @@ def _states(output: str) -> dict[str, str]:
 
 
 def _hash_of(*folders: Path) -> str:
-    """One hash over every name, link and byte."""
+    """Hash the names, links and contents of all files in some directories."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            if "__pycache__" in path.parts:  # whoever imports something first writes one, and changes the directory
+            if "__pycache__" in path.parts:  # written by the first process that imports a module
                 continue
             content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
             written = None if (path / "__pycache__").exists() else path.lstat().st_mtime_ns
@@ -85,7 +85,7 @@ def _hash_of(*folders: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------- right numbers
+# ----------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize(
@@ -99,29 +99,29 @@ def _hash_of(*folders: Path) -> str:
         ("quickstart", "30 -> 38", "134.5M", "162.8M"),
     ],
 )
-def test_published_sizes_come_out(plan: Plan, experiment: str, layers: str, before: str, after: str) -> None:
+def test_published_sizes_are_reproduced(plan: Plan, experiment: str, layers: str, before: str, after: str) -> None:
     output = plan(experiment)
     assert f"layers {layers}" in output
     assert f"parameters {before} -> {after}" in output
 
 
-def test_lesa_s_training_in_numbers(plan: Plan) -> None:
+def test_the_training_of_lesa_in_numbers(plan: Plan) -> None:
     """6 000 steps of 64 sequences of 2 048 tokens; 16 of 48 layers train."""
     output = plan("lesa_llama3", "launch.device=h100_80gb", "launch.processes=8")
     assert "3.49B of 11.52B, 30.3 %" in output
-    assert re.search(r"steps +6,000", output) and re.search(r"tokens a step +131,072", output)
+    assert re.search(r"steps +6,000", output) and re.search(r"tokens per step +131,072", output)
     assert re.search(r"tokens +786 M", output)
     assert "sizes from model.shape" in output
 
 
-def test_hours_follow_from_devices_and_utilization(plan: Plan) -> None:
+def test_hours_depend_on_devices_and_utilization(plan: Plan) -> None:
     command = ("lesa_llama3", "launch.device=h100_80gb", "launch.processes=8")
     assert re.search(r"hours +3.29 at 40%", plan(*command))
     assert re.search(r"hours +1.65 at 40%", plan(*command, "launch.nodes=2"))
     assert re.search(r"hours +6.59 at 20%", plan(*command, "launch.utilization=0.2"))
 
 
-def test_a_directory_s_own_config_is_preferred_and_named(plan: Plan, shrunk: list[str], tiny_llama_dir: Path) -> None:
+def test_the_config_of_a_model_directory_is_used_and_named(plan: Plan, shrunk: list[str], tiny_llama_dir: Path) -> None:
     output = plan("quickstart", *shrunk)
     assert f"sizes from the config in {tiny_llama_dir}" in output
     assert "layers 4 -> 6" in output
@@ -134,8 +134,8 @@ def test_a_directory_s_own_config_is_preferred_and_named(plan: Plan, shrunk: lis
 def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
     shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    """Every tree that it could write to is compared, every file that it opens is watched, and of a weight file
-    nothing is read but the header: its length in 8 bytes, and that many bytes of JSON."""
+    """All directories that it could write to are compared, and all files that it opens are observed. Of a weight file,
+    only the header is read: its length in 8 bytes, and that many bytes of JSON."""
     home, model = tmp_path / "home", tmp_path / "model"
     (home / ".cache" / "huggingface").mkdir(parents=True)
     shutil.copytree(tiny_llama_dir, model)
@@ -170,8 +170,8 @@ def test_a_plan_reads_no_weights_writes_nothing_and_needs_no_torch(
     assert _hash_of(tmp_path, REPOSITORY / "pipeline", REPOSITORY / "conf") == before
 
 
-def _pretend(command: list[str], *names: str) -> None:
-    """Artifacts of these nodes, with no more in them than a plan looks at."""
+def _create_artifacts(command: list[str], *names: str) -> None:
+    """Create artifacts of some nodes that contain only what a plan reads."""
     nodes = prepare([compose_jobs(command, False, None)[0].settings])[0].nodes
     for name in names:
         artifact = nodes[name].artifact
@@ -181,13 +181,13 @@ def _pretend(command: list[str], *names: str) -> None:
         artifact.commit({"key": artifact.key})
 
 
-def test_what_is_there_is_cached_and_token_blocks_are_counted(
+def test_existing_artifacts_are_cached_and_their_token_blocks_are_counted(
     shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output_dir = f"output_dir={tmp_path / 'out'}"
     command = ["+experiment=quickstart", *shrunk, "sft.steps=null", "sft.epochs=2.0", output_dir]
     there = {"load", "expand", "tokenize/corpus", "tokenize/instructions"}
-    _pretend(command, *there)
+    _create_artifacts(command, *there)
     before = _hash_of(tmp_path)
     assert main([*command, "action=plan"]) == EXIT_DONE
     output = capsys.readouterr().out
@@ -199,10 +199,10 @@ def test_what_is_there_is_cached_and_token_blocks_are_counted(
     assert set(_states(capsys.readouterr().out).values()) == {"to do"}
 
 
-# ------------------------------------------------------------------------------ what would stop a run
+# ---------------------------------------------------------------------------------------- blockers
 
 
-def test_every_blocker_is_listed_not_only_the_first(
+def test_all_blockers_are_listed_not_only_the_first(
     plan: Plan, no_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -229,7 +229,7 @@ def test_every_blocker_is_listed_not_only_the_first(
     }  # fmt: skip
 
 
-def test_stages_say_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_show_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     command = ("lesa_llama3", "launch.device=cpu", "data=python_docs", "evaluate=bundled")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**13))
@@ -242,7 +242,7 @@ def test_stages_say_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch
     assert all(state.startswith("blocked") for state in _states(plan(*command)).values())
 
 
-def test_what_no_chosen_stage_reads_blocks_nothing(
+def test_data_that_no_chosen_stage_reads_block_nothing(
     plan: Plan, no_network: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
@@ -251,7 +251,9 @@ def test_what_no_chosen_stage_reads_blocks_nothing(
     assert "data.corpus.path" in _blockers(plan("lesa_llama3", "stages=[tokenize]"))
 
 
-def test_no_chat_template_for_tuning(plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_missing_chat_template_blocks_tuning(
+    plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     output = plan("quickstart", *shrunk, f"model.path={tmp_path / 'model'}", "data.chat_template=model")
@@ -259,7 +261,7 @@ def test_no_chat_template_for_tuning(plan: Plan, shrunk: list[str], tiny_llama_d
     assert _states(output)["tokenize/corpus"] == "to do"
 
 
-def test_a_gated_model_on_the_hub(
+def test_a_gated_model_on_the_hub_is_a_blocker(
     plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(tiny_llama_dir, tmp_path / "cache", monkeypatch) as hub:
@@ -281,7 +283,7 @@ def test_a_model_on_the_hub_is_read_without_filling_its_cache(
     assert not [path for path in hub.requests if path.endswith(".safetensors")]
 
 
-def test_a_config_in_the_hub_s_cache_serves_where_the_hub_does_not_answer(
+def test_the_config_in_the_cache_is_used_if_the_hub_does_not_answer(
     plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import hf_hub_download
@@ -293,7 +295,7 @@ def test_a_config_in_the_hub_s_cache_serves_where_the_hub_does_not_answer(
     assert "sizes from the config in the hub's cache" in output and "layers 4 -> 6" in output
 
 
-def test_memory_that_does_not_fit_says_what_would(plan: Plan) -> None:
+def test_settings_that_would_fit_the_memory_are_named(plan: Plan) -> None:
     output = plan("lesa_llama3", "launch.device=a100_40gb", "launch.processes=8")
     assert "pretrain.micro_batch" not in _blockers(output)
     too_large = plan("lesa_llama3", "launch.device=a100_40gb", "launch.processes=8", "pretrain.micro_batch=8",
@@ -320,14 +322,14 @@ def test_a_model_of_another_shape_is_a_blocker(plan: Plan, shrunk: list[str]) ->
 @pytest.mark.parametrize(
     "wrong", ["pretrain.micro_batch=0", "launch.device=h1000", "no.such=1", "expand.position=[1,2,3]"]
 )
-def test_settings_that_are_wrong_in_themselves_are_refused(shrunk: list[str], wrong: str) -> None:
+def test_invalid_settings_are_refused(shrunk: list[str], wrong: str) -> None:
     assert main(["+experiment=quickstart", *shrunk, wrong, "action=plan"]) == EXIT_REQUEST
 
 
 # --------------------------------------------------------------------------------------- sweeps, speed
 
 
-def test_a_sweep_marks_what_its_jobs_share(plan: Plan, shrunk: list[str]) -> None:
+def test_a_sweep_marks_the_artifacts_that_its_jobs_share(plan: Plan, shrunk: list[str]) -> None:
     output = plan("quickstart", "--multirun", *shrunk, "expand=copy,none")
     first, second = output.split("quickstart/expand-none")[0], output.split("quickstart/expand-none")[1]
     assert "with" not in " ".join(_states(first).values())
@@ -336,14 +338,16 @@ def test_a_sweep_marks_what_its_jobs_share(plan: Plan, shrunk: list[str]) -> Non
     assert "and one report over all 2 jobs: outputs/quickstart/report" in output
 
 
-def test_an_answer_within_ten_seconds_where_no_name_server_answers(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_takes_less_than_ten_seconds_if_no_name_server_answers(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(12))
     waiting = hub.ANSWER_WITHIN_SECONDS
-    monkeypatch.setattr(hub, "ANSWER_WITHIN_SECONDS", 2.5)  # four questions one after another would take ten
+    monkeypatch.setattr(hub, "ANSWER_WITHIN_SECONDS", 2.5)  # four requests one after another would take ten seconds
     started, worked = time.monotonic(), time.process_time()
     output = plan("lesa_llama3")
     assert time.monotonic() - started < 10
@@ -351,10 +355,10 @@ def test_an_answer_within_ten_seconds_where_no_name_server_answers(plan: Plan, m
     assert {"model.path", "data.corpus.path", "data.instructions.path", "evaluate.tasks"} <= set(_blockers(output))
 
 
-def test_experts_that_are_stored_apart_are_refused_before_anything_starts(
+def test_training_experts_that_are_stored_separately_is_a_blocker(
     plan: Plan, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """As published, a mixture's experts cannot be trained yet; as transformers holds them, or left out, all is well."""
+    """Experts in the published format cannot be trained. In the format of transformers, or left out, they are fine."""
     published = save_tiny("mixtral", tmp_path / "published", tiny_tokenizer)
     stacked = save_tiny("mixtral", tmp_path / "stacked", tiny_tokenizer, save_original_format=False)
     without = ["pretrain.trainable=self_attn", "sft.trainable=self_attn"]
