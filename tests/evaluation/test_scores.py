@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.scores import influences, kept_samples, scores_of, standard_error
+from pipeline.evaluation.scores import influences, kept_samples, scores_of, standard_error, value_of
 
 
 def _documents(count: int) -> list[tuple[float, int]]:
@@ -29,6 +29,14 @@ def test_the_standard_error_of_a_rate_matches_the_bootstrap(metric: str) -> None
     expected = np.std(np.exp(rates) if metric == "word_perplexity" else np.array(rates) / math.log(2))
     found = standard_error(influences(metric, [(float(total), int(length)) for total, length in items]))
     assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_scores_follow_from_the_values_per_document() -> None:
+    samples = [(-3.0, 2), (-5.0, 6)]  # one nat per unit of length
+    assert value_of("byte_perplexity", samples) == pytest.approx(math.e)
+    assert value_of("bits_per_byte", samples) == pytest.approx(1 / math.log(2))
+    assert value_of("perplexity", [-1.0, -3.0]) == pytest.approx(math.exp(2.0))
+    assert value_of("acc", [1.0, 0.0]) == 0.5
 
 
 def test_one_document_has_no_standard_error() -> None:
