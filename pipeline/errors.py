@@ -1,7 +1,7 @@
-"""The ways a run can end without a result, and their exit codes.
+"""Exceptions that end a run without a result, and the exit codes of the command line.
 
-For every error below, the command line prints its message without a traceback. Any other exception is a bug: it keeps
-its traceback, and the exit code is 1.
+The command line prints the messages of these exceptions without a traceback. Any other exception is a bug: its
+traceback is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
 
 
 class UserError(Exception):
-    """The request is wrong, and nothing was started. Exit code 2.
+    """The request is invalid, and nothing was started. Exit code 2.
 
     Args:
         setting: the dotted name that a user types, such as ``pretrain.sequence_length``.
@@ -24,7 +24,7 @@ class UserError(Exception):
         super().__init__(f"{setting} = {value!s}: {rule}. {remedy}")
 
     def parts(self) -> dict[str, str]:
-        """The four parts as JSON values, to pass between processes. ``UserError(**parts)`` is the inverse."""
+        """Returns the four parts as JSON values, to send to another process. ``UserError(**parts)`` is the inverse."""
         return {"setting": self.setting, "value": str(self.value), "rule": self.rule, "remedy": self.remedy}
 
 
@@ -44,7 +44,7 @@ class WorkersFailed(RuntimeError):
 
 
 class OutOfMemory(WorkersFailed):
-    """A process of a stage died because a GPU or the host had no memory left."""
+    """A process of a stage died because a GPU or the host ran out of memory."""
 
 
 class NoProgress(RuntimeError):

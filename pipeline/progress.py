@@ -1,4 +1,4 @@
-"""Progress bars with rate, loss and time left. If the output is not a terminal, prints a line per minute instead."""
+"""Progress bars with metrics and the remaining time. If the output is not a terminal, prints a line per minute."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINE_SECONDS = 60.0  # between lines in a log
-MIN_FRACTION = 0.01  # of the work that must be done before the remaining time is estimated
-SPEED_SECONDS = 3600.0  # over which a bar averages its speed, because some work advances only every few minutes
+LINE_SECONDS = 60.0  # between two lines in a log
+MIN_FRACTION = 0.01  # fraction of the work that must be done before the remaining time is estimated
+SPEED_SECONDS = 3600.0  # window over which a bar averages its speed; some work advances only every few minutes
 
 _stream: TextIO | None = None  # None: standard error
 
 
 def set_stream(stream: TextIO) -> None:
-    """Sets where progress is shown, for a process whose standard error is redirected to a log."""
+    """Sets the stream on which progress is shown, for a process whose standard error is redirected to a log."""
     global _stream
     _stream = stream
 

@@ -52,8 +52,8 @@ class Tracker:
         target: the W&B settings, group and run.
         directory: the artifact's directory, in which ``metrics.jsonl`` is written.
         config: the stage's settings, shown in W&B.
-        resume_after: the step after which a restarted stage resumes. Existing lines of later steps are removed. With
-            None all existing lines are removed.
+        resume_after: the step after which a restarted stage resumes. Existing lines of later steps are removed. If
+            None, all existing lines are removed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Tracker:
 
 
 def _drop_lines_after(path: Path, step: int | None) -> None:
-    """Removes the lines of later steps, or all lines if ``step`` is None, and a last line that was not completed."""
+    """Removes the lines of later steps, or all lines if ``step`` is None, and an incomplete last line."""
     if not path.exists():
         return
     kept = [] if step is None else [line for line in read_metrics(path) if line["step"] <= step]

@@ -76,7 +76,7 @@ def check_model(directory: Path, config: dict[str, Any], same_logits_as: Path | 
     """
     _check_config(directory, config)
     _check_values(directory)
-    entries = sum(spec.entries for spec in ModelDirectory(directory).specs.values())
+    entries = sum(spec.numel for spec in ModelDirectory(directory).specs.values())
     fits = entries * torch.float32.itemsize <= memory
     prompts = _prompts(directory)
     for stale in directory.glob(f"{WORK_PREFIX}*"):  # from an interrupted attempt

@@ -213,7 +213,7 @@ def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
 
 def _millions(names: TensorNames, layer: int, tensor: LayerTensor) -> float:
     """Returns millions of elements of a new tensor, for progress. A part counts as the tensor it is stored in."""
-    return names.spec(layer, tensor).entries / 1e6
+    return names.spec(layer, tensor).numel / 1e6
 
 
 def _copy_base(writer: ShardWriter, names: TensorNames) -> None:

@@ -1,17 +1,18 @@
-"""The floating-point operations of a training step: one formula for the engine and for the plan.
+"""Counts the floating-point operations of a training step, by one formula for the engine and for the plan.
 
-A matrix product of [m, k] and [k, n] counts 2·m·k·n. Per token in a sequence of S tokens, with W_i the entries of layer
-i's weight matrices, A = heads · head size, V·H the entries of the head, and l the lowest trainable layer:
+A matrix product of [m, k] and [k, n] counts 2·m·k·n. Per token in a sequence of S tokens, with W_i the number of
+elements of layer i's weight matrices, A = heads · head size, V·H the elements of the head, and l the lowest trainable
+layer:
 
     forward            Σ_i (2·W_i + 4·S·A)  +  2·V·H        over all layers; the head for supervised tokens only
     input gradients    Σ_{i ≥ l} (2·W_i + 8·S·A)  +  2·V·H  down to layer l
     weight gradients   Σ_{trainable matrices} 2·W           (that of the head for supervised tokens only)
 
 Attention counts every query against all S keys, as PaLM's appendix B (arXiv 2204.02311) and torch's FLOP counter do,
-although the documents of one block do not attend to each other. Of a layer's experts only those count that a token is
-routed to. Norms, activations, softmax and optimizer are left out. So is recomputation, because it is a choice and
-never necessary. In layer l itself the gradient stops at the first norm, which trains. Where that norm does not train,
-the true count is smaller by the input projections of that layer.
+although the documents of one block do not attend to each other. Only the experts that a token is routed to are counted.
+Norms, activations, softmax and the optimizer are not counted. Recomputation is not counted either, because it is never
+required. In layer l itself the gradient stops at the first norm, which is trainable. If that norm is frozen, the true
+count is smaller by the input projections of that layer.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from math import prod
 
 @dataclass(frozen=True)
 class LayerWork:
-    """The matrices of one decoder layer, in entries that a token is multiplied with."""
+    """The matrices of one decoder layer, in elements that a token is multiplied with."""
 
     matrices: int
-    trained: int  # entries of those matrices that train
+    trained: int  # elements of the trainable matrices
 
 
 @dataclass(frozen=True)
 class HeadWork:
-    """The matrix of the head, and what the backward pass needs of it."""
+    """The matrix of the head, and which gradients the backward pass computes for it."""
 
     entries: int
     trained: bool
@@ -64,16 +65,16 @@ class TrainingFlops:
         return cls(body, 2 * head.entries * (1 + int(head.passes_gradient) + int(head.trained)))
 
     def of_tokens(self, tokens: int, supervised_tokens: int) -> int:
-        """Operations for a number of tokens, some of which have a target."""
+        """Returns the operations for a number of tokens, some of which have a target."""
         return tokens * self.body + supervised_tokens * self.head
 
 
 def matrix_entries(name: str, shape: Sequence[int], expert_share: Fraction = Fraction(1)) -> int:
-    """Entries of a tensor that one token is multiplied with. 0 for a tensor that is not a matrix.
+    """Returns the number of elements of a tensor that one token is multiplied with, or 0 if it is not a matrix.
 
     Args:
-        name: within the layer. Biases of stacked experts have two dimensions and are told apart by their name.
-        shape: with three dimensions for the stacked matrices of experts.
+        name: within the layer. Biases of stacked experts also have two dimensions, so they are recognized by name.
+        shape: the shape of the tensor. The stacked matrices of experts have three dimensions.
         expert_share: the fraction of the experts that a token is routed to.
     """
     if len(shape) < 2 or name.endswith("bias"):

@@ -1,7 +1,7 @@
 """Reads the metadata of a GGUF file, without its weights.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the ``gguf`` package needs seconds for
-a vocabulary. This one skips over it and takes milliseconds.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the ``gguf`` package takes seconds to
+read the vocabulary. This one skips it and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CONFIG_KEYS = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a GGUF file holds before its weights.
+    """The part of a GGUF file before its weights.
 
     Attributes:
         values: metadata by key, with the length of an array in place of the array.
@@ -40,7 +40,7 @@ class Metadata:
     tensor_names: tuple[str, ...]
 
     def config(self) -> dict[str, Any]:
-        """The entries of a config.json that sizes and limits are taken from, plus ``has_chat_template``."""
+        """Returns the config.json entries that determine sizes and limits, plus ``has_chat_template``."""
         family = self.values["general.architecture"]
         config = {name: self.values.get(f"{family}.{key}") for name, key in _CONFIG_KEYS.items()}
         config["vocab_size"] = config["vocab_size"] or self.values.get("tokenizer.ggml.tokens")
@@ -70,7 +70,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def _unreadable(path: Path, rule: str) -> UserError:
-    remedy = "Download the file again, or name another one."
+    remedy = "Download the file again, or set model.gguf_file to another one."
     return UserError(setting="model.gguf_file", value=path, rule=rule, remedy=remedy)
 
 
@@ -96,7 +96,7 @@ def _skip_array(stream: BinaryIO) -> int:
     if kind in _NUMBER_FORMATS:
         stream.seek(length * struct.calcsize("<" + _NUMBER_FORMATS[kind]), 1)
         return length
-    # Strings and nested arrays have lengths of their own, so they are skipped one by one.
+    # Strings and nested arrays vary in length, so they are skipped one by one.
     for _ in range(length):
         if kind == _STRING:
             stream.seek(_number(stream, "Q"), 1)

@@ -28,7 +28,7 @@ class HubModel:
     Attributes:
         commit: the commit that the revision refers to.
         directory: the snapshot in the Hub's cache, if only the cache may be used.
-        names: names of its files, or of the cached ones if only the cache may be used.
+        names: names of its files, or only of the cached ones if only the cache may be used.
     """
 
     commit: str
@@ -37,7 +37,7 @@ class HubModel:
 
 
 def is_repo_id(path: str) -> bool:
-    """Whether a path has the form ``NAME`` or ``ORGANIZATION/NAME``."""
+    """Returns whether a path has the form ``NAME`` or ``ORGANIZATION/NAME``."""
     return _REPO_ID.fullmatch(path) is not None and len(path) <= 96
 
 
@@ -50,7 +50,7 @@ def find(repo: str, revision: str | None, patterns: Sequence[str]) -> HubModel:
         patterns: patterns of the files that will be needed. Offline, all of them must be in the cache.
 
     Raises:
-        UserError: there is no such model or revision, it may not be accessed, or the Hub cannot be reached.
+        UserError: the model or revision does not exist or is not accessible, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants
 
@@ -74,21 +74,21 @@ def _find_in_cache(repo: str, revision: str | None, patterns: Sequence[str]) -> 
         raise _unavailable(
             repo,
             "it is not a directory, it is not completely in the Hub's cache, and HF_HUB_OFFLINE is set",
-            f"On a machine with network access, run: hf download {repo}; or give a model directory.",
+            f"On a machine with network access, run: hf download {repo}; or set model.path to a model directory.",
         ) from error
     directory = Path(found)
     return HubModel(directory.name, directory, tuple(path.name for path in directory.iterdir()))
 
 
 def fetch_file(repo: str, commit: str, name: str) -> Path:
-    """Downloads one file into the Hub's cache, unless it is there, and returns its path."""
+    """Downloads one file to the Hub's cache unless it is already cached, and returns its path."""
     from huggingface_hub import hf_hub_download
 
     return Path(_with_user_errors(repo, commit, lambda: hf_hub_download(repo, name, revision=commit)))
 
 
 def fetch_snapshot(repo: str, commit: str, patterns: Sequence[str]) -> Path:
-    """Downloads all files of a commit that match the patterns into the Hub's cache, and returns their directory."""
+    """Downloads all files of a commit that match the patterns to the Hub's cache, and returns their directory."""
     from huggingface_hub import snapshot_download
 
     def fetch() -> str:
@@ -116,7 +116,7 @@ def read_json_file(repo: str, commit: str, name: str) -> dict[str, Any]:
 
 
 def cached_file(repo: str, revision: str | None, name: str) -> Path | None:
-    """The path of a file in the Hub's cache. None if it is not there."""
+    """Returns the path of a file in the Hub's cache, or None if it is not cached."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, name, cache_dir=constants.HF_HUB_CACHE, revision=revision)
@@ -126,7 +126,7 @@ def cached_file(repo: str, revision: str | None, name: str) -> Path | None:
 def in_time(call: Callable[[], _Result]) -> _Result:
     """Returns the result of a call, or raises its error, within ``ANSWER_WITHIN_SECONDS``.
 
-    The connection timeout of an HTTP client does not cover a name server that hangs. This does.
+    The connection timeout of an HTTP client does not cover a name server that hangs. This timeout does.
 
     Raises:
         TimeoutError: the call did not return in time.
@@ -167,12 +167,13 @@ def _with_user_errors(repo: str, revision: str | None, call: Callable[[], _Resul
             setting="model.revision",
             value=revision,
             rule=f"{repo} has no such branch, tag or commit",
-            remedy="Set model.revision=main, or one that exists.",
+            remedy="Set model.revision=main, or an existing branch, tag or commit.",
         ) from error
     except errors.LocalEntryNotFoundError as error:  # neither on the network nor in the cache
         raise _unreachable(repo, error) from error
     except errors.EntryNotFoundError as error:
-        raise _unavailable(repo, f"a file is missing ({error})", "Choose another model or revision.") from error
+        remedy = "Set model.path or model.revision to another model or revision."
+        raise _unavailable(repo, f"a file is missing ({error})", remedy) from error
     except (errors.HTTPError, TimeoutError) as error:  # the base class of all transport errors and of the errors above
         raise _unreachable(repo, error) from error
 
@@ -181,7 +182,7 @@ def _unreachable(repo: str, reason: object) -> UserError:
     return _unavailable(
         repo,
         f"it is not a directory, and the Hugging Face Hub cannot be reached ({reason})",
-        "Give a model directory, or set HF_HUB_OFFLINE=1 to use the Hub's cache.",
+        "Set model.path to a model directory, or HF_HUB_OFFLINE=1 in the environment to use the Hub's cache.",
     )
 
 

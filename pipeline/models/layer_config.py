@@ -1,8 +1,8 @@
-"""Rebuilds the per-layer entries of a config.json for a model with other layers.
+"""Rebuilds the per-layer entries of a config.json for a model with a different sequence of layers.
 
-A family may leave these entries out and let its config class derive them from a rule such as "every sixth layer". For
-a deeper model that rule would give inserted layers, and all layers above them, the wrong kind. The entries of the base
-are therefore written out first.
+A family may omit these entries and let its config class derive them from a rule such as "every sixth layer". In a
+deeper model that rule would assign the wrong kind to inserted layers and to all layers above them. The entries of the
+base are therefore written out first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOT_PER_LAYER = ("architectures",)  # lists that have one entry per layer only b
 
 
 def spelled_out_config(directory: Path) -> dict[str, Any]:
-    """Returns the config.json of a model directory with the per-layer entries that its config class derives."""
+    """Returns the config.json of a model directory, including the per-layer entries that its config class derives."""
     config: dict[str, Any] = read_json(directory / "config.json")
     derived = AutoConfig.from_pretrained(directory).to_dict()
     layers = config["num_hidden_layers"]
@@ -60,7 +60,7 @@ def rebuild_config(config: dict[str, Any], sources: Sequence[int]) -> dict[str, 
         elif name in INDEX_LISTS and value is not None:
             rebuilt[name] = [layer for layer, source in enumerate(sources) if source in value]
         elif name in THRESHOLDS and value is not None:
-            # A threshold above the last layer stays as far above it.
+            # A threshold above the last layer keeps its distance from it.
             beyond = max(0, value - old_layers)
             rebuilt[name] = sum(source < value for source in sources) + beyond
     rebuilt["num_hidden_layers"] = len(sources)

@@ -24,13 +24,13 @@ class ModelDirectory:
 
     Args:
         path: the directory.
-        files: its weight files. By default those of a complete model, as its index lists them.
+        files: its weight files. By default those of a complete model, as listed in its index.
 
     Attributes:
         specs: dtype and shape of every tensor by name.
 
     Raises:
-        UserError: the directory holds no complete safetensors model, or its tensors have a packed dtype.
+        UserError: the directory does not hold a complete safetensors model, or a tensor has a packed dtype.
     """
 
     def __init__(self, path: Path, files: Iterable[Path] | None = None) -> None:
@@ -45,8 +45,8 @@ class ModelDirectory:
                     raise UserError(
                         setting="model.path",
                         value=path,
-                        rule=f"{name} has the packed dtype {entry.dtype}, which cannot be computed with here",
-                        remedy="Give the model from before quantization, in bfloat16, float16 or float32.",
+                        rule=f"{name} has the packed dtype {entry.dtype}, which is not supported",
+                        remedy="Set model.path to the unquantized model, in bfloat16, float16 or float32.",
                     )
                 self.specs[name] = TensorSpec(SAFETENSORS_DTYPES[entry.dtype], entry.shape)
                 self._places[name] = StoredBytes(shard, first + entry.begin)
@@ -66,11 +66,11 @@ class ModelDirectory:
         return tensor
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """All tensors by name, each read from disk on every access."""
+        """Returns all tensors by name. Each is read from disk on every access."""
         return _LazyTensors(self)
 
     def place(self, name: str) -> StoredBytes:
-        """Where a tensor's bytes are, for ``ShardWriter.copy``."""
+        """Returns the location of a tensor's bytes, for ``ShardWriter.copy``."""
         return self._places[name]
 
 
@@ -89,7 +89,7 @@ class _LazyTensors(Mapping[str, Tensor]):
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and generation config byte for byte."""
+    """Copies the tokenizer, chat template and generation config byte for byte."""
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

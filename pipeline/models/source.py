@@ -1,7 +1,7 @@
-"""Finds the model that ``model.path`` names, and identifies its content.
+"""Finds the model that ``model.path`` refers to, and identifies its content.
 
-Needs no torch, downloads nothing but the small JSON files of a Hub model (or a GGUF file, to read its metadata), and
-runs no code of the model.
+Does not import torch or run code of the model. Downloads only the small JSON files of a Hub model, or a GGUF file to
+read its metadata.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def resolve(model: Model) -> ModelSource:
             setting="model.path",
             value=model.path,
             rule="there is no such directory, and it is not the ID of a model on the Hugging Face Hub",
-            remedy="Give a model directory, an ID such as ORGANIZATION/NAME, or package:NAME.",
+            remedy="Set model.path to a model directory, an ID such as ORGANIZATION/NAME, or package:NAME.",
         )
     return _on_hub(model)
 
 
 def wanted_files(model: Model) -> list[str]:
-    """Patterns of the files that loading needs, with remote code only if the settings ask for it."""
+    """Returns patterns of the files that loading needs, with remote code only if the settings ask for it."""
     if model.gguf_file is not None:
         return [model.gguf_file]
     code = ["*.py"] if model.trust_remote_code else []
@@ -101,7 +101,7 @@ def _on_hub(model: Model) -> ModelSource:
 
 
 def _package_directory(model: Model) -> Path:
-    """The directory of an installed Python package, found without importing it."""
+    """Returns the directory of an installed Python package without importing the package."""
     name = model.path.removeprefix(PACKAGE_PREFIX)
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -142,8 +142,8 @@ def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:
             setting="model.gguf_file",
             value=gguf_file,
             rule=f"there is no such file in {where}",
-            remedy=f"Name an existing one: {existing}. For a directory of safetensors, use model=hub "
-            "model.path=DIRECTORY.",
+            remedy=f"Set model.gguf_file to an existing file ({existing}). For a directory of safetensors, use "
+            "model=hub model.path=DIRECTORY.",
         )
 
 
@@ -151,12 +151,12 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
     """Reads the config of a model without its weights.
 
     Args:
-        source: the model. A GGUF file on the Hub is downloaded into the Hub's cache, where loading finds it.
+        source: the model. A GGUF file on the Hub is downloaded to the Hub's cache, where loading finds it.
         keep: whether JSON files downloaded from the Hub may stay in its cache.
 
     Returns:
-        The content of config.json, or for a GGUF file the entries that sizes and limits are taken from. Two entries
-        are added: ``has_chat_template``, and ``experts_apart`` for a model whose experts are stored one by one.
+        The content of config.json, or for a GGUF file the entries that determine sizes and limits. Two entries are
+        added: ``has_chat_template``, and ``experts_apart`` for a model whose experts are stored one by one.
 
     Raises:
         UserError: the files are not those of a causal language model.
@@ -169,7 +169,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
             setting="model.path",
             value=source.repo or source.directory,
             rule="its config.json has no num_hidden_layers, so it is not a plain causal language model",
-            remedy="Give a decoder-only language model.",
+            remedy="Set model.path to a decoder-only language model.",
         )
     added = {
         "has_chat_template": _has_chat_template(source, keep),
@@ -192,12 +192,12 @@ def check_shape(model: Model, config: Mapping[str, Any]) -> None:
             setting="model.shape",
             value=given,
             rule=f"the config of {model.path} says {actual}",
-            remedy="Give the model with that shape, or set model.shape=null to use its config alone.",
+            remedy="Set model.path to a model with that shape, or model.shape=null to use the config alone.",
         )
 
 
 def local_file(source: ModelSource, name: str) -> Path:
-    """The path of one file of the model. From the Hub, it is downloaded into the Hub's cache."""
+    """Returns the path of one file of the model. A file on the Hub is downloaded to the Hub's cache."""
     if source.directory is not None:
         return source.directory / name
     assert source.repo is not None and source.commit is not None
@@ -220,7 +220,7 @@ def _has_chat_template(source: ModelSource, keep: bool) -> bool:
 
 
 def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
-    """Names of the weights, as far as they can be read without the weights: not for a single file on the Hub."""
+    """Returns the names of the weights, if they can be read without the weights: not for a single file on the Hub."""
     if INDEX in source.names:
         index: dict[str, str] = _json_of(source, INDEX, keep)["weight_map"]
         return index

@@ -1,4 +1,4 @@
-"""Dtypes by name, what is known of a tensor before it is read or written, and the check for finite values."""
+"""Dtypes by name, the dtype and shape of a tensor before it is read or written, and the check for finite values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings name them
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by their names in settings
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
-FINITE_CHUNK = 2**24  # entries checked at a time, which bounds the memory of the check
+FINITE_CHUNK = 2**24  # elements checked at a time, which bounds the memory of the check
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
-    def entries(self) -> int:
-        """Number of entries."""
+    def numel(self) -> int:
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def bytes(self) -> int:
-        """Size in a file."""
-        return self.entries * self.dtype.itemsize
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite. Needs memory for one chunk only, not for the complete tensor."""
+    """Returns whether every element is finite, with memory for only one chunk of the tensor."""
     return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.flatten().split(FINITE_CHUNK))

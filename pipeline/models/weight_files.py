@@ -1,4 +1,4 @@
-"""Finds the safetensors files of a model directory and reads their headers. Needs no torch and reads no weights.
+"""Finds the safetensors files of a model directory and reads their headers, without torch and without the weights.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the bytes of the tensors:
 https://huggingface.co/docs/safetensors/index#format
@@ -22,9 +22,9 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as a header describes it."""
+    """One tensor, as described by a header."""
 
-    dtype: str  # as the format names it: BF16, F32, ...
+    dtype: str  # in the names of the format: BF16, F32, ...
     shape: tuple[int, ...]
     begin: int  # bytes after the end of the header
     end: int
@@ -61,7 +61,7 @@ def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], in
         for tensor, name in _read_index(directory).items():
             if tensor not in headers[directory / name][0]:
                 rule = f"{INDEX} maps {tensor} to {name}, which does not contain it"
-                remedy = "Download the index and all files that it names again, from one revision."
+                remedy = "Download the index and all files that it names again, from the same revision."
                 raise _invalid(directory, rule, remedy)
     return headers
 
@@ -98,7 +98,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """File name by tensor name. The only file of a model without an index has the key ``""``."""
+    """Returns the file name by tensor name. For a model without an index, the key of its only file is ``""``."""
     if not directory.is_dir():
         raise _invalid(directory, "there is no such directory", "Check the path.")
     check_names([path.name for path in directory.iterdir()], directory)
@@ -149,7 +149,7 @@ def _gguf_remedy(names: Collection[str]) -> str:
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     if gguf:
         return f"Set model.gguf_file={gguf[0]} to read the existing GGUF file."
-    return "Give a directory written by save_pretrained, or the ID of a model on the Hugging Face Hub."
+    return "Set model.path to a directory written by save_pretrained, or to the ID of a model on the Hugging Face Hub."
 
 
 def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
@@ -166,7 +166,7 @@ def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
         raise _invalid(
             where,
             "its weights are quantized, and new layers can only be made from unquantized ones",
-            "Give the model from before quantization. GGUF is the only quantized format that can be unpacked.",
+            "Set model.path to the unquantized model. GGUF is the only quantized format that can be dequantized here.",
         )
 
 

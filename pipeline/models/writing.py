@@ -27,17 +27,17 @@ PROGRESS_FILE = ".model.kept"  # names of the tensors and parts that survive an 
 
 
 class ShardWriter:
-    """Writes the weight files of a directory, and gives them their names when all tensors are written.
+    """Writes the weight files of a directory, and renames them to their final names when all tensors are written.
 
-    What was written before the last ``flush`` survives an interruption: a writer of the same tensors in the same
-    directory finds it in ``written``.
+    Tensors written before the last ``flush`` survive an interruption: a new writer of the same tensors in the same
+    directory lists them in ``written``.
 
     Args:
         directory: an existing directory. Weight files that an earlier attempt wrote there with other tensors are
             removed.
         specs: every tensor that will be written.
-        parts: names of all parts of the tensors that are written in parts.
-        max_shard_bytes: of tensors per file. A larger tensor gets its own file.
+        parts: for every tensor that is written in parts, the names of all its parts.
+        max_shard_bytes: bytes of tensors per file. A larger tensor gets its own file.
 
     Attributes:
         written: names of the tensors and parts that need not be written again.
@@ -145,7 +145,7 @@ class ShardWriter:
         self._unflushed[name] = shard
 
     def _read_progress(self, headers: Iterable[bytes]) -> set[str]:
-        """What an interrupted writer of exactly the same files had flushed."""
+        """Returns the names that an interrupted writer of exactly the same files had flushed."""
         progress = self._directory / PROGRESS_FILE
         if not progress.is_file():
             return set()
@@ -155,12 +155,12 @@ class ShardWriter:
             with open(self._partial(shard), "rb") as stream:
                 if stream.read(len(header)) != header:
                     return set()
-        # After the last newline there is nothing, or a name that an interruption truncated.
+        # The last line is empty, or a name that an interruption truncated.
         *names, _truncated = progress.read_text().split("\n")
         return set(names)
 
     def _allocate(self, headers: Iterable[bytes]) -> None:
-        """Allocates the files at their full size, so that a disk that is too small fails before any work is done."""
+        """Allocates the files at their full size, so that a lack of disk space is detected before any work is done."""
         try:
             with disk_full_as_user_error(self._directory, sum(spec.bytes for spec in self._specs.values())):
                 for file, header, names in zip(self._files, headers, self._shards, strict=True):
@@ -168,7 +168,7 @@ class ShardWriter:
                     _write_at(file, header, 0)
         except UserError:
             self._close()
-            # The space that was allocated is returned, unless the files hold the work of an earlier attempt.
+            # Free the space that was allocated, unless the files hold the work of an earlier attempt.
             if not self.written:
                 remove_weights(self._directory)
             raise
@@ -186,7 +186,7 @@ def remove_weights(directory: Path) -> None:
 
 
 def _assign_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
-    """Names of the tensors in each file, in the order of ``specs``."""
+    """Returns the names of the tensors in each file, in the order of ``specs``."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in specs.items():
@@ -199,7 +199,7 @@ def _assign_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list
 
 
 def _lay_out(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The bytes of a safetensors file before its first tensor, and the offset of every tensor in the file."""
+    """Returns the bytes of a safetensors file before its first tensor, and the offset of every tensor in the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin: dict[str, int] = {}
     end = 0
@@ -214,7 +214,7 @@ def _lay_out(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> tuple[byt
 
 
 def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of the data. One call to ``pwrite`` may write less."""
+    """Writes all of the data, since a single call to ``pwrite`` may write less."""
     rest = memoryview(data)
     while rest:
         count = os.pwrite(file, rest, offset)
@@ -230,6 +230,6 @@ def _copy(source: int, begin: int, target: int, at: int, count: int) -> None:
 
 
 def _map(file: int, spec: TensorSpec, begin: int) -> Tensor:
-    """A tensor that shares its memory with a file."""
+    """Returns a tensor that shares its memory with a file."""
     content = mmap.mmap(file, begin + spec.bytes)
     return torch.frombuffer(content, dtype=spec.dtype, offset=begin).view(spec.shape)

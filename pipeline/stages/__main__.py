@@ -1,8 +1,8 @@
 """Runs one stage in its own process: ``python -m pipeline.stages TASK.json OUTCOME.json``.
 
-A separate process keeps the driver small, returns all memory to the system after every stage, and makes the peak memory
-that is recorded the stage's own. The outcome file says how the stage ended. Standard input must be a pipe from the
-driver (see ``end_with_parent``).
+A separate process keeps the driver small, returns all memory to the system after every stage, and allows the peak
+memory of the stage alone to be recorded. The outcome file describes how the stage ended. Standard input must be a pipe
+from the driver (see ``end_with_parent``).
 """
 
 from __future__ import annotations

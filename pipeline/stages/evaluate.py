@@ -1,4 +1,4 @@
-"""The evaluate stage: scores one model with lm-eval, every target in the same way."""
+"""The evaluate stage: scores one model with lm-eval. All targets are scored in the same way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes ``tasks/<task>.json`` for every task, and ``evaluation.json``. Tasks that a killed attempt finished stay.
+    """Writes ``tasks/<task>.json`` for every task, and ``evaluation.json``.
+
+    Tasks that an interrupted attempt completed are not scored again.
 
     Raises:
         UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
@@ -24,7 +26,7 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(settings, Evaluate)
     model = task.parents["model"]
     if isinstance(settings, EvaluateSnapshot):
-        # A snapshot holds the trained weights only. The complete model exists just while it is scored.
+        # A snapshot holds only the trained weights. The complete model is removed after it has been scored.
         model = task.out / "model"
         materialize_snapshot(task.parents["model"], settings.fraction, model)
     placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())

@@ -1,4 +1,4 @@
-"""expand: plans the new layers, writes the deeper model, and verifies what was written."""
+"""The expand stage: plans the new layers, writes the deeper model, and verifies what was written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(task: StageTask) -> Metrics:
         UserError: the method cannot expand this base, or the disk is full.
         CheckFailedError: the model that was written is not the one that was planned.
     """
-    # The Adam moments of dead ReLU units decay into subnormal numbers, which processors handle many times more slowly.
+    # The Adam moments of dead ReLU units decay to subnormal numbers, on which processors are many times slower.
     torch.set_flush_denormal(True)
     settle_vector_math()
     method = task.settings
@@ -58,7 +58,7 @@ def run(task: StageTask) -> Metrics:
     try:
         outcome = check_model(task.out, deeper, base.path if method.keeps_logits else None, method.check_memory)
     except CheckFailedError:
-        forget_records(task.out)  # so that another attempt does not mistake these weights for finished ones
+        forget_records(task.out)  # otherwise another attempt would take these weights for finished ones
         raise
     forget_records(task.out)
     return {
@@ -73,9 +73,9 @@ def run(task: StageTask) -> Metrics:
 
 
 def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:
-    """Returns the content of ``expansion.json``: how the model was made, and where every layer comes from.
+    """Returns the content of ``expansion.json``: how the model was made, and the origin of every layer.
 
-    Later stages read it rather than the method's module, which may have changed by then.
+    Later stages read this file rather than the method's module, which may have changed by then.
     """
     return {
         "method": method.method,
@@ -91,10 +91,10 @@ def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:
 
 
 def device_of(method: Method) -> torch.device:
-    """Returns where the method's tensors are. Those of a method without linear algebra never leave the CPU.
+    """Returns the device on which the method computes. A method without linear algebra always uses the CPU.
 
     Raises:
-        UserError: a GPU is requested and none is visible.
+        UserError: a GPU is requested, but none is visible.
     """
     gpu = torch.cuda.is_available()
     if method.device == "cuda" and not gpu:
@@ -109,10 +109,10 @@ def device_of(method: Method) -> torch.device:
 
 @contextmanager
 def _no_global_draws(title: str) -> Iterator[None]:
-    """Requires that global random number generators are left alone: their numbers would not follow from the seed.
+    """Checks that a method does not use global random number generators, which are not seeded by ``task.seed``.
 
     Raises:
-        RuntimeError: one of them was used.
+        RuntimeError: the state of one of them changed.
     """
 
     def states() -> list[object]:
@@ -126,5 +126,5 @@ def _no_global_draws(title: str) -> Iterator[None]:
     if states() != before:
         raise RuntimeError(
             f"{title} drew from a global random number generator: set draws_random_numbers = True in its class, and "
-            "draw from a generator of its own that is seeded with work.seed"
+            "draw from a separate generator that is seeded with work.seed"
         )

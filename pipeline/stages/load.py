@@ -1,7 +1,7 @@
 """The load stage: converts a Hub model, a local directory or a GGUF file into a safetensors directory of one dtype.
 
-Safetensors are cast tensor by tensor. Only a GGUF file is loaded into memory as a model, because transformers unpacks
-it. Nothing is unpickled, and no code of the model runs unless ``model.trust_remote_code`` is set.
+Safetensors are cast tensor by tensor. Only a GGUF file is loaded into memory as a complete model, because transformers
+dequantizes it. Nothing is unpickled, and no code of the model runs unless ``model.trust_remote_code`` is set.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(task: StageTask) -> Metrics:
         "commit": source.commit,
         "model_type": written.config["model_type"],
         "num_hidden_layers": written.config["num_hidden_layers"],
-        "parameters": sum(spec.entries for spec in written.specs.values()),
+        "parameters": sum(spec.numel for spec in written.specs.values()),
         "dtype": model.dtype,
     }
 
@@ -107,7 +107,7 @@ def _too_large(name: str, model: Model) -> UserError:
     return UserError(
         setting="model.dtype",
         value=model.dtype,
-        rule=f"{name} has entries that are too large for this dtype",
+        rule=f"{name} has values that are too large for this dtype",
         remedy="Set model.dtype=bfloat16 or model.dtype=float32.",
     )
 
@@ -117,12 +117,12 @@ def _not_finite(name: str, model: Model) -> UserError:
         setting="model.path",
         value=model.path,
         rule=f"{name} contains NaN or infinity, which every model made from it would inherit",
-        remedy="Download the model again. If it was saved that way, give an earlier checkpoint.",
+        remedy="Download the model again. If it was saved that way, use an earlier checkpoint.",
     )
 
 
 def _redundant(base: ModelDirectory) -> set[str]:
-    """Tensors that need not be stored: derived buffers, and a head that is tied to the embeddings."""
+    """Returns the tensors that need not be stored: derived buffers, and a head that is tied to the embeddings."""
     family = FAMILIES.get(base.config["model_type"])
     if family is None:
         return set()
@@ -140,7 +140,7 @@ def _redundant(base: ModelDirectory) -> set[str]:
 
 
 def _clean_config(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The config with the dtype that was written, and without entries about where it came from."""
+    """Returns the config with the dtype of the written weights, and without entries about its origin."""
     dropped = {"_name_or_path", "torch_dtype"} | (set() if model.trust_remote_code else {"auto_map"})
     return {**{name: value for name, value in config.items() if name not in dropped}, "dtype": model.dtype}
 
@@ -161,7 +161,7 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         directory,
         gguf_file=gguf_file,
         dtype=DTYPES[model.dtype],
-        quantization_config=GgufConfig(dequantize=True),  # without it, some types stay packed
+        quantization_config=GgufConfig(dequantize=True),  # without it, some GGUF types stay packed
         **_trust(model),
     )
     for name, parameter in unpacked.named_parameters():

@@ -1,4 +1,4 @@
-"""pretrain: continual pre-training on the corpus, by default of the new layers only."""
+"""The pretrain stage: continual pre-training on the corpus, by default of the new layers only."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from pipeline.report.results import Result
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes results.json, report.md, report.html and the plots into ``task.out``.
+    """Writes results.json, report.md, report.html and the plots to ``task.out``.
 
-    ``task.parents`` maps ``<run>:<role>`` to finished artifacts. Roles that a run lacks are left out of the report.
+    ``task.parents`` maps ``<run>:<role>`` to finished artifacts. Roles that a run lacks are omitted from the report.
     """
     settings = cast(Report, task.settings)
     runs = [RunArtifacts(name, method, directories(task.parents, name)) for name, method in settings.runs.items()]
@@ -25,5 +25,5 @@ def run(task: StageTask) -> Metrics:
 
 
 def directories(parents: Mapping[str, Path], run: str) -> dict[str, Path]:
-    """The directories of one run by role, selected from those of all runs by ``<run>:<role>``."""
+    """Returns the directories of one run by role, selected from those of all runs by ``<run>:<role>``."""
     return {role: path for name, path in parents.items() for owner, _, role in [name.rpartition(":")] if owner == run}

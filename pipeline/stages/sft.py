@@ -1,4 +1,4 @@
-"""sft: instruction tuning on conversations, with the loss on the assistant's tokens only."""
+"""The sft stage: instruction tuning on conversations, with the loss on the assistant's tokens only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tokenize: turns one dataset into memory-mapped token blocks with a held-out part; training never tokenizes."""
+"""The tokenize stage: turns one dataset into memory-mapped token blocks with a held-out split."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DATASET_FILE = "dataset.json"
 def run(task: StageTask) -> Metrics:
     """Writes ``{train,held_out}.{input_ids,position_ids,loss_mask}.npy``, ``held_out.jsonl`` and ``dataset.json``.
 
-    For conversations also ``chat_template.jinja``, which the tuned model is saved with.
+    For conversations it also writes ``chat_template.jinja``, which the tuned model is saved with.
 
     Raises:
         UserError: a source cannot be read, or a split is empty.
     """
     assert isinstance(task.settings, Tokenize)
     dataset_file = task.out / DATASET_FILE
-    # It exists if an earlier attempt was killed after this stage, while the driver hashed the files.
+    # The file exists if an earlier attempt was killed after this stage, while the driver was hashing the files.
     summary: Metrics | None = read_record(dataset_file, lambda value: value["blocks"])
     if summary is None:
         summary = _build(task, task.settings)
@@ -36,7 +36,7 @@ def run(task: StageTask) -> Metrics:
 def _build(task: StageTask, settings: Tokenize) -> Metrics:
     tokenizer = TextTokenizer(task.parents["load"])
     sizes = expected_bytes(settings.sources, settings.purpose)
-    total = 0 if 0 in sizes else sum(sizes)  # 0: unknown, so the bar shows no end
+    total = 0 if 0 in sizes else sum(sizes)  # 0: unknown, and the bar shows no total
     with progress(task.name, total) as bar, DatasetBuilder(task.out, settings, tokenizer) as builder:
         summary = builder.build(bar)
     fsync_directory(task.out)  # everything must be on disk before the file that marks the dataset as complete

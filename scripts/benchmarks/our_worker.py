@@ -95,7 +95,7 @@ def part_of(operation: str) -> str:
 
 def main() -> None:
     """Trains, starts a profiled training, or runs the profiled worker under torchrun."""
-    end_with_parent()  # otherwise an interrupted benchmark would leave a training of a thousand steps running
+    end_with_parent()  # otherwise an interrupted benchmark would leave a training run of a thousand steps behind
     task = task_from_json(read_json(Path(sys.argv[1])))
     if LOG_DIR_VARIABLE in os.environ:
         profiled_worker(task, Path(os.environ[LOG_DIR_VARIABLE]))

@@ -127,7 +127,7 @@ def cell(found: Sequence[float], before: float) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The options."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("replay", metavar="REPLAY")
     parser.add_argument("unseen", metavar="UNSEEN")

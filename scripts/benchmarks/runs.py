@@ -35,7 +35,7 @@ class Run:
 
 
 class Bench:
-    """Runs trainings of one model in one working directory."""
+    """Runs training jobs of one model in one working directory."""
 
     def __init__(self, options: argparse.Namespace, work: Path, device: str) -> None:
         self.options, self.work, self.device = options, work, device

@@ -26,7 +26,7 @@ def expand_settings(method: str, **changes: Any) -> AnyExpand:
 
 
 def pretrain_settings(**changes: Any) -> Train:
-    """Returns the pre-training settings with some changes, whose names have ``__`` in directory of dots."""
+    """Returns the pre-training settings with some changes, with ``__`` in their names instead of dots."""
     return quickstart(*_overrides("pretrain", changes)).pretrain
 
 
