@@ -48,9 +48,9 @@ def real_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_collection_finish() -> None:
     """Applies the pipeline's settings for vector math to tests that compute in this process."""
     if "torch" in sys.modules:
-        from pipeline.models.vector_math import settle_vector_math
+        from pipeline.models.vector_math import initialize_vector_math
 
-        settle_vector_math()
+        initialize_vector_math()
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ class BlockWriter:
         self.supervised_tokens += int(loss_mask.sum())
 
     def save(self) -> State:
-        """Flushes everything to disk and returns how much it is."""
+        """Flushes everything to disk and returns the state to resume from."""
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -101,9 +101,9 @@ class DocumentPacker:
 
     def __init__(self, writer: BlockWriter, sequence_length: int, padding: int, state: State | None = None) -> None:
         self._writer, self._length, self._padding = writer, sequence_length, padding
-        self._pending: list[Ids] = []  # documents that are not in a block yet
+        self._pending: list[Ids] = []  # documents that have not been written to a block
         self._pending_tokens = 0
-        self._continued = False  # whether the first of them is the remainder of a document that is partly in a block
+        self._continued = False  # whether the first of them is the remainder of a document that is partly written
         if state:
             self._pending = [np.array(document, np.uint32) for document in state["waiting"]]
             self._pending_tokens, self._continued = sum(map(len, self._pending)), state["cut"]
@@ -146,9 +146,9 @@ class DocumentPacker:
         self._pending_tokens = len(rest)
 
     def _joined(self) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """All pending tokens in one row, and a mask that is True where a document starts."""
+        """Returns all pending tokens in one array, and a mask that is True where a document starts."""
         ids = np.concatenate(self._pending)
-        # One element more than tokens: an empty last document starts after the last token.
+        # One element more than there are tokens, because an empty last document starts after the last token.
         starts = np.zeros(len(ids) + 1, np.bool_)
         starts[np.cumsum([0, *map(len, self._pending)])[:-1]] = True
         starts[0] &= not self._continued
@@ -156,7 +156,7 @@ class DocumentPacker:
 
 
 def _positions_and_mask(starts: npt.NDArray[np.bool_]) -> tuple[Ids, Mask]:
-    """Position ids and loss mask from the starts of documents; all [blocks, sequence_length]."""
+    """Returns position ids and loss mask for the starts of documents. All have the shape [blocks, sequence_length]."""
     starts = starts.copy()
     starts[:, 0] = True  # a block's first token has no predecessor in the block
     index = np.arange(starts.shape[1])
@@ -165,7 +165,7 @@ def _positions_and_mask(starts: npt.NDArray[np.bool_]) -> tuple[Ids, Mask]:
 
 
 class ExamplePacker:
-    """Packs uncut examples into blocks, each into the first open block with enough space (first fit).
+    """Packs examples into blocks without truncating them, each into the first open block with enough space (first fit).
 
     Args:
         writer: receives full blocks.
@@ -192,12 +192,12 @@ class ExamplePacker:
                 self._space[number] -= len(input_ids)
                 return
         if len(self._open) == OPEN_BLOCKS:
-            self._write(self._space.index(min(self._space)))  # the fullest block has the least to gain from waiting
+            self._write(self._space.index(min(self._space)))  # the fullest block is the least likely to fit another
         self._open.append([example])
         self._space.append(self._length - len(input_ids))
 
     def state(self) -> State:
-        """The open blocks, as JSON values."""
+        """Returns the open blocks, as JSON values."""
         return {"open": [[(ids.tolist(), mask.tolist()) for ids, mask in block] for block in self._open]}
 
     def finish(self) -> None:

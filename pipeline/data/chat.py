@@ -1,12 +1,13 @@
 """Tokenizes conversations with a chat template and marks the tokens to train on.
 
-Only what the assistant says and the token that ends its turn contribute to the loss. The ids are exactly those of
-``apply_chat_template(tokenize=True)``, so that the model is trained on what it sees when it generates.
+Only the assistant's messages and the token that ends each of them contribute to the loss. The ids are exactly those of
+``apply_chat_template(tokenize=True)``, so that the model is trained on the same tokens that it sees at generation time.
 
-The loss mask is derived without knowledge of the template. An assistant turn is what the rendering of the conversation
-up to and including the turn adds to the rendering before it with a generation prompt. Text after the last control token
-of the turn, usually a newline, is not trained on. Some templates render a turn differently once others follow (Qwen3's
-removes the thinking). They yield one example per assistant turn, each rendered as when that turn is generated.
+The loss mask is derived without knowledge of the template. An assistant turn is the text that the rendering of the
+conversation up to and including the turn adds to the rendering of the preceding messages with a generation prompt. Text
+after the last control token of the turn, usually a newline, is not trained on. Some templates render a turn differently
+once others follow (Qwen3's removes the reasoning). They yield one example per assistant turn, rendered as it is when
+that turn is generated.
 
 An example begins with one beginning-of-sequence token if the tokenizer adds one. Those that a template writes before
 later turns, as Llama 2's does, are kept.
@@ -26,7 +27,7 @@ from pipeline.data.records import Conversation, single_turn
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
-# For base models without a chat template. It needs no new tokens: text, and the end-of-sequence token after an answer.
+# For base models without a chat template. It consists of text and the end-of-sequence token, so it adds no new tokens.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -36,8 +37,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
-# The date for templates that print the current one, so that a dataset does not depend on the day it is made. It is the
-# default of Llama 3.2's template.
+# The date for templates that print the current one, so that a dataset does not depend on the day on which it is built.
+# It is the default of Llama 3.2's template.
 TEMPLATE_DATE = date(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<layout>.*?)(?P=quote)\s*\)""")
 
@@ -53,7 +54,7 @@ class TokenizedConversation:
 
 
 def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> str:
-    """Returns the template to tune with, which the tuned model is saved with.
+    """Returns the template for instruction tuning, which is also saved with the tuned model.
 
     Raises:
         UserError: ``name`` is ``model``, and the model's tokenizer has no template.
@@ -116,7 +117,7 @@ class ChatTokenizer:
         Raises:
             UserError: the template cannot be trained on, whatever the conversation.
         """
-        # A control token in a message would end its turn early or forge another one.
+        # A control token in a message would end its turn early or start a fake one.
         if any(text in message["content"] for message in conversation for text in self._control_texts):
             return self._drop("control_token_in_text")
         answers = [message["content"] for message in conversation if message["role"] == "assistant"]
@@ -127,11 +128,11 @@ class ChatTokenizer:
         try:
             texts = self._rendered_turns(conversation)
         except TemplateError:
-            return self._drop("refused_by_template")
+            return self._drop("rejected_by_template")
         return [fitting for text, turns in texts for fitting in self._fit(self._tokenize(text, turns))]
 
     def _rendered_turns(self, conversation: Conversation) -> list[tuple[str, list[Span]]]:
-        """Texts to train on, each with the spans of its assistant turns, which reach up to the next turn."""
+        """Returns texts to train on, each with the spans of its assistant turns, which extend to the next turn."""
         turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
         complete = self._render(conversation, generation_prompt=False)
         prefixes = [self._render_up_to(conversation, turn) for turn in turns]
@@ -141,7 +142,7 @@ class ChatTokenizer:
         return [(text, [span]) for text, span in prefixes]
 
     def _render_up_to(self, conversation: Conversation, turn: int) -> tuple[str, Span]:
-        """The conversation up to and including an assistant turn, and the span of that turn."""
+        """Returns the text of the conversation up to and including an assistant turn, and the span of that turn."""
         before = self._render(conversation[:turn], generation_prompt=True)
         text = self._render(conversation[: turn + 1], generation_prompt=False)
         if not text.startswith(before):
@@ -160,7 +161,7 @@ class ChatTokenizer:
         mask = [0] * len(ids)
         for begin, end in turns:
             tokens = [index for index, (start, _) in enumerate(offsets) if begin <= start < end]
-            # Train on the turn up to its last control token, which ends it. What follows is not generated.
+            # Train on the turn up to its last control token, which ends it. The model does not generate what follows.
             ends = [count for count, index in enumerate(tokens, 1) if ids[index] in self._control_ids]
             if not ends:
                 raise _unusable(
@@ -184,7 +185,7 @@ class ChatTokenizer:
         if not ends:
             return self._drop("too_long")
         if any(mask[ends[-1] :]):  # otherwise only text after the last assistant turn is lost
-            self._dropped["cut_to_whole_turns"] += 1
+            self._dropped["truncated"] += 1
         return [TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]])]
 
     def _drop(self, reason: str) -> list[TokenizedConversation]:

@@ -1,4 +1,4 @@
-"""The files of a dataset while it is written: token blocks per split, the held-out text, and a resume checkpoint."""
+"""Writes the files of a dataset: token blocks per split, the held-out text, and a checkpoint for resuming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELD_OUT_FILE = "held_out.jsonl"
 
 
 class DatasetWriter:
-    """Packs examples into blocks, and writes the held-out ones also as text, for the evaluation.
+    """Packs examples into blocks, and also writes the held-out ones as text, for evaluation.
 
     Args:
         directory: existing directory for the files; files of the same names are overwritten.
@@ -61,7 +61,7 @@ class DatasetWriter:
     def add_conversation(
         self, split: Split, source: str, conversation: Conversation, examples: Sequence[TokenizedConversation]
     ) -> None:
-        """Adds a conversation that was tokenized as one example or several. No example is cut."""
+        """Adds a conversation that was tokenized as one or more examples. Examples are not truncated."""
         packer = self._packers[split]
         assert isinstance(packer, ExamplePacker)
         for example in examples:
@@ -73,8 +73,8 @@ class DatasetWriter:
             self._held_out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def save(self) -> State:
-        """Flushes everything to disk and returns how much it is, as JSON values."""
-        # First the packers: asking for their state makes document packers write their full blocks.
+        """Flushes everything to disk and returns the state to resume from, as JSON values."""
+        # The packers come first, because document packers write their full blocks when their state is requested.
         packers = {split: packer.state() for split, packer in self._packers.items()}
         self._held_out.flush()
         os.fsync(self._held_out.fileno())
@@ -99,17 +99,17 @@ class DatasetWriter:
 
 
 class TokenizeCheckpoint:
-    """How far tokenizing got, saved regularly beside the output so that a killed attempt loses only seconds.
+    """The progress of tokenization, saved regularly next to the output so that a killed attempt loses only seconds.
 
-    Hashes of the examples seen are appended to a file of their own, since they can take gigabytes. Everything else is a
-    few kilobytes of JSON, replaced atomically after the hashes were written.
+    Hashes of the examples seen are appended to a separate file, since they can take gigabytes. Everything else is a few
+    kilobytes of JSON, which is replaced atomically after the hashes have been written.
 
     Args:
         directory: the partial directory of the artifact; the checkpoint is a directory inside it.
 
     Attributes:
-        state: what the last attempt saved, or None if there is nothing to resume from.
-        hashes: 64-bit hashes of the examples that attempt had seen.
+        state: the state that the last attempt saved, or None if there is nothing to resume from.
+        hashes: 64-bit hashes of the examples that the last attempt had seen.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -126,10 +126,10 @@ class TokenizeCheckpoint:
     def _load(self, state: State) -> None:
         hashes = array("Q")
         try:
-            # The file may hold more hashes than counted, if the attempt was killed between the two writes.
+            # The file may contain more hashes than this, if the attempt was killed between the two writes.
             with open(self._hashes_file, "rb") as stream:
                 hashes.fromfile(stream, state["hashes"])
-        except (FileNotFoundError, EOFError, ValueError) as error:  # start again, at the cost of time only
+        except (FileNotFoundError, EOFError, ValueError) as error:  # starting over costs only time
             report_once(f"{self._hashes_file} is missing or truncated ({type(error).__name__}): tokenizing restarts")
             return
         self.state, self.hashes, self._saved_hashes = state, hashes, state["hashes"]
@@ -148,6 +148,6 @@ class TokenizeCheckpoint:
 
     def remove(self) -> None:
         """Removes the checkpoint of a finished dataset."""
-        # The state first: the other files are ignored without it, so a crash in between is harmless.
+        # The state is removed first. Without it the other files are ignored, so a crash in between is harmless.
         self._state_file.unlink(missing_ok=True)
         shutil.rmtree(self._directory)

@@ -1,8 +1,8 @@
-"""Builds one dataset: reads sources, deduplicates, splits, tokenizes and packs them into blocks, resumably.
+"""Builds one dataset: reads sources, deduplicates, splits, tokenizes and packs them into blocks, and can be resumed.
 
 Memory is bounded by the prefetched batches, the open blocks, and the hashes of everything seen (``HashSet``). The
-result is identical to the byte whatever the number of tokenizer workers and however often the work was killed, because
-what is kept, and in which split, is decided one example at a time, in an order that depends on the sources only.
+result is byte-identical for any number of tokenizer workers and interruptions, because examples are kept and assigned
+to a split one at a time, in an order that depends only on the sources.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class DatasetBuilder:
     """Builds one dataset. Used as a context manager.
 
     Args:
-        directory: where the files are written. If an attempt at the same dataset was interrupted there, it is resumed.
+        directory: where the files are written. If it contains an interrupted attempt at the same dataset, that attempt
+            is resumed.
         settings: the settings, with pinned sources.
         tokenizer: the model's tokenizer.
 
@@ -67,7 +68,7 @@ class DatasetBuilder:
             ]
 
     def _open_sources(self, states: Sequence[dict[str, Any]] | None) -> list[MixtureSource]:
-        """Opens every source where the interrupted attempt, if any, saved its state."""
+        """Opens every source at the position that an interrupted attempt saved, or at the beginning."""
         opened = []
         purpose = self._settings.purpose
         for index, source in enumerate(self._settings.sources):
@@ -126,7 +127,7 @@ class DatasetBuilder:
             source.count(split, sum(len(each.input_ids) for each in tokenized))
 
     def _save(self) -> None:
-        # The writer first: the checkpoint must not be ahead of what is on disk.
+        # The writer is saved first, because the checkpoint must not be ahead of the data on disk.
         state = {**self._writer.save(), "parts": [source.state() for source in self._mixture.sources]}
         self._checkpoint.save(state, self._deduplicator.new_hashes)
 
@@ -154,7 +155,7 @@ class DatasetBuilder:
             )
 
     def _summary(self) -> dict[str, Any]:
-        """The content of ``dataset.json``: counts in total and by source. Tokens do not include padding."""
+        """Returns the content of ``dataset.json``: counts in total and by source. Tokens do not include padding."""
         settings, mixture, blocks = self._settings, self._mixture, self._writer.blocks
         totals = {name: mixture.total(name) for name in COUNTS}
         return {
@@ -175,7 +176,7 @@ class DatasetBuilder:
         }
 
     def _warnings(self) -> list[str]:
-        """Messages about sources that provided less than was asked for or is needed."""
+        """Returns messages about sources that provided less than was requested or is needed."""
         tokens, budget = self._mixture.training_tokens, self._settings.max_tokens
         by_name = dict(zip(self._names, self._mixture.sources, strict=True))
         exhausted = [name for name, source in by_name.items() if source.exhausted]
@@ -190,7 +191,7 @@ class DatasetBuilder:
                 f"data.max_corpus_tokens = {budget:,} was not reached: the sources have {tokens:,} training tokens."
             )
         warnings += [
-            f"{name} has no held-out document, so the evaluation cannot show what was learned or forgotten of it. "
+            f"{name} has no held-out document, so the evaluation cannot show what was learned or forgotten on it. "
             "Provide more documents, or increase data.held_out_fraction."
             for name, source in by_name.items()
             if len(by_name) > 1 and not source.documents["held_out"]

@@ -1,6 +1,6 @@
-"""Streaming of local files as records: text, JSON lines (both also .gz and .zst), Parquet and Arrow.
+"""Streams local files as records: text and JSON lines (also compressed as .gz or .zst), Parquet and Arrow.
 
-A record is a text or a row with named columns. What records are used for is decided elsewhere (``sources.py``).
+A record is a text or a row with named columns. ``sources.py`` converts records to examples.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ class FileStream:
 
     def __iter__(self) -> Iterator[Record]:
         while self._file < len(self._paths):
-            # Compressed files cannot be entered in the middle, so records before the position are read and skipped.
+            # Compressed files do not support seeking, so records before the position are read and skipped.
             for record in islice(read_records(self._paths[self._file]), self._records, None):
                 self._records += 1
                 yield record
             self._file, self._records = self._file + 1, 0
 
     def position(self) -> Position:
-        """The position after the last record that was returned."""
+        """Returns the position after the last record that was returned."""
         return {"file": self._file, "records": self._records}
 
 
 def find_files(path: str, setting: str) -> list[Path]:
-    """Returns the files of known formats that a path, a directory (recursively) or a glob names, sorted.
+    """Returns the files of supported formats at a path, in a directory (recursively) or matching a glob, sorted.
 
     Raises:
         UserError: there are none.
@@ -113,7 +113,7 @@ def find_files(path: str, setting: str) -> list[Path]:
 
 
 def file_format(path: Path) -> str:
-    """The suffix that determines how a file is read, without compression: ``.jsonl`` for ``a.jsonl.zst``."""
+    """Returns the suffix that determines how a file is read, without compression: ``.jsonl`` for ``a.jsonl.zst``."""
     inner = path.with_suffix("") if path.suffix in OPENERS else path
     return inner.suffix.lower()
 
@@ -162,7 +162,7 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 
 def _lines(path: Path, max_bytes: int = -1) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8 text without a byte order mark; lines longer than ``max_bytes`` come in pieces."""
+    """Yields numbered lines of UTF-8 text without a byte order mark. Lines longer than ``max_bytes`` are split."""
     # Incremental, because a piece of a long line may end inside a character.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number = 1

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: looked up within seconds, then streamed without downloading them completely."""
+"""Datasets of the Hugging Face Hub: resolved within seconds, then streamed without downloading them completely."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Source
 from pipeline.data.files import Position, Record
 from pipeline.errors import UserError
-from pipeline.models.hub import ANSWER_WITHIN_SECONDS, in_time, is_repo_id
+from pipeline.models.hub import TIMEOUT_SECONDS, is_repo_id, with_timeout
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FALSE_VALUES = ("", "0", "false", "no", "off")
@@ -18,7 +18,7 @@ DOWNLOAD_INSTEAD = "Go online, or download it elsewhere (hf download --repo-type
 
 
 def is_offline() -> bool:
-    """Whether an environment variable forbids access to the hub."""
+    """Returns whether an environment variable forbids access to the Hub."""
     return any(os.environ.get(name, "").lower() not in _FALSE_VALUES for name in _OFFLINE_VARIABLES)
 
 
@@ -29,7 +29,7 @@ def dataset_commit(source: Source, setting: str) -> str:
         setting: dotted name of the setting that holds ``source.path``.
 
     Raises:
-        UserError: offline, no answer within ten seconds, or no such dataset or revision.
+        UserError: offline mode is set, the Hub does not answer in time, or it has no such dataset or revision.
     """
     from huggingface_hub import HfApi, errors
 
@@ -38,39 +38,39 @@ def dataset_commit(source: Source, setting: str) -> str:
         rule = "kind is hub, and this is not a dataset name (NAME or ORGANIZATION/NAME)"
         raise _refuse(setting, repo, rule, "Set kind: files for local text, as in data=files.")
     if is_offline():
-        rule = "it is streamed from the hub, which an environment variable (such as HF_HUB_OFFLINE) forbids"
+        rule = "it is streamed from the Hub, which an environment variable (such as HF_HUB_OFFLINE) forbids"
         raise _refuse(setting, repo, rule, DOWNLOAD_INSTEAD)
 
     def ask() -> Any:
-        return HfApi().dataset_info(repo, revision=source.revision, timeout=ANSWER_WITHIN_SECONDS)
+        return HfApi().dataset_info(repo, revision=source.revision, timeout=TIMEOUT_SECONDS)
 
     try:
-        return str(in_time(ask).sha)
+        return str(with_timeout(ask).sha)
     except errors.GatedRepoError as error:
         remedy = f"Accept its terms at https://huggingface.co/datasets/{repo}, then run: hf auth login"
         raise _refuse(setting, repo, "access to it must be requested from its authors", remedy) from error
     except errors.RepositoryNotFoundError as error:
         remedy = "Check the spelling. For a private dataset, run: hf auth login"
-        raise _refuse(setting, repo, "the hub has no such dataset", remedy) from error
+        raise _refuse(setting, repo, "the Hub has no such dataset", remedy) from error
     except errors.RevisionNotFoundError as error:
         remedy = "Set revision to an existing branch, tag or commit."
         raise _refuse(setting, repo, f"it has no revision {source.revision}", remedy) from error
     except (errors.HTTPError, TimeoutError) as error:
-        raise _refuse(setting, repo, f"the Hugging Face hub cannot be reached ({error})", DOWNLOAD_INSTEAD) from error
+        raise _refuse(setting, repo, f"the Hugging Face Hub cannot be reached ({error})", DOWNLOAD_INSTEAD) from error
 
 
 def check_reachable(setting: str, value: str, remedy: str) -> None:
-    """Checks that the hub answers.
+    """Checks that the Hub answers.
 
     Raises:
-        UserError: no answer within ten seconds.
+        UserError: it does not answer in time.
     """
     from huggingface_hub import constants, errors, get_session
 
     try:
-        in_time(lambda: get_session().head(constants.ENDPOINT, timeout=ANSWER_WITHIN_SECONDS))
+        with_timeout(lambda: get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS))
     except (errors.HTTPError, TimeoutError) as error:
-        raise _refuse(setting, value, f"the Hugging Face hub cannot be reached ({error})", remedy) from error
+        raise _refuse(setting, value, f"the Hugging Face Hub cannot be reached ({error})", remedy) from error
 
 
 class HubStream:
@@ -98,13 +98,13 @@ class HubStream:
             for row in self._dataset:
                 self._number += 1
                 yield Record(dict(row), f"{self._source.path}, row {self._number}")
-        except Exception as error:  # the network, file formats and datasets each have exceptions of their own
+        except Exception as error:  # network, file formats and the datasets library raise many kinds of exceptions
             rule = f"reading stopped after row {self._number} ({type(error).__name__}: {error})"
-            remedy = f"Repeat the command to resume there once it can be read. {DOWNLOAD_INSTEAD}"
+            remedy = f"Repeat the command to resume there once the dataset can be read. {DOWNLOAD_INSTEAD}"
             raise _refuse(f"{self._setting}.path", str(self._source.path), rule, remedy) from error
 
     def position(self) -> Position:
-        """The position after the last row that was returned."""
+        """Returns the position after the last row that was returned."""
         state = self._state if self._dataset is None else self._dataset.state_dict()
         return {"number": self._number, "state": state}
 

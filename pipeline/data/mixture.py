@@ -1,7 +1,7 @@
-"""Mixing several sources in the proportions of their weights, and tokenizing their documents ahead of use.
+"""Mixes several sources in proportion to their weights, and tokenizes their documents ahead of use.
 
-The share of a source in the training tokens is its weight divided by the sum of all weights. Replay of general text
-against forgetting, for example, is a source with a small weight.
+The share of a source in the training tokens is its weight divided by the sum of all weights. For example, general text
+that is replayed to reduce forgetting is a source with a small weight.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pipeline.data.records import Example
 from pipeline.data.sources import ExampleStream
 from pipeline.data.tokenizer import TokenizerPool
 
-COUNTS = ("documents", "tokens", "dropped")  # counters of a MixtureSource, by the names they have in dataset.json
+COUNTS = ("documents", "tokens", "dropped")  # counters of a MixtureSource, by their names in dataset.json
 
 BATCH_DOCUMENTS = 256  # a batch sent to a tokenizer worker ends after this many documents
 BATCH_CHARACTERS = 2**20  # or after this many characters, whichever comes first
 
 
 class Mixture:
-    """Examples of several sources, interleaved so that their shares hold at every point to within one document.
+    """Examples of several sources, interleaved so that their shares are exact to within one document at every point.
 
     The next example is taken from the source that is furthest behind its share. Reading ends at the token budget, or
-    when the first source is exhausted: the shares would no longer hold if only the others were read further, and no
-    source is read twice. After that, sources with splits of their own are read on for their held-out examples alone.
+    when the first source is exhausted: reading only the others further would change the shares, and no source is read
+    twice. After that, only the held-out examples of sources with predefined splits are read.
 
     The consumer decides what to keep, and reports it with :meth:`MixtureSource.count`.
 
@@ -63,7 +63,7 @@ class Mixture:
         return sum(source.tokens["train"] for source in self.sources)
 
     def total(self, name: str) -> Counter[str]:
-        """The sum of one of ``COUNTS`` over all sources."""
+        """Returns the sum of one of ``COUNTS`` over all sources."""
         return sum((getattr(source, name) for source in self.sources), Counter())
 
     def _is_full(self) -> bool:
@@ -79,7 +79,7 @@ class MixtureSource:
     """One source of a mixture, with counts of what was kept and dropped so far.
 
     Attributes:
-        examples: its examples, resumable.
+        examples: its examples, which can be resumed.
         weight: its share, relative to the sum of all weights.
         has_splits: whether its examples come with a split.
         documents: number of documents or conversations kept, by split.
@@ -102,15 +102,15 @@ class MixtureSource:
         self.tokens[split] += tokens
 
     def counts(self) -> dict[str, Any]:
-        """All counts, as JSON values."""
+        """Returns all counts, as JSON values."""
         return {name: dict(sorted(getattr(self, name).items())) for name in COUNTS}
 
     def state(self) -> dict[str, Any]:
-        """The position in the source and all counts, as JSON values."""
+        """Returns the position in the source and all counts, as JSON values."""
         return {"position": self.examples.position(), "ran_out": self.exhausted, **self.counts()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores the counts of a saved state. ``examples`` must have been opened at its position."""
+        """Restores the counts of a saved state. ``examples`` must have been opened at the saved position."""
         self.exhausted = state["ran_out"]
         for name in COUNTS:
             setattr(self, name, Counter(state[name]))
@@ -122,7 +122,7 @@ class Examples(Protocol):
     def __iter__(self) -> Iterator[tuple[Example, Ids | None]]: ...
 
     def position(self) -> Position:
-        """The position after the last example that was returned, as JSON values."""
+        """Returns the position after the last example that was returned, as JSON values."""
 
 
 class UntokenizedExamples:
@@ -135,7 +135,7 @@ class UntokenizedExamples:
         return ((example, None) for example in self._stream)
 
     def position(self) -> Position:
-        """The position after the last example that was returned."""
+        """Returns the position after the last example that was returned."""
         return {"stream": self._stream.position()}
 
 
@@ -143,13 +143,13 @@ class UntokenizedExamples:
 class _PendingBatch:
     """Documents that are being tokenized."""
 
-    start: Position  # of the stream, before the first of them
+    start: Position  # of the stream, before the first document
     examples: list[Example]
     ids: Future[list[Ids]]
 
 
 class PrefetchedDocuments:
-    """Documents with their token ids in the order of the stream, read and tokenized some batches ahead of use.
+    """Documents with their token ids in the order of the stream, read and tokenized a few batches ahead of use.
 
     Args:
         stream: the documents. If ``position`` is given, it must have been opened at its ``stream`` entry.
@@ -159,7 +159,7 @@ class PrefetchedDocuments:
 
     def __init__(self, stream: ExampleStream, pool: TokenizerPool, position: Position | None = None) -> None:
         self._stream, self._pool = stream, pool
-        # The stream is at the start of a batch, of which this many documents were already returned.
+        # The stream is at the start of a batch. This many of its documents were already returned.
         self._skip: int = position["taken"] if position else 0
         self._batch_start: Position | None = None
         self._returned = 0  # documents of the current batch
@@ -172,7 +172,7 @@ class PrefetchedDocuments:
                 yield example, ids
 
     def position(self) -> Position:
-        """The position after the last document that was returned, regardless of how far ahead the stream was read."""
+        """Returns the position after the last document that was returned, however far ahead the stream was read."""
         if self._batch_start is None:
             return {"stream": self._stream.position(), "taken": self._skip}
         return {"stream": self._batch_start, "taken": self._returned}
@@ -181,7 +181,7 @@ class PrefetchedDocuments:
         pending: deque[_PendingBatch] = deque()
         for batch in self._batches():
             pending.append(batch)
-            if len(pending) > 2 * self._pool.workers:  # one batch in work and one waiting per worker
+            if len(pending) > 2 * self._pool.workers:  # per worker, one batch in progress and one in the queue
                 yield pending.popleft()
         while pending:
             yield pending.popleft()

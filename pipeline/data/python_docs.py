@@ -1,4 +1,4 @@
-"""The embedded corpus ``python_docs``: the documentation in every CPython, split so that no held-out text leaks.
+"""The embedded corpus ``python_docs``: the documentation in every CPython, split without leaking held-out text.
 
 Documents are rendered as pydoc prints them: qualified name, signature, docstring. There is one document per module with
 its functions, one per class with its methods, and one per topic of ``pydoc_data``. Instruction pairs are made from the
@@ -12,8 +12,8 @@ Corpus, instruction pairs and multiple-choice questions share one split by top-l
 
 Four rules prevent text from leaking from one subset into another. A re-exported object belongs to the module that
 defines it (``stdlib_harvest``). A docstring that occurs twice is kept only where it comes first in the order above. A
-held-out docstring that shares 13 consecutive words with the corpus is dropped (the overlap that the GPT-3 paper uses,
-arXiv 2005.14165, appendix C). Paragraphs of a topic that name a held-out module are dropped.
+held-out docstring that shares 13 consecutive words with the corpus is dropped (the criterion of the GPT-3 paper, arXiv
+2005.14165, appendix C). Paragraphs of a topic that name a held-out module are dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Literal
 from pipeline.data import stdlib_harvest
 from pipeline.data.records import Conversation, single_turn
 
-VERSION = 2  # increment when the same CPython would yield other documents, pairs or questions
+VERSION = 2  # increment when the same CPython would yield different documents, pairs or questions
 SPLIT_SALT = "4"
 TAUGHT_PERCENT, ASKED_PERCENT = 60, 25  # of the top-level modules; the others are held out
 
@@ -79,8 +79,8 @@ def documents(held_out: bool) -> list[str]:
 def instruction_pairs(held_out: bool) -> list[Conversation]:
     """Returns the question-answer pairs about the taught modules, or about the held-out ones, in a fixed order.
 
-    Pairs about taught modules that name anything from another module are left out. No pair asks for a signature: a
-    small model that is trained on some of them answers other questions with an endless ``*, *, *``.
+    Pairs about taught modules that name anything from another module are omitted. No pair asks for a signature, because
+    a small model trained on such pairs answers other questions with an endless ``*, *, *``.
     """
     subset = "held_out" if held_out else "taught"
     pairs = [pair for entry in entries() if entry.subset == subset for pair in _pairs_about(entry)]
@@ -234,7 +234,7 @@ def topics() -> dict[str, str]:
 def _new_paragraphs(paragraphs: Iterable[str], seen: set[str]) -> Iterator[str]:
     keep = True
     for paragraph in paragraphs:
-        # Short paragraphs, mostly code, share the fate of the long one before them.
+        # Short paragraphs, mostly code, are kept or dropped together with the long one before them.
         if len(paragraph) >= MIN_UNIQUE_PARAGRAPH_CHARACTERS:
             plain = " ".join(words(paragraph))
             keep = plain not in seen
@@ -273,7 +273,7 @@ def words(text: str) -> list[str]:
 
 
 class OverlapIndex:
-    """Finds out whether a text repeats one of several known texts, regardless of case, markup and line breaks.
+    """Checks whether a text repeats one of several known texts, regardless of case, markup and line breaks.
 
     Args:
         texts: the known texts; their words are kept in memory.
@@ -293,6 +293,6 @@ class OverlapIndex:
 
 
 def _ngram_hashes(found: list[str]) -> Iterable[int]:
-    # Hashes of strings differ between processes, which is no problem here: they are not stored. A collision would only
-    # drop one text too many.
+    # Hashes of strings differ between processes, which does not matter because they are not stored. A collision would
+    # only drop one text too many.
     return (hash(tuple(found[start : start + OVERLAP_WORDS])) for start in range(len(found) - OVERLAP_WORDS + 1))

@@ -55,12 +55,12 @@ class Example:
 
 
 def single_turn(prompt: str, answer: str) -> Conversation:
-    """A conversation of one question and its answer."""
+    """Returns a conversation of one question and its answer."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def document_from(record: Record, text_field: str | None, setting: str) -> str:
-    """The text of a record.
+    """Returns the text of a record.
 
     Args:
         text_field: the column to read; ignored for records that are plain text.
@@ -77,7 +77,7 @@ def document_from(record: Record, text_field: str | None, setting: str) -> str:
     if text_field is None or text_field not in record.value:
         rule = f"{record.location} has no such column; its columns are {', '.join(record.value)}"
     else:
-        # Null is common in scraped datasets and is no reason to stop.
+        # Null is common in scraped datasets and should not stop the run.
         text = "" if record.value[text_field] is None else record.value[text_field]
         if isinstance(text, str):
             return text
@@ -91,13 +91,13 @@ def document_from(record: Record, text_field: str | None, setting: str) -> str:
 
 
 def conversation_from(record: Record, setting: str) -> Conversation:
-    """The messages of a record in one of the known formats.
+    """Returns the messages of a record in one of the known formats.
 
     Args:
         setting: dotted name of the source, for example ``data.instructions``.
 
     Returns:
-        The messages; none if the content of any message is null, so that the record is dropped as blank.
+        The messages, or an empty list if the content of any message is null, so that the record is dropped as blank.
 
     Raises:
         UserError: the columns match no known format, a role is unknown, or content is not text.
@@ -143,7 +143,7 @@ def _validated(messages: Any, location: str, setting: str) -> Conversation:
     """Checks messages and reduces them to ``role`` and ``content``."""
 
     def malformed(rule: str) -> UserError:
-        remedy = "Correct or remove that record. For a hub dataset, do so in a local copy (kind: files)."
+        remedy = "Correct or remove that record. For a dataset on the Hub, do so in a local copy (kind: files)."
         return UserError(setting=f"{setting}.path", value=location, rule=rule, remedy=remedy)
 
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
@@ -153,7 +153,7 @@ def _validated(messages: Any, location: str, setting: str) -> Conversation:
             raise malformed(f"the role {message.get('role')!r} is not one of {', '.join(CHAT_ROLES)}")
         if "content" not in message or not isinstance(message["content"], (str, NoneType)):
             raise malformed(f"the content of a {message['role']} message must be text")
-    # A tool call, for example, has no content: such a conversation has nothing to learn from or to answer.
+    # A tool call, for example, has no content. The conversation is then dropped as blank.
     if any(message["content"] is None for message in messages):
         return []
     return [{"role": message["role"], "content": message["content"]} for message in messages]

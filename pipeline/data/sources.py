@@ -1,7 +1,7 @@
-"""Sources of documents and conversations: checking them, identifying their content, and streaming their examples.
+"""Checks sources of documents and conversations, identifies their content, and streams their examples.
 
 To add a source kind, add its name to ``Source.kind`` in ``pipeline/config/data.py``, and a subclass of
-:class:`SourceReader` to ``SOURCE_READERS`` below. This module imports no torch, since the driver uses it too.
+:class:`SourceReader` to ``SOURCE_READERS`` below. This module does not import torch, since the driver uses it too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.data.records import SPLITS, Example, conversation_from, document_f
 from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]
-COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository; a branch or tag may move
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of a Hub repository; a branch or tag may move
 
 
 class SourceStream(Protocol):
@@ -30,7 +30,7 @@ class SourceStream(Protocol):
     def __iter__(self) -> Iterator[Record | Example]: ...
 
     def position(self) -> Position:
-        """The position after the last record that was returned, as JSON values."""
+        """Returns the position after the last record that was returned, as JSON values."""
 
 
 class SourceReader(ABC):
@@ -51,22 +51,22 @@ class SourceReader(ABC):
         self.source, self.purpose, self.setting = source, purpose, setting
 
     def check(self) -> None:  # noqa: B027 (not every kind needs a check)
-        """Raises UserError if the source is missing, unreachable or unusable; reads at most its first record."""
+        """Raises UserError if the source is missing, unreachable or unusable. Reads no further than one example."""
 
     def pin(self) -> Source:
-        """The settings with whatever may change over time, such as a branch name, resolved to a fixed version."""
+        """Returns the settings with everything that may change, such as a branch, resolved to a fixed version."""
         return self.source
 
     @abstractmethod
     def fingerprint(self, fingerprints: Fingerprints) -> str:
-        """Identifies the content of the pinned source. It becomes part of artifact keys."""
+        """Identifies the content of the pinned source, as part of artifact keys."""
 
     @abstractmethod
     def open(self, position: Position | None) -> SourceStream:
-        """Streams the pinned source, from the given position if there is one. Records are converted to examples."""
+        """Opens the pinned source, at the given position if there is one. The caller converts records to examples."""
 
     def expected_bytes(self) -> int:
-        """Approximate size of all text in bytes, for progress bars and estimates; 0 if unknown."""
+        """Returns the approximate size of all text in bytes, for progress bars and estimates, or 0 if unknown."""
         return 0
 
 
@@ -79,7 +79,7 @@ class _PythonDocs(SourceReader):
         return python_docs.interpreter_fingerprint()
 
     def open(self, position: Position | None) -> SourceStream:
-        # Building them takes seconds, and all of them fit in memory.
+        # Building the examples takes seconds, and all of them fit in memory.
         read = python_docs.documents if self.purpose == "corpus" else python_docs.instruction_pairs
         examples = [Example(content, split) for split in SPLITS for content in read(held_out=split == "held_out")]
         return _ListStream(examples, position)
@@ -116,7 +116,7 @@ class _Files(SourceReader):
 
 
 class _HubDataset(SourceReader):
-    """A dataset of the Hugging Face hub, streamed."""
+    """A dataset of the Hugging Face Hub, streamed."""
 
     def check(self) -> None:
         hub_datasets.dataset_commit(self.source, f"{self.setting}.path")
@@ -154,7 +154,7 @@ class ExampleStream:
         self._stream = SOURCE_READERS[source.kind](source, purpose, setting).open(position)
 
     def position(self) -> Position:
-        """The position after the last example that was returned."""
+        """Returns the position after the last example that was returned."""
         return self._stream.position()
 
     def __iter__(self) -> Iterator[Example]:
@@ -196,12 +196,12 @@ class _ListStream:
 
 
 def setting_name(sources: Sequence[Source], index: int, purpose: Purpose) -> str:
-    """The dotted name of a source: ``data.corpus`` for a single source, ``data.corpus.1`` for one of several."""
+    """Returns the dotted name of a source: ``data.corpus`` for a single one, ``data.corpus.1`` for one of several."""
     return f"data.{purpose}" if len(sources) == 1 else f"data.{purpose}.{index}"
 
 
 def check_sources(sources: Sequence[Source], purpose: Purpose) -> None:
-    """Checks that every source exists and that its first record is usable. Nothing more is read.
+    """Checks that every source exists and that its first record is usable, without reading further.
 
     Raises:
         UserError: a source is missing, unreachable, empty or malformed, or has no column of the configured name.
@@ -211,10 +211,10 @@ def check_sources(sources: Sequence[Source], purpose: Purpose) -> None:
 
 
 def pin_sources(sources: Sequence[Source], purpose: Purpose) -> list[Source]:
-    """Resolves hub revisions to commits. A source that names a commit needs no network.
+    """Resolves revisions on the Hub to commits. A source whose revision is a commit needs no network.
 
     Raises:
-        UserError: the hub cannot be reached, or has no such dataset or revision.
+        UserError: the Hub cannot be reached, or has no such dataset or revision.
     """
     return [reader.pin() for reader in _readers(sources, purpose)]
 
@@ -225,13 +225,13 @@ def fingerprint_sources(sources: Sequence[Source], purpose: Purpose, fingerprint
     Raises:
         UserError: a source is missing.
     """
-    # The order counts: with several sources, it affects which of two duplicates is kept.
+    # The order matters, because it determines which of two duplicates in different sources is kept.
     found = [reader.fingerprint(fingerprints) for reader in _readers(sources, purpose)]
     return found[0] if len(found) == 1 else sha256("\n".join(found).encode()).hexdigest()
 
 
 def expected_bytes(sources: Sequence[Source], purpose: Purpose) -> list[int]:
-    """Approximate size of each source in bytes, for progress bars and estimates; 0 where it is unknown."""
+    """Returns the approximate size of each source in bytes, for progress bars and estimates, or 0 if unknown."""
     return [reader.expected_bytes() for reader in _readers(sources, purpose)]
 
 

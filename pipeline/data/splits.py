@@ -1,10 +1,10 @@
-"""Deduplication and the train/held-out split: which examples are kept, and in which split.
+"""Deduplicates examples and assigns each of them to the train or the held-out split.
 
-The split depends on content alone. Unless the source has splits of its own, an example is held out if its 64-bit hash
-is among the lowest ``held_out_fraction`` of all hash values. White space around a document is ignored. For a
+The split depends only on the content. Unless the source has predefined splits, an example is held out if its 64-bit
+hash is among the lowest ``held_out_fraction`` of all hash values. Whitespace around a document is ignored. For a
 conversation the hash is that of its prompt (the first message that is not a system message), so that all answers to a
-prompt are in the same split. The hashes of everything kept are remembered across all sources, so that no example occurs
-twice, neither within a split nor in both.
+prompt are in the same split. The hashes of all examples that are kept are remembered across sources, so that no example
+occurs twice, within a split or across splits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Deduplicator:
     """Drops blank and repeated examples, and assigns a split to every other one.
 
     Args:
-        held_out_fraction: fraction of examples to hold out, for sources without splits of their own.
+        held_out_fraction: fraction of examples to hold out, for sources without predefined splits.
         hashes: hashes that an earlier deduplicator remembered, to resume from.
 
     Attributes:
@@ -39,10 +39,10 @@ class Deduplicator:
         self.new_hashes = array("Q")
 
     def assign(self, example: Example, dropped: Counter[str]) -> Split | None:
-        """Returns the split of an example, or None if it is dropped; the reason is then counted in ``dropped``."""
+        """Returns the split of an example, or None if it is dropped. The reason is then counted in ``dropped``."""
         try:
             return self._assign(example, dropped)
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can represent and UTF-8 cannot
             return _drop(dropped, "invalid_unicode")
 
     def _assign(self, example: Example, dropped: Counter[str]) -> Split | None:
@@ -55,10 +55,10 @@ class Deduplicator:
         split_hash = content_hash if isinstance(content, str) else _hash(_prompt(content))
         split = example.split or ("held_out" if split_hash < self._fraction * HASH_VALUES else "train")
         if isinstance(content, list):
-            # Two sources may disagree on a prompt if one has splits of its own: the first one wins.
+            # Two sources may disagree on a prompt if one of them has predefined splits. The first one wins.
             other = "train" if split == "held_out" else "held_out"
             if _hash(f"{other} {_prompt(content)}") in self._seen:
-                return _drop(dropped, "prompt_on_the_other_side")
+                return _drop(dropped, "prompt_in_other_split")
             self._remember(_hash(f"{split} {_prompt(content)}"))
         self._remember(content_hash)
         return split
@@ -72,9 +72,9 @@ class Deduplicator:
 class HashSet:
     """A set of 64-bit hashes in a flat table with linear probing.
 
-    It takes 12 to 24 bytes per hash, and 36 while it grows; Python's own set takes about 80. The probability that any
-    two different examples have the same hash is 2^-65 times the square of their number, which is 3e-4 for 10^8. The
-    second one would be dropped as a duplicate.
+    It takes 12 to 24 bytes per hash, and 36 while it grows. A Python set takes about 80. The probability that any two
+    different examples have the same hash is 2^-65 times the square of their number, which is 3e-4 for 10^8. The second
+    one would be dropped as a duplicate.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class HashSet:
 
     def add(self, value: int) -> None:
         """Adds a hash if it is not in the set."""
-        value = value or 1  # 0 is taken; sharing the slot of 1 is one more improbable collision
+        value = value or 1  # 0 marks an empty slot; treating it as 1 is just another improbable collision
         slot = self._find(value)
         if self._slots[slot]:
             return

@@ -1,8 +1,8 @@
 """Prints docstrings and signatures of the public standard library as JSON.
 
 Run as a script (``python -I -S -B stdlib_harvest.py``), because importing every module has side effects, and because
-installed packages patch some modules. In isolation, the output depends on the CPython build only. This module imports
-nothing from this project. Each entry is ``{"name", "kind", "module", "signature", "doc"}``, in a fixed order.
+installed packages patch some modules. In isolation, the output depends only on the CPython build. This module does not
+import anything from this project. Each entry is ``{"name", "kind", "module", "signature", "doc"}``, in a fixed order.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _is_documented(value: Any) -> bool:
 
 
 def _belongs(value: Any, module: str, families: set[str]) -> bool:
-    """Whether an exported object belongs to the module: it is defined in its family, or outside all public modules."""
+    """Returns whether an exported object is defined in the module's family, or outside all public modules."""
     home = module_family(getattr(value, "__module__", None) or module)
     return home == module_family(module) or home not in families
 
@@ -143,7 +143,7 @@ def _entry(name: str, kind: str, module: str, value: Any) -> dict[str, Any]:
 
 
 def _signature(value: Any) -> str | None:
-    """The signature as pydoc prints it, with environment-dependent defaults replaced by ``...``; None if unknown."""
+    """Returns the signature as printed by pydoc, with environment-dependent defaults as ``...``, or None if unknown."""
     try:
         signature = inspect.signature(value)
     except (ValueError, TypeError, AttributeError):  # some defaults of curses exist only while a screen is open
@@ -156,7 +156,7 @@ class _Default:
     """A default value that prints as a literal, a name or ``...``, and reveals nothing about the environment."""
 
     def __new__(cls, default: Any) -> Any:
-        # `empty` is recognized by identity, so it must stay itself.
+        # `empty` is recognized by identity, so it must not be replaced.
         return default if default is inspect.Parameter.empty else super().__new__(cls)
 
     def __init__(self, default: Any) -> None:
@@ -172,7 +172,7 @@ def _format_default(default: Any) -> str:
     if type(default) in (type(None), bool, int, float, bytes):
         return repr(default)
     if type(default) is str:
-        return "..." if os.path.isabs(default) else repr(default)  # a path is that of this installation
+        return "..." if os.path.isabs(default) else repr(default)  # absolute paths depend on the installation
     if type(default) in (tuple, list, dict) and not default:
         return repr(default)
     if type(default) is tuple:

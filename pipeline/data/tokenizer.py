@@ -1,7 +1,7 @@
-"""The model's tokenizer, and a pool of processes that tokenizes text with it on all cores.
+"""The model's tokenizer, and a pool of processes that tokenize text with it on all cores.
 
-A document is tokenized as ``[BOS] text EOS``. BOS is added if the tokenizer itself adds one to a text, and EOS always,
-so that the model learns where a text ends.
+A document is tokenized as ``[BOS] text EOS``. BOS is added if the tokenizer itself adds one to a text. EOS is always
+added, so that the model learns where a text ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.data.blocks import Ids
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_json
 
-# About as many workers as this process can feed, given that it also packs what they return. Each takes about 100 MB.
+# About as many workers as this process can feed while it also packs their results. Each takes about 100 MB.
 MAX_WORKERS = 16
 
 
@@ -35,7 +35,7 @@ class TextTokenizer:
         inner: the ``transformers`` tokenizer.
         vocab_size: number of rows of the model's embedding matrix.
         eos: id of the end-of-sequence token.
-        bos: id of the beginning-of-sequence token if the tokenizer adds one, else None.
+        bos: id of the beginning-of-sequence token if the tokenizer adds one, otherwise None.
 
     Raises:
         UserError: the tokenizer has ids without an embedding, no end-of-sequence token, or no fast implementation.
@@ -60,7 +60,7 @@ class TextTokenizer:
         self.bos = added_bos(self.inner)
 
     def worker_pool(self) -> TokenizerPool:
-        """Processes that tokenize documents as ``[BOS] text EOS``."""
+        """Returns a pool of processes that tokenize documents as ``[BOS] text EOS``."""
         prefix = [] if self.bos is None else [self.bos]
         return TokenizerPool(self.inner.backend_tokenizer.to_str(), prefix=prefix, suffix=[self.eos])
 
@@ -68,7 +68,7 @@ class TextTokenizer:
 def added_bos(tokenizer: Any) -> int | None:
     """Returns the beginning-of-sequence token that a ``transformers`` tokenizer adds to a text, or None.
 
-    Tried out, because the attribute ``add_bos_token`` does not exist or has no effect for many fast tokenizers.
+    This is determined by a trial, because ``add_bos_token`` is missing or has no effect for many fast tokenizers.
     """
     first: list[int] = tokenizer("a").input_ids[:1]
     return first[0] if first == [tokenizer.bos_token_id] else None
@@ -79,7 +79,7 @@ def _unsuitable(directory: Path, rule: str) -> UserError:
 
 
 def available_cores() -> int:
-    """Number of cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -104,7 +104,7 @@ class TokenizerPool:
         self._started: list[_TokenizerWorker] = []
 
     def submit(self, texts: list[str]) -> Future[list[Ids]]:
-        """Tokenizes texts in the background. A lone surrogate, which UTF-8 cannot encode, is read as ``?``.
+        """Tokenizes texts in the background. A lone surrogate, which UTF-8 cannot encode, is replaced by ``?``.
 
         Returns:
             A future of the ids of each text. It raises WorkersFailed if the worker dies.
@@ -123,7 +123,7 @@ class TokenizerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops the workers. After an exception they are killed, so that no pending batch is waited for."""
+        """Stops the workers. After an exception they are killed, without waiting for pending batches."""
         if error is not None:
             for worker in self._started:
                 worker.kill()
@@ -137,7 +137,7 @@ class _TokenizerWorker:
 
     def __init__(self, setup: bytes) -> None:
         command = [sys.executable, "-P", str(Path(tokenizer_worker.__file__))]
-        # One thread per worker: the parallelism comes from the number of workers.
+        # One thread per worker, because there is one worker per core.
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._requests, self._answers = cast("BinaryIO", self._process.stdin), cast("BinaryIO", self._process.stdout)

@@ -1,4 +1,4 @@
-"""A tokenizer worker: reads texts on standard input and writes token ids to standard output until the input ends.
+"""A tokenizer worker: reads texts from standard input and writes token ids to standard output until the input ends.
 
 Run as a script (``python -P tokenizer_worker.py``) by ``tokenizer.py``. It imports neither this project nor
 transformers, so that it starts within a second and takes little memory. Numbers are little-endian uint32.
@@ -7,7 +7,7 @@ transformers, so that it starts within a second and takes little memory. Numbers
     request     number of texts, length of each in bytes, then the texts in UTF-8
     answer      length of each text in tokens, then the ids of all texts
 
-Control tokens spelled out in a text are tokenized as plain characters.
+Control tokens that occur in a text are tokenized as plain characters.
 """
 
 from __future__ import annotations

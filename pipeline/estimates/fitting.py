@@ -97,11 +97,11 @@ def when_out_of_memory(section: str, trained: Trained, setup: Setup, memory: int
 
 
 @contextmanager
-def naming_what_fits(task: StageTask) -> Iterator[None]:
+def suggest_settings_that_fit(task: StageTask) -> Iterator[None]:
     """Add the remedy to the error of workers that ran out of memory.
 
     Raises:
-        WorkersFailed: they did.
+        WorkersFailed: they ran out of memory.
     """
     try:
         yield

@@ -33,7 +33,7 @@ from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import read_json, read_record, write_json
 from pipeline.launch.machine import Placement
 from pipeline.models.tensors import DTYPES
-from pipeline.models.vector_math import settle_vector_math
+from pipeline.models.vector_math import initialize_vector_math
 
 BUNDLED_TASK_FILES = Path(__file__).parent / "tasks"
 BOOTSTRAP_ITERATIONS = 1_000  # for metrics without a closed form for their standard error
@@ -75,7 +75,7 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
     dtype = dtype_of(settings.dtype, job.placement.device)
     if missing:
         torch.set_num_threads(job.placement.threads)
-        settle_vector_math()
+        initialize_vector_math()
         # Data first: they may be unreadable, and a model takes longer to load.
         loaded = _load_tasks(missing, job, settings)
         lm = LanguageModel(job.model, DTYPES[dtype], job.placement.device, settings.batch_size)

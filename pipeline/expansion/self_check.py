@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline.models.layer_config import spelled_out_config
+from pipeline.models.layer_config import explicit_config
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import is_finite
 
@@ -100,7 +100,7 @@ def _require(condition: bool, fault: str) -> None:
 
 
 def _check_config(directory: Path, config: dict[str, Any]) -> None:
-    read = spelled_out_config(directory)
+    read = explicit_config(directory)
     differing = [name for name, value in config.items() if read.get(name) != value]
     _require(not differing, f"its config reads back differently in {', '.join(differing)}")
 

@@ -149,7 +149,7 @@ def write_weights(
         made = {key for key, name in names.new.items() if name in writer.written}
         records = saved["records"] if saved is not None and made else {}
         if not made:
-            forget_records(out)
+            remove_progress_records(out)
         with progress("expand", total=sum(_millions(names, *key) for key in names.new)) as bar:
             bar.move_to(sum(_millions(names, *key) for key in made))
             saver = _Saver(writer, out, has_saved=bool(made))
@@ -173,7 +173,7 @@ def write_weights(
     return work
 
 
-def forget_records(out: Path) -> None:
+def remove_progress_records(out: Path) -> None:
     """Removes the sign that weights in ``out`` can be resumed, once they are verified or known to be wrong."""
     (out / RECORDS).unlink(missing_ok=True)
 

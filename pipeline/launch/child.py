@@ -1,6 +1,6 @@
-"""The first steps of every process that the driver starts: its log, its lifeline and its signal mask.
+"""Sets up every process that the driver starts: its log, its exit with the parent process, and its signal mask.
 
-``python -m pipeline.launch.child COMMAND...`` is what srun starts on each node of a job. It becomes that node's
+srun starts ``python -m pipeline.launch.child COMMAND...`` on each node of a job. The process then executes that node's
 torchrun.
 """
 
@@ -30,7 +30,7 @@ def end_with_parent() -> None:
 
 def _exit_at_end_of_input() -> None:
     while os.read(sys.stdin.fileno(), 4096):
-        pass  # nothing is ever sent, only the end of the stream matters
+        pass  # nothing is ever sent; only the end of the stream matters
     os._exit(ORPHANED)  # not sys.exit: the main thread may be blocked in a collective that never returns
 
 
@@ -51,10 +51,10 @@ def redirect_output(log: Path, *, append: bool) -> None:
 
 @contextmanager
 def block_signals_in_children() -> Iterator[None]:
-    """Processes started inside this context, and their children, have ``BLOCKED_SIGNALS`` blocked.
+    """Blocks ``BLOCKED_SIGNALS`` in processes that are started inside this context, and in their children.
 
     A signal sent to all processes of a job while they are starting therefore stays pending. Ranks unblock it once they
-    can handle it. torchrun never does, since the default action would kill it.
+    can handle it. torchrun never unblocks it, since the default action would kill it.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
@@ -64,7 +64,7 @@ def block_signals_in_children() -> Iterator[None]:
 
 
 def _exec_torchrun(command: list[str]) -> None:
-    # Only on the node itself is its rank known. torchrun reads its options from variables named PET_*.
+    # The rank of the node is only known on the node itself. torchrun reads its options from variables named PET_*.
     os.environ["PET_NODE_RANK"] = os.environ["SLURM_NODEID"]
     with block_signals_in_children():  # Slurm's tasks do not inherit the signal mask of srun
         os.execv(command[0], command)

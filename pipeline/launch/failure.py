@@ -1,4 +1,4 @@
-"""Explains why a stage or its workers died: one message with the cause, the last lines of output and the log's path."""
+"""Explains why a stage or its workers died: the cause, the last lines of output and the path of the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.launch.child import ORPHANED
 LAUNCHER_LOGS = "torchrun*.log"  # one per node, plus the driver's own if there are several nodes
 LAUNCHER_LOG = "torchrun.log"
 SHOWN_LOG_LINES = 15
-OUT_OF_MEMORY = "out of memory"  # contained in every message about a lack of memory
+OUT_OF_MEMORY = "out of memory"  # part of every message about insufficient memory
 MEMORY_HINT = f"the system may have run {OUT_OF_MEMORY}"
 
 
@@ -26,8 +26,8 @@ def explain_workers(
     Args:
         log_dir: where the ranks and the launchers write their logs.
         outcome: the content of the outcome file, or ``{"status": "lost"}`` if no rank wrote one.
-        exit_status: the launcher's.
-        processes: ranks per node.
+        exit_status: the launcher's exit status.
+        processes: number of ranks per node.
         nodes: names of the nodes, in the order of their ranks. Empty on a single machine.
     """
     if outcome.get("explained"):

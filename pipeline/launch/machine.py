@@ -1,4 +1,4 @@
-"""Detects the available hardware, and decides which part of it the workers use. Does not import torch."""
+"""Detects the available hardware and decides which part of it the workers use, without importing torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Placement:
 
 
 def place(launch: Launch, machine: Machine) -> Placement:
-    """Resolves the device, processes and threads that the settings leave to be detected.
+    """Resolves the settings for device, processes and threads, detecting those that are ``auto``.
 
     Raises:
         UserError: the settings ask for more GPUs than the machine has.

@@ -1,7 +1,7 @@
-"""Slurm as a user sees it: batch scripts, the commands that submit and inspect jobs, and the job around this process.
+"""An interface to Slurm: batch scripts, commands that submit and inspect jobs, and the allocation of this process.
 
 ``batch_script`` is a pure function. Everything else calls ``sbatch``, ``scontrol`` or ``scancel``. ``sacct`` is not
-used, so that clusters without accounting are supported. Nothing here knows about the pipeline's stages.
+used, so that clusters without accounting are supported. This module does not depend on the pipeline's stages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SlurmUnreachable(RuntimeError):
 
 @dataclass(frozen=True)
 class BatchJob:
-    """The part of a batch job that does not come from the general settings."""
+    """A batch job, without the settings that apply to all jobs."""
 
     name: str
     command: Sequence[str]
@@ -50,7 +50,7 @@ class BatchJob:
 
 
 def batch_script(job: BatchJob, slurm: Slurm) -> str:
-    """Returns the script for ``sbatch``. It can also be submitted again by hand.
+    """Returns the script for ``sbatch``, which can also be resubmitted by hand.
 
     The command replaces the shell (``exec``), because Slurm sends the signal that precedes the time limit to the batch
     shell (``B:``), and a shell would not pass it on before its child ends.
@@ -219,7 +219,7 @@ class Allocation:
     job: int
     nodes: tuple[str, ...]
     cpus: int  # per node
-    outside: bool  # this process runs on none of the nodes, but in a shell that salloc started on a login node
+    outside: bool  # this process does not run on the nodes, but in a shell that salloc started on a login node
 
     @property
     def needs_srun(self) -> bool:
@@ -266,7 +266,7 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation | None:
         raise UserError(
             setting="srun",
             value=f"{tasks} tasks",
-            rule="one process drives a run, and starts the workers on all nodes of the job itself",
+            rule="a run is driven by one process, which starts the workers on all nodes of the job itself",
             remedy="Omit srun: run the command inside an salloc or sbatch job, or use scripts/submit.",
         )
     # For example "16(x2),8": two nodes with 16 CPUs and one with 8. The smallest node limits all of them.

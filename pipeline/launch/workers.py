@@ -3,8 +3,8 @@
 The driver does not import torch or use CUDA. It communicates with the workers through files in the log directory,
 which all nodes share, and through one pipe:
 
-- ``outcome.json`` says how the work ended. The first worker that knows writes it.
-- ``stop`` is created by the driver on a signal. Workers that see it save their state and exit.
+- ``outcome.json`` describes how the work ended. It is written by the first worker that knows.
+- ``stop`` is created by the driver on a signal. Workers that find it save their state and exit.
 - The standard input of every worker, including those that srun starts, is a pipe that the driver holds open. When the
   driver dies, the pipe closes and the workers exit (see ``end_with_parent``). The driver also closes it if one rank
   has died and the others do not exit, so that no rank waits forever for a dead one.
@@ -160,7 +160,7 @@ def _run_launcher(
     for stale in (log_dir / OUTCOME_FILE, *log_dir.glob(LAUNCHER_LOGS)):
         stale.unlink(missing_ok=True)
     with open(log_dir / LAUNCHER_LOG, "wb") as log:
-        # In a new session, so that Ctrl-C in the terminal reaches only the driver, which tells the workers to stop.
+        # In a new session, so that Ctrl-C in the terminal reaches only the driver, which then stops the workers.
         with block_signals_in_children():
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -223,7 +223,7 @@ def _stop_file_on_signal(stop_file: Path) -> Iterator[None]:
         if stop_file.exists():
             raise KeyboardInterrupt
         stop_file.touch()
-        print("stopping: the workers finish their step and save; repeat the signal to end them now", file=sys.stderr)
+        print("stopping: the workers finish their step and save; repeat the signal to kill them", file=sys.stderr)
 
     previous = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
@@ -239,7 +239,7 @@ def _stop_file_on_signal(stop_file: Path) -> Iterator[None]:
 def load_outcome(log_dir: Path) -> dict[str, Any]:
     """Reads how the work ended: ``{"status": "lost"}`` if no process recorded it."""
     path = log_dir / OUTCOME_FILE
-    # NFS caches for up to a minute that a file does not exist, unless this host itself changes the directory.
+    # NFS may cache for up to a minute that a file does not exist. Changing the directory from this host prevents that.
     with suppress(OSError):
         probe = temporary_path(path)
         probe.touch()
@@ -249,13 +249,13 @@ def load_outcome(log_dir: Path) -> dict[str, Any]:
 
 
 def raise_refusal(outcome: Mapping[str, Any]) -> None:
-    """Raises the ``UserError`` that an outcome holds, if it holds one."""
+    """Raises the ``UserError`` that an outcome contains, if any."""
     if outcome["status"] == "refused":
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
 
 
 def _read_outcome(log_dir: Path, exit_status: int, placement: Placement) -> dict[str, Any]:
-    """Returns the outcome of a finished job, or raises the exception for any other."""
+    """Returns the outcome of a finished job, or raises the exception for any other outcome."""
     outcome = load_outcome(log_dir)
     raise_refusal(outcome)
     # A stop requested while the last worker was finishing must still stop the stages that follow.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
-ANSWER_WITHIN_SECONDS = 6.0
+TIMEOUT_SECONDS = 6.0
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _Result = TypeVar("_Result")
 
@@ -58,9 +58,9 @@ def find(repo: str, revision: str | None, patterns: Sequence[str]) -> HubModel:
         return _find_in_cache(repo, revision, patterns)
 
     def ask() -> Any:
-        return HfApi().model_info(repo, revision=revision, timeout=ANSWER_WITHIN_SECONDS)
+        return HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS)
 
-    info = _with_user_errors(repo, revision, lambda: in_time(ask))
+    info = _with_user_errors(repo, revision, lambda: with_timeout(ask))
     return HubModel(info.sha, None, tuple(file.rfilename for file in info.siblings))
 
 
@@ -111,7 +111,7 @@ def read_json_file(repo: str, commit: str, name: str) -> dict[str, Any]:
         hf_raise_for_status(response)
         return response.json()
 
-    answer: dict[str, Any] = _with_user_errors(repo, commit, lambda: in_time(ask))
+    answer: dict[str, Any] = _with_user_errors(repo, commit, lambda: with_timeout(ask))
     return answer
 
 
@@ -123,8 +123,8 @@ def cached_file(repo: str, revision: str | None, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def in_time(call: Callable[[], _Result]) -> _Result:
-    """Returns the result of a call, or raises its error, within ``ANSWER_WITHIN_SECONDS``.
+def with_timeout(call: Callable[[], _Result]) -> _Result:
+    """Returns the result of a call, or raises its error, within ``TIMEOUT_SECONDS``.
 
     The connection timeout of an HTTP client does not cover a name server that hangs. This timeout does.
 
@@ -141,9 +141,9 @@ def in_time(call: Callable[[], _Result]) -> _Result:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(ANSWER_WITHIN_SECONDS)
+    thread.join(TIMEOUT_SECONDS)
     if not outcome:
-        raise TimeoutError(f"no answer in {ANSWER_WITHIN_SECONDS:.0f} seconds")
+        raise TimeoutError(f"no answer in {TIMEOUT_SECONDS:.0f} seconds")
     result, error = outcome[0]
     if error is not None:
         raise error

@@ -22,7 +22,7 @@ THRESHOLDS = ("max_window_layers", "first_k_dense_replace")  # layers below this
 NOT_PER_LAYER = ("architectures",)  # lists that have one entry per layer only by coincidence
 
 
-def spelled_out_config(directory: Path) -> dict[str, Any]:
+def explicit_config(directory: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory, including the per-layer entries that its config class derives."""
     config: dict[str, Any] = read_json(directory / "config.json")
     derived = AutoConfig.from_pretrained(directory).to_dict()

@@ -156,7 +156,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
 
     Returns:
         The content of config.json, or for a GGUF file the entries that determine sizes and limits. Two entries are
-        added: ``has_chat_template``, and ``experts_apart`` for a model whose experts are stored one by one.
+        added: ``has_chat_template``, and ``separate_experts`` for a model whose experts are stored one by one.
 
     Raises:
         UserError: the files are not those of a causal language model.
@@ -173,7 +173,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
         )
     added = {
         "has_chat_template": _has_chat_template(source, keep),
-        "experts_apart": num_experts(config) > 0 and any(map(SINGLE_EXPERT.search, _stored_names(source, keep))),
+        "separate_experts": num_experts(config) > 0 and any(map(SINGLE_EXPERT.search, _stored_names(source, keep))),
     }
     return {**config, **added}
 

@@ -18,7 +18,7 @@ FUNCTIONS = (
 FLOAT_DTYPES = (torch.float32, torch.float64)
 
 
-def settle_vector_math() -> None:
+def initialize_vector_math() -> None:
     """Calls every function once, which takes milliseconds.
 
     A tensor of one element is never divided among threads, so only the calling thread calls MKL.

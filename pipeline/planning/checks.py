@@ -170,7 +170,7 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
     assert sizes is not None
     yield from _raised_by(lambda: sizes.trained(section, getattr(prepared.run, section)))
     trained = prepared.trained(section)
-    if trained is None or not prepared.inputs.config.get("experts_apart", False):
+    if trained is None or not prepared.inputs.config.get("separate_experts", False):
         return
     # transformers holds all experts of a layer as one parameter, which cannot be written back as single tensors.
     if experts := sorted(trained.names & trained.shape.experts):

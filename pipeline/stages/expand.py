@@ -18,12 +18,12 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method
 from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.expansion.self_check import CheckFailedError, check_model
-from pipeline.expansion.surgery import TensorNames, forget_records, write_weights
+from pipeline.expansion.surgery import TensorNames, remove_progress_records, write_weights
 from pipeline.files import write_json
 from pipeline.models.families import family_of
-from pipeline.models.layer_config import rebuild_config, spelled_out_config
+from pipeline.models.layer_config import explicit_config, rebuild_config
 from pipeline.models.reading import EXPANSION_FILE, ModelDirectory, copy_side_files
-from pipeline.models.vector_math import settle_vector_math
+from pipeline.models.vector_math import initialize_vector_math
 
 
 def run(task: StageTask) -> Metrics:
@@ -35,11 +35,11 @@ def run(task: StageTask) -> Metrics:
     """
     # The Adam moments of dead ReLU units decay to subnormal numbers, on which processors are many times slower.
     torch.set_flush_denormal(True)
-    settle_vector_math()
+    initialize_vector_math()
     method = task.settings
     assert isinstance(method, Method)
     base = ModelDirectory(task.parents["load"])
-    config = spelled_out_config(base.path)
+    config = explicit_config(base.path)
     plan = method.place(config["num_hidden_layers"])
     names = TensorNames(base, family_of(config["model_type"]), plan)
     seed = task.seed if method.draws_random_numbers else None
@@ -58,9 +58,9 @@ def run(task: StageTask) -> Metrics:
     try:
         outcome = check_model(task.out, deeper, base.path if method.keeps_logits else None, method.check_memory)
     except CheckFailedError:
-        forget_records(task.out)  # otherwise another attempt would take these weights for finished ones
+        remove_progress_records(task.out)  # otherwise another attempt would take these weights for finished ones
         raise
-    forget_records(task.out)
+    remove_progress_records(task.out)
     return {
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),

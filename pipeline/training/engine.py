@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from pipeline.models.tensors import DTYPES
-from pipeline.models.vector_math import settle_vector_math
+from pipeline.models.vector_math import initialize_vector_math
 from pipeline.training.attention import resolve_attention
 from pipeline.training.deepspeed_config import uses_bfloat16_parameters
 from pipeline.training.float32_products import use_float32_products
@@ -62,7 +62,7 @@ def start_distributed() -> torch.device:
     # The moments of inactive units decay to denormal numbers, on which processors are many times slower. The setting
     # belongs to a thread and is inherited by threads started later, so it comes before the first tensor.
     torch.set_flush_denormal(True)
-    settle_vector_math()
+    initialize_vector_math()
     # Otherwise DeepSpeed would compile a shared-memory collective here, which only its inference engine uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"

@@ -9,13 +9,13 @@ import torch
 from pipeline.data import python_docs
 from pipeline.expansion.surgery import TensorNames
 from pipeline.files import write_json
-from pipeline.models.layer_config import rebuild_config, spelled_out_config
+from pipeline.models.layer_config import explicit_config, rebuild_config
 from pipeline.models.reading import copy_side_files
 
 
 def write_model(names: TensorNames, base: Path, out: Path) -> None:
     """Adds the config and tokenizer to expanded weights."""
-    write_json(out / "config.json", rebuild_config(spelled_out_config(base), names.plan.config_sources))
+    write_json(out / "config.json", rebuild_config(explicit_config(base), names.plan.config_sources))
     copy_side_files(base, out)
 
 

@@ -181,7 +181,7 @@ def test_long_conversations_are_cut_after_a_complete_turn_or_dropped(tokenizer: 
         assert len(example.input_ids) <= max_length
         assert example.input_ids == complete.input_ids[: len(example.input_ids)]
         if dropped:
-            assert dropped == {"cut_to_whole_turns": 1}
+            assert dropped == {"truncated": 1}
             assert _targets(tokenizer, example) == ["It makes a string.\n\nAlways.<|im_end|>"]
             assert example.loss_mask[-1] == 1  # the end of turn
         else:
@@ -211,5 +211,5 @@ def test_unusable_conversations_are_dropped_and_counted(
 def test_a_conversation_that_the_template_rejects_is_dropped_and_counted(tokenizer: TextTokenizer) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
     chat, dropped = _chat_tokenizer(tokenizer, strict)
-    assert chat.tokenize(TURNS) == [] and dropped == {"refused_by_template": 1}
+    assert chat.tokenize(TURNS) == [] and dropped == {"rejected_by_template": 1}
     assert len(chat.tokenize(TURNS[1:])) == 1

@@ -225,7 +225,7 @@ def test_an_unreachable_hub_is_refused_at_once(offline: bool, monkeypatch: pytes
 
 
 def test_a_hub_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.models.hub.ANSWER_WITHIN_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.models.hub.TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
     message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus"))
     assert "cannot be reached" in message

@@ -73,7 +73,7 @@ def test_a_prompt_that_one_source_holds_out_is_not_trained_on_from_another() -> 
     held_out = [Example(_chat(f"prompt {number}", "theirs"), "held_out") for number in range(100)]
     splits, dropped = _assign([*held_out, *(Example(_chat(f" prompt {n}", "ours"), None) for n in range(150))], 0.0)
     assert {chat[1]["content"] for chat in splits["train"]} == {f" prompt {number}" for number in range(100, 150)}
-    assert dropped == {"prompt_on_the_other_side": 100}
+    assert dropped == {"prompt_in_other_split": 100}
 
 
 def test_blank_and_invalid_text_is_dropped_and_counted() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.expansion import self_check
 from pipeline.expansion.self_check import CheckFailedError, check_model
-from pipeline.models.layer_config import spelled_out_config
+from pipeline.models.layer_config import explicit_config
 from tests.tiny_families import TINY_CONFIGS, save_tiny
 
 WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes of memory that the check may use
@@ -116,7 +116,7 @@ def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.M
 def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """From disk, a correct model has its own logits, its narrow twin decodes, and a corrupted layer is found."""
     base = save_tiny(family, tmp_path / "base", tiny_tokenizer)
-    config = spelled_out_config(base)
+    config = explicit_config(base)
     outcome = check_model(base, config, same_logits_as=base, memory=LAYER_BY_LAYER)
     assert outcome.logits_of.startswith("layer by layer") and outcome.cache_of.startswith("a narrow")
     assert outcome.logit_difference == 0.0

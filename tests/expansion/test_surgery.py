@@ -129,7 +129,7 @@ def test_an_attempt_that_was_interrupted_after_the_last_tensor_is_not_repeated(
     assert second.yielded == [] and (tmp_path / "model.safetensors").stat().st_mtime_ns == written
     assert (again.records, again.warnings) == (first.records, first.warnings)
 
-    surgery.forget_records(tmp_path)  # as the stage does once they are verified or known to be wrong
+    surgery.remove_progress_records(tmp_path)  # as the stage does once they are verified or known to be wrong
     write_weights(names, second, CPU, tmp_path, seed=0)
     assert second.yielded
 

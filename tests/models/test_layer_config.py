@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.files import write_json
-from pipeline.models.layer_config import rebuild_config, spelled_out_config
+from pipeline.models.layer_config import explicit_config, rebuild_config
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -68,7 +68,7 @@ def _kinds(directory: Path) -> list[tuple[object, ...]]:
 def test_a_deeper_model_loads_runs_and_saves_with_the_kind_of_every_layer(base: Path, tmp_path: Path) -> None:
     deeper = tmp_path / "deeper"
     _repeat_layers(base, deeper, SOURCES)
-    write_json(deeper / "config.json", rebuild_config(spelled_out_config(base), SOURCES))
+    write_json(deeper / "config.json", rebuild_config(explicit_config(base), SOURCES))
     kinds = _kinds(base)
     assert _kinds(deeper) == [kinds[source] for source in SOURCES if kinds]
     model = AutoModelForCausalLM.from_pretrained(deeper)
@@ -82,7 +82,7 @@ def test_lists_that_the_config_class_derives_are_written_out(tmp_path: Path) -> 
     """Like an older config.json: qwen2 with a sliding window from layer 3 on, and without layer_types."""
     config = {"model_type": "qwen2", **SMALL, **FAMILIES["qwen2"]}
     write_json(tmp_path / "config.json", config)
-    spelled_out = spelled_out_config(tmp_path)
+    spelled_out = explicit_config(tmp_path)
     assert spelled_out["layer_types"] == ["full_attention"] * 3 + ["sliding_attention"] * 3
     rebuilt = rebuild_config(spelled_out, (0, 1, 2, 3, 4, 4, 5, 5))
     assert rebuilt["layer_types"] == ["full_attention"] * 3 + ["sliding_attention"] * 5
@@ -111,7 +111,7 @@ def test_other_lists_of_the_same_length_are_not_changed() -> None:
 
 def test_the_config_of_the_base_is_not_changed(tiny_llama_dir: Path) -> None:
     before = json.loads((tiny_llama_dir / "config.json").read_text())
-    config = spelled_out_config(tiny_llama_dir)
+    config = explicit_config(tiny_llama_dir)
     assert config == before  # nothing to add in a family without per-layer entries
     rebuild_config(config, (0, 0, 1, 2, 3))
     assert config == before

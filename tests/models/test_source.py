@@ -118,7 +118,7 @@ def test_the_index_shows_whether_experts_are_stored_one_by_one(
     names = {"weight_map": {f"model.layers.0.mlp.experts.{expert}.weight": "model-1-of-1.safetensors"}}
     (mixture / "model.safetensors.index.json").write_text(json.dumps(names))
     with serve(mixture, tmp_path / "cache", monkeypatch):
-        assert config_of(resolve(model_at(REPO)), keep=keep)["experts_apart"] == (expert == "0.w1")
+        assert config_of(resolve(model_at(REPO)), keep=keep)["separate_experts"] == (expert == "0.w1")
 
 
 def test_a_hub_model_with_pickled_weights_is_rejected_before_it_is_downloaded(
@@ -183,7 +183,7 @@ def test_a_name_server_that_hangs_fails_in_time(monkeypatch: pytest.MonkeyPatch)
     from pipeline.models import hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "ANSWER_WITHIN_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
     started = time.monotonic()
     with pytest.raises(UserError, match="no answer"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.models.vector_math import FLOAT_DTYPES, FUNCTIONS, settle_vector_math
+from pipeline.models.vector_math import FLOAT_DTYPES, FUNCTIONS, initialize_vector_math
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,14 +29,14 @@ MKL_FUNCTIONS = {
 FIRST_COSINES = """
 import hashlib, os
 import torch
-from pipeline.models.vector_math import settle_vector_math
+from pipeline.models.vector_math import initialize_vector_math
 
 torch.set_num_threads(1)
 angles = torch.linspace(0.0, 128.0, 16384)
 for _ in range(100):
     if os.fork() == 0:
         torch.set_num_threads(2)
-        settle_vector_math()
+        initialize_vector_math()
         torch.ones(1024, 1024) @ torch.ones(1024, 1024)
         torch.ones(8000, 576, dtype=torch.bfloat16).float() + 1.0
         cosines = (angles + 0.0).cos()
@@ -65,7 +65,7 @@ def test_every_function_is_called_on_one_entry_of_every_dtype() -> None:
             return func(*args, **(kwargs or {}))
 
     with Recorder():
-        settle_vector_math()
+        initialize_vector_math()
     assert seen == {(name, dtype) for name in FUNCTIONS for dtype in FLOAT_DTYPES}
 
 

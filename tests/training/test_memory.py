@@ -7,7 +7,7 @@ import torch
 from pipeline.artifacts.task import StageTask
 from pipeline.errors import OutOfMemory, TrainingFailure, WorkersFailed
 from pipeline.estimates import fitting
-from pipeline.estimates.fitting import naming_what_fits
+from pipeline.estimates.fitting import suggest_settings_that_fit
 from pipeline.launch.machine import Placement, device_memory
 from pipeline.training.trainer import report_out_of_memory
 from pipeline.training.validate import less_memory
@@ -25,7 +25,7 @@ def test_the_stage_adds_settings_that_fit(
 ):
     monkeypatch.setattr(fitting, "device_memory", lambda placement: there)
     task = make_task(train_settings(micro_batch=2))
-    with pytest.raises(WorkersFailed, match=f"^rank 0 of 1: out of memory\n.*{said}"), naming_what_fits(task):
+    with pytest.raises(WorkersFailed, match=f"^rank 0 of 1: out of memory\n.*{said}"), suggest_settings_that_fit(task):
         raise OutOfMemory("rank 0 of 1: out of memory")
 
 
