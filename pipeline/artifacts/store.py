@@ -38,6 +38,7 @@ from pipeline.files import (
 
 MANIFEST = "manifest.json"
 ATTEMPTS_FILE = "attempts.json"
+SHARED_FILE = ".shared"
 
 
 @dataclass(frozen=True)
@@ -113,30 +114,35 @@ class Artifact:
         Raises:
             WorkersFailed: an expected file is missing. Nothing was committed.
         """
-        _remove_hidden(self.partial)
-        if missing := _missing_files(self.partial, expected):
+        source = self.partial
+        if (self.partial / SHARED_FILE).exists():
+            # The process that began the artifact may still have files open for writing. It has none of the copies.
+            source = temporary_path(self.partial)
+            shutil.copytree(self.partial, source)
+        _remove_hidden(source)
+        if missing := _missing_files(source, expected):
             raise WorkersFailed(
                 f"stage {self.stage} ended without writing {', '.join(missing)} in {self.partial}; it was not "
                 f"committed. Add force=[{self.stage}] to build it from the beginning."
             )
         files = {
             name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for name, path in _files_of(self.partial).items()
+            for name, path in _files_of(source).items()
         }
-        write_json(self.partial / MANIFEST, {**manifest, "key": self.key, "files": files})
+        write_json(source / MANIFEST, {**manifest, "key": self.key, "files": files})
         # The data must be on disk before the rename that declares it complete.
-        fsync_directory(self.partial)
+        fsync_directory(source)
         confirm()
         if not self.path.exists():
-            os.replace(self.partial, self.path)
-        elif not exchange(self.partial, self.path):
+            os.replace(source, self.path)
+        elif not exchange(source, self.path):
             # A rename cannot replace a directory that is not empty. If the machine fails between the two renames,
             # ``tidy`` restores the old artifact.
             _discard(self._old)
             os.replace(self.path, self._old)
-            os.replace(self.partial, self.path)
+            os.replace(source, self.path)
         fsync(self.path.parent)
-        for outdated in (self.partial, self._old):
+        for outdated in {source, self.partial, self._old}:
             _discard(outdated)
         self._rebuild_marker.unlink(missing_ok=True)
 
@@ -150,6 +156,11 @@ class Artifact:
             # Names what is invalid, so that a marker which a killed commit leaves does not apply to the new artifact.
             write_json(self._rebuild_marker, sha256_file(self.path / MANIFEST))
         _discard(self.partial)
+
+    def mark_shared(self) -> None:
+        """Records that another process may still write to the partial directory. See ``Lock.held``."""
+        if self.partial.exists():
+            (self.partial / SHARED_FILE).touch()
 
     def tidy(self) -> None:
         """Repairs what a process that was killed while committing or invalidating left. Only for the lock's holder."""

@@ -67,8 +67,10 @@ def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
         console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")
 
     lock = node.artifact.lock()
-    with lock.held(report_wait):
+    with lock.held(report_wait) as taken_over:
         node.artifact.tidy()
+        if taken_over:
+            node.artifact.mark_shared()
         if redo:
             node.artifact.invalidate()
         if node.artifact.is_complete():  # built by the process that held the lock
@@ -89,6 +91,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     try:
         metrics = _execute(make_task(run, node))
     except WorkersFailed as error:
+        lock.confirm()  # the loss of the lock explains the failure, and the directory is another process's now
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started

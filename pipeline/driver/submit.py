@@ -23,7 +23,6 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.artifacts.store import Artifact
 from pipeline.config import Settings
 from pipeline.driver.graph import Node, forced, select_nodes
 from pipeline.driver.run import missing_nodes
@@ -152,7 +151,7 @@ def submit_jobs(jobs: Sequence[StageJob], console: Console) -> None:
         raise
     for job in new:
         if job.redo:
-            _invalidate(job.node.artifact)
+            _invalidate(job.node, console)
         _record(job, submitted[job.node.artifact.key])
     if submitted:
         slurm.release(list(submitted.values()))
@@ -178,10 +177,10 @@ def _print_submitted(job: StageJob, number: int, parents: Sequence[int], console
     console.print(f"  [cyan]job[/] {number:<8} {job.node.name:<24} {size:<20} {after}")
 
 
-def _invalidate(artifact: Artifact) -> None:
+def _invalidate(node: Node, console: Console) -> None:
     """Have an artifact rebuilt. This happens on submission, so that a job that is requeued resumes."""
-    with artifact.lock().held(lambda holder: None):
-        artifact.invalidate()
+    with node.artifact.lock().held(lambda holder: console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")):
+        node.artifact.invalidate()
 
 
 # -------------------------------------------------------------------------------------- submitted jobs

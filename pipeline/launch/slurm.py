@@ -184,6 +184,17 @@ def job_info(job: int) -> JobInfo | None:
     )
 
 
+@cache
+def cluster_name() -> str:
+    """Returns the name of the cluster that Slurm's commands reach. A job's id is unique within one cluster only.
+
+    Raises:
+        SlurmUnreachable: Slurm does not answer.
+    """
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config"), re.MULTILINE)
+    return found.group(1) if found else ""
+
+
 def host_names(node_list: str) -> list[str]:
     """Expands a node list: ``n[1-3]`` becomes ``["n1", "n2", "n3"]``, in Slurm's order."""
     return _scontrol("show", "hostnames", node_list).split()

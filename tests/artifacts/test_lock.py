@@ -18,11 +18,13 @@ import pytest
 
 from pipeline.artifacts import lock
 from pipeline.artifacts.lock import FREE, Holder, Lock, LockLost
+from pipeline.artifacts.store import Artifact
+from pipeline.errors import UserError
 from pipeline.launch import slurm
 from pipeline.launch.slurm import JobInfo, SlurmUnreachable
 
 ME = Holder.current(os.environ)
-FAR = Holder(host="far", process=7, started=99, job=12, restarts=0)
+FAR = Holder(host="far", process=7, started=99, job=12, restarts=0, cluster="alps")
 
 
 def _held_by(holder: Holder, directory: Path) -> Lock:
@@ -80,8 +82,9 @@ def test_process_with_a_reused_id_is_not_the_holder() -> None:
 
 
 def test_name_identifies_the_holder() -> None:
-    for holder in (ME, FAR, replace(FAR, host="a,b=c+d")):
+    for holder in (ME, FAR, replace(FAR, host="a,b=c+d"), replace(FAR, cluster="")):
         assert Holder.parse(holder.name) == holder
+    assert Holder.parse("far,process=7,started=99,job=12,restarts=0") == replace(FAR, cluster="")
     assert str(FAR) == "process 7 on far in Slurm job 12"
 
 
@@ -100,12 +103,41 @@ def test_name_identifies_the_holder() -> None:
 def test_holder_on_another_host_is_alive_if_slurm_says_so(
     monkeypatch: pytest.MonkeyPatch, info: JobInfo | None, dead: bool
 ) -> None:
+    monkeypatch.setattr(slurm, "cluster_name", lambda: "alps")
     monkeypatch.setattr(slurm, "job_info", lambda job: info)
     assert FAR.is_dead(ME) == dead
 
 
+@pytest.mark.parametrize("holder, here", [(FAR, "tundra"), (replace(FAR, cluster=""), "alps")])
+def test_job_of_another_or_an_unknown_cluster_is_not_dead_because_this_slurm_does_not_know_it(
+    monkeypatch: pytest.MonkeyPatch, holder: Holder, here: str
+) -> None:
+    monkeypatch.setattr(slurm, "cluster_name", lambda: here)
+    monkeypatch.setattr(slurm, "job_info", lambda job: None)
+    assert not holder.is_dead(ME)
+    assert not holder.is_dead(replace(ME, job=12, restarts=1, cluster=here))
+
+
+def test_holder_records_the_cluster_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "cluster_name", lambda: "asked")
+    job = {"SLURM_JOB_ID": "12", "SLURM_CLUSTER_NAME": "alps"}
+    assert Holder.current(job).cluster == "alps"
+    assert Holder.current({"SLURM_JOB_ID": "12"}).cluster == "asked"
+    assert Holder.current({}).cluster == ""
+
+
 def test_requeued_job_takes_over_its_own_lock() -> None:
-    assert FAR.is_dead(replace(ME, job=12, restarts=1))
+    assert FAR.is_dead(replace(ME, job=12, restarts=1, cluster="alps"))
+
+
+def test_process_of_another_user_that_proc_hides_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(process: int, signal: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    other = replace(ME, process=2**22 + 1)  # has no directory in /proc, as if it was hidden
+    assert other.is_dead(ME)
+    monkeypatch.setattr(os, "kill", deny)
+    assert not other.is_dead(ME) and not other.is_running_here(ME)
 
 
 def test_heartbeats_decide_if_slurm_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -148,6 +180,121 @@ def test_losing_the_lock_is_detected(tmp_path: Path) -> None:
         with pytest.raises(LockLost, match="process 7 on far"):
             mine.confirm()
     assert [path.name for path in (tmp_path / "lock").iterdir()] == [FAR.name], "a lost lock is not released"
+
+
+class Clock:
+    """A substitute for ``time`` that only sleeping advances; ``beat`` is called after every sleep."""
+
+    def __init__(self, beat: Callable[[float], None] = lambda now: None) -> None:
+        self.now, self._beat = 0.0, beat
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._beat(self.now)
+
+
+@pytest.fixture
+def ended_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm reports that the job of ``FAR`` has ended."""
+    monkeypatch.setattr(slurm, "cluster_name", lambda: "alps")
+    monkeypatch.setattr(slurm, "job_info", lambda job: _job("NODE_FAIL"))
+
+
+@pytest.mark.usefixtures("ended_job")
+@pytest.mark.parametrize("beats_until", [0.0, 1000.0])
+def test_lock_is_never_taken_over_while_its_heartbeat_moves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, beats_until: float
+) -> None:
+    held = _held_by(FAR, tmp_path / "lock")
+
+    def beat(now: float) -> None:
+        if now <= beats_until:
+            os.utime(tmp_path / "lock" / FAR.name, (now, now))
+
+    clock, messages = Clock(beat), list[str]()
+    monkeypatch.setattr(lock, "time", clock)
+    with held.held(messages.append) as taken_over:
+        assert taken_over, "the holder may still have files open"
+    assert beats_until + lock.QUIET_SECONDS <= clock.now <= beats_until + lock.QUIET_SECONDS + 5
+    assert [message.removeprefix(str(FAR)) for message in messages] == [
+        " is building it",
+        " died while building it, taking over",
+    ]
+
+
+def test_lock_is_not_taken_over_while_its_file_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held, clock = _held_by(replace(FAR, job=0), tmp_path / "lock"), Clock()
+
+    def fail_for_a_while(descriptor: int) -> os.stat_result:
+        if clock.now < 1000:
+            raise OSError(116, "Stale file handle")
+        return fstat(descriptor)
+
+    fstat = os.fstat
+    monkeypatch.setattr(lock, "time", clock)
+    monkeypatch.setattr(os, "fstat", fail_for_a_while)
+    with held.held(lambda holder: None):
+        assert clock.now > 1000 + lock.SILENCE_SECONDS
+
+
+def test_heartbeats_survive_errors_of_the_file_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    renewed, calls, utime = threading.Event(), list[int](), os.utime
+
+    def fail_twice(path: Path, *times: tuple[float, float]) -> None:
+        calls.append(1)
+        if len(calls) <= 2:
+            raise OSError(116, "Stale file handle")
+        utime(path, *times)
+        renewed.set()
+
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.001)
+    monkeypatch.setattr(os, "utime", fail_twice)
+    with Lock(tmp_path / "lock", ME).held(lambda holder: None):
+        assert renewed.wait(60.0)
+
+
+def test_empty_lock_directory_is_repaired_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lock").mkdir()
+    with Lock(tmp_path / "lock", ME).held(lambda holder: None):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    # Purged while a process waits for it.
+    held, messages = _held_by(replace(ME, process=os.getppid(), started=0), tmp_path / "purged"), list[str]()
+    monkeypatch.setattr(lock, "time", Clock(lambda now: [path.unlink() for path in (tmp_path / "purged").iterdir()]))
+    with held.held(messages.append) as taken_over:
+        assert not taken_over
+    assert len(messages) == 2 and "purge" in messages[1]
+    assert [path.name for path in (tmp_path / "purged").iterdir()] == [FREE]
+
+
+def test_foreign_files_in_the_lock_directory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "time", Clock())
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / "notes.txt").touch()
+    with (
+        pytest.raises(UserError, match=r"notes\.txt.*Remove it"),
+        Lock(tmp_path / "lock", ME).held(lambda holder: None),
+    ):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="must be a directory"), Lock(tmp_path / "file", ME).held(lambda holder: None):
+        pass
+
+
+def test_first_builder_cannot_write_into_what_was_committed_after_a_takeover(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path, "load", "k")
+    artifact.partial.mkdir(parents=True)
+    with open(artifact.partial / "weights", "w") as still_open:
+        still_open.write("first")
+        still_open.flush()
+        artifact.mark_shared()
+        artifact.commit({})
+        still_open.write(" and later")
+    assert (artifact.path / "weights").read_text() == "first"
+    assert artifact.damage() == []
+    assert [path.name for path in artifact.path.parent.iterdir()] == ["k"]
 
 
 CROWD = """
