@@ -119,3 +119,24 @@ def test_nothing_pickles() -> None:
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 assert isinstance(node.value, ast.Constant), f"{file}:{node.value.lineno}"
                 assert node.value.value is False, f"{file}:{node.value.lineno}"
+
+
+def test_a_public_name_is_defined_once() -> None:
+    """Except ``run``, the entry point of every stage, and ``main``, that of every program."""
+    definitions: dict[str, set[str]] = {}
+    for file in FILES:
+        for name in _top_level_names(file):
+            if not name.startswith("_") and name not in ("run", "main"):
+                definitions.setdefault(name, set()).add(_name(file))
+    assert not {name: files for name, files in definitions.items() if len(files) > 1}
+
+
+def _top_level_names(file: Path) -> Iterator[str]:
+    """Yields the names of the functions, classes and constants that a file defines at module level."""
+    for node in _tree(file).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            # A statement may assign several names at once: ``LOGS, CHECKPOINTS = ...``.
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))

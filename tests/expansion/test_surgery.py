@@ -81,19 +81,19 @@ def test_an_interrupted_expansion_resumes_without_repeating_finished_work(
 
 
 @pytest.mark.parametrize("content", [b"", bytes(64), b'{"records": 3}'])
-@pytest.mark.parametrize("gives", [3, None])
+@pytest.mark.parametrize("limit", [3, None])
 def test_expansion_restarts_if_the_records_of_an_earlier_attempt_are_unreadable(
     expand_settings: ExpandSettings,
     tiny_llama_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    gives: int | None,
+    limit: int | None,
     content: bytes,
 ) -> None:
     settings = expand_settings("average", new_layers=1)
     monkeypatch.setattr(surgery, "WEIGHTS_SAVE_SECONDS", -1.0)
-    with nullcontext() if gives is None else pytest.raises(Interrupted):
-        write_weights(_names(tiny_llama_dir, settings), Watched(settings, gives=gives), CPU, tmp_path, seed=0)
+    with nullcontext() if limit is None else pytest.raises(Interrupted):
+        write_weights(_names(tiny_llama_dir, settings), Watched(settings, limit=limit), CPU, tmp_path, seed=0)
     (tmp_path / surgery.RECORDS).write_bytes(content)
     second = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), second, CPU, tmp_path, seed=0)
