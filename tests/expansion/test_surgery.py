@@ -97,7 +97,7 @@ def test_expansion_restarts_if_the_records_of_an_earlier_attempt_are_unreadable(
     (tmp_path / surgery.RECORDS).write_bytes(content)
     second = Watched(settings)
     write_weights(_names(tiny_llama_dir, settings), second, CPU, tmp_path, seed=0)
-    assert not second.work.made and second.given
+    assert not second.work.made and second.yielded
     assert _weights_in(tmp_path) == {"model.safetensors"}
 
 
