@@ -13,7 +13,7 @@ def cpu_launch(processes: int = 1, threads: int | Literal["auto"] = 1) -> Launch
 
 
 def model_at(path: object, **changes: object) -> Model:
-    """Returns model settings for a directory or a name on the hub, in float32."""
+    """Returns model settings for a directory or a name on the Hub, in float32."""
     settings = {
         "revision": None,
         "gguf_file": None,

@@ -336,7 +336,7 @@ def test_the_error_without_an_experiment_lists_them(capsys: pytest.CaptureFixtur
     assert "quickstart" in capsys.readouterr().err
 
 
-def test_a_path_in_place_of_a_data_set_on_the_hub(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_instead_of_a_dataset_on_the_hub(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "data=wikipedia", "data.corpus.path=/texts/corpus.jsonl")
     assert "data.corpus.path = /texts/corpus.jsonl" in message and "kind: files" in message
 

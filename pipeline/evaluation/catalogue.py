@@ -26,7 +26,7 @@ SUITE_TASKS = frozenset(
     "piqa winogrande arc_easy wikitext mmlu commonsense_qa boolq arc_challenge hellaswag truthfulqa_mc2 gsm8k "
     "openbookqa social_iqa race sciq lambada_openai".split()
 )
-# The best-known tasks whose data set is a loading script (lm-eval issue 3171). Others are refused when they are loaded.
+# The best-known tasks whose dataset is a loading script (lm-eval issue 3171). Others are refused when they are loaded.
 SCRIPTED = frozenset({"logiqa", "logiqa2", "logieval", "arithmetic", "mc_taco", "prost", "pubmedqa"})
 NAME_LINE = re.compile(r"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.+-]+)[\"']?\s*$", re.MULTILINE)
 
@@ -41,7 +41,7 @@ def validate_evaluation(evaluate: Evaluate) -> None:
     """Checks that every task exists and that its data can be read or downloaded.
 
     Raises:
-        UserError: a task is unknown, a file of the user's own tasks is wrong, or the hub cannot be reached.
+        UserError: a task is unknown, a file of the user's own tasks is wrong, or the Hub cannot be reached.
     """
     if not evaluate.tasks:
         raise UserError(
@@ -79,7 +79,7 @@ def _check_collisions(custom: CustomTasks) -> None:
 
 
 def _needs_hub(task: str, custom: CustomTasks) -> bool:
-    """Whether a task reads a data set of the hub. Checks its name, and the files of a task of the user's own."""
+    """Whether a task reads a dataset on the Hub. Checks its name, and the files of a task of the user's own."""
     if task not in custom.names:
         _check_name(task, custom)
         return task not in BUNDLED
@@ -93,7 +93,7 @@ def _check_name(task: str, custom: CustomTasks) -> None:
         raise UserError(
             setting="evaluate.tasks",
             value=task,
-            rule="its data set is a loading script, which the datasets library no longer supports",
+            rule="its dataset is a loading script, which the datasets library no longer supports",
             remedy="Leave it out.",
         )
     if task in BUNDLED or task in SUITE_TASKS or task in installed_names():

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 
 SETTING = "evaluate.include_path"
 IGNORED_DIRECTORIES = {"__pycache__", ".ipynb_checkpoints"}  # the same as lm-eval's
-# Values of dataset_path that say how data_files are read. Any other is a local directory or a data set of the hub.
+# Values of dataset_path that say how data_files are read. Any other is a local directory or a dataset on the Hub.
 FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "xml", "hdf5", "webdataset", "imagefolder", "audiofolder"}
 
 
@@ -112,7 +112,7 @@ class CustomTasks:
         return fingerprints.of_files(path for file in self.files_of(name) for path in _dependencies(file))
 
     def hub_datasets(self, name: str) -> list[str]:
-        """The data sets of the hub that a task, or a group's tasks, read."""
+        """The datasets on the Hub that a task, or a group's tasks, read."""
         return sorted({dataset for file in self.files_of(name) for dataset in _hub_datasets(file.config)})
 
     def _read_directory(self, directory: Path) -> None:
@@ -121,7 +121,7 @@ class CustomTasks:
                 setting=SETTING,
                 value=directory,
                 rule="there is no such directory",
-                remedy="Name a directory that holds lm-eval task YAML files.",
+                remedy="Set evaluate.include_path to a directory with lm-eval task YAML files.",
             )
         found = [file for path in _yaml_files(directory) if (file := read_task_file(path)) is not None]
         if not found:
@@ -298,12 +298,12 @@ def resolve_data_paths(config: Any, directory: Path) -> Any:
 
 
 def _is_local(path: str, directory: Path) -> bool:
-    """Whether a ``dataset_path`` is a directory, rather than a way of reading files or a data set of the hub."""
+    """Whether a ``dataset_path`` is a directory, rather than a way of reading files or a dataset on the Hub."""
     return path not in FILE_BUILDERS and (path.startswith((".", "/", "~")) or (directory / path).is_dir())
 
 
 def _reads_files(config: Mapping[str, Any]) -> bool:
-    """Whether ``data_files`` are files on this machine, rather than files of a data set of the hub."""
+    """Whether ``data_files`` are files on this machine, rather than files of a dataset on the Hub."""
     return config.get("dataset_path") is None or config["dataset_path"] in FILE_BUILDERS
 
 

@@ -1,6 +1,6 @@
 """Look up what a run reads from outside: the model, the data, and what identifies their contents.
 
-The hub is asked about everything at once, so that the answer takes no longer than the slowest of its parts. What
+The Hub is asked about everything at once, so that the answer takes no longer than the slowest of its parts. What
 cannot be looked up is recorded rather than raised, so that ``action=plan`` can list it among everything else.
 """
 
@@ -133,7 +133,7 @@ def _with_graph(run: Settings, inputs: FoundInputs) -> PreparedRun:
     source = inputs.source
     if inputs.config or source is None or run.only_looks or not prepared.missing:
         return prepared
-    # The config of a GGUF file on the hub is inside that file. Fetch it only now that something is to be built.
+    # The config of a GGUF file on the Hub is inside that file. Fetch it only now that something is to be built.
     config, failure = _attempt(lambda: config_of(source))
     failures = {**inputs.failures, **({} if failure is None else {"model": failure})}
     return replace(prepared, inputs=replace(inputs, config=config or {}, failures=failures))
@@ -254,14 +254,14 @@ def _find_source_and_config(run: Settings) -> _FoundModel:
 
 
 def _place(source: ModelSource) -> str:
-    return f"the config in {source.directory or f'{source.repo} on the hub'}"
+    return f"the config in {source.directory or f'{source.repo} on the Hub'}"
 
 
 def _second_best_config(model: Model) -> tuple[Mapping[str, Any], str]:
-    """The config of a model that cannot be read: from the hub's cache, or else from ``model.shape``."""
+    """The config of a model that cannot be read: from the Hub's cache, or else from ``model.shape``."""
     cached = hub.cached_file(model.path, model.revision, "config.json") if hub.is_repo_id(model.path) else None
     if cached is not None and model.gguf_file is None:
-        return json.loads(cached.read_text()), "the config in the hub's cache"
+        return json.loads(cached.read_text()), "the config in the Hub's cache"
     if model.shape is not None:
         return model.shape, "model.shape, since its config cannot be read"
     return {}, "nowhere"

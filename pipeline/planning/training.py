@@ -106,7 +106,7 @@ def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
 
 
 def expected_tokens(data: Data, purpose: sources.Purpose) -> int | None:
-    """Estimate the number of tokens of a data set from the sizes of its files; None if they are not all files."""
+    """Estimate the number of tokens of a dataset from the sizes of its files; None if they are not all files."""
     several = data.corpus if purpose == "corpus" else data.instructions
     limit = data.max_corpus_tokens if purpose == "corpus" else None
     tokens = None

@@ -69,7 +69,7 @@ def _open(directory: Path, split: str, name: str, dtype: np.dtype[Any]) -> npt.N
 # ------------------------------------------------------------------------------------------- order
 
 
-@lru_cache(maxsize=2)  # a global batch touches at most two epochs unless the data set is tiny
+@lru_cache(maxsize=2)  # a global batch touches at most two epochs unless the dataset is tiny
 def _permutation(seed: int, epoch: int, blocks: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(blocks)
 

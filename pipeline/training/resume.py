@@ -80,7 +80,7 @@ def content_hash(directory: Path, pattern: str, trust_manifest: bool) -> str:
 
 
 def check_identity(found: Checkpoint, current: Mapping[str, Any], stage: str) -> None:
-    """Refuses a checkpoint of another model, data set, seed or other settings.
+    """Refuses a checkpoint of another model, dataset, seed or other settings.
 
     Raises:
         UserError: the message lists what differs, with both values of settings.

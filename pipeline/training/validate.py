@@ -78,7 +78,7 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
             setting=f"{section}.role_learning_rates",
             value=", ".join(unknown),
             rule=f"the roles are {', '.join(sorted(known))}",
-            remedy=f"Name one of them, such as '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', with the quotes.",
+            remedy=f"Use one of them, such as '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', with the quotes.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Sources: what is read from files, the hub and python_docs, and how malformed input is refused."""
+"""Sources: what is read from files, the Hub and python_docs, and how malformed input is refused."""
 
 from __future__ import annotations
 

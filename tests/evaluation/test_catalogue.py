@@ -56,8 +56,8 @@ def test_an_unknown_task_is_refused_with_a_suggestion(wrong: str, right: str) ->
         validate_evaluation(_evaluate("minimal_pairs", wrong))
 
 
-def test_a_task_whose_data_set_is_a_loading_script_is_refused() -> None:
-    with pytest.raises(UserError, match=r"logiqa: its data set is a loading script.*Leave it out"):
+def test_a_task_whose_dataset_is_a_loading_script_is_refused() -> None:
+    with pytest.raises(UserError, match=r"logiqa: its dataset is a loading script.*Leave it out"):
         validate_evaluation(_evaluate("minimal_pairs", "logiqa"))
 
 

@@ -88,7 +88,7 @@ def test_data_paths_are_relative_to_the_yaml(tmp_path: Path) -> None:
     files, local, missing, hub = resolve_data_paths(config, tmp_path)["task"]
     assert files["dataset_kwargs"]["data_files"] == [f"{tmp_path}/a.jsonl", "/b.jsonl", "https://host/c.jsonl"]
     assert (local["dataset_path"], missing["dataset_path"]) == (f"{tmp_path}/local", f"{tmp_path}/missing")
-    assert hub == config["task"][3]  # files of a data set of the hub
+    assert hub == config["task"][3]  # files of a dataset on the Hub
 
 
 def _remove(name: str) -> Callable[[Path], None]:

@@ -114,7 +114,7 @@ if what == "signalled":  # the signal reaches all processes of a job while they 
 if what == "done" and rank == 0:
     outcome(status="done", answer=42)
 if what == "refuse" and rank == 0:
-    outcome(status="refused", setting="pretrain.x", value="1", rule="it must be 2", remedy="Say 2.")
+    outcome(status="refused", setting="pretrain.x", value="1", rule="it must be 2", remedy="Set pretrain.x=2.")
 if what == "die" and rank == 1:
     print("last output", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -151,7 +151,7 @@ def test_outcome_of_finished_workers_is_returned(run: Callable[[str], dict], tmp
 
 
 def test_user_error_of_the_workers_is_raised_in_the_driver(run: Callable[[str], dict]):
-    with pytest.raises(UserError, match="pretrain.x = 1: it must be 2. Say 2."):
+    with pytest.raises(UserError, match="pretrain.x = 1: it must be 2. Set pretrain.x=2."):
         run("refuse")
 
 

@@ -16,7 +16,7 @@ from pipeline.models.reading import ModelDirectory, copy_side_files
 def test_packed_weights_are_rejected(tmp_path: Path) -> None:
     save_file({"packed": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {})
-    with pytest.raises(UserError, match="F8_E4M3.*before quantization"):
+    with pytest.raises(UserError, match="F8_E4M3.*unquantized model"):
         ModelDirectory(tmp_path)
 
 

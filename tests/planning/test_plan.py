@@ -278,7 +278,7 @@ def test_a_model_on_the_hub_is_read_without_filling_its_cache(
 ) -> None:
     with serve(tiny_llama_dir, tmp_path / "cache", monkeypatch) as hub:
         output = plan("quickstart", *shrunk, f"model.path={REPO}")
-    assert f"sizes from the config in {REPO} on the hub" in output and "layers 4 -> 6" in output
+    assert f"sizes from the config in {REPO} on the Hub" in output and "layers 4 -> 6" in output
     assert not (tmp_path / "cache").exists()
     assert not [path for path in hub.requests if path.endswith(".safetensors")]
 
@@ -292,7 +292,7 @@ def test_the_config_in_the_cache_is_used_if_the_hub_does_not_answer(
         hf_hub_download(REPO, "config.json", revision=COMMIT)
         hub.refusal = "RepoNotFound"
         output = plan("quickstart", *shrunk, f"model.path={REPO}", f"model.revision={COMMIT}")
-    assert "sizes from the config in the hub's cache" in output and "layers 4 -> 6" in output
+    assert "sizes from the config in the Hub's cache" in output and "layers 4 -> 6" in output
 
 
 def test_settings_that_would_fit_the_memory_are_named(plan: Plan) -> None:
