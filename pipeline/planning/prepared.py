@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.artifacts.store import Fingerprints, RememberedFingerprints
+from pipeline.artifacts.store import FINGERPRINTS_FILE, Fingerprints, RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source, Train
 from pipeline.data import python_docs, sources
 from pipeline.driver.graph import Inputs, Node, build_graph, select_nodes
@@ -205,7 +205,7 @@ def _identify(
     run: Settings, source: ModelSource | None, pinned: Mapping[str, list[Source]], failures: dict[str, UserError]
 ) -> Inputs:
     """Identify the contents of what was found, and record in ``failures`` what cannot be read."""
-    memo = Path(run.output_dir) / "artifacts" / "fingerprints.json"
+    memo = Path(run.output_dir) / "artifacts" / FINGERPRINTS_FILE
     # A plan reads no file only to hash it.
     fingerprints = (
         RememberedFingerprints(memo) if run.action == "plan" else Fingerprints(memo, writes=not run.only_looks)
