@@ -118,10 +118,11 @@ def insertion_plan(gaps: Sequence[int], num_base_layers: int) -> LayerPlan:
     layers: list[PlannedLayer] = []
     order: list[int] = []
     for base in range(num_base_layers):
-        lower = len(layers)
+        lower = len(layers)  # the base layer's index in the new model, below the layers of its gap
         layers.append(PlannedLayer(lower, new=False, base=(base,)))
         is_last = base + 1 == num_base_layers
         neighbors = (base,) if is_last else (base, base + 1)
+        # index of a new layer -> the two it is made between. The order of this dictionary is the making order.
         made = {middle: pair for middle, *pair in _halving(lower, lower + count[base] + 1)}
         order.extend(made)
         for index in sorted(made):

@@ -37,7 +37,7 @@ class Predictor(nn.Sequential):
 
     @torch.no_grad()
     def initialize_on(self, rows: Tensor, rank: int, samples: Tensor, seed: int) -> None:
-        """Initializes for inputs of unit variance: first predictions have zero mean and the norm of the targets.
+        """Initializes for inputs of unit variance, so that first predictions are centered and as long as the targets.
 
         Weights are initialized as by He et al. (arXiv 1502.01852, eq. 10), then the last layer is fitted to some of the
         data (Krähenbühl et al., arXiv 1511.06856, section 3.1). In PyTorch's default initialization, random biases
@@ -47,7 +47,9 @@ class Predictor(nn.Sequential):
 
         Args:
             rows: V of all base layers, ``[layers * rank, d_in]``.
+            rank: the number of singular directions of each layer.
             samples: indices into ``rows``; see ``_sample_indices``.
+            seed: of the random weights and the choice of samples.
         """
         generator = torch.Generator().manual_seed(seed)
         *inner, last = (module for module in self if isinstance(module, nn.Linear))
@@ -59,6 +61,7 @@ class Predictor(nn.Sequential):
         some = samples[torch.randperm(len(samples), generator=generator)[:INITIALIZATION_SAMPLES]].to(rows.device)
         inputs, target = _inputs_and_target(rows, rank, some)
         first = self(inputs)
+        # Subtracting the mean removes what all predictions have in common, so it must come before measuring the scale.
         mean = first.mean(dim=0)
         scale = torch.linalg.vector_norm(target) / torch.linalg.vector_norm(first - mean)
         last.weight.mul_(scale)
@@ -80,6 +83,7 @@ def _norms(rows: Tensor, norm_batch: int) -> Tensor:
     """Returns the Frobenius norm of every ``norm_batch`` rows of ``[n, d]``."""
     if len(rows) <= norm_batch:
         return torch.linalg.vector_norm(rows).view(1)
+    # Rows of zeros complete the last group without changing its norm.
     padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % norm_batch))
     return torch.linalg.vector_norm(padded.view(-1, norm_batch * rows.shape[1]), dim=1)
 
@@ -94,7 +98,7 @@ def train_predictor(
 ) -> float:
     """Trains G on every direction of every layer that has two neighbors, in a new random order in each epoch.
 
-    Batches are gathered from ``right`` itself, so inputs and targets never need memory of their own.
+    Batches are gathered from ``right`` itself, so inputs and targets need no additional memory.
 
     Args:
         predictor: trained in place, on the device of ``right``.
@@ -145,7 +149,7 @@ def _learning_rate_factor(schedule: str, step: int, total: int) -> float:
     """Returns the factor of the learning rate at a step."""
     if schedule == "constant":
         return 1.0
-    warmup = (step + 1) / max(1.0, WARMUP_FRACTION * total)
+    warmup = (step + 1) / max(1.0, WARMUP_FRACTION * total)  # steps count from 0, so the first rate is above zero
     return min(1.0, warmup) * (1 + math.cos(math.pi * step / total)) / 2
 
 

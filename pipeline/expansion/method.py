@@ -1,4 +1,4 @@
-"""What an expansion method is, and what it works with.
+"""The base classes of expansion methods, and the workspace that a method receives.
 
 A method is one module with one subclass of ``InsertionMethod`` (or ``Method``), and one YAML file in ``conf/expand/``
 with the values of its settings. The subclass holds everything that is particular to the method, for example:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_NEW_PER_BASE_LAYER = 4  # a limit on typing errors rather than on the methods
+MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have no such limit
 
 LayerWeights = Mapping[LayerTensor, "Tensor"]  # a layer of the base reads a tensor from disk when it is looked up
 Scratch = Callable[[tuple[int, ...], "torch.device"], "Tensor"]  # an uninitialized float32 tensor of that shape
@@ -100,7 +100,7 @@ class Method(Expand):
         """Checks that the method can expand a base of this depth. Reads no file.
 
         Raises:
-            UserError: it cannot.
+            UserError: the method cannot expand this base.
         """
         self.place(num_base_layers)
         if num_base_layers < self.min_base_layers:
@@ -133,12 +133,12 @@ class InsertionMethod(Method):
 
 
 def method_of(settings: Expand) -> Method:
-    """Returns validated ``expand`` settings as the method they are (see ``pipeline.config.expand``)."""
+    """Narrows the type of validated ``expand`` settings, which are always a method (see ``pipeline.config.expand``)."""
     assert isinstance(settings, Method)
     return settings
 
 
-# ------------------------------------------------------------------------- what a method works with
+# ----------------------------------------------------------------------------------------- workspace
 
 
 def in_memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -162,8 +162,8 @@ class Workspace:
 
     Attributes:
         note: shows a line of text and named numbers in the progress bar.
-        made: layers' indices in the new model and tensors that an interrupted attempt has already written. A method may
-            skip them as long as what it yields does not depend on that.
+        made: (index in the new model, tensor) of everything that an interrupted attempt has already written. A method
+            may skip these as long as its other results do not depend on that.
         save: saves what has been yielded so far, with ``records``, so that it survives an interruption. For results
             that are expensive to recompute; everything is saved every few seconds anyway.
         scratch: allocates uninitialized float32 tensors, on disk where they are large.
@@ -182,7 +182,7 @@ class Workspace:
 
     @property
     def seed(self) -> int:
-        """The run's seed, for generators of the method's own.
+        """The run's seed, for the method's own generators.
 
         Raises:
             RuntimeError: the method does not declare that it draws random numbers.
@@ -241,5 +241,5 @@ def from_neighbors(
         made[planned.layer] = make(planned.layer, layer_at(lower), layer_at(upper))
         for tensor, value in made[planned.layer].items():
             yield NewTensor(planned.layer, tensor, value)
-        # Holds only the layers that later ones are made from.
+        # Keep only the layers that later ones are made from.
         made = {index: layer for index, layer in made.items() if index in needed}

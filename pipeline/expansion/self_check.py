@@ -62,8 +62,9 @@ class Outcome:
 def check_model(directory: Path, config: dict[str, Any], same_logits_as: Path | None, memory: int) -> Outcome:
     """Checks shapes, values, the per-layer config entries, tied weights, cached decoding and logits.
 
-    A model that needs more than ``memory`` bytes in float32 is never held. Its logits are computed layer by layer from
-    disk, in the stored dtype, and decoding is compared on a narrow random model with the same config and depth.
+    A model that needs more than ``memory`` bytes in float32 is never loaded at once. Its logits are computed layer by
+    layer from disk, in the stored dtype, and decoding is compared on a narrow random model with the same config and
+    depth.
 
     Args:
         directory: the directory that was written.
@@ -72,7 +73,7 @@ def check_model(directory: Path, config: dict[str, Any], same_logits_as: Path | 
         memory: bytes.
 
     Raises:
-        CheckFailedError: with the first fault found.
+        CheckFailedError: the model is wrong. The message names the first fault.
     """
     _check_config(directory, config)
     _check_values(directory)

@@ -60,6 +60,7 @@ def sinkhorn_log(cost: Tensor, regularization: float, max_iterations: int, margi
     g = scaled.new_zeros(1, columns)
     iterations, finished = 0, False
     while not finished:
+        # One iteration in the log domain. f and g are divided by the regularization; -log(rows) is log(1 / rows).
         f = -math.log(rows) - _log_sums(scaled, g, dim=1)
         g = -math.log(columns) - _log_sums(scaled, f, dim=0)
         kernel = torch.add(scaled, f).add_(g).exp_()
@@ -93,6 +94,7 @@ def _scale(kernel: Tensor, max_iterations: int, marginal_error: float) -> _Scali
     row_sum, column_sum = 1 / kernel.shape[0], 1 / kernel.shape[1]
     u, v = kernel.new_ones(kernel.shape[0]), kernel.new_ones(kernel.shape[1])
     for iteration in range(max_iterations + 1):
+        # diag(u) K diag(v) has the row sums u * (K v). Its column sums are exact after the previous update of v.
         row_sums = kernel @ v
         error = float((u * row_sums - row_sum).abs().sum())
         if error <= marginal_error or iteration == max_iterations:
@@ -100,7 +102,7 @@ def _scale(kernel: Tensor, max_iterations: int, marginal_error: float) -> _Scali
         next_u = row_sum / row_sums
         next_v = column_sum / (kernel.T @ next_u)
         if not (_in_range(next_u) and _in_range(next_v)):
-            return _Scaling(u, v, iteration, finished=False)
+            return _Scaling(u, v, iteration, finished=False)  # the last scalings in range; the caller absorbs them
         u, v = next_u, next_v
     raise AssertionError("the last iteration returns")
 

@@ -141,7 +141,7 @@ def write_weights(
     specs = {name: names.base.specs[source] for name, source in names.sources.items()}
     saved = read_record(out / RECORDS, _are_records)
     if saved is None:
-        remove_weights(out)  # without their records, saved tensors could not be described in the manifest
+        remove_weights(out)  # without its records, a saved tensor could not be described in the manifest
     elif _is_finished(out, specs):
         return Workspace(**saved)
     with ShardWriter(out, specs, names.parts) as writer:
@@ -239,11 +239,12 @@ def _scratch_in(directory: Path) -> Scratch:
     """Returns an allocator that maps large CPU tensors from unnamed files in ``directory``."""
 
     def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
-        size = torch.Size(shape).numel() * torch.float32.itemsize
+        size = torch.Size(shape).numel() * torch.float32.itemsize  # bytes
         if device.type != "cpu" or size <= SCRATCH_ON_DISK_BYTES:
             return in_memory(shape, device)
         path = directory / ".scratch"
         try:
+            # Allocate the blocks now: writing to a mapped file on a full disk would kill the process with SIGBUS.
             with disk_full_as_user_error(directory, size), open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(str(path), shared=True, size=size // torch.float32.itemsize).view(shape)

@@ -3,9 +3,8 @@
     W = [W_1 ... W_L] = U S V^T,  [d_out, L d_in];   W_i = U S V_i with V_i [rank, d_in]
 
 U and S^2 are the eigenvectors and eigenvalues of W W^T = sum_i W_i W_i^T, ``[d_out, d_out]``, which is summed one layer
-at a time in float64. Then V_i = S^-1 U^T W_i. The seven SVDs of a 135M model take 4 s instead of 31 s. V, the largest
-tensor, can
-be in a file: it is written once and read one batch of rows at a time.
+at a time in float64. Then V_i = S^-1 U^T W_i. The seven SVDs of a 135M model take 4 s instead of 31 s. V,
+the largest tensor, can be in a file: it is written once and read one batch of rows at a time.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def decompose(
     values, vectors = _left_factors(read, num_layers)
     d_in = read(0).shape[1]
     scale = float(num_layers * d_in) ** 0.5 if standardized else 1.0
-    left = (vectors * (values / scale)).float()
+    left = (vectors * (values / scale)).float()  # U S / scale; the division is undone in ``right``
     # [rank, d_out]; float32 is exact to 1e-6 at the condition numbers met in practice.
     to_right = vectors.div_(values / scale).T.float()
     del vectors  # the largest float64 matrix, no longer needed
@@ -81,9 +80,11 @@ def decompose(
 def _left_factors(read: Callable[[int], Tensor], num_layers: int) -> tuple[Tensor, Tensor]:
     """Returns singular values ``[rank]``, descending, and left singular vectors ``[d_out, rank]`` with fixed signs."""
     eigenvalues, vectors = torch.linalg.eigh(_lower_gram(read, num_layers))  # reads only the lower triangle
+    # Eigenvalues are squared singular values, which float64 resolves to about n * eps of the largest one.
     kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * torch.finfo(torch.float64).eps
     first = len(eigenvalues) - int(kept.sum())  # eigh returns ascending eigenvalues
     vectors = vectors[:, first:].flip(1)
+    # Flip a vector if its entry of largest magnitude is negative.
     lowest, highest = vectors.aminmax(dim=0)
     vectors *= torch.where(highest >= -lowest, 1.0, -1.0)
     return eigenvalues[first:].flip(0).sqrt(), vectors

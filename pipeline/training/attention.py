@@ -150,6 +150,7 @@ def _documents(bounds: torch.Tensor, batch: int, length: int) -> list[tuple[slic
     # Every row starts a document, so as many documents as rows means one per row.
     if len(bounds) == batch + 1:
         return [(slice(0, batch), slice(0, length))]
+    # Bounds count tokens of the flattened batch; tokens are counted within their row. No document crosses rows.
     rows = [(start // length, start, end) for start, end in pairwise(bounds.tolist())]
     return [(slice(row, row + 1), slice(a - row * length, b - row * length)) for row, a, b in rows]
 
@@ -164,9 +165,10 @@ def _attend(
     """Returns the output [B, S, H, D] and the log-sum-exp of the scores [B, S, H], which the backward pass needs."""
     batch, heads, length, size = q.shape
     out = q.new_empty(batch, length, heads, size)
+    # The kernel returns the log-sum-exp in at least float32, also for bfloat16 inputs.
     lse = q.new_empty(batch, length, heads, dtype=torch.promote_types(q.dtype, torch.float32))
     for rows, tokens in _documents(bounds, batch, length):
-        part = [x[rows, :, tokens] for x in (q, k, v)]
+        part = [x[rows, :, tokens] for x in (q, k, v)]  # [rows, heads, tokens, D]; the kernel supports G < H
         document_out, document_lse = _flash(*part, is_causal=True, scale=scale)
         out[rows, tokens] = document_out.transpose(1, 2)
         lse[rows, tokens] = document_lse.transpose(1, 2)
@@ -193,6 +195,7 @@ def _attend_backward(
     for rows, tokens in _documents(bounds, batch, length):
         inputs = [x[rows, :, tokens] for x in (q, k, v)]
         document_grad, *outputs = (x[rows, tokens].transpose(1, 2) for x in (grad, out, lse))
+        # 0.0 and True: no dropout, causal.
         document_gradients = _flash_backward(document_grad, *inputs, *outputs, 0.0, True, scale=scale)
         for gradient, document_gradient in zip(gradients, document_gradients, strict=True):
             gradient[rows, tokens] = document_gradient.transpose(1, 2)
@@ -215,6 +218,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     q, k, v, bounds, out, lse = ctx.saved_tensors
     gradients = _attend_backward(grad, q, k, v, out, lse, bounds, ctx.scale)
+    # From [B, S, heads, D] to the inputs' [B, heads, S, D]. The bounds and the scale have no gradients.
     return (*(gradient.transpose(1, 2) for gradient in gradients), None, None)
 
 

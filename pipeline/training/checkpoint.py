@@ -144,7 +144,7 @@ def save(
         state: JSON values to be stored in ``state.json`` beside "shards" and "tensors".
         is_writer: whether this rank writes.
         keep: how many of the newest checkpoints to keep, this one included.
-        shard_bytes: A shard is written once it holds this many bytes, which bounds the memory used.
+        shard_bytes: a shard is written once it holds this many bytes, which bounds the memory used.
 
     Returns:
         The checkpoint's size in bytes; 0 on ranks that do not write.
@@ -182,7 +182,7 @@ def _write_shards(
 
     def write_pending() -> None:
         name = f"{len(shards):05d}.safetensors"
-        shards[name] = ""
+        shards[name] = ""  # other ranks only count the shards
         if is_writer:
             save_file(pending, directory / name)
             shards[name] = sha256_file(directory / name)
@@ -194,6 +194,7 @@ def _write_shards(
             _check_finite(value, parameter, key)
             # Other ranks take part in reading, which is collective, but need not hold what they read.
             pending[f"{key}.{parameter}"] = value if is_writer else value.new_empty(0)
+        # Shards end between parameters, so a parameter's weight and moments are always in one file.
         shard_of[parameter] = f"{len(shards):05d}.safetensors"
         if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes:
             write_pending()
@@ -212,9 +213,9 @@ def _check_finite(value: torch.Tensor, parameter: str, key: str) -> None:
 
 
 def _remove_old(latest: Path, keep: int) -> None:
-    """Removes all checkpoints but ``latest`` and those just before it.
+    """Removes all checkpoints but ``latest`` and the ``keep - 1`` before it.
 
-    Checkpoints of later steps are removed too: training resumed before them, so they were damaged.
+    Checkpoints of later steps are removed too. Training resumed before them because they were damaged.
     """
     found = sorted(latest.parent.glob("step-????????"))
     end = found.index(latest) + 1
@@ -231,7 +232,7 @@ def report_full_disk(partial: Path, what: str) -> Iterator[None]:
         what: its content, for the message.
 
     Raises:
-        TrainingFailure: A disk, quota or file size limit was reached.
+        TrainingFailure: a disk, quota or file size limit was reached.
     """
     try:
         yield
@@ -241,7 +242,7 @@ def report_full_disk(partial: Path, what: str) -> Iterator[None]:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingFailure(
             f"{what} could not be saved in {partial.parent}: {error}. Earlier checkpoints are intact; "
-            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there now. Free some space and repeat "
+            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there. Free some space and repeat "
             "the same command; it resumes from the last checkpoint."
         ) from error
 

@@ -12,8 +12,8 @@ from pipeline.training.precision import Precision
 def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str, Any]:
     """Returns the dictionary for ``deepspeed.initialize``, including ``deepspeed.overrides``.
 
-    From ZeRO 1 on, bfloat16 is DeepSpeed's own mode: parameters in bfloat16, and float32 master weights in the
-    optimizer. At ZeRO 0 that mode would accumulate gradients in bfloat16, so there the parameters stay float32 and the
+    At ZeRO 1 and above, bfloat16 is DeepSpeed's own mode: parameters in bfloat16, and float32 master weights in the
+    optimizer. At ZeRO 0 that mode would accumulate gradients in bfloat16, so the parameters stay float32 and the
     forward pass uses autocast (see ``loss.SummedLoss``). Gradients are accumulated and reduced in float32 unless
     overridden.
     """

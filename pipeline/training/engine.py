@@ -97,7 +97,7 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         context.model_dir, dtype=dtype, attn_implementation=attention
     )
-    # transformers holds this config by a weak reference: it must exist while loading, and must not outlive it, or it
+    # transformers holds this config by a weak reference. It must exist while the model is loaded, but no longer, or it
     # would apply to the next model of this process.
     del zero3
     return model.train()

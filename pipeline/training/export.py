@@ -92,9 +92,10 @@ def copy_chat_files(data_dir: Path, model_dir: Path) -> None:
 
 
 def _add_stop_token(token: int, model_dir: Path) -> None:
-    place = model_dir / GENERATION_CONFIG_FILE
-    config = read_json(place) if place.exists() else {}
+    path = model_dir / GENERATION_CONFIG_FILE
+    config = read_json(path) if path.exists() else {}
+    # transformers stops at the tokens of generation_config.json, and falls back to those of config.json.
     known = config.get("eos_token_id", read_json(model_dir / "config.json").get("eos_token_id"))
     stops = known if isinstance(known, list) else [] if known is None else [known]
     if token not in stops:
-        write_json(place, {**config, "eos_token_id": [*stops, token]})
+        write_json(path, {**config, "eos_token_id": [*stops, token]})

@@ -50,5 +50,5 @@ class _Linear(nn.Linear):
 def use_float32_products(layers: nn.ModuleList) -> None:
     """Switches the linear layers inside ``layers`` to float32 products, in place. Parameters keep their names."""
     for module in layers.modules():
-        if type(module) is nn.Linear:  # subclasses have a forward pass of their own
+        if type(module) is nn.Linear:  # subclasses have their own forward pass
             module.__class__ = _Linear

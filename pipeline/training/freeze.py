@@ -39,7 +39,7 @@ def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, 
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
-            rule=f"{EXPANSION_FILE} records which layers are new, and {model_dir} has none",
+            rule=f"new layers are recorded in {EXPANSION_FILE}, which {model_dir} does not contain",
             remedy=f"Set {section}.trainable=all, or a regular expression over parameter names.",
         )
     expansion: dict[str, Any] = read_json(path)

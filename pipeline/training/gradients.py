@@ -79,7 +79,7 @@ class GradientNorms:
             return None
         gradient: torch.Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
         own = mapping.lp_fragment_address
-        # DeepSpeed's bfloat16 optimizer accumulates full gradients on every rank. Without this cut they would be
+        # DeepSpeed's bfloat16 optimizer accumulates full gradients on every rank. Without this slicing they would be
         # summed once per rank.
         is_full = gradient.numel() == parameter.numel()
         return gradient.narrow(0, own.start, own.numel) if is_full else gradient

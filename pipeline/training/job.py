@@ -41,14 +41,14 @@ def run_training(task: StageTask) -> Metrics:
     """
     metrics = _finished_training(task.out)
     if metrics is None:
-        # Removed, since its existence must mean that the weights written by this attempt are complete.
+        # The existence of this file must mean that the weights written by this attempt are complete.
         (task.out / TRAINING_FILE).unlink(missing_ok=True)
         _run_workers(task)
         metrics = _finished_training(task.out)
     # The checkpoints are removed only once the result has been read back.
     if metrics is None:
         raise WorkersFailed(
-            f"the workers of {task.name} ended well, but left no usable {TRAINING_FILE} and weights in {task.out}. The "
+            f"the workers of {task.name} succeeded, but left no usable {TRAINING_FILE} and weights in {task.out}. The "
             "checkpoints were kept: repeat the same command to export the model again."
         )
     shutil.rmtree(task.out / CHECKPOINTS, ignore_errors=True)

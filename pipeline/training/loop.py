@@ -91,7 +91,7 @@ class Loop:
         """Trains until the last step or a stop request. A checkpoint is saved in both cases.
 
         Raises:
-            TrainingFailure: A loss or gradient norm is not finite.
+            TrainingFailure: a loss or gradient norm is not finite.
         """
         self._evaluate_and_snapshot()
         while self.progress.step < self.steps:

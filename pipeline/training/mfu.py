@@ -24,7 +24,7 @@ from pipeline.models.tensors import DTYPES
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
 from pipeline.training.precision import Precision
 
-MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to saturate the device and still take no time
+MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to saturate the device, small enough to be quick
 
 # ---------------------------------------------------------------------------------- FLOPs of the model
 
@@ -41,7 +41,7 @@ def training_flops(model: PreTrainedModel, sequence_length: int) -> TrainingFlop
         sizes = [(p, matrix_entries(name, full_shape(p), share)) for name, p in layer.named_parameters()]
         layers.append(LayerWork(sum(size for _, size in sizes), sum(size for p, size in sizes if p.requires_grad)))
     weight = model.get_output_embeddings().weight
-    # The head passes gradients on only if something before it trains, be it just the final norm.
+    # The head passes gradients on only if something before it trains, even if that is only the final norm.
     passes_gradient = lowest < len(layers) or _final_norm_trains(model)
     head = HeadWork(full_shape(weight).numel(), weight.requires_grad, passes_gradient)
     return TrainingFlops.count(layers, lowest, head, sequence_length * _attention_size(config))
@@ -92,7 +92,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repe
     """Measures the FLOP/s of one square matrix product, as the best of ``repeats`` runs."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))  # zeros would draw less power
     seconds = []
-    for _ in range(repeats + 1):  # the first run is a warm-up and the slowest
+    for _ in range(repeats + 1):  # the first run is a warm-up
         _synchronize(device)
         started = time.perf_counter()
         left @ right

@@ -1,8 +1,8 @@
 """AdamW over the trained parameters, with parameter groups for weight decay and learning rates.
 
-Norms and biases are not decayed. A role may have a learning rate of its own, as a multiple of the schedule's: after
-function-preserving surgery the zero-initialized outputs (``o``, ``down``) are the only tensors that change in the first
-step.
+Norms and biases are not decayed. A role may have its own learning rate, given as a multiple of the schedule's:
+after function-preserving surgery, the zero-initialized outputs (``o``, ``down``) are the only tensors that change in
+the first step.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ class OptimizerState:
         """
         size = parameter.ds_tensor.ds_numel
         ranks, rank = self._engine.dp_world_size, torch.distributed.get_rank()
+        # All partitions have the same size, so the last one is padded with zeros.
         padded = pad(value.flatten(), (0, size * ranks - value.numel()))
         partition = padded[size * rank : size * (rank + 1)]
         if key != "weight":
@@ -132,6 +133,7 @@ class OptimizerState:
         for tensor in self._optimized_tensors():
             assert not self._adamw.state[tensor]
             self._adamw.state[tensor] = {
+                # A float32 tensor on the parameter's device, as torch's fused AdamW requires.
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                 **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
             }

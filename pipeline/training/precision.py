@@ -19,7 +19,7 @@ def resolve_precision(
     """Resolves ``auto`` to bfloat16 on devices with native bfloat16 matrix products, and to float32 elsewhere.
 
     Args:
-        setting: ``pretrain.precision`` or ``sft.precision``. Anything but ``auto`` is returned unchanged.
+        setting: ``pretrain.precision`` or ``sft.precision``. Any value other than ``auto`` is returned unchanged.
         device_type: "cpu" or "cuda".
         gpu_has_bfloat16: whether the GPU supports bfloat16 natively. The plan, which cannot query it, assumes so.
     """

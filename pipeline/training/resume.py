@@ -23,7 +23,7 @@ from pipeline.files import read_json, sha256_file
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 
-NO_CHECKPOINT = -1
+NO_CHECKPOINT = -1  # the step that rank 0 broadcasts if there is no intact checkpoint
 
 
 def newest_checkpoint(directory: Path, device: torch.device) -> tuple[Checkpoint | None, list[str]]:
@@ -46,13 +46,13 @@ def identity(
     Args:
         model_dir: the model to train.
         data_dir: the token blocks to train on.
-        settings: of the stage.
-        seed: of the stage.
+        settings: the stage's settings.
+        seed: the stage's seed.
         device: for the broadcast.
         read_weights: hash the model's weight files, including frozen weights, instead of trusting its manifest. This
             matters when resuming: the checkpoint holds only the trained weights.
     """
-    hashes = torch.zeros(2, 32, dtype=torch.uint8, device=device)
+    hashes = torch.zeros(2, 32, dtype=torch.uint8, device=device)  # two SHA-256 digests of 32 bytes
     if distributed.get_rank() == 0:  # the model may be large, so only one rank hashes it
         model = content_hash(model_dir, "*.safetensors", trust_manifest=not read_weights)
         data = content_hash(data_dir, "*.npy", trust_manifest=True)
@@ -67,7 +67,7 @@ def content_hash(directory: Path, pattern: str, trust_manifest: bool) -> str:
 
     Args:
         directory: an artifact or any other directory.
-        pattern: of the names of the files, which are directly in the directory.
+        pattern: a shell pattern for the names of files. Subdirectories are not searched.
         trust_manifest: use the hashes that an artifact's manifest records instead of reading the files.
     """
     manifest = directory / MANIFEST
@@ -83,13 +83,13 @@ def check_identity(found: Checkpoint, current: Mapping[str, Any], stage: str) ->
     """Refuses a checkpoint of another model, dataset, seed or other settings.
 
     Raises:
-        UserError: the message lists what differs, with both values of settings.
+        UserError: something differs. The message lists the differences, with both values of each setting.
     """
     saved = found.content()["identity"]
     differing = [
         *(f"the {name}'s files" for name in ("model", "data") if saved[name] != current[name]),
         *_differences(saved["settings"], current["settings"], f"{stage}."),
-        *([f"seed ({saved['seed']} there, {current['seed']} here)"] if saved["seed"] != current["seed"] else []),
+        *([f"seed (checkpoint: {saved['seed']}, now: {current['seed']})"] if saved["seed"] != current["seed"] else []),
     ]
     if differing:
         raise UserError(
@@ -113,4 +113,4 @@ def rounding_note(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str |
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> list[str]:
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    return [f"{prefix}{name} ({saved.get(name)} there, {current.get(name)} here)" for name in names]
+    return [f"{prefix}{name} (checkpoint: {saved.get(name)}, now: {current.get(name)})" for name in names]

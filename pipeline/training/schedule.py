@@ -45,7 +45,7 @@ def _decay(train: Train, step: int, steps: int, warmup: int) -> float:
     final = train.final_learning_rate_fraction
     if train.schedule == "constant":
         return 1.0
-    start = warmup
+    start = warmup  # the decay begins right after the warm-up, except for warmup_stable_decay
     if train.schedule == "warmup_stable_decay":
         start = max(warmup, steps - round(train.decay_fraction * steps))
     progress = max(0.0, (step - start) / max(1, steps - start))

@@ -20,7 +20,7 @@ def select_parameters(
 
     ``auto`` selects what the expansion method trains by default: the new layers if it inserts some, and all parameters
     if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. Any other value is a
-    regular expression that is searched in parameter names.
+    regular expression that may match any part of a parameter name.
 
     Args:
         section: "pretrain" or "sft", for the messages.
@@ -52,7 +52,7 @@ def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
     """Compiles the setting as a regular expression.
 
     Raises:
-        UserError: it is not a valid one.
+        UserError: the setting is not a valid regular expression.
     """
     try:
         return re.compile(trainable)
@@ -61,7 +61,7 @@ def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
             setting=f"{section}.trainable",
             value=trainable,
             rule=f"it is neither {', '.join(NAMED_CHOICES)} nor a valid regular expression: {error}",
-            remedy="Correct the expression, which is searched in parameter names.",
+            remedy="Correct the expression. It may match any part of a parameter name.",
         ) from error
 
 

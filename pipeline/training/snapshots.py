@@ -21,17 +21,17 @@ from pipeline.training.job import snapshot_dir
 
 
 def save_snapshot(
-    place: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
+    directory: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes trained weights to the directory ``place``. If interrupted, it leaves ``place`` as it was.
+    """Writes trained weights to ``directory``. If interrupted, it leaves ``directory`` as it was.
 
     Args:
-        place: the snapshot's directory.
+        directory: the snapshot's directory.
         base: the model being trained. Weights are cast to its dtypes.
         names: of all trained weights.
         weights: pairs of name and tensor, consumed one at a time.
     """
-    partial = partial_snapshot(place)
+    partial = partial_snapshot(directory)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with ShardWriter(partial, {name: base.specs[name] for name in names}) as writer:
@@ -39,13 +39,13 @@ def save_snapshot(
             writer.write(name, weight.to(base.specs[name].dtype))
     fsync_directory(partial)
     # An existing snapshot is of an earlier attempt at the same steps, and holds the same weights.
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(partial, place)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
 
 
-def partial_snapshot(place: Path) -> Path:
-    """Returns the directory in which the snapshot ``place`` is written before it is complete."""
-    return place.with_name(f".{place.name}.partial")
+def partial_snapshot(directory: Path) -> Path:
+    """Returns the directory in which the snapshot ``directory`` is written before it is complete."""
+    return directory.with_name(f".{directory.name}.partial")
 
 
 def materialize_snapshot(artifact: Path, fraction: float, out: Path) -> None:
@@ -53,5 +53,5 @@ def materialize_snapshot(artifact: Path, fraction: float, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     snapshot = snapshot_dir(artifact, fraction)
-    trained = ModelDirectory(snapshot, sorted(snapshot.glob("*.safetensors")))  # a snapshot has no config of its own
+    trained = ModelDirectory(snapshot, sorted(snapshot.glob("*.safetensors")))  # a snapshot has no config
     export_with_replaced(artifact, out, trained.tensors())

@@ -54,7 +54,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     Raises:
         UserError: no parameter would train, a checkpoint belongs to another run, or the disk is full while the log or
             the final model is written.
-        TrainingFailure: A value is not finite, the disk is full while a checkpoint is saved, or memory ran out.
+        TrainingFailure: a value is not finite, the disk is full while a checkpoint is saved, or memory ran out.
     """
     settings = task.settings
     assert isinstance(settings, Train)
@@ -74,7 +74,7 @@ def report_out_of_memory() -> Iterator[None]:
     """Replaces the out-of-memory errors of torch and Python by one message.
 
     Raises:
-        TrainingFailure: A GPU or the host has no memory left.
+        TrainingFailure: a GPU or the host has no memory left.
     """
     try:
         yield
@@ -119,7 +119,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
 
 @dataclass(frozen=True)
 class _TrainerParts:
-    """What the loop works with."""
+    """What the loop and the export need."""
 
     table: list[freeze.ParameterRow]
     flops: TrainingFlops
@@ -136,8 +136,8 @@ def _prepare(context: RankContext) -> _TrainerParts:
     model = load_model(context, config)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, context.model_dir))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_stored_whole(section, trained, context.model_dir)
-    # These look at the model before DeepSpeed flattens and partitions its parameters.
+    _check_stored_as_one_tensor(section, trained, context.model_dir)
+    # These read the model's parameters before DeepSpeed flattens and partitions them.
     groups = group_parameters(model, context.model_dir)
     table, flops = freeze.parameter_table(model), training_flops(model, settings.sequence_length)
     engine = start_engine(context, model, config)
@@ -151,11 +151,11 @@ def _prepare(context: RankContext) -> _TrainerParts:
     )
 
 
-def _check_stored_whole(section: str, trained: Collection[str], model_dir: Path) -> None:
+def _check_stored_as_one_tensor(section: str, trained: Collection[str], model_dir: Path) -> None:
     """Checks that every trained parameter is stored as one tensor, since master weights are read by name.
 
     Raises:
-        UserError: A parameter is assembled from several tensors on loading, as the experts of most mixtures are.
+        UserError: a parameter is assembled from several tensors on loading, as the experts of most mixtures are.
     """
     assembled = sorted(set(trained) - ModelDirectory(model_dir).specs.keys())
     if assembled:
@@ -255,11 +255,11 @@ def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fracti
     names = list(optimizer_state.names())
     weights = ((name, optimizer_state.read(name, "weight")) for name in names)
     if context.rank == 0:
-        place = snapshot_dir(context.task.out, fraction)
-        with checkpoint.report_full_disk(partial_snapshot(place), f"the snapshot at {fraction:g} of the steps"):
-            save_snapshot(place, ModelDirectory(context.model_dir), names, weights)
+        directory = snapshot_dir(context.task.out, fraction)
+        with checkpoint.report_full_disk(partial_snapshot(directory), f"the snapshot at {fraction:g} of the steps"):
+            save_snapshot(directory, ModelDirectory(context.model_dir), names, weights)
     else:
-        deque(weights, maxlen=0)  # reading is collective
+        deque(weights, maxlen=0)  # consumes the generator: reading is collective, so every rank must read
     distributed.barrier()
 
 

@@ -22,9 +22,9 @@ def training_faults(
 
     Args:
         section: "pretrain" or "sft", for the messages.
-        context_length: the longest sequence that the model accepts, in tokens; None if its config does not say.
-        train: the settings.
+        train: the stage's settings.
         launch: how the workers will be started.
+        context_length: the longest sequence that the model accepts, in tokens; None if its config does not specify it.
         machine: where the stage will run.
     """
     try:
@@ -60,7 +60,7 @@ def training_faults(
 
 
 def context_length_faults(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:
-    """Yields an error if token blocks would exceed the model's context. tokenize needs this check too."""
+    """Yields an error if token blocks would exceed the model's context. The tokenize stage makes this check too."""
     if context_length is not None and train.sequence_length > context_length:
         yield UserError(
             setting=f"{section}.sequence_length",
@@ -83,7 +83,7 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
 
 
 def less_memory(section: str, train: Train, processes: int) -> str:
-    """Suggests settings that need less memory and are not used yet. None of them changes the numbers."""
+    """Suggests settings that save memory and are not used yet. None of them changes the numbers."""
     smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
     deepspeed = train.deepspeed
     wanted = {
@@ -95,8 +95,8 @@ def less_memory(section: str, train: Train, processes: int) -> str:
     }
     settings = [f"{section}.{setting}" for setting, helps in wanted.items() if helps]
     if not settings:
-        return f"All settings that save memory are used; use more processes or a shorter {section}.sequence_length."
-    return f"Less memory is needed with {', '.join(settings)}; the same command with one of these resumes the run."
+        return f"All settings that save memory are in use. Use more processes or a shorter {section}.sequence_length."
+    return f"To save memory, add any of {', '.join(settings)} to the same command, which then resumes the run."
 
 
 def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:

@@ -96,7 +96,7 @@ def test_out_of_memory_names_the_mildest_change_that_fits(gibibytes: int, change
 
 def test_out_of_memory_reports_that_nothing_fits_or_that_it_should_have_fitted() -> None:
     assert "more devices" in when_out_of_memory("pretrain", _trained(), _setup(ranks=2), 2**30)
-    assert "Less memory is needed with pretrain.micro_batch=2" in when_out_of_memory(
+    assert "To save memory, add any of pretrain.micro_batch=2" in when_out_of_memory(
         "pretrain", _trained(), _setup(), 2**40
     )
 

@@ -91,7 +91,7 @@ def test_logits_are_computed_in_chunks(small_chunks: None, monkeypatch: pytest.M
     assert sum(rows) == N and max(rows) <= 5
 
 
-# ------------------------------------------------------------------------------ in the whole model
+# -------------------------------------------------------------------------- in the complete model
 
 
 @pytest.fixture(scope="module")

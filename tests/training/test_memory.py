@@ -19,13 +19,14 @@ def test_the_error_of_the_cpu_allocator_is_recognized():
         torch.empty(2**55)  # raises the real error of this system's allocator
 
 
-@pytest.mark.parametrize("there, said", [(2**20, "What fits: "), (2**40, "Less memory is needed with ")])
+@pytest.mark.parametrize("available, expected", [(2**20, "What fits: "), (2**40, "To save memory, add any of ")])
 def test_the_stage_adds_settings_that_fit(
-    there: int, said: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
+    available: int, expected: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(fitting, "device_memory", lambda placement: there)
+    monkeypatch.setattr(fitting, "device_memory", lambda placement: available)
     task = make_task(train_settings(micro_batch=2))
-    with pytest.raises(WorkersFailed, match=f"^rank 0 of 1: out of memory\n.*{said}"), suggest_settings_that_fit(task):
+    message = f"^rank 0 of 1: out of memory\n.*{expected}"
+    with pytest.raises(WorkersFailed, match=message), suggest_settings_that_fit(task):
         raise OutOfMemory("rank 0 of 1: out of memory")
 
 
@@ -60,7 +61,7 @@ def test_only_settings_that_are_not_used_yet_are_suggested(changes: dict, proces
     assert [part.strip(" ;,.") for part in sentence.split() if "=" in part] == [f"pretrain.{name}" for name in named]
 
 
-def test_a_shorter_sequence_is_suggested_if_all_other_settings_are_used():
+def test_a_shorter_sequence_is_suggested_if_all_other_settings_are_in_use():
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
     train = train_settings(micro_batch=1, activation_checkpointing=True, deepspeed=everything)
     assert "shorter pretrain.sequence_length" in less_memory("pretrain", train, 2)

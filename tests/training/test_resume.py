@@ -28,8 +28,11 @@ def test_a_checkpoint_of_this_run_is_accepted(tmp_path: Path):
     [
         ({"model": "other"}, "the model's files"),
         ({"data": "other"}, "the data's files"),
-        ({"seed": 7}, "seed (7 there, 0 here)"),
-        ({"settings": train_settings(learning_rate=0.5).key_settings()}, "sft.learning_rate (0.5 there, 0.001 here)"),
+        ({"seed": 7}, "seed (checkpoint: 7, now: 0)"),
+        (
+            {"settings": train_settings(learning_rate=0.5).key_settings()},
+            "sft.learning_rate (checkpoint: 0.5, now: 0.001)",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path: Path, change: dict, difference: str):
@@ -56,4 +59,4 @@ def test_a_changed_number_of_ranks_is_noted():
     saved = {"ranks": 2, "zero_stage": 2, "micro_batch": 4}
     assert rounding_note(saved, saved) is None
     note = rounding_note(saved, {**saved, "ranks": 4})
-    assert note is not None and "ranks (2 there, 4 here)" in note and "not bitwise" in note
+    assert note is not None and "ranks (checkpoint: 2, now: 4)" in note and "not bitwise" in note

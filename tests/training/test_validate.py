@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.machine import Machine
-from pipeline.training.trainer import _check_stored_whole
+from pipeline.training.trainer import _check_stored_as_one_tensor
 from pipeline.training.validate import training_faults, validate_data
 from tests.plain_settings import cpu_launch
 from tests.tiny_families import tiny_model
@@ -97,5 +97,5 @@ def test_experts_stored_as_separate_tensors_cannot_be_trained_yet(tmp_path: Path
     mixture.save_pretrained(tmp_path)
     trained = dict(mixture.named_parameters())
     with pytest.raises(UserError, match=r"pretrain.trainable = .*experts.*several stored tensors.*self_attn"):
-        _check_stored_whole("pretrain", trained, tmp_path)
-    _check_stored_whole("pretrain", [name for name in trained if "self_attn" in name], tmp_path)
+        _check_stored_as_one_tensor("pretrain", trained, tmp_path)
+    _check_stored_as_one_tensor("pretrain", [name for name in trained if "self_attn" in name], tmp_path)

@@ -54,7 +54,7 @@ class Lesa(InsertionMethod):
         return self.zero_init
 
     def scratch_bytes(self, base: Shape) -> int:
-        """V of the largest role, ``[layers, out, in]`` in float32, if it is large enough to be on disk."""
+        """Returns the size of V of the largest role, ``[layers, out, in]`` in float32, or 0 if V fits in memory."""
         matrices = (shape for layer in base.layers for shape in layer.tensors.values() if len(shape) == 2)
         size = max(map(prod, matrices)) * len(base.layers) * 4
         return size if size > SCRATCH_ON_DISK_BYTES else 0

@@ -63,7 +63,7 @@ class OptDeus(InsertionMethod):
         # Outputs are silenced only here: further layers of the same gap are made from the fused ones.
         for layer, tensor, value in from_neighbors(base, plan, work, make):
             yield NewTensor(layer, tensor, silenced(tensor, value))
-        _warn_of_unsolved(work)
+        _warn_about_unsolved(work)
 
     def solve(self, w1: Tensor, w2: Tensor, subject: str, work: Workspace) -> Tensor:
         """Solves one transport problem, and records its outcome under ``subject``.
@@ -91,7 +91,7 @@ class OptDeus(InsertionMethod):
         return solved.plan * len(w1) if self.rescale_plan else solved.plan
 
 
-def _warn_of_unsolved(work: Workspace) -> None:
+def _warn_about_unsolved(work: Workspace) -> None:
     from pipeline.expansion.sinkhorn import CONVERGED
 
     outcomes = Counter(facts["outcome"] for facts in work.records.values())
@@ -104,18 +104,19 @@ def fuse(lower: LayerWeights, upper: LayerWeights, solve: Solve) -> LayerWeights
     """Returns all tensors of the layer between two, float32, with outputs not yet zeroed."""
     fused: dict[LayerTensor, Tensor] = {}
     (attention_output,) = (tensor for tensor in lower if _writes_attention(tensor.role))
+    # The attention output comes first: its plan aligns the inputs of the MLP.
     t_o = _fuse_linear(fused, lower, upper, attention_output, solve, None)
     for tensor in lower:
         role = tensor.role
         if role.kind == "matrix" and tensor != attention_output:
             _fuse_linear(fused, lower, upper, tensor, solve, t_o if role.after_attention else None)
         elif role.kind not in ("matrix", "bias"):  # biases are fused with their matrices
-            fused[tensor] = (_flow(role, lower[tensor].float(), t_o) + upper[tensor].float()) / 2
+            fused[tensor] = (_align_input(role, lower[tensor].float(), t_o) + upper[tensor].float()) / 2
     return fused
 
 
-def _flow(role: Role, w1: Tensor, t_o: Tensor) -> Tensor:
-    """Aligns the input side of what has no plan of its own: norms ``[n]``, sinks ``[n]``, routers ``[experts, n]``."""
+def _align_input(role: Role, w1: Tensor, t_o: Tensor) -> Tensor:
+    """Aligns the input side of tensors without a plan: norms ``[n]``, sinks ``[n]``, routers ``[experts, n]``."""
     if role.kind == "norm" and role.after_attention:
         scale = w1 + role.offset  # gemma stores a scale of 1 + w
         return (scale @ t_o + scale) / 2 - role.offset
