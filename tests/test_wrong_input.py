@@ -264,7 +264,7 @@ def test_an_unknown_task(base: Arguments, capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_invalid_target(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "evaluate.targets=[pretrain@100%]")
-    assert "evaluate.targets" in message and "say expand for 0 % and pretrain for 100 %" in message
+    assert "evaluate.targets" in message and "use expand for 0 % and pretrain for 100 %" in message
 
 
 def test_tuning_a_model_without_a_chat_template(

@@ -60,7 +60,7 @@ class Settings(Section):
         return not {"evaluate", "report"}.isdisjoint(self.stages)
 
     @property
-    def only_looks(self) -> bool:
+    def is_read_only(self) -> bool:
         """Whether the command must not change any file."""
         return self.action in ("plan", "status", "verify") or (self.action == "submit" and self.dry_run)
 

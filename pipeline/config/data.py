@@ -53,7 +53,7 @@ class Data(Section):
     def _check_held_out(self) -> Data:
         kinds = {source.kind for source in (*self.corpus, *self.instructions)}
         if self.held_out_fraction == 0 and kinds != {"python_docs"}:
-            raise ValueError("held_out_fraction must be above 0; only python_docs has a held-out split of its own")
+            raise ValueError("held_out_fraction must be above 0; only python_docs has its own held-out split")
         return self
 
 

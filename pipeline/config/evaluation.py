@@ -39,7 +39,7 @@ class Evaluate(Section):
         return list(dict.fromkeys(str(Target.parse(target)) for target in targets))
 
     def models(self) -> list[Target]:
-        """The models to score."""
+        """Returns the models to score."""
         return [Target.parse(target) for target in self.targets]
 
 
@@ -64,7 +64,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """The inverse of ``str``.
+        """Parses a target. The inverse of ``str``.
 
         Raises:
             ValueError: the text names no model.
@@ -77,12 +77,12 @@ class Target:
         stage, fraction = match[1], float(match[2]) / 100
         if not 0 < fraction < 1:
             begin = "expand" if stage == "pretrain" else "pretrain"
-            raise ValueError(f"{text} is not a snapshot during training; say {begin} for 0 % and {stage} for 100 %")
+            raise ValueError(f"{text} is not a snapshot during training; use {begin} for 0 % and {stage} for 100 %")
         return cls(stage, fraction)
 
     @classmethod
     def of_role(cls, role: str) -> Target:
-        """The inverse of ``role``."""
+        """Parses an artifact's role. The inverse of ``role``."""
         stage, _, at = role.removeprefix("evaluate/").partition("-at-")
         return cls(stage, float(at) / 100 if at else None)
 
@@ -106,5 +106,5 @@ class Target:
 
 
 def percent(fraction: float) -> str:
-    """0.2 as ``20``, 0.125 as ``12.5``."""
+    """Formats 0.2 as ``20``, 0.125 as ``12.5``."""
     return f"{100 * fraction:g}"

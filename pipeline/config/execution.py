@@ -54,7 +54,7 @@ _NEUTRAL_WORD = re.compile(r"NVIDIA|Tesla|GeForce|SXM\d?|PCIe|\d+GB?|HBM\d\w?", 
 
 
 def bfloat16_peak(device_name: str) -> float | None:
-    """Look up a GPU's peak bfloat16 rate.
+    """Looks up a GPU's peak bfloat16 rate.
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` returns it, such as ``NVIDIA A100-SXM4-80GB``.
@@ -124,7 +124,7 @@ class Slurm(Section):
     qos: str | None
     environment: list[str]  # shell commands to run first, such as "module load cuda"
     options: list[str]  # further options of sbatch for every job
-    signal_seconds: Positive  # how long before the time limit the run is told to save and stop
+    signal_seconds: Positive  # how long before the time limit the run is asked to save and stop
     max_requeues_without_progress: NonNegative
     load: Resources
     expand: Resources
@@ -142,6 +142,6 @@ class Slurm(Section):
         return self
 
     def resources(self, stage: str) -> Resources:
-        """Return the resources of one stage."""
+        """Returns the resources of one stage."""
         resources: Resources = getattr(self, stage)
         return resources

@@ -1,4 +1,4 @@
-"""Error messages for wrong requests. Each has four parts: the setting, its value, the rule and the remedy."""
+"""Error messages for invalid requests. Each has four parts: the setting, its value, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``Did you mean lesa?`` with a trailing space, or an empty string."""
+    """Returns a hint such as ``Did you mean lesa?`` with a trailing space, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"Did you mean {close[0]}? " if close else ""
 
@@ -33,12 +33,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def list_experiments(folders: Iterable[Path]) -> list[str]:
-    """List the names of the experiments in some configuration directories."""
+    """Lists the names of the experiments in some configuration directories."""
     return sorted({path.stem for folder in folders for path in (folder / "experiment").glob("*.yaml")})
 
 
 def no_experiment(folders: list[Path]) -> UserError:
-    """The error for a command without an experiment. It lists the experiments."""
+    """Returns the error for a command without an experiment. It lists the experiments."""
     names = list_experiments(folders)
     return UserError(
         setting="+experiment",
@@ -52,7 +52,7 @@ def no_experiment(folders: list[Path]) -> UserError:
 
 
 def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -> UserError:
-    """Translate an error of Hydra or OmegaConf."""
+    """Translates an error of Hydra or OmegaConf."""
     text = str(error)
     if missing := re.search(r"Could not find '([\w/]+)/([^'/]+)'|Could not load '([\w/]+)/([^'/]+)'", text):
         group, name = (part for part in missing.groups() if part)
@@ -67,7 +67,7 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = ambiguous.group(1).partition("=")
         remedy = f"Add --multirun for a sweep over these values, or quote a list: {key}=[{value}]"
-        return UserError(setting=key, value=value, rule="several values make a sweep", remedy=remedy)
+        return UserError(setting=key, value=value, rule="several values request a sweep", remedy=remedy)
     if "InterpolationKeyError" in type(error).__name__ or "Interpolation key" in text:
         return _unknown_variant(text, overrides)
     return UserError(
@@ -90,7 +90,7 @@ def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:
 
 
 def badly_quoted(override: str) -> UserError:
-    """The error for an override that Hydra cannot parse, with the quotes that it needs."""
+    """Returns the error for an override that Hydra cannot parse, with the quotes that it needs."""
     key, _, value = override.partition("=")
     return UserError(
         setting=key,
@@ -101,13 +101,13 @@ def badly_quoted(override: str) -> UserError:
 
 
 def not_given(key: str) -> UserError:
-    """The error for a setting without a value."""
+    """Returns the error for a setting without a value."""
     key = re.sub(r"\[(\d+)\]", r".\1", key)  # a list item as it is written on the command line
     return UserError(setting=key, value="(not given)", rule="it must be set", remedy=f"Add {key}=... to the command.")
 
 
 def not_a_number(overrides: list[str]) -> UserError:
-    """The error for an override that does not name the item of a list by its number."""
+    """Returns the error for an override that does not name the item of a list by its number."""
     lists = [item for item in overrides if item.startswith(("data.corpus.", "data.instructions."))]
     return UserError(
         setting=lists[0].partition("=")[0] if lists else "command line",
@@ -118,7 +118,7 @@ def not_a_number(overrides: list[str]) -> UserError:
 
 
 def not_yaml(error: YAMLError) -> UserError:
-    """The error for a configuration file that is not valid YAML. The parser names file, line and column."""
+    """Returns the error for a configuration file that is not valid YAML. The parser names file, line and column."""
     where = str(getattr(error, "problem_mark", "")).strip() or "a configuration file"
     problem = getattr(error, "problem", None) or "it cannot be parsed"
     return UserError(
@@ -150,7 +150,7 @@ def _unknown_variant(text: str, overrides: list[str]) -> UserError:
         setting="expand.variant",
         value=chosen.partition("=")[2],
         rule="this method has no such preset; see 'variants' in its file in conf/expand",
-        remedy="Usually, the presets are: reference, paper.",
+        remedy="Choose one of that list. Most methods have the presets reference, paper.",
     )
 
 
@@ -158,7 +158,7 @@ def _unknown_variant(text: str, overrides: list[str]) -> UserError:
 
 
 def validate_settings(values: Mapping[str, Any]) -> Settings:
-    """Validate the composed settings.
+    """Validates the composed settings.
 
     Raises:
         UserError: some are wrong. Setting and value are those of the first error; the rule lists all errors.
@@ -180,7 +180,7 @@ _Fault = tuple[str, str, str, str]  # setting, value, rule, remedy
 
 
 def _merge(faults: Iterable[_Fault]) -> list[_Fault]:
-    """Merge the errors of each setting: pydantic reports one per member of a union."""
+    """Merges the errors of each setting: pydantic reports one per member of a union."""
     merged: dict[str, _Fault] = {}
     for path, value, rule, remedy in faults:
         before = f"{merged[path][2]}, or " if path in merged else ""
@@ -189,7 +189,7 @@ def _merge(faults: Iterable[_Fault]) -> list[_Fault]:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """Return the dotted name of a setting without the members of unions that pydantic inserts."""
+    """Returns the dotted name of a setting without the members of unions that pydantic inserts."""
     tried = re.compile(r"literal\[|list\[|constrained-")
     return ".".join(str(part) for part in location if not tried.match(str(part)))
 
@@ -208,7 +208,7 @@ def _fault(detail: ErrorDetails) -> _Fault:
 
 
 def known_keys() -> list[str]:
-    """List the dotted names of all settings."""
+    """Lists the dotted names of all settings."""
     methods: Any = import_module("pipeline.expansion.methods")  # by name, as in pipeline.config.expand
     of_methods = {name for method in METHODS for name in methods.built_in_method(method).model_fields}
     return [*_keys_of(Settings, ""), *sorted(f"expand.{name}" for name in of_methods)]
@@ -226,7 +226,7 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
 
 
 def refuse_secrets(values: Any, path: str = "") -> None:
-    """Check that no setting contains an access token, since settings are written to manifests and to W&B.
+    """Checks that no setting contains an access token, since settings are written to manifests and to W&B.
 
     Raises:
         UserError: a setting contains one. The message does not repeat it.

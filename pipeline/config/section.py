@@ -28,7 +28,7 @@ class Section(BaseModel):
     draws_random_numbers: ClassVar[bool] = False  # if True, the seed is part of the key
 
     def key_settings(self) -> dict[str, Any]:
-        """Return the settings that enter an artifact's key: all fields that are not marked ``NotInKey``."""
+        """Returns the settings that enter an artifact's key: all fields that are not marked ``NotInKey``."""
         settings: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             if NotInKey in field.metadata:

@@ -1,4 +1,4 @@
-"""Which tasks exist, and whether the requested ones can be scored. Imports neither torch nor lm-eval.
+"""Checks which tasks exist and whether the requested ones can be scored. Imports neither torch nor lm-eval.
 
 lm-eval's own task index takes 13 seconds and imports torch. Task names are therefore read from its YAML files with a
 regular expression, and only when a name is not bundled, not the user's own and not part of a paper's suite.
@@ -41,7 +41,7 @@ def validate_evaluation(evaluate: Evaluate) -> None:
     """Checks that every task exists and that its data can be read or downloaded.
 
     Raises:
-        UserError: a task is unknown, a file of the user's own tasks is wrong, or the Hub cannot be reached.
+        UserError: a task is unknown, a custom task file is invalid, or the Hub cannot be reached.
     """
     if not evaluate.tasks:
         raise UserError(
@@ -58,10 +58,10 @@ def validate_evaluation(evaluate: Evaluate) -> None:
 
 
 def fingerprint_tasks(evaluate: Evaluate, fingerprints: Fingerprints) -> dict[str, str]:
-    """The content identity of those requested tasks that are the user's own, by name.
+    """Returns a content hash for every requested task that is the user's own, by name.
 
     Raises:
-        UserError: a file of the user's own tasks is missing or is not valid YAML.
+        UserError: a custom task file is missing or is not valid YAML.
     """
     custom = CustomTasks(evaluate.include_path)
     return {task: custom.fingerprint(task, fingerprints) for task in evaluate.tasks if task in custom.names}
@@ -79,7 +79,7 @@ def _check_collisions(custom: CustomTasks) -> None:
 
 
 def _needs_hub(task: str, custom: CustomTasks) -> bool:
-    """Whether a task reads a dataset on the Hub. Checks its name, and the files of a task of the user's own."""
+    """Returns whether a task reads a data set of the hub. Also checks its name, or the files of a custom task."""
     if task not in custom.names:
         _check_name(task, custom)
         return task not in BUNDLED

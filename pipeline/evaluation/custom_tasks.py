@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 
 SETTING = "evaluate.include_path"
 IGNORED_DIRECTORIES = {"__pycache__", ".ipynb_checkpoints"}  # the same as lm-eval's
-# Values of dataset_path that say how data_files are read. Any other is a local directory or a dataset on the Hub.
+# Values of dataset_path that specify how data_files are read. Any other is a local directory or a dataset on the Hub.
 FILE_BUILDERS = {"json", "csv", "parquet", "arrow", "text", "xml", "hdf5", "webdataset", "imagefolder", "audiofolder"}
 
 
@@ -43,7 +43,7 @@ class FunctionReference:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """One task or group of the user's.
+    """One task or group of the user's own.
 
     Attributes:
         path: the YAML file that defines it.
@@ -81,13 +81,13 @@ class CustomTasks:
         return [*self._files, *self._tags]
 
     def files_of(self, name: str) -> list[TaskFile]:
-        """The task files that scoring a task, group or tag involves, each once and parents first."""
+        """Returns the task files that scoring a task, group or tag involves, each once and parents first."""
         found: dict[str, TaskFile] = {}
         self._collect(name, found, set())
         return list(found.values())
 
     def outside_names(self, name: str) -> list[str]:
-        """The tasks of a group that its directories do not define, so that they must be lm-eval's own."""
+        """Returns the tasks of a group that its directories do not define, so that they must be lm-eval's own."""
         outside: set[str] = set()
         self._collect(name, {}, outside)
         return sorted(outside)
@@ -96,7 +96,7 @@ class CustomTasks:
         """Checks that the functions and data files of a task, or of a group's tasks, exist.
 
         Raises:
-            UserError: naming the YAML file and what it refers to.
+            UserError: one does not exist. The message names the YAML file and what it refers to.
         """
         for file in self.files_of(name):
             for reference in _functions(file.config):
@@ -104,7 +104,7 @@ class CustomTasks:
             data_files(file)
 
     def fingerprint(self, name: str, fingerprints: Fingerprints) -> str:
-        """One hash over the contents of every file that a task, group or tag depends on. No path enters it.
+        """Returns one hash over the contents of every file that a task, group or tag depends on. No path enters it.
 
         Raises:
             UserError: a data file does not exist.
@@ -112,7 +112,7 @@ class CustomTasks:
         return fingerprints.of_files(path for file in self.files_of(name) for path in _dependencies(file))
 
     def hub_datasets(self, name: str) -> list[str]:
-        """The datasets on the Hub that a task, or a group's tasks, read."""
+        """Returns the datasets on the Hub that a task, or a group's tasks, read."""
         return sorted({dataset for file in self.files_of(name) for dataset in _hub_datasets(file.config)})
 
     def _read_directory(self, directory: Path) -> None:
@@ -139,7 +139,7 @@ class CustomTasks:
             rule = f"it defines {file.name}, which {self._files[file.name].path} defines too"
             raise UserError(setting=SETTING, value=file.path, rule=rule, remedy="Rename one of the two.")
         if "/" in file.name:
-            rule = f"the name {file.name} contains a slash, and scores are kept in files named after tasks"
+            rule = f"the name {file.name} contains a slash, and scores are stored in files named after tasks"
             raise UserError(setting=SETTING, value=file.path, rule=rule, remedy="Rename the task.")
         self._files[file.name] = file
         if "group" not in file.config:
@@ -180,12 +180,12 @@ def read_task_file(path: Path) -> TaskFile | None:
 
 
 def _yaml_files(directory: Path) -> list[Path]:
-    """Where lm-eval looks for tasks: ``*.yaml`` at any depth."""
+    """Returns the files in which lm-eval looks for tasks: ``*.yaml`` at any depth."""
     return sorted(path for path in directory.rglob("*.yaml") if not IGNORED_DIRECTORIES & {*path.parts})
 
 
 def _load(path: Path, files: list[Path]) -> Any:
-    """The contents of a YAML file, with ``include`` merged as lm-eval does: the including file's own keys win.
+    """Returns the contents of a YAML file, with ``include`` merged as lm-eval does: the including file's own keys win.
 
     Args:
         files: the files read so far. This file and those that it includes are added.
@@ -215,7 +215,7 @@ def _load(path: Path, files: list[Path]) -> Any:
 
 
 def _loader(directory: Path) -> Any:
-    """A safe loader that keeps ``!function`` tags as references instead of importing what they name."""
+    """Returns a safe loader that keeps ``!function`` tags as references instead of importing what they name."""
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster but optional
     loader: Any = type("Loader", (base,), {})
 
@@ -236,7 +236,7 @@ def _bad_yaml(path: Path, rule: str) -> UserError:
 
 
 def _member_names(config: Mapping[str, Any]) -> Iterator[str]:
-    """The names in a group's list of tasks. Tasks that the group defines inline are part of the group's own config."""
+    """Yields the names in a group's list of tasks. Tasks that the group defines inline are part of its own config."""
     members = config.get("task") if "group" in config else None
     for member in members if isinstance(members, list) else []:
         if isinstance(member, str):
@@ -257,7 +257,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _functions(config: Any) -> Iterator[FunctionReference]:
-    """Every ``!function`` anywhere in a config."""
+    """Yields every ``!function`` anywhere in a config."""
     if isinstance(config, FunctionReference):
         yield config
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
@@ -278,7 +278,7 @@ def _check_function(file: TaskFile, reference: FunctionReference) -> None:
 
 
 def resolve_data_paths(config: Any, directory: Path) -> Any:
-    """The config with local data paths made absolute, at any depth: a group may hold the configs of its tasks.
+    """Returns the config with local data paths made absolute, at any depth: a group may hold the configs of its tasks.
 
     Args:
         directory: what relative paths are relative to.
@@ -298,17 +298,17 @@ def resolve_data_paths(config: Any, directory: Path) -> Any:
 
 
 def _is_local(path: str, directory: Path) -> bool:
-    """Whether a ``dataset_path`` is a directory, rather than a way of reading files or a dataset on the Hub."""
+    """Returns whether a ``dataset_path`` is a directory, rather than a way of reading files or a dataset on the Hub."""
     return path not in FILE_BUILDERS and (path.startswith((".", "/", "~")) or (directory / path).is_dir())
 
 
 def _reads_files(config: Mapping[str, Any]) -> bool:
-    """Whether ``data_files`` are files on this machine, rather than files of a dataset on the Hub."""
+    """Returns whether ``data_files`` are files on this machine, rather than files of a dataset on the Hub."""
     return config.get("dataset_path") is None or config["dataset_path"] in FILE_BUILDERS
 
 
 def _absolute(value: Any, directory: Path) -> Any:
-    """One path or pattern, a list of them, or several by split."""
+    """Makes one path or pattern absolute, a list of them, or several by split."""
     if isinstance(value, dict):
         return {split: _absolute(paths, directory) for split, paths in value.items()}
     if isinstance(value, list):
@@ -317,7 +317,7 @@ def _absolute(value: Any, directory: Path) -> Any:
 
 
 def data_files(file: TaskFile) -> list[Path]:
-    """The local data files that a task, or a group's inline tasks, read.
+    """Returns the local data files that a task, or a group's inline tasks, read.
 
     Raises:
         UserError: a path names no file.
@@ -337,7 +337,7 @@ def data_files(file: TaskFile) -> list[Path]:
 
 
 def _files_at(path: str) -> list[Path]:
-    """The files that a path, a directory or a pattern names, sorted."""
+    """Returns the files that a path, a directory or a pattern names, sorted."""
     if Path(path).is_dir():
         return sorted(file for file in Path(path).rglob("*") if file.is_file() and file.name[0] != ".")
     matches = [path] if Path(path).exists() else glob.glob(path, recursive=True)
@@ -345,7 +345,7 @@ def _files_at(path: str) -> list[Path]:
 
 
 def _local_paths(config: Any) -> Iterator[str]:
-    """Every local data path in a config whose paths are absolute."""
+    """Yields every local data path in a config whose paths are absolute."""
     if isinstance(config, list):
         for item in config:
             yield from _local_paths(item)
@@ -384,7 +384,7 @@ def _hub_datasets(config: Any) -> Iterator[str]:
 
 
 def _dependencies(file: TaskFile) -> list[Path]:
-    """Every file that the scores of a task depend on, each once, in a fixed order."""
+    """Returns every file that the scores of a task depend on, each once, in a fixed order."""
     modules = [reference.module_file for reference in _functions(file.config)]
     # A module may import its neighbors, so all Python files beside it count.
     python_files = [path for module in modules if module.is_file() for path in sorted(module.parent.glob("*.py"))]

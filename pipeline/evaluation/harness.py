@@ -1,6 +1,6 @@
 """Scores one model with lm-eval.
 
-Each task's result is a file of its own that is written atomically, so a killed evaluation loses at most one task.
+Each task's result is a separate file that is written atomically, so a killed evaluation loses at most one task.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
     if missing:
         torch.set_num_threads(job.placement.threads)
         initialize_vector_math()
-        # Data first: they may be unreadable, and a model takes longer to load.
+        # The data comes first: it may be unreadable, and a model takes longer to load.
         loaded = _load_tasks(missing, job, settings)
         lm = LanguageModel(job.model, DTYPES[dtype], job.placement.device, settings.batch_size)
         _check_chat_template(lm, job, settings)
@@ -107,7 +107,7 @@ def dtype_of(dtype: str, device: str) -> str:
 
 
 def _score_task(name: str, loaded: Any, lm: LanguageModel, settings: Evaluate) -> dict[str, Any]:
-    """One task's result file.
+    """Scores one task and returns the contents of its result file.
 
     Args:
         loaded: what ``TaskManager.load`` returned for the task, group or tag.
@@ -156,7 +156,7 @@ def _check_chat_template(lm: LanguageModel, job: ScoringJob, settings: Evaluate)
 
 
 def _load_tasks(names: list[str], job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
-    """lm-eval's tasks with their data, by requested name."""
+    """Loads lm-eval's tasks with their data, by requested name."""
     documents = job.out / "documents"
     documents.mkdir(exist_ok=True)
     bundled = TaskManager(
@@ -178,7 +178,7 @@ def _load_tasks(names: list[str], job: ScoringJob, settings: Evaluate) -> dict[s
 
 
 def _other_tasks(names: Iterable[str], custom: CustomTasks) -> TaskManager:
-    """A task manager for everything but the bundled tasks."""
+    """Returns a task manager for everything but the bundled tasks."""
     # lm-eval's own index takes many seconds to read, so it is read only when it is needed.
     needs_defaults = any(name not in custom.names or custom.outside_names(name) for name in names)
     manager = TaskManager(include_path=list(custom.directories), include_defaults=needs_defaults)

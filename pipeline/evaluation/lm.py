@@ -100,7 +100,7 @@ class LanguageModel(HFLM):
         return tokens
 
     def _fitting_batch(self, tokens: int) -> int:
-        """How many sequences of ``tokens`` tokens may be scored at once."""
+        """Returns how many sequences of ``tokens`` tokens may be scored at once."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
         bytes_each: int = 2 * tokens * vocabulary * self.model.dtype.itemsize
         return max(1, min(self._largest_batch, LOGITS_BYTES[self.device.type] // bytes_each))

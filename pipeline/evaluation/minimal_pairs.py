@@ -179,5 +179,5 @@ def _capitalize(sentence: str) -> str:
 
 
 def _pick(seed: str, count: int) -> int:
-    """A number below ``count`` that depends on ``seed`` alone."""
+    """Returns a number below ``count`` that depends on ``seed`` alone."""
     return int(sha256(seed.encode()).hexdigest(), 16) % count

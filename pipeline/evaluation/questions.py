@@ -38,7 +38,7 @@ class Question:
 def build_questions(entries: Iterable[Entry] | None = None, number: int = QUESTIONS) -> list[Question]:
     """Returns at most ``number`` questions, the same number for each rank of the correct name by length.
 
-    The questions are deterministic: whatever is drawn is drawn by hashes.
+    The questions are deterministic: all random choices are derived from hashes.
     """
     by_rank: dict[int, list[Question]] = defaultdict(list)
     taken: Counter[int] = Counter()
@@ -57,7 +57,7 @@ def build_questions(entries: Iterable[Entry] | None = None, number: int = QUESTI
 
 
 def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
-    """The entries that can be asked about, each with all such entries of its module.
+    """Returns the entries that can be asked about, each with all such entries of its module.
 
     Modules take turns, so that large ones do not dominate.
     """
@@ -74,17 +74,18 @@ def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
 
 
 def _distractors(entry: Entry, others: list[Entry], rank: int) -> list[Entry] | None:
-    """Three other entries, of which ``rank`` have shorter names than ``entry`` and the rest longer ones."""
+    """Returns three other entries, of which ``rank`` have shorter names than ``entry`` and the rest longer ones."""
     usable = [other for other in others if _differs(other, entry)]
     usable.sort(key=lambda other: (-_shared_words(other, entry), _order(entry.name + other.name)))
     shorter = [other for other in usable if len(other.name) < len(entry.name)][:rank]
     longer = [other for other in usable if len(other.name) > len(entry.name)][: OPTIONS - 1 - rank]
+    # Without enough shorter or longer names in the module, the entry cannot have this rank.
     chosen = shorter + longer
     return chosen if len(chosen) == OPTIONS - 1 else None
 
 
 def _differs(other: Entry, entry: Entry) -> bool:
-    """Whether summaries and last parts of names differ: ``a.close`` cannot be a distractor for ``b.close``."""
+    """Returns whether summaries and last parts of names differ: ``a.close`` cannot be a distractor for ``b.close``."""
     same_name = other.name.rpartition(".")[2] == entry.name.rpartition(".")[2]
     return not same_name and words(other.summary) != words(entry.summary)
 

@@ -39,7 +39,7 @@ class Samples(TypedDict):
 
 
 def scores_of(task: str, results: Mapping[str, Any]) -> list[Score]:
-    """The scores of a task or group. A group without scores of its own has those of its tasks.
+    """Returns the scores of a task or group. A group without its own scores has those of its tasks.
 
     Args:
         results: what ``lm_eval.evaluator.evaluate`` returned.
@@ -73,14 +73,14 @@ def _own_scores(task: str, results: Mapping[str, Any]) -> list[Score]:
 
 
 def _count(task: str, results: Mapping[str, Any]) -> int:
-    """The number of documents scored, for a group over all its tasks."""
+    """Returns the number of documents scored, for a group over all its tasks."""
     if task in results["n-samples"]:
         return int(results["n-samples"][task]["effective"])
     return sum(_count(child, results) for child in results["group_subtasks"][task])
 
 
 def metric_name(metric: str, filter_name: str) -> str:
-    """The name of a metric in scores and samples; ``none`` is lm-eval's name for no filter."""
+    """Returns the name of a metric in scores and samples; ``none`` is lm-eval's name for no filter."""
     return metric if filter_name == "none" else f"{metric} ({filter_name})"
 
 
@@ -88,7 +88,7 @@ def metric_name(metric: str, filter_name: str) -> str:
 
 
 def by_source(task: str, results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """A text task's samples by the documents' source, as ``<task>/<source>``; empty for a single source."""
+    """Groups a text task's samples by the documents' source, as ``<task>/<source>``; empty for a single source."""
     samples: dict[str, list[dict[str, Any]]] = {}
     for sample in results["samples"][task]:
         samples.setdefault(f"{task}/{sample['doc']['source']}", []).append(sample)
@@ -113,7 +113,7 @@ def _text_score(task: str, metric: str, samples: Sequence[Sample]) -> Score:
 
 
 def kept_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Samples]:
-    """What is kept of lm-eval's samples, by task."""
+    """Returns the part of lm-eval's samples that is kept, by task."""
     return {task: _kept(rows) for task, rows in samples.items()}
 
 
@@ -129,21 +129,21 @@ def _kept(rows: Sequence[Mapping[str, Any]]) -> Samples:
 
 
 def _json_value(value: Any) -> Any:
-    """A finite number, or several such as (log likelihood, length), as JSON; None for anything else."""
+    """Converts a finite number, or several such as (log likelihood, length), to JSON; None for anything else."""
     if isinstance(value, (tuple, list)):
         return [_json_value(part) for part in value]
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def is_sample(metric: str, value: Any) -> bool:
-    """Whether a kept value can be used by ``value_of``. F1, BLEU and others keep lists and have rules of their own."""
+    """Returns whether ``value_of`` can use a kept value. F1, BLEU and others keep lists and have their own rules."""
     if metric in LENGTH_WEIGHTED:
         return isinstance(value, list) and len(value) == 2 and all(isinstance(part, Real) for part in value)
     return isinstance(value, Real)
 
 
 def value_of(metric: str, samples: Sequence[Sample]) -> float:
-    """A task's score as lm-eval computes it from its documents: their mean, or a function of the rate over all of them.
+    """Computes a task's score from its documents as lm-eval does: their mean, or a function of the rate over all.
 
     Args:
         samples: per document a number, or (log likelihood in nats, length in words or bytes).
@@ -155,10 +155,10 @@ def value_of(metric: str, samples: Sequence[Sample]) -> float:
 
 
 def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
-    """How much each document moves the score to first order: its empirical influence over n. They sum to zero.
+    """Returns how much each document moves the score to first order: its empirical influence over n.
 
-    For a mean m this is (xᵢ - m)/n. For the rate r = -Σ log p / Σ length, a ratio of two sums over documents, it is
-    (-log pᵢ - r·lengthᵢ)/Σ length, and exp(r) times that for a perplexity exp(r).
+    Influences sum to zero. For a mean m they are (xᵢ - m)/n. For the rate r = -Σ log p / Σ length, a ratio of two sums
+    over documents, they are (-log pᵢ - r·lengthᵢ)/Σ length, and exp(r) times that for a perplexity exp(r).
     """
     if not _is_rate(metric):
         mean = value_of(metric, samples)
@@ -170,7 +170,7 @@ def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
 
 
 def standard_error(influences: Sequence[float]) -> float | None:
-    """The standard error of a score, given its influences ψᵢ: sqrt(n/(n-1) Σ ψᵢ²).
+    """Returns the standard error of a score, given its influences ψᵢ: sqrt(n/(n-1) Σ ψᵢ²).
 
     Given the differences of two scores' influences on the same documents, it is the standard error of their difference.
     For a mean this is the sample standard deviation over √n. None for fewer than two documents.
@@ -184,7 +184,7 @@ def _is_rate(metric: str) -> bool:
 
 
 def _with_lengths(metric: str, samples: Sequence[Sample]) -> Sequence[tuple[float, float]]:
-    """(log likelihood, length) of each document."""
+    """Returns (log likelihood, length) of each document."""
     return [(sample, 1.0) for sample in samples] if metric == EQUALLY_WEIGHTED else samples
 
 

@@ -24,7 +24,7 @@ def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: 
         corpus: the tokenize/corpus artifact, which holds the held-out text.
         held_out_characters: the amount of each source's held-out text. The last passage is not truncated.
     """
-    makers: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]] = {
+    builders: Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]] = {
         "held_out_text": lambda: _held_out_text(corpus, held_out_characters),
         "python_docs_mcq": _python_docs_mcq,
         "minimal_pairs": _minimal_pairs,
@@ -32,7 +32,7 @@ def write_documents(task: str, corpus: Path, folder: Path, held_out_characters: 
     path = folder / f"{task}.jsonl"
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in makers[task]())
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in builders[task]())
     os.replace(temporary, path)
     return path
 
@@ -68,7 +68,7 @@ def _hash(text: str) -> str:
 
 
 def _passage(text: str) -> str:
-    """The beginning of a document, truncated at the end of a line if possible."""
+    """Returns the beginning of a document, truncated at the end of a line if possible."""
     if len(text) <= LONGEST_PASSAGE:
         return text
     head, newline, _ = text[:LONGEST_PASSAGE].rpartition("\n")
@@ -76,7 +76,7 @@ def _passage(text: str) -> str:
 
 
 def _python_docs_mcq() -> Iterable[dict[str, Any]]:
-    """A question per document: each name as the corpus lays it out, and the summary to score after it."""
+    """Yields one document per question: each name as the corpus lays it out, and the summary to score after it."""
     for question in build_questions():
         contexts = [f"{name}\n   " for name in question.names]
         yield {

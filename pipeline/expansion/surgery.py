@@ -202,7 +202,7 @@ def _are_records(value: Any) -> bool:
 
 
 def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether an earlier attempt that left records wrote and saved all weights, and was interrupted after that."""
+    """Returns whether an earlier attempt that left records had saved all weights before it was interrupted."""
     if (out / PROGRESS_FILE).exists():
         return False
     try:

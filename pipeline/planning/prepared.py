@@ -120,7 +120,7 @@ def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
         parts = (run.model, run.data, run.evaluate)
         shared = json.dumps([run.stages, run.expand.module, *(part.model_dump_json() for part in parts)])
         if shared not in found:
-            if not run.only_looks:
+            if not run.is_read_only:
                 _create_output_dir(run)
             found[shared] = _look_up(run)
         prepared.append(_with_graph(run, found[shared]))
@@ -131,7 +131,7 @@ def _with_graph(run: Settings, inputs: FoundInputs) -> PreparedRun:
     run = run.model_copy(update={"model": inputs.model, "data": inputs.data})
     prepared = PreparedRun(run, inputs, build_graph(run, inputs.identities))
     source = inputs.source
-    if inputs.config or source is None or run.only_looks or not prepared.missing:
+    if inputs.config or source is None or run.is_read_only or not prepared.missing:
         return prepared
     # The config of a GGUF file on the Hub is inside that file. Fetch it only now that something is to be built.
     config, failure = _attempt(lambda: config_of(source))
@@ -208,7 +208,7 @@ def _identify(
     memo = Path(run.output_dir) / "artifacts" / FINGERPRINTS_FILE
     # A plan reads no file only to hash it.
     fingerprints = (
-        RememberedFingerprints(memo) if run.action == "plan" else Fingerprints(memo, writes=not run.only_looks)
+        RememberedFingerprints(memo) if run.action == "plan" else Fingerprints(memo, writes=not run.is_read_only)
     )
     # One after another, because all of them update the same file of remembered fingerprints.
     identities = dict.fromkeys(("model", *PURPOSES), UNKNOWN)
@@ -249,7 +249,7 @@ def _find_source_and_config(run: Settings) -> _FoundModel:
     source = resolve(run.model)
     if source.gguf_file is not None and source.directory is None:
         return _FoundModel(source)  # its config is inside the file, which would have to be downloaded
-    config, failure = _attempt(lambda: config_of(source, keep=not run.only_looks))
+    config, failure = _attempt(lambda: config_of(source, keep=not run.is_read_only))
     return _FoundModel(source, config or {}, failure)
 
 

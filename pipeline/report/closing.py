@@ -18,7 +18,7 @@ _COLORS = {MARKS[Verdict.BETTER]: "green", MARKS[Verdict.WORSE]: "red"}
 
 
 def closing_table(report: Path) -> RichTable:
-    """Scores by target with one standard error, one line per run, task and metric.
+    """Tabulates scores by target with one standard error, one line per run, task and metric.
 
     Args:
         report: the directory of a report that was written.

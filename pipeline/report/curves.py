@@ -18,7 +18,7 @@ class Curve:
     """One run's held-out losses in one training stage.
 
     Attributes:
-        label: how plots and tables call the run.
+        label: the run's name in plots and tables.
         points: as in training.json, sorted by fraction of the steps.
     """
 
@@ -39,7 +39,7 @@ class Curve:
 
 
 def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
-    """The curve of every run that has at least two measurements in the stage."""
+    """Returns the curve of every run that has at least two measurements in the stage."""
     names = labels(runs)
     found = []
     for run in runs:
@@ -50,7 +50,7 @@ def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
 
 
 def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
-    """The base model's loss on the same blocks, or None if no run shows it.
+    """Returns the base model's loss on the same blocks, or None if no run shows it.
 
     The base itself is not measured. Its loss is the first one of a run whose expanded model was verified to compute the
     same logits as the base.
@@ -63,17 +63,17 @@ def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
 
 
 def perplexity(point: dict[str, Any]) -> float:
-    """exp of the mean loss per token, in the model's own tokens; capped where a float would overflow."""
+    """Returns exp of the mean loss per token, in the model's own tokens; capped where a float would overflow."""
     return math.exp(min(point["loss"], LARGEST_EXPONENT))
 
 
 def common_budget(found: Sequence[Curve], axis: str) -> float:
-    """The largest value of ``axis`` (tokens, flops or seconds) that every curve reaches."""
+    """Returns the largest value of ``axis`` (tokens, flops or seconds) that every curve reaches."""
     return min(curve.last[axis] for curve in found)
 
 
 def loss_at(curve: Curve, axis: str, budget: float) -> float:
-    """The held-out loss at ``budget`` of ``axis``, interpolated linearly between the neighboring measurements.
+    """Returns the held-out loss at ``budget`` of ``axis``, interpolated linearly between the neighboring measurements.
 
     Raises:
         ValueError: the curve does not reach the budget.

@@ -1,9 +1,9 @@
-"""When a difference between two scores counts.
+"""Differences between scores, and the rule that decides whether a difference counts.
 
 A difference counts when it exceeds two of its standard errors and at least six documents changed. Two models are scored
 on the same documents, so the standard error is taken over the differences per document (Miller 2024, Adding Error Bars
 to Evals, section 4.2). Most documents are easy or hard for both models, and what the models have in common cancels: the
-paired error is usually far below sqrt(se1² + se2²), the error for independent scores. The latter is used only where
+paired error is usually far below sqrt(se1² + se2²), the error for independent scores. The latter is used only if
 there are no pairs.
 """
 
@@ -29,7 +29,7 @@ ScoredModel = tuple[str, str]  # run, target
 
 
 class Verdict(StrEnum):
-    """What a difference shows."""
+    """The conclusion from a difference."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -71,7 +71,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What the difference shows, by the rule at the top of this module."""
+        """The conclusion, by the rule at the top of this module."""
         if math.isclose(self.before["value"], self.after["value"], rel_tol=ROUNDING):
             return Verdict.SAME
         if self.stderr is None:
@@ -90,7 +90,7 @@ class Difference:
 
 
 def leader(results: Sequence[Result | None]) -> Result | None:
-    """The result with the best value, by however little; None for an unknown direction or fewer than two results."""
+    """Returns the best result, however small its lead; None for an unknown direction or fewer than two results."""
     present = [result for result in results if result is not None]
     sign = direction(present[0]["metric"]) if present else 0
     return max(present, key=lambda result: sign * result["value"]) if sign and len(present) > 1 else None
@@ -128,7 +128,7 @@ class _DocumentScores:
 
 
 def compared_models(models: Iterable[ScoredModel]) -> Iterator[tuple[ScoredModel, ScoredModel]]:
-    """The pairs that a report compares, in the order of ``models``.
+    """Yields the pairs that a report compares, in the order of ``models``.
 
     These are all models of one run, all runs' models of one target, and every model with the first run's base.
     """
@@ -139,7 +139,7 @@ def compared_models(models: Iterable[ScoredModel]) -> Iterator[tuple[ScoredModel
 
 
 def paired_differences(runs: Sequence[RunArtifacts]) -> list[PairedDifference]:
-    """The differences between all compared models that were scored on the same documents.
+    """Returns the differences between all compared models that were scored on the same documents.
 
     A score that its documents' values do not reproduce is left out, such as a mean over tasks of unequal sizes.
     """
@@ -176,7 +176,7 @@ def _paired_difference(
 
 
 def _document_scores(run: RunArtifacts, target: str) -> Iterator[tuple[str, str, _DocumentScores]]:
-    """The scores of one model that its documents' values reproduce, by task and metric."""
+    """Yields the scores of one model that its documents' values reproduce, by task and metric."""
     kept, evaluation = run.samples(target), run.evaluation(target)
     assert evaluation is not None
     for row in evaluation["rows"]:
@@ -187,7 +187,7 @@ def _document_scores(run: RunArtifacts, target: str) -> Iterator[tuple[str, str,
 
 
 def _samples_of(tasks: Mapping[str, Samples], metric: str) -> tuple[str, list[Any]]:
-    """The values per document of one task, or of all tasks of a group together, and an identifier of the documents.
+    """Returns an identifier of the documents of one task, or of all tasks of a group, and the values per document.
 
     The values are empty if some are missing or of another kind.
     """

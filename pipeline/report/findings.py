@@ -1,4 +1,4 @@
-"""What a run or a sweep shows, in sentences made of its numbers, and what a reader must not conclude from them."""
+"""The report's sentences: what the numbers of a run or a sweep show, and what must not be concluded from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns abo
 
 
 def primary_metrics(scores: Scores) -> list[tuple[str, str]]:
-    """One (task, metric) per task, in the order of the evaluation."""
+    """Returns one (task, metric) per task, in the order of the evaluation."""
     tasks: dict[str, list[str]] = {}
     for task, metric in scores.task_metrics():
         tasks.setdefault(task, []).append(metric)
@@ -34,14 +34,14 @@ def primary_metrics(scores: Scores) -> list[tuple[str, str]]:
 
 
 def title(runs: Sequence[RunArtifacts]) -> str:
-    """The report's first line."""
+    """Returns the report's first line."""
     if len(runs) > 1:
         return f"{sweep_name(runs)}: {len(runs)} runs side by side"
     return f"{runs[0].name}: {_growth(runs[0])}"
 
 
 def sweep_name(runs: Sequence[RunArtifacts]) -> str:
-    """What the runs' names have in common up to their last slash."""
+    """Returns what the runs' names have in common up to their last slash."""
     stems = {run.name.rpartition("/")[0] for run in runs}
     return stems.pop() if len(stems) == 1 and stems != {""} else "sweep"
 
@@ -57,7 +57,7 @@ def _growth(run: RunArtifacts) -> str:
 
 
 def headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
-    """The report's first paragraph: the outcome in a few sentences."""
+    """Returns the report's first paragraph: the outcome in a few sentences."""
     return _sweep_headline(runs, scores) if len(runs) > 1 else _run_headline(runs[0], scores)
 
 
@@ -78,10 +78,10 @@ def _run_headline(run: RunArtifacts, scores: Scores) -> str:
 
 
 def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:
-    """The target by which runs are compared.
+    """Returns the target by which runs are compared.
 
-    This is the pre-trained model, because tuning is for conversations, or else the last model of which all runs have
-    scores.
+    This is the pre-trained model if all runs have scored it, because tuning optimizes for conversations. Otherwise it
+    is the last target that all runs have scored.
     """
     targets = [target for target in TARGET_NAMES if all(target in scores.targets(run.name) for run in runs)]
     return "pretrain" if "pretrain" in targets else targets[-1] if targets else "load"
@@ -118,7 +118,7 @@ def _difference(scores: Scores, run: str, before: str, after: str, task_metric: 
 
 
 def outcome(difference: Difference) -> str:
-    """``general-English minimal pairs 81.4 % → 80.9 % (−0.5 points, within noise)``."""
+    """Returns, for example, ``general-English minimal pairs 81.4 % → 80.9 % (−0.5 points, within noise)``."""
     metric, task = difference.after["metric"], difference.after["task"]
     before, after = number(metric, difference.before["value"]), number(metric, difference.after["value"])
     what = escape(task_name(task)) + ("" if metric in SHARES else f", {_spoken(metric)}")
@@ -146,7 +146,7 @@ def _sweep_headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
 
 
 def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> list[str]:
-    """One sentence per task: which run has the best value, and which runs are within noise of it."""
+    """Returns one sentence per task: which run has the best value, and which runs are within noise of it."""
     names = labels(runs)
     found = []
     for task, metric in primary_metrics(scores):
@@ -177,7 +177,7 @@ def _lead_sentence(scores: Scores, first: Result, line: Sequence[Result | None],
 
 
 def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
-    """What a reader must not conclude from the report's numbers."""
+    """Returns sentences about what must not be concluded from the report's numbers."""
     return [
         _seed_caveat(runs),
         "A difference counts if it exceeds two of its standard errors and at least six documents changed. Both models "

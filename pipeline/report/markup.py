@@ -46,37 +46,37 @@ class Table:
 
 
 def escape(text: object) -> str:
-    """Escapes outside text, such as the names of runs, tasks and metrics, so that it does not act as Markdown."""
+    """Escapes external text, such as the names of runs, tasks and metrics, so that it is not parsed as Markdown."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", str(text))
 
 
 def bold(text: str) -> str:
-    """Strong emphasis."""
+    """Formats strong emphasis."""
     return f"**{text}**"
 
 
 def emphasis(text: str) -> str:
-    """Emphasis, which the HTML page shows in gray inside tables."""
+    """Formats emphasis, which the HTML page shows in gray inside tables."""
     return f"*{text}*"
 
 
 def bullets(items: Iterable[str]) -> str:
-    """A bulleted list."""
+    """Formats a bulleted list."""
     return "\n".join(f"- {item}" for item in items)
 
 
 def code(text: str, language: str = "") -> str:
-    """A fenced code block."""
+    """Formats a fenced code block."""
     return f"```{language}\n{text}\n```"
 
 
 def image(file: str, caption: str) -> str:
-    """An image file beside the report, with its caption below."""
+    """Formats an image file beside the report, with its caption below."""
     return f"![{caption}]({file})\n\n{emphasis(caption)}"
 
 
 def table(content: Table) -> str:
-    """A pipe table, padded so that the Markdown source is readable as well."""
+    """Formats a pipe table, padded so that the Markdown source is readable as well."""
     lines = [content.columns, *content.rows]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(content.columns))]
     rule = [

@@ -1,4 +1,4 @@
-"""How a metric's value is read and printed: which direction is better, units, errors and names."""
+"""The interpretation and formatting of metrics: which direction is better, units, errors and names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PREFERRED = (*PERPLEXITIES, "acc", "exact_match", "acc_norm")
 
 
 def task_name(task: str) -> str:
-    """``held-out corpus text``, or ``held-out corpus text of data.corpus.1`` for one of several sources."""
+    """Returns ``held-out corpus text``, with ``of data.corpus.1`` for one of several sources."""
     name, _, source = task.partition("/")
     if name not in TASK_NAMES:
         return task
@@ -27,30 +27,30 @@ def task_name(task: str) -> str:
 
 
 def target_name(target: str) -> str:
-    """``pre-trained``, or ``pre-trained, 20 %`` for a snapshot."""
+    """Returns ``pre-trained``, or ``pre-trained, 20 %`` for a snapshot."""
     stage, _, share = target.rstrip("%").partition("@")
     return f"{TARGET_NAMES[stage]}, {share} %" if share else TARGET_NAMES[stage]
 
 
 def direction(metric: str) -> int:
-    """+1 if higher is better, -1 if lower is better, 0 if the metric is not known here."""
+    """Returns +1 if higher is better, -1 if lower is better, 0 if the metric is not known here."""
     if metric in SHARES:
         return 1
     return -1 if metric in LOWER_IS_BETTER else 0
 
 
 def preferred(metrics: list[str]) -> str:
-    """The main metric of a task, which sentences and plots use."""
+    """Returns the main metric of a task, which sentences and plots use."""
     return min(metrics, key=lambda metric: _PREFERRED.index(metric) if metric in _PREFERRED else len(_PREFERRED))
 
 
 def number(metric: str, value: float) -> str:
-    """A value as printed: shares in percent with one decimal, other metrics with four significant digits."""
+    """Formats a value: shares in percent with one decimal, other metrics with four significant digits."""
     return f"{100 * value:.1f} %" if metric in SHARES else significant(value)
 
 
 def with_error(metric: str, value: float, stderr: float | None) -> str:
-    """``81.2 ± 1.1 %`` or ``26.61 ± 0.40``: a value and one standard error, to the error's two leading digits."""
+    """Formats a value and one standard error, such as ``81.2 ± 1.1 %``, or ``26.61 ± 0.40`` with two leading digits."""
     if stderr is None:
         return number(metric, value)
     if metric in SHARES:
@@ -60,7 +60,7 @@ def with_error(metric: str, value: float, stderr: float | None) -> str:
 
 
 def signed(metric: str, value: float, stderr: float | None) -> str:
-    """A difference as printed: ``−0.5 ± 2.1 points`` for shares, otherwise with the decimals of its error."""
+    """Formats a difference: ``−0.5 ± 2.1 points`` for shares, otherwise with the decimals of its error."""
     if metric in SHARES:
         error = "" if stderr is None else f" ± {100 * stderr:.1f}"
         return f"{100 * value:+.1f}{error} points".replace("-", "−")
@@ -69,12 +69,12 @@ def signed(metric: str, value: float, stderr: float | None) -> str:
 
 
 def significant(value: float) -> str:
-    """Four significant digits, without an exponent below a million."""
+    """Formats four significant digits, without an exponent below a million."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.4g}".removesuffix(".")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Formats seconds as ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """Tokens or parameters as ``81,920``, ``28.3 M``, ``8.03 B``."""
+    """Formats tokens or parameters as ``81,920``, ``28.3 M``, ``8.03 B``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {letter}"
@@ -92,12 +92,12 @@ def count(value: float) -> str:
 
 
 def memory(bytes_: float) -> str:
-    """Bytes as ``1.52 GiB``."""
+    """Formats bytes as ``1.52 GiB``."""
     return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
 
 
 def scientific(value: float) -> str:
-    """FLOPs as ``1.3×10¹⁴``."""
+    """Formats FLOPs as ``1.3×10¹⁴``."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 

@@ -56,7 +56,7 @@ def figure(path: Path, height: float) -> Iterator[Figure]:
 
 
 def colors(runs: Sequence[RunArtifacts]) -> dict[str, str]:
-    """The color of each run by name: its method's, or a spare one if methods repeat or a method has none."""
+    """Returns the color of each run by name: its method's, or a spare one if methods repeat or have none."""
     methods = [run.method for run in runs]
     distinct = len(set(methods)) == len(methods)
     spare = iter(SPARE_COLORS * (1 + len(runs) // len(SPARE_COLORS)))

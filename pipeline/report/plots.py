@@ -85,7 +85,7 @@ def _loss_panel(axes: Axes, found: Sequence[Curve], axis: str, palette: dict[str
 
 
 def _unit(axis: str, longest: float) -> tuple[float, str]:
-    """The unit of an axis: a divisor for its values, and the title."""
+    """Returns the unit of an axis: a divisor for its values, and the title."""
     if axis != "seconds":
         return 1.0, AXES[axis]
     scale, unit = (1.0, "seconds") if longest < 180 else (60.0, "minutes") if longest < 3 * 3600 else (3600.0, "hours")

@@ -35,7 +35,7 @@ class Result(TypedDict):
 
 
 def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
-    """All results of all runs: per run the scores first, then held-out losses, then costs."""
+    """Returns all results of all runs: per run the scores first, then held-out losses, then costs."""
     return [result for run in runs for part in (_scores, _held_out_losses, _costs) for result in part(run)]
 
 

@@ -33,20 +33,20 @@ class RunArtifacts:
     directories: Mapping[str, Path]
 
     def read(self, role: str, file: str) -> Any | None:
-        """The contents of a JSON file of an artifact, or None if the run has no such artifact."""
+        """Returns the contents of a JSON file of an artifact, or None if the run has no such artifact."""
         directory = self.directories.get(role)
         return None if directory is None else read_json(directory / file)
 
     def manifest(self, role: str) -> dict[str, Any] | None:
-        """Key, settings, seconds, peak memory and packages, as ``driver/run.py`` recorded them."""
+        """Returns key, settings, seconds, peak memory and packages, as ``driver/run.py`` recorded them."""
         return self.read(role, "manifest.json")
 
     def evaluation(self, target: str) -> dict[str, Any] | None:
-        """The scores of one model, under ``rows``. ``target`` is as in results.json."""
+        """Returns the scores of one model, under ``rows``. ``target`` is as in results.json."""
         return self.read(Target.parse(target).role, "evaluation.json")
 
     def samples(self, target: str) -> dict[str, dict[str, Samples]]:
-        """The values per document that the evaluation of one model kept.
+        """Returns the values per document that the evaluation of one model kept.
 
         Returns:
             By the task of a score, the samples of each task that the score is computed from: the task itself, or all
@@ -60,7 +60,7 @@ class RunArtifacts:
         return found
 
     def scored_targets(self) -> list[str]:
-        """The models that were scored, from base to tuned, snapshots included."""
+        """Returns the models that were scored, from base to tuned, snapshots included."""
         named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/")]
         return list(map(str, sorted(named, key=lambda target: target.order)))
 
@@ -69,18 +69,18 @@ class RunArtifacts:
         return self.read(stage, "training.json")
 
     def expansion(self) -> dict[str, Any] | None:
-        """Which layers are new and where they come from."""
+        """Returns which layers are new and where they come from."""
         return self.read("expand", "expansion.json")
 
     @property
     def method_title(self) -> str:
-        """The method's name in prose."""
+        """The method's display name."""
         recorded = (self.expansion() or {}).get("title")
         return recorded or title_of(self.method)
 
     @property
     def method_color(self) -> str | None:
-        """The method's color in plots, or None if it does not have one."""
+        """The method's color in plots, or None if it has none."""
         method = built_in_method(self.method)
         recorded: str | None = (self.expansion() or {}).get("color")
         return recorded or (None if method is None else method.color)
@@ -91,12 +91,12 @@ class RunArtifacts:
         return [layer["layer"] for layer in expansion["layers"] if layer["new"]]
 
     def keeps_logits(self) -> bool:
-        """Whether the expansion stage verified that the expanded model's logits equal the base model's."""
+        """Returns whether the expansion stage verified that the expanded model's logits equal the base model's."""
         manifest = self.manifest("expand")
         return manifest is not None and manifest["metrics"]["check"]["logit_difference"] is not None
 
     def training_steps(self, stage: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl with a training loss, sorted by step; empty if the stage did not run."""
+        """Returns the lines of metrics.jsonl with a training loss, sorted by step; empty if the stage did not run."""
         directory = self.directories.get(stage)
         if directory is None:
             return []
@@ -105,14 +105,14 @@ class RunArtifacts:
 
 
 def roles(runs: Sequence[RunArtifacts]) -> list[str]:
-    """``ARTIFACT_ROLES``, followed by the scores of all runs' snapshots."""
+    """Returns ``ARTIFACT_ROLES``, followed by the scores of all runs' snapshots."""
     targets = {target for run in runs for target in run.scored_targets()} - set(MODEL_TARGETS)
     snapshots = sorted(map(Target.parse, targets), key=lambda target: target.order)
     return [*ARTIFACT_ROLES, *(target.role for target in snapshots)]
 
 
 def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:
-    """How tables and plots call each run, by its name: the method, or the run's own name if methods repeat."""
+    """Maps each run's name to its label in tables and plots: the method, or the run's name if methods repeat."""
     methods = [run.method for run in runs]
     if len(set(methods)) == len(methods):
         return {run.name: run.method_title for run in runs}
@@ -120,13 +120,13 @@ def labels(runs: Sequence[RunArtifacts]) -> dict[str, str]:
 
 
 def title_of(method: str) -> str:
-    """The name in prose of one of this repository's methods; any other name as it is."""
+    """Returns the display name of one of this repository's methods; any other name unchanged."""
     found = built_in_method(method)
     return method if found is None else found.title
 
 
 def layouts(runs: Sequence[RunArtifacts]) -> list[tuple[list[RunArtifacts], dict[str, Any]]]:
-    """The runs that added layers, grouped by where their layers come from.
+    """Returns the runs that added layers, grouped by where their layers come from.
 
     Returns:
         For each group its runs and the contents of the first run's expansion.json.
@@ -146,7 +146,7 @@ TIMED_STAGES = tuple(dict.fromkeys(role.partition("/")[0] for role in ARTIFACT_R
 
 
 def seconds_by_stage(run: RunArtifacts) -> dict[str, float]:
-    """Seconds that building each stage's artifacts took; several artifacts (tokenize, evaluate) are added up."""
+    """Returns how long building each stage's artifacts took; several artifacts (tokenize, evaluate) are added up."""
     seconds: dict[str, float] = {}
     for role in roles([run]):
         manifest = run.manifest(role)
@@ -157,7 +157,7 @@ def seconds_by_stage(run: RunArtifacts) -> dict[str, float]:
 
 
 def is_shared(runs: Sequence[RunArtifacts], stage: str) -> bool:
-    """Whether all runs use the same artifacts of a stage, so that its time was spent once."""
+    """Returns whether all runs use the same artifacts of a stage, so that its time was spent once."""
     keys = [
         [
             manifest["key"]

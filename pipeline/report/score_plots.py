@@ -65,7 +65,7 @@ def _score_panel(axes: Axes, runs: Sequence[RunArtifacts], scores: Scores, task_
 
 
 def _drawn_targets(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
-    """The four stages' models and the snapshots of all runs, in order."""
+    """Returns the four stages' models and the snapshots of all runs, in order."""
     scored = {target for run in runs for target in scores.all_targets(run.name)}
     return sorted(scored | set(MODEL_TARGETS), key=lambda target: Target.parse(target).order)
 

@@ -28,34 +28,34 @@ class Scores:
                 self._paired[one, other, pair["task"], pair["metric"]] = pair
 
     def get(self, run: str, target: str, task_metric: tuple[str, str]) -> Result | None:
-        """The result for a (task, metric), or None if it was not scored."""
+        """Returns the result for a (task, metric), or None if it was not scored."""
         return self._results.get((run, target, *task_metric))
 
     def task_metrics(self) -> list[tuple[str, str]]:
-        """Every (task, metric) that was scored, in the order of the evaluation."""
+        """Returns every (task, metric) that was scored, in the order of the evaluation."""
         return list(dict.fromkeys((task, metric) for _, _, task, metric in self._results))
 
     def targets(self, run: str) -> list[str]:
-        """The finished models of a run that were scored, from base to tuned."""
+        """Returns the finished models of a run that were scored, from base to tuned."""
         return [target for target in self.all_targets(run) if target in MODEL_TARGETS]
 
     def all_targets(self, run: str) -> list[str]:
-        """The scored models of a run, snapshots included, from base to tuned."""
+        """Returns the scored models of a run, snapshots included, from base to tuned."""
         scored = {target for name, target, _, _ in self._results if name == run}
         return sorted(scored, key=lambda target: Target.parse(target).order)
 
     def difference(self, before: Result, after: Result) -> Difference:
-        """The difference of two results for one task and metric, with the error over pairs of documents if known."""
+        """Returns the difference of two results for one task and metric, with the error over pairs if known."""
         models = (before["run"], before["target"]), (after["run"], after["target"])
         pair = self._paired.get((*models, after["task"], after["metric"]))
         return Difference(before, after) if pair is None else Difference(before, after, pair["stderr"], pair["changed"])
 
     def mark(self, base: Result | None, result: Result) -> str:
-        """How a result compares with the base, as a sign of ``differences.MARKS``; empty for the base itself."""
+        """Compares a result with the base. Returns one of ``differences.MARKS``; empty for the base itself."""
         return "" if base is None or base is result else self.difference(base, result).mark
 
     def best(self, results: Sequence[Result | None]) -> Result | None:
-        """The result that is better than every other beyond noise, if there is one."""
+        """Returns the result that is better than every other beyond noise, if there is one."""
         present = [result for result in results if result is not None]
         for result in present:
             others = [other for other in present if other is not result]
@@ -64,7 +64,7 @@ class Scores:
         return None
 
     def unpaired(self) -> list[tuple[str, str]]:
-        """Every (task, metric) for which two compared models have standard errors but no error over pairs."""
+        """Returns every (task, metric) for which two compared models have standard errors but no error over pairs."""
         with_error = [key for key, result in self._results.items() if result["stderr"] is not None]
         return [
             (task, metric)
@@ -76,7 +76,7 @@ class Scores:
         ]
 
     def shared_base(self, runs: Sequence[str]) -> bool:
-        """Whether the base models of all runs have the same scores."""
+        """Returns whether the base models of all runs have the same scores."""
         task_metrics = self.task_metrics()
         bases = [[self._base_value(run, task_metric) for task_metric in task_metrics] for run in runs]
         return all(base == bases[0] for base in bases) and any(value is not None for value in bases[0])

@@ -28,14 +28,14 @@ PUBLISHED_FILE = Path(__file__).with_name("published.json")
 
 
 def leaders(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
-    """For a sweep: the best method on each task, and whether its lead exceeds noise."""
+    """For a sweep, lists the best method on each task, and whether its lead exceeds noise."""
     target = final_target(scores, runs)
     found = lead_findings(scores, runs, target)
     return [f"## Best method per task ({TARGET_NAMES[target]} models)", bullets(found)] if found else []
 
 
 def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[str, str]) -> list[str]:
-    """One run's scores by target; a sweep's scores by method for each target, then by target for each run."""
+    """Shows one run's scores by target; for a sweep, scores by method for each target, then by target for each run."""
     if not scores.task_metrics():
         return []
     blocks = ["## Scores", *_picture(figures, "scores")]
@@ -61,7 +61,7 @@ def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[
 
 
 def training(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
-    """Held-out losses, also at equal budgets, and what was trained."""
+    """Shows held-out losses, also at equal budgets, and what was trained."""
     found = curves(runs, "pretrain")
     blocks: list[str] = []
     if found:
@@ -86,7 +86,7 @@ def _curve_blocks(found: Sequence[Curve]) -> list[str]:
 
 
 def layer_origins(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
-    """Which layers are new, which base layers they are made from, and what the expansion stage verified."""
+    """Lists the new layers, the base layers they are made from, and what the expansion stage verified."""
     lines = []
     for alike, expansion in layouts(runs):
         origins = ", ".join(
@@ -116,7 +116,7 @@ def _expansion_notes(runs: Sequence[RunArtifacts]) -> list[str]:
 
 
 def cost(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
-    """Seconds and memory by stage."""
+    """Shows seconds and memory by stage."""
     totals = [
         f"{escape(labels(runs)[run.name])} {duration(sum(seconds_by_stage(run).values()))}"
         for run in runs
@@ -130,7 +130,7 @@ def cost(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
 
 
 def reproduction(runs: Sequence[RunArtifacts]) -> list[str]:
-    """Commit, packages and every stage's settings, once for all runs that share them."""
+    """Lists commit, packages and every stage's settings, once for all runs that share them."""
     names = labels(runs)
     users: dict[tuple[str, str], list[str]] = {}
     environments: dict[str, None] = {}
@@ -153,7 +153,7 @@ def _environment(manifest: Mapping[str, Any]) -> str:
 
 
 def _picture(figures: Mapping[str, str], name: str) -> list[str]:
-    """The figure with its caption, if it was drawn."""
+    """Returns the figure with its caption, if it was drawn."""
     return [image(f"{name}.png", figures[name])] if name in figures else []
 
 
@@ -161,7 +161,7 @@ def _picture(figures: Mapping[str, str], name: str) -> list[str]:
 
 
 def published_results(runs: Sequence[RunArtifacts]) -> list[str]:
-    """The papers' results for the same base model, depth and method, each in a table of its own."""
+    """Shows the papers' results for the same base model, depth and method, each in a separate table."""
     blocks: list[str] = []
     for setup in matching_setups(runs):
         blocks += [
@@ -177,7 +177,7 @@ def published_results(runs: Sequence[RunArtifacts]) -> list[str]:
 
 
 def matching_setups(runs: Iterable[RunArtifacts]) -> list[dict[str, Any]]:
-    """The published setups that share base model, depth and method with one of the runs."""
+    """Returns the published setups that share base model, depth and method with one of the runs."""
     runs = list(runs)
     return [setup for setup in read_json(PUBLISHED_FILE) if any(_is_setup_of(setup, run) for run in runs)]
 
@@ -193,7 +193,7 @@ def _is_setup_of(setup: Mapping[str, Any], run: RunArtifacts) -> bool:
 
 
 def _config_value(config: Mapping[str, Any], name: str) -> Any:
-    """One value of a model's config."""
+    """Returns one value of a model's config."""
     if name == "rope_type":  # all that distinguishes the configs of Llama 3 and 3.1; newer configs moved it
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         return rope.get("rope_type", "default")

@@ -42,7 +42,7 @@ MISSING = "–"
 
 
 def score_table(scores: Scores, run: str) -> Table:
-    """Tasks by targets of one run, snapshots included."""
+    """Tabulates tasks by targets of one run, snapshots included."""
     targets = scores.all_targets(run)
     rows = []
     for task_metric in scores.task_metrics():
@@ -53,7 +53,7 @@ def score_table(scores: Scores, run: str) -> Table:
 
 
 def method_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
-    """Tasks by methods for one target, preceded by the base if all runs share it."""
+    """Tabulates tasks by methods for one target, preceded by the base if all runs share it."""
     names = labels(runs)
     with_base = scores.shared_base([run.name for run in runs])
     rows = []
@@ -90,7 +90,7 @@ def _score_cell(result: Result, mark: str, is_best: bool) -> str:
 
 
 def difference_table(scores: Scores, run: str) -> Table:
-    """What each stage of one run changed, and what all stages changed together."""
+    """Tabulates what each stage of one run changed, and what all stages changed together."""
     targets = scores.targets(run)
     steps = [step for step in STEPS if set(step) <= set(targets)]
     rows = [
@@ -105,7 +105,7 @@ def difference_table(scores: Scores, run: str) -> Table:
 
 
 def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
-    """The difference of every method from the one with the best value. "Within noise" means that the order is open."""
+    """Tabulates the difference of every method from the best one. "Within noise" means that the order is open."""
     names = labels(runs)
     rows = []
     for task_metric in scores.task_metrics():
@@ -137,7 +137,7 @@ def _difference_cell(scores: Scores, before: Result | None, after: Result | None
 
 
 def curve_table(found: Sequence[Curve]) -> Table:
-    """Held-out loss and perplexity at every measured fraction of the training steps."""
+    """Tabulates held-out loss and perplexity at every measured fraction of the training steps."""
     fractions = sorted({point["fraction"] for curve in found for point in curve.points})
     rows = []
     for fraction in fractions:
@@ -149,7 +149,7 @@ def curve_table(found: Sequence[Curve]) -> Table:
 
 
 def budget_table(found: Sequence[Curve]) -> Table:
-    """Held-out loss at the largest budgets of tokens, of FLOPs and of seconds that all runs reach."""
+    """Tabulates held-out loss at the largest budgets of tokens, FLOPs and seconds that all runs reach."""
     axes = {"tokens": count, "flops": scientific, "seconds": duration}
     budgets = {axis: common_budget(found, axis) for axis in axes}
     heads = [f"at {form(budgets[axis])}{_UNITS[axis]}" for axis, form in axes.items()]
@@ -166,7 +166,7 @@ _UNITS = {"tokens": " tokens", "flops": " FLOPs", "seconds": ""}
 
 
 def training_table(runs: Sequence[RunArtifacts]) -> Table:
-    """Trained parameters, amount of data, compute and speed of every training stage."""
+    """Tabulates trained parameters, amount of data, compute and speed of every training stage."""
     names, rows = labels(runs), []
     for run in runs:
         for stage in TRAINING_STAGES:
@@ -207,7 +207,7 @@ def _training_cells(training: dict[str, Any]) -> list[str]:
 
 
 def artifact_table(runs: Sequence[RunArtifacts]) -> Table:
-    """Every artifact once: its build time, peak memory and key, and in a sweep the runs that use it."""
+    """Tabulates every artifact once: its build time, peak memory and key, and in a sweep the runs that use it."""
     names = labels(runs)
     users: dict[tuple[str, str], list[str]] = {}
     manifests = {}

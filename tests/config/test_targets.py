@@ -20,7 +20,7 @@ def test_parsing_a_target_reverses_formatting_it(text: str, stage: str, fraction
 
 @pytest.mark.parametrize("text", ["pretrian", "load@20%", "pretrain@20", "pretrain@-1%", "pretrain@0%", "sft@100%"])
 def test_an_invalid_target_is_refused(text: str):
-    with pytest.raises(ValueError, match="say expand for 0 %|say pretrain for 0 %|must be one of load, expand"):
+    with pytest.raises(ValueError, match="use expand for 0 %|use pretrain for 0 %|must be one of load, expand"):
         Target.parse(text)
 
 
