@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny random models, data and settings. They need neither a network nor real weights."""
+"""Fixtures shared by all tests: tiny random models, data and settings, without a network or real weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TINY_TEXT = [
 
 
 def pytest_configure() -> None:
-    """The first process of a run makes the stand-in for Python that it shares with its xdist workers."""
+    """Creates the replacement for the interpreter in the first process, which shares it with its xdist workers."""
     if warm.VARIABLE not in os.environ:
         os.environ[warm.VARIABLE] = str(warm.install())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_processes() -> Iterator[None]:
-    """Stages, launchers and ranks that this process starts skip their imports; see ``tests.warm``."""
+    """Makes stages, launchers and ranks that this process starts skip their imports; see ``tests.warm``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", os.environ[warm.VARIABLE])
         yield
@@ -41,7 +41,7 @@ def warm_processes() -> Iterator[None]:
 
 @pytest.fixture
 def real_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this test starts are new interpreters, as in production."""
+    """Makes the test start new interpreters, as in production."""
     monkeypatch.setattr(sys, "executable", warm.REAL)
 
 

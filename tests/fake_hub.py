@@ -1,4 +1,4 @@
-"""A local Hugging Face Hub with one model: the part of the protocol that finding and downloading it needs."""
+"""A local Hugging Face Hub with one model: the part of the protocol that is needed to find and download the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracles of the tests: the arithmetic of the methods, written as plainly as possible from their descriptions."""
+"""Reference implementations of the methods' arithmetic, written as plainly as possible from their descriptions."""
 
 from __future__ import annotations
 

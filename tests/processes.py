@@ -11,7 +11,7 @@ from tests.warm import fork_of
 
 
 def children(pid: int) -> list[int]:
-    """Returns all living descendants of a process; a stand-in for Python is followed to its fork."""
+    """Returns all living descendants of a process. A warm client is followed to its fork."""
     return list(_tree(pid))[1:]
 
 
@@ -23,7 +23,7 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has exited. A zombie counts as exited."""
+    """Returns whether a process has exited. A zombie counts as exited."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:

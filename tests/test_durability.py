@@ -1,4 +1,4 @@
-"""What must survive a power failure is on disk before anything says that it is there."""
+"""Data that must survive a power failure is on disk before any file refers to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Event = tuple[str, Path]  # what was done, and to which path
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """Every fsync and every rename of this process, in order; a rename by its target."""
+    """Every fsync and rename of this process, in order. A rename is recorded by its target."""
     seen: list[Event] = []
     fsync, replace = os.fsync, os.replace
 
@@ -39,7 +39,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 
 def _flushed_before_rename(events: list[Event], target: Path) -> set[str]:
-    """Names of what was flushed before the directory got its name."""
+    """Returns the names of the files that were flushed before the directory was renamed."""
     return {path.name for what, path in events[: events.index(("rename", target))] if what == "fsync"}
 
 

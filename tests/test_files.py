@@ -1,4 +1,4 @@
-"""Atomic JSON, and what happens on real disks that are too small or fill up: one message, and no incomplete files."""
+"""Atomic JSON, and real disks that are too small or fill up: one message, and no incomplete files."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_log_lines_show_completed_units_note_and_numbers(log: io.StringIO, monke
         bar.move_to(2)
         bar.advance(2, note="mlp.up_proj predictor 3/10", loss=0.5)
     first, second = log.getvalue().splitlines()
-    assert first == "expand 2/8  0:00:00 elapsed"  # units of an earlier attempt do not count for the speed
+    assert first == "expand 2/8  0:00:00 elapsed"  # units of an earlier attempt do not affect the speed
     assert second == "expand 4/8  0:00:00 elapsed, 0:00:00 left  mlp.up_proj predictor 3/10  loss 0.5"
 
 

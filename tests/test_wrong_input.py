@@ -25,7 +25,7 @@ Arguments = list[str]
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the message of a refused command, which built nothing and which ``action=plan`` foretold."""
+    """Return the message of a refused command, which built nothing and which ``action=plan`` also listed."""
     planned = _first_blocker(capsys, *arguments)
     assert main(["+experiment=quickstart", *arguments]) == EXIT_REQUEST
     captured = capsys.readouterr()

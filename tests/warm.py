@@ -1,4 +1,4 @@
-"""Processes without the seconds of imports: a server imports everything once and forks what tests start.
+"""Starts processes without the seconds of imports: a server imports everything once and forks what tests start.
 
 Tests set ``sys.executable`` to ``tests.warm_client``, so that production code starts stages, torchrun and its ranks as
 always. Each is a process with real signals, pipes and exit statuses; it only skips ``import torch``. The first client
@@ -51,7 +51,7 @@ REQUEST_BYTES = 1 << 18
 
 
 def install() -> Path:
-    """Writes the client for this process and its xdist workers; gives its path, for ``sys.executable``."""
+    """Writes the client for this process and its xdist workers, and returns its path, for ``sys.executable``."""
     place = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     address = str(place / "server")
@@ -72,7 +72,7 @@ def install() -> Path:
 
 
 def fork_of(client: int) -> list[int]:
-    """The process that a client stands for; none where that process is no client."""
+    """Returns the process that a client represents, or an empty list if the process is not a client."""
     place = Path(os.environ[VARIABLE]).parent / str(client)
     return [int(os.readlink(place))] if place.is_symlink() else []
 
@@ -88,7 +88,7 @@ class Fork:
     watched: int  # a file descriptor that becomes readable when it ends
     client: socket.socket
     name: Path  # a link from the client's number to this one's
-    abandoned: bool = False  # the client is gone
+    abandoned: bool = False  # the client no longer exists
 
 
 class Server:
@@ -106,7 +106,7 @@ class Server:
         self._forks: set[Fork] = set()
 
     def serve(self) -> None:
-        """Until the owner ends."""
+        """Serves requests until the owner ends."""
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj in self._selector.get_map():  # not unregistered by an earlier event
@@ -152,7 +152,7 @@ class Server:
         self._forks.discard(fork)
 
     def _abandon(self, fork: Fork) -> None:
-        """The client was killed, and so is what it stands for."""
+        """Kills the fork of a client that was killed."""
         self._selector.unregister(fork.client)
         fork.client.close()
         fork.abandoned = True
@@ -164,7 +164,7 @@ class Server:
         os._exit(0)
 
     def _become(self, request: Mapping[str, Any], streams: list[int]) -> None:
-        """Runs the requested module in this fork; does not return."""
+        """Runs the requested module in this fork. Does not return."""
         status = 1
         try:
             for target, stream in enumerate(streams):
@@ -184,7 +184,7 @@ class Server:
 
 
 def _settle(request: Mapping[str, Any]) -> None:
-    """Makes this fork what a new interpreter would be."""
+    """Brings this fork into the state of a new interpreter."""
     os.setsid()
     os.chdir(request["directory"])
     os.environ.clear()
@@ -206,7 +206,7 @@ def _settle(request: Mapping[str, Any]) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """What ``python -m MODULE ...`` does; returns its exit status."""
+    """Does what ``python -m MODULE ...`` does, and returns the exit status."""
     _, module, *rest = arguments
     for name in (module, f"{module}.__main__"):
         if name != "pipeline" and name != "pipeline.stages":
@@ -232,7 +232,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def main(address: str, owner: int) -> None:
-    """Imports, listens, says so, and serves."""
+    """Imports the modules, listens, reports readiness, and serves requests."""
     sys.path[0] = str(ROOT)
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for name in IMPORTED:

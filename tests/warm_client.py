@@ -1,4 +1,4 @@
-"""Stands in for ``sys.executable`` in tests: has a warm server run ``-m MODULE`` in a fork, and else starts Python.
+"""Replaces ``sys.executable`` in tests: lets a warm server run ``-m MODULE`` in a fork, and otherwise starts Python.
 
 ``tests.warm`` writes this file with a first line and its constants to a temporary directory. Only built-in modules are
 imported, so that it starts in ten milliseconds. The process behaves as the interpreter would: signals are passed on,
@@ -12,15 +12,15 @@ import sys
 
 REAL = sys.executable  # the interpreter; what follows is replaced in the written file
 ADDRESS = ""  # of the server
-START: tuple[str, ...] = ()  # the command that starts it
-MODULES: tuple[str, ...] = ()  # whose forks are as good as interpreters
+START: tuple[str, ...] = ()  # the command that starts the server
+MODULES: tuple[str, ...] = ()  # modules that behave the same in a fork as in a new interpreter
 FIXED: dict[str, str | None] = {}  # environment variables that libraries read once, with the server's values
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def is_warm(arguments: list[str]) -> bool:
-    """Whether a fork of the server does what these arguments ask for."""
+    """Returns whether a fork of the server can run these arguments."""
     if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in MODULES:
         return False
     if any(os.path.exists(f"{place}/sitecustomize.py") for place in os.environ.get("PYTHONPATH", "").split(":")):
@@ -29,7 +29,7 @@ def is_warm(arguments: list[str]) -> bool:
 
 
 def connect() -> "socket.socket":
-    """A connection to the server, which is started if it does not answer."""
+    """Returns a connection to the server, which is started if it does not answer."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(ADDRESS)
@@ -40,7 +40,7 @@ def connect() -> "socket.socket":
 
 
 def start_server() -> None:
-    """Returns once the server listens, whoever started it."""
+    """Starts the server unless another client has, and returns once it listens."""
     import fcntl
 
     with open(ADDRESS + ".lock", "w") as lock:
@@ -62,7 +62,7 @@ def start_server() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs them in a fork and returns its exit status; a signal that ends the fork ends this process too."""
+    """Runs the arguments in a fork and returns its exit status. A signal that ends the fork also ends this process."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     connection = connect()
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]

@@ -83,7 +83,7 @@ def test_without_input_the_arrays_are_empty(tmp_path: Path) -> None:
     assert _read(tmp_path)["input_ids"].shape == (0, 8)
 
 
-def test_examples_are_packed_uncut_and_completely(tmp_path: Path) -> None:
+def test_all_examples_are_packed_without_truncation(tmp_path: Path) -> None:
     """Examples are read back from the blocks: each starts at position 0, and so does the padding."""
     draw = random.Random(1)
     length = 32
@@ -111,7 +111,7 @@ def test_examples_are_packed_uncut_and_completely(tmp_path: Path) -> None:
     assert used / (writer.blocks * length) > 0.9  # at most a tenth is padding
 
 
-def test_an_example_that_fills_a_block_exactly_is_put_there(tmp_path: Path) -> None:
+def test_an_example_that_fills_a_block_exactly_is_put_into_it(tmp_path: Path) -> None:
     with BlockWriter(tmp_path, "train", 10) as writer:
         packer = ExamplePacker(writer, 10, PADDING)
         for size in (6, 4, 10):

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are trained on, read back by decoding the tokens under the mask."""
+"""Which tokens of a conversation are trained on, verified by decoding the tokens under the mask."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
-# In the style of Qwen3: removes the thinking from an answer once another turn follows.
+# In the style of Qwen3: removes the reasoning from an answer once another turn follows.
 QWEN_3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -154,12 +154,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: TextTokenizer
         _tokenize(tokenizer, rewriting)
 
 
-def test_a_template_that_prints_the_date_yields_the_same_on_every_day(tokenizer: TextTokenizer) -> None:
+def test_a_template_that_prints_the_date_renders_the_same_text_every_day(tokenizer: TextTokenizer) -> None:
     dated = _tokenize(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN_TEMPLATE)
     assert tokenizer.inner.decode(dated.input_ids).startswith("26 Jul 2024")
 
 
-def test_a_model_without_template_is_refused_with_the_plain_one_as_remedy(tokenizer: TextTokenizer) -> None:
+def test_a_model_without_a_template_is_refused_and_the_plain_template_suggested(tokenizer: TextTokenizer) -> None:
     bare = copy.copy(tokenizer)
     bare.inner = copy.deepcopy(tokenizer.inner)
     bare.inner.chat_template = None

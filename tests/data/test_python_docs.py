@@ -35,7 +35,7 @@ def _harvested(**environment: str) -> bytes:
 
 
 def test_the_harvest_is_the_same_in_any_environment() -> None:
-    """Locale, home, secrets and hash seed do not enter it, although ``os.environ`` is a default of ``cgi.parse``."""
+    """Locale, home, secrets and hash seed do not affect it, although ``os.environ`` is a default of ``cgi.parse``."""
     plain = _harvested(PATH=os.environ["PATH"])
     other = _harvested(PATH="/bin", LC_ALL="C", HOME="/nowhere", COLUMNS="20", API_KEY="secret-key", PYTHONHASHSEED="7")
     assert plain == other
@@ -85,7 +85,7 @@ def test_related_modules_are_in_the_same_subset() -> None:
 
 
 def test_no_held_out_text_leaks_into_the_corpus() -> None:
-    """Neither by a re-export, nor a quotation in a topic, nor a repeated docstring."""
+    """Not by a re-export, a quotation in a topic, or a repeated docstring."""
     corpus = documents(held_out=False)
     seen = OverlapIndex(corpus)
     assert not [entry.name for entry in _entries_of("held_out") if seen.overlaps(entry.doc)]

@@ -37,13 +37,13 @@ def test_held_out_documents_are_chosen_by_hash_and_never_in_training() -> None:
     assert set(shuffled["held_out"]) == set(splits["held_out"])  # regardless of order
 
 
-def test_documents_that_differ_in_surrounding_white_space_are_duplicates() -> None:
+def test_documents_that_differ_in_surrounding_whitespace_are_duplicates() -> None:
     splits, dropped = _split([text for number in range(200) for text in (f"text {number}", f"text {number}\n")], 0.5)
     assert not {text.strip() for text in splits["train"]} & {text.strip() for text in splits["held_out"]}
     assert dropped == {"duplicate": 200}
 
 
-def test_sources_with_and_without_splits_of_their_own_can_be_mixed() -> None:
+def test_sources_with_and_without_predefined_splits_can_be_mixed() -> None:
     """Half of the documents are in both sources, with a split in one of them only."""
     documents = [f"document {number}" for number in range(400)]
     own = [Example(text, "held_out" if number % 4 else "train") for number, text in enumerate(documents[:300])]

@@ -116,7 +116,7 @@ def _placed(place: Place, stored: Tensor, value: Tensor) -> Tensor:
 
 @every_family
 @pytest.mark.parametrize("packed", [False, True], ids=["published", "in memory"])
-def test_parts_cover_every_stored_entry_exactly_once(family: str, packed: bool, checkpoint) -> None:
+def test_parts_cover_every_stored_element_exactly_once(family: str, packed: bool, checkpoint) -> None:
     config, stored = checkpoint(family, packed)
     numbered = {name: torch.arange(tensor.numel()).view(tensor.shape) for name, tensor in stored.items()}
     row = family_of(family)
@@ -222,7 +222,7 @@ def test_an_unknown_family_is_reported_with_the_row_to_add(look_up: Callable[[],
         look_up()
 
 
-def test_an_unknown_tensor_is_reported_with_the_place_to_add_it(checkpoint) -> None:
+def test_an_unknown_tensor_is_reported_with_the_file_to_add_it_to(checkpoint) -> None:
     config, stored = checkpoint("llama")
     names = [*stored, *(f"model.layers.{layer}.mlp.extra.weight" for layer in range(LAYERS))]
     with pytest.raises(UserError, match=r"mlp\.extra\.weight.*pipeline/models/families/table\.py"):

@@ -54,7 +54,7 @@ def test_all_functions_that_torch_takes_from_mkl_are_covered() -> None:
     assert linked == set(FUNCTIONS)
 
 
-def test_every_function_is_called_on_one_entry_of_every_dtype() -> None:
+def test_every_function_is_called_on_one_element_of_every_dtype() -> None:
     seen = set()
 
     class Recorder(TorchDispatchMode):

@@ -64,7 +64,7 @@ def test_shards_stay_within_their_limit_and_are_read_as_one_model(tmp_path: Path
     assert all(torch.equal(model.read(name), tensor) for name, tensor in tensors.items())
 
 
-def test_views_are_written_with_their_own_entries(tmp_path: Path) -> None:
+def test_views_are_written_with_their_own_elements(tmp_path: Path) -> None:
     matrix = torch.arange(6.0).reshape(2, 3).T
     _write(tmp_path, {"view": matrix})
     assert torch.equal(load_file(tmp_path / "model.safetensors")["view"], matrix)

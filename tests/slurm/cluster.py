@@ -24,7 +24,7 @@ def slurm(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def bring_back(node: str) -> None:
+def resume_node(node: str) -> None:
     """Resumes a node that was down, unless Slurm has already resumed it after hearing from the node's daemon."""
 
     def is_up() -> bool:

@@ -31,7 +31,7 @@ def cluster() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
         environment = {**os.environ, "DEV_SLURM_DIR": f"{directory}/slurm", "DEV_SLURM_PORT": str(_free_ports(3))}
         script = str(REPOSITORY / "scripts" / "dev_slurm")
-        os.chmod(directory, 0o755)  # munge requires that everybody can reach its socket
+        os.chmod(directory, 0o755)  # munge requires that everyone can reach its socket
         try:
             subprocess.run([script, "up"], env=environment, check=True, stdout=subprocess.DEVNULL)
             with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from tests.slurm.cluster import Workplace, bring_back, final_states, info, slurm, wait_until, workers
+from tests.slurm.cluster import Workplace, final_states, info, resume_node, slurm, wait_until, workers
 from tests.slurm.conftest import REPOSITORY, STEPS
 
 
@@ -35,7 +35,7 @@ def test_job_that_is_preempted_and_loses_a_node_gives_the_weights_of_an_uninterr
     wait_until(lambda: f"resumed after step {saved}" in tokenized.log("pretrain"))
     slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     wait_until(lambda: info(job).restarts == 3)
-    bring_back("n2")
+    resume_node("n2")
 
     assert final_states([job]) == {job: "COMPLETED"}, tokenized.log("pretrain")
     assert tokenized.weights("pretrain") == full_run.weights("pretrain")

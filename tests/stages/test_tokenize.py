@@ -118,7 +118,7 @@ def test_only_answers_of_conversations_are_trained_on(tiny_llama_dir: Path, tiny
 
 @pytest.mark.parametrize("purpose", ["corpus", "instructions"])
 def test_python_docs_are_tokenized(purpose: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """They have a split of their own, regardless of held_out_fraction."""
+    """They have a predefined split, regardless of held_out_fraction."""
     task = _task(tiny_llama_dir, tmp_path / "out", purpose, None, held_out_fraction=0.0, sequence_length=256)
     metrics = tokenize.run(task)
     assert metrics["documents"]["train"] > 500 < metrics["documents"]["held_out"] * 10
