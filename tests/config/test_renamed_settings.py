@@ -34,7 +34,7 @@ def test_keep_at_is_refused_in_a_configuration_file(section: str, tmp_path: Path
     _assert_refused(section, ["+experiment=mine"], tmp_path)
 
 
-def test_keep_at_is_refused_in_a_group_file_of_ones_own(tmp_path: Path) -> None:
+def test_keep_at_is_refused_in_a_users_group_file(tmp_path: Path) -> None:
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "mine.yaml").write_text("keep_at: [0.2, 0.5]\n")
     _assert_refused("pretrain", ["+experiment=quickstart", "pretrain=mine"], tmp_path)
