@@ -42,7 +42,12 @@ def finished_run(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) ->
             environment.setenv(name, value)
         environment.setenv("PIPELINE_TEST_PICKLES", str(directory / "pickles"))
         status, output = run(
-            "+experiment=quickstart", *shrunk, "tracking=offline", cwd=directory, path=[directory / "site"]
+            "+experiment=quickstart",
+            *shrunk,
+            "evaluate.targets=[sft]",
+            "tracking=offline",
+            cwd=directory,
+            path=[directory / "site"],
         )
     assert status == EXIT_DONE, output
     (directory / "terminal.txt").write_text(output)
