@@ -43,7 +43,7 @@ def prompt(document):
 
 
 def write_custom_tasks(directory: Path) -> Path:
-    """A multiple-choice task, a generative one, a group of both and a tag."""
+    """Writes a multiple-choice task, a generative one, a group of both and a tag."""
     (directory / "data").mkdir(parents=True)
     for name, text in {
         "capitals.yaml": CHOICES, "repeat.yaml": GENERATIVE, "own_suite.yaml": GROUP, "_base.yaml": BASE,
@@ -59,5 +59,5 @@ def write_custom_tasks(directory: Path) -> Path:
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """JSON lines."""
+    """Writes rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

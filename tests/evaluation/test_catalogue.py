@@ -1,4 +1,4 @@
-"""Which tasks are accepted: decided within seconds and without importing torch or lm-eval."""
+"""Tasks are accepted or refused within seconds, and without importing torch or lm-eval."""
 
 from __future__ import annotations
 

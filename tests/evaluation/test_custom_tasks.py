@@ -1,4 +1,4 @@
-"""The user's own task YAMLs: which files their scores depend on, and what is refused before anything starts."""
+"""Custom task YAMLs: the files that their scores depend on, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_fingerprints_do_not_depend_on_where_the_directory_is(directory: Path, t
     assert _fingerprints(directory) == _fingerprints(tmp_path / "elsewhere" / "copy")
 
 
-def test_only_requested_tasks_of_the_users_own_have_a_fingerprint(directory: Path, tmp_path: Path) -> None:
+def test_only_requested_custom_tasks_have_a_fingerprint(directory: Path, tmp_path: Path) -> None:
     assert set(_fingerprints(directory, "capitals", "minimal_pairs", "geography")) == {"capitals", "geography"}
     assert fingerprint_tasks(_evaluate(None, "minimal_pairs"), Fingerprints(tmp_path / "memo.json")) == {}
 

@@ -66,7 +66,7 @@ def test_scores_of_tasks_and_groups() -> None:
     assert scores_of("suite", _results()) == [{"task": "suite", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 12}]
 
 
-def test_a_group_without_scores_of_its_own_has_those_of_its_tasks() -> None:
+def test_a_group_without_its_own_scores_has_those_of_its_tasks() -> None:
     rows = scores_of("bare", _results())
     assert [(row["task"], row["metric"], row["stderr"]) for row in rows] == [
         ("one", "acc", 0.2),

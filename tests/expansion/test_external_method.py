@@ -110,7 +110,7 @@ def test_a_method_from_another_directory_runs_from_load_to_report(
     assert changed == {"expand", "pretrain", "sft", "evaluate/sft", "report"}
 
 
-def test_every_file_of_the_module_s_package_is_in_the_fingerprint(write_module: WriteModule) -> None:
+def test_every_file_of_the_package_is_in_the_fingerprint(write_module: WriteModule) -> None:
     write_module("fingerprinted.method", SCALED_COPY)
     helper = write_module("fingerprinted.deeper.helper", "SCALE = 1")
     before = module_fingerprint("fingerprinted.method")
@@ -125,7 +125,7 @@ def test_every_file_of_the_module_s_package_is_in_the_fingerprint(write_module: 
     assert module_fingerprint("fingerprinted_alone") != before
 
 
-def test_a_file_of_the_user_s_own_names_the_method_in_sweeps(write_module: WriteModule, tmp_path: Path) -> None:
+def test_a_custom_yaml_file_names_the_method_in_sweeps(write_module: WriteModule, tmp_path: Path) -> None:
     write_module("named_in_yaml", SCALED_COPY)
     (tmp_path / "conf" / "expand").mkdir(parents=True)
     (tmp_path / "conf" / "expand" / "mine.yaml").write_text(
@@ -168,7 +168,7 @@ def test_an_unusable_module_is_refused_before_anything_starts(
     assert f"expand.module = {name}" in message and rule in message and "Traceback" not in message
 
 
-def test_its_settings_are_checked_like_any_other_method_s(write_module: WriteModule) -> None:
+def test_its_settings_are_validated_like_those_of_built_in_methods(write_module: WriteModule) -> None:
     write_module("checked_settings", SCALED_COPY)
     for override, rule in (("+expand.factor=-1", "greater than 0"), ("+expand.factr=1", "there is no such setting")):
         with pytest.raises(UserError, match=rule):

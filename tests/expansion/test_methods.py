@@ -1,6 +1,6 @@
 """What every method promises: tensors, logits, placement, resumption, settings and random numbers.
 
-And that nothing outside a method's own modules names it.
+No module outside a method's own may name the method.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def test_a_seed_that_is_not_declared_cannot_be_read() -> None:
         _ = Workspace().seed
 
 
-def test_every_method_has_one_yaml_file_and_a_title_source_and_color_of_its_own() -> None:
+def test_every_method_has_one_yaml_file_and_its_own_title_source_and_color() -> None:
     assert {file.stem for file in (CONF / "expand").glob("*.yaml")} == {*METHODS, "external"}
     methods = [built_in_method(name) for name in METHODS]
     for attribute in ("title", "source", "color"):
@@ -177,8 +177,8 @@ def test_every_method_has_one_yaml_file_and_a_title_source_and_color_of_its_own(
         assert all(values) and len(set(values)) == len(values)
 
 
-def test_nothing_outside_a_method_s_own_modules_names_it() -> None:
-    """Neither in an identifier nor in a string, docstrings aside."""
+def test_no_other_module_names_a_method() -> None:
+    """Methods are named neither in identifiers nor in strings outside their own modules. Docstrings do not count."""
     ordinary = {"average", "copy", "none"}  # words that mean a method only where strings are compared or listed
     pattern = "|".join({form for name in set(METHODS) - ordinary for form in (name, name.replace("_", ""))})
     naming = []

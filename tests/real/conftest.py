@@ -1,4 +1,4 @@
-"""The real small model, made once a session by the load stage from the installed package."""
+"""The real small model, created once per session by the load stage from the installed package."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ LONG_CONVERSATION = [
 
 
 def _rows() -> list[dict[str, Any]]:
-    """Real question-answer pairs in all three formats, and a conversation of several turns."""
+    """Returns real question-answer pairs in all three formats, and a conversation of several turns."""
     pairs = instruction_pairs(held_out=True)[::4]
     rows: list[dict[str, Any]] = [{"messages": LONG_CONVERSATION}]
     for number, (question, answer) in enumerate(pairs):
@@ -67,7 +67,7 @@ def dataset(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory:
 
 
 def _examples(out: Path) -> list[tuple[list[int], list[int]]]:
-    """Ids and mask of every example. In a block, position 0 marks the beginning of an example."""
+    """Returns ids and mask of every example. In a block, position 0 marks the beginning of an example."""
     found = []
     for split in SPLITS:
         names = ("input_ids", "position_ids", "loss_mask")
@@ -79,7 +79,7 @@ def _examples(out: Path) -> list[tuple[list[int], list[int]]]:
 
 
 def _expected_mask(ids: list[int], begin: list[int], end: int) -> list[int]:
-    """The mask found by searching the ids: from after every beginning of an answer up to its end token."""
+    """Returns the mask found by searching the ids: after every beginning of an answer, up to its end token."""
     mask = [0] * len(ids)
     at = 0
     while at < len(ids):

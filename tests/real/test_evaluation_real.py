@@ -40,7 +40,7 @@ def test_the_base_model_knows_the_standard_library_partially(smollm2_dir: Path, 
     assert 0.35 <= _accuracy("python_docs_mcq", 100, smollm2_dir, tmp_path) <= 0.85
 
 
-def test_answers_in_the_model_chat_template_are_trained_up_to_the_end_of_turn(smollm2_dir: Path) -> None:
+def test_answers_in_the_chat_template_of_the_model_are_trained_up_to_the_end_of_turn(smollm2_dir: Path) -> None:
     """The template adds a system message. Only the answer and its end-of-turn token have a loss."""
     tokenizer = TextTokenizer(smollm2_dir)
     chat = ChatTokenizer(tokenizer, chat_template(tokenizer, "model"), 512, Counter())

@@ -38,7 +38,7 @@ def test_peak_memory_of_a_method(slice_of_llama_3_8b: Path, tmp_path: Path, meth
     assert 0.2 * GIGABYTE < peak.host < gigabytes * GIGABYTE
 
 
-def test_peak_memory_of_lesa_s_decomposition(tmp_path: Path) -> None:
+def test_peak_memory_of_the_decomposition_for_lesa(tmp_path: Path) -> None:
     """At most four float64 matrices ``[d_out, d_out]`` whatever the depth: less than 8 GB for all of Llama-3-8B.
 
     LESA needs three layers and takes an hour at full width and depth. Here one square matrix of the hidden size stands

@@ -1,4 +1,4 @@
-"""What a plan says of the real model, against what torch counts and what a worker takes."""
+"""Estimates of the plan for the real model, compared with torch's FLOP counter and the memory of workers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _planned(directory: Path, trainable: str) -> Trained:
 
 
 @pytest.mark.parametrize("trainable", ["auto", "all"])
-def test_operations_are_within_five_percent_of_torch_s_counter(smollm2_dir: Path, trainable: str) -> None:
+def test_estimated_flops_are_within_five_percent_of_the_counter_of_torch(smollm2_dir: Path, trainable: str) -> None:
     length, planned = 64, _planned(smollm2_dir, trainable)
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32, attn_implementation="eager")
     freeze_others(model, set(planned.names))
@@ -70,7 +70,7 @@ def _task(settings: Train, model: Path, place: Path, launch: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}], ids=["stored", "recomputed"])
-def test_memory_is_within_a_fourth_of_what_a_worker_s_grows_by(
+def test_estimated_memory_is_within_a_fourth_of_the_growth_of_a_worker(
     grown_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     settings = train_settings(steps=1, sequence_length=256, micro_batch=4, evaluate_at=[], **changes)
@@ -84,7 +84,7 @@ def test_memory_is_within_a_fourth_of_what_a_worker_s_grows_by(
 @pytest.mark.skipif(detect_machine().gpus == 0, reason="no GPU to compare with")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_memory_is_within_fifteen_percent_of_the_gpu_allocator_s_peak(
+def test_estimated_memory_is_within_fifteen_percent_of_the_peak_of_the_gpu_allocator(
     grown_dir: Path, tmp_path: Path, stage: int, checkpointing: bool
 ) -> None:
     settings = train_settings(

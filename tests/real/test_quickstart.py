@@ -58,7 +58,7 @@ def test_every_difference_has_its_error_over_pairs_of_documents(quickstart: Path
             assert pair["stderr"] < 0.7 * math.hypot(before["stderr"], after["stderr"])
 
 
-def test_surgery_changes_nothing_and_training_helps(quickstart: Path) -> None:
+def test_expansion_keeps_the_scores_and_training_improves_them(quickstart: Path) -> None:
     rows = _rows(quickstart)
     base, expanded, trained = (
         rows[target, "held_out_text", "word_perplexity"]["value"] for target in ("load", "expand", "pretrain")

@@ -1,4 +1,4 @@
-"""Artifacts of finished runs with known numbers, written by hand. No model is involved."""
+"""Artifacts of finished runs with known numbers, written without any model."""
 
 from __future__ import annotations
 

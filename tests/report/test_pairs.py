@@ -23,7 +23,7 @@ DOCUMENTS = 200
 
 
 def _texts(seed: int, gain: float) -> list[list[float]]:
-    """(log likelihood, words) per document: the difficulty is shared by all models, ``gain`` nats per word are not."""
+    """Draws (log likelihood, words) per document. Models share the difficulty but not ``gain``, in nats per word."""
     shared, own = random.Random(0), random.Random(seed)
     return [
         [-words * (shared.gauss(3.0, 0.5) - gain + own.gauss(0, 0.02)), words]
@@ -32,7 +32,7 @@ def _texts(seed: int, gain: float) -> list[list[float]]:
 
 
 def _answers(seed: int, gain: float) -> list[float]:
-    """Correct or not, by a difficulty that all models share."""
+    """Draws correct or incorrect answers, by a difficulty that all models share."""
     shared, own = random.Random(1), random.Random(seed)
     return [float(shared.random() + own.gauss(0, 0.05) < 0.5 + gain) for _ in range(DOCUMENTS)]
 

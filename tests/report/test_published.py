@@ -47,7 +47,7 @@ def test_setups_match_by_architecture_depth_and_method(
     assert [setup["base"] for setup in matching_setups([_run(tmp_path, config, method, num_base, num_new)])] == bases
 
 
-def test_published_results_are_in_a_table_of_their_own_with_their_source(tmp_path: Path) -> None:
+def test_published_results_are_in_a_separate_table_with_their_source(tmp_path: Path) -> None:
     text = "\n".join(published_results([_run(tmp_path, LLAMA_32_1B, "opt_deus", 16, 8)]))
     assert "OpT-DeUS (arXiv 2508.08011): Llama-3.2-1B to 24 layers" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| OpT-DeUS") and "pre-trained" in line]

@@ -58,7 +58,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in range(6 - keep, 6)]
 
 
-def test_a_checkpoint_is_hardly_larger_than_the_float32_state(tmp_path: Path):
+def test_a_checkpoint_is_barely_larger_than_the_float32_state(tmp_path: Path):
     """There are four tensors of 60 bytes with two moments each. Headers and state.json are the only overhead."""
     size = save(tmp_path, 1, fill=1.0)
     assert size == sum(path.stat().st_size for path in (tmp_path / "step-00000001").iterdir())

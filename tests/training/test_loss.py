@@ -72,7 +72,7 @@ def test_a_frozen_head_gets_no_gradient_and_float32_is_accurate(small_chunks: No
     assert w.grad is None and torch.allclose(x.grad, expected, atol=1e-5)
 
 
-def test_no_supervised_token_gives_zero_loss_and_zero_gradient():
+def test_without_supervised_tokens_loss_and_gradient_are_zero():
     x = torch.randn(0, H, requires_grad=True)
     value = chunked_cross_entropy(x, torch.randn(V, H), torch.zeros(0, dtype=torch.int64))
     value.backward()

@@ -49,7 +49,7 @@ def test_memory_in_use_grows_with_an_allocation():
     [("layers.2.", "layers.3."), ("layers.1.",), ("layers.",), ("layers.", "embed_tokens", ".norm."), (".norm.",)],
     ids=["top", "inner", "layers", "all", "final_norm"],
 )
-def test_flops_equal_those_of_torchs_counter(tiny_llama_dir: Path, trained: tuple[str, ...]):
+def test_flops_equal_those_of_the_counter_of_torch(tiny_llama_dir: Path, trained: tuple[str, ...]):
     """Uses eager attention: it consists of plain matrix products, while the backward pass of sdpa recomputes some."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32, attn_implementation="eager")
     freeze_others(model, {name for name, _ in model.named_parameters() if any(part in name for part in trained)})
