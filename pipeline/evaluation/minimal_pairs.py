@@ -158,7 +158,8 @@ def _generate(phenomenon: str) -> Iterator[Pair]:
         if text in seen:
             continue
         seen.add(text)
-        sentences = [_capitalize(CONTRAST.sub(rf"\{which}", text)) for which in (1, 2)]
+        sentences = [CONTRAST.sub(rf"\{which}", text) for which in (1, 2)]
+        sentences = [sentence[0].upper() + sentence[1:] for sentence in sentences]
         # In either position, so that always choosing the same one (or breaking ties that way) scores chance.
         gold = _pick(text, 2)
         yield Pair(phenomenon, sentences if gold == 0 else sentences[::-1], gold)
@@ -172,10 +173,6 @@ def _choose_words(template: str, seed: str) -> dict[str, str | tuple[str, str]]:
             words = [word for word in WORDS[kind] if word not in chosen.values()]
             chosen[kind + number] = words[_pick(f"{seed} {kind}{number}", len(words))]
     return chosen
-
-
-def _capitalize(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
 
 
 def _pick(seed: str, count: int) -> int:

@@ -19,7 +19,6 @@ from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from pipeline.files import read_json
-from pipeline.models.families import Role
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.freeze import layer_of_parameter, new_layer_indices, roles_of_parameters
 
@@ -33,11 +32,8 @@ def group_parameters(model: PreTrainedModel, model_dir: Path) -> dict[nn.Paramet
     new = new_layer_indices(read_json(expansion)) if expansion.is_file() else set()
     layers, roles = layer_of_parameter(model), roles_of_parameters(model)
     grouped = {name: role for name, role in roles.items() if not new or layers[name] in new}
-    return {p: _group_of(grouped.get(name)) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _group_of(role: Role | None) -> str:
-    return REST if role is None else NORM_GROUPS.get((role.block, role.side), REST)
+    groups = {name: NORM_GROUPS.get((role.block, role.side), REST) for name, role in grouped.items()}
+    return {p: groups.get(name, REST) for name, p in model.named_parameters() if p.requires_grad}
 
 
 class GradientNorms:

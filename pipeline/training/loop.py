@@ -110,7 +110,8 @@ class Loop:
         """Takes one optimizer step. Returns whether any rank wants to stop after it."""
         started = time.perf_counter()
         step = self.progress.step + 1
-        self._seed(step)
+        words = np.random.SeedSequence([self.seed, step, distributed.get_rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]))
         rate = learning_rate(self.train, step, self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group[LR_MULTIPLE]
@@ -126,10 +127,6 @@ class Loop:
         flops = self._update_progress(step, loss, supervised, seconds)
         self._log_step(loss, rate, norms, flops, seconds)
         return stop
-
-    def _seed(self, step: int) -> None:
-        words = np.random.SeedSequence([self.seed, step, distributed.get_rank()]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0]))
 
     def _accumulate(self, indices: np.ndarray, supervised: int) -> tuple[float, bool]:
         """Runs the forward and backward passes of this rank's micro-batches.

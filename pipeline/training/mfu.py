@@ -11,7 +11,6 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed
@@ -44,12 +43,8 @@ def training_flops(model: PreTrainedModel, sequence_length: int) -> TrainingFlop
     # The head passes gradients on only if something before it trains, even if that is only the final norm.
     passes_gradient = lowest < len(layers) or _final_norm_trains(model)
     head = HeadWork(full_shape(weight).numel(), weight.requires_grad, passes_gradient)
-    return TrainingFlops.count(layers, lowest, head, sequence_length * _attention_size(config))
-
-
-def _attention_size(config: Any) -> int:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_attention_heads * head_size)
+    return TrainingFlops.count(layers, lowest, head, sequence_length * config.num_attention_heads * head_size)
 
 
 def _final_norm_trains(model: PreTrainedModel) -> bool:

@@ -17,8 +17,8 @@ class Average(InsertionMethod):
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the means, computed in float32."""
-        return from_neighbors(base, plan, work, lambda index, lower, upper: _mean(lower, upper))
 
+        def mean(index: int, lower: LayerWeights, upper: LayerWeights) -> LayerWeights:
+            return {tensor: (lower[tensor].float() + upper[tensor].float()) / 2 for tensor in lower}
 
-def _mean(lower: LayerWeights, upper: LayerWeights) -> LayerWeights:
-    return {tensor: (lower[tensor].float() + upper[tensor].float()) / 2 for tensor in lower}
+        return from_neighbors(base, plan, work, mean)
