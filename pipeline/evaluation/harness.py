@@ -209,7 +209,7 @@ def _load_custom(name: str, manager: TaskManager, custom: CustomTasks) -> Any:
         for task in loaded["tasks"].values():
             document = next(iter(task.eval_docs), None)
             if document is None:
-                raise ValueError("its data are empty")
+                raise ValueError("its data is empty")
             task.doc_to_text(document)
             task.doc_to_target(document)
             if task.OUTPUT_TYPE == "multiple_choice":

@@ -23,7 +23,7 @@ from pipeline.training.job import snapshot_dir
 def save_snapshot(
     directory: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes trained weights to ``directory``. If interrupted, it leaves ``directory`` as it was.
+    """Writes trained weights to ``directory``. An existing snapshot stays until its replacement is complete.
 
     Args:
         directory: the snapshot's directory.
