@@ -23,7 +23,7 @@ from pipeline.training.job import snapshot_dir
 def save_snapshot(
     directory: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes trained weights to ``directory``. An existing snapshot stays until its replacement is complete.
+    """Writes trained weights to ``directory``. An existing snapshot is removed once its replacement is complete.
 
     Args:
         directory: the snapshot's directory.
