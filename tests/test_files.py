@@ -101,6 +101,7 @@ def test_other_errors_are_not_converted(tmp_path: Path) -> None:
         (tmp_path / "missing").read_bytes()
 
 
+@pytest.mark.usefixtures("real_interpreter")  # its imports give the other process time to fill the disk
 def test_disk_that_fills_up_during_a_stage(
     shrunk: list[str], disk_of: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
