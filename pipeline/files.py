@@ -52,7 +52,7 @@ def read_record(path: Path, is_valid: Callable[[Any], object]) -> Any | None:
         if is_valid(value):
             return value
         fault = "unexpected content"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # ValueError: not JSON
         fault = type(error).__name__

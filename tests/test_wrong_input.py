@@ -212,7 +212,7 @@ def test_an_error_in_one_of_several_data_sources_names_it(
     (tmp_path / "empty.txt").write_text("\n")
     message = _refused(capsys, *both, f"data.corpus.1.path={tmp_path / 'empty.txt'}")
     assert message.startswith("data.corpus.1.path") and "empty" in message
-    assert "go by number" in _refused(capsys, *both, f"data.corpus.path={tiny_corpus}")
+    assert "numbered from 0" in _refused(capsys, *both, f"data.corpus.path={tiny_corpus}")
 
 
 def test_a_sequence_longer_than_the_context(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:

@@ -299,7 +299,7 @@ class Fingerprints:
     def _known(self) -> dict[str, str]:
         try:
             status = self.memo.stat()
-        except FileNotFoundError:
+        except OSError:  # usually because there is none yet; the checks report a directory that cannot be used
             return {}
         return dict(_read_memo(self.memo, status.st_size, status.st_mtime_ns))
 

@@ -114,14 +114,14 @@ def test_unreadable_attempts_are_not_counted(tmp_path: Path, content: bytes) -> 
 @pytest.mark.parametrize("content", [*DAMAGED, b'{"pretrain": 3}', b'{"pretrain": {"job": "x"}}'])
 def test_unreadable_list_of_jobs_counts_as_empty(tmp_path: Path, content: bytes) -> None:
     run: Any = SimpleNamespace(output_dir=str(tmp_path), name="run")
-    _write(submit.folder(run) / submit.JOBS_FILE, content)
-    assert submit.recorded(run) == {}
+    _write(submit.slurm_dir(run) / submit.JOBS_FILE, content)
+    assert submit.submitted_jobs(run) == {}
 
 
 @pytest.mark.parametrize("content", DAMAGED)
 def test_unreadable_outcome_counts_as_a_lost_worker(tmp_path: Path, content: bytes) -> None:
     _write(tmp_path / workers.OUTCOME_FILE, content)
-    assert workers._load_outcome(tmp_path) == {"status": "lost"}
+    assert workers.load_outcome(tmp_path) == {"status": "lost"}
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -27,7 +27,7 @@ from tests.training.small import logged, train_settings
 pytestmark = pytest.mark.xdist_group("distributed")
 
 RANKS, STEPS, SAVE_EVERY = 2, 60, 3
-FILE_EVENTS_PER_SAVE = 8  # directories made, files opened and renamed; one more if a partial one is removed first
+FILE_EVENTS_PER_SAVE = 9  # directories made, files opened and renamed; one more if a partial one is removed first
 FIRST_INSIDE = 3  # before this event the partial directory may not exist yet
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "grad_norm/rest", "held_out_loss", "tokens", "flops")
 MakeTask = Callable[..., StageTask]
