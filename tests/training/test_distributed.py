@@ -27,8 +27,9 @@ from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
 
-STEPS = 20
-STOP_AFTER = 7
+STEPS = 12
+WARMUP = 2  # of the steps
+STOP_AFTER = 5
 MakeTask = Callable[..., StageTask]
 
 
@@ -178,10 +179,10 @@ def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tenso
 
 
 def naive_rate(step: int) -> float:
-    """Returns a rate of 1e-3 with warm-up over 4 of 20 steps and cosine decay to a tenth."""
-    if step <= 4:
-        return 1e-3 * step / 4
-    return 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 16)) / 2)
+    """Returns 1e-3 after a linear warm-up, then a cosine decay to a tenth."""
+    if step <= WARMUP:
+        return 1e-3 * step / WARMUP
+    return 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2)
 
 
 # -------------------------------------------------------------------------------------------- tests
