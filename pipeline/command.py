@@ -42,14 +42,11 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     prepared = prepare([job.settings for job in jobs])
     if action == "plan":
         _plan_all(prepared, sweep, console)
-    elif action == "status":
+    elif action in ("status", "verify"):
+        inspect = print_status if action == "status" else verify
         for job in prepared:
             refuse_blocked(job, INPUT_CHECKS)
-            print_status(job.run, job.nodes, console)
-    elif action == "verify":
-        for job in prepared:
-            refuse_blocked(job, INPUT_CHECKS)
-            verify(job.run, job.nodes, console)
+            inspect(job.run, job.nodes, console)
     else:
         for job in prepared:
             refuse_blocked(job)
@@ -79,12 +76,7 @@ def execute_batch_job(file: Path, console: Console) -> None:
     """
     task = read_record(file, lambda value: {"node", "key", "run", "linked", "sweep"} <= value.keys())
     if task is None:
-        raise UserError(
-            setting="--job",
-            value=file,
-            rule="it must be the file that action=submit wrote for this job",
-            remedy="Submit the run again with action=submit.",
-        )
+        raise _unusable_task(file, "it must be the file that action=submit wrote for this job")
     run, *sweep = (_submitted_settings(values, file) for values in (task["run"], *task["sweep"]))
     prepared = prepare(sweep or [run])
     for each in prepared:
@@ -92,7 +84,10 @@ def execute_batch_job(file: Path, console: Console) -> None:
     nodes = _sweep_report(prepared)[1] if sweep else prepared[0].nodes
     node = nodes[task["node"]]
     if node.artifact.key != task["key"]:
-        raise _changed(file, f"the model, the data or the program has changed, and {node.name} with it")
+        raise _unusable_task(
+            file,
+            f"since this job was submitted, the model, the data or the program has changed, and {node.name} with it",
+        )
     needed = lineage([node])
     job = replace(prepared[0], run=run, nodes={name: n for name, n in nodes.items() if n.artifact.key in needed})
     refuse_blocked(job)
@@ -105,16 +100,11 @@ def _submitted_settings(values: Mapping[str, object], file: Path) -> Settings:
     try:
         return Settings.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise _changed(file, "the program accepts other settings now") from error
+        raise _unusable_task(file, "since this job was submitted, the program accepts other settings now") from error
 
 
-def _changed(file: Path, what: str) -> UserError:
-    return UserError(
-        setting="--job",
-        value=file,
-        rule=f"since this job was submitted, {what}",
-        remedy="Submit the run again with action=submit.",
-    )
+def _unusable_task(file: Path, rule: str) -> UserError:
+    return UserError(setting="--job", value=file, rule=rule, remedy="Submit the run again with action=submit.")
 
 
 # ------------------------------------------------------------------------------------------ submit

@@ -23,8 +23,6 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 # The disk is full, the user's quota is exhausted, or the process's limit on file sizes is reached.
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-SCRATCH_ON_DISK_BYTES = 1_000_000_000  # an expansion's scratch space is on disk from this size, in memory below it
-
 
 # ------------------------------------------------------------------------------------------- JSON
 

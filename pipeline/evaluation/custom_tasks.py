@@ -205,7 +205,7 @@ def _load(path: Path, files: list[Path]) -> Any:
     for included in _as_list(config.pop("include")):
         base = path.parent / included
         if not base.is_file():
-            raise _bad_yaml(path, f"it includes {included}, and there is no file {base}")
+            raise _bad_yaml(path, f"it includes {included}, and there is no file at {base}")
         inherited = _load(base, files)
         if not isinstance(inherited, dict):
             raise _bad_yaml(base, f"{path.name} includes it, and it is not a mapping")

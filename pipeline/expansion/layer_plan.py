@@ -1,7 +1,7 @@
 """Where new layers go and which layers they come from. Integers only.
 
-Gap i is between base layers i and i+1. A layer appended after the last one has gap L-1, where the last layer stands in
-for the missing upper neighbor. Several layers in one gap are made by halving: first the middle one from the outer two,
+Gap i is between base layers i and i+1. A layer appended after the last one has gap L-1, where the last layer is also
+used as the upper neighbor. Several layers in one gap are made by bisection: first the middle one from the outer two,
 then those on its left and right.
 """
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have no such limit
+SCRATCH_ON_DISK_BYTES = 1_000_000_000  # scratch tensors larger than this are on disk, smaller ones in memory
 
 LayerWeights = Mapping[LayerTensor, "Tensor"]  # a layer of the base reads a tensor from disk when it is looked up
 Scratch = Callable[[tuple[int, ...], "torch.device"], "Tensor"]  # an uninitialized float32 tensor of that shape

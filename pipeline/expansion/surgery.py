@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.method import LayerWeights, NewTensor, Scratch, Workspace, in_memory
-from pipeline.files import SCRATCH_ON_DISK_BYTES, disk_full_as_user_error, read_record, write_json
+from pipeline.expansion.method import SCRATCH_ON_DISK_BYTES, LayerWeights, NewTensor, Scratch, Workspace, in_memory
+from pipeline.files import disk_full_as_user_error, read_record, write_json
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec

@@ -22,7 +22,7 @@ from pipeline.files import free_bytes, gib, insufficient_space
 from pipeline.models.families import check_layers_alike, family_of, shape_of
 from pipeline.models.source import check_shape
 from pipeline.models.weight_files import read_headers, refuse_quantized
-from pipeline.planning.prepared import PreparedRun, nearest_existing, unwritable
+from pipeline.planning.prepared import PreparedRun, attempt, nearest_existing, unwritable
 from pipeline.training.job import snapshot_dir
 from pipeline.training.selection import split_parameter_error
 from pipeline.training.validate import context_length_faults, training_faults
@@ -94,9 +94,8 @@ def refuse_blocked(prepared: PreparedRun, checks: Sequence[Check] | None = None)
 
 
 def _raised_by(function: Callable[[], object]) -> Faults:
-    try:
-        function()
-    except UserError as error:
+    _, error = attempt(function)
+    if error is not None:
         yield error
 
 

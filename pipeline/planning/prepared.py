@@ -77,13 +77,13 @@ class PreparedRun:
     @cached_property
     def shape(self) -> Shape | None:
         """The tensors of the base model; None if its config is not known or its family is not supported."""
-        return _attempt(lambda: shape_of(self.inputs.config))[0] if self.inputs.config else None
+        return attempt(lambda: shape_of(self.inputs.config))[0] if self.inputs.config else None
 
     @cached_property
     def sizes(self) -> Sizes | None:
         """The models before and after expansion; None if the base is not known or cannot be expanded as asked."""
         shape = self.shape
-        return None if shape is None else _attempt(lambda: sizes_of(self.run.expand, shape))[0]
+        return None if shape is None else attempt(lambda: sizes_of(self.run.expand, shape))[0]
 
     @property
     def training(self) -> dict[str, Train]:
@@ -93,7 +93,7 @@ class PreparedRun:
     def trained(self, stage: str) -> Trained | None:
         """Which parameters a training stage trains; None if that is not known or would be none."""
         sizes, train = self.sizes, getattr(self.run, stage)
-        return None if sizes is None else _attempt(lambda: sizes.trained(stage, train))[0]
+        return None if sizes is None else attempt(lambda: sizes.trained(stage, train))[0]
 
     def machine(self, stage: str) -> Machine:
         """Where a stage would run: on the nodes that its batch job asks for, or on those around this process."""
@@ -134,7 +134,7 @@ def _with_graph(run: Settings, inputs: FoundInputs) -> PreparedRun:
     if inputs.config or source is None or run.is_read_only or not prepared.missing:
         return prepared
     # The config of a GGUF file on the Hub is inside that file. Fetch it only now that something is to be built.
-    config, failure = _attempt(lambda: config_of(source))
+    config, failure = attempt(lambda: config_of(source))
     failures = {**inputs.failures, **({} if failure is None else {"model": failure})}
     return replace(prepared, inputs=replace(inputs, config=config or {}, failures=failures))
 
@@ -179,14 +179,15 @@ def _unwritable(output_dir: str, why: str) -> UserError:
 
 def _look_up(run: Settings) -> FoundInputs:
     """Look up everything that the chosen stages read, all at once."""
-    find_model = _find_source if run.action in ("status", "verify") else _find_source_and_config
+    only_keys = run.action in ("status", "verify")  # they name the artifacts and build none
+    find_model = _find_source if only_keys else _find_source_and_config
     asked: dict[str, Callable[[], Any]] = {"model": lambda: find_model(run)}
     if run.reads_data:
         asked |= {purpose: partial(sources.pin_sources, getattr(run.data, purpose), purpose) for purpose in PURPOSES}
-    if run.scores_models and run.action not in ("status", "verify"):
+    if run.scores_models and not only_keys:
         asked["evaluate"] = lambda: validate_evaluation(run.evaluate)
     with ThreadPoolExecutor() as pool:
-        answers = dict(zip(asked, pool.map(_attempt, asked.values()), strict=True))
+        answers = dict(zip(asked, pool.map(attempt, asked.values()), strict=True))
     failures = {name: failure for name, (_, failure) in answers.items() if failure is not None}
 
     found: _FoundModel = answers["model"][0] or _FoundModel(None)
@@ -217,13 +218,13 @@ def _identify(
     for purpose in PURPOSES:
         if purpose in pinned:
             identify = partial(sources.fingerprint_sources, pinned[purpose], purpose, fingerprints)
-            identity, failure = _attempt(identify)
+            identity, failure = attempt(identify)
             identities[purpose] = identity or UNKNOWN
             if failure is not None:
                 failures[purpose] = failure
     tasks: Mapping[str, str] | None = {}
     if run.scores_models:
-        tasks, failure = _attempt(lambda: fingerprint_tasks(run.evaluate, fingerprints))
+        tasks, failure = attempt(lambda: fingerprint_tasks(run.evaluate, fingerprints))
         if failure is not None:
             failures.setdefault("evaluate", failure)
     return Inputs(
@@ -249,7 +250,7 @@ def _find_source_and_config(run: Settings) -> _FoundModel:
     source = resolve(run.model)
     if source.gguf_file is not None and source.directory is None:
         return _FoundModel(source)  # its config is inside the file, which would have to be downloaded
-    config, failure = _attempt(lambda: config_of(source, keep=not run.is_read_only))
+    config, failure = attempt(lambda: config_of(source, keep=not run.is_read_only))
     return _FoundModel(source, config or {}, failure)
 
 
@@ -267,7 +268,7 @@ def _second_best_config(model: Model) -> tuple[Mapping[str, Any], str]:
     return {}, "nowhere"
 
 
-def _attempt(function: Callable[[], _Result]) -> tuple[_Result | None, UserError | None]:
+def attempt(function: Callable[[], _Result]) -> tuple[_Result | None, UserError | None]:
     """The result of a function, or the ``UserError`` that it raised."""
     try:
         return function(), None

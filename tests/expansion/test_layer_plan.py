@@ -222,7 +222,7 @@ def test_any_number_of_layers_is_made_by_halving_every_gap(
         wanted: dict[int, tuple[int, int]] = {}
         for lower, upper in pairwise([*old, len(plan.layers)]):
             between = _halved(lower, upper)
-            if upper == len(plan.layers):  # after the last layer, which stands in for the upper neighbor
+            if upper == len(plan.layers):  # after the last layer, which is also used as the upper neighbor
                 between = {new: (a, lower if b == upper else b) for new, (a, b) in between.items()}
             wanted |= between
         assert {layer.layer: layer.made_from for layer in plan.new_layers} == wanted

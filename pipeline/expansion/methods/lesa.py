@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.section import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from pipeline.expansion.layer_plan import LayerPlan, PlannedLayer
-from pipeline.expansion.method import InsertionMethod, LayerWeights, NewTensor, Workspace, silenced
-from pipeline.files import SCRATCH_ON_DISK_BYTES
+from pipeline.expansion.method import (
+    SCRATCH_ON_DISK_BYTES,
+    InsertionMethod,
+    LayerWeights,
+    NewTensor,
+    Workspace,
+    silenced,
+)
 from pipeline.models.families import LayerTensor, Shape
 
 if TYPE_CHECKING:
