@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pipeline.artifacts.store import Fingerprints
+from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Source
 from pipeline.data import hub_datasets, python_docs
 from pipeline.data.files import BadFile, FileStream, Position, Record, find_files

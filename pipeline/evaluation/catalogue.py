@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.artifacts.store import Fingerprints
+from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Evaluate
 from pipeline.data.hub_datasets import check_reachable, is_offline
 from pipeline.errors import UserError
@@ -79,7 +79,7 @@ def _check_collisions(custom: CustomTasks) -> None:
 
 
 def _needs_hub(task: str, custom: CustomTasks) -> bool:
-    """Returns whether a task reads a data set of the hub. Also checks its name, or the files of a custom task."""
+    """Returns whether a task reads a dataset on the Hub. Also checks its name, or the files of a custom task."""
     if task not in custom.names:
         _check_name(task, custom)
         return task not in BUNDLED

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.artifacts.store import Fingerprints
+from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.errors import UserError
 
 SETTING = "evaluate.include_path"
@@ -247,6 +247,17 @@ def _member_names(config: Mapping[str, Any]) -> Iterator[str]:
             yield str(member.get("group", member.get("task")))
 
 
+def _walk(config: Any) -> Iterator[Any]:
+    """Yields a config's mappings, lists and values at any depth, inner ones first. A group may contain its tasks."""
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _walk(value)
+    yield config
+
+
+def _mappings(config: Any) -> Iterator[dict[str, Any]]:
+    return (node for node in _walk(config) if isinstance(node, dict))
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -257,11 +268,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _functions(config: Any) -> Iterator[FunctionReference]:
-    """Yields every ``!function`` anywhere in a config."""
-    if isinstance(config, FunctionReference):
-        yield config
-    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        yield from _functions(value)
+    return (node for node in _walk(config) if isinstance(node, FunctionReference))
 
 
 def _check_function(file: TaskFile, reference: FunctionReference) -> None:
@@ -346,41 +353,21 @@ def _files_at(path: str) -> list[Path]:
 
 def _local_paths(config: Any) -> Iterator[str]:
     """Yields every local data path in a config whose paths are absolute."""
-    if isinstance(config, list):
-        for item in config:
-            yield from _local_paths(item)
-    if not isinstance(config, dict):
-        return
-    for value in config.values():
-        yield from _local_paths(value)
-    path, arguments = config.get("dataset_path"), config.get("dataset_kwargs")
-    if isinstance(path, str) and Path(path).is_absolute():
-        yield path
-    if isinstance(arguments, dict) and _reads_files(config):
-        for name in sorted({"data_files", "data_dir"} & arguments.keys()):
-            yield from (text for text in _texts(arguments[name]) if "://" not in text)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    for item in _as_list(value):
-        if isinstance(item, (dict, list)):
-            yield from _texts(item)
-        else:
-            yield str(item)
+    for node in _mappings(config):
+        path, arguments = node.get("dataset_path"), node.get("dataset_kwargs")
+        if isinstance(path, str) and Path(path).is_absolute():
+            yield path
+        if isinstance(arguments, dict) and _reads_files(node):
+            for name in sorted({"data_files", "data_dir"} & arguments.keys()):
+                texts = (str(leaf) for leaf in _walk(arguments[name]) if not isinstance(leaf, (dict, list)))
+                yield from (text for text in texts if "://" not in text)
 
 
 def _hub_datasets(config: Any) -> Iterator[str]:
-    if isinstance(config, list):
-        for item in config:
-            yield from _hub_datasets(item)
-    if isinstance(config, dict):
-        path = config.get("dataset_path")
+    for node in _mappings(config):
+        path = node.get("dataset_path")
         if isinstance(path, str) and path not in FILE_BUILDERS and not Path(path).is_absolute():
             yield path
-        for value in config.values():
-            yield from _hub_datasets(value)
 
 
 def _dependencies(file: TaskFile) -> list[Path]:

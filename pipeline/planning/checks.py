@@ -167,8 +167,9 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
     """``trainable`` selects something, and nothing that cannot be trained."""
     sizes = prepared.sizes
     assert sizes is not None
-    yield from _raised_by(lambda: sizes.trained(section, getattr(prepared.run, section)))
-    trained = prepared.trained(section)
+    trained, error = attempt(lambda: sizes.trained(section, getattr(prepared.run, section)))
+    if error is not None:
+        yield error
     if trained is None or not prepared.inputs.config.get("separate_experts", False):
         return
     # transformers holds all experts of a layer as one parameter, which cannot be written back as single tensors.

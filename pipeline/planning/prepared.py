@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.artifacts.store import FINGERPRINTS_FILE, Fingerprints, RememberedFingerprints
+from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE, Fingerprints, RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source, Train
 from pipeline.data import python_docs, sources
 from pipeline.driver.graph import Inputs, Node, build_graph, select_nodes

@@ -171,6 +171,17 @@ class _PowerCut(BaseException):
     pass
 
 
+def _commit_in_a_power_cut(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, which: Callable[[Path, Path], bool]
+) -> None:
+    """Commits by two renames, and ends the process just after the one for which ``which(source, target)`` holds."""
+    with monkeypatch.context() as during:
+        _without_exchange(during)
+        _cut_at(during, which)
+        with pytest.raises(_PowerCut):
+            artifact.commit({})
+
+
 def _cut_at(monkeypatch: pytest.MonkeyPatch, which: Callable[[Path, Path], bool]) -> None:
     """Ends the process just after the first rename for which ``which(source, target)`` holds."""
     replace = os.replace
@@ -187,11 +198,7 @@ def test_old_artifact_is_restored_after_a_power_cut_between_the_two_renames(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fill(artifact, other="new")
-    with monkeypatch.context() as during:
-        _without_exchange(during)
-        _cut_at(during, lambda source, target: source == artifact.path)
-        with pytest.raises(_PowerCut):
-            artifact.commit({})
+    _commit_in_a_power_cut(artifact, monkeypatch, lambda source, target: source == artifact.path)
     assert not artifact.path.exists()
     artifact.tidy()
     assert (artifact.path / "weights").read_text() == "old"
@@ -204,11 +211,7 @@ def test_new_artifact_counts_after_a_power_cut_just_after_its_rename(
 ) -> None:
     artifact.invalidate()
     _fill(artifact, other="new")
-    with monkeypatch.context() as during:
-        _without_exchange(during)
-        _cut_at(during, lambda source, target: target == artifact.path)
-        with pytest.raises(_PowerCut):
-            artifact.commit({})
+    _commit_in_a_power_cut(artifact, monkeypatch, lambda source, target: target == artifact.path)
     assert artifact.is_complete(), "the marker names the old artifact"
     artifact.tidy()
     assert "k.old" not in _beside(artifact) and artifact.is_complete()

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import huggingface_hub.constants  # noqa: F401 (reads HF_HUB_OFFLINE when first imported: before a test sets it)
 import pytest
 
-from pipeline.artifacts.store import Fingerprints
+from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Source
 from pipeline.data import files, python_docs
 from pipeline.data.sources import (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.artifacts.store import Fingerprints
+from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Evaluate
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
