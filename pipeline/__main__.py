@@ -52,6 +52,7 @@ from pipeline.errors import (
     UserError,
     WorkersFailed,
 )
+from pipeline.launch.slurm import SlurmUnreachable
 
 CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
@@ -79,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     except (DamagedArtifacts, WorkersFailed, NoProgress) as error:
         print(error, file=sys.stderr)
+        return EXIT_FAILED
+    except SlurmUnreachable as error:
+        print(f"Slurm does not answer: {error}", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
 

@@ -64,17 +64,25 @@ def report_once(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """Writes ``value`` as JSON, atomically and durably.
+def write_json(path: Path | str, value: Any, mode: int = 0o666) -> None:
+    """Writes ``value`` as JSON, atomically and durably; see ``write_text``."""
+    write_text(Path(path), json.dumps(value, indent=2, allow_nan=False) + "\n", mode)
+
+
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Writes a file atomically and durably.
 
     A reader sees either the old file or the new one, also after a power cut: the content is on disk before the rename,
     and the rename before this function returns.
+
+    Args:
+        path: the file, which may exist.
+        text: its content.
+        mode: its permissions before the umask is applied.
     """
-    path = Path(path)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     temporary = temporary_path(path)
     try:
-        with open(temporary, "w") as stream:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

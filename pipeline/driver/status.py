@@ -11,7 +11,7 @@ from rich.console import Console
 from pipeline.config import Settings, Train
 from pipeline.driver.graph import Node, select_nodes
 from pipeline.driver.run import FAILURE_FILE
-from pipeline.driver.submit import submitted_jobs
+from pipeline.driver.submit import cancel_held_jobs, submitted_jobs
 from pipeline.files import read_json
 from pipeline.launch import slurm
 from pipeline.launch.failure import failure_message
@@ -27,12 +27,16 @@ SHOWN_METRICS = ("loss", "tokens_per_second", "held_out_loss")
 def print_status(run: Settings, nodes: Mapping[str, Node], console: Console) -> None:
     """Print one line per node, and why it failed if it did."""
     console.print(f"[bold]{run.name}[/]")
-    jobs = submitted_jobs(run)
-    for name, node in select_nodes(nodes, run.stages).items():
-        entry = jobs.get(name)
-        if entry is not None and entry["key"] != node.artifact.key:
-            entry = None  # the job was submitted with other settings
-        info = _info(entry) if entry is not None and not node.artifact.is_complete() else None
+    selected = select_nodes(nodes, run.stages)
+    # Jobs that were submitted with other settings build other artifacts.
+    jobs = {
+        name: entry
+        for name, entry in submitted_jobs(run).items()
+        if name in selected and entry["key"] == selected[name].artifact.key
+    }
+    infos = _job_infos(run, {name: jobs[name] for name in jobs if not selected[name].artifact.is_complete()}, console)
+    for name, node in selected.items():
+        entry, info = jobs.get(name), infos.get(name)
         failure = _failure(node, entry, info)
         shown = latest_metrics(node, running=failure is None)
         parts = [f"{_state(node):<8}", f"{name:<24}", node.artifact.key[:12], _job(entry, info), shown]
@@ -50,11 +54,17 @@ def _state(node: Node) -> str:
 # --------------------------------------------------------------------------------------------- jobs
 
 
-def _info(entry: Mapping[str, Any]) -> slurm.JobInfo | None:
+def _job_infos(run: Settings, jobs: Mapping[str, Mapping[str, Any]], console: Console) -> dict[str, slurm.JobInfo]:
+    """Ask Slurm about jobs, and cancel those that a killed submission left held."""
+    found = {}
     try:
-        return slurm.job_info(entry["job"])
-    except slurm.SlurmUnreachable:
-        return None
+        cancel_held_jobs(run, console)
+        for name, entry in jobs.items():
+            if (info := slurm.job_info(entry["job"])) is not None:
+                found[name] = info
+    except slurm.SlurmUnreachable as error:  # not asked again, because each answer can take a minute
+        console.print(f"Slurm does not answer, so the states of jobs are unknown ({error})", markup=False)
+    return found
 
 
 def _job(entry: Mapping[str, Any] | None, info: slurm.JobInfo | None) -> str:

@@ -9,6 +9,9 @@ does nothing, and one that was interrupted resumes.
                               pretrain.json    the job's task
                               pretrain-12.log  the output of job 12
                               jobs.json        the last job of every artifact
+
+All jobs are held until every one of them is queued and recorded. Until they are released, a list of their scripts is in
+``<output_dir>/artifacts``, so that the next command finds the held jobs of a submission that was killed.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.artifacts.lock import Holder, Lock
 from pipeline.config import Settings
 from pipeline.driver.graph import Node, forced, select_nodes
 from pipeline.driver.run import missing_nodes
-from pipeline.files import read_record, write_json
+from pipeline.files import read_record, write_json, write_text
 from pipeline.launch import slurm
 from pipeline.launch.slurm import escape_percent
 from pipeline.launch.workers import package_environment
@@ -132,29 +136,42 @@ def submit_jobs(jobs: Sequence[StageJob], console: Console) -> None:
 
     Raises:
         UserError: sbatch rejects one of them.
+        SlurmUnreachable: Slurm does not answer.
     """
+    run = jobs[0].runs[0]
+    with _submission_lock(run).held(lambda holder: console.print(f"  [yellow]waits[/]  {holder}")):
+        _cancel_held(run, console)
+        _queue_all(jobs, console)
+
+
+def _queue_all(jobs: Sequence[StageJob], console: Console) -> None:
     known = {key: entry["job"] for key, entry in _still_queued(jobs)}
     for job in jobs:
         if job.node.artifact.key in known:
             console.print(f"  [green]queued[/] {job.node.name:<24} job {known[job.node.artifact.key]} already")
     new = [job for job in jobs if job.node.artifact.key not in known]
-    submitted: dict[str, int] = {}
+    if not new:
+        return
+    run = jobs[0].runs[0]
+    write_json(_unreleased(run), [f"{job.place}.sh" for job in new])
+    submitted: list[int] = []
     try:
         for job in new:
             _write(job)
             parents = [known[key] for key in _parent_keys(job) if key in known]
             number = slurm.submit_script(Path(f"{job.place}.sh"), parents)
-            known[job.node.artifact.key] = submitted[job.node.artifact.key] = number
+            known[job.node.artifact.key] = number
+            submitted.append(number)
             _print_submitted(job, number, parents, console)
+        for job in new:
+            if job.redo:
+                _invalidate(job.node, console)
+            _record(job, known[job.node.artifact.key])
+        slurm.release(submitted)
     except BaseException:
-        slurm.cancel(list(submitted.values()))
+        _cancel_held(run, console)
         raise
-    for job in new:
-        if job.redo:
-            _invalidate(job.node, console)
-        _record(job, submitted[job.node.artifact.key])
-    if submitted:
-        slurm.release(list(submitted.values()))
+    _unreleased(run).unlink()
 
 
 def _parent_keys(job: StageJob) -> list[str]:
@@ -163,10 +180,9 @@ def _parent_keys(job: StageJob) -> list[str]:
 
 def _write(job: StageJob) -> None:
     job.place.parent.mkdir(parents=True, exist_ok=True)
-    write_json(f"{job.place}.json", job_task(job))
-    path = Path(f"{job.place}.sh")
-    path.write_text(job_script(job))
-    path.chmod(0o755)
+    # Only for the user, since shell commands and settings may say more about an account than others should know.
+    write_json(f"{job.place}.json", job_task(job), mode=0o600)
+    write_text(Path(f"{job.place}.sh"), job_script(job), mode=0o700)
 
 
 def _print_submitted(job: StageJob, number: int, parents: Sequence[int], console: Console) -> None:
@@ -181,6 +197,50 @@ def _invalidate(node: Node, console: Console) -> None:
     """Have an artifact rebuilt. This happens on submission, so that a job that is requeued resumes."""
     with node.artifact.lock().held(lambda holder: console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")):
         node.artifact.invalidate()
+
+
+# ------------------------------------------------------------------------------ interrupted submissions
+
+
+def cancel_held_jobs(run: Settings, console: Console) -> None:
+    """Cancel the jobs that a killed submission of this user left held. One that is still in progress is left alone.
+
+    Raises:
+        SlurmUnreachable: Slurm does not answer.
+    """
+    if not _unreleased(run).exists():
+        return
+    lock = _submission_lock(run)
+    holder = lock.holder()
+    if holder is not None and not holder.is_dead(lock.me):
+        console.print(f"{holder} is submitting jobs")
+        return
+    with lock.held(lambda holder: None):
+        _cancel_held(run, console)
+
+
+def _cancel_held(run: Settings, console: Console) -> None:
+    """Cancel the held jobs of the last submission, if it did not release them. Only for the lock's holder."""
+    scripts = read_record(_unreleased(run), lambda value: isinstance(value, list))
+    if scripts is not None:
+        try:
+            held = slurm.held_jobs(scripts)
+            slurm.cancel(held)
+        except slurm.SlurmUnreachable as error:
+            hint = "jobs of an interrupted submission may be held; the next action=submit or action=status cancels them"
+            raise slurm.SlurmUnreachable(f"{error}; {hint}") from error
+        if held:
+            console.print(f"cancelled jobs that were still held: {', '.join(map(str, held))}")
+    _unreleased(run).unlink(missing_ok=True)
+
+
+def _unreleased(run: Settings) -> Path:
+    """The list of the scripts that this user is submitting, or was submitting when the submission was killed."""
+    return Path(run.output_dir).absolute() / "artifacts" / f"submission-{os.getuid()}.json"
+
+
+def _submission_lock(run: Settings) -> Lock:
+    return Lock(_unreleased(run).with_suffix(".builder"), Holder.current(os.environ))
 
 
 # -------------------------------------------------------------------------------------- submitted jobs

@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,11 +108,13 @@ def submit_script(script: Path, parents: Iterable[int]) -> int:
 
     Raises:
         UserError: sbatch rejects the script. The message quotes its error.
+        SlurmUnreachable: Slurm does not answer. The job may have been submitted nevertheless.
     """
     after = ":".join(map(str, parents))
     dependency = [f"--dependency=afterok:{after}"] if after else []
     answer = _call("sbatch", "--parsable", "--hold", *dependency, str(script))
     if answer.returncode != 0:
+        _ask("scontrol", "ping")  # fails if it was not the script that sbatch could not process
         raise UserError(
             setting="slurm",
             value=script,
@@ -124,18 +126,29 @@ def submit_script(script: Path, parents: Iterable[int]) -> int:
 
 def release(jobs: Sequence[int]) -> None:
     """Lets held jobs start."""
-    _scontrol("release", ",".join(map(str, jobs)))
+    _ask("scontrol", "release", ",".join(map(str, jobs)))
 
 
 def cancel(jobs: Sequence[int]) -> None:
-    """Cancels jobs."""
+    """Cancels jobs. Those that have ended are left alone."""
     if jobs:
-        _call("scancel", *map(str, jobs))
+        _ask("scancel", *map(str, jobs))
+
+
+def held_jobs(scripts: Collection[str]) -> list[int]:
+    """Returns this user's jobs that run one of some scripts and are held.
+
+    Raises:
+        SlurmUnreachable: Slurm does not answer.
+    """
+    queue = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--states=PENDING", "--format=%i|%r|%o")
+    jobs = [line.split("|", 2) for line in queue.splitlines()]
+    return [int(job) for job, reason, script in jobs if reason == "JobHeldUser" and script in scripts]
 
 
 def requeue(job: int) -> None:
     """Returns a running batch job to the queue. Slurm then ends it, including the calling process."""
-    _scontrol("requeue", str(job))
+    _ask("scontrol", "requeue", str(job))
 
 
 @dataclass(frozen=True)
@@ -191,25 +204,26 @@ def cluster_name() -> str:
     Raises:
         SlurmUnreachable: Slurm does not answer.
     """
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config"), re.MULTILINE)
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", _ask("scontrol", "show", "config"), re.MULTILINE)
     return found.group(1) if found else ""
 
 
 def host_names(node_list: str) -> list[str]:
     """Expands a node list: ``n[1-3]`` becomes ``["n1", "n2", "n3"]``, in Slurm's order."""
-    return _scontrol("show", "hostnames", node_list).split()
+    return _ask("scontrol", "show", "hostnames", node_list).split()
 
 
 def node_address(node: str) -> str:
     """Returns the address at which Slurm reaches a node. The node's name does not always resolve."""
-    found = re.search(r"NodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", node))
+    found = re.search(r"NodeAddr=(\S+)", _ask("scontrol", "--oneliner", "show", "node", node))
     return found.group(1) if found else node
 
 
-def _scontrol(*arguments: str) -> str:
-    answer = _call("scontrol", *arguments)
+def _ask(*command: str) -> str:
+    answer = _call(*command)
     if answer.returncode != 0:
-        raise SlurmUnreachable(f"scontrol {' '.join(arguments)}: {answer.stderr.strip()}")
+        said = answer.stderr.strip() or answer.stdout.strip() or f"exit status {answer.returncode}"
+        raise SlurmUnreachable(f"{' '.join(command)}: {said}")
     return answer.stdout
 
 

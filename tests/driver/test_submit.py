@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,10 +15,11 @@ from pipeline.artifacts.store import Artifact
 from pipeline.config import Settings
 from pipeline.driver import submit
 from pipeline.driver.graph import Inputs, Node, build_graph, make_report
+from pipeline.driver.status import print_status
 from pipeline.driver.submit import StageJob, job_script, job_task, stage_jobs
 from pipeline.errors import UserError
 from pipeline.launch import slurm
-from pipeline.launch.slurm import JobInfo
+from pipeline.launch.slurm import JobInfo, SlurmUnreachable
 
 INPUTS = Inputs(model="m", corpus="c", instructions="i", interpreter="p")
 CONSOLE = Console(quiet=True)
@@ -90,27 +92,54 @@ def test_invalid_resources_are_refused(tmp_path: Path, wrong: str) -> None:
 
 
 class FakeSlurm:
-    """Records the requests; rejects the job whose script has the name ``refused``."""
+    """Records the requests; rejects the job whose script has the name ``refused``, or answers nothing."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, refused: str = "") -> None:
         self.parents: dict[str, list[int]] = {}
         self.released: list[int] = []
         self.cancelled: list[int] = []
         self.active: set[int] = set()
+        self.held: dict[int, str] = {}  # job -> script
+        self.answers_until_release = False
+        self.answers = True
         self._refused = refused
+        self._numbers = itertools.count(1)
         monkeypatch.setattr(slurm, "submit_script", self._submit)
-        monkeypatch.setattr(slurm, "release", self.released.extend)
-        monkeypatch.setattr(slurm, "cancel", self.cancelled.extend)
+        monkeypatch.setattr(slurm, "release", self._release)
+        monkeypatch.setattr(slurm, "cancel", self._cancel)
+        monkeypatch.setattr(slurm, "held_jobs", self._held_jobs)
         monkeypatch.setattr(slurm, "job_info", self._info)
+
+    def _require_answer(self) -> None:
+        if not self.answers:
+            raise SlurmUnreachable("connect failure")
 
     def _submit(self, path: Path, parents: list[int]) -> int:
         assert os.access(path, os.X_OK)
         if path.stem == self._refused:
             raise UserError(setting="slurm", value=path, rule="no", remedy="none")
         self.parents[path.stem] = list(parents)
-        return len(self.parents)
+        self.held[number := next(self._numbers)] = str(path)
+        return number
+
+    def _release(self, jobs: list[int]) -> None:
+        self.answers &= not self.answers_until_release
+        self._require_answer()
+        for job in jobs:
+            del self.held[job]
+        self.released += jobs
+
+    def _cancel(self, jobs: list[int]) -> None:
+        for job in jobs:
+            del self.held[job]
+        self.cancelled += jobs
+
+    def _held_jobs(self, scripts: list[str]) -> list[int]:
+        self._require_answer()
+        return [job for job, script in self.held.items() if script in scripts]
 
     def _info(self, job: int) -> JobInfo | None:
+        self._require_answer()
         state = "RUNNING" if job in self.active else "COMPLETED"
         return JobInfo(job, state, "None", 0, batch=True, may_requeue=True, run_time="", time_limit="")
 
@@ -137,12 +166,49 @@ def test_no_job_is_queued_if_one_is_rejected(monkeypatch: pytest.MonkeyPatch, tm
     assert not fake.released and nodes["load"].artifact.is_complete()
 
 
+def test_jobs_left_held_are_cancelled_by_the_next_submission_or_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = FakeSlurm(monkeypatch)
+    ((run, nodes),) = _runs(tmp_path, "stages=[expand]")
+    jobs = stage_jobs([(run, nodes)], None)
+    for resolve in (
+        lambda: submit.submit_jobs(jobs, CONSOLE),
+        lambda: print_status(run, nodes, CONSOLE),
+    ):
+        fake.answers_until_release = True  # as if the command was killed there: it can neither release nor cancel
+        with pytest.raises(SlurmUnreachable, match="the next action=submit or action=status cancels them"):
+            submit.submit_jobs(jobs, CONSOLE)
+        left = [*fake.held]
+        held_by_the_user = 100
+        fake.held[held_by_the_user] = str(tmp_path / "other.sh")
+        print_status(run, nodes, CONSOLE)  # without an answer it only says so
+        fake.answers, fake.answers_until_release = True, False
+        resolve()
+        assert len(left) == 2 and fake.cancelled[-2:] == left
+        assert [*fake.held] == [held_by_the_user]
+        fake.held.clear()
+    assert len(fake.released) == 2 and not [*tmp_path.glob("artifacts/submission-*.json")]
+
+
+def test_scripts_and_settings_are_only_for_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeSlurm(monkeypatch)
+    ((run, nodes),) = _runs(tmp_path, "stages=[load]")
+    before = os.umask(0o200)
+    try:
+        submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
+    finally:
+        os.umask(before)
+    modes = [(submit.slurm_dir(run) / f"load.{suffix}").stat().st_mode & 0o777 for suffix in ("sh", "json")]
+    assert modes == [0o500, 0o400]
+
+
 def test_a_job_that_is_still_queued_is_not_submitted_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = FakeSlurm(monkeypatch)
     ((run, nodes),) = _runs(tmp_path, "stages=[expand]")
     submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
     first = submit.submitted_jobs(run)["expand"]["job"]
-    fake.active, fake.parents = {first}, {"occupied": [], "also": [], "and": []}
+    fake.active, fake.parents = {first}, {}
     _finish(nodes["load"])
     ((wider, wider_nodes),) = _runs(tmp_path, "stages=[pretrain]")
     submit.submit_jobs(stage_jobs([(wider, wider_nodes)], None), CONSOLE)

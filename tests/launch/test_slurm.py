@@ -139,8 +139,18 @@ def test_submitted_job_depends_on_its_parents_and_a_rejection_quotes_sbatch(
     arguments = (tmp_path / "arguments").read_text().split()
     assert "--dependency=afterok:3:4" in arguments and "--hold" in arguments and arguments[-1] == "job.sh"
     program("sbatch", stderr="sbatch: error: invalid partition specified: x\n", status=1)
+    program("scontrol", stdout="Slurmctld(primary) at n1 is UP\n")
     with pytest.raises(UserError, match="invalid partition specified: x"):
         slurm.submit_script(Path("job.sh"), [])
+    program("scontrol", stdout="Slurmctld(primary) at n1 is DOWN\n", status=1)
+    with pytest.raises(SlurmUnreachable, match="n1 is DOWN"):
+        slurm.submit_script(Path("job.sh"), [])
+
+
+def test_held_jobs_are_found_by_their_scripts(program: Callable[..., None]) -> None:
+    queue = ["7|JobHeldUser|/a|b.sh", "8|JobHeldUser|/other.sh", "9|Dependency|/a|b.sh", "10_[1-3]|None|wrap"]
+    program("squeue", stdout="\n".join(queue) + "\n")
+    assert slurm.held_jobs(["/a|b.sh"]) == [7]
 
 
 def test_node_lists_and_addresses_are_parsed(program: Callable[..., None]) -> None:

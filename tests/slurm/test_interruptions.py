@@ -8,9 +8,13 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
+
+import pytest
 
 from tests.slurm.cluster import Workplace, final_states, info, resume_node, slurm, wait_until, workers
 from tests.slurm.conftest import REPOSITORY, STEPS
+from tests.test_pipeline import run
 
 
 def test_job_that_is_preempted_and_loses_a_node_gives_the_weights_of_an_uninterrupted_run(
@@ -71,6 +75,31 @@ def test_job_of_scripts_submit_is_requeued_and_resumes_after_its_time_limit(
     assert final_states([job]) == {job: "COMPLETED"}, log.read_text()
     assert "resumed after step" in log.read_text()
     assert tokenized.weights("pretrain") == full_run.weights("pretrain")
+
+
+KILL_BEFORE_RELEASE = """#!/bin/sh
+[ "$1" != release ] || {{ kill -KILL $PPID; exit 1; }}
+exec {scontrol} "$@"
+"""
+
+
+def test_killed_submission_leaves_no_held_jobs(
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace = Workplace(tmp_path, (*overrides, "stages=[expand]"))
+    command = ["+experiment=quickstart", *workplace.overrides, "action=submit"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(KILL_BEFORE_RELEASE.format(scontrol=shutil.which("scontrol")))
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    for resolve in ("status", "submit"):
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+            assert run(*command, cwd=tmp_path)[0] == -signal.SIGKILL
+        left = [entry["job"] for entry in workplace.jobs().values()]
+        assert [info(job).reason for job in left] == ["JobHeldUser"] * 2
+        workplace.command(f"action={resolve}")
+        assert final_states(left) == dict.fromkeys(left, "CANCELLED")
+    assert set(final_states(entry["job"] for entry in workplace.jobs().values()).values()) == {"COMPLETED"}
 
 
 def test_killed_worker_is_named_and_all_other_workers_exit(full_run: Workplace, tokenized: Workplace) -> None:
