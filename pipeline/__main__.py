@@ -37,9 +37,9 @@ from pipeline.config.messages import (
     not_a_number,
     not_given,
     not_yaml,
-    refuse_secrets,
     validate_settings,
 )
+from pipeline.config.secrets import refuse_secret_overrides, refuse_secrets
 from pipeline.driver.requeue import requeue_this_job
 from pipeline.errors import (
     EXIT_DONE,
@@ -115,6 +115,7 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
     Raises:
         UserError: Hydra or pydantic rejects a setting.
     """
+    refuse_secret_overrides(overrides)
     overrides = [f"+{item}" if item.startswith("experiment=") else item for item in overrides]
     if config_dir is not None and not config_dir.is_dir():
         raise UserError(

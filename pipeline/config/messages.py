@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -18,9 +17,7 @@ from yaml import YAMLError
 from pipeline.config import METHODS, Settings
 from pipeline.errors import UserError
 
-TOKEN_SHAPE = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bwandb_v1_[A-Za-z0-9_]{20,}\b")
 RENAMED = {f"{section}.keep_at": f"{section}.snapshot_at" for section in ("pretrain", "sft")}  # old name -> new name
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -220,32 +217,3 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
         for inner in (field.annotation, *get_args(field.annotation)):  # a section, or the items of a list of sections
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from _keys_of(inner, f"{prefix}{name}.")
-
-
-# ------------------------------------------------------------------------------------------ secrets
-
-
-def refuse_secrets(values: Any, path: str = "") -> None:
-    """Checks that no setting contains an access token, since settings are written to manifests and to W&B.
-
-    Raises:
-        UserError: a setting contains one. The message does not repeat it.
-    """
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            refuse_secrets(value, f"{path}.{name}" if path else str(name))
-    elif isinstance(values, list):
-        for value in values:
-            refuse_secrets(value, path)
-    elif isinstance(values, str) and _contains_secret(values):
-        raise UserError(
-            setting=path,
-            value="(hidden)",
-            rule="it contains an access token, and settings are written to manifests and to W&B",
-            remedy="Pass tokens in environment variables: HF_TOKEN, WANDB_API_KEY.",
-        )
-
-
-def _contains_secret(text: str) -> bool:
-    known = [os.environ[name] for name in TOKEN_VARIABLES if len(os.environ.get(name, "")) >= 8]
-    return bool(TOKEN_SHAPE.search(text)) or any(secret in text for secret in known)

@@ -9,6 +9,7 @@ import pytest
 from pipeline.__main__ import CONF, compose_jobs
 from pipeline.config import METHODS, Settings
 from pipeline.config.messages import list_experiments
+from pipeline.config.secrets import contains_secret
 from pipeline.errors import UserError
 
 EXPERIMENTS = list_experiments([CONF])
@@ -144,3 +145,42 @@ def test_a_token_in_a_setting_is_refused_but_not_printed(variable: str, monkeypa
     monkeypatch.setenv(variable, "topsecret-0123456789")
     error = _refusal("+experiment=quickstart", "model.path=dir/topsecret-0123456789")
     assert error.setting == "model.path" and "topsecret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'slurm.environment=["export MY_TOKEN=topsecret"]',
+        "slurm.options=['--export=ALL,DB_PASSWORD=topsecret']",
+        '+expand.api_key="topsecret"',
+        "sft.deepspeed.overrides={comet: {api_key: topsecret}}",
+        'slurm.environment=["export https_proxy=http://me:topsecret@proxy:80"]',
+        "data.corpus.path=[topsecret=x,ghp_topsecrettopsecrettopsecrettopsecret",  # Hydra cannot parse it
+        "model.path=sk-ant-topsecret-topsecret,other",  # a sweep without --multirun
+        "sk-topsecret-topsecret-topsecret=1",
+    ],
+)
+def test_a_secret_is_refused_by_its_name_or_format_but_not_printed(override: str) -> None:
+    error = _refusal("+experiment=quickstart", override)
+    assert error.value == "(hidden)" and "environment" in error.remedy
+    assert "topsecret" not in str(error)
+
+
+def test_a_secret_in_a_configuration_file_is_not_printed(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "mine.yaml").write_text("defaults: [gpu]\nenvironment: ['export MY_TOKEN=topsecret']\n")
+    with pytest.raises(UserError, match="slurm.environment = \\(hidden\\)") as error:
+        compose_jobs(["+experiment=quickstart", "slurm=mine"], False, tmp_path)
+    assert "topsecret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "export TOKENIZERS_PARALLELISM=false", "export HF_TOKEN=$(cat ~/.token)", 'export HF_TOKEN="$MINE"',
+        "--export=HF_TOKEN", "MAX_TOKENS=x", "SSH_KEY_FILE=me.pem", "NCCL_IB_PKEY=0", "git@host:me/repository",
+        "{num_key_value_heads: 8}", "image:24.01@sha256:0123", "--gres=gpu:h100:8", "http://proxy:8080/me@x",
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_secret_is_accepted(text: str) -> None:
+    assert not contains_secret(text)
