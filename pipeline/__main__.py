@@ -7,6 +7,7 @@ changes the working directory, writes its own files, and starts the first job of
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 import re
@@ -40,6 +41,7 @@ from pipeline.config.messages import (
     validate_settings,
 )
 from pipeline.config.secrets import refuse_secret_overrides, refuse_secrets
+from pipeline.config.section import MAX_NAME_BYTES
 from pipeline.driver.requeue import requeue_this_job
 from pipeline.errors import (
     EXIT_DONE,
@@ -165,11 +167,23 @@ def _split_sweep(overrides: list[str]) -> list[tuple[list[str], str]]:
             choices.append([(f"{key}={value}", f"{key.lstrip('+')}-{value}") for value in values])
         else:
             choices.append([(text, "")])
-    jobs = []
+    jobs: dict[str, list[str]] = {}
     for combination in itertools.product(*choices):
-        suffix = "_".join(name.replace("/", "-").replace("%", "") for _, name in combination if name)
-        jobs.append(([text for text, _ in combination], suffix or "job"))
-    return jobs
+        suffix = "_".join(name for _, name in combination if name) or "job"
+        name = _directory_name(suffix)
+        # Two values can differ only in what a name cannot contain.
+        jobs[name if name not in jobs else _directory_name(suffix, unique=True)] = [text for text, _ in combination]
+    return [(texts, name) for name, texts in jobs.items()]
+
+
+def _directory_name(text: str, unique: bool = False) -> str:
+    """Returns a name for a job of a sweep that a directory can have. It ends with a hash of the text if need be."""
+    printable = "".join(char if char.isprintable() else "-" for char in text.replace("/", "-").replace("%", ""))
+    name = printable.strip()
+    if not unique and len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return name.encode()[: MAX_NAME_BYTES - len(digest) - 1].decode(errors="ignore") + f"-{digest}"
 
 
 def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings:

@@ -158,6 +158,23 @@ def test_weights_that_are_not_finite_leave_no_artifact(
     assert not [*tmp_path.glob("out/**/manifest.json"), *tmp_path.glob("out/**/*.safetensors")]
 
 
+def test_a_place_that_is_taken(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = tmp_path / "out" / "artifacts" / "load" / "0123"
+    (tmp_path / "out" / "quickstart" / "load").mkdir(parents=True)
+    artifact.mkdir(parents=True)
+    (tmp_path / "out" / "linked").symlink_to(artifact)
+    (artifact / "manifest.json").write_text("{}")
+    (tmp_path / "out" / "file").touch()
+    for argument, place in {
+        "name=quickstart": "quickstart/load",
+        "name=linked/x": "linked",
+        "name=file": "file",
+    }.items():
+        message = _refused(capsys, *base, argument)
+        assert message.startswith("name = ") and f"{tmp_path / 'out' / place} is something else" in message
+    assert "is a finished artifact" in _refused(capsys, *base, f"output_dir={artifact / 'more'}")
+
+
 def test_a_hub_id_without_a_network(base: Arguments, offline: None, capsys: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     message = _refused(capsys, *base, "model.path=some-organization/some-model")

@@ -185,6 +185,11 @@ class Artifact:
         return Lock(self.path.with_name(f"{self.key}.builder"), Holder.current(os.environ))
 
 
+def is_artifact(directory: Path) -> bool:
+    """Whether a directory is a complete artifact, by its place and its manifest."""
+    return directory.parent.parent.name == "artifacts" and (directory / MANIFEST).is_file()
+
+
 def _lists_files(manifest: Any) -> bool:
     return "key" in manifest and all(isinstance(entry["bytes"], int) for entry in manifest["files"].values())
 

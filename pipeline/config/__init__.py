@@ -16,7 +16,7 @@ from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate,
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import METHODS, AnyExpand, Expand
 from pipeline.config.model import Model
-from pipeline.config.section import NonNegative, NotInKey, Section
+from pipeline.config.section import Line, NonNegative, NotInKey, RunName, Section
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
@@ -32,9 +32,9 @@ StageName = Literal["load", "expand", "tokenize", "pretrain", "sft", "evaluate",
 class Settings(Section):
     """The settings of one run."""
 
-    name: str
+    name: RunName
     seed: NonNegative
-    output_dir: str
+    output_dir: Line
     action: Literal["run", "plan", "submit", "status", "verify"]
     dry_run: bool  # with action=submit: print the batch scripts and write nothing
     stages: list[StageName]

@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.config.section import Fraction, NonNegative, Positive, Section
+from pipeline.config.section import Fraction, Line, NonNegative, Positive, Section
 
 
 @dataclass(frozen=True)
@@ -104,26 +104,35 @@ class Launch(Section):
 SlurmTime = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")]  # such as 04:00:00 or 1-12 (days-hours)
 
 
+def _option(text: str) -> str:
+    if not text.startswith("-"):
+        raise ValueError("an option of sbatch begins with '-', such as --constraint=h100")
+    return text
+
+
+SbatchOption = Annotated[Line, AfterValidator(_option)]
+
+
 class Resources(Section):
     """The resources of one stage's batch job."""
 
-    partition: str | None  # null: slurm.partition
+    partition: Line | None  # null: slurm.partition
     nodes: Positive  # more than one only for pretrain and sft
     gpus: NonNegative  # per node
     cpus: Positive  # per node
-    memory: str | None  # per node, such as 64G; "0": all of it; null: the cluster's default
+    memory: Line | None  # per node, such as 64G; "0": all of it; null: the cluster's default
     time: Positive | SlurmTime  # an integer is in minutes
-    options: list[str]  # further options of sbatch, such as --constraint=h100
+    options: list[SbatchOption]  # further options of sbatch, such as --constraint=h100
 
 
 class Slurm(Section):
     """How stages are submitted as batch jobs."""
 
-    partition: str | None  # null: the cluster's default; likewise account and qos
-    account: str | None
-    qos: str | None
-    environment: list[str]  # shell commands to run first, such as "module load cuda"
-    options: list[str]  # further options of sbatch for every job
+    partition: Line | None  # null: the cluster's default; likewise account and qos
+    account: Line | None
+    qos: Line | None
+    environment: list[Line]  # shell commands to run first, such as "module load cuda"
+    options: list[SbatchOption]  # further options of sbatch for every job
     signal_seconds: Positive  # how long before the time limit the run is asked to save and stop
     max_requeues_without_progress: NonNegative
     load: Resources

@@ -4,13 +4,44 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_NAME_BYTES = 255  # of a file or directory, on all common file systems
+# Entries of <output_dir>, and of <output_dir>/<name>, that are not runs.
+RESERVED_FIRST = ("artifacts",)
+RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report", "slurm", "wandb")
 
 
 class NotInKey:
     """Marks a field that can change the speed of a stage but not its numbers."""
 
 
+def _one_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("it must be one line of printable characters")
+    return text
+
+
+def _run_name(name: str) -> str:
+    """Checks that a run's directory is inside ``output_dir``, and that no artifact or other run is there."""
+    parts = name.split("/")
+    for part in parts:
+        if not part or part != part.strip() or part in (".", "..") or not part.isprintable():
+            raise ValueError(
+                "it must be a relative path of printable names, without '..', without spaces around '/' and without a "
+                "'/' at its beginning or end, because it is the run's directory in output_dir"
+            )
+        if len(part.encode()) > MAX_NAME_BYTES:
+            raise ValueError(f"each part of it must have at most {MAX_NAME_BYTES} bytes, as the name of a directory")
+    if parts[0] in RESERVED_FIRST:
+        raise ValueError(f"{parts[0]} is the directory of all runs' artifacts")
+    if taken := [part for part in parts[1:] if part in RESERVED_LATER]:
+        raise ValueError(f"{taken[0]} is an entry of the directory of another run")
+    return name
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+RunName = Annotated[str, AfterValidator(_run_name)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -56,7 +56,7 @@ def batch_script(job: BatchJob, slurm: Slurm) -> str:
     shell (``B:``), and a shell would not pass it on before its child ends.
     """
     resources = job.resources
-    options = {
+    options: dict[str, object] = {
         "job-name": job.name,
         "chdir": str(job.directory),
         "output": str(job.log),
@@ -73,12 +73,23 @@ def batch_script(job: BatchJob, slurm: Slurm) -> str:
         "signal": f"B:USR1@{slurm.signal_seconds}",
         "kill-on-invalid-dep": "yes",
     }
-    given = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    given = [_option(name, str(value)) for name, value in options.items() if value is not None]
     # The user's own options come last, since sbatch uses the last value of an option that is given twice.
     lines = [f"#SBATCH {option}" for option in [*given, "--requeue", *slurm.options, *resources.options]]
     return "\n".join(
         ["#!/usr/bin/env bash", *lines, "set -e", *slurm.environment, f"exec {shlex.join(job.command)}", ""]
     )
+
+
+def _option(name: str, value: str) -> str:
+    if "\n" in value or "\r" in value:  # settings are checked before, but not the directory of the command
+        raise UserError(
+            setting=f"sbatch --{name}",
+            value=repr(value),
+            rule="an option of a batch script is one line, and the rest would run as shell commands",
+            remedy="Start the command in a directory without line breaks in its path.",
+        )
+    return f"--{name}={shlex.quote(value)}"
 
 
 def escape_percent(path: Path) -> str:

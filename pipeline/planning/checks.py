@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target
 from pipeline.config.execution import GPUS
 from pipeline.data import sources
@@ -41,11 +42,13 @@ class Check:
         stops: what could not be built then: nodes, or stages for all of their nodes. The check is skipped if none of
             these is missing.
         needs: what must be known of the inputs. The check is skipped if it is not, since another one says why.
+        always: the check is made even if nothing is missing.
     """
 
     faults: Callable[[PreparedRun], Faults]
     stops: tuple[str, ...]
     needs: Need | None = None
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def find_blockers(prepared: PreparedRun, checks: Sequence[Check] | None = None) 
     """
     missing = {*prepared.missing, *(node.stage for node in prepared.missing.values())}
     for check in CHECKS if checks is None else checks:
-        if not missing.isdisjoint(check.stops) and _is_known(prepared, check.needs):
+        if (check.always or not missing.isdisjoint(check.stops)) and _is_known(prepared, check.needs):
             for fault in check.faults(prepared):
                 yield Blocker(fault, check.stops)
 
@@ -221,6 +224,31 @@ def _output_dir(prepared: PreparedRun) -> Faults:
         yield fault
 
 
+def _places(prepared: PreparedRun) -> Faults:
+    """The links to the run's artifacts can be created: no artifact, other run or file is in their place."""
+    output_dir = Path(prepared.run.output_dir).absolute()
+    artifact = next((place for place in (output_dir, *output_dir.parents) if is_artifact(place.resolve())), None)
+    if artifact is not None:
+        yield UserError(
+            setting="output_dir",
+            value=prepared.run.output_dir,
+            rule=f"{artifact} is a finished artifact, and nothing may be added to it",
+            remedy="Set output_dir=DIRECTORY to another directory.",
+        )
+    for node in prepared.selected:
+        place = output_dir / prepared.run.name / node
+        within = [parent for parent in reversed(place.parents) if parent.is_relative_to(output_dir / ".")][1:]
+        taken = [parent for parent in within if parent.is_symlink() or (parent.exists() and not parent.is_dir())]
+        if taken or (place.exists() and not place.is_symlink()):
+            yield UserError(
+                setting="name",
+                value=prepared.run.name,
+                rule=f"the result of {node} is linked as {place}, but {(*taken, place)[0]} is something else",
+                remedy="Set name=NAME to another name.",
+            )
+            return
+
+
 def _login(prepared: PreparedRun) -> Faults:
     if prepared.run.tracking.wandb != "online" or os.environ.get("WANDB_API_KEY"):
         return
@@ -268,6 +296,7 @@ INPUT_CHECKS = (
 )
 CHECKS = (
     Check(_output_dir, stops=STAGE_NAMES),
+    Check(_places, stops=STAGE_NAMES, always=True),
     *INPUT_CHECKS,
     Check(_model, stops=("load",), needs="config"),
     Check(_weights, stops=("load",)),

@@ -184,3 +184,33 @@ def test_a_secret_in_a_configuration_file_is_not_printed(tmp_path: Path) -> None
 )  # fmt: skip
 def test_what_only_looks_like_a_secret_is_accepted(text: str) -> None:
     assert not contains_secret(text)
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("name", "../elsewhere"), ("name", "/absolute"), ("name", "a//b"), ("name", "a/./b"), ("name", "artifacts"),
+        ("name", "artifacts/load/0123"), ("name", "quickstart/expand"), ("name", "quickstart/slurm"),
+        ("name", '"a\\nb"'), ("name", '" a"'), ("name", "x" * 256), ("output_dir", '""'), ("output_dir", '"a\\nb"'),
+        ("slurm.partition", '"gpu\\ntouch x"'), ("slurm.account", '"a\\rb"'), ("slurm.pretrain.memory", '"8G\\nx"'),
+        ("slurm.environment", '["module load cuda\\nrm x"]'), ("slurm.options", '["--mail-type=FAIL\\ntouch x"]'),
+        ("slurm.load.options", "[mail-type=FAIL]"),
+    ],
+)  # fmt: skip
+def test_names_and_slurm_strings_cannot_leave_their_directory_or_line(setting: str, value: str) -> None:
+    value = value.replace("\\n", "\n").replace("\\r", "\r")
+    error = _refusal("+experiment=quickstart", f"{setting}={value}")
+    assert error.setting.startswith(setting) and "\n" not in f"{error.value}{error.rule}"
+
+
+def test_names_with_spaces_quotes_and_other_signs_are_accepted() -> None:
+    name = "Größe 1/it's 50%, [a=b] {c}"
+    assert _compose("+experiment=quickstart", f'name="{name}"').name == name
+
+
+def test_jobs_of_a_sweep_have_different_names_that_directories_can_have() -> None:
+    sweep = f'data.corpus.path=a/b,a-b,"a\nb",{"x" * 300}1,{"x" * 300}2'
+    jobs = compose_jobs(["+experiment=quickstart", "data=files", "data.instructions.path=x", sweep], True, None)
+    names = [job.settings.name.removeprefix("quickstart/") for job in jobs]
+    assert names[0] == "data.corpus.path-a-b" and len(set(names)) == len(names)
+    assert all(len(name.encode()) <= 255 and name.isprintable() for name in names)

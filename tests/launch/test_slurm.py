@@ -76,6 +76,12 @@ def test_failing_environment_line_ends_the_job(tmp_path: Path) -> None:
     assert not (tmp_path / "started").exists()
 
 
+def test_working_directory_with_a_line_break_is_refused() -> None:
+    job = BatchJob("x", ["true"], RESOURCES, Path("/home/me\ntouch started"), Path("/log"))
+    with pytest.raises(UserError, match="chdir"):
+        batch_script(job, GENERAL)
+
+
 def test_percent_sign_in_a_path_is_escaped() -> None:
     assert escape_percent(Path("/a/50%")) == "/a/50%%"
 
