@@ -19,7 +19,7 @@ from pipeline.__main__ import CONF
 from pipeline.config.messages import list_experiments
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.files import read_json, sha256_file
-from tests.processes import children, is_gone, seconds_of_children
+from tests.processes import children, is_gone, listening_addresses, seconds_of_children
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -161,7 +161,7 @@ def test_workers_exit_within_ten_seconds_after_the_driver_alone_is_killed(shrunk
     process = start("+experiment=quickstart", *shrunk, "pretrain.steps=100000", cwd=tmp_path)
     _wait_for_metrics(tmp_path / "outputs" / "artifacts" / "pretrain")
     workers = children(process.pid)
-    assert len(workers) >= 2, "torchrun and one worker"
+    assert workers
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10.0
@@ -198,11 +198,16 @@ def test_stopped_run_saves_its_state_and_resumes(shrunk: list[str], tmp_path: Pa
 
 
 def test_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_path: Path) -> None:
-    """The message names the rank, the signal and the log and shows its last lines. No process survives."""
+    """The message names the rank, the signal and the log and shows its last lines. No process survives.
+
+    Until then, the ranks accept connections from this machine only.
+    """
     command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=100000", "launch.processes=2"]
     process = start(*command, cwd=tmp_path)
     _wait_for_metrics(tmp_path / "outputs" / "artifacts" / "pretrain")
     processes = children(process.pid)
+    addresses = listening_addresses([process.pid, *processes])
+    assert addresses and all(address.is_loopback for address in addresses)
     os.kill(_find_rank(1, processes), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_FAILED, output

@@ -26,6 +26,9 @@ pickle.load, pickle.dump = forbid("pickle.load"), forbid("pickle.dump")
 if {"pipeline.stages", "pipeline.training.worker"} & set(sys.orig_argv):
     import torch
     torch.load, torch.save = forbid("torch.load"), forbid("torch.save")
+if {"pipeline", "pipeline.training.worker"} & set(sys.orig_argv):
+    pickle.loads = forbid("pickle.loads")
+    sys.addaudithook(lambda event, _: event == "pickle.find_class" and forbid(event)())  # by whatever means
 with open(os.environ["PIPELINE_TEST_PICKLES"] + ".started", "a") as log:
     log.write(" ".join(sys.orig_argv) + "\\n")
 """

@@ -1,9 +1,9 @@
 """Starts processes without the seconds of imports: a server imports everything once and forks what tests start.
 
-Tests set ``sys.executable`` to ``tests.warm_client``, so that production code starts stages, torchrun and its ranks as
-always. Each is a process with real signals, pipes and exit statuses; it only skips ``import torch``. The first client
-starts the server, all pytest workers share it, and it ends with pytest. What is not ``-m`` one of ``MODULES``, or sets
-a variable of ``FIXED`` to something else, gets a new interpreter.
+Tests set ``sys.executable`` to ``tests.warm_client``, so that production code starts stages and ranks as always. Each
+is a process with real signals, pipes and exit statuses; it only skips ``import torch``. The first client starts the
+server, all pytest workers share it, and it ends with pytest. What is not ``-m`` one of ``MODULES``, or sets a variable
+of ``FIXED`` to something else, gets a new interpreter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import ast
 import atexit
 import gc
 import importlib
-import inspect
 import os
 import random
 import runpy
@@ -37,15 +36,15 @@ VARIABLE = "PIPELINE_TEST_PYTHON"  # holds the client's path in a run's processe
 REAL = sys.executable
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "pipeline", "pipeline.stages", "pipeline.training.worker", "torch.distributed.run", "tests.training.forked",
+    "pipeline", "pipeline.stages", "pipeline.training.worker", "tests.training.forked",
     "tests.training.many_tasks",
 )  # fmt: skip
 FIXED = ("OMP_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", "PYTHONHASHSEED")
 IMPORTED = (
     "pipeline.__main__", "pipeline.stages.load", "pipeline.stages.expand", "pipeline.stages.tokenize",
-    "pipeline.stages.evaluate", "pipeline.stages.report", "pipeline.training.trainer", "torch.distributed.run",
+    "pipeline.stages.evaluate", "pipeline.stages.report", "pipeline.training.trainer",
     "pipeline.report.plots", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.original_muon",
-    "torch.distributed.elastic.rendezvous.dynamic_rendezvous", "transformers.pipelines", "PIL.PngImagePlugin",
+    "transformers.pipelines", "PIL.PngImagePlugin",
 )  # fmt: skip
 REQUEST_BYTES = 1 << 18
 
@@ -214,8 +213,6 @@ def _run(arguments: list[str]) -> int:
     sys.argv = [module, *rest]
     sys.modules["__main__"] = types.ModuleType("__main__")
     status: Any = 0
-    if module == "torch.distributed.run":
-        inspect.getmodule = lambda *arguments: None  # for its events; it looks through all modules for every frame
     try:
         runpy._run_module_as_main(module)  # type: ignore[attr-defined]
     except SystemExit as end:

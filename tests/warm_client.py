@@ -48,8 +48,11 @@ def start_server() -> None:
         if os.path.exists(ADDRESS):  # another client was first
             return
         ready, told = os.pipe()
-        if os.fork() == 0:
+        child = os.fork()
+        if child == 0:
             os.setsid()
+            if os.fork():  # the server is no descendant of its first client
+                os._exit(0)
             os.dup2(told, 1)
             os.dup2(os.open(ADDRESS + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -58,6 +61,7 @@ def start_server() -> None:
             os.environ.pop("PYTHONPATH", None)
             os.execv(START[0], START)
         os.close(told)
+        os.waitpid(child, 0)
         os.read(ready, 1)
 
 
@@ -99,7 +103,7 @@ def run(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    if given[:1] == ["-u"]:  # as torchrun asks
+    if given[:1] == ["-u"]:  # as the launcher asks
         given = given[1:]
     if not is_warm(given):
         os.execv(REAL, [REAL, *given])

@@ -22,9 +22,10 @@ from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select_nodes
 from pipeline.errors import WorkersFailed
 from pipeline.files import disk_full_as_user_error, temporary_path, write_json
+from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
-from pipeline.launch.workers import OUTCOME_FILE, load_outcome, package_environment, raise_refusal
+from pipeline.launch.workers import OUTCOME_FILE, load_outcome, raise_refusal
 
 FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt failed
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors", "pot")
@@ -141,7 +142,7 @@ def _execute_in_process(task: StageTask) -> Metrics:
     outcome_file.unlink(missing_ok=True)
     write_json(task_file, task_to_json(task))
     command = [*first_node_prefix(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
-    environment = {**package_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
+    environment = {**child_environment(task.launch, os.environ), "TOKENIZERS_PARALLELISM": "true"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     try:
         status = process.wait()

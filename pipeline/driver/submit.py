@@ -32,8 +32,8 @@ from pipeline.driver.graph import Node, forced, select_nodes
 from pipeline.driver.run import missing_nodes
 from pipeline.files import read_record, write_json, write_text
 from pipeline.launch import slurm
+from pipeline.launch.environment import python_path
 from pipeline.launch.slurm import escape_percent
-from pipeline.launch.workers import package_environment
 
 SLURM_DIR, JOBS_FILE = "slurm", "jobs.json"
 Run = tuple[Settings, Mapping[str, Node]]
@@ -105,9 +105,8 @@ def job_task(job: StageJob) -> dict[str, Any]:
 def job_script(job: StageJob) -> str:
     """Write a job's batch script."""
     run, place = job.runs[0], job.place
-    python_path = package_environment(os.environ)["PYTHONPATH"]
     # The job must import the same package, wherever it was imported from.
-    here = [f"export PYTHONPATH={shlex.quote(python_path)}"]
+    here = [f"export PYTHONPATH={shlex.quote(python_path(os.environ))}"]
     settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, *here]})
     batch = slurm.BatchJob(
         name=f"{run.name}/{job.node.name}",

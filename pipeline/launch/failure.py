@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.launch.child import ORPHANED
 
-LAUNCHER_LOGS = "torchrun*.log"  # one per node, plus the driver's own if there are several nodes
-LAUNCHER_LOG = "torchrun.log"
+LAUNCHER_LOG, LAUNCHER_LOGS = "launcher.log", "launcher*.log"  # of srun, and of what it starts on each node
+DEATHS_FILES = "deaths-*.jsonl"  # one per node: the ranks that failed
 SHOWN_LOG_LINES = 15
 OUT_OF_MEMORY = "out of memory"  # part of every message about insufficient memory
 MEMORY_HINT = f"the system may have run {OUT_OF_MEMORY}"
@@ -45,7 +45,8 @@ def explain_workers(
     elif deaths:
         rank, cause = deaths[0].rank, describe_exit(deaths[0].code)
     else:
-        return failure_message(f"the launcher {describe_exit(exit_status)}", _longest_launcher_log(log_dir))
+        ending = f"the launcher {describe_exit(exit_status)}" if exit_status else "the workers ended without an outcome"
+        return failure_message(ending, _longest_launcher_log(log_dir))
     where, log = _where(rank, processes, nodes), rank_log(log_dir, rank)
     return failure_message(f"rank {rank}{where}: {cause}", log if log.exists() else _longest_launcher_log(log_dir))
 
@@ -66,24 +67,24 @@ def describe_exit(status: int) -> str:
 
 @dataclass(frozen=True)
 class Death:
-    """A failed worker, as reported by torchrun."""
+    """A worker that failed."""
 
-    time: str  # of the node's clock, in seconds, in a format that sorts
+    time: float  # of the node's clock, in seconds
     rank: int
     code: int  # exit status; negative for a signal
 
 
+def deaths_file(log_dir: Path, node: int) -> Path:
+    """Returns the file to which a node's launcher appends the ranks that failed there."""
+    return log_dir / DEATHS_FILES.replace("*", str(node))
+
+
 def worker_deaths(log_dir: Path) -> list[Death]:
-    """Returns the failed workers of all nodes that torchrun reported, in order of time."""
-    logs = sorted(log_dir.glob(LAUNCHER_LOGS))
-    return sorted((death for log in logs for death in _reported_deaths(log)), key=lambda death: death.time)
-
-
-def _reported_deaths(launcher_log: Path) -> list[Death]:
-    text = launcher_log.read_text(errors="replace")
-    found = re.findall(r"time\s*: (\S+)\n\s*host[^\n]*\n\s*rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: (-?\d+)", text)
-    # torchrun prints the root cause last. Reversed, it comes first among deaths of the same second.
-    return [Death(time, int(rank), int(code)) for time, rank, code in reversed(found)]
+    """Returns the failed workers of all nodes in order of time."""
+    texts = [file.read_text() for file in sorted(log_dir.glob(DEATHS_FILES))]
+    # What follows the last newline is a line that is still being written.
+    lines = [line for text in texts for line in text.split("\n")[:-1]]
+    return sorted((Death(**json.loads(line)) for line in lines), key=lambda death: death.time)
 
 
 def rank_log(log_dir: Path, rank: int) -> Path:
@@ -97,5 +98,6 @@ def _where(rank: int, processes: int, nodes: Sequence[str]) -> str:
 
 
 def _longest_launcher_log(log_dir: Path) -> Path:
-    # srun's errors are in the driver's log and torchrun's in a node's. The other log is empty.
-    return max(log_dir.glob(LAUNCHER_LOGS), key=lambda log: log.stat().st_size, default=log_dir / LAUNCHER_LOG)
+    # srun's errors are in the driver's log and those of a node in the node's. The other log is empty. On a single
+    # machine there is neither, since the driver starts the ranks.
+    return max(log_dir.glob(LAUNCHER_LOGS), key=lambda log: log.stat().st_size, default=rank_log(log_dir, 0))

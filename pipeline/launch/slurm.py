@@ -26,10 +26,6 @@ ACTIVE = frozenset({
 })  # fmt: skip
 COMMAND_SECONDS = 60
 
-# Ports for the rendezvous of the ranks, below the range that Linux uses for outgoing connections.
-FIRST_PORT, PORTS, PORT_STRIDE = 20000, 12000, 1009
-PORT_ATTEMPTS = 5
-
 
 class SlurmUnreachable(RuntimeError):
     """Slurm's commands are missing or its controller does not answer, so a job's state is unknown."""
@@ -274,13 +270,6 @@ class Allocation:
             "--kill-on-bad-exit=1",
             *options,
         ]
-
-    def ports(self) -> list[int]:
-        """Returns ports for the rendezvous of the ranks, in the order to try them.
-
-        They depend on the job's id, so that jobs on the same node rarely try the same port.
-        """
-        return [FIRST_PORT + (self.job + attempt * PORT_STRIDE) % PORTS for attempt in range(PORT_ATTEMPTS)]
 
 
 @cache

@@ -20,6 +20,7 @@ from pipeline.artifacts.task import Metrics, StageTask, task_from_json
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.files import disk_full_as_user_error, read_json, write_json
 from pipeline.launch.child import end_with_parent, redirect_output
+from pipeline.launch.environment import create_code_caches
 from pipeline.progress import set_stream
 from pipeline.tracking import Tracker
 
@@ -32,11 +33,12 @@ def main(task_file: Path, outcome_file: Path) -> int:
     task = task_from_json(read_json(task_file))
     # Output of libraries goes to the log, while progress bars stay on the terminal.
     set_stream(open(os.dup(sys.stderr.fileno()), "w"))
-    redirect_output(task.out / "logs" / "stage.log", append=False)
+    redirect_output(task.out / "logs" / "stage.log")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
     try:
         with disk_full_as_user_error(task.out):
+            create_code_caches()
             metrics = _run_stage(task)
     except UserError as error:
         write_json(outcome_file, {"status": "refused", **error.parts()})

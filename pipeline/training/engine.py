@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +27,7 @@ from pipeline.training.job import CHECKPOINTS
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_adamw, parameter_groups
 from pipeline.training.precision import Precision
+from pipeline.training.process_group import join_process_group
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RankContext:
 
 
 def start_distributed() -> torch.device:
-    """Joins the process group that torchrun has set up, and returns this rank's device."""
+    """Joins the process group of all ranks, and returns this rank's device."""
     # The moments of inactive units decay to denormal numbers, on which processors are many times slower. The setting
     # belongs to a thread and is inherited by threads started later, so it comes before the first tensor.
     torch.set_flush_denormal(True)
@@ -69,10 +70,8 @@ def start_distributed() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    # The other ranks wait in a collective while rank 0 hashes, saves or exports a large model, which may take longer
-    # than DeepSpeed's default of ten minutes. The launcher and the driver detect a dead rank within a minute.
-    timeout = timedelta(hours=6)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timeout)
+    join_process_group(device)
+    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)  # uses the existing group
     return device
 
 

@@ -31,7 +31,7 @@ TAIL_BYTES = 16384  # read from the end of the metrics file
 
 
 def run_training(task: StageTask) -> Metrics:
-    """Trains under torchrun and leaves the finished model in ``task.out``.
+    """Trains on all ranks and leaves the finished model in ``task.out``.
 
     Raises:
         UserError: the workers refused the request.

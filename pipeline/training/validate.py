@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
 from pipeline.files import read_json
+from pipeline.launch.environment import code_cache_faults
 from pipeline.launch.machine import Machine, place, requested_placement
 from pipeline.models.families import role_names
 from pipeline.training.selection import NAMED_CHOICES, trainable_pattern
@@ -101,6 +102,7 @@ def less_memory(section: str, train: Train, processes: int) -> str:
 
 def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:
     if not train.compile:
+        yield from code_cache_faults(os.environ, needed=False)
         return
     if train.deepspeed.zero_stage == 3:
         yield UserError(
@@ -117,6 +119,7 @@ def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]
             rule=f"torch.compile needs a C++ compiler on CPUs, and {compiler} was not found",
             remedy=f"Install g++, set CXX to a compiler, or set {section}.compile=false.",
         )
+    yield from code_cache_faults(os.environ, needed=True)
 
 
 def _products(section: str, train: Train, device: str) -> Iterator[UserError]:

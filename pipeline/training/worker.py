@@ -1,4 +1,4 @@
-"""The entry point of a rank: ``python -m pipeline.training.worker TASK.json`` under torchrun.
+"""The entry point of a rank: ``python -m pipeline.training.worker TASK.json``, started by ``pipeline.launch.ranks``.
 
 Heavy imports come after ``end_with_parent``, so a worker whose driver dies during those seconds still ends at once.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, TrainingFailure, UserError
 from pipeline.files import read_json, temporary_path, write_json
-from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent, redirect_output
-from pipeline.launch.failure import rank_log
+from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent
+from pipeline.launch.environment import create_code_caches
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 
 
@@ -48,7 +48,7 @@ def main(task_file: Path, log_dir: Path) -> int:
     """Runs the task on this rank and records the outcome.
 
     Returns:
-        The exit status. A stopped run is a success here: with a failing status, torchrun would kill ranks that are
+        The exit status. A stopped run is a success here: with a failing status, the launcher would end ranks that are
         still saving.
 
     Raises:
@@ -78,6 +78,7 @@ def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, 
     from pipeline.artifacts.task import task_from_json
     from pipeline.training.trainer import train
 
+    create_code_caches()
     outcome = train(task_from_json(read_json(task_file)), log_dir, stop)
     distributed.destroy_process_group()
     return outcome
@@ -96,7 +97,5 @@ def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    logs = Path(os.environ[LOG_DIR_VARIABLE])
     end_with_parent()
-    redirect_output(rank_log(logs, int(os.environ["RANK"])), append=True)
-    sys.exit(main(Path(sys.argv[1]), logs))
+    sys.exit(main(Path(sys.argv[1]), Path(os.environ[LOG_DIR_VARIABLE])))

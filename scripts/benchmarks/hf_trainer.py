@@ -1,6 +1,6 @@
 """The baseline: transformers' Trainer with its DeepSpeed integration, set up as its documentation recommends.
 
-``python -m scripts.benchmarks.hf_trainer JOB.json`` starts torchrun. Under torchrun it is the worker. The ZeRO 2
+``python -m scripts.benchmarks.hf_trainer JOB.json`` starts the ranks, which run the same module. The ZeRO 2
 section is from huggingface.co/docs/transformers/deepspeed, with "auto" wherever that page has it. The optimizer is the
 Trainer's default, torch's fused AdamW. Nothing is evaluated or reported during training, and nothing is saved unless
 the job contains ``save``.
@@ -55,6 +55,10 @@ def train(job: dict[str, Any], out: Path) -> None:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from pipeline.training.freeze import freeze_others, select_trainable
+    from pipeline.training.process_group import join_process_group
+
+    on_gpu = job["device"] == "cuda"
+    join_process_group(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu"))
 
     class Blocks(Dataset[dict[str, torch.Tensor]]):
         def __init__(self) -> None:
@@ -114,7 +118,7 @@ def train(job: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """Trains under torchrun, or starts torchrun."""
+    """Trains on a rank, or starts the ranks."""
     end_with_parent()
     job = read_json(Path(sys.argv[1]))
     out = Path(job["out"])

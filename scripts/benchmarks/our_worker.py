@@ -1,6 +1,6 @@
 """Our training: ``python -m scripts.benchmarks.our_worker TASK.json [profile]`` trains like the pretrain stage.
 
-Under torchrun (``PIPELINE_LOG_DIR`` is set) it is a worker that records a profile of its third step instead.
+With ``PIPELINE_LOG_DIR`` it is a worker that records a profile of its third step instead.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def part_of(operation: str) -> str:
 
 
 def main() -> None:
-    """Trains, starts a profiled training, or runs the profiled worker under torchrun."""
+    """Trains, starts a profiled training, or runs the profiled worker."""
     end_with_parent()  # otherwise an interrupted benchmark would leave a training run of a thousand steps behind
     task = task_from_json(read_json(Path(sys.argv[1])))
     if LOG_DIR_VARIABLE in os.environ:

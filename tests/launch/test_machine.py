@@ -12,7 +12,15 @@ from pipeline.launch.machine import Machine, Placement, place
 
 def _settings(**changes: object) -> Launch:
     return Launch(
-        **{"device": "auto", "processes": "auto", "nodes": 1, "threads": "auto", "utilization": 0.4, **changes}
+        **{
+            "device": "auto",
+            "processes": "auto",
+            "nodes": 1,
+            "threads": "auto",
+            "wait_policy": "passive",
+            "utilization": 0.4,
+            **changes,
+        }
     )
 
 

@@ -14,7 +14,6 @@ from pipeline.config import Resources, Slurm
 from pipeline.errors import UserError
 from pipeline.launch import slurm
 from pipeline.launch.slurm import (
-    PORT_ATTEMPTS,
     Allocation,
     BatchJob,
     JobInfo,
@@ -205,11 +204,3 @@ def test_several_drivers_are_refused() -> None:
     with pytest.raises(UserError, match="Omit srun"):
         read_allocation(step)
     assert read_allocation({**step, "SLURM_STEP_NUM_TASKS": "1"}) is not None
-
-
-def test_jobs_use_different_ports() -> None:
-    ports = [Allocation(job, ("n1",), 1, False).ports() for job in range(100, 200)]
-    assert len({tried[0] for tried in ports}) == 100, "jobs that run at the same time try different ports first"
-    for tried in ports:
-        assert len(set(tried)) == len(tried) == PORT_ATTEMPTS
-        assert all(20000 <= port < 32768 for port in tried)

@@ -6,6 +6,7 @@ The workers run a small script rather than training, so that starting them is fa
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import Stopped, UserError
+from pipeline.files import write_json
 from pipeline.launch import workers
-from pipeline.launch.failure import LAUNCHER_LOG
+from pipeline.launch.failure import LAUNCHER_LOG, deaths_file, worker_deaths
+from pipeline.launch.ranks import LOG_DIR_VARIABLE
 from pipeline.launch.slurm import Allocation
 from pipeline.launch.workers import (
     OUTCOME_FILE,
@@ -27,8 +30,6 @@ from pipeline.launch.workers import (
     WorkersFailed,
     run_workers,
     srun_command,
-    torchrun_command,
-    worker_environment,
 )
 from tests.plain_settings import cpu_launch
 from tests.processes import is_gone
@@ -40,36 +41,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # ------------------------------------------------------------------------- commands and environment
 
 
-def test_torchrun_starts_one_node_without_restarts():
-    command = torchrun_command("some.module", Path("/x/job.json"), Placement("cpu", 2, 1))
-    assert command[0] == sys.executable
-    assert command[-3:] == ["-m", "some.module", "/x/job.json"]
-    assert {"--standalone", "--max-restarts=0", "--nproc-per-node=2"} <= set(command)
-
-
-def test_srun_starts_one_torchrun_per_node():
+def test_srun_starts_one_launcher_per_node():
     two = Allocation(12, ("n1", "n2"), cpus=8, outside=False)
-    command = srun_command(
-        "some.module", Path("/x/job.json"), Placement("cuda", 4, 2, 2), two, Path("/x/100%"), ("n1", 5)
-    )
-    node = command.index("pipeline.launch.child")
-    srun, torchrun = command[: node - 2], command[node + 1 :]
+    command = srun_command("some.module", Path("/x/job.json"), Placement("cuda", 4, 2, 2), two, Path("/x/100%"))
+    node = command.index("pipeline.launch.ranks")
+    srun, arguments = command[: node - 2], command[node + 1 :]
     assert srun[0] == "srun"
     assert {"--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", "--overlap", "--export=ALL", "--cpus-per-task=8"} <= set(
         srun
     )
-    assert "--output=/x/100%%/torchrun-%n.log" in srun
-    assert {"--nnodes=2", "--nproc-per-node=4", "--master-addr=n1", "--master-port=5"} <= set(torchrun)
-    assert torchrun[-3:] == ["-m", "some.module", "/x/job.json"]
-
-
-def test_workers_can_import_this_package_and_run_the_interpreters_tools():
-    inherited = {"PATH": "/usr/bin", "PYTHONPATH": "/mine"}
-    environment = worker_environment(Placement("cpu", 2, 3), Path("logs"), inherited)
-    assert environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
-    assert environment["PYTHONPATH"].split(":") == [str(ROOT), "/mine"]
-    assert environment["OMP_NUM_THREADS"] == "3"
-    assert environment["DS_ACCELERATOR"] == "cpu" and environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert "--output=/x/100%%/launcher-%n.log" in srun
+    assert arguments == ["4", "2", "some.module", "/x/job.json"]
 
 
 def test_the_driver_imports_no_torch():
@@ -87,8 +69,6 @@ from pipeline.launch.child import end_with_parent
 
 logs, rank = Path(os.environ["PIPELINE_LOG_DIR"]), int(os.environ["RANK"])
 end_with_parent()
-log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(log, 1), os.dup2(log, 2)
 write_json(logs / f"pid-{rank}", os.getpid())
 print("rank", rank, "of", os.environ["WORLD_SIZE"], flush=True)
 
@@ -106,8 +86,7 @@ def all_started():
 what = json.loads(Path(sys.argv[1]).read_text())
 sleep_until(all_started)
 if what == "signalled":  # the signal reaches all processes of a job while they are starting
-    for process in (os.getppid(), os.getpid()):
-        os.kill(process, signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGUSR1)
     from pipeline.training.worker import StopRequest
     if StopRequest(logs / "stop")() and rank == 0:
         outcome(status="stopped")
@@ -115,7 +94,9 @@ if what == "done" and rank == 0:
     outcome(status="done", answer=42)
 if what == "refuse" and rank == 0:
     outcome(status="refused", setting="pretrain.x", value="1", rule="it must be 2", remedy="Set pretrain.x=2.")
-if what == "die" and rank == 1:
+if what == "die on node 1" and rank == 3:  # the signal reaches the launcher of a node as well
+    os.kill(os.getppid(), signal.SIGUSR1)
+if what == "die" and rank == 1 or what == "die on node 1" and rank == 3:
     print("last output", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "raise" and rank == 1:
@@ -125,7 +106,7 @@ if what == "stop":
     sleep_until((logs / "stop").exists)
     if rank == 0:
         outcome(status="stopped")
-if what in ("sleep", "die", "raise"):
+if what in ("sleep", "die", "raise", "die on node 1"):
     time.sleep(60)
 """
 
@@ -173,18 +154,19 @@ def test_signal_to_workers_that_are_still_starting_stops_them_gracefully(run: Ca
     assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-PRINT_RANK_AND_SIGNALS = """
-import os, signal
-os.kill(os.getpid(), signal.SIGUSR1)
-print(os.environ["PET_NODE_RANK"], signal.sigpending())
-"""
-
-
-def test_torchrun_of_a_node_has_its_rank_and_blocks_signals(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SLURM_NODEID", "3")
-    command = [sys.executable, "-m", "pipeline.launch.child", sys.executable, "-c", PRINT_RANK_AND_SIGNALS]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert answer.stdout.split()[0] == "3" and "SIGUSR1" in answer.stdout
+def test_ranks_of_the_second_node_follow_those_of_the_first(run: Callable[[str], dict], tmp_path: Path):
+    """The process that srun starts on the second of two nodes, with two ranks per node; the first node is missing."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for rank in (0, 1):
+        write_json(logs / f"pid-{rank}", 0)
+    (tmp_path / "job.json").write_text('"die on node 1"')
+    command = [sys.executable, "-m", "pipeline.launch.ranks", "2", "2", "small_worker", str(tmp_path / "job.json")]
+    place = {"SLURM_NODEID": "1", LOG_DIR_VARIABLE: str(logs), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    node = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdin=subprocess.PIPE)
+    assert node.wait(timeout=60) == 128 + signal.SIGKILL
+    assert [(death.rank, death.code) for death in worker_deaths(logs)] == [(3, -signal.SIGKILL), (2, -signal.SIGTERM)]
+    assert (logs / "rank-2.log").read_text() == "rank 2 of 4\n"
 
 
 DRIVER = "from tests.launch.test_workers import *; run_workers('small_worker', Path('job.json'), TWO, Path('logs'))"
@@ -212,14 +194,11 @@ def wait_until(ready: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_workers_and_launcher_exit_soon_after_the_driver_is_killed(
-    driver: Callable[[str], subprocess.Popen], tmp_path: Path
-):
+def test_workers_exit_soon_after_the_driver_is_killed(driver: Callable[[str], subprocess.Popen], tmp_path: Path):
     process = driver("sleep")
     ranks = [int((tmp_path / "logs" / f"pid-{rank}").read_text()) for rank in (0, 1)]
-    torchrun = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
     process.kill()
-    wait_until(lambda: all(is_gone(pid) for pid in (*ranks, torchrun)), seconds=10)
+    wait_until(lambda: all(is_gone(pid) for pid in ranks), seconds=10)
 
 
 def test_signal_to_the_driver_stops_the_workers_gracefully(driver: Callable[[str], subprocess.Popen]):
@@ -251,7 +230,7 @@ def test_stop_requested_while_the_last_worker_finishes_is_honored(tmp_path: Path
 def test_explained_failure_is_reported_even_if_the_launcher_killed_other_ranks(tmp_path: Path):
     outcome = {"status": "failed", "rank": 0, "cause": "the disk is full", "explained": True}
     (tmp_path / OUTCOME_FILE).write_text(json.dumps(outcome))
-    (tmp_path / LAUNCHER_LOG).write_text("rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n")
+    deaths_file(tmp_path, 0).write_text('{"time": 1.0, "rank": 1, "code": -9}\n')
     with pytest.raises(WorkersFailed, match="^rank 0 of 2: the disk is full\nlog: .*rank-0.log$"):
         workers._read_outcome(tmp_path, 1, Placement("cpu", 2, 1))
 

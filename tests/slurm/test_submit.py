@@ -19,8 +19,8 @@ def test_run_of_many_jobs_on_two_nodes_completes_from_load_to_report(full_run: W
     assert {row["target"] for row in rows} >= {"load", "sft"}
     for stage in ("pretrain", "sft"):
         assert json.loads((full_run.results() / stage / "training.json").read_text())["world_size"] == 2
-        assert {path.name for path in (full_run.results() / stage / "logs").glob("torchrun-*.log")} == {
-            "torchrun-0.log", "torchrun-1.log",
+        assert {path.name for path in (full_run.results() / stage / "logs").glob("launcher-*.log")} == {
+            "launcher-0.log", "launcher-1.log",
         }  # fmt: skip
 
 

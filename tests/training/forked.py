@@ -1,16 +1,14 @@
 """Fast starts of ranks: a server process imports everything once and forks the ranks of every launch.
 
 ``ForkedRanks`` is the client in the tests, and ``python -m tests.training.forked`` is the server. Ranks run the code of
-real workers in separate processes with real signal handlers. Only torchrun is left out.
+real workers in separate processes with real signal handlers. Only the launcher is left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,10 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.files import write_json
 from pipeline.launch.failure import rank_log
+from pipeline.launch.ranks import ADDRESS_VARIABLE, RENDEZVOUS_VARIABLE
 from pipeline.training.job import START_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ class ForkedRanks:
         return Launch(self._server, json.loads(self._server.stdout.readline())["pids"])
 
     def work(self, task: StageTask, **request: Any) -> Launch:
-        """Starts the workers of a task, as torchrun would."""
+        """Starts the workers of a task, as the launcher would."""
         logs = task.out / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         for name in ("outcome.json", "stop", START_FILE):
@@ -107,8 +107,8 @@ def serve() -> None:
 
     for line in sys.stdin:
         request = json.loads(line)
-        port = _free_port()
-        pids = [_fork(request, rank, port) for rank in range(request["ranks"])]
+        rendezvous = _logs(request) / f"rendezvous-{uuid4().hex}.json"
+        pids = [_fork(request, rank, rendezvous) for rank in range(request["ranks"])]
         print(json.dumps({"pids": pids}), flush=True)
         _reap(pids)
 
@@ -122,7 +122,7 @@ def _measure_small_products() -> None:
 
 
 def _reap(pids: list[int]) -> None:
-    """Reports ranks as they end. After a failure, the others get SIGTERM and later SIGKILL, as under torchrun."""
+    """Reports ranks as they end. After a failure, the others get SIGTERM and later SIGKILL, as under the launcher."""
     running, kill_time = set(pids), float("inf")
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -145,15 +145,13 @@ def _signal(pids: set[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _free_port() -> int:
-    """Returns a free port below the ephemeral ports, which an outgoing connection could take before the ranks do."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+def _logs(request: Mapping[str, Any]) -> Path:
+    logs = Path(request["logs"]) if "logs" in request else Path(request["task_file"]).parent
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs
 
 
-def _fork(request: dict[str, Any], rank: int, port: int) -> int:
+def _fork(request: dict[str, Any], rank: int, rendezvous: Path) -> int:
     read_end, write_end = os.pipe()  # the child's standard input, closed when the server dies (see end_with_parent)
     pid = os.fork()
     if pid:
@@ -163,7 +161,7 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
     os.dup2(read_end, 0)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"]),
-        "LOCAL_WORLD_SIZE": str(request["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(request["ranks"]), ADDRESS_VARIABLE: "127.0.0.1", RENDEZVOUS_VARIABLE: str(rendezvous),
     }  # fmt: skip
     status = 1
     try:
@@ -180,12 +178,12 @@ def _child(request: dict[str, Any], rank: int) -> int:
 
     The request has either ``plan`` and ``logs``, or ``task_file`` and optionally ``die_at_file_event`` and ``limits``.
     """
-    from pipeline.launch.child import end_with_parent, redirect_output
+    from pipeline.launch.child import end_with_parent
     from pipeline.training import worker
 
-    logs = Path(request["logs"]) if "logs" in request else Path(request["task_file"]).parent
-    logs.mkdir(parents=True, exist_ok=True)
-    redirect_output(rank_log(logs, rank), append=True)
+    logs = _logs(request)
+    with open(rank_log(logs, rank), "ab") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     end_with_parent()
     if "plan" in request:
         from tests.training.many_tasks import run

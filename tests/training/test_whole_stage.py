@@ -1,4 +1,4 @@
-"""A complete training stage under the driver and torchrun, killed and restarted."""
+"""A complete training stage under the driver, killed and restarted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_killed_run_resumes_to_bitwise_equal_results(make_task: Callable[..., 
     while not (saved.exists() and any(saved.iterdir())):  # until the first checkpoint is being written
         assert driver.poll() is None
         time.sleep(0.002)
-    assert len(running_with(str(killed.out))) >= 3  # torchrun and two ranks
+    assert len(running_with(str(killed.out))) >= 2  # the ranks
     driver.kill()
     driver.wait()
     deadline = time.monotonic() + 10

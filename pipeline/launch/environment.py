@@ -1,0 +1,117 @@
+"""The environment variables of the processes that the driver starts, and the private directories that they name."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.config import Launch
+from pipeline.errors import UserError
+from pipeline.launch.machine import Placement
+
+# Set by torchrun, accelerate, MPI and the training operators of Kubernetes. They place the process that a user starts,
+# and libraries in the processes that it starts in turn would take them for their own place.
+INHERITED_PLACE = re.compile(
+    r"(PET|TORCHELASTIC|ACCELERATE|OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD|MPI)_.*|MPI_LOCALRANKID"
+    r"|(LOCAL_|GROUP_|ROLE_|CROSS_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|(LOCAL|CROSS)_SIZE|ROLE_NAME"
+    r"|MASTER_(ADDR|PORT)"
+)
+# Where libraries keep code that they have compiled and later load and execute.
+CODE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
+WRITABLE_BY_OTHERS = 0o022
+
+
+def python_path(inherited: Mapping[str, str]) -> str:
+    """Returns a PYTHONPATH with which a child process can import this package from any working directory."""
+    return _prepend(str(Path(__file__).resolve().parents[2]), inherited.get("PYTHONPATH"))
+
+
+def child_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a stage's process."""
+    kept = {name: value for name, value in inherited.items() if not INHERITED_PLACE.fullmatch(name)}
+    caches = {name: str(path) for name, path in code_caches(inherited).items()}
+    return {**kept, **caches, "PYTHONPATH": python_path(inherited), "OMP_WAIT_POLICY": launch.wait_policy.upper()}
+
+
+def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of the workers of a training."""
+    environment = {
+        **child_environment(launch, inherited),
+        # DeepSpeed runs ninja, which is installed beside the interpreter, even if the environment is not activated.
+        "PATH": _prepend(str(Path(sys.executable).parent), inherited.get("PATH")),
+        "DS_ACCELERATOR": placement.device,
+        "OMP_NUM_THREADS": str(placement.threads),
+    }
+    if placement.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if placement.nodes == 1:  # otherwise gloo and NCCL would listen on addresses that other hosts can reach
+        environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
+    return environment
+
+
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if re.fullmatch(r"lo\d*", name)), "lo")
+
+
+def _prepend(first: str, rest: str | None) -> str:
+    parts = [first, *(rest or "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(part for part in parts if part))
+
+
+# -------------------------------------------------------------------------------------------- caches
+
+
+def code_caches(inherited: Mapping[str, str]) -> dict[str, Path]:
+    """Returns the directories for compiled code by environment variable: inherited, or in the user's cache.
+
+    PyTorch's default is a directory with a guessable name in the system's directory for temporary files, where another
+    user may have left files that would be executed.
+    """
+    home = Path(inherited.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "depth-growth-pipeline"
+    return {name: Path(inherited.get(name) or home / default).absolute() for name, default in CODE_CACHES.items()}
+
+
+def code_cache_faults(inherited: Mapping[str, str], needed: bool) -> Iterator[UserError]:
+    """Yields an error for every directory for compiled code to which another user could have written.
+
+    Args:
+        inherited: the environment.
+        needed: a directory that cannot be created is an error too.
+    """
+    for name, path in code_caches(inherited).items():
+        fault = _why_not_private(path) if os.path.lexists(path) else _why_not_creatable(path) if needed else None
+        if fault is not None:
+            rule = f"compiled code is stored there and executed, and {fault}"
+            remedy = f"Set {name} to a directory that only you can write to. It is created if it does not exist."
+            yield UserError(setting=name, value=path, rule=rule, remedy=remedy)
+
+
+def create_code_caches() -> None:
+    """Creates the directories for compiled code that this process's variables name, with access for this user only.
+
+    Raises:
+        UserError: another user could have written to one of them.
+    """
+    for path in code_caches(os.environ).values():
+        with suppress(OSError):  # only a training that compiles needs them, which is checked before it starts
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for fault in code_cache_faults(os.environ, needed=False):
+        raise fault
+
+
+def _why_not_private(path: Path) -> str | None:
+    if not path.is_dir():
+        return "it is not a directory"
+    if {path.lstat().st_uid, path.stat().st_uid} != {os.geteuid()}:
+        return "it belongs to another user"
+    return "other users can write to it" if path.stat().st_mode & WRITABLE_BY_OTHERS else None
+
+
+def _why_not_creatable(path: Path) -> str | None:
+    place = next(parent for parent in path.parents if os.path.lexists(parent))
+    return None if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"

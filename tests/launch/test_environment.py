@@ -1,0 +1,102 @@
+"""The variables of the processes that the driver starts, and the directories for compiled code that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.launch.environment import child_environment, code_cache_faults, create_code_caches, worker_environment
+from pipeline.launch.machine import Placement
+from tests.plain_settings import cpu_launch
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = cpu_launch(processes=2)
+
+
+def test_workers_can_import_this_package_and_run_the_interpreters_tools() -> None:
+    inherited = {"PATH": "/usr/bin", "PYTHONPATH": "/mine"}
+    environment = worker_environment(LAUNCH, Placement("cpu", 2, 3), inherited)
+    assert environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert environment["PYTHONPATH"].split(":") == [str(ROOT), "/mine"]
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["DS_ACCELERATOR"] == "cpu" and environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_ranks_of_one_node_listen_on_the_loopback_interface_only() -> None:
+    inherited = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib0"}
+    one, two = (worker_environment(LAUNCH, Placement("cpu", 2, 1, nodes), inherited) for nodes in (1, 2))
+    assert one["GLOO_SOCKET_IFNAME"] == one["NCCL_SOCKET_IFNAME"] == "lo"
+    assert two["GLOO_SOCKET_IFNAME"] == "eth0" and two["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_variables_of_other_launchers_are_not_passed_on() -> None:
+    dropped = (
+        "RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR "
+        "MASTER_PORT PET_NNODES PET_RDZV_ENDPOINT TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE "
+        "ACCELERATE_USE_DEEPSPEED ACCELERATE_MIXED_PRECISION OMPI_COMM_WORLD_RANK PMI_RANK CROSS_RANK"
+    ).split()
+    kept = ["HF_HOME", "MASTER_PLAN", "PETS", "NCCL_DEBUG", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"]
+    environment = child_environment(LAUNCH, dict.fromkeys([*dropped, *kept], "1"))
+    assert not environment.keys() & set(dropped) and environment.keys() >= set(kept)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that ``TRITON_CACHE_DIR`` names; the others are in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "shared" / "triton"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    return tmp_path / "shared" / "triton"
+
+
+def test_directories_for_compiled_code_are_created_for_this_user_only(cache: Path) -> None:
+    create_code_caches()
+    environment = child_environment(LAUNCH, os.environ)
+    for path in (cache, Path(environment["TORCHINDUCTOR_CACHE_DIR"])):
+        assert path.stat().st_mode & 0o777 == 0o700 and path.stat().st_uid == os.geteuid()
+    assert environment["TRITON_CACHE_DIR"] == str(cache)
+    create_code_caches()
+
+
+def _writable(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o777)
+
+
+def _of_another_user(path: Path) -> None:
+    path.mkdir(mode=0o700)
+    os.chown(path, 12345, -1)
+
+
+@pytest.mark.parametrize(
+    "plant, rule",
+    [
+        (_writable, "other users can write to it"),
+        (lambda path: path.touch(), "it is not a directory"),
+        (lambda path: path.symlink_to("/tmp"), "other users can write to it"),
+        pytest.param(
+            _of_another_user, "it belongs to another user", marks=pytest.mark.skipif(os.geteuid() != 0, reason="chown")
+        ),
+    ],
+)
+def test_directories_that_other_users_can_write_to_are_refused(
+    plant: Callable[[Path], None], rule: str, cache: Path
+) -> None:
+    cache.parent.mkdir()
+    plant(cache)
+    with pytest.raises(UserError, match=rule) as error:
+        create_code_caches()
+    assert error.value.setting == "TRITON_CACHE_DIR"
+
+
+def test_only_what_will_be_used_must_be_creatable(cache: Path) -> None:
+    cache.parent.touch()
+    create_code_caches()
+    assert not list(code_cache_faults(os.environ, needed=False))
+    assert [fault.setting for fault in code_cache_faults(os.environ, needed=True)] == ["TRITON_CACHE_DIR"]
