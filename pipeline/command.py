@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,8 +146,8 @@ def _run(job: PreparedRun, console: Console) -> None:
         console.print(closing_table(report.artifact.path))
         console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
     if any(seconds.values()) and job.run.tracking.wandb == "offline":
-        runs = Path(job.run.output_dir) / job.run.name / "wandb" / "offline-run-*"
-        console.print(f"to upload the metrics to W&B: wandb sync {runs}")
+        runs = Path(job.run.output_dir) / job.run.name / "wandb"
+        console.print(f"to upload the metrics to W&B: wandb sync {shlex.quote(str(runs))}/offline-run-*", markup=False)
 
 
 def _print_seconds(seconds: dict[str, float], console: Console) -> None:

@@ -16,7 +16,7 @@ from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate,
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import METHODS, AnyExpand, Expand
 from pipeline.config.model import Model
-from pipeline.config.section import Line, NonNegative, NotInKey, RunName, Section
+from pipeline.config.section import NotInKey, OutputDir, RunName, Section, Seed
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
@@ -33,8 +33,8 @@ class Settings(Section):
     """The settings of one run."""
 
     name: RunName
-    seed: NonNegative
-    output_dir: Line
+    seed: Seed
+    output_dir: OutputDir
     action: Literal["run", "plan", "submit", "status", "verify"]
     dry_run: bool  # with action=submit: print the batch scripts and write nothing
     stages: list[StageName]

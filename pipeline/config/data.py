@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from pipeline.config.section import Fraction, Positive, Section
+from pipeline.config.section import FilePath, Fraction, Positive, Section
 
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -16,7 +16,9 @@ class Source(Section):
     """One source of documents or conversations."""
 
     kind: Literal["python_docs", "files", "hub"]  # each has a class in pipeline/data/sources.py
-    path: str | None  # files: file, directory or glob (.txt and .jsonl, also .gz or .zst; .parquet, .arrow); hub: id
+    path: (
+        FilePath | None
+    )  # files: file, directory or glob (.txt and .jsonl, also .gz or .zst; .parquet, .arrow); hub: id
     config_name: str | None  # hub: configuration of the dataset
     split: str | None  # hub: split of the dataset, such as train
     revision: str | None  # hub: branch, tag or commit; null for the default branch

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import field_validator
 
-from pipeline.config.section import Fraction, NonNegative, NotInKey, Positive, Section
+from pipeline.config.section import FilePath, Fraction, NonNegative, NotInKey, Positive, Section
 
 MODEL_TARGETS = ("load", "expand", "pretrain", "sft")
 TRAINING_STAGES = ("pretrain", "sft")
@@ -23,7 +23,7 @@ class Evaluate(Section):
 
     tasks: list[str]  # names known to lm-eval, bundled ones, or ones defined in include_path
     # A directory, or several, with lm-eval task YAMLs of your own. Their contents are in the key, the paths are not.
-    include_path: Annotated[str | list[str] | None, NotInKey]
+    include_path: Annotated[FilePath | list[FilePath] | None, NotInKey]
     targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a snapshot: pretrain@20%
     num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or per task; null: each task's own
     limit: Positive | None  # documents per task

@@ -187,7 +187,7 @@ def _merge(faults: Iterable[_Fault]) -> list[_Fault]:
 
 def _path(location: tuple[int | str, ...]) -> str:
     """Returns the dotted name of a setting without the members of unions that pydantic inserts."""
-    tried = re.compile(r"literal\[|list\[|constrained-")
+    tried = re.compile(r"literal\[|list\[|constrained-|function-")
     return ".".join(str(part) for part in location if not tried.match(str(part)))
 
 

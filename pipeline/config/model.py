@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pipeline.config.section import Dtype, NotInKey, Section
+from pipeline.config.section import Dtype, FilePath, NotInKey, Section
 
 
 class Model(Section):
     """The base model: a hub id, a local directory, or ``package:NAME`` for files in an installed Python package."""
 
-    path: str
+    path: FilePath
     revision: str | None  # hub only: branch, tag or commit
-    gguf_file: str | None  # a GGUF file within path, dequantized on load
+    gguf_file: FilePath | None  # a GGUF file within path, dequantized on load
     package: str | None  # the pip requirement that provides package:NAME, for the error message
     dtype: Dtype  # of the artifact's weights
     trust_remote_code: bool

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_NAME_BYTES = 255  # of a file or directory, on all common file systems
+MAX_PATH_BYTES = 4095  # on Linux
 # Entries of <output_dir>, and of <output_dir>/<name>, that are not runs.
 RESERVED_FIRST = ("artifacts",)
 RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report", "slurm", "wandb")
@@ -40,9 +41,25 @@ def _run_name(name: str) -> str:
     return name
 
 
+def _path(path: str) -> str:
+    """Checks that the system accepts a path, since otherwise every look-up of it fails."""
+    encoded = path.encode(errors="surrogatepass")
+    if b"\0" in encoded:
+        raise ValueError("a path cannot contain a null byte")
+    if len(encoded) > MAX_PATH_BYTES or any(len(part) > MAX_NAME_BYTES for part in encoded.split(b"/")):
+        raise ValueError(
+            f"a path has at most {MAX_PATH_BYTES:,} bytes, and each name in it at most {MAX_NAME_BYTES}; this one has "
+            f"{len(encoded):,}"
+        )
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_path)]
+OutputDir = Annotated[str, AfterValidator(_path), AfterValidator(_one_line)]
 Line = Annotated[str, AfterValidator(_one_line)]
 RunName = Annotated[str, AfterValidator(_run_name)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -192,15 +193,19 @@ def test_what_only_looks_like_a_secret_is_accepted(text: str) -> None:
         ("name", "../elsewhere"), ("name", "/absolute"), ("name", "a//b"), ("name", "a/./b"), ("name", "artifacts"),
         ("name", "artifacts/load/0123"), ("name", "quickstart/expand"), ("name", "quickstart/slurm"),
         ("name", '"a\\nb"'), ("name", '" a"'), ("name", "x" * 256), ("output_dir", '""'), ("output_dir", '"a\\nb"'),
+        ("output_dir", "/tmp/" + "x" * 300), ("output_dir", "x/" * 3000), ("model.path", "x" * 300),
+        ("data.corpus.path", "/tmp/" + "x" * 300), ("evaluate.include_path", "[a," + "x" * 300 + "]"),
         ("slurm.partition", '"gpu\\ntouch x"'), ("slurm.account", '"a\\rb"'), ("slurm.pretrain.memory", '"8G\\nx"'),
         ("slurm.environment", '["module load cuda\\nrm x"]'), ("slurm.options", '["--mail-type=FAIL\\ntouch x"]'),
         ("slurm.load.options", "[mail-type=FAIL]"),
     ],
+    ids=lambda text: text[:20],
 )  # fmt: skip
-def test_names_and_slurm_strings_cannot_leave_their_directory_or_line(setting: str, value: str) -> None:
+def test_names_paths_and_slurm_strings_that_cannot_work(setting: str, value: str) -> None:
     value = value.replace("\\n", "\n").replace("\\r", "\r")
-    error = _refusal("+experiment=quickstart", f"{setting}={value}")
-    assert error.setting.startswith(setting) and "\n" not in f"{error.value}{error.rule}"
+    files = ["data=files", "data.corpus.path=x", "data.instructions.path=x"]
+    error = _refusal("+experiment=quickstart", *files, f"{setting}={value}")
+    assert re.fullmatch(rf"{setting}(\.\d)?", error.setting) and "\n" not in f"{error.value}{error.rule}"
 
 
 def test_names_with_spaces_quotes_and_other_signs_are_accepted() -> None:
@@ -209,8 +214,11 @@ def test_names_with_spaces_quotes_and_other_signs_are_accepted() -> None:
 
 
 def test_jobs_of_a_sweep_have_different_names_that_directories_can_have() -> None:
-    sweep = f'data.corpus.path=a/b,a-b,"a\nb",{"x" * 300}1,{"x" * 300}2'
-    jobs = compose_jobs(["+experiment=quickstart", "data=files", "data.instructions.path=x", sweep], True, None)
+    files = ["data=files", f"data.instructions.path={'i' * 200}"]
+    sweep = f'data.corpus.path=a/b,a-b,"a\nb",{"x" * 200}1,{"x" * 200}2'
+    jobs = compose_jobs(
+        ["+experiment=quickstart", *files, "seed=0,1", f"model.path={'m' * 99},{'n' * 99}", sweep], True, None
+    )
     names = [job.settings.name.removeprefix("quickstart/") for job in jobs]
-    assert names[0] == "data.corpus.path-a-b" and len(set(names)) == len(names)
+    assert len(set(names)) == len(names)
     assert all(len(name.encode()) <= 255 and name.isprintable() for name in names)
