@@ -23,6 +23,7 @@ from pipeline.files import read_record
 from pipeline.launch.slurm import require_slurm
 from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, print_plan, refuse_blocked
 from pipeline.report.closing import closing_table
+from pipeline.tracking import wandb_mode
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _run(job: PreparedRun, console: Console) -> None:
     if report is not None and report.name in seconds:
         console.print(closing_table(report.artifact.path))
         console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
-    if any(seconds.values()) and job.run.tracking.wandb == "offline":
+    if any(seconds.values()) and wandb_mode(job.run.tracking) == "offline":
         runs = Path(job.run.output_dir) / job.run.name / "wandb"
         console.print(f"to upload the metrics to W&B: wandb sync {shlex.quote(str(runs))}/offline-run-*", markup=False)
 

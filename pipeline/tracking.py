@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.artifacts.task import TrackingTarget
+from pipeline.config import Tracking
+from pipeline.errors import UserError
 from pipeline.files import report_once, temporary_path
 
 METRICS_FILE = "metrics.jsonl"
+Mode = Literal["disabled", "offline", "online"]
+MODES: dict[str, Mode] = {  # of WANDB_MODE
+    "disabled": "disabled", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online",
+}  # fmt: skip
+MAX_NAME_CHARACTERS = 128  # of W&B's groups and runs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,21 +111,65 @@ def _drop_lines_after(path: Path, step: int | None) -> None:
     os.replace(temporary, path)
 
 
+def wandb_mode(tracking: Tracking) -> Mode:
+    """Returns the mode of W&B: ``WANDB_MODE`` overrides ``tracking.wandb``, except that it cannot enable W&B.
+
+    Raises:
+        UserError: ``WANDB_MODE`` is no mode.
+    """
+    if tracking.wandb == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    given = os.environ.get("WANDB_MODE") or tracking.wandb
+    if given not in MODES:
+        raise UserError(
+            setting="WANDB_MODE",
+            value=given,
+            rule=f"this environment variable must be one of {', '.join(MODES)}",
+            remedy="Correct or unset it. Without it, tracking.wandb applies.",
+        )
+    return MODES[given]
+
+
+def login_fault(environment: Mapping[str, str]) -> UserError | None:
+    """Checks that there is a login of W&B on this machine, and that ``WANDB_API_KEY`` looks like a key."""
+    key = environment.get("WANDB_API_KEY")
+    if key and not re.fullmatch(r"([^-\s]*-)?[\w-]{40,}|[\w-]+\.[\w-]+\.[\w-]+", key):  # as W&B checks it
+        return UserError(
+            setting="WANDB_API_KEY",
+            value="(hidden)",
+            rule="W&B rejects it: a key has at least 40 letters, digits and underscores",
+            remedy="Copy the key from https://wandb.ai/authorize, or set tracking=offline and sync later.",
+        )
+    netrc = Path(environment.get("NETRC", "~/.netrc")).expanduser()
+    if key or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace")):
+        return None
+    return UserError(
+        setting="tracking.wandb",
+        value="online",
+        rule="there is no W&B login on this machine",
+        remedy="Run 'wandb login' or set WANDB_API_KEY, or set tracking=offline and sync later.",
+    )
+
+
 def _start_run(target: TrackingTarget, config: Mapping[str, Any]) -> Any:
-    if target.settings.wandb == "disabled":
+    mode = wandb_mode(target.settings)
+    if mode == "disabled":
         return None
     import wandb
 
     target.wandb_dir.mkdir(parents=True, exist_ok=True)
+    # By default these are in the home directory, which compute nodes often cannot write to.
+    for variable, directory in {"WANDB_DATA_DIR": "wandb", "WANDB_CACHE_DIR": "wandb/cache"}.items():
+        os.environ.setdefault(variable, str(target.wandb_dir / directory))
     return wandb.init(
-        mode=target.settings.wandb,
+        mode=mode,
         project=target.settings.project,
         entity=target.settings.entity,
-        group=target.group,
+        group=target.group[:MAX_NAME_CHARACTERS],
         job_type=target.job_type,
-        name=f"{target.group}/{target.job_type}",
+        name=f"{target.group}/{target.job_type}"[-MAX_NAME_CHARACTERS:],
         id=target.run_id,
-        resume="allow" if target.settings.wandb == "online" else None,
+        resume="allow" if mode == "online" else None,
         dir=str(target.wandb_dir),
         config=dict(config),
         settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True),

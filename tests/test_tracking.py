@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.artifacts.task import TrackingTarget
 from pipeline.config import Tracking
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, login_fault, wandb_mode
 
 
 def _target(tmp_path: Path, wandb: str = "disabled") -> TrackingTarget:
@@ -46,6 +46,46 @@ def test_offline_files_contain_metrics_settings_and_group(tmp_path: Path, monkey
     assert run["config"]["update"]["learning_rate"] == 0.001
     texts = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert not any(b"a" * 40 in text for text in texts), "the API key is in W&B's files"
+
+
+@pytest.mark.parametrize(
+    "setting, environment, expected",
+    [
+        ("offline", {}, "offline"),
+        ("online", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("offline", {"WANDB_MODE": "online"}, "online"),
+        ("online", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("online", {"WANDB_DISABLED": "true"}, "disabled"),
+        ("online", {"WANDB_DISABLED": "false"}, "online"),
+        ("disabled", {"WANDB_MODE": "online"}, "disabled"),
+    ],
+)
+def test_the_environment_decides_the_mode_but_does_not_enable_wandb(
+    setting: str, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(_target(tmp_path, setting).settings) == expected
+
+
+def test_a_disabled_environment_does_not_start_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with Tracker(_target(tmp_path, "online"), tmp_path, {}) as tracker:
+        tracker.summary({"a": 1})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_keys_that_wandb_rejects_are_refused(tmp_path: Path) -> None:
+    nowhere = {"NETRC": str(tmp_path / "netrc")}
+    for key in ("a" * 40, "local-" + "a" * 40, "wandb_v1_" + "a" * 40, "a.b.c"):
+        assert login_fault({**nowhere, "WANDB_API_KEY": key}) is None
+    for key in ("abc", "a" * 39, "a" * 40 + "\n", "a" * 40 + "!"):
+        fault = login_fault({**nowhere, "WANDB_API_KEY": key})
+        assert fault is not None and fault.setting == "WANDB_API_KEY" and key not in str(fault)
+    fault = login_fault(nowhere)
+    assert fault is not None and "wandb login" in fault.remedy
 
 
 def test_jsonl_contains_the_logged_metrics(tmp_path: Path) -> None:

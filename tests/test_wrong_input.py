@@ -299,6 +299,8 @@ def test_online_tracking_without_a_login(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert "wandb login" in _refused(capsys, *base, "tracking=online")
+    monkeypatch.setenv("WANDB_MODE", "of")
+    assert _refused(capsys, *base, "tracking=online").startswith("WANDB_MODE = of")
 
 
 @pytest.mark.parametrize(
@@ -311,6 +313,7 @@ def test_online_tracking_without_a_login(
         ("sft.trainable", ["sft.trainable=new_layers", "expand=none"]),
         ("pretrain.role_learning_rates", ["pretrain.role_learning_rates={o_proj: 2.0}"]),
         ("launch.device", ["launch.device=cuda"]),
+        ("sft.deepspeed.overrides", ["sft.deepspeed.overrides={optimizer: {type: SGD}}"]),
     ],
 )
 def test_training_settings_that_cannot_work(

@@ -71,12 +71,18 @@ def bfloat16_peak(device_name: str) -> float | None:
     return None
 
 
+def _project(name: str) -> str:
+    if found := sorted({*"/\\#?%:"} & {*name}):
+        raise ValueError(f"names of W&B projects cannot contain {' '.join(found)}")
+    return name
+
+
 class Tracking(Section):
     """Logging to Weights & Biases. Metrics are always written to a JSONL file in the artifact as well."""
 
-    wandb: Literal["offline", "online", "disabled"]
-    project: str
-    entity: str | None
+    wandb: Literal["offline", "online", "disabled"]  # WANDB_MODE and WANDB_DISABLED can change it
+    project: Annotated[Line, Field(max_length=128), AfterValidator(_project)]
+    entity: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None  # a user or team; null: W&B's default
 
 
 class Launch(Section):

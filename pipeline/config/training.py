@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, Positive, PositiveFloat, Section
+
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
 
 
 class DeepSpeed(Section):
@@ -37,8 +39,8 @@ class Train(Section):
     decay_fraction: Fraction  # of the steps; warmup_stable_decay only
     final_learning_rate_fraction: Fraction  # of learning_rate
     weight_decay: NonNegativeFloat
-    beta1: Fraction
-    beta2: Fraction
+    beta1: DecayRate
+    beta2: DecayRate
     epsilon: PositiveFloat
     max_grad_norm: PositiveFloat
     trainable: str  # auto | new_layers | all | a regular expression over parameter names

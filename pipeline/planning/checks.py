@@ -24,6 +24,7 @@ from pipeline.models.families import check_layers_alike, family_of, shape_of
 from pipeline.models.source import check_shape
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, nearest_existing, unwritable
+from pipeline.tracking import login_fault, wandb_mode
 from pipeline.training.job import snapshot_dir
 from pipeline.training.selection import split_parameter_error
 from pipeline.training.validate import context_length_faults, training_faults
@@ -250,16 +251,10 @@ def _places(prepared: PreparedRun) -> Faults:
 
 
 def _login(prepared: PreparedRun) -> Faults:
-    if prepared.run.tracking.wandb != "online" or os.environ.get("WANDB_API_KEY"):
-        return
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if not (netrc.exists() and "wandb" in netrc.read_text()):
-        yield UserError(
-            setting="tracking.wandb",
-            value="online",
-            rule="there is no W&B login on this machine",
-            remedy="Run 'wandb login' or set WANDB_API_KEY, or set tracking=offline and sync later.",
-        )
+    mode, error = attempt(lambda: wandb_mode(prepared.run.tracking))
+    fault = login_fault(os.environ) if mode == "online" else error
+    if fault is not None:
+        yield fault
 
 
 def _disk(prepared: PreparedRun) -> Faults:

@@ -2,11 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config import DeepSpeed, Train
+from pipeline.errors import UserError
 from pipeline.training.precision import Precision
+
+_DTYPES = frozenset({"fp32", "bf16", "fp16"})
+_OFFLOAD: dict[str, Any] = {
+    "device": frozenset({"none", "cpu", "nvme"}), "nvme_path": str, "buffer_count": int, "pin_memory": bool,
+}  # fmt: skip
+
+# Keys of DeepSpeed's configuration that have an effect on this training loop: their types, the values of an
+# enumeration, or the keys of a section. DeepSpeed ignores unknown keys outside zero_optimization and bf16.
+OVERRIDES: dict[str, Any] = {
+    "communication_data_type": _DTYPES,
+    "data_types": {"grad_accum_dtype": _DTYPES},
+    "gradient_clipping": float,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "gradient_allreduce_op": frozenset({"mean", "sum"}),
+    "disable_allgather": bool,
+    "bf16": {
+        "immediate_grad_update": bool, "check_grad_overflow": bool, "bf16_master_weights_and_grads": bool,
+        "bf16_optimizer_states": bool,
+    },
+    "zero_optimization": {
+        **dict.fromkeys((
+            "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions",
+            "overlap_comm", "ignore_unused_parameters", "round_robin_gradients", "parameter_alignment",
+            "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+            "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
+            "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+        ), bool),
+        **dict.fromkeys((
+            "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+            "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size",
+        ), int),
+        "offload_param": {**_OFFLOAD, "buffer_size": int, "max_in_cpu": int},
+        "offload_optimizer": {
+            **_OFFLOAD, "pipeline_read": bool, "pipeline_write": bool, "fast_init": bool, "ratio": float,
+        },
+    },
+    "zero_force_ds_cpu_optimizer": bool,
+    "aio": {
+        "block_size": int, "queue_depth": int, "intra_op_parallelism": int, "single_submit": bool,
+        "overlap_events": bool, "use_gds": bool,
+    },
+    "steps_per_print": int,
+    "log_level": str,
+    "dump_state": bool,
+    "disable_python_gc": bool,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
+    "flops_profiler": {
+        "enabled": bool, "recompute_fwd_factor": float, "profile_step": int, "module_depth": int, "top_modules": int,
+        "detailed": bool, "output_file": str,
+    },
+}  # fmt: skip
+
+# Keys that follow from other settings, and would be ignored or contradict them.
+DETERMINED = {
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "global_batch or micro_batch",
+    "optimizer": "learning_rate, beta1, beta2, epsilon or weight_decay",
+    "scheduler": "schedule and warmup_fraction",
+    "fp16": "precision",
+    "bf16.enabled": "precision",
+    "torch_autocast": "precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "activation_checkpointing": "activation_checkpointing",
+    "compile": "compile",
+}
+_TYPE_NAMES = {bool: "true or false", int: "a non-negative integer", float: "a finite number", str: "a string"}
+
+
+def override_faults(section: str, overrides: Mapping[str, Any]) -> Iterator[UserError]:
+    """Yields an error for each override that DeepSpeed would ignore or reject, or that contradicts other settings.
+
+    Args:
+        section: "pretrain" or "sft", for the messages.
+        overrides: ``deepspeed.overrides``.
+    """
+    yield from _override_faults(section, overrides, OVERRIDES, "")
+
+
+def _override_faults(section: str, values: Mapping[str, Any], known: Mapping[str, Any], at: str) -> Iterator[UserError]:
+    for name, value in values.items():
+        key, expected = f"{at}{name}", known.get(name)
+        if isinstance(expected, dict) and isinstance(value, Mapping):
+            yield from _override_faults(section, value, expected, f"{key}.")
+            continue
+        if key in DETERMINED:
+            rule = "the training loop does not use this key of DeepSpeed, or sets it itself"
+            remedy = f"Remove it, and set {DETERMINED[key]} of {section} instead."
+        elif expected is None:
+            names = ", ".join(sorted(known))
+            rule = f"DeepSpeed has no such key, or it has no effect here. Keys of this level are {names}"
+            remedy = "Remove it, or correct its spelling."
+        elif _has_type(value, expected):
+            continue
+        else:
+            rule, remedy = f"it must be {_described(expected)}, not {value!r}", "Correct it."
+        yield UserError(setting=f"{section}.deepspeed.overrides", value=key, rule=rule, remedy=remedy)
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    if isinstance(expected, frozenset):
+        return isinstance(value, str) and value in expected
+    if isinstance(expected, dict):
+        return isinstance(value, Mapping)
+    if expected is bool or isinstance(value, bool):
+        return expected is bool and isinstance(value, bool)
+    if expected is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, expected) and (expected is not int or value >= 0)
+
+
+def _described(expected: Any) -> str:
+    if isinstance(expected, frozenset):
+        return "one of " + ", ".join(sorted(expected))
+    if isinstance(expected, dict):
+        return "a section with keys of " + ", ".join(sorted(expected))
+    return _TYPE_NAMES.get(expected, "a list")
 
 
 def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pipeline.files import read_json
 from pipeline.launch.environment import code_cache_faults
 from pipeline.launch.machine import Machine, place, requested_placement
 from pipeline.models.families import role_names
+from pipeline.training.deepspeed_config import override_faults
 from pipeline.training.selection import NAMED_CHOICES, trainable_pattern
 
 
@@ -55,6 +56,7 @@ def training_faults(
             trainable_pattern(section, train.trainable)
         except UserError as error:
             yield error
+    yield from override_faults(section, train.deepspeed.overrides)
     yield from _unknown_roles(section, train)
     yield from _compilation(section, train, placement.device)
     yield from _products(section, train, placement.device)

@@ -197,12 +197,14 @@ def test_what_only_looks_like_a_secret_is_accepted(text: str) -> None:
         ("data.corpus.path", "/tmp/" + "x" * 300), ("evaluate.include_path", "[a," + "x" * 300 + "]"),
         ("slurm.partition", '"gpu\\ntouch x"'), ("slurm.account", '"a\\rb"'), ("slurm.pretrain.memory", '"8G\\nx"'),
         ("slurm.environment", '["module load cuda\\nrm x"]'), ("slurm.options", '["--mail-type=FAIL\\ntouch x"]'),
-        ("slurm.load.options", "[mail-type=FAIL]"),
+        ("slurm.load.options", "[mail-type=FAIL]"), ("tracking.project", '"my/project"'),
+        ("tracking.project", "x" * 129), ("tracking.entity", '"my team"'), ("pretrain.beta1", "1.0"),
+        ("sft.max_grad_norm", "inf"), ("pretrain.learning_rate", "inf"), ("sft.weight_decay", "nan"), ("seed", 2**63),
     ],
-    ids=lambda text: text[:20],
+    ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_names_paths_and_slurm_strings_that_cannot_work(setting: str, value: str) -> None:
-    value = value.replace("\\n", "\n").replace("\\r", "\r")
+    value = str(value).replace("\\n", "\n").replace("\\r", "\r")
     files = ["data=files", "data.corpus.path=x", "data.instructions.path=x"]
     error = _refusal("+experiment=quickstart", *files, f"{setting}={value}")
     assert re.fullmatch(rf"{setting}(\.\d)?", error.setting) and "\n" not in f"{error.value}{error.rule}"

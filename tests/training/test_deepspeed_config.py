@@ -1,6 +1,17 @@
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from pipeline.training.deepspeed_config import deepspeed_config, merge, uses_bfloat16_parameters
+from pipeline.training.deepspeed_config import (
+    OVERRIDES,
+    deepspeed_config,
+    merge,
+    override_faults,
+    uses_bfloat16_parameters,
+)
 from tests.training.small import train_settings
 
 
@@ -54,3 +65,56 @@ def test_merge_does_not_modify_its_arguments():
     base = {"a": {"b": 1}}
     assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
     assert base == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    "overrides, key, remedy",
+    [
+        ({"optimizer": {"type": "SGD", "params": {"lr": 9}}}, "optimizer", "learning_rate"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler", "schedule"),
+        ({"train_batch_size": 999}, "train_batch_size", "global_batch"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps", "micro_batch"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled", "precision"),
+        ({"fp16": {"enabled": True}}, "fp16", "precision"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage", "zero_stage"),
+        ({"nonsense_key": 1}, "nonsense_key", "spelling"),
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com", "spelling"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "zero_optimization.overlap_comm", "Correct"),
+        ({"zero_optimization": True}, "zero_optimization", "Correct"),
+        ({"gradient_clipping": float("inf")}, "gradient_clipping", "Correct"),
+        ({"steps_per_print": -1}, "steps_per_print", "Correct"),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, "data_types.grad_accum_dtype", "Correct"),
+    ],
+)
+def test_overrides_without_an_effect_are_refused(overrides: dict[str, Any], key: str, remedy: str):
+    (fault,) = override_faults("sft", {**overrides, "gradient_predivide_factor": 2, "disable_allgather": True})
+    assert (fault.setting, fault.value) == ("sft.deepspeed.overrides", key) and remedy in fault.remedy
+
+
+def _fields(module: str, name: str) -> set[str]:
+    """Returns the fields of one of DeepSpeed's configuration classes, by their aliases, without importing it."""
+    spec = find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / module).read_text())
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    fields = {}
+    for node in found.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            keywords = node.value.keywords if isinstance(node.value, ast.Call) else []
+            alias = [key.value.value for key in keywords if key.arg == "alias" and isinstance(key.value, ast.Constant)]
+            fields[node.target.id] = alias[0] if alias else node.target.id
+    return set(fields.values())
+
+
+def test_accepted_overrides_exist_in_deepspeed():
+    zero = OVERRIDES["zero_optimization"]
+    assert set(zero) <= _fields("runtime/zero/config.py", "DeepSpeedZeroConfig")
+    assert set(zero["offload_param"]) <= _fields("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig")
+    optimizer = _fields("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig")
+    assert set(zero["offload_optimizer"]) <= optimizer
+    assert set(OVERRIDES["bf16"]) <= _fields("runtime/precision_config.py", "DeepSpeedBF16Config")
+    spec = find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    sources = [*Path(spec.origin).parent.rglob("constants.py"), *Path(spec.origin).parent.glob("runtime/*onfig*.py")]
+    text = "".join(path.read_text() for path in sources)
+    assert not [name for name in OVERRIDES if f'"{name}"' not in text and f"'{name}'" not in text]
