@@ -54,6 +54,7 @@ from pipeline.errors import (
     UserError,
     WorkersFailed,
 )
+from pipeline.launch.environment import is_further_copy
 from pipeline.launch.slurm import SlurmUnreachable
 
 CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm sends SIGUSR1 before a time limit
         signal.signal(number, _stop)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    if is_further_copy(os.environ):
+        print("the first copy of this command runs the pipeline and starts its workers; this one ends", file=sys.stderr)
+        return EXIT_DONE
     try:
         options = _parse(sys.argv[1:] if arguments is None else list(arguments))
         if options.job is not None:

@@ -17,6 +17,7 @@ from pipeline.__main__ import main
 from pipeline.config import execution
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
 from pipeline.launch.machine import Machine
+from pipeline.launch.slurm import current_allocation
 from pipeline.models.weight_files import INDEX
 from pipeline.planning import prepared
 from tests.tiny_families import save_tiny
@@ -322,6 +323,33 @@ def test_training_settings_that_cannot_work(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(prepared, "detect_machine", lambda: Machine(cores=2, gpus=0))
     assert _refused(capsys, *base, *arguments).startswith(f"{setting} = ")
+
+
+def test_one_of_several_pods(
+    base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert "PET_NNODES = 2" in _refused(capsys, *base, "stages=[pretrain]")
+
+
+def test_a_further_copy_under_torchrun_does_nothing(
+    base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["+experiment=quickstart", *base]) == EXIT_DONE
+    assert "the first copy of this command" in capsys.readouterr().err
+
+
+def test_slurm_job_whose_other_nodes_cannot_be_reached(
+    base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a container without Slurm's programs."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    current_allocation.cache_clear()
+    assert "SLURM_JOB_NODELIST = n[1-2]" in _refused(capsys, *base, "stages=[load]")
 
 
 def test_training_that_does_not_fit_the_named_gpu(

@@ -62,13 +62,13 @@ class Holder:
     @classmethod
     def current(cls, environment: Mapping[str, str]) -> Holder:
         """Returns this process."""
-        job, restarts = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_RESTART_COUNT", "0")
-        cluster = environment.get("SLURM_CLUSTER_NAME", "") if job != "0" else ""
-        if job != "0" and not cluster:
+        job, restarts = slurm.job_of(environment) or 0, environment.get("SLURM_RESTART_COUNT", "0")
+        cluster = environment.get("SLURM_CLUSTER_NAME", "") if job else ""
+        if job and not cluster:
             with suppress(slurm.SlurmUnreachable):
                 cluster = slurm.cluster_name()
         started = _start_time(os.getpid()) or 0
-        return cls(_this_host(), os.getpid(), started, int(job), int(restarts), cluster.replace("/", "_"))
+        return cls(_this_host(), os.getpid(), started, job, int(restarts), cluster.replace("/", "_"))
 
     @classmethod
     def parse(cls, name: str) -> Holder | None:

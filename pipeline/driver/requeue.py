@@ -28,9 +28,9 @@ def requeue_this_job() -> str | None:
     Returns:
         A message for the user; None outside a batch job, or if the job was cancelled or must not be requeued.
     """
-    if "SLURM_JOB_ID" not in os.environ:
+    job = slurm.job_of(os.environ)
+    if job is None:
         return None
-    job = int(os.environ["SLURM_JOB_ID"])
     try:
         info = slurm.job_info(job)
         if info is None or not (info.batch and info.may_requeue and _was_interrupted(info)):
@@ -57,16 +57,17 @@ def counted_restarts(run: Settings, nodes: Collection[Node]) -> Iterator[None]:
     Raises:
         NoProgress: there were more than ``slurm.max_requeues_without_progress``.
     """
-    if "SLURM_JOB_ID" not in os.environ:
+    job = slurm.job_of(os.environ)
+    if job is None:
         yield
         return
-    record = slurm_dir(run) / f"progress-{os.environ['SLURM_JOB_ID']}.json"
+    record = slurm_dir(run) / f"progress-{job}.json"
     finished = sorted({entry for node in nodes for entry in _finished(node)})
     without_progress = 0
     previous = read_record(
         record, lambda value: isinstance(value["in_vain"], int) and isinstance(value["finished"], list)
     )
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and previous is not None:
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and previous is not None:
         without_progress = previous["in_vain"] + 1 if previous["finished"] == finished else 0
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, {"finished": finished, "in_vain": without_progress})

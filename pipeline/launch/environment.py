@@ -26,6 +26,45 @@ CODE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "
 WRITABLE_BY_OTHERS = 0o022
 
 
+def other_nodes_fault(inherited: Mapping[str, str]) -> UserError | None:
+    """Returns an error if a launcher other than Slurm has started this command as one of several nodes."""
+    name, nodes = "PET_NNODES", inherited.get("PET_NNODES", "").rpartition(":")[2]  # a number, or MIN:MAX
+    if not nodes:
+        name, nodes = "WORLD_SIZE", str(_count_nodes(inherited))
+    if not nodes.isdecimal() or int(nodes) <= 1:
+        return None
+    return UserError(
+        setting=name,
+        value=inherited[name],
+        rule=f"this command was started as one of {nodes} nodes, and only Slurm can start a training on several nodes",
+        remedy=f"Start it on one node (one pod) with all of its GPUs, or unset {name} to train on this node alone.",
+    )
+
+
+def _count_nodes(inherited: Mapping[str, str]) -> int:
+    """Returns the number of nodes according to the variables of torchrun, or of Kubeflow's operator."""
+    ranks, local = (_number(inherited, name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks is None or not inherited.keys() >= {"RANK", "MASTER_ADDR"}:
+        return 1  # left over from something else
+    if local is None and "LOCAL_RANK" not in inherited:  # the operator starts pods, which torchrun would then divide
+        local = _number(inherited, "PET_NPROC_PER_NODE") or 1
+    return ranks // local if local else 1
+
+
+def is_further_copy(inherited: Mapping[str, str]) -> bool:
+    """Returns whether this command was started several times on this node, as by torchrun, and this is not the first.
+
+    DeepSpeed's launcher sets ``LOCAL_SIZE``.
+    """
+    local = _number(inherited, "LOCAL_WORLD_SIZE") or _number(inherited, "LOCAL_SIZE")
+    return local is not None and local == _number(inherited, "WORLD_SIZE") and inherited.get("LOCAL_RANK", "0") != "0"
+
+
+def _number(inherited: Mapping[str, str], name: str) -> int | None:
+    value = inherited.get(name, "")
+    return int(value) if value.isdecimal() else None
+
+
 def python_path(inherited: Mapping[str, str]) -> str:
     """Returns a PYTHONPATH with which a child process can import this package from any working directory."""
     return _prepend(str(Path(__file__).resolve().parents[2]), inherited.get("PYTHONPATH"))

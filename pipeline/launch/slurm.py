@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,8 @@ def cluster_name() -> str:
 
 def host_names(node_list: str) -> list[str]:
     """Expands a node list: ``n[1-3]`` becomes ``["n1", "n2", "n3"]``, in Slurm's order."""
+    if not set(node_list) & set(",["):  # a single name needs no program, which a container may not have
+        return [node_list]
     return _ask("scontrol", "show", "hostnames", node_list).split()
 
 
@@ -237,7 +240,7 @@ def _ask(*command: str) -> str:
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmUnreachable(str(error)) from error
 
 
@@ -277,28 +280,45 @@ def current_allocation() -> Allocation | None:
     """Returns the allocation of the Slurm job around this process, or None outside a job.
 
     Raises:
-        UserError: srun started several copies of this process.
+        UserError: srun started several copies of this process, or the job's nodes can only be reached with Slurm's
+            programs, which are not installed here.
     """
     return read_allocation(os.environ)
 
 
+def job_of(environment: Mapping[str, str]) -> int | None:
+    """Returns the id of the Slurm job that environment variables describe, or None outside a job."""
+    job = environment.get("SLURM_JOB_ID", "")
+    return int(job) if job.isdecimal() else None
+
+
 def read_allocation(environment: Mapping[str, str]) -> Allocation | None:
     """Returns the allocation that Slurm's environment variables describe, or None outside a job."""
-    if "SLURM_JOB_ID" not in environment or "SLURM_JOB_NODELIST" not in environment:
+    job, node_list = job_of(environment), environment.get("SLURM_JOB_NODELIST")
+    if job is None or not node_list:
         return None
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "SLURM_STEP_ID" in environment:
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "SLURM_STEP_ID" in environment:
         raise UserError(
             setting="srun",
             value=f"{tasks} tasks",
             rule="a run is driven by one process, which starts the workers on all nodes of the job itself",
             remedy="Omit srun: run the command inside an salloc or sbatch job, or use scripts/submit.",
         )
+    here = environment.get("SLURMD_NODENAME", socket.gethostname().partition(".")[0])
+    has_srun = shutil.which("srun") is not None
+    if not has_srun and node_list != here:
+        raise UserError(
+            setting="SLURM_JOB_NODELIST",
+            value=node_list,
+            rule="the nodes of a Slurm job are reached with srun, which is not installed here (perhaps in a container)",
+            remedy="Make Slurm's programs available, or request one node, or unset SLURM_JOB_ID to use only this node.",
+        )
     # For example "16(x2),8": two nodes with 16 CPUs and one with 8. The smallest node limits all of them.
-    cpus = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+    cpus = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_JOB_CPUS_PER_NODE", "")) or ["1"]
     return Allocation(
-        job=int(environment["SLURM_JOB_ID"]),
-        nodes=tuple(host_names(environment["SLURM_JOB_NODELIST"])),
+        job=job,
+        nodes=tuple(host_names(node_list)),
         cpus=min(map(int, cpus)),
-        outside="SLURMD_NODENAME" not in environment,
+        outside=has_srun and "SLURMD_NODENAME" not in environment,
     )

@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.expansion.method import method_of
 from pipeline.files import free_bytes, gib, insufficient_space
+from pipeline.launch.environment import other_nodes_fault
+from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_layers_alike, family_of, shape_of
 from pipeline.models.source import check_shape
 from pipeline.models.weight_files import read_headers, refuse_quantized
@@ -220,6 +222,21 @@ def _snapshots(prepared: PreparedRun) -> Faults:
 # --------------------------------------------------------------------------------------------------- run-wide
 
 
+def _allocation(prepared: PreparedRun) -> Faults:
+    """The nodes of the Slurm job around this process can be used."""
+    _, fault = attempt(current_allocation)
+    if fault is not None and prepared.run.action != "submit":
+        yield fault
+
+
+def _nodes(prepared: PreparedRun) -> Faults:
+    """This process is not one of several nodes, unless Slurm has started them."""
+    if prepared.run.action == "submit" or job_of(os.environ) is not None:
+        return
+    if (fault := other_nodes_fault(os.environ)) is not None:
+        yield fault
+
+
 def _output_dir(prepared: PreparedRun) -> Faults:
     if (fault := unwritable(prepared.run.output_dir)) is not None:
         yield fault
@@ -291,6 +308,8 @@ INPUT_CHECKS = (
 )
 CHECKS = (
     Check(_output_dir, stops=STAGE_NAMES),
+    Check(_allocation, stops=STAGE_NAMES),
+    Check(_nodes, stops=("pretrain", "sft")),
     Check(_places, stops=STAGE_NAMES, always=True),
     *INPUT_CHECKS,
     Check(_model, stops=("load",), needs="config"),

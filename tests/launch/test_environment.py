@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.launch.environment import child_environment, code_cache_faults, create_code_caches, worker_environment
+from pipeline.launch.environment import (
+    child_environment,
+    code_cache_faults,
+    create_code_caches,
+    is_further_copy,
+    other_nodes_fault,
+    worker_environment,
+)
 from pipeline.launch.machine import Placement
 from tests.plain_settings import cpu_launch
 
@@ -44,6 +51,57 @@ def test_variables_of_other_launchers_are_not_passed_on() -> None:
     kept = ["HF_HOME", "MASTER_PLAN", "PETS", "NCCL_DEBUG", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"]
     environment = child_environment(LAUNCH, dict.fromkeys([*dropped, *kept], "1"))
     assert not environment.keys() & set(dropped) and environment.keys() >= set(kept)
+
+
+TORCHRUN = {
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none",
+}  # fmt: skip
+PYTORCH_JOB = {  # of Kubeflow, for one pod of two
+    "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "RANK": "1", "WORLD_SIZE": "2", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
+TRAIN_JOB = {
+    "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-node-0-0.job",
+    "PET_MASTER_PORT": "29400",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "inherited, setting",
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "8", "RANK": "3"}, None),
+        ({"RANK": "", "WORLD_SIZE": "two", "PET_NNODES": "", "MASTER_ADDR": "x"}, None),
+        (TORCHRUN, None),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "WORLD_SIZE"),
+        (PYTORCH_JOB, "WORLD_SIZE"),
+        ({**PYTORCH_JOB, "PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "WORLD_SIZE": "8"}, "PET_NNODES"),
+        ({**PYTORCH_JOB, "RANK": "0", "WORLD_SIZE": "4", "PET_NPROC_PER_NODE": "4"}, None),
+        ({**PYTORCH_JOB, "RANK": "0", "WORLD_SIZE": "1"}, None),
+        (TRAIN_JOB, "PET_NNODES"),
+        ({**TRAIN_JOB, "PET_NNODES": "1:3"}, "PET_NNODES"),
+        ({**TRAIN_JOB, "PET_NNODES": "1", "PET_NODE_RANK": "0"}, None),
+    ],
+)
+def test_one_of_several_nodes_without_slurm_is_recognized(inherited: dict[str, str], setting: str | None) -> None:
+    fault = other_nodes_fault(inherited)
+    assert (None if fault is None else fault.setting) == setting
+
+
+@pytest.mark.parametrize(
+    "inherited, further",
+    [
+        ({}, False),
+        ({"LOCAL_RANK": "1"}, False),
+        (TORCHRUN, True),
+        ({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}, False),
+        (PYTORCH_JOB, False),
+        (TRAIN_JOB, False),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"}, True),
+    ],
+)
+def test_only_the_first_of_several_copies_on_a_node_runs(inherited: dict[str, str], further: bool) -> None:
+    assert is_further_copy(inherited) == further
 
 
 @pytest.fixture

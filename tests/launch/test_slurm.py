@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +179,7 @@ BATCH = {
 def node_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     expanded = {"n[1-2]": ["n1", "n2"], "n1": ["n1"]}
     monkeypatch.setattr(slurm, "host_names", lambda node_list: expanded[node_list])
+    monkeypatch.setattr(shutil, "which", lambda program: f"/usr/bin/{program}")
 
 
 def test_no_allocation_outside_a_job() -> None:
@@ -204,3 +207,32 @@ def test_several_drivers_are_refused() -> None:
     with pytest.raises(UserError, match="Omit srun"):
         read_allocation(step)
     assert read_allocation({**step, "SLURM_STEP_NUM_TASKS": "1"}) is not None
+
+
+@pytest.mark.parametrize(
+    "changes, cpus",
+    [({}, 8), ({"SLURM_JOB_CPUS_PER_NODE": ""}, 1), ({"SLURMD_NODENAME": None, "SLURM_JOB_NODELIST": "HOST"}, 8)],
+)
+def test_single_node_needs_no_program_of_slurm(
+    changes: dict[str, str | None], cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container without these programs."""
+    monkeypatch.setenv("PATH", "")
+    host = socket.gethostname().partition(".")[0]
+    job = {**BATCH, "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_CPUS_PER_NODE": "8", **changes}
+    environment = {name: value.replace("HOST", host) for name, value in job.items() if value is not None}
+    allocation = read_allocation(environment)
+    assert allocation is not None and not allocation.needs_srun
+    assert allocation.cpus == cpus and list(allocation.nodes) == [environment["SLURM_JOB_NODELIST"]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"SLURM_JOB_NODELIST": "another"}])
+def test_other_nodes_without_srun_are_refused(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="srun, which is not installed here"):
+        read_allocation({**BATCH, **changes})
+
+
+@pytest.mark.parametrize("job", ["", "none"])
+def test_job_without_a_number_is_none(job: str) -> None:
+    assert read_allocation({**BATCH, "SLURM_JOB_ID": job}) is None
