@@ -38,13 +38,18 @@ class TextTokenizer:
         bos: id of the beginning-of-sequence token if the tokenizer adds one, otherwise None.
 
     Raises:
-        UserError: the tokenizer has ids without an embedding, no end-of-sequence token, or no fast implementation.
+        UserError: the tokenizer cannot be loaded, or has ids without an embedding, no end-of-sequence token, or no fast
+            implementation.
     """
 
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.inner: Any = AutoTokenizer.from_pretrained(str(directory))
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        except Exception as error:  # libraries raise whatever a damaged file leads to
+            cause = " ".join(str(error).split())[:300]
+            raise _unsuitable(directory, f"its tokenizer cannot be loaded ({type(error).__name__}: {cause})") from error
         config = read_json(directory / "config.json")
         # Multimodal models nest the configuration of the language model.
         self.vocab_size = int((config if "vocab_size" in config else config["text_config"])["vocab_size"])

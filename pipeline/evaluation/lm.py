@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import added_bos
+from pipeline.models.built import load_complete
 from pipeline.progress import ProgressBar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
@@ -29,15 +30,18 @@ class LanguageModel(HFLM):
         directory: a Hugging Face model directory.
         batch_size: sequences; long sequences are scored in smaller batches, see ``LOGITS_BYTES``.
 
+    Raises:
+        IncompleteModelError: the directory does not hold all parameters of the model.
+
     Attributes:
         label: the label of the progress bar.
         first_tokens: the first token ids of the first sequence scored since ``start``.
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: Literal["cpu", "cuda"], batch_size: int) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
+        model: Any = load_complete(directory, dtype)
         model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._adds_bos = added_bos(tokenizer) is not None
         self._largest_batch = batch_size

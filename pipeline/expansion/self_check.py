@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.layer_config import explicit_config
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import is_finite
@@ -117,7 +118,7 @@ def _prompts(directory: Path) -> Tensor:
 
     Shorter ones are padded on the right with token 0, which no token before it attends to.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     rows = [tokenizer(sentence, return_tensors="pt")["input_ids"][0] for sentence in SENTENCES]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -158,23 +159,15 @@ def _check_cache(model: PreTrainedModel, prompts: Tensor) -> float:
 
 
 def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement
-    )
-    model: PreTrainedModel
-    report: dict[str, object]
-    model, report = loaded
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        _require(not report[fault], f"{directory} loads with {fault} {report[fault]}")
-    if model.config.tie_word_embeddings:
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        _require(tied, "the head is not tied to the embeddings")
-    return model.eval()
+    try:
+        return load_complete(directory, dtype, **placement)
+    except IncompleteModelError as error:
+        raise CheckFailedError(f"the model that was written is wrong: {error}") from error
 
 
 def _narrow_twin(directory: Path) -> PreTrainedModel:
     """Returns a narrow random float32 model with the config, the kinds of layers and the depth of the directory's."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, size in NARROW.items():
         if isinstance(getattr(config, name, None), int):
@@ -183,7 +176,7 @@ def _narrow_twin(directory: Path) -> PreTrainedModel:
     config.pad_token_id = None  # it may be outside the narrow vocabulary
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model.eval()
 
 

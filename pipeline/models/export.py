@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pipeline.models.reading import EXPANSION_FILE, ModelDirectory, copy_side_files
@@ -58,11 +57,11 @@ class _TensorsByStoredName(Mapping[str, Tensor]):
 
     def __init__(self, model_dir: Path, stored: Collection[str], tensors: Mapping[str, Tensor]) -> None:
         # Imported here because it takes more than a second, and most models are stored as they are held in memory.
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.core_model_loading import revert_weight_conversion
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+        from pipeline.models.built import build_on_meta
+
+        model = build_on_meta(model_dir)
 
         def revert(parameter: str) -> dict[str, Tensor]:
             reverted: dict[str, Tensor] = revert_weight_conversion(model, {parameter: tensors[parameter]})

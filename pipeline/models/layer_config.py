@@ -25,7 +25,7 @@ NOT_PER_LAYER = ("architectures",)  # lists that have one entry per layer only b
 def explicit_config(directory: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory, including the per-layer entries that its config class derives."""
     config: dict[str, Any] = read_json(directory / "config.json")
-    derived = AutoConfig.from_pretrained(directory).to_dict()
+    derived = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
     layers = config["num_hidden_layers"]
     missing = {
         name: value

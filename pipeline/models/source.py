@@ -17,9 +17,10 @@ from typing import Any, Literal
 from pipeline.config import Model
 from pipeline.errors import UserError
 from pipeline.models import hub
+from pipeline.models.config_json import check_config, custom_classes
 from pipeline.models.families import num_experts
 from pipeline.models.gguf import read_metadata
-from pipeline.models.weight_files import INDEX, SINGLE, check_names, find_weights, read_header
+from pipeline.models.weight_files import INDEX, SINGLE, check_file, check_names, find_weights, read_header
 
 PACKAGE_PREFIX = "package:"
 VOCABULARIES = (  # a tokenizer has at least one of these
@@ -71,6 +72,8 @@ def resolve(model: Model) -> ModelSource:
     if path.is_file() and path.suffix == ".gguf":
         return _local("directory", path.parent, path.name)
     if path.is_dir():
+        if model.gguf_file is not None and (path / model.gguf_file).exists():
+            check_file(path, model.gguf_file)
         return _local("directory", path, model.gguf_file)
     if path.exists() or not hub.is_repo_id(model.path):
         raise UserError(
@@ -121,8 +124,10 @@ def _local(kind: Literal["directory", "package"], directory: Path, gguf_file: st
         return ModelSource(kind, directory, gguf_file=gguf_file, names=names, files=(directory / gguf_file,))
     weights = find_weights(directory)
     _check_tokenizer(names, directory)
-    others = [directory / name for name in ("config.json", INDEX, *SIDE_FILES) if name in names]
-    return ModelSource(kind, directory, names=names, files=(*weights, *others))
+    others = [name for name in ("config.json", INDEX, *SIDE_FILES) if name in names]
+    for name in others:
+        check_file(directory, name)
+    return ModelSource(kind, directory, names=names, files=(*weights, *(directory / name for name in others)))
 
 
 def _check_tokenizer(names: Collection[str], where: object) -> None:
@@ -155,24 +160,24 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
         keep: whether JSON files downloaded from the Hub may stay in its cache.
 
     Returns:
-        The content of config.json, or for a GGUF file the entries that determine sizes and limits. Two entries are
-        added: ``has_chat_template``, and ``separate_experts`` for a model whose experts are stored one by one.
+        The content of config.json, or for a GGUF file the entries that determine sizes and limits. Entries are added:
+        ``has_chat_template``, ``custom_classes`` that the model's own code defines, and ``separate_experts`` for a
+        model whose experts are stored one by one.
 
     Raises:
         UserError: the files are not those of a causal language model.
     """
     if source.gguf_file is not None:
-        return read_metadata(local_file(source, source.gguf_file)).config()
+        config = read_metadata(local_file(source, source.gguf_file)).config()
+        check_config(config, source.gguf_file)
+        return config
     config = _json_of(source, "config.json", keep)
-    if "num_hidden_layers" not in config:
-        raise UserError(
-            setting="model.path",
-            value=source.repo or source.directory,
-            rule="its config.json has no num_hidden_layers, so it is not a plain causal language model",
-            remedy="Set model.path to a decoder-only language model.",
-        )
+    check_config(config, source.repo or source.directory)
+    has_tokenizer_config = "tokenizer_config.json" in source.names
+    tokenizer_config = _json_of(source, "tokenizer_config.json", keep) if has_tokenizer_config else {}
     added = {
-        "has_chat_template": _has_chat_template(source, keep),
+        "custom_classes": custom_classes(config, tokenizer_config),
+        "has_chat_template": _has_chat_template(source, tokenizer_config),
         "separate_experts": num_experts(config) > 0 and any(map(SINGLE_EXPERT.search, _stored_names(source, keep))),
     }
     return {**config, **added}
@@ -196,6 +201,26 @@ def check_shape(model: Model, config: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_code(model: Model, config: Mapping[str, Any]) -> None:
+    """Checks that a model can be used without its own code, unless the settings trust it.
+
+    Args:
+        model: the settings.
+        config: as returned by ``config_of``.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if (classes := config.get("custom_classes")) and not model.trust_remote_code:
+        raise UserError(
+            setting="model.trust_remote_code",
+            value="false",
+            rule=f"auto_map of {model.path} names classes that its own code defines ({', '.join(classes)})",
+            remedy="Read that code, then set model.trust_remote_code=true. If the model also works with the classes of "
+            "transformers, remove auto_map from its config.json and tokenizer_config.json instead.",
+        )
+
+
 def local_file(source: ModelSource, name: str) -> Path:
     """Returns the path of one file of the model. A file on the Hub is downloaded to the Hub's cache."""
     if source.directory is not None:
@@ -208,15 +233,17 @@ def _json_of(source: ModelSource, name: str, keep: bool) -> dict[str, Any]:
     if keep or source.directory is not None:
         return _read_json(local_file(source, name))
     assert source.repo is not None and source.commit is not None
-    return hub.read_json_file(source.repo, source.commit, name)
+    return _json_object(hub.read_json_file(source.repo, source.commit, name), name)
 
 
-def _has_chat_template(source: ModelSource, keep: bool) -> bool:
-    if "chat_template.jinja" in source.names or "chat_template.json" in source.names:
+def _has_chat_template(source: ModelSource, tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer has a template that is used without being named."""
+    if "chat_template.jinja" in source.names:
         return True
-    if "tokenizer_config.json" not in source.names:
-        return False
-    return bool(_json_of(source, "tokenizer_config.json", keep).get("chat_template"))
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several, for example one for tool use
+        return any(isinstance(entry, dict) and entry.get("name") == "default" for entry in template)
+    return bool(template)
 
 
 def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
@@ -229,10 +256,17 @@ def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        return _json_object(json.loads(path.read_text()), path)
+    except (ValueError, RecursionError) as error:
         raise UserError(
             setting="model.path", value=path, rule="the file is not JSON", remedy="Download the model's files again."
         ) from error
-    assert isinstance(value, dict)
+
+
+def _json_object(value: Any, where: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            setting="model.path", value=where, rule="the file must hold a JSON object, with entries by name",
+            remedy="Download the model's files again.",
+        )  # fmt: skip
     return value

@@ -7,8 +7,10 @@ https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,13 @@ from pipeline.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+AGAIN = "Download all weight files and their index again, from the same revision."
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+ELEMENT_BYTES = {  # bytes per element; the format's other dtypes are packed
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ def find_weights(directory: Path) -> tuple[Path, ...]:
     """Returns the safetensors files of a model directory, sorted by name.
 
     Raises:
-        UserError: it is not a model directory, has no safetensors weights, or its index names a missing file.
+        UserError: it is not a model directory, has no safetensors weights, or has files that are not its own (see
+            ``check_file``); or its index is invalid or names a missing file.
     """
     return tuple(sorted({directory / name for name in _read_index(directory).values()}))
 
@@ -54,20 +62,23 @@ def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], in
         For every file, its tensors by name and the offset of the first tensor's bytes.
 
     Raises:
-        UserError: a file is missing or truncated, or lacks a tensor that the index maps to it.
+        UserError: a file is missing or invalid, or lacks a tensor that the index maps to it; or two files contain the
+            same tensor.
     """
     headers = {path: read_header(path) for path in find_weights(directory)}
-    if (directory / INDEX).is_file():
-        for tensor, name in _read_index(directory).items():
-            if tensor not in headers[directory / name][0]:
-                rule = f"{INDEX} maps {tensor} to {name}, which does not contain it"
-                remedy = "Download the index and all files that it names again, from the same revision."
-                raise _invalid(directory, rule, remedy)
+    file_of: dict[str, str] = {}
+    for path, (entries, _) in headers.items():
+        for tensor in entries:
+            if (first := file_of.setdefault(tensor, path.name)) != path.name:
+                raise _invalid(directory, f"{first} and {path.name} both contain {tensor}", AGAIN)
+    for tensor, name in _read_index(directory).items():
+        if tensor and file_of.get(tensor) != name:
+            raise _invalid(directory, f"{INDEX} maps {tensor} to {name}, which does not contain it", AGAIN)
     return headers
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
-    """Reads the header of one safetensors file.
+    """Reads the header of one safetensors file, and checks it as strictly as the safetensors library does.
 
     Returns:
         Its tensors by name, and the offset of the first tensor's bytes.
@@ -75,44 +86,116 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
     Raises:
         UserError: it is not a complete safetensors file.
     """
+    size = path.stat().st_size
     with open(path, "rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         if not 2 <= header_bytes <= MAX_HEADER_BYTES:
             remedy = "Download it again. If it is a few lines of text, it is a Git LFS pointer: run git lfs pull."
             raise _invalid(path, "this is not a safetensors file", remedy)
+        if 8 + header_bytes > size:
+            raise _invalid(path, f"the file is truncated: it has {size} bytes, its header alone {header_bytes}", AGAIN)
         text = stream.read(header_bytes)
     try:
-        header: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise _invalid(path, "its safetensors header cannot be read", "Download it again.") from error
-    entries = {
-        name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    expected = 8 + header_bytes + max((entry.end for entry in entries.values()), default=0)
-    if path.stat().st_size < expected:
-        rule = f"the file is truncated: it has {path.stat().st_size} of {expected} bytes"
-        raise _invalid(path, rule, "Download it again.")
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__", {})
+        if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+            raise ValueError("__metadata__ must map names to strings")
+        entries = {name: _parse_entry(name, entry) for name, entry in header.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        rule = f"its safetensors header cannot be read ({error})"
+        raise _invalid(path, rule, "Download it again.") from error
+    _check_ranges(path, entries, size - 8 - header_bytes)
     return entries, 8 + header_bytes
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds a JSON object whose names must differ, for ``json.loads``."""
+    names = [name for name, _ in pairs]
+    if duplicates := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        raise ValueError(f"{duplicates[0]} occurs twice")
+    return dict(pairs)
+
+
+def _parse_entry(name: str, entry: Any) -> TensorEntry:
+    """Converts one entry of a header.
+
+    Raises:
+        ValueError: it is malformed, or its dtype and shape disagree with its number of bytes.
+    """
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        is_valid = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
+    except (KeyError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"the entry of {name} must be a dtype, a shape and two increasing data_offsets")
+    if dtype in ELEMENT_BYTES and prod(shape) * ELEMENT_BYTES[dtype] != end - begin:
+        raise ValueError(f"{name} has {end - begin} bytes, but its dtype {dtype} and shape {shape} need another number")
+    return TensorEntry(dtype, tuple(shape), begin, end)
+
+
+def _check_ranges(path: Path, entries: Mapping[str, TensorEntry], available: int) -> None:
+    """Checks that the tensors fill the file without gaps or overlaps."""
+    end, previous = 0, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            fault = "overlap" if entry.begin < end else "leave a gap"
+            raise _invalid(path, f"its safetensors header is wrong: {previous} and {name} {fault}", AGAIN)
+        end, previous = entry.end, name
+    if available < end:
+        raise _invalid(path, f"the file is truncated: it has {available} of {end} bytes after its header", AGAIN)
+    if available > end:
+        raise _invalid(path, f"the file has {available - end} bytes after its last tensor", AGAIN)
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     """Returns the file name by tensor name. For a model without an index, the key of its only file is ``""``."""
     if not directory.is_dir():
         raise _invalid(directory, "there is no such directory", "Check the path.")
-    check_names([path.name for path in directory.iterdir()], directory)
-    if not (directory / INDEX).is_file():
+    names = [path.name for path in directory.iterdir()]
+    check_names(names, directory)
+    check_file(directory, "config.json")
+    if INDEX not in names:
+        check_file(directory, SINGLE)
         return {"": SINGLE}
+    check_file(directory, INDEX)
     try:
         files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        wanted = sorted(set(files.values()))
+        if not wanted or any(not isinstance(name, str) for name in wanted):
+            raise ValueError("weight_map must map tensors to files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         rule = "the index of the weights cannot be read"
         raise _invalid(directory / INDEX, rule, "Download it again.") from error
-    for name in sorted(set(files.values())):
-        if not (directory / name).is_file():
+    if SINGLE in names and wanted != [SINGLE]:
+        rule = f"it has both {SINGLE} and {INDEX}, which may be two different models"
+        raise _invalid(directory, rule, "Remove the one that is not meant, with the files that it names.")
+    for name in wanted:
+        if Path(name).name != name or name == "..":
+            raise _invalid(directory, f"{INDEX} names {name}, which is not a file of this directory", AGAIN)
+        if not os.path.lexists(directory / name):
             raise _invalid(directory, f"{INDEX} names {name}, which does not exist", f"Download {name} again.")
+        check_file(directory, name)
     return files
+
+
+def check_file(directory: Path, name: str) -> None:
+    """Checks that an entry of a model directory is a regular file of that directory.
+
+    Reading a named pipe would never end, and a link to another place would copy a file that is not part of the model.
+    The links of the Hugging Face Hub's cache, from ``snapshots/<commit>/`` to ``blobs/`` of the same repository, are
+    followed.
+
+    Raises:
+        UserError: it is not.
+    """
+    root, path = directory.resolve(), (directory / name).resolve()
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(map(path.is_relative_to, places)):
+        rule = f"{name} is a link to {path}, which is outside the model's directory"
+        raise _invalid(directory, rule, f"Copy that file to {directory}.")
+    if not path.is_file():
+        raise _invalid(directory, f"{name} is not a regular file", "Download it again.")
 
 
 def check_names(names: Collection[str], where: object) -> None:

@@ -23,7 +23,7 @@ from pipeline.files import free_bytes, gib, insufficient_space
 from pipeline.launch.environment import other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_layers_alike, family_of, shape_of
-from pipeline.models.source import check_shape
+from pipeline.models.source import check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, nearest_existing, unwritable
 from pipeline.tracking import login_fault, wandb_mode
@@ -115,6 +115,7 @@ def _input(name: str, prepared: PreparedRun) -> Faults:
 
 def _model(prepared: PreparedRun) -> Faults:
     model, config = prepared.run.model, prepared.inputs.config
+    yield from _raised_by(lambda: refuse_code(model, config))
     yield from _raised_by(lambda: refuse_quantized(config, model.path))
     yield from _raised_by(lambda: check_shape(model, config))
     unsupported = list(_raised_by(lambda: family_of(config.get("model_type"))))

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Model
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import hub
-from pipeline.models.families import FAMILIES
+from pipeline.models.built import build_on_meta, is_tied, weight_faults
+from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory, copy_side_files
-from pipeline.models.source import ModelSource, check_shape, config_of, resolve, wanted_files
+from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
 from pipeline.models.weight_files import refuse_quantized
 from pipeline.models.writing import ShardWriter, remove_weights
@@ -38,13 +40,14 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(model, Model)
     source = resolve(model)
     directory = _fetch(source, model)
-    check_shape(model, config_of(source))
+    config = config_of(source)
+    refuse_code(model, config)
+    check_shape(model, config)
     if source.gguf_file is None:
         copy_safetensors(directory, task.out, model)
     else:
         unpack_gguf(directory, source.gguf_file, task.out, model)
     written = ModelDirectory(task.out)
-    AutoTokenizer.from_pretrained(task.out, **_trust(model))  # a broken tokenizer fails here, not stages later
     return {
         "source": source.identity or source.kind,
         "commit": source.commit,
@@ -62,12 +65,10 @@ def _fetch(source: ModelSource, model: Model) -> Path:
     return hub.fetch_snapshot(source.repo, source.commit, wanted_files(model))
 
 
-def _trust(model: Model) -> dict[str, bool]:
-    return {"trust_remote_code": True} if model.trust_remote_code else {}
-
-
 def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
     """Casts a safetensors directory tensor by tensor, and copies its other files.
+
+    Everything that headers, config and tokenizer show is checked before the first weight is read.
 
     Args:
         directory: the model to read.
@@ -75,21 +76,35 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
         model: the settings, for the dtype and for remote code.
 
     Raises:
-        UserError: the weights are quantized or not finite, or contradict the config about tied embeddings.
+        UserError: the weights are quantized, not finite, or not those of the config's model; or the tokenizer does not
+            fit the model.
     """
     base = ModelDirectory(directory)
     refuse_quantized(base.config, model.path)
-    dropped = _redundant(base)
-    specs = {name: _cast_spec(spec, model) for name, spec in base.specs.items() if name not in dropped}
-    with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
-        for name, spec in specs.items():
-            writer.write(name, _cast(name, base.read(name), spec, model))
-            bar.advance(1, note=name)
     write_json(out / "config.json", _clean_config(base.config, model))
     copy_side_files(directory, out)
     if model.trust_remote_code:
         for code in directory.glob("*.py"):
             shutil.copyfile(code, out / code.name)
+    _check_tokenizer(out, model)
+    sources = _weights_to_write(base, out, model)
+    specs = {name: _cast_spec(base.specs[stored], model) for name, stored in sources.items()}
+    with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
+        for name, spec in specs.items():
+            writer.write(name, _cast(name, base.read(sources[name]), spec, model))
+            bar.advance(1, note=name)
+
+
+def _check_tokenizer(out: Path, model: Model) -> None:
+    """Loads the tokenizer as later stages do.
+
+    Raises:
+        UserError: it cannot be loaded, or does not fit the model.
+    """
+    try:
+        TextTokenizer(out)
+    except UserError as error:
+        raise UserError(setting=error.setting, value=model.path, rule=error.rule, remedy=error.remedy) from error
 
 
 def _cast_spec(spec: TensorSpec, model: Model) -> TensorSpec:
@@ -121,27 +136,57 @@ def _not_finite(name: str, model: Model) -> UserError:
     )
 
 
-def _redundant(base: ModelDirectory) -> set[str]:
-    """Returns the tensors that need not be stored: derived buffers, and a head that is tied to the embeddings."""
-    family = FAMILIES.get(base.config["model_type"])
-    if family is None:
-        return set()
-    names = {name for name in base.specs if family.is_derived(name)}
-    if base.config.get("tie_word_embeddings") and {family.embeddings, family.stored_lm_head} <= set(base.specs):
-        if not torch.equal(base.read(family.embeddings), base.read(family.stored_lm_head)):
+def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str, str]:
+    """Decides which tensors the artifact consists of, by the model that transformers builds from its config.
+
+    Derived buffers are left out, and so is a head that is tied to the embeddings and equal to them. If a tied model
+    stores only its head, that becomes the embeddings.
+
+    Args:
+        base: the model to read.
+        out: the directory with its cleaned config.json.
+        model: the settings, for messages.
+
+    Returns:
+        The name in ``base`` of every tensor, by the name to write.
+
+    Raises:
+        UserError: the weights are not those of the config's model.
+    """
+    family = family_of(base.config["model_type"])
+    built = build_on_meta(out)
+    sources = {name: name for name in base.specs if not family.is_derived(name)}
+    if is_tied(built) and family.stored_lm_head in sources:
+        head = sources.pop(family.stored_lm_head)
+        embeddings = sources.setdefault(family.embeddings, head)
+        if base.specs[head].shape != base.specs[embeddings].shape or not torch.equal(
+            base.read(head), base.read(embeddings)
+        ):
             raise UserError(
                 setting="model.path",
-                value=base.path,
-                rule=f"config.json ties {family.stored_lm_head} to the embeddings, but their weights differ",
+                value=model.path,
+                rule=f"its config ties {head} to the embeddings (tie_word_embeddings, by default or as given), but "
+                "their weights differ",
                 remedy="Set tie_word_embeddings to false in its config.json if they are meant to differ.",
             )
-        names.add(family.stored_lm_head)
-    return names
+    if faults := weight_faults(built, {name: base.specs[stored] for name, stored in sources.items()}):
+        raise UserError(
+            setting="model.path",
+            value=model.path,
+            rule=f"its weights and its config.json disagree: {'; '.join(faults)}",
+            remedy="Use the config.json and the weight files that were saved together, for a causal language model.",
+        )
+    return sources
 
 
 def _clean_config(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    """Returns the config with the dtype of the written weights, and without entries about its origin."""
-    dropped = {"_name_or_path", "torch_dtype"} | (set() if model.trust_remote_code else {"auto_map"})
+    """Returns the config with the dtype of the written weights, and without entries about its origin and its use.
+
+    The implementation of attention is chosen where the model is loaded, and a saved choice may not be installed there.
+    """
+    dropped = {"_name_or_path", "torch_dtype", "attn_implementation", "_attn_implementation"} | (
+        set() if model.trust_remote_code else {"auto_map"}
+    )
     return {**{name: value for name, value in config.items() if name not in dropped}, "dtype": model.dtype}
 
 
@@ -162,7 +207,7 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         gguf_file=gguf_file,
         dtype=DTYPES[model.dtype],
         quantization_config=GgufConfig(dequantize=True),  # without it, some GGUF types stay packed
-        **_trust(model),
+        trust_remote_code=False,
     )
     for name, parameter in unpacked.named_parameters():
         assert type(parameter.data) is torch.Tensor and parameter.dtype == DTYPES[model.dtype], f"{name} is packed"
@@ -172,4 +217,5 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         del unpacked.config.quantization_config  # the weights are plain now, and saving would try to pack them
     remove_weights(out)
     unpacked.save_pretrained(out)
-    AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, **_trust(model)).save_pretrained(out)
+    AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(out)
+    _check_tokenizer(out, model)

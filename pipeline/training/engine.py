@@ -88,13 +88,13 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
         UserError: the model does not support the ``attention`` setting.
     """
     section, train, precision = context.task.name, context.settings, context.precision
-    model_config = AutoConfig.from_pretrained(context.model_dir)
+    model_config = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False)
     attention = resolve_attention(section, train, model_config, precision, context.device)
     print(f"attention: {attention} ({section}.attention={train.attention})", flush=True)
     zero3 = HfDeepSpeedConfig(dict(config)) if config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[precision] if uses_bfloat16_parameters(train, precision) else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        context.model_dir, dtype=dtype, attn_implementation=attention
+        context.model_dir, dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
     # transformers holds this config by a weak reference. It must exist while the model is loaded, but no longer, or it
     # would apply to the next model of this process.

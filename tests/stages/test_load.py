@@ -20,6 +20,7 @@ from pipeline.stages import load
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.plain_settings import model_at
 from tests.stages.one_task import make_task
+from tests.tiny_families import save_tiny
 from tests.tiny_gguf import write_gguf
 
 Load = Callable[..., Metrics]
@@ -110,6 +111,93 @@ def test_a_head_that_contradicts_the_config_is_rejected(run: Load, model: Path) 
         run(model)
 
 
+Weights = dict[str, torch.Tensor]
+
+
+def _rename(weights: Weights, old: str, new: str) -> None:
+    weights[new] = weights.pop(old)
+
+
+DISAGREEMENTS: dict[str, tuple[dict[str, object], Callable[[Weights], object], str]] = {
+    "no head": ({"tie_word_embeddings": False}, lambda w: None, "lack lm_head.weight, which LlamaForCausalLM has"),
+    "no norm": ({}, lambda w: w.pop("model.norm.weight"), "lack model.norm.weight"),
+    "value head": ({}, lambda w: w.update({"v_head.weight": torch.ones(1, 32)}), "contain v_head.weight"),
+    "another vocabulary": ({"vocab_size": 400}, lambda w: None, r"embed_tokens.weight has the shape \[384, 32\], but"),
+    "a layer less": ({"num_hidden_layers": 3}, lambda w: None, r"contain model.layers.3.* and 6 more"),
+    "integers": (
+        {},
+        lambda w: w.update({"model.norm.weight": torch.ones(32).int()}),
+        "the dtype torch.int32",
+    ),
+    "activation": ({"hidden_act": "nope"}, lambda w: None, r"cannot build a model from its config.json .*nope"),
+    "pad id": ({"pad_token_id": 384}, lambda w: None, "pad_token_id = 384, which must be below vocab_size"),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_weights_that_are_not_those_of_the_config_are_rejected_by_name(
+    run: Load, model: Path, out: Path, case: str
+) -> None:
+    entries, change, rule = DISAGREEMENTS[case]
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    _change_config(model, **entries)
+    with pytest.raises(UserError, match=rule):
+        run(model)
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_tied_model_may_store_only_its_head(run: Load, model: Path, tiny_llama_dir: Path, out: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    _rename(weights, "model.embed_tokens.weight", "lm_head.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    run(model)
+    assert torch.equal(_logits(out), _logits(tiny_llama_dir))
+
+
+def test_ties_follow_the_config_class(run: Load, tmp_path: Path, tiny_tokenizer: Any, out: Path) -> None:
+    """Gemma 2 ties the head unless its config says otherwise."""
+    gemma = save_tiny("gemma2", tmp_path / "gemma", tiny_tokenizer)
+    config = json.loads((gemma / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (gemma / "config.json").write_text(json.dumps(config))
+    embeddings = load_file(gemma / "model.safetensors")["model.embed_tokens.weight"]
+    _change_weights(gemma, **{"lm_head.weight": embeddings.clone()})
+    run(gemma)
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    _change_weights(gemma, **{"lm_head.weight": embeddings + 1})
+    with pytest.raises(UserError, match="tie_word_embeddings, by default or as given"):
+        run(gemma)
+
+
+def test_a_saved_choice_of_attention_need_not_be_installed(run: Load, model: Path, out: Path) -> None:
+    _change_config(model, _attn_implementation="flash_attention_2")
+    run(model)
+    assert _logits(out).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "rule"),
+    [
+        (
+            lambda tokenizer: tokenizer["model"]["vocab"].update(beyond=384),
+            "has the id 384, but its embeddings end at 383",
+        ),
+        (lambda tokenizer: tokenizer.update(model={"type": "Nonsense"}), "its tokenizer cannot be loaded"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_rejected_before_weights_are_read(
+    run: Load, model: Path, out: Path, damage: Callable[[Any], object], rule: str
+) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    damage(tokenizer)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=rule):
+        run(model)
+    assert not list(out.glob("*model*"))
+
+
 def test_a_model_with_another_shape_than_stated_is_rejected(run: Load, tiny_llama_dir: Path) -> None:
     stated = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4}
     run(tiny_llama_dir, shape=stated)
@@ -153,12 +241,22 @@ def test_pickle_files_are_neither_read_nor_copied(
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_of_the_model_is_copied_only_if_it_is_trusted(run: Load, model: Path, out: Path, trusted: bool) -> None:
-    (model / "modeling_custom.py").write_text("raise RuntimeError('run')")
-    _change_config(model, auto_map={"AutoModelForCausalLM": "modeling_custom.Custom"}, _name_or_path="/some/path")
+    """The code is that of a class which is part of transformers by now, so the model can be used without it."""
+    (model / "modeling_llama.py").write_text("raise RuntimeError('run')")
+    _change_config(model, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}, _name_or_path="/path")
     run(model, trust_remote_code=trusted)
     config = json.loads((out / "config.json").read_text())
-    assert ("auto_map" in config, (out / "modeling_custom.py").exists()) == (trusted, trusted)
+    assert ("auto_map" in config, (out / "modeling_llama.py").exists()) == (trusted, trusted)
     assert "_name_or_path" not in config
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_needs_its_own_code_is_rejected(run: Load, model: Path, file: str) -> None:
+    name = "AutoTokenizer" if file == "tokenizer_config.json" else "AutoModelForCausalLM"
+    content = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**content, "auto_map": {name: "custom.Custom"}}))
+    with pytest.raises(UserError, match=r"model.trust_remote_code = false: .*custom\.Custom"):
+        run(model)
 
 
 @pytest.mark.parametrize(

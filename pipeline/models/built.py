@@ -1,0 +1,141 @@
+"""Compares a model directory with the model that transformers builds from its config, without reading weights.
+
+The model is built on the meta device, and "loaded" from tensors on the meta device that have the names, shapes and
+dtypes in the headers of the weight files. Every rule about names is therefore transformers' own: renamed tensors,
+stacked experts, tied weights, and buffers that may be ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import UserError
+from pipeline.models.tensors import TensorSpec
+
+MAX_NAMED = 3  # tensors in a message
+
+
+class IncompleteModelError(Exception):
+    """A directory that the pipeline has written does not load as it should, which is a bug of the pipeline."""
+
+
+def build_on_meta(directory: Path) -> PreTrainedModel:
+    """Builds the model of a directory's config.json on the meta device, which takes no memory for weights.
+
+    Raises:
+        UserError: transformers rejects the config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # config classes raise whatever a wrong entry leads to
+        raise UserError(
+            setting="model.path",
+            value=directory,
+            rule=f"transformers cannot build a model from its config.json ({type(error).__name__}: {_one_line(error)})",
+            remedy="Correct its config.json, or download it again.",
+        ) from error
+    return built
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Returns whether the head of a model is its embedding matrix."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight
+
+
+def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Returns what is wrong with the weights of a model: tensors that are missing, unexpected or of another shape.
+
+    Args:
+        built: the model, on the meta device.
+        specs: all stored tensors by name.
+    """
+    name = type(built).__name__
+    integers = sorted(tensor for tensor, spec in specs.items() if not spec.dtype.is_floating_point)
+    faults = (
+        [f"{_some(integers)}: the dtype {specs[integers[0]].dtype} is not a floating-point dtype"] if integers else []
+    )
+    stored = {
+        tensor: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for tensor, spec in specs.items()
+        if spec.dtype.is_floating_point
+    }
+    with _quiet():
+        loaded: Any = type(built).from_pretrained(
+            None,
+            config=built.config,
+            state_dict=stored,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    report = loaded[1]
+    if missing := sorted(set(report["missing_keys"]) - set(integers)):
+        faults.append(f"the weights lack {_some(missing)}, which {name} has")
+    if unexpected := sorted(report["unexpected_keys"]):
+        faults.append(f"the weights contain {_some(unexpected)}, which {name} does not have")
+    for tensor, found, expected in sorted(report["mismatched_keys"])[:MAX_NAMED]:
+        faults.append(f"{tensor} has the shape {list(found)}, but {list(expected)} by the config")
+    faults += [" ".join(str(error).split()) for error in report["error_msgs"]]
+    return faults
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report, which says what is returned here, and its progress bar."""
+    logger = transformers_logging.get_logger("transformers")
+    level, had_bar = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def load_complete(directory: Path, dtype: Any, **placement: Any) -> PreTrainedModel:
+    """Loads a model that the pipeline has written, in evaluation mode.
+
+    Args:
+        directory: the model directory.
+        dtype: of its parameters.
+        placement: further arguments of ``from_pretrained``.
+
+    Raises:
+        IncompleteModelError: a parameter would be random, a stored tensor is not used, or the head is not tied although
+            the config ties it.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **placement
+    )
+    model: PreTrainedModel
+    report: dict[str, object]
+    model, report = loaded
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[fault]:
+            raise IncompleteModelError(f"{directory} loads with {fault} {report[fault]}")
+    if model.config.tie_word_embeddings and not is_tied(model):
+        raise IncompleteModelError(f"{directory}: the head is not tied to the embeddings")
+    return model.eval()
