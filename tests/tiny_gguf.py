@@ -16,6 +16,43 @@ NAMES = {
 }  # fmt: skip
 
 
+GEMMA3_NAMES = {
+    **NAMES, "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+def write_gemma3_gguf(model: Path, path: Path) -> None:
+    """Converts a Gemma 3 directory without quantization, with a SentencePiece vocabulary of bytes and ASCII."""
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_vocab_size(config["vocab_size"])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(len(tokens))])
+    writer.add_token_types([3] * len(special) + [6] * 256 + [1] * (len(tokens) - len(special) - 256))
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    for name, tensor in load_file(model / "model.safetensors").items():
+        # llama.cpp stores 1 + w where transformers scales by 1 + w.
+        writer.add_tensor(_rename(name, GEMMA3_NAMES), tensor + 1 if "norm" in name else tensor)
+    _finish(writer)
+
+
 def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType) -> None:
     """Converts a Llama directory with tied embeddings. Its matrices are quantized and norms stay float32."""
     config = json.loads((model / "config.json").read_text())
@@ -38,6 +75,10 @@ def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType)
             writer.add_tensor(gguf_name, tensor)
         else:
             writer.add_tensor(gguf_name, gguf.quantize(tensor, quantization), raw_dtype=quantization)
+    _finish(writer)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -58,11 +99,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, template: str) -> N
     writer.add_chat_template(template)
 
 
-def _rename(name: str) -> str:
+def _rename(name: str, names: dict[str, str] = NAMES) -> str:
     if not name.startswith("model.layers."):
         return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
     layer, _, module = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
-    return f"blk.{layer}.{NAMES[module]}.weight"
+    return f"blk.{layer}.{names[module]}.weight"
 
 
 def _permuted(name: str, tensor: np.ndarray, config: dict) -> np.ndarray:

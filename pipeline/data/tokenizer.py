@@ -38,7 +38,7 @@ class TextTokenizer:
         bos: id of the beginning-of-sequence token if the tokenizer adds one, otherwise None.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, or has ids without an embedding, no end-of-sequence token, or no fast
+        UserError: the tokenizer cannot be used, or has ids without an embedding, no end-of-sequence token, or no fast
             implementation.
     """
 
@@ -47,9 +47,10 @@ class TextTokenizer:
 
         try:
             self.inner: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            self.bos = added_bos(self.inner)
         except Exception as error:  # libraries raise whatever a damaged file leads to
             cause = " ".join(str(error).split())[:300]
-            raise _unsuitable(directory, f"its tokenizer cannot be loaded ({type(error).__name__}: {cause})") from error
+            raise _unsuitable(directory, f"its tokenizer cannot be used ({type(error).__name__}: {cause})") from error
         config = read_json(directory / "config.json")
         # Multimodal models nest the configuration of the language model.
         self.vocab_size = int((config if "vocab_size" in config else config["text_config"])["vocab_size"])
@@ -62,7 +63,6 @@ class TextTokenizer:
             rule = f"its tokenizer has the id {largest}, but its embeddings end at {self.vocab_size - 1}"
             raise _unsuitable(directory, rule)
         self.eos: int = self.inner.eos_token_id
-        self.bos = added_bos(self.inner)
 
     def worker_pool(self) -> TokenizerPool:
         """Returns a pool of processes that tokenize documents as ``[BOS] text EOS``."""

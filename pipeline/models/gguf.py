@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 
 _NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+MAX_STRING_BYTES = 2**26  # chat templates are the longest
+_FAMILIES = {"gemma3": "gemma3_text"}  # by architecture, where transformers names the text model differently
 _CONFIG_KEYS = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
@@ -41,22 +43,28 @@ class Metadata:
 
     def config(self) -> dict[str, Any]:
         """Returns the config.json entries that determine sizes and limits, plus ``has_chat_template``."""
-        family = self.values["general.architecture"]
-        config = {name: self.values.get(f"{family}.{key}") for name, key in _CONFIG_KEYS.items()}
+        architecture = self.values.get("general.architecture")
+        config = {name: self.values.get(f"{architecture}.{key}") for name, key in _CONFIG_KEYS.items()}
         config["vocab_size"] = config["vocab_size"] or self.values.get("tokenizer.ggml.tokens")
         return {
             **{name: value for name, value in config.items() if value is not None},
-            "model_type": family,
+            "model_type": _FAMILIES.get(str(architecture), architecture),
             "tie_word_embeddings": "output.weight" not in self.tensor_names,
             "has_chat_template": "tokenizer.chat_template" in self.values,
         }
+
+    def ignored_rope_scaling(self) -> float | None:
+        """Returns the factor by which rotary positions are scaled, which transformers does not apply, or None."""
+        architecture = self.values.get("general.architecture")
+        factor = self.values.get(f"{architecture}.rope.scaling.factor", 1.0)
+        return None if factor == 1.0 else float(factor)
 
 
 def read_metadata(path: Path) -> Metadata:
     """Reads everything before the weights.
 
     Raises:
-        UserError: the file is not a little-endian GGUF file of version 2 or 3, or is truncated.
+        UserError: the file is not a little-endian GGUF file of version 2 or 3, or is truncated or damaged.
     """
     with open(path, "rb") as stream:
         try:
@@ -65,8 +73,8 @@ def read_metadata(path: Path) -> Metadata:
             tensors, entries = _number(stream, "Q"), _number(stream, "Q")
             values = {_string(stream): _value(stream, _number(stream, "I")) for _ in range(entries)}
             return Metadata(values, tuple(_tensor_name(stream) for _ in range(tensors)))
-        except struct.error as error:
-            raise _unreadable(path, "the file is truncated") from error
+        except (struct.error, ValueError, OverflowError, KeyError, RecursionError) as error:
+            raise _unreadable(path, "the file is truncated or damaged") from error
 
 
 def _unreadable(path: Path, rule: str) -> UserError:
@@ -79,7 +87,10 @@ def _number(stream: BinaryIO, format_: str) -> Any:
 
 
 def _string(stream: BinaryIO) -> str:
-    return stream.read(_number(stream, "Q")).decode("utf-8", "replace")
+    length = _number(stream, "Q")
+    if length > MAX_STRING_BYTES:  # reading would allocate as much
+        raise ValueError(f"a string of {length} bytes")
+    return stream.read(length).decode("utf-8", "replace")
 
 
 def _value(stream: BinaryIO, kind: int) -> Any:

@@ -168,9 +168,16 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
         UserError: the files are not those of a causal language model.
     """
     if source.gguf_file is not None:
-        config = read_metadata(local_file(source, source.gguf_file)).config()
-        check_config(config, source.gguf_file)
-        return config
+        metadata = read_metadata(local_file(source, source.gguf_file))
+        if (factor := metadata.ignored_rope_scaling()) is not None:
+            raise UserError(
+                setting="model.gguf_file",
+                value=source.gguf_file,
+                rule=f"it scales rotary positions (rope.scaling.factor {factor:g}), which transformers does not read",
+                remedy="Use the model's safetensors, for example from the Hugging Face Hub.",
+            )
+        check_config(metadata.config(), source.gguf_file)
+        return metadata.config()
     config = _json_of(source, "config.json", keep)
     check_config(config, source.repo or source.directory)
     has_tokenizer_config = "tokenizer_config.json" in source.names

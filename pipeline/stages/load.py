@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Model
@@ -197,18 +197,30 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         directory: the directory of the file.
         gguf_file: its name.
         out: an existing directory.
-        model: the settings, for the dtype and for remote code.
+        model: the settings, for the dtype.
 
     Raises:
-        UserError: the weights are not finite.
+        UserError: a tensor is missing or not finite, or the tokenizer does not fit the model.
     """
-    unpacked = AutoModelForCausalLM.from_pretrained(
+    AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
+    tokenizer.save_pretrained(out)
+    _check_tokenizer(out, model)
+    unpacked, report = AutoModelForCausalLM.from_pretrained(
         directory,
         gguf_file=gguf_file,
         dtype=DTYPES[model.dtype],
         quantization_config=GgufConfig(dequantize=True),  # without it, some GGUF types stay packed
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            setting="model.gguf_file",
+            value=gguf_file,
+            rule=f"it lacks {', '.join(missing[:3])}, which {type(unpacked).__name__} has",
+            remedy="Download the file again, or set model.gguf_file to another one.",
+        )
     for name, parameter in unpacked.named_parameters():
         assert type(parameter.data) is torch.Tensor and parameter.dtype == DTYPES[model.dtype], f"{name} is packed"
         if not is_finite(parameter.detach()):
@@ -217,5 +229,3 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         del unpacked.config.quantization_config  # the weights are plain now, and saving would try to pack them
     remove_weights(out)
     unpacked.save_pretrained(out)
-    AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(out)
-    _check_tokenizer(out, model)

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.models.gguf import read_metadata
+from pipeline.models.source import config_of, resolve
+from tests.plain_settings import model_at
 from tests.tiny_gguf import write_gguf
 
 
@@ -34,6 +36,25 @@ def test_the_config_has_the_entries_that_sizes_follow_from(gguf_file: Path) -> N
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 384,
         "tie_word_embeddings": True, "has_chat_template": True,
     }  # fmt: skip
+
+
+def test_damaged_files_are_rejected_without_allocating(gguf_file: Path, tmp_path: Path) -> None:
+    content = gguf_file.read_bytes()
+    huge = (2**62).to_bytes(8, "little")
+    for offset in (8, 16, 24):  # numbers of tensors and entries, and the length of the first key
+        (tmp_path / "huge.gguf").write_bytes(content[:offset] + huge + content[offset + 8 :])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            read_metadata(tmp_path / "huge.gguf")
+
+
+def test_rope_scaling_that_transformers_does_not_read_is_rejected(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "scaled.gguf", "gemma3")
+    writer.add_rope_scaling_factor(8.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="rope.scaling.factor 8"):
+        config_of(resolve(model_at(tmp_path / "scaled.gguf")))
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 500, 2000])

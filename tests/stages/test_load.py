@@ -12,7 +12,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts.task import Metrics
 from pipeline.errors import UserError
@@ -20,8 +20,8 @@ from pipeline.stages import load
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.plain_settings import model_at
 from tests.stages.one_task import make_task
-from tests.tiny_families import save_tiny
-from tests.tiny_gguf import write_gguf
+from tests.tiny_families import SMALL, save_tiny
+from tests.tiny_gguf import write_gemma3_gguf, write_gguf
 
 Load = Callable[..., Metrics]
 PROMPT = "The quick brown fox"
@@ -184,7 +184,7 @@ def test_a_saved_choice_of_attention_need_not_be_installed(run: Load, model: Pat
             lambda tokenizer: tokenizer["model"]["vocab"].update(beyond=384),
             "has the id 384, but its embeddings end at 383",
         ),
-        (lambda tokenizer: tokenizer.update(model={"type": "Nonsense"}), "its tokenizer cannot be loaded"),
+        (lambda tokenizer: tokenizer.update(model={"type": "Nonsense"}), "its tokenizer cannot be used"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_rejected_before_weights_are_read(
@@ -287,6 +287,18 @@ def test_a_gguf_file_is_written_in_the_requested_dtype(
     write_gguf(tiny_llama_dir, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
     run(tmp_path / "tiny.gguf", dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_gemma_3_file_becomes_its_text_model(run: Load, tmp_path: Path, tiny_tokenizer: Any, out: Path) -> None:
+    """llama.cpp calls the architecture gemma3, and transformers calls the text model gemma3_text."""
+    config = AutoConfig.for_model("gemma3_text", **SMALL, sliding_window=8)
+    original = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    original.save_pretrained(tmp_path / "gemma")
+    write_gemma3_gguf(tmp_path / "gemma", tmp_path / "gemma.gguf")
+    assert run(tmp_path / "gemma.gguf")["model_type"] == "gemma3_text"
+    tokens = torch.arange(3, 40)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(loaded(tokens).logits, original(tokens).logits)
 
 
 def test_a_hub_model_is_downloaded_at_its_commit(
