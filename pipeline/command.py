@@ -1,4 +1,4 @@
-"""Carry out a command whose settings are valid: ``action=run``, ``plan``, ``submit``, ``status`` or ``verify``."""
+"""Carry out a command whose settings are valid: what ``action`` says, from ``run`` to ``clean``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline.config import Settings
+from pipeline.driver.clean import clean
 from pipeline.driver.graph import Node, lineage, make_report
 from pipeline.driver.requeue import counted_restarts
-from pipeline.driver.run import link, run_graph
+from pipeline.driver.run import link, record_keys, run_graph
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
 from pipeline.driver.verify import verify
@@ -41,6 +42,10 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
         UserError: one of the jobs cannot work. None was started.
     """
     action, sweep = jobs[0].settings.action, jobs[0].sweep
+    if action == "clean":
+        for output_dir in dict.fromkeys(job.settings.output_dir for job in jobs):
+            clean(Path(output_dir), jobs[0].settings.confirm, console)
+        return
     prepared = prepare([job.settings for job in jobs])
     if action == "plan":
         _plan_all(prepared, sweep, console)
@@ -114,10 +119,13 @@ def _unusable_task(file: Path, rule: str) -> UserError:
 
 def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
     runs = [(job.run, job.nodes) for job in jobs]
-    planned = stage_jobs(runs, _sweep_report(jobs) if sweep else None)
+    report = _sweep_report(jobs) if sweep else None
+    planned = stage_jobs(runs, report)
     if jobs[0].run.dry_run:
         return print_scripts(planned, console)
     require_slurm()
+    for run, nodes in [*((job.run, job.selected) for job in jobs), *([report] if report else [])]:
+        record_keys(run, nodes)
     if not planned:
         return console.print("everything is there; nothing was submitted")
     submit_jobs(planned, console)

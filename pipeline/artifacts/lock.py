@@ -159,6 +159,13 @@ class Lock:
         if self.me.name not in self._entries():
             raise LockLost(f"{self.directory} was taken over by {self.holder() or 'another process'}")
 
+    def remove(self) -> None:
+        """Removes the lock's directory. Only its holder may do that. The next process creates it again."""
+        for name in (self.me.name, FREE):
+            (self.directory / name).unlink(missing_ok=True)
+        with suppress(OSError):  # another process has created it again
+            self.directory.rmdir()
+
     def holder(self) -> Holder | None:
         """Returns the current holder, or None if the lock is free or just changing hands."""
         return next((holder for name in self._entries() if (holder := Holder.parse(name)) is not None), None)

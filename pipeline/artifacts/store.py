@@ -169,6 +169,14 @@ class Artifact:
             for leftover in self.path.parent.glob(f".{aside.name}.*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
+    def remove(self) -> None:
+        """Removes the artifact and what is left of attempts to build it. Only for the lock's holder."""
+        for directory in (self.path, self.partial, self._old):
+            _discard(directory)
+        self._rebuild_marker.unlink(missing_ok=True)
+        for leftover in self.path.parent.glob(f".{self.key}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def _readable_manifest(self) -> dict[str, Any] | None:
         manifest: dict[str, Any] | None = read_record(self.path / MANIFEST, _lists_files)
         return manifest if manifest is not None and manifest["key"] == self.key else None
@@ -183,6 +191,12 @@ class Artifact:
     def lock(self) -> Lock:
         """Returns the lock that a process must hold while it builds this artifact."""
         return Lock(self.path.with_name(f"{self.key}.builder"), Holder.current(os.environ))
+
+
+def parent_keys(directory: Path) -> set[str]:
+    """Returns the keys of what an artifact was made from; nothing if its manifest cannot be read."""
+    manifest = read_record(directory / MANIFEST, lambda value: isinstance(value["parents"], dict))
+    return set() if manifest is None else set(manifest["parents"].values())
 
 
 def is_artifact(directory: Path) -> bool:

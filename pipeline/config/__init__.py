@@ -35,8 +35,9 @@ class Settings(Section):
     name: RunName
     seed: Seed
     output_dir: OutputDir
-    action: Literal["run", "plan", "submit", "status", "verify"]
+    action: Literal["run", "plan", "submit", "status", "verify", "clean"]
     dry_run: bool  # with action=submit: print the batch scripts and write nothing
+    confirm: bool  # with action=clean: remove what is listed otherwise
     stages: list[StageName]
     force: list[StageName]
     model: Model

@@ -21,12 +21,13 @@ from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select_nodes
 from pipeline.errors import WorkersFailed
-from pipeline.files import disk_full_as_user_error, temporary_path, write_json
+from pipeline.files import disk_full_as_user_error, read_record, temporary_path, write_json
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
 from pipeline.launch.workers import OUTCOME_FILE, load_outcome, raise_refusal
 
+KEYS_FILE = "keys.json"  # in a run's directory: the key of every artifact that it needs or needed, by name
 FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt failed
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors", "pot")
 
@@ -43,12 +44,23 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
         WorkersFailed: a process of a stage died.
     """
     selected = select_nodes(nodes, run.stages)
+    record_keys(run, selected)
     redo = forced(selected, run.force)
     seconds = {}
     for name, node in selected.items():
         seconds[name] = _provide(run, node, name in redo, console)
         link(run, node)
     return seconds
+
+
+def record_keys(run: Settings, nodes: Mapping[str, Node]) -> None:
+    """Record which artifacts a run needs before they are built, so that ``action=clean`` keeps them."""
+    place = Path(run.output_dir) / run.name / KEYS_FILE
+    known = read_record(place, lambda value: isinstance(value, dict)) or {}
+    keys = {**known, **{name: node.artifact.key for name, node in nodes.items()}}
+    if keys != known:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, keys)
 
 
 def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
