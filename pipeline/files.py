@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import pwd
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -52,6 +54,8 @@ def read_record(path: Path, is_valid: Callable[[Any], object]) -> Any | None:
         fault = "unexpected content"
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:  # not absent: another user's file
+        raise no_access(path) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # ValueError: not JSON
         fault = type(error).__name__
     report_once(f"{path} cannot be used ({fault}) and counts as absent")
@@ -115,6 +119,48 @@ def exchange(first: Path, second: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(first), None, str(second))
+
+
+# ------------------------------------------------------------------------------------ several users
+
+
+def let_group_write() -> None:
+    """Lets the group write to all files that this process and its children create from now on."""
+    mask = os.umask(0) & ~0o070
+    os.umask(mask)
+    os.environ["SLURM_UMASK"] = f"{mask:04o}"  # srun sets it in the processes that it starts on other nodes
+
+
+def may_write(path: Path) -> bool:
+    """Whether this user may change an existing file, or create and remove files in an existing directory."""
+    return os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK)
+
+
+def no_access(path: Path) -> UserError:
+    """Returns the error for a file or directory in ``output_dir`` that this user may not read or write."""
+    place, status = path, None
+    while status is None:
+        try:
+            status = place.stat()
+        except OSError:  # in a directory that this user may not enter
+            place = place.parent
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return UserError(
+        setting="output_dir",
+        value=place,
+        rule=f"it belongs to {_user_name(status.st_uid)} with mode {stat.S_IMODE(status.st_mode):04o}, so "
+        f"{_user_name(os.geteuid())} cannot use it; the umask of this command is {mask:04o}",
+        remedy="Set output_dir=DIRECTORY to your own. To share one, its owner must let the group write (chmod -R "
+        "g+rwX; chmod g+s for new files to have its group), and all users must set group_writable=true.",
+    )
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"user {user}"
 
 
 # ----------------------------------------------------------------------------------------- hashes

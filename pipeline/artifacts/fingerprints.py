@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from pipeline.files import report_once, sha256_file
+from pipeline.files import no_access, report_once, sha256_file
 
 FINGERPRINTS_FILE = "fingerprints.jsonl"  # in the directory of all artifacts
 
@@ -63,7 +63,11 @@ class Fingerprints:
         self.memo.parent.mkdir(parents=True, exist_ok=True)
         # One write per line, so that lines of concurrent commands do not mix. It is not flushed to disk, since a line
         # that is lost or damaged only costs hashing the file again.
-        with open(self.memo, "a+b", buffering=0) as stream:
+        try:
+            stream = open(self.memo, "a+b", buffering=0)
+        except PermissionError as error:  # another user's
+            raise no_access(self.memo) from error
+        with stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
             cut_off = stream.read() not in (b"", b"\n")
             stream.write(b"\n" * cut_off + json.dumps([name, self._known[name]]).encode() + b"\n")
@@ -72,7 +76,11 @@ class Fingerprints:
 @lru_cache(maxsize=1)  # the runs of a sweep share the memo
 def _read_memo(memo: Path, size: int, modified: int) -> dict[str, str]:
     """Reads all hashes of a memo. Its size and modification time are arguments only to recognize a changed one."""
-    lines = [line for line in memo.read_text(errors="replace").split("\n") if line]
+    try:
+        text = memo.read_text(errors="replace")
+    except PermissionError as error:  # another user's
+        raise no_access(memo) from error
+    lines = [line for line in text.split("\n") if line]
     found = [entry for line in lines if (entry := _parse_fingerprint(line)) is not None]
     if len(found) < len(lines):
         report_once(f"{len(lines) - len(found)} line(s) of {memo} cannot be used; their files are hashed again")

@@ -201,7 +201,7 @@ def parent_keys(directory: Path) -> set[str]:
 
 def is_artifact(directory: Path) -> bool:
     """Whether a directory is a complete artifact, by its place and its manifest."""
-    return directory.parent.parent.name == "artifacts" and (directory / MANIFEST).is_file()
+    return directory.parent.parent.name == "artifacts" and os.path.isfile(directory / MANIFEST)
 
 
 def _lists_files(manifest: Any) -> bool:

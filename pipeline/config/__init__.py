@@ -35,6 +35,7 @@ class Settings(Section):
     name: RunName
     seed: Seed
     output_dir: OutputDir
+    group_writable: bool  # let the group write to everything that is created, for an output_dir of several users
     action: Literal["run", "plan", "submit", "status", "verify", "clean"]
     dry_run: bool  # with action=submit: print the batch scripts and write nothing
     confirm: bool  # with action=clean: remove what is listed otherwise

@@ -56,11 +56,20 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
 def record_keys(run: Settings, nodes: Mapping[str, Node]) -> None:
     """Record which artifacts a run needs before they are built, so that ``action=clean`` keeps them."""
     place = Path(run.output_dir) / run.name / KEYS_FILE
-    known = read_record(place, lambda value: isinstance(value, dict)) or {}
-    keys = {**known, **{name: node.artifact.key for name, node in nodes.items()}}
-    if keys != known:
+    if not keys_recorded(run, nodes):
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, keys)
+        write_json(place, {**_known_keys(run), **{name: node.artifact.key for name, node in nodes.items()}})
+
+
+def keys_recorded(run: Settings, nodes: Mapping[str, Node]) -> bool:
+    """Whether ``record_keys`` would change nothing."""
+    return {name: node.artifact.key for name, node in nodes.items()}.items() <= _known_keys(run).items()
+
+
+def _known_keys(run: Settings) -> dict[str, str]:
+    record = Path(run.output_dir) / run.name / KEYS_FILE
+    known: dict[str, str] = read_record(record, lambda value: isinstance(value, dict)) or {}
+    return known
 
 
 def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
@@ -200,9 +209,15 @@ def link(run: Settings, node: Node) -> None:
     """Link ``<output_dir>/<name>/<node>`` to the artifact. The link is relative, so that the tree can be moved."""
     place = Path(run.output_dir) / run.name / node.name
     place.parent.mkdir(parents=True, exist_ok=True)
-    target = os.path.relpath(node.artifact.path, place.parent)
-    if place.is_symlink() and os.readlink(place) == target:
+    if is_linked(run, node):
         return
+    target = os.path.relpath(node.artifact.path, place.parent)
     temporary = temporary_path(place)  # jobs of a run that start at the same time link the artifacts they share
     temporary.symlink_to(target)
     os.replace(temporary, place)
+
+
+def is_linked(run: Settings, node: Node) -> bool:
+    """Whether ``link`` would change nothing."""
+    place = Path(run.output_dir) / run.name / node.name
+    return place.is_symlink() and os.readlink(place) == os.path.relpath(node.artifact.path, place.parent)

@@ -9,17 +9,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from os.path import isdir, islink, lexists
 from pathlib import Path
 from typing import Literal
 
+from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target
 from pipeline.config.execution import GPUS
 from pipeline.data import sources
+from pipeline.driver.graph import Node
+from pipeline.driver.run import is_linked, keys_recorded
+from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.expansion.method import method_of
-from pipeline.files import free_bytes, gib, insufficient_space
+from pipeline.files import free_bytes, gib, insufficient_space, may_write, no_access
 from pipeline.launch.environment import other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_layers_alike, family_of, shape_of
@@ -243,6 +249,32 @@ def _output_dir(prepared: PreparedRun) -> Faults:
         yield fault
 
 
+def _access(prepared: PreparedRun) -> Faults:
+    """This user may write where something is to be created, and read what it is made from."""
+    run, selected, missing = prepared.run, prepared.selected, prepared.missing
+    root = Path(run.output_dir).absolute() / "artifacts"
+    places = [directory for node in missing.values() for directory in _written(node)]
+    if missing:
+        places += [root, root / FINGERPRINTS_FILE]
+    if missing or not keys_recorded(run, selected) or not all(is_linked(run, node) for node in selected.values()):
+        places += [(root.parent / run.name / name).parent for name in selected]
+    if missing and run.action == "submit":
+        places.append(slurm_dir(run))
+    unwritable = (place for path in places if not may_write(place := nearest_existing(path)))
+    read = [path for name, node in selected.items() if name not in missing for path in node.artifact.path.rglob("*")]
+    unreadable = (path for path in read if not os.access(path, os.R_OK))
+    if (fault := next(chain(unwritable, unreadable), None)) is not None:
+        yield no_access(fault)
+
+
+def _written(node: Node) -> Iterator[Path]:
+    """What building an artifact writes to: its directory's parent, its lock, and files of earlier attempts."""
+    yield node.artifact.path.parent
+    yield node.artifact.lock().directory
+    yield node.artifact.partial
+    yield from node.artifact.partial.rglob("*")
+
+
 def _places(prepared: PreparedRun) -> Faults:
     """The links to the run's artifacts can be created: no artifact, other run or file is in their place."""
     output_dir = Path(prepared.run.output_dir).absolute()
@@ -257,8 +289,9 @@ def _places(prepared: PreparedRun) -> Faults:
     for node in prepared.selected:
         place = output_dir / prepared.run.name / node
         within = [parent for parent in reversed(place.parents) if parent.is_relative_to(output_dir / ".")][1:]
-        taken = [parent for parent in within if parent.is_symlink() or (parent.exists() and not parent.is_dir())]
-        if taken or (place.exists() and not place.is_symlink()):
+        # The functions of os.path, unlike pathlib's, raise no errors if another user's directory may not be entered.
+        taken = [path for path in within if islink(path) or (lexists(path) and not isdir(path))]
+        if taken or (lexists(place) and not islink(place)):
             yield UserError(
                 setting="name",
                 value=prepared.run.name,
@@ -311,6 +344,7 @@ CHECKS = (
     Check(_output_dir, stops=STAGE_NAMES),
     Check(_allocation, stops=STAGE_NAMES),
     Check(_nodes, stops=("pretrain", "sft")),
+    Check(_access, stops=STAGE_NAMES, always=True),
     Check(_places, stops=STAGE_NAMES, always=True),
     *INPUT_CHECKS,
     Check(_model, stops=("load",), needs="config"),
