@@ -6,9 +6,11 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from pipeline.config import Launch
@@ -73,10 +75,53 @@ def detect_machine() -> Machine:
     """Detects the hardware of this machine or, inside a Slurm job, of the job's nodes."""
     allocation = current_allocation()
     gpus = _count_visible_gpus(first_node_prefix()) if _torch_has_cuda() else 0
-    if allocation is not None:
-        return Machine(cores=allocation.cpus, gpus=gpus, nodes=len(allocation.nodes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Machine(cores=cores or 1, gpus=gpus)
+    if allocation is None:
+        return Machine(cores=_usable_cores(Path("/proc/self")), gpus=gpus)
+    # Where srun starts the workers, they do not inherit the limits of this process.
+    cores = allocation.cpus if allocation.needs_srun else min(allocation.cpus, _usable_cores(Path("/proc/self")))
+    return Machine(cores=cores, gpus=gpus, nodes=len(allocation.nodes))
+
+
+def _usable_cores(process: Path) -> int:
+    """Returns how many threads of a process can run at the same time, without being throttled by a container's quota.
+
+    Args:
+        process: its directory in /proc.
+    """
+    # The affinity includes the limits of cpusets.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([cores, *_cpu_quotas(process)])))
+
+
+def _cpu_quotas(process: Path) -> Iterator[float]:
+    """Yields the limits on CPU time, in cores, of a process's control group and of those above it (versions 1 and 2).
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    try:
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    paths = {controller: path for _, controllers, path in groups for controller in controllers.split(",")}
+    for mount in mounts:
+        root, place, kind, options = mount[3], Path(mount[4]), mount[mount.index("-") + 1], mount[-1].split(",")
+        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
+        if controller not in paths or (kind == "cgroup" and "cpu" not in options):
+            continue
+        # In a container the path may be one of the host's, and the group itself is mounted.
+        path = PurePath(paths[controller])
+        inside = path.relative_to(root) if path.is_relative_to(root) else PurePath()
+        for group in (inside, *inside.parents):
+            yield from _quota_of(place / group)
+
+
+def _quota_of(group: Path) -> Iterator[float]:
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # without the file, or without a limit ("max")
+            quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            if quota > 0 and period > 0:
+                yield quota / period
 
 
 def first_node_prefix() -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import Launch
@@ -58,3 +61,40 @@ def test_more_gpus_than_available_are_refused(changes: dict[str, object], gpus: 
 def test_gpus_hidden_from_this_process_are_not_counted(monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert machine._count_visible_gpus([]) == gpus
+
+
+@pytest.mark.parametrize(
+    "group, mount, limits, cores",
+    [
+        ("0::/a/b", "/ M rw - cgroup2 cgroup2 rw", {"a/b/cpu.max": "max 100000"}, 8),
+        ("0::/a/b", "/ M rw - cgroup2 cgroup2 rw", {"a/b/cpu.max": "250000 100000"}, 2),
+        ("0::/a/b", "/ M rw - cgroup2 cgroup2 rw", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/", "/ M rw shared:1 - cgroup2 cgroup2 rw", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", "/ M rw - cgroup2 cgroup2 rw", {"cpu.max": "2000000 100000"}, 8),
+        ("0::/", "/ M rw - cgroup2 cgroup2 rw", {"cpu.max": "unknown"}, 8),
+        ("0::/a/b", "/a/b M rw - cgroup2 cgroup2 rw", {"cpu.max": "400000 100000"}, 4),
+        ("4:cpu,cpuacct:/host/c", "/host/c M rw - cgroup cgroup rw,cpu,cpuacct", "v1", 3),
+        ("4:cpu,cpuacct:/host/c", "/other M rw - cgroup cgroup rw,cpu,cpuacct", "v1", 3),
+        ("4:memory:/host/c", "/host/c M rw - cgroup cgroup rw,memory", "v1", 8),
+        ("4:cpu:/", "/ M rw - cgroup cgroup rw,cpu", {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_cores_are_limited_by_the_quota_of_control_groups(
+    group: str, mount: str, limits: dict[str, str] | str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    if isinstance(limits, str):
+        limits = {"cpu.cfs_quota_us": "300000", "cpu.cfs_period_us": "100000"}
+    for name, value in limits.items():
+        file = tmp_path / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(value + "\n")
+    (tmp_path / "cgroup").write_text(f"{group}\n")
+    (tmp_path / "mountinfo").write_text(f"31 23 0:28 {mount.replace('M', str(tmp_path / 'groups'))}\n")
+    assert machine._usable_cores(tmp_path) == cores
+
+
+def test_cores_are_limited_by_the_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a cpuset sets."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 3, 5})
+    assert machine._usable_cores(tmp_path) == 3
