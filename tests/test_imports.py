@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -107,6 +110,51 @@ def test_each_heavy_library_has_one_owner() -> None:
         users = {_name(file) for file in FILES if library in _libraries(file)}
         assert users, f"no module imports {library}"
         assert not {user for user in users if not user.startswith(owner)}, library
+
+
+# Required, though no module imports them: transformers and lm-eval do.
+USED_BY_OTHERS = {"accelerate", "gguf"}
+# In the standard library since Python 3.14. Before, backports.zstd provides it.
+NEWER_STANDARD_LIBRARY = {"compression"}
+
+
+def test_imported_packages_are_declared_and_pinned() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    required, extras = project["dependencies"], project["optional-dependencies"]
+    product, optional = _distributions(required), _distributions(extras["pot"])
+    assert _undeclared(FILES, product | optional) == set()
+    others = [file for folder in ("scripts", "tests") for file in (REPOSITORY / folder).rglob("*.py")]
+    assert _undeclared(others, product | optional | _distributions(extras["dev"])) == set()
+
+    imported = {name for file in FILES for library in _libraries(file) for name in _providers(library)}
+    assert product | optional <= imported | USED_BY_OTHERS
+    pinned = _distributions((REPOSITORY / "constraints.txt").read_text().splitlines())
+    assert product | optional | _distributions(extras["dev"]) <= pinned | {_normalized(project["name"])}
+
+
+def _undeclared(files: Iterable[Path], declared: set[str]) -> set[str]:
+    own = {"pipeline", "scripts", "tests"} | NEWER_STANDARD_LIBRARY | sys.stdlib_module_names
+    found = {library for file in files for library in _libraries(file)} - own
+    return {library for library in found if not _providers(library) & declared}
+
+
+def _distributions(requirements: Iterable[str]) -> set[str]:
+    """Returns the names of the distributions in lines such as ``numpy>=2  # a comment``."""
+    names = (re.match(r"[\w.-]+", requirement) for requirement in requirements)
+    return {_normalized(name.group()) for name in names if name}
+
+
+@cache
+def _providers(library: str) -> set[str]:
+    """Returns the installed distributions that contain a top-level package, such as ``pot`` for ``ot``."""
+    return {_normalized(name) for name in _installed().get(library, ())}
+
+
+_installed = cache(importlib.metadata.packages_distributions)
+
+
+def _normalized(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def test_nothing_pickles() -> None:

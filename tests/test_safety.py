@@ -39,11 +39,13 @@ def finished_run(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     """The directory of a finished run. A forbidden call would have written the file ``pickles`` in it."""
     directory = tmp_path_factory.mktemp("finished_run")
     (directory / "site").mkdir()
+    (directory / "tmp").mkdir()
     (directory / "site" / "sitecustomize.py").write_text(MONITOR)
     with pytest.MonkeyPatch.context() as environment:
         for name, value in SECRETS.items():
             environment.setenv(name, value)
         environment.setenv("PIPELINE_TEST_PICKLES", str(directory / "pickles"))
+        environment.setenv("TMPDIR", str(directory / "tmp"))
         status, output = run(
             "+experiment=quickstart",
             *shrunk,
@@ -62,6 +64,11 @@ def test_no_pickle_is_written_or_read(finished_run: Path) -> None:
     started = (finished_run / "pickles.started").read_text()
     assert "pipeline.stages" in started and "pipeline.training.worker" in started
     assert not (finished_run / "pickles").exists(), (finished_run / "pickles").read_text()
+
+
+@pytest.mark.xdist_group("safety")
+def test_no_temporary_file_is_left(finished_run: Path) -> None:
+    assert not list((finished_run / "tmp").iterdir())
 
 
 @pytest.mark.xdist_group("safety")

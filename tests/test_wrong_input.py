@@ -15,7 +15,9 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.config import execution
+from pipeline.driver import run
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
+from pipeline.expansion.methods import opt_deus
 from pipeline.launch.machine import Machine
 from pipeline.launch.slurm import current_allocation
 from pipeline.models.weight_files import INDEX
@@ -323,6 +325,22 @@ def test_training_settings_that_cannot_work(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(prepared, "detect_machine", lambda: Machine(cores=2, gpus=0))
     assert _refused(capsys, *base, *arguments).startswith(f"{setting} = ")
+
+
+def test_a_solver_whose_package_is_not_installed(
+    base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(opt_deus, "find_spec", lambda name: None)
+    message = _refused(capsys, *base, "expand=opt_deus", "expand.variant=reference")
+    assert message.startswith("expand.solver = pot_float32") and "pip install" in message
+
+
+def test_a_missing_package_whose_version_is_recorded(
+    base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RECORDED_PACKAGES", ("torch", "no-such-package"))
+    run.package_versions.cache_clear()
+    assert _refused(capsys, *base).startswith("package = no-such-package")
 
 
 def test_one_of_several_pods(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.artifacts.store import begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select_nodes
-from pipeline.errors import WorkersFailed
+from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import disk_full_as_user_error, read_record, temporary_path, write_json
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit, failure_message
@@ -29,7 +30,8 @@ from pipeline.launch.workers import OUTCOME_FILE, load_outcome, raise_refusal
 
 KEYS_FILE = "keys.json"  # in a run's directory: the key of every artifact that it needs or needed, by name
 FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt failed
-RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors", "pot")
+RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors")
+RECORDED_IF_INSTALLED = ("pot",)
 
 
 def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dict[str, float]:
@@ -186,7 +188,7 @@ def _manifest(node: Node, metrics: Metrics, seconds: float) -> dict[str, Any]:
         "settings": node.settings.model_dump(mode="json"),
         "seed": node.seed,
         "parents": {role: parent.artifact.key for role, parent in node.parents.items()},
-        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "packages": package_versions(),
         "python": sys.version.split()[0],
         "git_commit": _git_commit(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -194,6 +196,28 @@ def _manifest(node: Node, metrics: Metrics, seconds: float) -> dict[str, Any]:
         "peak_memory_bytes": metrics.get("peak_memory_bytes"),
         "metrics": metrics,
     }
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that determine results, as they were at the first call.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    versions = {}
+    for name in (*RECORDED_PACKAGES, *RECORDED_IF_INSTALLED):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            if name in RECORDED_PACKAGES:
+                raise UserError(
+                    setting="package",
+                    value=name,
+                    rule=f"it is required, but not installed for {sys.executable}",
+                    remedy="Install all packages with scripts/setup, or with pip install -c constraints.txt .",
+                ) from error
+    return versions
 
 
 def _git_commit() -> str | None:

@@ -20,7 +20,7 @@ from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target
 from pipeline.config.execution import GPUS
 from pipeline.data import sources
 from pipeline.driver.graph import Node
-from pipeline.driver.run import is_linked, keys_recorded
+from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
@@ -229,6 +229,11 @@ def _snapshots(prepared: PreparedRun) -> Faults:
 # --------------------------------------------------------------------------------------------------- run-wide
 
 
+def _packages(prepared: PreparedRun) -> Faults:
+    """The packages whose versions are recorded are installed."""
+    yield from _raised_by(package_versions)
+
+
 def _allocation(prepared: PreparedRun) -> Faults:
     """The nodes of the Slurm job around this process can be used."""
     _, fault = attempt(current_allocation)
@@ -342,6 +347,7 @@ INPUT_CHECKS = (
 )
 CHECKS = (
     Check(_output_dir, stops=STAGE_NAMES),
+    Check(_packages, stops=STAGE_NAMES),
     Check(_allocation, stops=STAGE_NAMES),
     Check(_nodes, stops=("pretrain", "sft")),
     Check(_access, stops=STAGE_NAMES, always=True),

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.section import Positive, PositiveFloat
+from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import InsertionMethod, LayerWeights, NewTensor, Workspace, from_neighbors, silenced
 from pipeline.models.families import LayerTensor, Role
@@ -50,6 +52,17 @@ class OptDeus(InsertionMethod):
     def keeps_logits(self) -> bool:
         """Always: both blocks of a new layer add zero."""
         return True
+
+    def check(self, num_base_layers: int) -> None:
+        """Checks also that the package with the solver is installed."""
+        super().check(num_base_layers)
+        if self.solver == "pot_float32" and find_spec("ot") is None:
+            raise UserError(
+                setting="expand.solver",
+                value=self.solver,
+                rule="it calls the package POT, which is not installed",
+                remedy="Install it with pip install -c constraints.txt pot, or set expand.solver=log.",
+            )
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the fused layers, and records the outcome of every transport problem."""
