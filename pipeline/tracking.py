@@ -158,8 +158,9 @@ def _start_run(target: TrackingTarget, config: Mapping[str, Any]) -> Any:
     import wandb
 
     target.wandb_dir.mkdir(parents=True, exist_ok=True)
-    # By default these are in the home directory, which compute nodes often cannot write to.
-    for variable, directory in {"WANDB_DATA_DIR": "wandb", "WANDB_CACHE_DIR": "wandb/cache"}.items():
+    # The defaults are in the home directory, which compute nodes often cannot write to. The cache is each user's own,
+    # since W&B creates it without the permissions that ``group_writable`` asks for.
+    for variable, directory in {"WANDB_DATA_DIR": "wandb", "WANDB_CACHE_DIR": f"wandb/cache-{os.getuid()}"}.items():
         os.environ.setdefault(variable, str(target.wandb_dir / directory))
     return wandb.init(
         mode=mode,

@@ -22,6 +22,7 @@ INHERITED_PLACE = re.compile(
     r"|MASTER_(ADDR|PORT)"
 )
 # Where libraries keep code that they have compiled and later load and execute.
+IMPORTED_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # importing parts of torch already creates this one
 CODE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
 WRITABLE_BY_OTHERS = 0o022
 
@@ -120,10 +121,11 @@ def code_cache_faults(inherited: Mapping[str, str], needed: bool) -> Iterator[Us
 
     Args:
         inherited: the environment.
-        needed: a directory that cannot be created is an error too.
+        needed: a directory that cannot be created is an error too. The one in ``IMPORTED_CACHE`` is always needed.
     """
     for name, path in code_caches(inherited).items():
-        fault = _why_not_private(path) if os.path.lexists(path) else _why_not_creatable(path) if needed else None
+        must_exist = needed or name == IMPORTED_CACHE
+        fault = _why_not_private(path) if os.path.lexists(path) else _why_not_creatable(path) if must_exist else None
         if fault is not None:
             rule = f"compiled code is stored there and executed, and {fault}"
             remedy = f"Set {name} to a directory that only you can write to. It is created if it does not exist."

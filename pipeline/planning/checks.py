@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.expansion.method import method_of
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, no_access
-from pipeline.launch.environment import other_nodes_fault
+from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_layers_alike, family_of, shape_of
 from pipeline.models.source import check_shape, refuse_code
@@ -254,6 +254,11 @@ def _output_dir(prepared: PreparedRun) -> Faults:
         yield fault
 
 
+def _code_caches(prepared: PreparedRun) -> Faults:
+    """The directories of compiled code that every process needs can be created."""
+    yield from code_cache_faults(os.environ, needed=False)
+
+
 def _access(prepared: PreparedRun) -> Faults:
     """This user may write where something is to be created, and read what it is made from."""
     run, selected, missing = prepared.run, prepared.selected, prepared.missing
@@ -351,6 +356,7 @@ CHECKS = (
     Check(_allocation, stops=STAGE_NAMES),
     Check(_nodes, stops=("pretrain", "sft")),
     Check(_access, stops=STAGE_NAMES, always=True),
+    Check(_code_caches, stops=STAGE_NAMES),
     Check(_places, stops=STAGE_NAMES, always=True),
     *INPUT_CHECKS,
     Check(_model, stops=("load",), needs="config"),

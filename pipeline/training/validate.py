@@ -104,7 +104,6 @@ def less_memory(section: str, train: Train, processes: int) -> str:
 
 def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:
     if not train.compile:
-        yield from code_cache_faults(os.environ, needed=False)
         return
     if train.deepspeed.zero_stage == 3:
         yield UserError(

@@ -153,6 +153,12 @@ def test_directories_that_other_users_can_write_to_are_refused(
     assert error.value.setting == "TRITON_CACHE_DIR"
 
 
+def test_directory_that_imports_create_must_be_creatable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache.parent / "x"))
+    assert [fault.setting for fault in code_cache_faults(os.environ, needed=False)] == ["TORCHINDUCTOR_CACHE_DIR"]
+
+
 def test_only_what_will_be_used_must_be_creatable(cache: Path) -> None:
     cache.parent.touch()
     create_code_caches()
