@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import CONF
+from pipeline.__main__ import CONF, main
 from pipeline.config.messages import list_experiments
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.files import read_json, sha256_file
 from tests.processes import children, is_gone, listening_addresses, seconds_of_children
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SHARING = pytest.mark.xdist_group("outputs")  # one pytest worker runs these tests, so that they share artifacts
 
 
 def start(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ()) -> subprocess.Popen[str]:
@@ -47,25 +48,41 @@ def run(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ())
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output directory shared by the tests of this module, so that they share artifacts."""
+    """An output directory for the tests marked ``SHARING``."""
     return tmp_path_factory.mktemp("outputs")
 
 
-@pytest.mark.parametrize("experiment", list_experiments([CONF]))
-def test_every_experiment_runs_from_load_to_report(experiment: str, shrunk: list[str], outputs: Path) -> None:
-    status, output = run(f"+experiment={experiment}", *shrunk, cwd=outputs)
+@pytest.fixture(scope="module")
+def finished(shrunk: list[str], outputs: Path) -> str:
+    """The output of a complete run in ``outputs``."""
+    status, output = run("+experiment=quickstart", *shrunk, cwd=outputs)
     assert status == EXIT_DONE, output
-    report = outputs / "outputs" / experiment / "report"
+    return output
+
+
+@SHARING
+def test_a_run_from_load_to_report(finished: str, outputs: Path) -> None:
+    report = outputs / "outputs" / "quickstart" / "report"
     rows = json.loads((report / "results.json").read_text())
     assert {row["target"] for row in rows} >= {"load", "expand", "pretrain", "sft"}
     assert set(rows[0]) == {"run", "method", "target", "task", "metric", "value", "stderr", "n"}
     assert (report / "report.md").exists() and (report / "report.html").exists() and list(report.glob("*.png"))
-    assert "seconds by stage" in output
+    assert "seconds by stage" in finished
 
 
-def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], outputs: Path) -> None:
+@pytest.mark.parametrize("experiment", list_experiments([CONF]))
+def test_every_experiment_can_be_planned_on_other_inputs(
+    experiment: str, shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All checks of a run pass, with the real files of a model and data of the user's own."""
+    assert main([f"+experiment={experiment}", *shrunk, f"output_dir={tmp_path}", "action=plan"]) == EXIT_DONE
+    output = capsys.readouterr().out
+    assert "blocks" not in output and all(stage in output for stage in ("load", "expand", "pretrain", "sft", "report"))
+
+
+@SHARING
+def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], finished: str, outputs: Path) -> None:
     command = ["+experiment=quickstart", *shrunk]
-    assert run(*command, cwd=outputs)[0] == EXIT_DONE
     probe = (
         "import sys; from pipeline.__main__ import main; status = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'wandb', 'deepspeed'} & set(sys.modules); print('imported', sorted(heavy))"
@@ -81,9 +98,9 @@ def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], o
     assert seconds_of_children() - before < 5.0
 
 
-def test_force_rebuilds_a_stage_and_its_descendants(shrunk: list[str], outputs: Path) -> None:
+@SHARING
+def test_force_rebuilds_a_stage_and_its_descendants(shrunk: list[str], finished: str, outputs: Path) -> None:
     command = ["+experiment=quickstart", *shrunk, "stages=[load,expand,tokenize]"]
-    assert run(*command, cwd=outputs)[0] == EXIT_DONE
     load, expand = (outputs / "outputs" / "quickstart" / stage / "manifest.json" for stage in ("load", "expand"))
     before = load.stat().st_mtime_ns, expand.stat().st_mtime_ns
     assert run(*command, "force=[expand]", cwd=outputs)[0] == EXIT_DONE
@@ -99,6 +116,7 @@ def test_status_and_plan_change_nothing(shrunk: list[str], tmp_path: Path) -> No
     assert not list((tmp_path / "outputs").rglob("manifest.json"))
 
 
+@SHARING
 def test_a_sweep_shares_artifacts_and_has_one_report(shrunk: list[str], outputs: Path) -> None:
     command = ["--multirun", "+experiment=quickstart", "expand=copy,none", *shrunk, "name=sweep"]
     status, output = run(*command, cwd=outputs)
@@ -176,7 +194,8 @@ def _last_step(metrics: Path) -> int:
 
 def test_stopped_run_saves_its_state_and_resumes(shrunk: list[str], tmp_path: Path) -> None:
     """The first signal is sent to the driver, the second to a worker."""
-    command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=400"]
+    command = ["+experiment=quickstart", *shrunk, "stages=[pretrain]", "pretrain.steps=120"]
+    command += ["pretrain.checkpoint_every_steps=1000"]  # so that only the signals cause checkpoints
     pretrain = tmp_path / "outputs" / "artifacts" / "pretrain"
     stopped_after = 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -239,32 +258,34 @@ def _command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-USE_MODEL = """
+USE_MODELS = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = (kind.from_pretrained("model") for kind in (AutoTokenizer, AutoModelForCausalLM))
-chat = [{"role": "user", "content": "What is item 3?"}]
-prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
-assert answer.shape[1] > prompt["input_ids"].shape[1]
+for stage in ("pretrain", "sft"):
+    tokenizer, model = (kind.from_pretrained(stage) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    chat = [{"role": "user", "content": "What is item 3?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert answer.shape[1] > prompt["input_ids"].shape[1]
 assert not any(name == "pipeline" or name.startswith("pipeline.") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_trained_model_works_with_transformers_alone_from_any_directory(
-    stage: str, shrunk: list[str], outputs: Path, tmp_path: Path
+@SHARING
+def test_trained_models_work_with_transformers_alone_from_any_directory(
+    finished: str, outputs: Path, tmp_path: Path
 ) -> None:
-    """The model is copied and loaded in a process that cannot import this package."""
-    assert run("+experiment=quickstart", *shrunk, cwd=outputs)[0] == EXIT_DONE
-    shutil.copytree((outputs / "outputs" / "quickstart" / stage).resolve(), tmp_path / "model")
+    """The models are copied and loaded in a process that cannot import this package."""
+    for stage in ("pretrain", "sft"):
+        shutil.copytree((outputs / "outputs" / "quickstart" / stage).resolve(), tmp_path / stage)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(
-        [sys.executable, "-I", "-c", USE_MODEL], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-c", USE_MODELS], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert answer.returncode == 0, answer.stderr
 
 
+@SHARING
 def test_snapshots_are_scored_and_reported(shrunk: list[str], outputs: Path) -> None:
     targets = "evaluate.targets=[load,expand,pretrain@33%,pretrain@67%,pretrain,sft]"
     status, output = run("+experiment=quickstart", *shrunk, "seed=5", "name=snapshots", targets, cwd=outputs)

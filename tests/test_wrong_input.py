@@ -8,12 +8,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.__main__ import compose_jobs, main
+from pipeline.command import Job
 from pipeline.config import execution
 from pipeline.driver import run
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
@@ -48,6 +50,21 @@ def _first_blocker(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     blocker = re.search(r"^  1\. (\S+ = .*?): (.*)$", captured.out, re.MULTILINE)
     assert blocker is not None, captured.out
     return f"{blocker[1]}\n  {blocker[2]}\n"
+
+
+@pytest.fixture(autouse=True)
+def _composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose the settings of a request once for its run and its plan, since that takes most of a test's time."""
+    composed: dict[tuple[str, ...], list[Job]] = {}
+
+    def compose(overrides: list[str], multirun: bool, config_dir: Path | None) -> list[Job]:
+        action = "plan" if "action=plan" in overrides else "run"
+        common = tuple(item for item in overrides if item != "action=plan")
+        if common not in composed:
+            composed[common] = compose_jobs(list(common), multirun, config_dir)
+        return [replace(job, settings=job.settings.model_copy(update={"action": action})) for job in composed[common]]
+
+    monkeypatch.setattr("pipeline.__main__.compose_jobs", compose)
 
 
 @pytest.fixture

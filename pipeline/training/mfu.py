@@ -24,6 +24,7 @@ from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainabl
 from pipeline.training.precision import Precision
 
 MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to saturate the device, small enough to be quick
+MEASURED_SECONDS = 0.5  # some processors take a second for one product in bfloat16
 
 # ---------------------------------------------------------------------------------- FLOPs of the model
 
@@ -84,10 +85,10 @@ def data_sheet_rate(device_name: str, precision: Precision) -> float | None:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
-    """Measures the FLOP/s of one square matrix product, as the best of ``repeats`` runs."""
+    """Measures the FLOP/s of one square matrix product, as the best of ``repeats`` runs, or of fewer if it is slow."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))  # zeros would draw less power
-    seconds = []
-    for _ in range(repeats + 1):  # the first run is a warm-up
+    seconds: list[float] = []
+    while len(seconds) <= repeats and sum(seconds) < MEASURED_SECONDS:  # the first run is a warm-up
         _synchronize(device)
         started = time.perf_counter()
         left @ right
@@ -110,7 +111,7 @@ def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 def slow_bfloat16_note(section: str) -> str | None:
     """Measures both precisions on this processor, and returns a note for the user if bfloat16 is the slower one."""
     cpu = torch.device("cpu")
-    bfloat16, float32 = (matrix_rate(dtype, cpu) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    bfloat16, float32 = (matrix_rate(dtype, cpu, size=512) / 1e9 for dtype in (torch.bfloat16, torch.float32))
     if bfloat16 >= float32:
         return None
     return (

@@ -33,11 +33,11 @@ from pipeline.models.vector_math import initialize_vector_math
 
 torch.set_num_threads(1)
 angles = torch.linspace(0.0, 128.0, 16384)
-for _ in range(100):
+for _ in range(60):
     if os.fork() == 0:
         torch.set_num_threads(2)
         initialize_vector_math()
-        torch.ones(1024, 1024) @ torch.ones(1024, 1024)
+        torch.ones(512, 512) @ torch.ones(512, 512)
         torch.ones(8000, 576, dtype=torch.bfloat16).float() + 1.0
         cosines = (angles + 0.0).cos()
         print(hashlib.sha256(cosines.numpy().tobytes()).hexdigest(), flush=True)
@@ -69,11 +69,11 @@ def test_every_function_is_called_on_one_element_of_every_dtype() -> None:
     assert seen == {(name, dtype) for name in FUNCTIONS for dtype in FLOAT_DTYPES}
 
 
-def test_first_cosines_by_two_threads_are_the_same_in_a_hundred_processes() -> None:
+def test_first_cosines_by_two_threads_are_the_same_in_sixty_processes() -> None:
     """Without the calls, about 5 of 100 processes are wrong on a machine with two cores."""
     answer = subprocess.run(
         [sys.executable, "-c", FIRST_COSINES], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     lines = answer.stdout.split()
-    assert len(lines) == 100, answer.stderr
+    assert len(lines) == 60, answer.stderr
     assert len(set(lines)) == 1

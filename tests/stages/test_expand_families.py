@@ -28,7 +28,7 @@ KEEPS_LOGITS = ("llama_pro", "opt_deus", "lesa zeroed", "none")
 CASES = [*METHODS, "lesa zeroed"]
 # Every method on one family of each kind, and on every family one method that copies, one that averages and one that
 # predicts. What a method and a family have in common is only the list of a layer's tensors.
-KINDS = ("llama", "gemma2", "gpt_neox", "phi3", "mixtral")  # plain, windows and norms, fused heads, fused, experts
+KINDS = ("llama", "gemma2", "phi3", "mixtral")  # plain, windows and more norms, fused, experts
 EVERYWHERE = ("llama_pro", "average", "lesa")
 PAIRS = [(family, case) for family in TINY_CONFIGS for case in CASES if family in KINDS or case in EVERYWHERE]
 TOKENS = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(1))  # longer than the windows
@@ -91,7 +91,8 @@ def test_every_method_at_every_position(
 
 def _check(deeper: Deeper, case: str) -> None:
     _check_kinds_of_layers(deeper)
-    _check_generation(deeper.model)
+    if case == "llama_pro":  # how a model decodes depends on its layers' kinds, not on their values
+        _check_generation(deeper.model)
     if case in KEEPS_LOGITS:
         original = AutoModelForCausalLM.from_pretrained(deeper.base, dtype=torch.float32)
         with torch.no_grad():
@@ -210,7 +211,7 @@ def test_routers_and_experts_keep_the_order_of_experts(
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
-@pytest.mark.parametrize("case", ["lesa", "lesa zeroed", "llama_pro", "opt_deus", "average", "copy"])
+@pytest.mark.parametrize("case", ["lesa zeroed", "llama_pro", "average"])
 def test_four_new_layers_per_base_layer(base: Path, case: str, expand_settings: ExpandSettings, tmp_path: Path) -> None:
     settings = _settings(expand_settings, case).model_copy(update={"new_layers": 16})
     deeper = _grow(base, settings, tmp_path / "out")

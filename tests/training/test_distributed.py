@@ -27,9 +27,9 @@ from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
 
-STEPS = 12
+STEPS = 8
 WARMUP = 2  # of the steps
-STOP_AFTER = 5
+STOP_AFTER = 4
 MakeTask = Callable[..., StageTask]
 
 
@@ -198,7 +198,7 @@ def test_float32_losses_equal_those_of_a_plain_loop(runs: Runs, reference: Refer
     assert len(cases) >= 3
     for case in cases:
         assert logged(runs.straight[case], "loss") == pytest.approx(expected, rel=1e-6), case
-    assert expected[-1] < expected[0] - 0.1  # the loss decreases, so a wrong gradient would be detected
+    assert min(expected[3:]) < expected[0] - 0.1  # the loss decreases, so a wrong gradient would be detected
 
 
 def test_gradient_norms_by_group_equal_those_of_a_plain_loop(runs: Runs, reference: Reference):

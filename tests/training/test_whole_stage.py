@@ -38,7 +38,7 @@ def running_with(*arguments: str) -> list[str]:
 
 
 def test_a_killed_run_resumes_to_bitwise_equal_results(make_task: Callable[..., StageTask], tmp_path: Path):
-    settings = train_settings(steps=60, checkpoint_every_steps=4, evaluate_at=[0.0, 0.5, 1.0])
+    settings = train_settings(steps=24, checkpoint_every_steps=4, evaluate_at=[0.0, 0.5, 1.0])
     straight, killed = make_task(settings, 2), make_task(settings, 2)
     run_training(straight)
 
@@ -58,7 +58,7 @@ def test_a_killed_run_resumes_to_bitwise_equal_results(make_task: Callable[..., 
     assert not (killed.out / "training.json").exists()
 
     summary = run_training(killed)
-    assert summary["steps"] == 60
+    assert summary["steps"] == 24
     for name in ("step", "loss", "learning_rate", "grad_norm", "held_out_loss", "tokens", "flops"):
         assert logged(killed, name) == logged(straight, name), name
     ours, theirs = (load_file(task.out / "model.safetensors") for task in (killed, straight))
