@@ -93,24 +93,36 @@ def short_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
+@pytest.fixture(scope="module")
+def resumed(short_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[StageTask, StageTask]]:
+    """By ``compile``, a run on two threads, and one that was stopped and resumed in another process."""
+    data = blocks(short_dir, tmp_path_factory.mktemp("data"), LENGTH_OF_TWO_THREADS)
+    made = {}
+    for compiled in (False, True):
+        settings = train_settings(
+            steps=4, sequence_length=LENGTH_OF_TWO_THREADS, micro_batch=2, precision="bfloat16", compile=compiled
+        )
+        straight, stopped = (
+            replace(training_task(settings, short_dir, data, out), launch=cpu_launch(threads=2))
+            for out in (tmp_path_factory.mktemp("straight"), tmp_path_factory.mktemp("stopped"))
+        )
+        made[compiled] = straight, stopped
+    work(
+        tmp_path_factory.mktemp("first"),
+        *((task, stop) for pair in made.values() for task, stop in zip(pair, (None, 2), strict=True)),
+    )
+    for _, stopped in made.values():
+        assert not (stopped.out / TRAINING_FILE).exists() and len(logged(stopped, "loss")) == 2
+    work(tmp_path_factory.mktemp("second"), *((stopped, None) for _, stopped in made.values()))
+    return made
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_run_on_two_threads_resumes_to_bitwise_equal_results(short_dir: Path, tmp_path: Path, compiled: bool):
+def test_a_run_on_two_threads_resumes_to_bitwise_equal_results(
+    resumed: dict[bool, tuple[StageTask, StageTask]], compiled: bool
+):
     """It resumes in another process, at sizes where both threads take part in sums."""
-    data = blocks(short_dir, tmp_path / "data", LENGTH_OF_TWO_THREADS)
-    settings = train_settings(
-        steps=4, sequence_length=LENGTH_OF_TWO_THREADS, micro_batch=2, precision="bfloat16", compile=compiled
-    )
-    straight, stopped = (
-        replace(training_task(settings, short_dir, data, tmp_path / name), launch=cpu_launch(threads=2))
-        for name in ("straight", "stopped")
-    )
-    for task in (straight, stopped):
-        task.out.mkdir()
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir(), second.mkdir()
-    work(first, (straight, None), (stopped, 2))
-    assert not (stopped.out / TRAINING_FILE).exists() and len(logged(stopped, "loss")) == 2
-    work(second, (stopped, None))
+    straight, stopped = resumed[compiled]
     for name in ("loss", "grad_norm", "held_out_loss"):
         assert logged(stopped, name) == logged(straight, name)
     ours, theirs = (load_file(task.out / "model.safetensors") for task in (stopped, straight))

@@ -17,7 +17,7 @@ from tests.slurm.cluster import Workplace, final_states
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STAGES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
-STEPS = 300
+STEPS = 200
 
 
 @pytest.fixture(scope="session")

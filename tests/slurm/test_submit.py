@@ -48,7 +48,7 @@ def test_status_shows_every_artifact_and_its_job(full_run: Workplace) -> None:
     for node, entry in full_run.jobs().items():
         line = next(line for line in output.splitlines() if f" {node} " in line)
         assert "there" in line and f"job {entry['job']}" in line
-    assert "step 300 of 300" in output
+    assert "step 200 of 200" in output
 
 
 def test_sweep_submits_shared_artifacts_once(overrides: tuple[str, ...], tmp_path: Path) -> None:
