@@ -20,7 +20,7 @@ from pipeline.driver.status import print_status
 from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
 from pipeline.driver.verify import verify
 from pipeline.errors import UserError
-from pipeline.files import read_record
+from pipeline.files import disk_errors_as_user_errors, read_record
 from pipeline.launch.slurm import require_slurm
 from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, print_plan, refuse_blocked
 from pipeline.report.closing import closing_table
@@ -136,7 +136,11 @@ def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> N
 
 
 def _run_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
-    with counted_restarts(jobs[0].run, [node for job in jobs for node in job.selected.values()]):
+    first = jobs[0].run
+    with (
+        disk_errors_as_user_errors(Path(first.output_dir)),
+        counted_restarts(first, [node for job in jobs for node in job.selected.values()]),
+    ):
         for job in jobs:
             _run(job, console)
         if sweep:

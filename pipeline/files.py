@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pwd
+import re
 import shutil
 import stat
 import sys
@@ -24,6 +25,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 # The disk is full, the user's quota is exhausted, or the process's limit on file sizes is reached.
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# The disk fails, or a network file system does not answer or has lost the file.
+DISK_FAILED_ERRNOS = {
+    errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -221,23 +226,44 @@ def insufficient_space(directory: Path | str, rule: str) -> UserError:
 
 
 @contextmanager
-def disk_full_as_user_error(directory: Path, needed: int | None = None) -> Iterator[None]:
-    """Converts the ``OSError`` of a full disk into a ``UserError`` with the bytes needed and the bytes free.
+def disk_errors_as_user_errors(directory: Path, needed: int | None = None) -> Iterator[None]:
+    """Converts the errors of a full or failing disk into a ``UserError``, with the bytes needed and the bytes free.
 
     Args:
         directory: where the body of the ``with`` statement writes.
         needed: the number of bytes it is about to write, if known.
 
     Raises:
-        UserError: the disk is full, or a quota or limit is reached.
+        UserError: the disk is full, a quota or limit is reached, or the disk fails.
     """
-    free_before = free_bytes(directory)
+    free_before = None if needed is None else free_bytes(directory)
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
+    except Exception as error:
+        number = disk_errno(error)
+        if number is None:
             raise
+        if number in DISK_FAILED_ERRNOS:
+            raise UserError(
+                setting="output_dir",
+                value=directory,
+                rule=f"the disk cannot be used now: {os.strerror(number)}",
+                remedy="Check the disk and how it is mounted, then repeat the same command, which resumes.",
+            ) from error
         # If the size is known, the space free before the attempt is what explains the failure.
         wanted, free = ("more", free_bytes(directory)) if needed is None else (f"{needed:,}", free_before)
-        rule = f"{wanted} bytes are needed there and {free:,} are free ({error.strerror})"
+        rule = f"{wanted} bytes are needed there and {free:,} are free ({os.strerror(number)})"
         raise insufficient_space(directory, rule) from error
+
+
+def disk_errno(error: Exception) -> int | None:
+    """Returns the error number if an exception means that a disk is full or fails, and None otherwise.
+
+    Libraries in Rust, such as safetensors, raise exceptions of their own with the number only in the text.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    return number if number in DISK_FULL_ERRNOS | DISK_FAILED_ERRNOS else None

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.files import disk_full_as_user_error, read_json, write_json
+from pipeline.files import disk_errors_as_user_errors, read_json, write_json
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import ShardWriter
 
@@ -89,7 +89,7 @@ def test_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
 def test_weights_have_their_space_reserved(small_disk: Path) -> None:
     """Shards have their final size from the start, so that another process cannot use up the space for the rest."""
     with ShardWriter(small_disk, specs := _specs(3)) as writer:
-        with pytest.raises(UserError, match="bytes are needed there"), disk_full_as_user_error(small_disk):
+        with pytest.raises(UserError, match="bytes are needed there"), disk_errors_as_user_errors(small_disk):
             (small_disk / "another").write_bytes(bytes(2 * MEBIBYTE))
         for name, spec in specs.items():
             writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
@@ -97,7 +97,7 @@ def test_weights_have_their_space_reserved(small_disk: Path) -> None:
 
 
 def test_other_errors_are_not_converted(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), disk_full_as_user_error(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_errors_as_user_errors(tmp_path):
         (tmp_path / "missing").read_bytes()
 
 

@@ -22,7 +22,7 @@ from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select_nodes
 from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import disk_full_as_user_error, read_record, temporary_path, write_json
+from pipeline.files import read_record, temporary_path, write_json
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
@@ -122,8 +122,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     number, total = finish_attempts(partial, attempts)
     lock.confirm()
     manifest = {**_manifest(node, metrics, total), "attempts": number}
-    with disk_full_as_user_error(partial):
-        node.artifact.commit(manifest, STAGES[node.stage].files, confirm=lock.confirm)
+    node.artifact.commit(manifest, STAGES[node.stage].files, confirm=lock.confirm)
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for warning in metrics.get("warnings", []):
         console.print(f"           {warning}", markup=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import SCRATCH_ON_DISK_BYTES, LayerWeights, NewTensor, Scratch, Workspace, in_memory
-from pipeline.files import disk_full_as_user_error, read_record, write_json
+from pipeline.files import disk_errors_as_user_errors, read_record, write_json
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
@@ -245,7 +245,7 @@ def _scratch_in(directory: Path) -> Scratch:
         path = directory / ".scratch"
         try:
             # Allocate the blocks now: writing to a mapped file on a full disk would kill the process with SIGBUS.
-            with disk_full_as_user_error(directory, size), open(path, "wb") as file:
+            with disk_errors_as_user_errors(directory, size), open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(str(path), shared=True, size=size // torch.float32.itemsize).view(shape)
         finally:

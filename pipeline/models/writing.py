@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import disk_full_as_user_error, write_json
+from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.models.tensors import SAFETENSORS_NAMES, TensorSpec
 from pipeline.models.weight_files import INDEX, SINGLE, StoredBytes
 
@@ -162,7 +162,7 @@ class ShardWriter:
     def _allocate(self, headers: Iterable[bytes]) -> None:
         """Allocates the files at their full size, so that a lack of disk space is detected before any work is done."""
         try:
-            with disk_full_as_user_error(self._directory, sum(spec.bytes for spec in self._specs.values())):
+            with disk_errors_as_user_errors(self._directory, sum(spec.bytes for spec in self._specs.values())):
                 for file, header, names in zip(self._files, headers, self._shards, strict=True):
                     os.posix_fallocate(file, 0, len(header) + sum(self._specs[name].bytes for name in names))
                     _write_at(file, header, 0)

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.artifacts.task import Metrics, StageTask, task_from_json
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.files import disk_full_as_user_error, read_json, write_json
+from pipeline.files import disk_errors_as_user_errors, read_json, write_json
 from pipeline.launch.child import end_with_parent, redirect_output
 from pipeline.launch.environment import create_code_caches
 from pipeline.progress import set_stream
@@ -37,7 +37,7 @@ def main(task_file: Path, outcome_file: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
     try:
-        with disk_full_as_user_error(task.out):
+        with disk_errors_as_user_errors(task.out):
             create_code_caches()
             metrics = _run_stage(task)
     except UserError as error:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from pipeline.errors import TrainingFailure
 from pipeline.files import (
     DISK_FULL_ERRNOS,
+    disk_errno,
     free_bytes,
     fsync,
     fsync_directory,
@@ -225,30 +226,24 @@ def _remove_old(latest: Path, keep: int) -> None:
 
 @contextmanager
 def report_full_disk(partial: Path, what: str) -> Iterator[None]:
-    """Replaces the errors of a full disk by one message, and removes the partly written directory.
+    """Replaces the errors of a full or failing disk by one message, and removes the partly written directory.
 
     Args:
         partial: the directory being written.
         what: its content, for the message.
 
     Raises:
-        TrainingFailure: a disk, quota or file size limit was reached.
+        TrainingFailure: a disk, quota or file size limit was reached, or the disk fails.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
+        if (number := disk_errno(error)) is None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingFailure(
             f"{what} could not be saved in {partial.parent}: {error}. Earlier checkpoints are intact; "
-            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there. Free some space and repeat "
+            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there. "
+            f"{'Free some space' if number in DISK_FULL_ERRNOS else 'Check the disk'} and repeat "
             "the same command; it resumes from the last checkpoint."
         ) from error
-
-
-def _is_disk_full(error: OSError | SafetensorError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in DISK_FULL_ERRNOS
-    # safetensors reports the system's error number in its text only.
-    return any(f"os error {number})" in str(error) for number in DISK_FULL_ERRNOS)

@@ -17,7 +17,7 @@ from torch import distributed
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from pipeline.errors import TrainingFailure, UserError
-from pipeline.files import disk_full_as_user_error, write_json
+from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.models.flops import TrainingFlops
 from pipeline.models.reading import ModelDirectory
@@ -63,7 +63,7 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = resolve_precision(settings.precision, device.type, native)
     context = RankContext(task, settings, log_dir, device, precision, rank, ranks)
-    with report_out_of_memory(), disk_full_as_user_error(task.out):
+    with report_out_of_memory(), disk_errors_as_user_errors(task.out):
         status = _train(context, wants_stop)
     distributed.barrier()
     return {"status": status}
