@@ -36,6 +36,8 @@ __attribute__((constructor)) static void map_control(void) {
 }
 
 static int is_below(const char *path) {
+    char directory[4096];
+    if (path && path[0] != '/') path = getcwd(directory, sizeof directory);
     return path && strncmp(path, control->directory, strlen(control->directory)) == 0;
 }
 
