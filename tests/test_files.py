@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -94,6 +95,15 @@ def test_weights_have_their_space_reserved(small_disk: Path) -> None:
         for name, spec in specs.items():
             writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
     assert (small_disk / "model.safetensors").stat().st_size > 3 * MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "x"), RuntimeError("I/O error: x (os error 5)")], ids=str
+)
+def test_failing_disk_is_reported_with_its_directory(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(UserError) as caught, disk_errors_as_user_errors(tmp_path):
+        raise error
+    assert caught.value.value == tmp_path and "the disk cannot be used now" in caught.value.rule
 
 
 def test_other_errors_are_not_converted(tmp_path: Path) -> None:
