@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -143,15 +144,51 @@ def _mark_as_quantized(model: Path) -> str:
     return "quantized"
 
 
-def _change_family(model: Path) -> str:
+def _change_config(model: Path, **entries: object) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "opt"}))
+    (model / "config.json").write_text(json.dumps({**config, **entries}))
+
+
+def _change_family(model: Path) -> str:
+    _change_config(model, model_type="opt")
     return "FAMILIES in pipeline/models/families/table.py"
+
+
+def _untie_head(model: Path) -> str:
+    _change_config(model, tie_word_embeddings=False)
+    return "its weights and its config.json disagree: lm_head.weight is missing"
+
+
+def _add_a_billion_layers(model: Path) -> str:
+    _change_config(model, num_hidden_layers=10**9)
+    return "num_hidden_layers = 1000000000, which must be an integer from 1 to 10000"
+
+
+def _need_own_code(model: Path) -> str:
+    _change_config(model, auto_map={"AutoModelForCausalLM": "own.Own"})
+    return "its auto_map names classes that only its own code defines (own.Own)"
+
+
+def _replace_tokenizer_by_a_pipe(model: Path) -> str:
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    return "tokenizer.json is not a regular file"
 
 
 @pytest.mark.parametrize(
     "damage",
-    [_remove_shard, _truncate_shard, _add_missing_tensor_to_index, _break_index, _mark_as_quantized, _change_family],
+    [
+        _remove_shard,
+        _truncate_shard,
+        _add_missing_tensor_to_index,
+        _break_index,
+        _mark_as_quantized,
+        _change_family,
+        _untie_head,
+        _add_a_billion_layers,
+        _need_own_code,
+        _replace_tokenizer_by_a_pipe,
+    ],
 )
 def test_a_model_that_is_incomplete_or_not_supported(
     damage: Callable[[Path], str], base: Arguments, sharded: Path, capsys: pytest.CaptureFixture[str]

@@ -27,8 +27,12 @@ class IncompleteModelError(Exception):
     """A directory that the pipeline has written does not load as it should, which is a bug of the pipeline."""
 
 
-def build_on_meta(directory: Path) -> PreTrainedModel:
+def build_on_meta(directory: Path, where: object = None) -> PreTrainedModel:
     """Builds the model of a directory's config.json on the meta device, which takes no memory for weights.
+
+    Args:
+        directory: the model directory.
+        where: the model for messages, if not ``directory``.
 
     Raises:
         UserError: transformers rejects the config.
@@ -40,7 +44,7 @@ def build_on_meta(directory: Path) -> PreTrainedModel:
     except Exception as error:  # config classes raise whatever a wrong entry leads to
         raise UserError(
             setting="model.path",
-            value=directory,
+            value=where or directory,
             rule=f"transformers cannot build a model from its config.json ({type(error).__name__}: {_one_line(error)})",
             remedy="Correct its config.json, or download it again.",
         ) from error
@@ -74,16 +78,19 @@ def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> li
         for tensor, spec in specs.items()
         if spec.dtype.is_floating_point
     }
-    with _quiet():
-        loaded: Any = type(built).from_pretrained(
-            None,
-            config=built.config,
-            state_dict=stored,
-            device_map={"": "meta"},
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with _quiet():
+            loaded: Any = type(built).from_pretrained(
+                None,
+                config=built.config,
+                state_dict=stored,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        return [*faults, f"tensors stored in parts, such as experts, cannot be assembled ({_one_line(error)})"]
     report = loaded[1]
     if missing := sorted(set(report["missing_keys"]) - set(integers)):
         faults.append(f"the weights lack {_some(missing)}, which {name} has")

@@ -23,9 +23,8 @@ from pipeline.models.gguf import read_metadata
 from pipeline.models.weight_files import INDEX, SINGLE, check_file, check_names, find_weights, read_header
 
 PACKAGE_PREFIX = "package:"
-VOCABULARIES = (  # a tokenizer has at least one of these
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
+SENTENCEPIECE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_MODELS)  # a tokenizer has at least one
 SIDE_FILES = (  # files of a model directory besides config and weights, copied byte for byte
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "generation_config.json",
@@ -138,6 +137,14 @@ def _check_tokenizer(names: Collection[str], where: object) -> None:
             rule="the model has no tokenizer",
             remedy="Save its tokenizer to the same directory: tokenizer.save_pretrained(PATH).",
         )
+    if set(VOCABULARIES) & set(names) <= set(SENTENCEPIECE_MODELS) and find_spec("sentencepiece") is None:
+        raise UserError(
+            setting="model.path",
+            value=where,
+            rule="its tokenizer is only stored as a SentencePiece model, and the package sentencepiece is missing",
+            remedy="Run: pip install sentencepiece; or convert it to a tokenizer.json where that package is installed: "
+            "AutoTokenizer.from_pretrained(PATH).save_pretrained(PATH).",
+        )
 
 
 def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:
@@ -180,6 +187,8 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
         return metadata.config()
     config = _json_of(source, "config.json", keep)
     check_config(config, source.repo or source.directory)
+    if source.directory is not None and "generation_config.json" in source.names:
+        _json_of(source, "generation_config.json", keep)  # it is read when training ends
     has_tokenizer_config = "tokenizer_config.json" in source.names
     tokenizer_config = _json_of(source, "tokenizer_config.json", keep) if has_tokenizer_config else {}
     added = {
@@ -209,7 +218,7 @@ def check_shape(model: Model, config: Mapping[str, Any]) -> None:
 
 
 def refuse_code(model: Model, config: Mapping[str, Any]) -> None:
-    """Checks that a model can be used without its own code, unless the settings trust it.
+    """Checks that a model can be used without its own code, or that the settings keep that code in the results.
 
     Args:
         model: the settings.
@@ -220,11 +229,12 @@ def refuse_code(model: Model, config: Mapping[str, Any]) -> None:
     """
     if (classes := config.get("custom_classes")) and not model.trust_remote_code:
         raise UserError(
-            setting="model.trust_remote_code",
-            value="false",
-            rule=f"auto_map of {model.path} names classes that its own code defines ({', '.join(classes)})",
-            remedy="Read that code, then set model.trust_remote_code=true. If the model also works with the classes of "
-            "transformers, remove auto_map from its config.json and tokenizer_config.json instead.",
+            setting="model.path",
+            value=model.path,
+            rule=f"its auto_map names classes that only its own code defines ({', '.join(classes)})",
+            remedy="If the classes of transformers compute the same, remove auto_map from config.json and "
+            "tokenizer_config.json, or set model.trust_remote_code=true to keep the entry and the code in the results. "
+            "The pipeline itself never runs that code.",
         )
 
 
@@ -263,11 +273,15 @@ def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _json_object(json.loads(path.read_text()), path)
+        return _json_object(json.loads(path.read_text(), parse_constant=_reject_constant), path)
     except (ValueError, RecursionError) as error:
         raise UserError(
             setting="model.path", value=path, rule="the file is not JSON", remedy="Download the model's files again."
         ) from error
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _json_object(value: Any, where: object) -> dict[str, Any]:

@@ -189,13 +189,18 @@ def check_file(directory: Path, name: str) -> None:
     Raises:
         UserError: it is not.
     """
-    root, path = directory.resolve(), (directory / name).resolve()
+    try:
+        root, path = directory.resolve(), (directory / name).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise _invalid(directory, f"{name} is a link that leads nowhere", "Download it again.") from error
     places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(map(path.is_relative_to, places)):
         rule = f"{name} is a link to {path}, which is outside the model's directory"
         raise _invalid(directory, rule, f"Copy that file to {directory}.")
     if not path.is_file():
         raise _invalid(directory, f"{name} is not a regular file", "Download it again.")
+    if not os.access(path, os.R_OK):
+        raise _invalid(directory, f"{name} may not be read by this user", f"Run: chmod u+r {path}")
 
 
 def check_names(names: Collection[str], where: object) -> None:

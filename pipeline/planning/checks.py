@@ -28,7 +28,7 @@ from pipeline.expansion.method import method_of
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, no_access
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
-from pipeline.models.families import check_layers_alike, family_of, shape_of
+from pipeline.models.families import check_layers_alike, check_stored, family_of, shape_of
 from pipeline.models.source import check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, nearest_existing, unwritable
@@ -129,10 +129,16 @@ def _model(prepared: PreparedRun) -> Faults:
 
 
 def _weights(prepared: PreparedRun) -> Faults:
-    """The weight files on this machine are complete."""
-    source = prepared.inputs.source
-    if source is not None and (directory := source.directory) is not None and source.gguf_file is None:
-        yield from _raised_by(lambda: read_headers(directory))
+    """The weight files on this machine are complete, and hold the tensors of the config's model."""
+    source, config = prepared.inputs.source, prepared.inputs.config
+    if source is None or (directory := source.directory) is None or source.gguf_file is not None:
+        return
+    headers, fault = attempt(lambda: read_headers(directory))
+    if fault is not None:
+        yield fault
+    if headers is not None and prepared.shape is not None:
+        stored = {name: entry.shape for entries, _ in headers.values() for name, entry in entries.items()}
+        yield from _raised_by(lambda: check_stored(config, stored, prepared.run.model.path))
 
 
 def _layers(prepared: PreparedRun) -> Faults:

@@ -1,7 +1,7 @@
 """The load stage: converts a Hub model, a local directory or a GGUF file into a safetensors directory of one dtype.
 
 Safetensors are cast tensor by tensor. Only a GGUF file is loaded into memory as a complete model, because transformers
-dequantizes it. Nothing is unpickled, and no code of the model runs unless ``model.trust_remote_code`` is set.
+dequantizes it. Nothing is unpickled, and no code of the model runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import hub
 from pipeline.models.built import build_on_meta, is_tied, weight_faults
-from pipeline.models.families import family_of
+from pipeline.models.families import check_stored, family_of
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
-from pipeline.models.weight_files import refuse_quantized
+from pipeline.models.weight_files import check_file, refuse_quantized
 from pipeline.models.writing import ShardWriter, remove_weights
 from pipeline.progress import progress
 
@@ -85,8 +85,8 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
     copy_side_files(directory, out)
     if model.trust_remote_code:
         for code in directory.glob("*.py"):
+            check_file(directory, code.name)
             shutil.copyfile(code, out / code.name)
-    _check_tokenizer(out, model)
     sources = _weights_to_write(base, out, model)
     specs = {name: _cast_spec(base.specs[stored], model) for name, stored in sources.items()}
     with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
@@ -151,10 +151,12 @@ def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str
         The name in ``base`` of every tensor, by the name to write.
 
     Raises:
-        UserError: the weights are not those of the config's model.
+        UserError: the weights are not those of the config's model, or the tokenizer does not fit it.
     """
     family = family_of(base.config["model_type"])
-    built = build_on_meta(out)
+    built = build_on_meta(out, model.path)
+    _check_tokenizer(out, model)
+    check_stored(base.config, {name: spec.shape for name, spec in base.specs.items()}, model.path)
     sources = {name: name for name in base.specs if not family.is_derived(name)}
     if is_tied(built) and family.stored_lm_head in sources:
         head = sources.pop(family.stored_lm_head)

@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import distributed
 
 from pipeline.files import fsync_directory, read_json, write_json
+from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.export import export_with_replaced
+from pipeline.models.reading import ModelDirectory
 from pipeline.training.checkpoint import Checkpoint, directory_name
 from pipeline.training.engine import RankContext
 from pipeline.training.freeze import ParameterRow
 from pipeline.training.job import TRAINING_FILE
 from pipeline.training.loop import SPIKE_DEVIATIONS, Progress
 from pipeline.training.mfu import Peak
+from pipeline.training.precision import Precision
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHECKED_TOKENS = 8
+# Mean difference of a token's loss, by whether a dtype of 16 bits is involved. Kernels sum in different orders.
+LOSS_TOLERANCE = {False: 1e-2, True: 0.5}
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
-def export_trained_model(context: RankContext, table: list[ParameterRow], progress: Progress, peak: Peak) -> None:
-    """Writes the trained model from the last checkpoint and then ``training.json``. Collective."""
+def export_trained_model(
+    context: RankContext, engine: DeepSpeedEngine, table: list[ParameterRow], progress: Progress, peak: Peak
+) -> None:
+    """Writes the trained model from the last checkpoint, verifies it, and then writes ``training.json``. Collective.
+
+    Raises:
+        IncompleteModelError: plain transformers does not compute what the engine computes from what was written.
+    """
     memory = _peak_memory(context)
+    engine.eval()
+    losses = token_losses(engine, context.device)
     if context.rank != 0:
         return
     last = Checkpoint(context.checkpoints / directory_name(progress.step))
     export_with_replaced(context.model_dir, context.task.out, last.tensors())
     copy_chat_files(context.data_dir, context.task.out)
+    check_export(context.task.out, losses, context.precision, context.settings.deepspeed.zero_stage)
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -55,6 +73,49 @@ def export_trained_model(context: RankContext, table: list[ParameterRow], progre
     }
     fsync_directory(context.task.out)  # the driver removes the checkpoints as soon as training.json exists
     write_json(context.task.out / TRAINING_FILE, summary)
+
+
+@torch.no_grad()
+def token_losses(model: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Returns the cross entropy of a few tokens, ``[tokens]`` in float32 on the CPU. Collective at ZeRO 3.
+
+    Args:
+        model: an engine or module that computes ``SummedLoss``.
+        device: its device.
+    """
+    ids = torch.arange(CHECKED_TOKENS + 1, device=device)[None]
+    masks = torch.eye(CHECKED_TOKENS + 1, dtype=torch.bool, device=device)[1:, None]
+    with torch.compiler.set_stance("force_eager"):  # compiling the layers for this length would take longer
+        return torch.stack([model(ids, ids, mask).float().cpu() for mask in masks])
+
+
+@torch.no_grad()
+def check_export(directory: Path, losses: torch.Tensor, precision: Precision, zero_stage: int) -> None:
+    """Checks that a model which plain transformers loads computes the same as the one that was trained.
+
+    Args:
+        directory: the exported model.
+        losses: of the trained model, as returned by ``token_losses``.
+        precision: the precision in which they were computed.
+        zero_stage: at 3, no process has the memory for the whole model, so its layers are read when they compute.
+
+    Raises:
+        IncompleteModelError: it does not.
+    """
+    dtypes = {spec.dtype for spec in ModelDirectory(directory).specs.values()}
+    rounded = precision == "bfloat16" or dtypes != {torch.float32}
+    with TemporaryDirectory(prefix=".check-", dir=directory) as folder:
+        placement = {"device_map": {"": "disk"}, "offload_folder": folder} if zero_stage == 3 else {}
+        model = load_complete(directory, "auto", **placement)
+        ids = torch.arange(len(losses) + 1)[None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+    difference = float((torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none") - losses).abs().mean())
+    if not difference <= LOSS_TOLERANCE[rounded]:
+        raise IncompleteModelError(
+            f"{directory} was written, but the loss of the model that transformers loads from it differs from that of "
+            f"the trained model by {difference:.3g}"
+        )
 
 
 def _spike_warnings(progress: Progress) -> list[str]:

@@ -113,7 +113,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             tracker=tracker,
         ).run()
     if status == "done":
-        export_trained_model(context, parts.table, progress, peak)
+        export_trained_model(context, parts.engine, parts.table, progress, peak)
     return status
 
 

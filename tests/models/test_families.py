@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.models.families import FAMILIES, LayerTensor, Place, family_of, num_experts, shape_of
+from pipeline.models.families import FAMILIES, LayerTensor, Place, check_stored, family_of, num_experts, shape_of
 from tests.tiny_families import LAYERS, TINY_CONFIGS, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -59,6 +59,30 @@ def _load(config: dict[str, Any], tensors: dict[str, Tensor], directory: Path) -
 
 def test_every_family_has_a_tiny_model() -> None:
     assert set(TINY_CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@every_family
+def test_stored_names_and_shapes_are_those_of_the_config(family: str, packed: bool, checkpoint) -> None:
+    config, tensors = checkpoint(family, packed)
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_stored(config, stored, family)
+    norm = family_of(family).final_norm
+    head = {family_of(family).stored_lm_head: stored[family_of(family).embeddings]}
+    for damaged, rule in (
+        ({name: shape for name, shape in stored.items() if name != norm}, f"{norm} is missing"),
+        ({name: shape for name, shape in stored.items() if ".layers.2." not in name}, "layers.2.* is missing"),
+        ({**stored, "v_head.weight": (1, 1)}, "v_head.weight is not in the model"),
+        ({**stored, norm: (3,)}, rf"{norm} has the shape \[3\], but \[16\]"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            check_stored(config, damaged, family)
+    if experts := [name for name in stored if ".layers.1." in name and ".experts.2." in name]:
+        with pytest.raises(UserError, match=f"disagree: {re.escape(experts[0])} is missing"):
+            check_stored(config, {name: shape for name, shape in stored.items() if name != experts[0]}, family)
+    if config["tie_word_embeddings"]:
+        check_stored(config, {**stored, **head}, family)
+        check_stored(config, {name: shape for name, shape in {**stored, **head}.items() if "embed" not in name}, family)
 
 
 @every_family

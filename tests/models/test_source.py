@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.models import source as source_module
 from pipeline.models.source import config_of, resolve
 from tests.fake_hub import COMMIT, REPO, FakeHub, serve
 from tests.plain_settings import model_at
@@ -95,6 +96,28 @@ def test_a_config_without_layers_is_rejected(tiny_llama_dir: Path, tmp_path: Pat
     (model / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         config_of(resolve(model_at(model)))
+
+
+def test_a_sentencepiece_tokenizer_needs_its_package(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    monkeypatch.setattr(source_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="only stored as a SentencePiece model.*pip install sentencepiece"):
+        resolve(model_at(model))
+    monkeypatch.setattr(source_module, "find_spec", lambda name: object())
+    assert resolve(model_at(model)).files
+
+
+def test_only_a_template_that_is_used_by_default_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Named templates need a default, and transformers reads chat_template.json only for processors."""
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "chat_template.jinja").rename(model / "chat_template.json")
+    for names, expected in (([], False), (["tool_use"], False), (["tool_use", "default"], True)):
+        templates = [{"name": name, "template": "{{ messages }}"} for name in names]
+        (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+        assert config_of(resolve(model_at(model)))["has_chat_template"] is expected
 
 
 def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:

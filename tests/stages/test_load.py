@@ -119,11 +119,11 @@ def _rename(weights: Weights, old: str, new: str) -> None:
 
 
 DISAGREEMENTS: dict[str, tuple[dict[str, object], Callable[[Weights], object], str]] = {
-    "no head": ({"tie_word_embeddings": False}, lambda w: None, "lack lm_head.weight, which LlamaForCausalLM has"),
-    "no norm": ({}, lambda w: w.pop("model.norm.weight"), "lack model.norm.weight"),
-    "value head": ({}, lambda w: w.update({"v_head.weight": torch.ones(1, 32)}), "contain v_head.weight"),
+    "no head": ({"tie_word_embeddings": False}, lambda w: None, "lm_head.weight is missing"),
+    "no norm": ({}, lambda w: w.pop("model.norm.weight"), "model.norm.weight is missing"),
+    "value head": ({}, lambda w: w.update({"v_head.weight": torch.ones(1, 32)}), "v_head.weight is not in the model"),
     "another vocabulary": ({"vocab_size": 400}, lambda w: None, r"embed_tokens.weight has the shape \[384, 32\], but"),
-    "a layer less": ({"num_hidden_layers": 3}, lambda w: None, r"contain model.layers.3.* and 6 more"),
+    "a layer less": ({"num_hidden_layers": 3}, lambda w: None, r"model.layers.3.* and 6 more"),
     "integers": (
         {},
         lambda w: w.update({"model.norm.weight": torch.ones(32).int()}),
@@ -255,7 +255,7 @@ def test_a_model_that_needs_its_own_code_is_rejected(run: Load, model: Path, fil
     name = "AutoTokenizer" if file == "tokenizer_config.json" else "AutoModelForCausalLM"
     content = json.loads((model / file).read_text())
     (model / file).write_text(json.dumps({**content, "auto_map": {name: "custom.Custom"}}))
-    with pytest.raises(UserError, match=r"model.trust_remote_code = false: .*custom\.Custom"):
+    with pytest.raises(UserError, match=r"its auto_map names .*custom\.Custom"):
         run(model)
 
 

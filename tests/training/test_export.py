@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from pipeline.training.export import copy_chat_files
+from pipeline.models.built import IncompleteModelError
+from pipeline.training.export import check_export, copy_chat_files, token_losses
+from pipeline.training.loss import SummedLoss
+
+
+def test_an_export_that_computes_something_else_is_rejected(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+    losses = token_losses(SummedLoss(trained), torch.device("cpu"))
+    export = Path(shutil.copytree(tiny_llama_dir, tmp_path / "export"))
+    for stage in (2, 3):
+        check_export(export, losses, "float32", stage)
+    weights = load_file(export / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompleteModelError, match="differs from that of the trained model by"):
+        check_export(export, losses, "float32", 2)
+    # The old head of a tied model: transformers then no longer ties it.
+    weights = load_file(tiny_llama_dir / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1e-6
+    save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompleteModelError, match="not tied"):
+        check_export(export, losses, "float32", 2)
 
 
 @pytest.mark.parametrize(

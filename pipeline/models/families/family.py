@@ -84,6 +84,26 @@ class Family:
         """The name of the head on disk."""
         return self.stored_names.get(self.lm_head, self.lm_head)
 
+    def parameter_of(self, stored: str) -> str:
+        """The full name in memory of the parameter that a tensor on disk is, or is a part of."""
+        in_memory = {on_disk: name for name, on_disk in self.stored_names.items()}
+        split = self.split(stored)
+        if split is None:
+            return in_memory.get(stored, stored)
+        name = in_memory.get(split[1], split[1])
+        part = re.sub(r"\.\d+\.", ".{i}.", name)
+        entries = {**self.layer, **self.dense, **self.sparse}
+        fused = [whole for whole, entry in entries.items() if isinstance(entry, Fused) and part in entry.parts]
+        return self.tensor_name(split[0], fused[0] if fused and name not in entries else name)
+
+    def parts_of(self, parameter: str, config: Config) -> set[str]:
+        """The full names of the tensors that a parameter is stored as if it is stored in parts. Empty if it is not."""
+        split = self.split(parameter)
+        entry = None if split is None else {**self.layer, **self.dense, **self.sparse}.get(split[1])
+        if split is None or not isinstance(entry, Fused):
+            return set()
+        return {self.tensor_name(split[0], name) for name, _, _ in entry.places(split[1], self.with_defaults(config))}
+
     # ------------------------------------------------------------------- roles
 
     @cached_property

@@ -166,6 +166,44 @@ def _layer_shape(family: Family, config: Config, layer: int) -> LayerShape:
     )
 
 
+def check_stored(config: Config, stored: Shapes, where: object) -> None:
+    """Checks the names and shapes of all stored tensors. The load stage checks them again, by transformers' own rules.
+
+    Args:
+        config: the content of config.json.
+        stored: shape by name on disk.
+        where: the model, for the message.
+
+    Raises:
+        UserError: tensors are missing, or are not in the model, or have another shape.
+    """
+    family = family_of(config.get("model_type"))
+    expected = {name: shape for name, _, shape in shape_of(config).tensors()}
+    tied = {} if family.lm_head in expected else {family.lm_head: family.embeddings}
+    found: dict[str, set[str]] = {}  # names on disk by name in memory
+    for name in stored:
+        if not family.is_derived(name) and "rotary_emb" not in name:
+            parameter = family.parameter_of(name)
+            found.setdefault(tied.get(parameter, parameter), set()).add(name)
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    for name, on_disk in found.items():
+        if name not in expected:
+            faults += [f"{stored_name} is not in the model" for stored_name in sorted(on_disk)]
+        elif name in on_disk and tuple(stored[name]) != expected[name]:
+            faults.append(f"{name} has the shape {list(stored[name])}, but {list(expected[name])} by the config")
+        elif name not in on_disk and not on_disk.isdisjoint(parts := family.parts_of(name, config)):
+            faults += [f"{part} is missing" for part in sorted(parts - on_disk)]
+    if faults:
+        raise UserError(
+            setting="model.path",
+            value=where,
+            rule="its weights and its config.json disagree: "
+            + "; ".join(faults[:3])
+            + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""),
+            remedy="Use the config.json and the weight files that were saved together, for a causal language model.",
+        )
+
+
 def check_layers_alike(config: Config) -> None:
     """Checks that all layers of a model have the same tensors, as expanding it requires.
 
