@@ -75,7 +75,14 @@ def child_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str,
     """Returns the environment of a stage's process."""
     kept = {name: value for name, value in inherited.items() if not INHERITED_PLACE.fullmatch(name)}
     caches = {name: str(path) for name, path in code_caches(inherited).items()}
-    return {**kept, **caches, "PYTHONPATH": python_path(inherited), "OMP_WAIT_POLICY": launch.wait_policy.upper()}
+    return {
+        **kept,
+        **caches,
+        # PyTorch stores these in the system's directory for temporary files, whatever TORCHINDUCTOR_CACHE_DIR is.
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+        "PYTHONPATH": python_path(inherited),
+        "OMP_WAIT_POLICY": launch.wait_policy.upper(),
+    }
 
 
 def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -73,12 +73,13 @@ def main(task_file: Path, log_dir: Path) -> int:
 
 
 def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, Any]:
+    create_code_caches()  # before the imports, one of which would create them with access for others
+
     from torch import distributed
 
     from pipeline.artifacts.task import task_from_json
     from pipeline.training.trainer import train
 
-    create_code_caches()
     outcome = train(task_from_json(read_json(task_file)), log_dir, stop)
     distributed.destroy_process_group()
     return outcome

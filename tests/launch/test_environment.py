@@ -119,6 +119,7 @@ def test_directories_for_compiled_code_are_created_for_this_user_only(cache: Pat
     for path in (cache, Path(environment["TORCHINDUCTOR_CACHE_DIR"])):
         assert path.stat().st_mode & 0o777 == 0o700 and path.stat().st_uid == os.geteuid()
     assert environment["TRITON_CACHE_DIR"] == str(cache)
+    assert environment["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] == "0", "these would be in /tmp"
     create_code_caches()
 
 
