@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from pipeline.config.section import FilePath, Fraction, Positive, Section
+from pipeline.config.section import FilePath, Fraction, NotInKey, Positive, Section
 
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -16,11 +16,9 @@ class Source(Section):
     """One source of documents or conversations."""
 
     kind: Literal["python_docs", "files", "hub"]  # each has a class in pipeline/data/sources.py
-    path: (
-        FilePath | None
-    )  # files: file, directory or glob (.txt and .jsonl, also .gz or .zst; .parquet, .arrow); hub: id
+    path: FilePath | None  # files: file, directory or glob of the formats in docs/data.md; hub: id
     config_name: str | None  # hub: configuration of the dataset
-    split: str | None  # hub: split of the dataset, such as train
+    split: str | None  # hub, and files saved as a DatasetDict: split of the dataset, such as train
     revision: str | None  # hub: branch, tag or commit; null for the default branch
     text_field: str | None  # column holding a document; null for conversations, whose format is detected
     weight: Weight  # share of the training tokens, relative to the sum of all weights; unused with a single source
@@ -50,6 +48,9 @@ class Data(Section):
     held_out_fraction: Fraction  # of documents, chosen by hash; python_docs is split by module instead
     max_corpus_tokens: Positive | None  # training tokens after which reading the corpus stops
     chat_template: Literal["model", "plain"]  # plain: a text-only template that needs no new tokens
+    system_messages: Literal["keep", "fold"]  # fold: into the first question, if the template has no system messages
+    max_dropped: Annotated[Fraction, NotInKey]  # of the examples of a source; more is an error. Duplicates do not count
+    max_record_bytes: Annotated[Positive, NotInKey]  # of a line or a record, and of memory to decompress a block
 
     @model_validator(mode="after")
     def _check_held_out(self) -> Data:
@@ -68,3 +69,13 @@ class Tokenize(Section):
     held_out_fraction: Fraction
     max_tokens: Positive | None
     chat_template: Literal["model", "plain"] | None  # null for a corpus
+    system_messages: Literal["keep", "fold"]
+    max_dropped: Annotated[Fraction, NotInKey]
+    max_record_bytes: Annotated[Positive, NotInKey]
+
+    def key_settings(self) -> dict[str, Any]:
+        """Returns the settings that enter the key. ``system_messages`` is one of them only if it changes something."""
+        settings = super().key_settings()
+        if self.system_messages == "keep":
+            del settings["system_messages"]
+        return settings

@@ -43,6 +43,8 @@ def _run_name(name: str) -> str:
 
 def _path(path: str) -> str:
     """Checks that the system accepts a path, since otherwise every look-up of it fails."""
+    if not path.strip():  # would be the current directory
+        raise ValueError("it is empty, as from a shell variable that is not set")
     encoded = path.encode(errors="surrogatepass")
     if b"\0" in encoded:
         raise ValueError("a path cannot contain a null byte")

@@ -9,22 +9,27 @@ after the last control token of the turn, usually a newline, is not trained on. 
 once others follow (Qwen3's removes the reasoning). They yield one example per assistant turn, rendered as it is when
 that turn is generated.
 
+Templates run in a process of their own (``chat_worker.py``), one for all conversations of a dataset. A conversation
+whose rendering lacks the text of one of its messages is dropped, so that what is taught is what was written.
+
 An example begins with one beginning-of-sequence token if the tokenizer adds one. Those that a template writes before
 later turns, as Llama 2's does, are kept.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
-from typing import Literal
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
-from jinja2 import TemplateError
-
-from pipeline.data.records import Conversation, single_turn
-from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data import chat_worker
+from pipeline.data.records import Conversation, Drops, Example, Message
+from pipeline.data.tokenizer import TextTokenizer, stop_process
 from pipeline.errors import UserError
 
 # For base models without a chat template. It consists of text and the end-of-sequence token, so it adds no new tokens.
@@ -37,10 +42,9 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 
-# The date for templates that print the current one, so that a dataset does not depend on the day on which it is built.
-# It is the default of Llama 3.2's template.
-TEMPLATE_DATE = date(2024, 7, 26)
-CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<layout>.*?)(?P=quote)\s*\)""")
+# Limits of the process in which a template runs. The memory suffices for the largest conversation that is read.
+TEMPLATE_SECONDS = 20.0  # of CPU time, per conversation
+TEMPLATE_MEMORY = 2**30  # bytes, in addition to four times the largest record
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -53,34 +57,183 @@ class TokenizedConversation:
     loss_mask: list[int]
 
 
+# ------------------------------------------------------------------------------------------------ templates
+
+
 def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> str:
-    """Returns the template for instruction tuning, which is also saved with the tuned model.
+    """Returns the template for instruction tuning, as the model or this module provides it.
 
     Raises:
         UserError: ``name`` is ``model``, and the model's tokenizer has no template.
     """
     if name == "plain":
         return PLAIN_TEMPLATE if tokenizer.bos is None else "{{ bos_token }}" + PLAIN_TEMPLATE
-    template = tokenizer.inner.chat_template
-    if not template:
+    return default_template(tokenizer.chat_template)
+
+
+def default_template(found: Any) -> str:
+    """Returns the template to use of those that a model has.
+
+    Args:
+        found: one template, or several by name, as a dictionary or as in tokenizer_config.json; None if it has none.
+
+    Raises:
+        UserError: there is none, or none of several is named ``default``.
+    """
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, dict) and "default" not in found:
+        names = ", ".join(sorted(found))
+        raise UserError(
+            setting="data.chat_template",
+            value="model",
+            rule=f"the model has the chat templates {names}, and none that is named default",
+            remedy="Save one of them as chat_template.jinja in the model's directory, or set data.chat_template=plain "
+            "for a plain-text template that needs no new tokens.",
+        )
+    if not found:
         raise UserError(
             setting="data.chat_template",
             value="model",
             rule="the model's tokenizer has no chat template, which instruction tuning needs",
             remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
         )
-    # A tokenizer may have several, for example one for tool use.
-    return str(template["default"] if isinstance(template, dict) else template)
+    return str(found["default"] if isinstance(found, dict) else found)
 
 
-def end_of_turn(tokenizer: TextTokenizer, template: str) -> int:
+def check_template(template: str, tokens: Mapping[str, str]) -> None:
+    """Checks that a template renders a question and its answer so that they can be trained on.
+
+    Raises:
+        UserError: it does not.
+    """
+    TemplateProcess(template, tokens).close()
+
+
+class TurnRenderer(Protocol):
+    """Renders conversations: ``TemplateProcess``, or in this process ``chat_worker.Renderer``."""
+
+    def turns(self, messages: Conversation) -> chat_worker.Reply:
+        """Returns ``texts`` with the spans of the assistant's turns, or the ``fault`` of the conversation."""
+
+
+class TemplateProcess:
+    """A process that renders conversations with a template from elsewhere, under limits.
+
+    Args:
+        template: a Jinja template.
+        tokens: the variables for special tokens, such as ``eos_token``.
+        max_record_bytes: size of the largest conversation.
+
+    Attributes:
+        template: the text of the template, changed if it reads content only as a list of parts.
+        probe: a question and its answer, which it accepts.
+        unsupported: the roles among system and developer that it rejects or leaves out.
+
+    Raises:
+        UserError: the template cannot be trained on, whatever the conversation.
+    """
+
+    def __init__(self, template: str, tokens: Mapping[str, str], max_record_bytes: int = 0) -> None:
+        command = [sys.executable, "-P", str(Path(chat_worker.__file__))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._requests, self._answers = cast("BinaryIO", self._process.stdin), cast("BinaryIO", self._process.stdout)
+        memory = TEMPLATE_MEMORY + 4 * max_record_bytes
+        setup = {"template": template, "tokens": tokens, "memory_bytes": memory, "seconds": TEMPLATE_SECONDS}
+        try:
+            chosen = self._ask(setup)
+            if "fault" in chosen:
+                raise _unusable(_REASONS[chosen["fault"]].format(chosen["detail"]))
+        except BaseException:
+            self.kill()
+            raise
+        self.template: str = chosen["template"]
+        self.probe: Conversation = chosen["probe"]
+        self.unsupported: frozenset[str] = frozenset(chosen["unsupported"])
+
+    def turns(self, messages: Conversation) -> chat_worker.Reply:
+        """Returns ``texts`` with the spans of the assistant's turns, or the ``fault`` of the conversation.
+
+        Raises:
+            UserError: the template exceeded a limit.
+        """
+        return self._ask(messages)
+
+    def _ask(self, request: Any) -> chat_worker.Reply:
+        try:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+            answer = self._answers.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer.endswith(b"\n"):
+            raise _unusable(_cause_of_death(self._process.wait()))
+        return cast("chat_worker.Reply", json.loads(answer))
+
+    def kill(self) -> None:
+        """Ends the process without waiting for an answer."""
+        self._process.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process by closing its input."""
+        stop_process(self._process)
+
+    def __enter__(self) -> TemplateProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.kill() if kind else self.close()
+
+
+_REASONS = {
+    "syntax": "it is not a valid Jinja template ({})",
+    chat_worker.REJECTED: "it rejects a question with an answer ({})",
+    chat_worker.TEXT_MISSING: "it leaves out the text, whether passed as a string or as a list of parts ({})",
+    chat_worker.PROMPT_DIFFERS: "its generation prompt differs from the beginning of an answer, by {}",
+}
+
+
+def _cause_of_death(status: int) -> str:
+    if status == -signal.SIGPROF:
+        return f"it took more than {TEMPLATE_SECONDS:g} seconds of CPU time for one conversation"
+    cause = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return f"its process ended with {cause}, probably for lack of memory"
+
+
+def _unusable(reason: str) -> UserError:
+    return UserError(
+        setting="data.chat_template",
+        value="model",
+        rule=f"the model's chat template cannot be trained on, because {reason}",
+        remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
+    )
+
+
+def fold(conversation: Conversation, roles: frozenset[str]) -> Conversation:
+    """Returns a conversation in which the first message of the user begins with all messages of some roles."""
+    folded = [message["content"] for message in conversation if message["role"] in roles]
+    rest = [message for message in conversation if message["role"] not in roles]
+    first = next((number for number, message in enumerate(rest) if message["role"] == "user"), None)
+    if not folded or first is None:
+        return conversation
+    content = "\n\n".join([*(text for text in folded if text.strip()), rest[first]["content"]])
+    return [*rest[:first], {**rest[first], "content": content}, *rest[first + 1 :]]
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+
+
+def end_of_turn(tokenizer: TextTokenizer, renderer: TurnRenderer, probe: Conversation) -> int:
     """Returns the token that ends an answer, at which the tuned model should stop generating.
+
+    Args:
+        probe: a question and its answer, which the template accepts.
 
     Raises:
         UserError: the template cannot be trained on.
     """
-    renderer = ChatTokenizer(tokenizer, template, max_length=2**20, dropped=Counter())
-    examples = renderer.tokenize(single_turn("Hi.", "Hello."))
+    examples = ChatTokenizer(tokenizer, renderer, max_length=2**20, dropped=Drops()).tokenize(Example(probe, None))
     if not examples:
         raise _unusable("it rejects a question with an answer")
     ids, mask = examples[0].input_ids, examples[0].loss_mask
@@ -92,22 +245,20 @@ class ChatTokenizer:
 
     Args:
         tokenizer: the model's tokenizer.
-        template: a Jinja template, as in ``tokenizer.chat_template``.
+        renderer: renders them with the template.
         max_length: tokens per example. A longer conversation is cut after the last assistant turn that fits completely;
             if not even the first one does, it is dropped.
         dropped: counts conversations that are cut or dropped, by reason.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, template: str, max_length: int, dropped: Counter[str]) -> None:
-        self._tokenizer, self._max_length, self._dropped = tokenizer, max_length, dropped
-        # The clock is the only input of a template that cannot be passed to it.
-        self._template = CLOCK.sub(lambda call: repr(TEMPLATE_DATE.strftime(call["layout"])), template)
+    def __init__(self, tokenizer: TextTokenizer, renderer: TurnRenderer, max_length: int, dropped: Drops) -> None:
+        self._tokenizer, self._renderer, self._max_length, self._dropped = tokenizer, renderer, max_length, dropped
         added_tokens = tokenizer.inner.added_tokens_decoder.items()
         control = {id_: token.content for id_, token in added_tokens if token.special}
         self._control_ids = frozenset(control) | {tokenizer.eos}
         self._control_texts = [*control.values(), tokenizer.inner.eos_token]
 
-    def tokenize(self, conversation: Conversation) -> list[TokenizedConversation]:
+    def tokenize(self, example: Example) -> list[TokenizedConversation]:
         """Tokenizes a conversation.
 
         Returns:
@@ -117,43 +268,21 @@ class ChatTokenizer:
         Raises:
             UserError: the template cannot be trained on, whatever the conversation.
         """
+        conversation = cast("Conversation", example.content)
         # A control token in a message would end its turn early or start a fake one.
-        if any(text in message["content"] for message in conversation for text in self._control_texts):
-            return self._drop("control_token_in_text")
-        answers = [message["content"] for message in conversation if message["role"] == "assistant"]
-        if not any(answer.strip() for answer in answers):
-            return self._drop("no_answer")
+        parts = [part for message in conversation for part in (message["content"], *_tool_calls(message))]
+        if any(text in part for part in parts for text in self._control_texts):
+            return self._drop("control_token_in_text", example)
+        answers = [message for message in conversation if message["role"] == "assistant"]
+        if not any(answer["content"].strip() or "tool_calls" in answer for answer in answers):
+            return self._drop("no_answer", example)
         if conversation[0]["role"] == "assistant":
-            return self._drop("begins_with_the_assistant")
-        try:
-            texts = self._rendered_turns(conversation)
-        except TemplateError:
-            return self._drop("rejected_by_template")
-        return [fitting for text, turns in texts for fitting in self._fit(self._tokenize(text, turns))]
-
-    def _rendered_turns(self, conversation: Conversation) -> list[tuple[str, list[Span]]]:
-        """Returns texts to train on, each with the spans of its assistant turns, which extend to the next turn."""
-        turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
-        complete = self._render(conversation, generation_prompt=False)
-        prefixes = [self._render_up_to(conversation, turn) for turn in turns]
-        if all(complete.startswith(text) for text, _ in prefixes):
-            return [(complete, [span for _, span in prefixes])]
-        # The template rewrites earlier turns, so each turn is trained on in the context it is generated in.
-        return [(text, [span]) for text, span in prefixes]
-
-    def _render_up_to(self, conversation: Conversation, turn: int) -> tuple[str, Span]:
-        """Returns the text of the conversation up to and including an assistant turn, and the span of that turn."""
-        before = self._render(conversation[:turn], generation_prompt=True)
-        text = self._render(conversation[: turn + 1], generation_prompt=False)
-        if not text.startswith(before):
-            raise _unusable("its generation prompt differs from the beginning of an answer")
-        return text, (len(before), len(text))
-
-    def _render(self, messages: Conversation, generation_prompt: bool) -> str:
-        text: str = self._tokenizer.inner.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
-        )
-        return text
+            return self._drop("begins_with_the_assistant", example)
+        rendered = self._renderer.turns(conversation)
+        if "fault" in rendered:
+            return self._drop(rendered["fault"], example)
+        tokenized = [self._tokenize(text, turns) for text, turns in rendered["texts"]]
+        return [fitting for each in tokenized for fitting in self._fit(each, example)]
 
     def _tokenize(self, text: str, turns: list[Span]) -> TokenizedConversation:
         encoded = self._tokenizer.inner(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -176,27 +305,22 @@ class ChatTokenizer:
             raise _unusable("it begins with two beginning-of-sequence tokens")
         return TokenizedConversation(ids, mask)
 
-    def _fit(self, example: TokenizedConversation) -> list[TokenizedConversation]:
-        ids, mask = example.input_ids, example.loss_mask
+    def _fit(self, tokenized: TokenizedConversation, example: Example) -> list[TokenizedConversation]:
+        ids, mask = tokenized.input_ids, tokenized.loss_mask
         if len(ids) <= self._max_length:
-            return [example]
+            return [tokenized]
         # Lengths at which an assistant turn has just ended.
         ends = [length for length in range(1, self._max_length + 1) if mask[length - 1] and not mask[length]]
         if not ends:
-            return self._drop("too_long")
+            return self._drop("too_long", example)
         if any(mask[ends[-1] :]):  # otherwise only text after the last assistant turn is lost
-            self._dropped["truncated"] += 1
+            self._dropped.add("truncated", example.location)
         return [TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]])]
 
-    def _drop(self, reason: str) -> list[TokenizedConversation]:
-        self._dropped[reason] += 1
+    def _drop(self, reason: str, example: Example) -> list[TokenizedConversation]:
+        self._dropped.add(reason, example.location)
         return []
 
 
-def _unusable(reason: str) -> UserError:
-    return UserError(
-        setting="data.chat_template",
-        value="model",
-        rule=f"the model's chat template cannot be trained on, because {reason}",
-        remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
-    )
+def _tool_calls(message: Message) -> list[str]:
+    return [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]

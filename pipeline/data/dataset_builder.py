@@ -7,16 +7,19 @@ to a split one at a time, in an order that depends only on the sources.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline.config import Tokenize
 from pipeline.data.blocks import Ids
-from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn
+from pipeline.data.chat import ChatTokenizer, TemplateProcess, chat_template, end_of_turn, fold
+from pipeline.data.chat_worker import REJECTED, TEXT_MISSING
 from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
 from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
 from pipeline.data.records import SPLITS, Conversation, Example, Split
@@ -28,6 +31,8 @@ from pipeline.progress import ProgressBar
 
 TEMPLATE_FILE = "chat_template.jinja"  # the name it has in a Hugging Face model directory
 SAVE_EVERY_SECONDS = 20.0
+REPORTED_FRACTION = 0.01  # of the examples of a source; more of them dropped for one reason is a warning
+NOT_LOST = ("truncated", "duplicate")  # the beginning, or another copy, is kept
 
 
 class DatasetBuilder:
@@ -55,17 +60,26 @@ class DatasetBuilder:
         self._pool = self._open.enter_context(tokenizer.worker_pool())
         self._mixture = Mixture(self._open_sources(state["parts"] if state else None), settings.max_tokens)
         self._end_of_turn: int | None = None
+        self._template: TemplateProcess | None = None
+        self._folded: frozenset[str] = frozenset()  # roles
         # One per source, since each counts what it drops.
         self._chat_tokenizers: list[ChatTokenizer] = []
         if settings.purpose == "instructions":
-            assert settings.chat_template is not None, "set for instructions by the driver"
-            template = chat_template(tokenizer, settings.chat_template)
-            (directory / TEMPLATE_FILE).write_text(template)
-            self._end_of_turn = end_of_turn(tokenizer, template)
-            self._chat_tokenizers = [
-                ChatTokenizer(tokenizer, template, settings.sequence_length, source.dropped)
-                for source in self._mixture.sources
-            ]
+            self._open_template(directory)
+
+    def _open_template(self, directory: Path) -> None:
+        settings, tokenizer = self._settings, self._tokenizer
+        assert settings.chat_template is not None, "set for instructions by the driver"
+        text = chat_template(tokenizer, settings.chat_template)
+        template = TemplateProcess(text, tokenizer.special_tokens, settings.max_record_bytes)
+        self._template = self._open.enter_context(template)
+        (directory / TEMPLATE_FILE).write_text(template.template)
+        self._end_of_turn = end_of_turn(tokenizer, template, template.probe)
+        self._folded = template.unsupported if settings.system_messages == "fold" else frozenset()
+        self._chat_tokenizers = [
+            ChatTokenizer(tokenizer, template, settings.sequence_length, source.dropped)
+            for source in self._mixture.sources
+        ]
 
     def _open_sources(self, states: Sequence[dict[str, Any]] | None) -> list[MixtureSource]:
         """Opens every source at the position that an interrupted attempt saved, or at the beginning."""
@@ -74,7 +88,8 @@ class DatasetBuilder:
         for index, source in enumerate(self._settings.sources):
             state = states[index] if states else None
             position = state["position"] if state else None
-            stream = ExampleStream(source, purpose, self._names[index], position["stream"] if position else None)
+            limit, start = self._settings.max_record_bytes, position["stream"] if position else None
+            stream = ExampleStream(source, purpose, self._names[index], limit, start)
             # Conversations are tokenized in this process, because chat templates need the transformers tokenizer.
             examples = (
                 PrefetchedDocuments(stream, self._pool, position)
@@ -103,6 +118,7 @@ class DatasetBuilder:
         """
         saved_at = time.monotonic()
         for index, example, ids in self._mixture:
+            self._mixture.sources[index].count_read(example)
             split = self._deduplicator.assign(example, self._mixture.sources[index].dropped)
             if split is not None:
                 self._add(index, split, example, ids)
@@ -112,6 +128,7 @@ class DatasetBuilder:
                 saved_at = time.monotonic()
         self._writer.finish()
         self._check_not_empty()
+        self._check_dropped()
         return self._summary()
 
     def _add(self, index: int, split: Split, example: Example, ids: Ids | None) -> None:
@@ -120,8 +137,8 @@ class DatasetBuilder:
             self._writer.add_document(split, name, cast("str", example.content), ids)
             source.count(split, len(ids))
             return
-        conversation = cast("Conversation", example.content)
-        tokenized = self._chat_tokenizers[index].tokenize(conversation)
+        conversation = fold(cast("Conversation", example.content), self._folded)
+        tokenized = self._chat_tokenizers[index].tokenize(replace(example, content=conversation))
         if tokenized:
             self._writer.add_conversation(split, name, conversation, tokenized)
             source.count(split, sum(len(each.input_ids) for each in tokenized))
@@ -154,6 +171,35 @@ class DatasetBuilder:
                 remedy="Increase data.held_out_fraction, or provide more documents.",
             )
 
+    def _check_dropped(self) -> None:
+        """Refuses a source of which most is lost, which is a mistake more often than not."""
+        allowed = self._settings.max_dropped
+        for name, source in zip(self._names, self._mixture.sources, strict=True):
+            lost = sum(count for reason, count in source.dropped.items() if reason not in NOT_LOST)
+            if lost > allowed * source.examples_read:
+                least = math.ceil(100 * lost / source.examples_read) / 100
+                reasons = [_describe_drop(source, reason) for reason in source.dropped if reason not in NOT_LOST]
+                raise UserError(
+                    setting="data.max_dropped",
+                    value=allowed,
+                    rule=f"{lost:,} of {source.examples_read:,} examples of {name} were dropped: {', '.join(reasons)}",
+                    remedy=f"{self._advice(source)}Correct the data, or set data.max_dropped={least:g} to accept that.",
+                )
+
+    def _advice(self, source: MixtureSource) -> str:
+        """Returns what else to do about what a source lost, with a space behind it."""
+        advice = ""
+        unsupported = self._template.unsupported - self._folded if self._template is not None else frozenset()
+        if unsupported and not {REJECTED, TEXT_MISSING}.isdisjoint(source.dropped):
+            roles = " and ".join(sorted(unsupported))
+            advice += (
+                f"The chat template has no {roles} messages: set data.system_messages=fold to join them to the first "
+            )
+            advice += "question. "
+        if "too_long" in source.dropped:
+            advice += "Increase sft.sequence_length. "
+        return advice
+
     def _summary(self) -> dict[str, Any]:
         """Returns the content of ``dataset.json``: counts in total and by source. Tokens do not include padding."""
         settings, mixture, blocks = self._settings, self._mixture, self._writer.blocks
@@ -161,7 +207,13 @@ class DatasetBuilder:
         return {
             "purpose": settings.purpose,
             "sources": [  # pinned: a hub revision is a commit
-                {**source_settings.model_dump(mode="json"), **source.counts(), "ran_out": source.exhausted}
+                {
+                    **source_settings.model_dump(mode="json"),
+                    **source.counts(),
+                    "dropped_at": source.dropped.locations,
+                    "files": dict(source.files),
+                    "ran_out": source.exhausted,
+                }
                 for source_settings, source in zip(settings.sources, mixture.sources, strict=True)
             ],
             "sequence_length": settings.sequence_length,
@@ -180,7 +232,13 @@ class DatasetBuilder:
         tokens, budget = self._mixture.training_tokens, self._settings.max_tokens
         by_name = dict(zip(self._names, self._mixture.sources, strict=True))
         exhausted = [name for name, source in by_name.items() if source.exhausted]
-        warnings = []
+        warnings = [
+            f"{name}: of {source.examples_read:,} examples, {_describe_drop(source, reason)} were "
+            f"{'cut' if reason == 'truncated' else 'dropped'}. {self._advice(source)}".strip()
+            for name, source in by_name.items()
+            for reason, count in sorted(source.dropped.items())
+            if count > REPORTED_FRACTION * source.examples_read
+        ]
         if exhausted and len(by_name) > 1:
             warnings.append(
                 f"{exhausted[0]} ran out after {tokens:,} training tokens of all sources. The others were not read "
@@ -201,3 +259,8 @@ class DatasetBuilder:
 
 def _kept_and_dropped(documents: Counter[str], dropped: Counter[str]) -> str:
     return f"{documents.total()} documents were kept; dropped: {dict(dropped) or 'none'}"
+
+
+def _describe_drop(source: MixtureSource, reason: str) -> str:
+    places = source.dropped.locations.get(reason)
+    return f"{source.dropped[reason]:,} {reason}" + (f" (such as {'; '.join(places)})" if places else "")

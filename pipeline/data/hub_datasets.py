@@ -97,7 +97,7 @@ class HubStream:
         try:
             for row in self._dataset:
                 self._number += 1
-                yield Record(dict(row), f"{self._source.path}, row {self._number}")
+                yield Record(dict(row), str(self._source.path), f"row {self._number}")
         except Exception as error:  # network, file formats and the datasets library raise many kinds of exceptions
             rule = f"reading stopped after row {self._number} ({type(error).__name__}: {error})"
             remedy = f"Repeat the command to resume there once the dataset can be read. {DOWNLOAD_INSTEAD}"

@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 from pipeline.data.blocks import Ids
 from pipeline.data.files import Position
-from pipeline.data.records import Example
+from pipeline.data.records import Drops, Example
 from pipeline.data.sources import ExampleStream
 from pipeline.data.tokenizer import TokenizerPool
 
 COUNTS = ("documents", "tokens", "dropped")  # counters of a MixtureSource, by their names in dataset.json
+LISTED_FILES = 1000  # of a source; those read later are counted together
+FURTHER_FILES = "further files"
 
 BATCH_DOCUMENTS = 256  # a batch sent to a tokenizer worker ends after this many documents
 BATCH_CHARACTERS = 2**20  # or after this many characters, whichever comes first
@@ -84,7 +86,8 @@ class MixtureSource:
         has_splits: whether its examples come with a split.
         documents: number of documents or conversations kept, by split.
         tokens: number of tokens kept, by split.
-        dropped: number of documents or conversations dropped, by reason.
+        dropped: number of documents or conversations dropped, by reason, with the first few locations.
+        files: number of records read, by file.
         exhausted: whether it was read to its end.
     """
 
@@ -93,13 +96,25 @@ class MixtureSource:
     has_splits: bool
     documents: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Drops = field(default_factory=Drops)
+    files: Counter[str] = field(default_factory=Counter)
     exhausted: bool = False
+
+    def count_read(self, example: Example) -> None:
+        """Counts one more record that was read, whether it is kept or dropped."""
+        if example.file:
+            known = example.file in self.files or len(self.files) < LISTED_FILES
+            self.files[example.file if known else FURTHER_FILES] += 1
 
     def count(self, split: str, tokens: int) -> None:
         """Counts one more document that was kept."""
         self.documents[split] += 1
         self.tokens[split] += tokens
+
+    @property
+    def examples_read(self) -> int:
+        """Number of examples that were kept or dropped."""
+        return self.documents.total() + self.dropped.total() - self.dropped["truncated"]
 
     def counts(self) -> dict[str, Any]:
         """Returns all counts, as JSON values."""
@@ -107,13 +122,17 @@ class MixtureSource:
 
     def state(self) -> dict[str, Any]:
         """Returns the position in the source and all counts, as JSON values."""
-        return {"position": self.examples.position(), "ran_out": self.exhausted, **self.counts()}
+        read = {"files": dict(self.files), "locations": self.dropped.locations}
+        return {"position": self.examples.position(), "ran_out": self.exhausted, **self.counts(), **read}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the counts of a saved state. ``examples`` must have been opened at the saved position."""
         self.exhausted = state["ran_out"]
-        for name in COUNTS:
-            setattr(self, name, Counter(state[name]))
+        self.documents, self.tokens = Counter(state["documents"]), Counter(state["tokens"])
+        # An attempt of an earlier version of this program did not save the last two.
+        self.dropped = Drops(state["dropped"])
+        self.dropped.locations |= state.get("locations", {})
+        self.files = Counter(state.get("files", {}))
 
 
 class Examples(Protocol):

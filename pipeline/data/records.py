@@ -1,18 +1,22 @@
 """Examples to train on, and their conversion from the records of a source.
 
 A record becomes a document (a text, for continued pre-training) or a conversation (a list of messages with ``role`` and
-``content``, for instruction tuning). Three conversation formats are recognized by their columns:
+``content``, for instruction tuning). Conversation formats are recognized by their columns:
 
     messages     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
+    ShareGPT     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}
     alpaca       {"instruction": ..., "input": ..., "output": ...}      (input may be missing or empty)
-    completion   {"prompt": ..., "completion": ...}
+    completion   {"prompt": ..., "completion": ...}                     (texts, or lists of messages)
+
+The content of a message may also be a list of parts, ``[{"type": "text", "text": ...}]``, of which all must be text.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any, Literal
 
 from pipeline.data.files import Record
@@ -21,10 +25,17 @@ from pipeline.errors import UserError
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content, both text; for tools also tool_calls, tool_call_id and name
 Conversation = list[Message]
 
-CHAT_ROLES = ("system", "user", "assistant")
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names that ShareGPT and its descendants use in the column "from".
+ROLE_NAMES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant",
+    "model": "assistant", "observation": "tool", "function": "tool", "function_response": "tool",
+    "function_call": "assistant",
+}  # fmt: skip
+SHOWN_LOCATIONS = 3  # of dropped records, per reason
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,22 @@ class Example:
     """One document or one conversation.
 
     Attributes:
-        content: the text of a document, or the messages of a conversation.
+        content: the text of a document, or the messages of a conversation; empty if there is a fault.
         split: the split that the source itself assigns, or None if it has no splits of its own.
+        file, place: the file or dataset that it is from, and the line or row.
+        fault: why its record cannot be used, as counted in dataset.json, or None.
     """
 
     content: str | Conversation
     split: Split | None
+    file: str = ""
+    place: str = ""
+    fault: str | None = None
+
+    @property
+    def location(self) -> str:
+        """Where it is from, such as ``chats.jsonl, line 3``."""
+        return f"{self.file}, {self.place}" if self.place else self.file
 
     @property
     def is_blank(self) -> bool:
@@ -52,6 +73,39 @@ class Example:
     @property
     def _texts(self) -> list[str]:
         return [self.content] if isinstance(self.content, str) else [message["content"] for message in self.content]
+
+
+class Drops(Counter[str]):
+    """The number of dropped examples by reason, and where the first few of them are.
+
+    Attributes:
+        locations: by reason, the locations of the first examples, such as ``chats.jsonl, line 3``.
+    """
+
+    def __init__(
+        self, counts: Mapping[str, int] | None = None, locations: Mapping[str, list[str]] | None = None
+    ) -> None:
+        super().__init__(counts or {})
+        self.locations = {reason: list(places) for reason, places in (locations or {}).items()}
+
+    def add(self, reason: str, location: str) -> None:
+        """Counts one more."""
+        self[reason] += 1
+        if len(places := self.locations.setdefault(reason, [])) < SHOWN_LOCATIONS and location:
+            places.append(location)
+
+
+class BadRecord(Exception):
+    """A record cannot be used.
+
+    Attributes:
+        reason: what it is counted as, if others of its source can be used.
+        error: the message, if none can.
+    """
+
+    def __init__(self, reason: str, error: UserError) -> None:
+        self.reason, self.error = reason, error
+        super().__init__(str(error))
 
 
 def single_turn(prompt: str, answer: str) -> Conversation:
@@ -70,24 +124,27 @@ def document_from(record: Record, text_field: str | None, setting: str) -> str:
         The text; empty if the column is null, so that the record is dropped as blank.
 
     Raises:
-        UserError: the column does not exist, or its value is not text.
+        BadRecord: the column does not exist, or its value is not text.
     """
     if isinstance(record.value, str):
         return record.value
     if text_field is None or text_field not in record.value:
+        reason = "missing_column"
         rule = f"{record.location} has no such column; its columns are {', '.join(record.value)}"
     else:
         # Null is common in scraped datasets and should not stop the run.
         text = "" if record.value[text_field] is None else record.value[text_field]
         if isinstance(text, str):
             return text
+        reason = "not_text"
         rule = f"a document must be text, and {record.location} has {type(text).__name__} in that column"
-    raise UserError(
+    error = UserError(
         setting=f"{setting}.text_field",
         value=text_field,
         rule=rule,
         remedy=f"Set {setting}.text_field to the column that holds the text.",
     )
+    raise BadRecord(reason, error)
 
 
 def conversation_from(record: Record, setting: str) -> Conversation:
@@ -100,31 +157,63 @@ def conversation_from(record: Record, setting: str) -> Conversation:
         The messages, or an empty list if the content of any message is null, so that the record is dropped as blank.
 
     Raises:
-        UserError: the columns match no known format, a role is unknown, or content is not text.
+        BadRecord: the columns match no known format, a role is unknown, or content is not text.
     """
+
+    def bad(reason: str, rule: str, remedy: str = CORRECT_RECORD) -> BadRecord:
+        error = UserError(setting=f"{setting}.path", value=record.location, rule=rule, remedy=remedy)
+        return BadRecord(reason, error)
+
     row = record.value if isinstance(record.value, dict) else {}
     for columns, convert in CONVERSATION_FORMATS.items():
-        if set(columns) <= set(row):
-            return _validated(convert(row), record.location, setting)
-    raise UserError(
-        setting=f"{setting}.path",
-        value=record.location,
-        rule=f"its columns ({', '.join(row) or 'none, it is plain text'}) match no known conversation format",
-        remedy="Provide one of: messages; instruction, input, output; prompt, completion.",
-    )
+        # Files with rows of several formats have all columns in every row, and null in those of the other formats.
+        if set(columns) <= set(row) and any(row[column] is not None for column in columns):
+            try:
+                return _normalized(convert(row))
+            except _Malformed as error:
+                raise bad(error.reason, str(error)) from None
+    if any(set(columns) <= set(row) for columns in CONVERSATION_FORMATS):
+        return []  # all of them are null
+    rule = f"its columns ({', '.join(row) or 'none, it is plain text'}) match no known conversation format"
+    formats = "messages; conversations; instruction, input, output; prompt, completion"
+    raise bad("unknown_format", rule, f"Provide one of: {formats}.")
+
+
+CORRECT_RECORD = "Correct or remove that record. For a dataset on the Hub, do so in a local copy (kind: files)."
+
+
+class _Malformed(Exception):
+    def __init__(self, reason: str, rule: str) -> None:
+        self.reason = reason
+        super().__init__(rule)
 
 
 def _from_messages(row: Mapping[str, Any]) -> Any:
     return row["messages"]
 
 
+def _from_sharegpt(row: Mapping[str, Any]) -> Any:
+    messages, system = row["conversations"], row.get("system")
+    if isinstance(messages, list) and isinstance(system, str) and system.strip():
+        return [_message("system", system), *messages]
+    return messages
+
+
 def _from_alpaca(row: Mapping[str, Any]) -> Any:
-    parts = [row["instruction"], row.get("input") or ""]
+    parts = [row["instruction"], row.get("input")]
+    if row.get("instruction") is None:
+        return [_message("user", None)]  # never a prompt that is empty, or the input alone
+    if not all(isinstance(part, str) for part in parts if part is not None):
+        raise _Malformed("not_text", "its instruction, input and output must be text")
     return [_message("user", "\n\n".join(part for part in parts if part)), _message("assistant", row["output"])]
 
 
 def _from_completion(row: Mapping[str, Any]) -> Any:
-    return [_message("user", row["prompt"]), _message("assistant", row["completion"])]
+    prompt, completion = row["prompt"], row["completion"]
+    return [
+        *(prompt if isinstance(prompt, list) else [_message("user", prompt)]),
+        *(completion if isinstance(completion, list) else [_message("assistant", completion)]),
+    ]
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
@@ -136,24 +225,60 @@ CONVERSATION_FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] 
     ("messages",): _from_messages,
     ("instruction", "output"): _from_alpaca,
     ("prompt", "completion"): _from_completion,
+    ("conversations",): _from_sharegpt,
 }
+# All columns that are read of conversations.
+CONVERSATION_COLUMNS = (*(column for columns in CONVERSATION_FORMATS for column in columns), "input", "system")
 
 
-def _validated(messages: Any, location: str, setting: str) -> Conversation:
-    """Checks messages and reduces them to ``role`` and ``content``."""
-
-    def malformed(rule: str) -> UserError:
-        remedy = "Correct or remove that record. For a dataset on the Hub, do so in a local copy (kind: files)."
-        return UserError(setting=f"{setting}.path", value=location, rule=rule, remedy=remedy)
-
+def _normalized(messages: Any) -> Conversation:
+    """Checks messages and reduces them to what a template can use."""
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise malformed("its messages must be a list of objects")
-    for message in messages:
-        if message.get("role") not in CHAT_ROLES:
-            raise malformed(f"the role {message.get('role')!r} is not one of {', '.join(CHAT_ROLES)}")
-        if "content" not in message or not isinstance(message["content"], (str, NoneType)):
-            raise malformed(f"the content of a {message['role']} message must be text")
-    # A tool call, for example, has no content. The conversation is then dropped as blank.
-    if any(message["content"] is None for message in messages):
-        return []
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        raise _Malformed("malformed", "its messages must be a list of objects")
+    conversation = list(map(_normalized_message, messages))
+    # A message without content cannot be taught. The conversation is then dropped as blank.
+    return [] if any(message["content"] is None for message in conversation) else conversation
+
+
+def _normalized_message(message: Mapping[str, Any]) -> Message:
+    stated = message.get("role", message.get("from"))
+    role = ROLE_NAMES.get(stated, stated) if isinstance(stated, str) else stated
+    if role not in CHAT_ROLES:
+        raise _Malformed("unknown_role", f"the role {stated!r} is not one of {', '.join(CHAT_ROLES)}")
+    calls = _tool_calls(message) if role == "assistant" else []
+    content = next((message[name] for name in ("content", "value") if name in message), ...)
+    content = _text_of_parts(content) if isinstance(content, list) else content
+    content = "" if calls and content in (None, ...) else content
+    if content is not None and not isinstance(content, str):
+        raise _Malformed("not_text", f"the content of a {role} message must be text")
+    named = {name: message[name] for name in ("name", "tool_call_id") if role == "tool" and message.get(name)}
+    return {"role": role, "content": content, **named, **({"tool_calls": calls} if calls else {})}
+
+
+def _text_of_parts(parts: list[Any]) -> Any:
+    """Joins a list of parts. Returns it unchanged if any of them is not text."""
+    texts: list[Any] = []
+    for part in parts:
+        texts.append(part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part)
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else parts
+
+
+def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the tool calls of a message as templates expect them: with arguments as objects, not as JSON."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise _Malformed("malformed", "the tool_calls of a message must be a list of objects")
+    found = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise _Malformed("malformed", "a tool call must have a function with a name")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                raise _Malformed("malformed", "the arguments of a tool call must be JSON") from None
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return found

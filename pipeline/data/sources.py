@@ -7,6 +7,7 @@ To add a source kind, add its name to ``Source.kind`` in ``pipeline/config/data.
 from __future__ import annotations
 
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -16,11 +17,21 @@ from typing import Literal, Protocol
 from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Source
 from pipeline.data import hub_datasets, python_docs
-from pipeline.data.files import BadFile, FileStream, Position, Record, find_files
-from pipeline.data.records import SPLITS, Example, conversation_from, document_from
+from pipeline.data.files import BadFile, FileStream, Position, Reading, Record
+from pipeline.data.paths import find_files
+from pipeline.data.records import (
+    CONVERSATION_COLUMNS,
+    SPLITS,
+    BadRecord,
+    Conversation,
+    Example,
+    conversation_from,
+    document_from,
+)  # fmt: skip
 from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]
+PROBED_RECORDS = 100  # a source of which the first so many records are all malformed is refused
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a Hub repository; a branch or tag may move
 
 
@@ -40,6 +51,7 @@ class SourceReader(ABC):
         source: the settings of the source.
         purpose: what its examples are: documents (corpus) or conversations (instructions).
         setting: dotted name of the source for messages, for example ``data.corpus``.
+        max_record_bytes: the largest record that may be read.
 
     Attributes:
         has_splits: whether its examples come with a split; otherwise a hash of their content decides.
@@ -47,8 +59,9 @@ class SourceReader(ABC):
 
     has_splits = False
 
-    def __init__(self, source: Source, purpose: Purpose, setting: str) -> None:
+    def __init__(self, source: Source, purpose: Purpose, setting: str, max_record_bytes: int) -> None:
         self.source, self.purpose, self.setting = source, purpose, setting
+        self.max_record_bytes = max_record_bytes
 
     def check(self) -> None:  # noqa: B027 (not every kind needs a check)
         """Raises UserError if the source is missing, unreachable or unusable. Reads no further than one example."""
@@ -69,6 +82,10 @@ class SourceReader(ABC):
         """Returns the approximate size of all text in bytes, for progress bars and estimates, or 0 if unknown."""
         return 0
 
+    def examples(self) -> ExampleStream:
+        """Returns all examples of the pinned source."""
+        return ExampleStream(self.source, self.purpose, self.setting, self.max_record_bytes)
+
 
 class _PythonDocs(SourceReader):
     """The documentation that is part of every CPython installation."""
@@ -85,7 +102,7 @@ class _PythonDocs(SourceReader):
         return _ListStream(examples, position)
 
     def expected_bytes(self) -> int:
-        return sum(example.size for example in ExampleStream(self.source, self.purpose, self.setting))
+        return sum(example.size for example in self.examples())
 
 
 class _Files(SourceReader):
@@ -93,7 +110,7 @@ class _Files(SourceReader):
 
     def check(self) -> None:
         # `all` stops at the first example that is not blank.
-        if all(example.is_blank for example in ExampleStream(self.source, self.purpose, self.setting)):
+        if all(example.is_blank for example in self.examples()):
             content = "document" if self.purpose == "corpus" else "conversation"
             raise UserError(
                 setting=f"{self.setting}.path",
@@ -106,13 +123,14 @@ class _Files(SourceReader):
         return f"files {fingerprints.of_files(self._files())}"
 
     def open(self, position: Position | None) -> SourceStream:
-        return FileStream(self._files(), position)
+        columns = CONVERSATION_COLUMNS if self.purpose == "instructions" else (str(self.source.text_field),)
+        return FileStream(self._files(), Reading(columns, self.max_record_bytes), position)
 
     def expected_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._files())
 
     def _files(self) -> list[Path]:
-        return find_files(str(self.source.path), f"{self.setting}.path")
+        return find_files(str(self.source.path), self.source.split, f"{self.setting}.path")
 
 
 class _HubDataset(SourceReader):
@@ -142,38 +160,65 @@ SOURCE_READERS: dict[str, type[SourceReader]] = {
 
 
 class ExampleStream:
-    """Every document or conversation of one pinned source, in a fixed order, blank ones included.
+    """Every document or conversation of one pinned source, in a fixed order, blank and malformed ones included.
 
     Args:
-        source, purpose, setting: as for :class:`SourceReader`.
+        source, purpose, setting, max_record_bytes: as for :class:`SourceReader`.
         position: a value returned by ``position()`` for the same source; the stream resumes there.
     """
 
-    def __init__(self, source: Source, purpose: Purpose, setting: str, position: Position | None = None) -> None:
-        self._source, self._purpose, self._setting = source, purpose, setting
-        self._stream = SOURCE_READERS[source.kind](source, purpose, setting).open(position)
+    def __init__(
+        self, source: Source, purpose: Purpose, setting: str, max_record_bytes: int, position: Position | None = None
+    ) -> None:
+        self._source, self._purpose, self._setting, self._limit = source, purpose, setting, max_record_bytes
+        self._stream = SOURCE_READERS[source.kind](source, purpose, setting, max_record_bytes).open(position)
+        # Not after resuming in the middle, where a few malformed records say nothing about the source.
+        self._unproven = position is None
 
     def position(self) -> Position:
         """Returns the position after the last example that was returned."""
         return self._stream.position()
 
     def __iter__(self) -> Iterator[Example]:
-        """Raises UserError if a file is malformed, or if a column or role is missing."""
+        """Raises UserError if a file is malformed or too large a record is found, or if the first records all are."""
+        faults: list[UserError] = []
         try:
             for record in self._stream:
-                yield record if isinstance(record, Example) else self._example_from(record)
+                if isinstance(record, Example):
+                    yield record
+                    continue
+                try:
+                    content = self._content_of(record)
+                except BadRecord as bad:
+                    faults += [bad.error] if self._unproven else []
+                    if len(faults) == PROBED_RECORDS:
+                        break
+                    yield Example("", None, record.file, record.place, bad.reason)
+                else:
+                    self._unproven &= not content
+                    yield Example(content, None, record.file, record.place)
         except BadFile as error:
             raise UserError(
                 setting=f"{self._setting}.path",
                 value=self._source.path,
                 rule=f"{error.location}: {error.rule}",
-                remedy=f"Correct that file, or set {self._setting}.path to other files.",
+                remedy=error.remedy or f"Correct that file, or set {self._setting}.path to other files.",
             ) from error
+        if faults and self._unproven:
+            raise faults[0]
 
-    def _example_from(self, record: Record) -> Example:
+    def _content_of(self, record: Record) -> str | Conversation:
         if self._purpose == "instructions":
-            return Example(conversation_from(record, self._setting), None)
-        return Example(document_from(record, self._source.text_field, self._setting), None)
+            conversation = conversation_from(record, self._setting)
+            self._check_size(record, sum(len(message["content"]) for message in conversation))
+            return conversation
+        text = document_from(record, self._source.text_field, self._setting)
+        self._check_size(record, len(text))
+        return text
+
+    def _check_size(self, record: Record, characters: int) -> None:
+        if characters > self._limit:
+            raise Reading((), self._limit).too_large(record.location, "the record")
 
 
 class _ListStream:
@@ -200,13 +245,13 @@ def setting_name(sources: Sequence[Source], index: int, purpose: Purpose) -> str
     return f"data.{purpose}" if len(sources) == 1 else f"data.{purpose}.{index}"
 
 
-def check_sources(sources: Sequence[Source], purpose: Purpose) -> None:
+def check_sources(sources: Sequence[Source], purpose: Purpose, max_record_bytes: int) -> None:
     """Checks that every source exists and that its first record is usable, without reading further.
 
     Raises:
         UserError: a source is missing, unreachable, empty or malformed, or has no column of the configured name.
     """
-    for reader in _readers(sources, purpose):
+    for reader in _readers(sources, purpose, max_record_bytes):
         reader.check()
 
 
@@ -235,6 +280,9 @@ def expected_bytes(sources: Sequence[Source], purpose: Purpose) -> list[int]:
     return [reader.expected_bytes() for reader in _readers(sources, purpose)]
 
 
-def _readers(sources: Sequence[Source], purpose: Purpose) -> Iterator[SourceReader]:
+def _readers(
+    sources: Sequence[Source], purpose: Purpose, max_record_bytes: int = sys.maxsize
+) -> Iterator[SourceReader]:
     for index, source in enumerate(sources):
-        yield SOURCE_READERS[source.kind](source, purpose, setting_name(sources, index, purpose))
+        name = setting_name(sources, index, purpose)
+        yield SOURCE_READERS[source.kind](source, purpose, name, max_record_bytes)

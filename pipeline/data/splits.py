@@ -2,9 +2,9 @@
 
 The split depends only on the content. Unless the source has predefined splits, an example is held out if its 64-bit
 hash is among the lowest ``held_out_fraction`` of all hash values. Whitespace around a document is ignored. For a
-conversation the hash is that of its prompt (the first message that is not a system message), so that all answers to a
-prompt are in the same split. The hashes of all examples that are kept are remembered across sources, so that no example
-occurs twice, within a split or across splits.
+conversation the hash is that of its prompt (the first message that is not of the system or the developer), so that all
+answers to a prompt are in the same split. The hashes of all examples that are kept are remembered across sources, so
+that no example occurs twice, within a split or across splits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections import Counter
 
-from pipeline.data.records import Conversation, Example, Split
+from pipeline.data.records import Conversation, Drops, Example, Split
 
 INITIAL_SLOTS = 1024
 HASH_VALUES = 2**64
@@ -38,27 +37,29 @@ class Deduplicator:
             self._seen.add(value)
         self.new_hashes = array("Q")
 
-    def assign(self, example: Example, dropped: Counter[str]) -> Split | None:
+    def assign(self, example: Example, dropped: Drops) -> Split | None:
         """Returns the split of an example, or None if it is dropped. The reason is then counted in ``dropped``."""
         try:
             return self._assign(example, dropped)
         except UnicodeEncodeError:  # a lone surrogate, which JSON can represent and UTF-8 cannot
-            return _drop(dropped, "invalid_unicode")
+            return _drop(dropped, "invalid_unicode", example)
 
-    def _assign(self, example: Example, dropped: Counter[str]) -> Split | None:
+    def _assign(self, example: Example, dropped: Drops) -> Split | None:
         content = example.content
+        if example.fault is not None:
+            return _drop(dropped, example.fault, example)
         if example.is_blank:
-            return _drop(dropped, "blank")
+            return _drop(dropped, "blank", example)
         content_hash = _hash(content.strip() if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
         if content_hash in self._seen:
-            return _drop(dropped, "duplicate")
+            return _drop(dropped, "duplicate", example)
         split_hash = content_hash if isinstance(content, str) else _hash(_prompt(content))
         split = example.split or ("held_out" if split_hash < self._fraction * HASH_VALUES else "train")
         if isinstance(content, list):
             # Two sources may disagree on a prompt if one of them has predefined splits. The first one wins.
             other = "train" if split == "held_out" else "held_out"
             if _hash(f"{other} {_prompt(content)}") in self._seen:
-                return _drop(dropped, "prompt_in_other_split")
+                return _drop(dropped, "prompt_in_other_split", example)
             self._remember(_hash(f"{split} {_prompt(content)}"))
         self._remember(content_hash)
         return split
@@ -114,13 +115,14 @@ class HashSet:
 
 
 def _prompt(conversation: Conversation) -> str:
-    return next((message["content"] for message in conversation if message["role"] != "system"), "").strip()
+    prompts = (message["content"] for message in conversation if message["role"] not in ("system", "developer"))
+    return next(prompts, "").strip()
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "big")
 
 
-def _drop(dropped: Counter[str], reason: str) -> Split | None:
-    dropped[reason] += 1
+def _drop(dropped: Drops, reason: str, example: Example) -> Split | None:
+    dropped.add(reason, example.location)
     return None

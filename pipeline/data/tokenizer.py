@@ -24,6 +24,8 @@ from pipeline.data.blocks import Ids
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_json
 
+# Written by processors of multimodal models. The tokenizer of transformers does not read it.
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 # About as many workers as this process can feed while it also packs their results. Each takes about 100 MB.
 MAX_WORKERS = 16
 
@@ -33,6 +35,7 @@ class TextTokenizer:
 
     Attributes:
         inner: the ``transformers`` tokenizer.
+        chat_template: one template, or several by name; None if the model has none.
         vocab_size: number of rows of the model's embedding matrix.
         eos: id of the end-of-sequence token.
         bos: id of the beginning-of-sequence token if the tokenizer adds one, otherwise None.
@@ -63,6 +66,14 @@ class TextTokenizer:
             rule = f"its tokenizer has the id {largest}, but its embeddings end at {self.vocab_size - 1}"
             raise _unsuitable(directory, rule)
         self.eos: int = self.inner.eos_token_id
+        self.chat_template: Any = self.inner.chat_template
+        if not self.chat_template and (processor := directory / PROCESSOR_TEMPLATE_FILE).is_file():
+            self.chat_template = read_json(processor).get("chat_template")
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The variables that ``apply_chat_template`` passes to a template besides the messages."""
+        return {name: token for name, token in self.inner.special_tokens_map.items() if isinstance(token, str)}
 
     def worker_pool(self) -> TokenizerPool:
         """Returns a pool of processes that tokenize documents as ``[BOS] text EOS``."""
@@ -169,7 +180,13 @@ class _TokenizerWorker:
 
     def close(self) -> None:
         """Ends the process by closing its input."""
-        self._answers.close()
-        with suppress(BrokenPipeError):  # closing flushes, and a killed process may have left a request half written
-            self._requests.close()
-        self._process.wait()
+        stop_process(self._process)
+
+
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that reads requests from a pipe until it is closed."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    with suppress(BrokenPipeError):  # closing flushes, and a killed process may have left a request half written
+        process.stdin.close()
+    process.wait()

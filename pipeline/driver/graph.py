@@ -157,6 +157,9 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         held_out_fraction=run.data.held_out_fraction,
         max_tokens=run.data.max_corpus_tokens,
         chat_template=None,
+        system_messages="keep",
+        max_dropped=run.data.max_dropped,
+        max_record_bytes=run.data.max_record_bytes,
     )
     instructions = Tokenize(
         purpose="instructions",
@@ -165,6 +168,9 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         held_out_fraction=run.data.held_out_fraction,
         max_tokens=None,
         chat_template=run.data.chat_template,
+        system_messages=run.data.system_messages,
+        max_dropped=run.data.max_dropped,
+        max_record_bytes=run.data.max_record_bytes,
     )
     return corpus, instructions
 

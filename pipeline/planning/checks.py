@@ -156,7 +156,8 @@ def _expansion(prepared: PreparedRun) -> Faults:
 
 
 def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
-    yield from _raised_by(lambda: sources.check_sources(getattr(prepared.run.data, purpose), purpose))
+    data = prepared.run.data
+    yield from _raised_by(lambda: sources.check_sources(getattr(data, purpose), purpose, data.max_record_bytes))
 
 
 def _block_length(section: str, prepared: PreparedRun) -> Faults:

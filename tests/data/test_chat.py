@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.data import chat_worker
 from pipeline.data.chat import PLAIN_TEMPLATE, ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
-from pipeline.data.records import Conversation
+from pipeline.data.records import Conversation, Drops, Example, single_turn
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
@@ -52,15 +52,13 @@ def bos_tokenizer(tiny_llama_with_bos: Path) -> TextTokenizer:
     return TextTokenizer(tiny_llama_with_bos)
 
 
-def _chat_tokenizer(
-    tokenizer: TextTokenizer, template: str, max_length: int = 10_000
-) -> tuple[ChatTokenizer, Counter[str]]:
-    dropped: Counter[str] = Counter()
-    return ChatTokenizer(tokenizer, template, max_length, dropped), dropped
+def _chat_tokenizer(tokenizer: TextTokenizer, template: str, max_length: int = 10_000) -> tuple[ChatTokenizer, Drops]:
+    dropped, renderer = Drops(), chat_worker.Renderer(template, tokenizer.special_tokens)
+    return ChatTokenizer(tokenizer, renderer, max_length, dropped), dropped
 
 
 def _tokenize(tokenizer: TextTokenizer, template: str, conversation: Conversation = TURNS) -> TokenizedConversation:
-    (example,) = _chat_tokenizer(tokenizer, template)[0].tokenize(conversation)
+    (example,) = _chat_tokenizer(tokenizer, template)[0].tokenize(Example(conversation, None))
     return example
 
 
@@ -133,11 +131,14 @@ def test_the_end_of_turn_token_is_found_in_any_template(bos_tokenizer: TextToken
         MISTRAL.replace("eos_token", "bos_token"): "<|endoftext|>",
     }
     for template, name in names.items():
-        assert end_of_turn(bos_tokenizer, template) == bos_tokenizer.inner.convert_tokens_to_ids(name)
+        renderer = chat_worker.Renderer(template, bos_tokenizer.special_tokens)
+        assert end_of_turn(
+            bos_tokenizer, renderer, single_turn("Hi.", "Ho.")
+        ) == bos_tokenizer.inner.convert_tokens_to_ids(name)
 
 
 def test_a_template_that_rewrites_earlier_turns_yields_one_example_per_turn(tokenizer: TextTokenizer) -> None:
-    examples = _chat_tokenizer(tokenizer, QWEN_3)[0].tokenize(TURNS)
+    examples = _chat_tokenizer(tokenizer, QWEN_3)[0].tokenize(Example(TURNS, None))
     assert [_targets(tokenizer, example) for example in examples] == [
         ["<think>\n\n</think>\n\nIt makes a string.\n\nAlways.<|im_end|>"],
         ["<think>\n\n</think>\n\n It is size – 😀.<|im_end|>"],
@@ -148,12 +149,6 @@ def test_a_template_that_rewrites_earlier_turns_yields_one_example_per_turn(toke
         )
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: TextTokenizer) -> None:
-    rewriting = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{{ eos_token }}{% endfor %}"
-    with pytest.raises(UserError, match="generation prompt differs from the beginning of an answer"):
-        _tokenize(tokenizer, rewriting)
-
-
 def test_a_template_that_prints_the_date_renders_the_same_text_every_day(tokenizer: TextTokenizer) -> None:
     dated = _tokenize(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + PLAIN_TEMPLATE)
     assert tokenizer.inner.decode(dated.input_ids).startswith("26 Jul 2024")
@@ -161,8 +156,7 @@ def test_a_template_that_prints_the_date_renders_the_same_text_every_day(tokeniz
 
 def test_a_model_without_a_template_is_refused_and_the_plain_template_suggested(tokenizer: TextTokenizer) -> None:
     bare = copy.copy(tokenizer)
-    bare.inner = copy.deepcopy(tokenizer.inner)
-    bare.inner.chat_template = None
+    bare.chat_template = None
     with pytest.raises(UserError, match="data.chat_template=plain"):
         chat_template(bare, "model")
     assert chat_template(bare, "plain") == PLAIN_TEMPLATE
@@ -173,7 +167,7 @@ def test_long_conversations_are_cut_after_a_complete_turn_or_dropped(tokenizer: 
     complete = _tokenize(tokenizer, template)
     for max_length in range(1, len(complete.input_ids) + 2):
         chat, dropped = _chat_tokenizer(tokenizer, template, max_length)
-        examples = chat.tokenize(TURNS)
+        examples = chat.tokenize(Example(TURNS, None))
         if not examples:
             assert dropped == {"too_long": 1}
             continue
@@ -204,12 +198,12 @@ def test_unusable_conversations_are_dropped_and_counted(
     conversation: Conversation, reason: str, tokenizer: TextTokenizer
 ) -> None:
     chat, dropped = _chat_tokenizer(tokenizer, chat_template(tokenizer, "model"))
-    assert chat.tokenize(conversation) == []
+    assert chat.tokenize(Example(conversation, None)) == []
     assert dropped == {reason: 1}
 
 
 def test_a_conversation_that_the_template_rejects_is_dropped_and_counted(tokenizer: TextTokenizer) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
     chat, dropped = _chat_tokenizer(tokenizer, strict)
-    assert chat.tokenize(TURNS) == [] and dropped == {"rejected_by_template": 1}
-    assert len(chat.tokenize(TURNS[1:])) == 1
+    assert chat.tokenize(Example(TURNS, None)) == [] and dropped == {"rejected_by_template": 1}
+    assert len(chat.tokenize(Example(TURNS[1:], None))) == 1

@@ -23,6 +23,9 @@ def _data(corpus: Any, fraction: float) -> Data:
             "held_out_fraction": fraction,
             "max_corpus_tokens": None,
             "chat_template": "model",
+            "system_messages": "keep",
+            "max_dropped": 0.5,
+            "max_record_bytes": 2**28,
         }
     )
 

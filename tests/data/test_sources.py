@@ -33,8 +33,11 @@ def _source(path: object, **changes: Any) -> Source:
     return Source(**{**values, "text_field": "text", "weight": 1.0, **changes})
 
 
+LIMIT = 2**20  # data.max_record_bytes
+
+
 def _stream(source: Source, purpose: Purpose, position: Any = None) -> ExampleStream:
-    return ExampleStream(source, purpose, f"data.{purpose}", position)
+    return ExampleStream(source, purpose, f"data.{purpose}", LIMIT, position)
 
 
 def _texts(source: Source) -> list[Any]:
@@ -197,17 +200,17 @@ def test_a_malformed_conversation_is_refused(row: object, words: list[str], tmp_
 @pytest.mark.parametrize("purpose", ["corpus", "instructions"])
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_source_is_refused_before_anything_starts(purpose: Purpose, content: bytes, tmp_path: Path) -> None:
-    message = _refusal(lambda: check_sources([_source(_plain(tmp_path / "a.jsonl", content))], purpose))
+    message = _refusal(lambda: check_sources([_source(_plain(tmp_path / "a.jsonl", content))], purpose, LIMIT))
     assert message.startswith(f"data.{purpose}.path") and "empty" in message
 
 
 def test_a_missing_path_is_refused(tmp_path: Path) -> None:
-    assert "no such file" in _refusal(lambda: check_sources([_source(tmp_path / "nothing.txt")], "corpus"))
-    assert "no file of a supported format" in _refusal(lambda: check_sources([_source(tmp_path)], "corpus"))
+    assert "no such file" in _refusal(lambda: check_sources([_source(tmp_path / "nothing.txt")], "corpus", LIMIT))
+    assert "no file of a supported format" in _refusal(lambda: check_sources([_source(tmp_path)], "corpus", LIMIT))
 
 
 def test_the_check_reads_only_the_first_record(tmp_path: Path) -> None:
-    check_sources([_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n'))], "corpus")
+    check_sources([_source(_plain(tmp_path / "a.jsonl", b'{"text": "fine"}\nbroken\n'))], "corpus", LIMIT)
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "unreachable"])
@@ -219,7 +222,7 @@ def test_an_unreachable_hub_is_refused_at_once(offline: bool, monkeypatch: pytes
     if offline:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
-    message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus"))
+    message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus", LIMIT))
     assert time.monotonic() - started < 10.0
     assert message.startswith("data.corpus.path = org/data") and "kind: files" in message
 
@@ -227,7 +230,7 @@ def test_an_unreachable_hub_is_refused_at_once(offline: bool, monkeypatch: pytes
 def test_a_hub_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.models.hub.TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
-    message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus"))
+    message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus", LIMIT))
     assert "cannot be reached" in message
 
 
@@ -319,5 +322,5 @@ def test_the_fingerprint_depends_on_content_only(tmp_path: Path) -> None:
 def test_an_error_in_one_of_several_sources_names_it(tmp_path: Path) -> None:
     good = _source(_plain(tmp_path / "a.txt", b"good"))
     for bad in (_source(tmp_path / "nowhere"), _source(_plain(tmp_path / "b.txt", b" "))):
-        assert _refusal(lambda bad=bad: check_sources([good, bad], "corpus")).startswith("data.corpus.1.path")
-    check_sources([good, good], "corpus")
+        assert _refusal(lambda bad=bad: check_sources([good, bad], "corpus", LIMIT)).startswith("data.corpus.1.path")
+    check_sources([good, good], "corpus", LIMIT)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections import Counter
 from typing import Any
 
-from pipeline.data.records import Example
+from pipeline.data.records import Drops, Example
 from pipeline.data.splits import Deduplicator, HashSet
 
 
-def _assign(examples: list[Example], fraction: float) -> tuple[dict[str, list[Any]], Counter[str]]:
-    dropped: Counter[str] = Counter()
+def _assign(examples: list[Example], fraction: float) -> tuple[dict[str, list[Any]], Drops]:
+    dropped = Drops()
     deduplicator = Deduplicator(fraction)
     splits: dict[str, list[Any]] = {"train": [], "held_out": []}
     for example in examples:
@@ -23,7 +22,7 @@ def _assign(examples: list[Example], fraction: float) -> tuple[dict[str, list[An
     return splits, dropped
 
 
-def _split(contents: list[Any], fraction: float) -> tuple[dict[str, list[Any]], Counter[str]]:
+def _split(contents: list[Any], fraction: float) -> tuple[dict[str, list[Any]], Drops]:
     return _assign([Example(content, None) for content in contents], fraction)
 
 
@@ -82,7 +81,7 @@ def test_blank_and_invalid_text_is_dropped_and_counted() -> None:
 
 
 def test_a_deduplicator_resumes_from_remembered_hashes() -> None:
-    first, dropped = Deduplicator(0.1), Counter[str]()
+    first, dropped = Deduplicator(0.1), Drops()
     examples = [Example(f"document {number}", None) for number in range(50)]
     for example in examples:
         first.assign(example, dropped)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from pipeline.config import Evaluate
-from pipeline.data.chat import ChatTokenizer, chat_template
-from pipeline.data.records import single_turn
+from pipeline.data.chat import ChatTokenizer, TemplateProcess, chat_template
+from pipeline.data.records import Drops, Example, single_turn
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.harness import ScoringJob, score
 from pipeline.launch.machine import Placement, detect_machine
@@ -43,8 +42,9 @@ def test_the_base_model_knows_the_standard_library_partially(smollm2_dir: Path, 
 def test_answers_in_the_chat_template_of_the_model_are_trained_up_to_the_end_of_turn(smollm2_dir: Path) -> None:
     """The template adds a system message. Only the answer and its end-of-turn token have a loss."""
     tokenizer = TextTokenizer(smollm2_dir)
-    chat = ChatTokenizer(tokenizer, chat_template(tokenizer, "model"), 512, Counter())
-    (rendered,) = chat.tokenize(single_turn("What does gc.collect do?", "Run the garbage collector."))
+    conversation = single_turn("What does gc.collect do?", "Run the garbage collector.")
+    with TemplateProcess(chat_template(tokenizer, "model"), tokenizer.special_tokens) as template:
+        (rendered,) = ChatTokenizer(tokenizer, template, 512, Drops()).tokenize(Example(conversation, None))
     text = tokenizer.inner.decode(rendered.input_ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>\n")
     trained = [id_ for id_, in_loss in zip(rendered.input_ids, rendered.loss_mask, strict=True) if in_loss]

@@ -39,6 +39,7 @@ def _source(purpose: Any, path: Path | None, weight: float = 1.0) -> Source:
 def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: Any) -> StageTask:
     source = _source(purpose, path)
     values = {"sequence_length": 64, "held_out_fraction": 0.2, "max_tokens": None, "chat_template": "model"}
+    values |= {"system_messages": "keep", "max_dropped": 0.5, "max_record_bytes": 2**28}
     settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
     launch = cpu_launch()

@@ -65,7 +65,7 @@ def _files(out: Path) -> dict[str, bytes]:
 
 
 def _same_task(model: Path, out: Path, purpose: str, sources: list[Source], **changes: Any) -> StageTask:
-    return _task(model, out, purpose, None, sources=sources, sequence_length=48, **changes)
+    return _task(model, out, purpose, None, sources=sources, sequence_length=48, max_dropped=1.0, **changes)
 
 
 @pytest.mark.parametrize(("purpose", "make"), [("corpus", _corpus), ("instructions", _chats)])
