@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def find_files(path: str, split: str | None, setting: str) -> list[Path]:
     """
     path = os.path.expanduser(path)
     # An existing path is taken literally even if it contains glob characters.
-    names = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+    names = [path] if os.path.lexists(path) else _matches(path)
     if not names:
         raise UserError(
             setting=setting,
@@ -54,6 +55,34 @@ def find_files(path: str, split: str | None, setting: str) -> list[Path]:
             ".zst.",
         )
     return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """Returns what matches a glob. Unlike ``glob.glob``, it ends where links to directories form a loop."""
+    recursive = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
+    if recursive is None:
+        return glob.glob(pattern)
+    before, rest = pattern[: recursive.start()], pattern[recursive.end() :]
+    roots = glob.glob(before) if before else ["."]
+    if not rest:
+        return roots
+    places = [glob.escape(place) for root in roots for place in _directories(root)]
+    return [found for place in places for found in _matches(f"{place}/{rest}")]
+
+
+def _directories(root: str) -> Iterator[str]:
+    """Yields a directory and those in it, without hidden ones, and each once."""
+    seen = set()
+    for directory, names, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(directory)
+        names[:] = [] if real in seen else sorted(name for name in names if not _is_hidden(name))
+        if real not in seen:
+            seen.add(real)
+            yield directory
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == RESOURCE_FOLDER
 
 
 class _Walk:
@@ -113,7 +142,7 @@ class _Walk:
                 yield directory / name
         else:
             for name in names:
-                if name.startswith(".") or name == RESOURCE_FOLDER:
+                if _is_hidden(name):
                     self.left_out.append(directory / name)
                 else:
                     yield from self._files(directory / name)

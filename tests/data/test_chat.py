@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.data import chat_worker
-from pipeline.data.chat import PLAIN_TEMPLATE, ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
+from pipeline.data import chat, chat_worker
+from pipeline.data.chat import (
+    PLAIN_TEMPLATE,
+    ChatTokenizer,
+    TokenizedConversation,
+    chat_template,
+    check_template,
+    default_template,
+    end_of_turn,
+    fold,
+)  # fmt: skip
 from pipeline.data.records import Conversation, Drops, Example, single_turn
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
@@ -207,3 +218,136 @@ def test_a_conversation_that_the_template_rejects_is_dropped_and_counted(tokeniz
     chat, dropped = _chat_tokenizer(tokenizer, strict)
     assert chat.tokenize(Example(TURNS, None)) == [] and dropped == {"rejected_by_template": 1}
     assert len(chat.tokenize(Example(TURNS[1:], None))) == 1
+
+
+# --------------------------------------------------------------------------------- what templates leave out
+
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINK = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
+WITHOUT_SYSTEM = PLAIN_TEMPLATE.replace("message['content'] + '\n\n' }}{% elif", "'' }}{% elif", 1)
+
+
+def _chosen(template: str) -> tuple[chat_worker.Renderer, chat_worker.Reply]:
+    renderer, reply = chat_worker.choose(template, {"eos_token": "<|im_end|>"})
+    assert renderer is not None, reply
+    return renderer, reply
+
+
+def test_a_template_that_reads_lists_of_parts_gets_lists_of_parts(tokenizer: TextTokenizer) -> None:
+    """Also at inference: the template that is saved accepts strings, and renders as the training data."""
+    renderer, reply = _chosen(PARTS)
+    text = renderer.render(TURNS)
+    assert all(message["content"] in text for message in TURNS)
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TURNS]
+    for messages, template in ((TURNS, reply["template"]), (in_parts, reply["template"]), (in_parts, PARTS)):
+        assert tokenizer.inner.apply_chat_template(messages, chat_template=template, tokenize=False) == text
+
+
+def test_answers_that_begin_as_the_generation_prompt_can_be_trained_on() -> None:
+    renderer, reply = _chosen(THINK)
+    assert reply["probe"][-1]["content"].startswith("<think>\n")
+    ((text, ((begin, end),)),) = renderer.turns(single_turn("Hi.", "<think>\nHm.\n</think>\nHo."))["texts"]
+    assert text[begin:end] == "Hm.\n</think>\nHo.<|im_end|>\n"
+    assert renderer.turns(single_turn("Hi.", "Ho."))["fault"] == "differs_from_generation_prompt"
+
+
+@pytest.mark.parametrize(
+    ("template", "fault", "words"),
+    [
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "text_not_in_rendering", ["line 1"]),
+        ("\n{{ tools | length }}" + PLAIN_TEMPLATE, "rejected_by_template", ["line 2", "NoneType"]),
+        ("\n\n{{ raise_exception('never') }}", "rejected_by_template", ["line 3", "never"]),
+        (PLAIN_TEMPLATE + "{% if %}", "syntax", ["line 1"]),
+        ("{{" + "(" * 9999, "syntax", []),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "rejected_by_template", ["RecursionError"]),
+        ("{{ messages.append(1) }}", "rejected_by_template", ["unsafe"]),
+        (THINK.replace("m['content']", "m['content'].split('>')[-1]"), "differs_from_generation_prompt", ["<think>"]),
+    ],
+)
+def test_templates_that_cannot_be_trained_on_are_found_with_the_line(
+    template: str, fault: str, words: list[str]
+) -> None:
+    renderer, reply = chat_worker.choose(template, {"eos_token": "<|im_end|>"})
+    assert renderer is None and reply["fault"] == fault and all(word in reply["detail"] for word in words), reply
+
+
+def test_a_conversation_whose_text_is_not_in_the_rendering_is_dropped(tokenizer: TextTokenizer) -> None:
+    shortened = PLAIN_TEMPLATE.replace("message['content']", "message['content'][:20]")
+    chat, dropped = _chat_tokenizer(tokenizer, shortened)
+    assert len(chat.tokenize(Example(single_turn("Hi.", "Ho."), None))) == 1
+    for conversation in (
+        single_turn("Hi.", "o" * 21),
+        [{"role": "system", "content": "s" * 30}, *single_turn("a", "b")],
+    ):
+        assert chat.tokenize(Example(conversation, None, "a.jsonl", "line 2")) == []
+    assert dropped == {"text_not_in_rendering": 2}
+    assert dropped.locations == {"text_not_in_rendering": ["a.jsonl, line 2"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "rewritten", "missing"),
+    [
+        ("yes no yes", False, False),
+        ("yes no", False, True),  # the second yes
+        ("no yes yes", False, False),  # in another order, as templates that put the system message last
+        ("y\nes no yes", False, False),
+    ],
+)
+def test_every_message_counts_but_whitespace_does_not(text: str, rewritten: bool, missing: bool) -> None:
+    messages = [
+        {"role": role, "content": word} for role, word in (("user", "yes "), ("assistant", "no"), ("user", "yes"))
+    ]
+    assert (chat_worker.find_missing(messages, text, rewritten) is not None) == missing
+
+
+def test_reasoning_of_earlier_turns_may_be_removed_but_not_that_of_the_trained_one() -> None:
+    turn = {"role": "assistant", "content": "<think>because</think>so"}
+    assert chat_worker.find_missing([turn, {"role": "user", "content": "x"}], "so x", rewritten=True) is None
+    assert chat_worker.find_missing([turn], "so", rewritten=True) == turn
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, WITHOUT_SYSTEM], ids=["rejected", "left out"])
+def test_system_messages_are_folded_into_the_first_question(template: str) -> None:
+    renderer, reply = _chosen(template)
+    assert "system" in reply["unsupported"] and "fault" in renderer.turns(TURNS)
+    folded = fold(TURNS, frozenset(reply["unsupported"]))
+    assert folded[0] == {"role": "user", "content": "Be brief.\n\nWhat does json.dumps do?"} and folded[1:] == TURNS[2:]
+    assert "texts" in renderer.turns(folded)
+    assert fold(TURNS, frozenset()) == TURNS == fold(TURNS[:1], frozenset(["system"])) + TURNS[1:]
+
+
+def test_the_system_role_that_a_template_has_is_not_folded() -> None:
+    assert "system" not in _chosen(PLAIN_TEMPLATE)[1]["unsupported"]
+
+
+def test_a_template_that_does_not_end_is_stopped_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of about 0.2 s: one endless, one without memory. Neither changes this process."""
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"data\.chat_template.*0\.1 seconds of CPU"):
+        check_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 20.0)
+    with pytest.raises(UserError, match="MemoryError"):
+        check_template("\n{{ 'x' * 10**11 }}", {})
+
+
+def test_named_templates_need_a_default() -> None:
+    named = [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}]
+    with pytest.raises(UserError, match="rag, tool_use"):
+        default_template(named)
+    assert default_template([*named, {"name": "default", "template": "d"}]) == "d"
+
+
+def test_a_template_of_a_processor_is_used(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    for file in tiny_llama_dir.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "from the processor"}))
+    assert chat_template(TextTokenizer(tmp_path), "model") == "from the processor"

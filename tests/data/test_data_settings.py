@@ -45,6 +45,7 @@ def test_a_single_source_equals_a_list_of_one() -> None:
     [
         (FILES, 0.0, "held_out_fraction must be above 0"),
         ({**FILES, "path": None}, 0.1, "path is required"),
+        ({**FILES, "path": " "}, 0.1, "it is empty"),
         ({**PYTHON_DOCS, "path": "a.txt"}, 0.0, "must be null"),
         ({**HUB, "split": None}, 0.1, "split is required"),
         ([PYTHON_DOCS, FILES], 0.0, "held_out_fraction must be above 0"),

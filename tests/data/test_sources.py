@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import pytest
 
 from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Source
-from pipeline.data import files, python_docs
+from pipeline.data import files, json_array, python_docs
 from pipeline.data.sources import (
     SOURCE_READERS,
     ExampleStream,
@@ -143,13 +145,138 @@ def test_files_of_a_directory_or_glob_are_read_in_order_of_their_names(tmp_path:
             {"messages": [{"role": "system", "content": "S", "x": 1}, {"role": "user", "content": "U"}], "id": 3},
             [("system", "S"), ("user", "U")],
         ),
+        (
+            {"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A"}], "system": "S"},
+            [("system", "S"), ("user", "U"), ("assistant", "A")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            [("user", "ab")],
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "U"}], "completion": [{"role": "assistant", "content": "A"}]},
+            [("user", "U"), ("assistant", "A")],
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "D"}, {"role": "tool", "content": "T"}]},
+            [("developer", "D"), ("tool", "T")],
+        ),
+        ({"messages": None, "prompt": "U", "completion": "A"}, [("user", "U"), ("assistant", "A")]),
+        ({"instruction": "U", "input": None, "output": "A"}, [("user", "U"), ("assistant", "A")]),
     ],
-    ids=["alpaca", "alpaca without input", "completion", "messages"],
+    ids=["alpaca", "alpaca without input", "completion", "messages", *map(str, range(6))],
 )
 def test_conversation_formats_are_recognized(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
     expected = [{"role": role, "content": content} for role, content in messages]
     assert [example.content for example in _stream(source, "instructions")] == [expected]
+
+
+def test_tool_calls_are_kept_as_templates_expect_them(tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1", "name": "add"},
+    ]
+    source = _source(_rows(tmp_path / "chats.jsonl", {"messages": messages}), text_field=None)
+    (example,) = _stream(source, "instructions")
+    called = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
+    assert example.content == [{"role": "assistant", "content": "", "tool_calls": [called]}, messages[1]]
+
+
+def test_only_what_was_meant_is_read_of_a_directory(tmp_path: Path) -> None:
+    """No hidden files, no copies by macOS, no descriptions in JSON; every linked directory once."""
+    for name in ("in/a.txt", "in/._a.txt", "in/.cache/b.txt", "in/__MACOSX/c.txt", "in/info.json", "elsewhere/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path(name).name)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "link2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "in")
+    for path in ("in", "i*", "in/**", "**/*.txt", "in/**/*.txt"):
+        assert sorted(_texts(_source(tmp_path / path))) == ["a.txt", "d.txt"], path
+    assert _texts(_source(tmp_path / "in" / ".cache")) == ["b.txt"]  # named by the user
+
+
+def test_a_saved_dataset_is_read_without_its_caches_and_one_split_of_several(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {split: datasets.Dataset.from_dict({"text": [split]}) for split in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path))
+    shutil.copy(tmp_path / "test" / "data-00000-of-00001.arrow", tmp_path / "train" / "cache-1.arrow")
+    assert "splits train, test" in _refusal(lambda: _texts(_source(tmp_path)))
+    assert "no split dev" in _refusal(lambda: _texts(_source(tmp_path, split="dev")))
+    assert _texts(_source(tmp_path, split="test")) == ["test"]
+    assert _texts(_source(tmp_path / "train")) == ["train"]
+    (tmp_path / "test" / "state.json").write_text('{"_data_files": [{"filename": "../secret.txt"}]}')
+    assert "../secret.txt" in _refusal(lambda: _texts(_source(tmp_path / "test")))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_not_a_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "gone")
+    for source in (path, tmp_path):
+        assert kind in _refusal(lambda source=source: _texts(_source(source)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[{"text": "a"}, {"text": "b"}]', '\n [\n{"text":\n"a"}\n,{"text": "b"}\n]\n', '{"text": "a"}\n{"text": "b"}\n'],
+)
+def test_json_files_hold_an_array_or_lines(content: str, tmp_path: Path) -> None:
+    assert _texts(_source(_plain(tmp_path / "a.json", content.encode()))) == ["a", "b"]
+
+
+def test_a_json_array_is_read_in_pieces_of_any_size() -> None:
+    rows = [{"text": "größer \\ud83d\\ude00" * number, "n": [number, None, 1.5e3]} for number in range(20)]
+    text = json.dumps(rows, indent=1)
+    for size in (1, 7, 4096):
+        pieces = iter([text[1:][at : at + size] for at in range(0, len(text), size)])
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(json_array, "CHUNK", size)
+            assert list(json_array.JsonArray("", pieces, LIMIT)) == rows
+
+
+def test_only_the_needed_columns_are_decoded(tmp_path: Path) -> None:
+    """The others have a date, a time zone and bytes that Python cannot represent."""
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    far = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    latin = pyarrow.array([b"\xe9"], pyarrow.binary()).view(pyarrow.string())
+    odd = {"far": far, "mars": far.cast(pyarrow.timestamp("us", "Mars/Olympus")), "latin": latin}
+    table = pyarrow.table({"text": ["a"], **odd})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    feather.write_feather(table, str(tmp_path / "a.arrow"))
+    for name in ("a.parquet", "a.arrow"):
+        assert _texts(_source(tmp_path / name)) == ["a"]
+        for column in odd:
+            assert f"{name}, row 1" in _refusal(
+                lambda name=name, column=column: _texts(_source(tmp_path / name, text_field=column))
+            )
+
+
+def test_odd_records_are_counted_and_named_unless_all_are_odd(tmp_path: Path) -> None:
+    rows = [
+        *({"instruction": value, "output": "x"} for value in (3, None, ["a"], {"a": 1}, float("nan"), True)),
+        {"instruction": "x", "input": 3, "output": "x"}, {"instruction": "x", "output": 3},
+        {"messages": [{"role": "robot", "content": "x"}]}, {"messages": [{"role": "user", "content": []}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, {"other": "x"},
+    ]  # fmt: skip
+    path = _rows(tmp_path / "chats.jsonl", *rows, {"prompt": "fine", "completion": "x"})
+    examples = list(_stream(_source(path, text_field=None), "instructions"))
+    assert [example.fault for example in examples] == [
+        "not_text", None, *["not_text"] * 6, "unknown_role", "not_text", "not_text", "unknown_format", None,
+    ]  # fmt: skip
+    assert examples[1].is_blank  # the null
+    assert examples[3].location == f"{path}, line 4"
+    bad = _rows(tmp_path / "bad.jsonl", *[{"text": 3}] * 99, {"text": "fine"})
+    assert [example.fault for example in _stream(_source(bad), "corpus")] == ["not_text"] * 99 + [None]
+    all_bad = _rows(tmp_path / "bad.jsonl", *[{"text": 3}] * 100, {"text": "fine"})
+    assert "line 1" in _refusal(lambda: _texts(_source(all_bad)))
 
 
 # ----------------------------------------------------------------------------------- malformed input
@@ -171,6 +298,18 @@ def test_conversation_formats_are_recognized(row: object, messages: list[tuple[s
         ("a.txt", "größer".encode()[:-3], ["line 1", "UTF-8"]),
         ("a.parquet", b"not parquet", ["Parquet"]),
         ("a.arrow", b"not arrow, but long enough to look at", ["Arrow"]),
+        ("a.arrow", bytes(1000), ["Arrow"]),
+        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"9" * 5000 + b"}\n", ["line 2", "digits"]),
+        ("a.jsonl", b'{"n": ' + b"[" * 99999 + b"]" * 99999 + b"}\n", ["line 1", "nested"]),
+        ("a.json", b'[{"text": "x"}, {"text": "y"', ["element 2"]),
+        ("a.json", b'[{"text": "x"} {"text": "y"}]', ["element 1", "comma"]),
+        ("a.json", b'[{"text": "x"}, 3]', ["element 2", "not a JSON object"]),
+        ("a.json", b'[{"text": "x"}] x', ["follows the end"]),
+        ("a.json", b'{\n"data": []}', ["neither an array"]),
+        ("a.jsonl", b'{"text": "' + b"x" * LIMIT + b'"}\n', ["line 1", "data.max_record_bytes"]),
+        ("a.json", b'[{"text": "' + b"x" * LIMIT + b'"}]\n', ["element 1", "data.max_record_bytes"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "' + b"x" * 9 * LIMIT), ["line 1", "data.max_record_bytes"]),
+        ("a.txt.zst", b"(\xb5/\xfd\0\xa0\1\0\0", ["data.max_record_bytes", "zstd --long"]),  # a window of 2 GiB
     ],
 )
 def test_a_malformed_file_is_reported_with_line_and_reason(
@@ -324,3 +463,36 @@ def test_an_error_in_one_of_several_sources_names_it(tmp_path: Path) -> None:
     for bad in (_source(tmp_path / "nowhere"), _source(_plain(tmp_path / "b.txt", b" "))):
         assert _refusal(lambda bad=bad: check_sources([good, bad], "corpus", LIMIT)).startswith("data.corpus.1.path")
     check_sources([good, good], "corpus", LIMIT)
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "zero block", "cut at a batch"])
+def test_damaged_arrow_streams_are_refused(damage: str, tmp_path: Path) -> None:
+    """Arrow itself takes the end of the file, and zeros, for the end of the stream."""
+    import pyarrow
+
+    batches = pyarrow.table({"text": [f"row {number}" for number in range(3000)]}).to_batches(max_chunksize=1000)
+    sink = pyarrow.BufferOutputStream()
+    ends = []
+    with pyarrow.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    data = bytearray(sink.getvalue().to_pybytes())
+    if damage == "cut":
+        del data[-500:]
+    elif damage == "cut at a batch":
+        del data[ends[1] :]
+    elif damage == "zeros":
+        data[ends[1] :] = bytes(len(data) - ends[1])
+    else:
+        data[ends[0] + 2000 : ends[0] + 3000] = bytes(1000)
+    message = _refusal(lambda: _texts(_source(_plain(tmp_path / "a.arrow", bytes(data)))))
+    assert "a.arrow" in message and "damaged" in message and ("row" in message or "byte" in message)
+
+
+def test_a_large_row_of_parquet_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["x" * 2 * LIMIT]}), tmp_path / "a.parquet", compression="zstd")
+    assert "data.max_record_bytes" in _refusal(lambda: _texts(_source(tmp_path / "a.parquet")))

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Source, Tokenize, Tracking
 from pipeline.data import python_docs
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.stages import tokenize
@@ -275,6 +276,43 @@ def test_an_empty_split_is_refused(
     with pytest.raises(UserError) as caught:
         tokenize.run(_task(tiny_llama_dir, tmp_path / "out", purpose, tmp_path / "a.jsonl", **changes))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_is_dropped_is_an_error_a_warning_or_folded(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """A template that refuses system messages, and nine of ten conversations with one."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama_dir, model)
+    template = TextTokenizer(model).chat_template
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + template
+    (model / "chat_template.jinja").write_text(strict)
+    chats = tmp_path / "chats.jsonl"
+    with open(chats, "w") as lines:
+        for number in range(100):
+            system = [{"role": "system", "content": "Be brief."}] if number % 10 else []
+            turns = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "A number."}]
+            lines.write(json.dumps({"messages": [*system, *turns]}) + "\n")
+    with pytest.raises(
+        UserError, match=r"data\.max_dropped = 0\.5: 90 of 100 .*90 rejected_by_template.*line 2; .*fold"
+    ):
+        tokenize.run(_task(model, tmp_path / "out", "instructions", chats))
+    allowed = tokenize.run(_task(model, tmp_path / "out", "instructions", chats, max_dropped=0.9))
+    assert allowed["documents"]["train"] + allowed["documents"]["held_out"] == 10
+    places = [f"{chats}, line {line}" for line in (2, 3, 4)]
+    assert allowed["sources"][0]["dropped_at"] == {"rejected_by_template": places}
+    assert allowed["sources"][0]["files"] == {str(chats): 100}
+    (warning,) = allowed["warnings"]
+    assert "of 100 examples, 90 rejected_by_template" in warning and all(place in warning for place in places)
+    folded = tokenize.run(_task(model, tmp_path / "folded", "instructions", chats, system_messages="fold"))
+    assert folded["dropped"] == {} and folded["warnings"] == []
+    assert sum(folded["documents"].values()) == 100
+    assert any(row["messages"][0]["content"].startswith("Be brief.\n\nWhat") for row in _held_out(tmp_path / "folded"))
+
+
+def test_a_setting_that_changes_nothing_is_not_in_the_key(tmp_path: Path) -> None:
+    settings = _task(tmp_path, tmp_path, "instructions", tmp_path).settings
+    key = settings.key_settings()
+    assert {"system_messages", "max_dropped", "max_record_bytes"}.isdisjoint(key)
+    assert settings.model_copy(update={"system_messages": "fold"}).key_settings() == {**key, "system_messages": "fold"}
 
 
 def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
