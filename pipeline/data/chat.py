@@ -19,32 +19,12 @@ later turns, as Llama 2's does, are kept.
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, cast
+from typing import Literal, cast
 
-from pipeline.data import chat_worker
 from pipeline.data.records import Conversation, Drops, Example, Message
-from pipeline.data.tokenizer import TextTokenizer, stop_process
-from pipeline.errors import UserError
-
-# For base models without a chat template. It consists of text and the end-of-sequence token, so it adds no new tokens.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-
-# Limits of the process in which a template runs. The memory suffices for the largest conversation that is read.
-TEMPLATE_SECONDS = 20.0  # of CPU time, per conversation
-TEMPLATE_MEMORY = 2**30  # bytes, in addition to four times the largest record
+from pipeline.data.templates import PLAIN_TEMPLATE, TurnRenderer, default_template, unusable
+from pipeline.data.tokenizer import TextTokenizer
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -57,11 +37,8 @@ class TokenizedConversation:
     loss_mask: list[int]
 
 
-# ------------------------------------------------------------------------------------------------ templates
-
-
 def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> str:
-    """Returns the template for instruction tuning, as the model or this module provides it.
+    """Returns the template for instruction tuning, as the model or ``templates.py`` provides it.
 
     Raises:
         UserError: ``name`` is ``model``, and the model's tokenizer has no template.
@@ -69,159 +46,6 @@ def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> 
     if name == "plain":
         return PLAIN_TEMPLATE if tokenizer.bos is None else "{{ bos_token }}" + PLAIN_TEMPLATE
     return default_template(tokenizer.chat_template)
-
-
-def default_template(found: Any) -> str:
-    """Returns the template to use of those that a model has.
-
-    Args:
-        found: one template, or several by name, as a dictionary or as in tokenizer_config.json; None if it has none.
-
-    Raises:
-        UserError: there is none, or none of several is named ``default``.
-    """
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}
-    if isinstance(found, dict) and "default" not in found:
-        names = ", ".join(sorted(found))
-        raise UserError(
-            setting="data.chat_template",
-            value="model",
-            rule=f"the model has the chat templates {names}, and none that is named default",
-            remedy="Save one of them as chat_template.jinja in the model's directory, or set data.chat_template=plain "
-            "for a plain-text template that needs no new tokens.",
-        )
-    if not found:
-        raise UserError(
-            setting="data.chat_template",
-            value="model",
-            rule="the model's tokenizer has no chat template, which instruction tuning needs",
-            remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
-        )
-    return str(found["default"] if isinstance(found, dict) else found)
-
-
-def check_template(template: str, tokens: Mapping[str, str]) -> None:
-    """Checks that a template renders a question and its answer so that they can be trained on.
-
-    Raises:
-        UserError: it does not.
-    """
-    TemplateProcess(template, tokens).close()
-
-
-class TurnRenderer(Protocol):
-    """Renders conversations: ``TemplateProcess``, or in this process ``chat_worker.Renderer``."""
-
-    def turns(self, messages: Conversation) -> chat_worker.Reply:
-        """Returns ``texts`` with the spans of the assistant's turns, or the ``fault`` of the conversation."""
-
-
-class TemplateProcess:
-    """A process that renders conversations with a template from elsewhere, under limits.
-
-    Args:
-        template: a Jinja template.
-        tokens: the variables for special tokens, such as ``eos_token``.
-        max_record_bytes: size of the largest conversation.
-
-    Attributes:
-        template: the text of the template, changed if it reads content only as a list of parts.
-        probe: a question and its answer, which it accepts.
-        unsupported: the roles among system and developer that it rejects or leaves out.
-
-    Raises:
-        UserError: the template cannot be trained on, whatever the conversation.
-    """
-
-    def __init__(self, template: str, tokens: Mapping[str, str], max_record_bytes: int = 0) -> None:
-        command = [sys.executable, "-P", str(Path(chat_worker.__file__))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._requests, self._answers = cast("BinaryIO", self._process.stdin), cast("BinaryIO", self._process.stdout)
-        memory = TEMPLATE_MEMORY + 4 * max_record_bytes
-        setup = {"template": template, "tokens": tokens, "memory_bytes": memory, "seconds": TEMPLATE_SECONDS}
-        try:
-            chosen = self._ask(setup)
-            if "fault" in chosen:
-                raise _unusable(_REASONS[chosen["fault"]].format(chosen["detail"]))
-        except BaseException:
-            self.kill()
-            raise
-        self.template: str = chosen["template"]
-        self.probe: Conversation = chosen["probe"]
-        self.unsupported: frozenset[str] = frozenset(chosen["unsupported"])
-
-    def turns(self, messages: Conversation) -> chat_worker.Reply:
-        """Returns ``texts`` with the spans of the assistant's turns, or the ``fault`` of the conversation.
-
-        Raises:
-            UserError: the template exceeded a limit.
-        """
-        return self._ask(messages)
-
-    def _ask(self, request: Any) -> chat_worker.Reply:
-        try:
-            self._requests.write(json.dumps(request).encode() + b"\n")
-            self._requests.flush()
-            answer = self._answers.readline()
-        except BrokenPipeError:
-            answer = b""
-        if not answer.endswith(b"\n"):
-            raise _unusable(_cause_of_death(self._process.wait()))
-        return cast("chat_worker.Reply", json.loads(answer))
-
-    def kill(self) -> None:
-        """Ends the process without waiting for an answer."""
-        self._process.kill()
-        self.close()
-
-    def close(self) -> None:
-        """Ends the process by closing its input."""
-        stop_process(self._process)
-
-    def __enter__(self) -> TemplateProcess:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        self.kill() if kind else self.close()
-
-
-_REASONS = {
-    "syntax": "it is not a valid Jinja template ({})",
-    chat_worker.REJECTED: "it rejects a question with an answer ({})",
-    chat_worker.TEXT_MISSING: "it leaves out the text, whether passed as a string or as a list of parts ({})",
-    chat_worker.PROMPT_DIFFERS: "its generation prompt differs from the beginning of an answer, by {}",
-}
-
-
-def _cause_of_death(status: int) -> str:
-    if status == -signal.SIGPROF:
-        return f"it took more than {TEMPLATE_SECONDS:g} seconds of CPU time for one conversation"
-    cause = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return f"its process ended with {cause}, probably for lack of memory"
-
-
-def _unusable(reason: str) -> UserError:
-    return UserError(
-        setting="data.chat_template",
-        value="model",
-        rule=f"the model's chat template cannot be trained on, because {reason}",
-        remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
-    )
-
-
-def fold(conversation: Conversation, roles: frozenset[str]) -> Conversation:
-    """Returns a conversation in which the first message of the user begins with all messages of some roles."""
-    folded = [message["content"] for message in conversation if message["role"] in roles]
-    rest = [message for message in conversation if message["role"] not in roles]
-    first = next((number for number, message in enumerate(rest) if message["role"] == "user"), None)
-    if not folded or first is None:
-        return conversation
-    content = "\n\n".join([*(text for text in folded if text.strip()), rest[first]["content"]])
-    return [*rest[:first], {**rest[first], "content": content}, *rest[first + 1 :]]
-
-
-# ---------------------------------------------------------------------------------------------- conversations
 
 
 def end_of_turn(tokenizer: TextTokenizer, renderer: TurnRenderer, probe: Conversation) -> int:
@@ -235,7 +59,7 @@ def end_of_turn(tokenizer: TextTokenizer, renderer: TurnRenderer, probe: Convers
     """
     examples = ChatTokenizer(tokenizer, renderer, max_length=2**20, dropped=Drops()).tokenize(Example(probe, None))
     if not examples:
-        raise _unusable("it rejects a question with an answer")
+        raise unusable("it rejects a question with an answer")
     ids, mask = examples[0].input_ids, examples[0].loss_mask
     return [token for token, is_target in zip(ids, mask, strict=True) if is_target][-1]
 
@@ -293,7 +117,7 @@ class ChatTokenizer:
             # Train on the turn up to its last control token, which ends it. The model does not generate what follows.
             ends = [count for count, index in enumerate(tokens, 1) if ids[index] in self._control_ids]
             if not ends:
-                raise _unusable(
+                raise unusable(
                     "it ends an assistant turn without a control token, so the model would never learn to stop"
                 )
             for index in tokens[: ends[-1]]:
@@ -302,7 +126,7 @@ class ChatTokenizer:
         if bos is not None and ids[0] != bos:
             ids, mask = [bos, *ids], [0, *mask]
         if bos is not None and ids[1] == bos:
-            raise _unusable("it begins with two beginning-of-sequence tokens")
+            raise unusable("it begins with two beginning-of-sequence tokens")
         return TokenizedConversation(ids, mask)
 
     def _fit(self, tokenized: TokenizedConversation, example: Example) -> list[TokenizedConversation]:

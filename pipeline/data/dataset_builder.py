@@ -18,13 +18,14 @@ from typing import Any, cast
 
 from pipeline.config import Tokenize
 from pipeline.data.blocks import Ids
-from pipeline.data.chat import ChatTokenizer, TemplateProcess, chat_template, end_of_turn, fold
+from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn
 from pipeline.data.chat_worker import REJECTED, TEXT_MISSING
 from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
 from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
 from pipeline.data.records import SPLITS, Conversation, Example, Split
 from pipeline.data.sources import SOURCE_READERS, ExampleStream, setting_name
 from pipeline.data.splits import Deduplicator
+from pipeline.data.templates import TemplateProcess, fold
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.progress import ProgressBar

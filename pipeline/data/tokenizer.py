@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -23,9 +22,9 @@ from pipeline.data import tokenizer_worker
 from pipeline.data.blocks import Ids
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_json
+from pipeline.launch.child import close_pipes
+from pipeline.models.source import PROCESSOR_TEMPLATE
 
-# Written by processors of multimodal models. The tokenizer of transformers does not read it.
-PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 # About as many workers as this process can feed while it also packs their results. Each takes about 100 MB.
 MAX_WORKERS = 16
 
@@ -67,7 +66,7 @@ class TextTokenizer:
             raise _unsuitable(directory, rule)
         self.eos: int = self.inner.eos_token_id
         self.chat_template: Any = self.inner.chat_template
-        if not self.chat_template and (processor := directory / PROCESSOR_TEMPLATE_FILE).is_file():
+        if not self.chat_template and (processor := directory / PROCESSOR_TEMPLATE).is_file():
             self.chat_template = read_json(processor).get("chat_template")
 
     @property
@@ -180,13 +179,4 @@ class _TokenizerWorker:
 
     def close(self) -> None:
         """Ends the process by closing its input."""
-        stop_process(self._process)
-
-
-def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that reads requests from a pipe until it is closed."""
-    assert process.stdin is not None and process.stdout is not None
-    process.stdout.close()
-    with suppress(BrokenPipeError):  # closing flushes, and a killed process may have left a request half written
-        process.stdin.close()
-    process.wait()
+        close_pipes(self._process)

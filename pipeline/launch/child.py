@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ORPHANED = 70  # exit status of a process whose parent died
@@ -52,3 +53,12 @@ def block_signals_in_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def close_pipes(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that answers requests until its input ends, and waits for it."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    with suppress(BrokenPipeError):  # closing flushes, and a killed process may have left a request half written
+        process.stdin.close()
+    process.wait()

@@ -6,7 +6,6 @@ because a run with a local model does not need it.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -97,11 +96,10 @@ def fetch_snapshot(repo: str, commit: str, patterns: Sequence[str]) -> Path:
     return Path(_with_user_errors(repo, commit, fetch))
 
 
-def read_json_file(repo: str, commit: str, name: str) -> dict[str, Any]:
-    """Reads one JSON file without changing the Hub's cache."""
+def read_file(repo: str, commit: str, name: str) -> bytes:
+    """Reads one small file without changing the Hub's cache."""
     if (cached := cached_file(repo, commit, name)) is not None:
-        content: dict[str, Any] = json.loads(cached.read_text())
-        return content
+        return cached.read_bytes()
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -109,9 +107,9 @@ def read_json_file(repo: str, commit: str, name: str) -> dict[str, Any]:
         url = hf_hub_url(repo, name, revision=commit)
         response = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
         hf_raise_for_status(response)
-        return response.json()
+        return response.content
 
-    answer: dict[str, Any] = _with_user_errors(repo, commit, lambda: with_timeout(ask))
+    answer: bytes = _with_user_errors(repo, commit, lambda: with_timeout(ask))
     return answer
 
 

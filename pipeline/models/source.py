@@ -25,9 +25,12 @@ from pipeline.models.weight_files import INDEX, SINGLE, check_file, check_names,
 PACKAGE_PREFIX = "package:"
 SENTENCEPIECE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_MODELS)  # a tokenizer has at least one
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models; transformers' tokenizer does not read it
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SIDE_FILES = (  # files of a model directory besides config and weights, copied byte for byte
-    *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    *VOCABULARIES, "merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+    CHAT_TEMPLATE, PROCESSOR_TEMPLATE, "generation_config.json",
 )  # fmt: skip
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a tensor that belongs to one expert
 
@@ -168,8 +171,8 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
 
     Returns:
         The content of config.json, or for a GGUF file the entries that determine sizes and limits. Entries are added:
-        ``has_chat_template``, ``custom_classes`` that the model's own code defines, and ``separate_experts`` for a
-        model whose experts are stored one by one.
+        ``custom_classes`` that the model's own code defines, and ``separate_experts`` for a model whose experts are
+        stored one by one; for a GGUF file, ``has_chat_template``.
 
     Raises:
         UserError: the files are not those of a causal language model.
@@ -189,11 +192,9 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
     check_config(config, source.repo or source.directory)
     if source.directory is not None and "generation_config.json" in source.names:
         _json_of(source, "generation_config.json", keep)  # it is read when training ends
-    has_tokenizer_config = "tokenizer_config.json" in source.names
-    tokenizer_config = _json_of(source, "tokenizer_config.json", keep) if has_tokenizer_config else {}
+    tokenizer_config = _json_of(source, TOKENIZER_CONFIG, keep) if TOKENIZER_CONFIG in source.names else {}
     added = {
         "custom_classes": custom_classes(config, tokenizer_config),
-        "has_chat_template": _has_chat_template(source, tokenizer_config),
         "separate_experts": num_experts(config) > 0 and any(map(SINGLE_EXPERT.search, _stored_names(source, keep))),
     }
     return {**config, **added}
@@ -247,20 +248,40 @@ def local_file(source: ModelSource, name: str) -> Path:
 
 
 def _json_of(source: ModelSource, name: str, keep: bool) -> dict[str, Any]:
+    return _parse_json(_content_of(source, name, keep), source.directory / name if source.directory else name)
+
+
+def chat_template_of(source: ModelSource, keep: bool = True) -> tuple[Any, dict[str, str]]:
+    """Reads the chat template of a model that is not a GGUF file, before it is loaded.
+
+    Args:
+        source: the model.
+        keep: as for :func:`config_of`.
+
+    Returns:
+        The template, several as in tokenizer_config.json, or None; and the special tokens that it may use. For one that
+        the files do not mention, the class of the tokenizer may have a default, for which the value is a stand-in.
+    """
+    config = _json_of(source, TOKENIZER_CONFIG, keep) if TOKENIZER_CONFIG in source.names else {}
+    template = config.get("chat_template")
+    if CHAT_TEMPLATE in source.names:
+        template = _content_of(source, CHAT_TEMPLATE, keep).decode(errors="replace")
+    elif not template and PROCESSOR_TEMPLATE in source.names:
+        template = _json_of(source, PROCESSOR_TEMPLATE, keep).get("chat_template")
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name, f"<{name}>")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return template, tokens
+
+
+def _content_of(source: ModelSource, name: str, keep: bool) -> bytes:
     if keep or source.directory is not None:
-        return _read_json(local_file(source, name))
+        return local_file(source, name).read_bytes()
     assert source.repo is not None and source.commit is not None
-    return _json_object(hub.read_json_file(source.repo, source.commit, name), name)
-
-
-def _has_chat_template(source: ModelSource, tokenizer_config: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer has a template that is used without being named."""
-    if "chat_template.jinja" in source.names:
-        return True
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, for example one for tool use
-        return any(isinstance(entry, dict) and entry.get("name") == "default" for entry in template)
-    return bool(template)
+    return hub.read_file(source.repo, source.commit, name)
 
 
 def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
@@ -271,12 +292,12 @@ def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
     return () if source.directory is None else read_header(source.directory / SINGLE)[0]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parse_json(content: bytes, where: object) -> dict[str, Any]:
     try:
-        return _json_object(json.loads(path.read_text(), parse_constant=_reject_constant), path)
+        return _json_object(json.loads(content, parse_constant=_reject_constant), where)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            setting="model.path", value=path, rule="the file is not JSON", remedy="Download the model's files again."
+            setting="model.path", value=where, rule="the file is not JSON", remedy="Download the model's files again."
         ) from error
 
 

@@ -19,6 +19,7 @@ from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target
 from pipeline.config.execution import GPUS
 from pipeline.data import sources
+from pipeline.data.templates import check_template, default_template
 from pipeline.driver.graph import Node
 from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
@@ -29,7 +30,7 @@ from pipeline.files import free_bytes, gib, insufficient_space, may_write, no_ac
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_layers_alike, check_stored, family_of, shape_of
-from pipeline.models.source import check_shape, refuse_code
+from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, nearest_existing, unwritable
 from pipeline.tracking import login_fault, wandb_mode
@@ -166,13 +167,20 @@ def _block_length(section: str, prepared: PreparedRun) -> Faults:
 
 
 def _chat_template(prepared: PreparedRun) -> Faults:
-    if prepared.run.data.chat_template == "model" and not prepared.inputs.config.get("has_chat_template", True):
-        yield UserError(
-            setting="data.chat_template",
-            value="model",
-            rule=f"{prepared.run.model.path} has no chat template, and instruction tuning needs one",
-            remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
-        )
+    """The model's chat template exists and renders conversations, as far as can be told without its tokenizer."""
+    source = prepared.inputs.source
+    if prepared.run.data.chat_template != "model" or source is None:
+        return
+    if source.gguf_file is not None:  # its template is in the file, and is read with the tokenizer
+        if not prepared.inputs.config.get("has_chat_template", True):
+            yield from _raised_by(lambda: default_template(None))
+        return
+    yield from _raised_by(lambda: _check_template(source, keep=not prepared.run.is_read_only))
+
+
+def _check_template(source: ModelSource, keep: bool) -> None:
+    template, tokens = chat_template_of(source, keep)
+    check_template(default_template(template), tokens)
 
 
 # --------------------------------------------------------------------------------------------------- training

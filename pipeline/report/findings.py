@@ -74,7 +74,8 @@ def _run_headline(run: RunArtifacts, scores: Scores) -> str:
     sentences = [_text_sentence(run, last, d) for d in texts] or _curve_sentence(run)
     if others:
         sentences.append(f"From base to {TARGET_NAMES[last]}: {'; '.join(others)}.")
-    return " ".join([f"{_growth(run)[0].upper()}{_growth(run)[1:]}.", *sentences])
+    growth = escape(_growth(run))
+    return " ".join([f"{growth[0].upper()}{growth[1:]}.", *sentences])
 
 
 def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:
@@ -184,6 +185,7 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
         "are scored on the same documents, so the standard error is taken over pairs of them and can be far smaller "
         "than the errors of the two scores. About one in twenty differences without a real effect still counts.",
         *_unpaired_caveats(scores),
+        *_data_caveats(runs),
         *_size_caveats(runs),
         *_held_out_caveats(runs),
         *_comparison_caveats(runs),
@@ -195,8 +197,8 @@ def _seed_caveat(runs: Sequence[RunArtifacts]) -> str:
     manifests = [manifest for run in runs for role in ("expand", "pretrain") if (manifest := run.manifest(role))]
     seeds = sorted({str(manifest["seed"]) for manifest in manifests})
     return (
-        f"Every row is a single run (seed {', '.join(seeds)}). Standard errors are over the documents of a task and do "
-        "not include the variation between seeds."
+        f"Every row is a single run (seed {escape(', '.join(seeds))}). Standard errors are over the documents of a "
+        "task and do not include the variation between seeds."
     )
 
 
@@ -209,6 +211,13 @@ def _unpaired_caveats(scores: Scores) -> list[str]:
         "on different documents or the score is not a mean over documents. √(se₁² + se₂²) is used for these, as for "
         "independent scores."
     ]
+
+
+def _data_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
+    """Returns what tokenizing warned about, such as dropped conversations, once for all runs that share the data."""
+    manifests = [run.manifest(f"tokenize/{purpose}") for purpose in ("corpus", "instructions") for run in runs]
+    found = [warning for manifest in manifests if manifest for warning in manifest["metrics"].get("warnings", ())]
+    return [escape(warning) for warning in dict.fromkeys(found)]
 
 
 def _size_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
@@ -269,7 +278,7 @@ def _evaluation_caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[st
     formats = sorted({str(evaluation["prompt_format"]) for evaluation in evaluations})
     if len(formats) > 1:
         found.append(
-            f"The models were scored with different prompt formats ({', '.join(formats)}). Do not compare them."
+            f"The models were scored with different prompt formats ({escape(', '.join(formats))}). Do not compare them."
         )
     limits = {m["settings"]["limit"] for run in runs if (m := run.manifest("evaluate/load"))} - {None}
     if limits:

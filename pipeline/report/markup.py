@@ -46,8 +46,12 @@ class Table:
 
 
 def escape(text: object) -> str:
-    """Escapes external text, such as the names of runs, tasks and metrics, so that it is not parsed as Markdown."""
-    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", str(text))
+    """Escapes external text, such as the names of runs, tasks and metrics, so that it is not parsed as Markdown.
+
+    The result is one line. Underscores inside words, which have no meaning, stay readable.
+    """
+    line = " ".join(str(text).splitlines())
+    return re.sub(r"[\\`*|<>\[\]&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", line)
 
 
 def bold(text: str) -> str:
@@ -70,8 +74,13 @@ def code(text: str, language: str = "") -> str:
     return f"```{language}\n{text}\n```"
 
 
+def code_span(text: object) -> str:
+    """Formats an identifier from outside, such as a key or a commit. Backslashes escape nothing in a code span."""
+    return f"`{text}`" if re.fullmatch(r"[\w.-]+", str(text)) else escape(text)
+
+
 def image(file: str, caption: str) -> str:
-    """Formats an image file beside the report, with its caption below."""
+    """Formats an image file beside the report, given by its name, with its caption below."""
     return f"![{caption}]({file})\n\n{emphasis(caption)}"
 
 
@@ -113,9 +122,11 @@ def _parser(directory: Path) -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def embedded_image(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
-        png = (directory / str(tokens[index].attrs["src"])).read_bytes()
-        data = base64.b64encode(png).decode()
-        return f'<img alt="{escape_html(tokens[index].content)}" src="data:image/png;base64,{data}">'
+        file, alt = directory / str(tokens[index].attrs["src"]), escape_html(tokens[index].content)
+        if file.name != tokens[index].attrs["src"] or file.is_symlink() or not file.is_file():
+            return alt  # only what is beside the report belongs to it
+        data = base64.b64encode(file.read_bytes()).decode()
+        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
     # Wide tables scroll inside a container instead of stretching the page.
     def table_open(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:

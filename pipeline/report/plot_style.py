@@ -17,6 +17,7 @@ DPI = 200
 TEXT_COLOR, GRAY, LIGHT_GRAY = "#1f2328", "#6a737d", "#d8dee4"
 SPARE_COLORS = ("#6a3d9a", "#8c564b", "#b2182b", "#17888f", "#9a9a00", "#4d4d4d", "#e377c2", "#1b4f9c")
 _STYLE = {
+    "text.parse_math": False,  # names of runs and tasks may contain a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 10.5,

@@ -11,7 +11,7 @@ from pipeline.files import read_json
 from pipeline.report import tables
 from pipeline.report.curves import Curve, curves
 from pipeline.report.findings import final_target, lead_findings
-from pipeline.report.markup import Table, bold, bullets, code, escape, image, table
+from pipeline.report.markup import Table, bold, bullets, code, code_span, escape, image, table
 from pipeline.report.metrics import TARGET_NAMES, duration, number
 from pipeline.report.runs import RunArtifacts, labels, layouts, roles, seconds_by_stage, title_of
 from pipeline.report.scores import Scores
@@ -90,7 +90,9 @@ def layer_origins(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> l
     lines = []
     for alike, expansion in layouts(runs):
         origins = ", ".join(
-            f"{layer['layer']} ← {'+'.join(map(str, layer['from']))}" for layer in expansion["layers"] if layer["new"]
+            escape(f"{layer['layer']} ← {'+'.join(map(str, layer['from']))}")
+            for layer in expansion["layers"]
+            if layer["new"]
         )
         lines.append(f"{bold(escape(', '.join(labels(runs)[run.name] for run in alike)))}: {origins}")
     if not lines:
@@ -149,7 +151,7 @@ def reproduction(runs: Sequence[RunArtifacts]) -> list[str]:
 
 def _environment(manifest: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in manifest["packages"].items())
-    return f"commit `{manifest['git_commit'] or 'unknown'}`; {escape(packages)}"
+    return f"commit {code_span(manifest['git_commit'] or 'unknown')}; {escape(packages)}"
 
 
 def _picture(figures: Mapping[str, str], name: str) -> list[str]:

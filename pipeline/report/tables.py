@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import TRAINING_STAGES
 from pipeline.report.curves import Curve, common_budget, loss_at, perplexity
 from pipeline.report.differences import Verdict, leader
-from pipeline.report.markup import Table, bold, emphasis, escape
+from pipeline.report.markup import Table, bold, code_span, emphasis, escape
 from pipeline.report.metrics import (
     count,
     duration,
@@ -200,9 +200,7 @@ def _training_cells(training: dict[str, Any]) -> list[str]:
         scientific(training["flops"]),
         duration(seconds),
         count(tokens / seconds) if seconds else MISSING,
-        str(training["world_size"]),
-        str(training["zero_stage"]),
-        str(training["precision"]),
+        *(escape(training[name]) for name in ("world_size", "zero_stage", "precision")),
     ]
 
 
@@ -233,4 +231,4 @@ def _used_by(run_labels: Sequence[str], num_runs: int) -> list[str]:
 
 def _cost_cells(manifest: dict[str, Any]) -> list[str]:
     peak = manifest["peak_memory_bytes"]
-    return [duration(manifest["seconds"]), memory(peak) if peak else MISSING, f"`{manifest['key'][:12]}`"]
+    return [duration(manifest["seconds"]), memory(peak) if peak else MISSING, code_span(manifest["key"][:12])]

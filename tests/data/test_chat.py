@@ -10,18 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import chat, chat_worker
-from pipeline.data.chat import (
-    PLAIN_TEMPLATE,
-    ChatTokenizer,
-    TokenizedConversation,
-    chat_template,
-    check_template,
-    default_template,
-    end_of_turn,
-    fold,
-)  # fmt: skip
+from pipeline.data import chat_worker, templates
+from pipeline.data.chat import ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
 from pipeline.data.records import Conversation, Drops, Example, single_turn
+from pipeline.data.templates import PLAIN_TEMPLATE, check_template, default_template, fold
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
@@ -330,10 +322,10 @@ def test_the_system_role_that_a_template_has_is_not_folded() -> None:
 
 def test_a_template_that_does_not_end_is_stopped_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes of about 0.2 s: one endless, one without memory. Neither changes this process."""
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"data\.chat_template.*0\.1 seconds of CPU"):
         check_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 20.0)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 20.0)
     with pytest.raises(UserError, match="MemoryError"):
         check_template("\n{{ 'x' * 10**11 }}", {})
 

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.models import source as source_module
-from pipeline.models.source import config_of, resolve
+from pipeline.models.source import chat_template_of, config_of, resolve
 from tests.fake_hub import COMMIT, REPO, FakeHub, serve
 from tests.plain_settings import model_at
 
@@ -32,15 +32,24 @@ def test_a_directory_is_found_with_its_files_and_config(tiny_llama_dir: Path) ->
     assert {path.name for path in source.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
     config = config_of(source)
     assert (config["num_hidden_layers"], config["max_position_embeddings"], config["model_type"]) == (4, 256, "llama")
-    assert config["has_chat_template"] is True
+    assert chat_template_of(source)[0] == (tiny_llama_dir / "chat_template.jinja").read_text()
 
 
 def test_a_chat_template_in_the_tokenizer_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "chat_template.jinja").unlink()
-    assert config_of(resolve(model_at(model)))["has_chat_template"] is False
-    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert config_of(resolve(model_at(model)))["has_chat_template"] is True
+    assert chat_template_of(resolve(model_at(model)))[0] is None
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "processor"}))
+    assert chat_template_of(resolve(model_at(model)))[0] == "processor"
+    entries = {"chat_template": "tokenizer", "eos_token": {"content": "</s>"}, "pad_token": None}
+    (model / "tokenizer_config.json").write_text(json.dumps(entries))
+    template, tokens = chat_template_of(resolve(model_at(model)))
+    assert (template, tokens["eos_token"], tokens["bos_token"], "pad_token" in tokens) == (
+        "tokenizer",
+        "</s>",
+        "<bos_token>",
+        False,
+    )
 
 
 def test_a_package_is_found_without_importing_it(tmp_path: Path, tiny_llama_dir: Path) -> None:
@@ -64,7 +73,7 @@ def test_a_missing_package_is_reported_with_the_command_that_installs_it(name: s
         resolve(model_at(f"package:{name}", package="no-such-package==1.0"))
 
 
-@pytest.mark.parametrize("path", ["/no/such/directory", "./here", "a/b/c", "~/nothing", "two words", ""])
+@pytest.mark.parametrize("path", ["/no/such/directory", "./here", "a/b/c", "~/nothing", "two words"])
 def test_a_path_without_a_model_is_rejected(path: str) -> None:
     with pytest.raises(UserError, match="model.path"):
         resolve(model_at(path))
@@ -124,7 +133,8 @@ def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
     source = resolve(model_at(REPO))
     assert (source.kind, source.commit, source.identity) == ("hub", COMMIT, f"hub {REPO}@{COMMIT}")
     config = config_of(source)
-    assert (config["num_hidden_layers"], config["has_chat_template"]) == (4, True)
+    assert config["num_hidden_layers"] == 4
+    assert [chat_template_of(source, keep)[0] is None for keep in (False, True)] == [False, False]
     assert not [path for path in hub.requests if path.endswith(".safetensors")]  # no weights were downloaded
 
 

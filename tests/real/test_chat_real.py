@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
 from pipeline.config import Source, Tokenize, Tracking
-from pipeline.data.chat import PLAIN_TEMPLATE
 from pipeline.data.python_docs import instruction_pairs
+from pipeline.data.templates import PLAIN_TEMPLATE
 from pipeline.stages import tokenize
 from tests.plain_settings import cpu_launch
 

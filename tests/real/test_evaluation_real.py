@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from pipeline.config import Evaluate
-from pipeline.data.chat import ChatTokenizer, TemplateProcess, chat_template
+from pipeline.data.chat import ChatTokenizer, chat_template
 from pipeline.data.records import Drops, Example, single_turn
+from pipeline.data.templates import TemplateProcess
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.harness import ScoringJob, score
 from pipeline.launch.machine import Placement, detect_machine

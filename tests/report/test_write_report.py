@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,34 @@ def test_importing_the_package_imports_neither_matplotlib_nor_torch() -> None:
     program = "import sys, pipeline.report; print({'matplotlib', 'torch', 'markdown_it.main'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "matplotlib" not in answer.stdout and "torch" not in answer.stdout
+
+
+def test_text_from_manifests_cannot_become_markup(tmp_path: Path) -> None:
+    """Names of runs, models, methods and tasks, notes, image paths and everything else in the JSON files."""
+    evil = "<script>x()</script> \"'`*_a_ [l](file:///etc/passwd) ![i](../../secret.png) | $\\frac{ &lt;b\n\n# head"
+    scores = {(f"task {evil}", f"metric {evil}"): (40, 0.4, dict.fromkeys(("load", "expand", "pretrain", "sft"), 35.0))}
+    runs = []
+    for number in range(2):
+        run = finished_run(tmp_path / "runs", name=f"run{number}", scores=scores, warnings=[evil])
+        for directory in run.directories.values():
+            for file in directory.glob("*.json"):
+                content = json.loads(file.read_text())
+                for name in ("git_commit", "title", "precision", "prompt_format"):
+                    content |= {name: evil} if name in content or name == "title" else {}
+                content |= {"packages": {evil: evil}, "seed": evil} if "packages" in content else {}
+                if file.name == "manifest.json":
+                    content["settings"] |= {"path": f"{evil}\n```\n{evil}"}
+                    content["metrics"]["warnings"] = [evil]
+                file.write_text(json.dumps(content))
+        runs.append(replace(run, name=f"{evil} {number}"))
+    (tmp_path / "secret.png").write_text("secret")
+    for count in (1, 2):
+        out = tmp_path / f"out{count}"
+        text = _write(runs[:count], out)
+        page = (out / "report.html").read_text()
+        assert "<script" not in page and "&lt;script&gt;x()" in page and "&amp;lt;b" in page
+        assert all(link.startswith("data:image/png;base64,") for link in _links(page)), _links(page)
+        assert page.count("<img") == len(list(out.glob("*.png")))
+        assert "<h1>head" not in page and "<em>a</em>" not in page and "<h1>" in page
+        assert page.count("<h1>") == 1
+        assert text.count("# head") > 3  # nothing is left out
