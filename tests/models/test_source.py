@@ -119,16 +119,6 @@ def test_a_sentencepiece_tokenizer_needs_its_package(
     assert resolve(model_at(model)).files
 
 
-def test_only_a_template_that_is_used_by_default_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Named templates need a default, and transformers reads chat_template.json only for processors."""
-    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
-    (model / "chat_template.jinja").rename(model / "chat_template.json")
-    for names, expected in (([], False), (["tool_use"], False), (["tool_use", "default"], True)):
-        templates = [{"name": name, "template": "{{ messages }}"} for name in names]
-        (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
-        assert config_of(resolve(model_at(model)))["has_chat_template"] is expected
-
-
 def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
     source = resolve(model_at(REPO))
     assert (source.kind, source.commit, source.identity) == ("hub", COMMIT, f"hub {REPO}@{COMMIT}")
