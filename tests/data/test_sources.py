@@ -311,6 +311,7 @@ def test_odd_records_are_counted_and_named_unless_all_are_odd(tmp_path: Path) ->
         ("a.jsonl.gz", gzip.compress(b'{"text": "' + b"x" * 9 * LIMIT), ["line 1", "data.max_record_bytes"]),
         ("a.txt.zst", b"(\xb5/\xfd\0\xa0\1\0\0", ["data.max_record_bytes", "zstd --long"]),  # a window of 2 GiB
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_malformed_file_is_reported_with_line_and_reason(
     name: str, content: bytes, words: list[str], tmp_path: Path
