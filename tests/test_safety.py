@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import EXIT_DONE
+from tests import warm
 from tests.test_pipeline import run
 
 SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef"}
 
-# Installed as sitecustomize.py, which Python imports at the start of every process.
+# Installed as sitecustomize.py, which Python imports at the start of every process, and the warm server before its
+# imports and in every fork.
 MONITOR = """
 import os, pickle, sys, traceback
 
@@ -41,11 +44,13 @@ def finished_run(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     (directory / "site").mkdir()
     (directory / "tmp").mkdir()
     (directory / "site" / "sitecustomize.py").write_text(MONITOR)
+    client = warm.install(site=directory / "site" / "sitecustomize.py")
     with pytest.MonkeyPatch.context() as environment:
         for name, value in SECRETS.items():
             environment.setenv(name, value)
         environment.setenv("PIPELINE_TEST_PICKLES", str(directory / "pickles"))
         environment.setenv("TMPDIR", str(directory / "tmp"))
+        environment.setattr(sys, "executable", str(client))
         status, output = run(
             "+experiment=quickstart",
             *shrunk,

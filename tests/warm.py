@@ -49,15 +49,21 @@ IMPORTED = (
 REQUEST_BYTES = 1 << 18
 
 
-def install() -> Path:
-    """Writes the client for this process and its xdist workers, and returns its path, for ``sys.executable``."""
+def install(site: Path | None = None) -> Path:
+    """Writes the client for this process and its xdist workers, and returns its path, for ``sys.executable``.
+
+    Args:
+        site: a ``sitecustomize.py`` that the server runs before its imports, and every fork before its module. Without
+            it, a process whose ``PYTHONPATH`` has such a file gets a new interpreter.
+    """
     place = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     address = str(place / "server")
     constants = {
         "REAL": REAL,
         "ADDRESS": address,
-        "START": (REAL, str(Path(__file__).resolve()), address, str(os.getpid())),
+        "START": (REAL, str(Path(__file__).resolve()), address, str(os.getpid()), *([str(site)] if site else [])),
+        "HAS_SITE": site is not None,
         "MODULES": MODULES,
         "FIXED": {name: os.environ.get(name) for name in FIXED},
     }
@@ -93,7 +99,8 @@ class Fork:
 class Server:
     """Forks a process per request and tells its client how it ended."""
 
-    def __init__(self, address: str, owner: int) -> None:
+    def __init__(self, address: str, owner: int, site: types.CodeType | None) -> None:
+        self._site = site
         self._place = Path(address).parent
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(address)
@@ -170,6 +177,8 @@ class Server:
                 os.dup2(stream, target)
             os.closerange(3, max(64, *streams, *self._descriptors()) + 1)
             _settle(request)
+            if self._site is not None:
+                exec(self._site, {"__name__": "sitecustomize"})
             status = _run(request["arguments"])
         except BaseException:  # noqa: BLE001  # a fork must not return into the server's loop
             traceback.print_exc()
@@ -188,6 +197,8 @@ def _settle(request: Mapping[str, Any]) -> None:
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # read from TMPDIR again
+    sys.orig_argv = [REAL, *request["arguments"]]
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in request["ignored"] else signal.default_int_handler)
@@ -228,9 +239,12 @@ def _run(arguments: list[str]) -> int:
     return int(status or 0)
 
 
-def main(address: str, owner: int) -> None:
+def main(address: str, owner: int, site: str | None = None) -> None:
     """Imports the modules, listens, reports readiness, and serves requests."""
     sys.path[0] = str(ROOT)
+    code = compile(Path(site).read_text(), site, "exec") if site else None
+    if code is not None:
+        exec(code, {"__name__": "sitecustomize"})
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for name in IMPORTED:
         importlib.import_module(name)
@@ -240,11 +254,11 @@ def main(address: str, owner: int) -> None:
     gc.collect()
     gc.freeze()
     sys.executable = str(Path(address).parent / "python")
-    server = Server(address, owner)
+    server = Server(address, owner, code)
     os.write(1, b"!")
     os.dup2(2, 1)
     server.serve()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -15,6 +15,7 @@ ADDRESS = ""  # of the server
 START: tuple[str, ...] = ()  # the command that starts the server
 MODULES: tuple[str, ...] = ()  # modules that behave the same in a fork as in a new interpreter
 FIXED: dict[str, str | None] = {}  # environment variables that libraries read once, with the server's values
+HAS_SITE = False  # whether the server runs the sitecustomize.py that PYTHONPATH has
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -23,7 +24,8 @@ def is_warm(arguments: list[str]) -> bool:
     """Returns whether a fork of the server can run these arguments."""
     if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in MODULES:
         return False
-    if any(os.path.exists(f"{place}/sitecustomize.py") for place in os.environ.get("PYTHONPATH", "").split(":")):
+    places = os.environ.get("PYTHONPATH", "").split(":")
+    if not HAS_SITE and any(os.path.exists(f"{place}/sitecustomize.py") for place in places):
         return False  # only a new interpreter runs it
     return all(os.environ.get(name) == value for name, value in FIXED.items())
 
