@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline.errors import UserError
+from pipeline.errors import TrainingFailure, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
@@ -239,6 +239,8 @@ def disk_errors_as_user_errors(directory: Path, needed: int | None = None) -> It
     free_before = None if needed is None else free_bytes(directory)
     try:
         yield
+    except (UserError, TrainingFailure):  # an error of the disk among others, which has its message
+        raise
     except Exception as error:
         number = disk_errno(error)
         if number is None:

@@ -444,9 +444,7 @@ def test_a_method_whose_module_cannot_be_imported(
 def test_a_mixture_with_some_dense_layers(
     base: Arguments, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save_tiny("qwen2_moe", tmp_path / "model", tiny_tokenizer)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "mlp_only_layers": [1]}))
+    model = save_tiny("qwen2_moe", tmp_path / "model", tiny_tokenizer, mlp_only_layers=[1])
     message = _refused(capsys, *base, f"model.path={model}")
     assert message.startswith("model.path = layers 0 and 1") and "differ" in message
 

@@ -44,10 +44,10 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str) -> PreTrainedModel:
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A model whose parameters all differ from their defaults, norm scales, biases, sinks and routers included."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS[family]})
+    config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS[family], **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for tensor in model.parameters():
@@ -59,9 +59,9 @@ def tiny_model(family: str) -> PreTrainedModel:
     return model
 
 
-def save_tiny(family: str, directory: Path, tokenizer: Any, save_original_format: bool = True) -> Path:
+def save_tiny(family: str, directory: Path, tokenizer: Any, save_original_format: bool = True, **changes: Any) -> Path:
     """Saves the model and a tokenizer, with tensors named as in published checkpoints or as in memory."""
-    tiny_model(family).save_pretrained(directory, save_original_format=save_original_format)
+    tiny_model(family, **changes).save_pretrained(directory, save_original_format=save_original_format)
     tokenizer.save_pretrained(directory)
     return directory
 

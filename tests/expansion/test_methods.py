@@ -193,6 +193,7 @@ def test_no_other_module_names_a_method() -> None:
                 words.append(str(node.value))
             listed = isinstance(node, ast.Compare | ast.Dict | ast.Set | ast.Tuple | ast.List)
             constants = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)] if listed else []
-            if re.search(pattern, " ".join(words).lower()) or {"average", "copy"} & {*map(str, constants)}:
+            separated = re.sub("(?<=[a-z])(?=[A-Z])", "_", " ".join(words)).lower()  # "tableSand" contains no "lesa"
+            if re.search(pattern, separated) or {"average", "copy"} & {*map(str, constants)}:
                 naming.append(f"{file.relative_to(PIPELINE)}:{node.lineno}")
     assert naming == []
