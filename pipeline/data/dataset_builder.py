@@ -19,7 +19,6 @@ from typing import Any, cast
 from pipeline.config import Tokenize
 from pipeline.data.blocks import Ids
 from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn
-from pipeline.data.chat_worker import REJECTED, TEXT_MISSING
 from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
 from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
 from pipeline.data.records import SPLITS, Conversation, Example, Split
@@ -33,6 +32,7 @@ from pipeline.progress import ProgressBar
 TEMPLATE_FILE = "chat_template.jinja"  # the name it has in a Hugging Face model directory
 SAVE_EVERY_SECONDS = 20.0
 REPORTED_FRACTION = 0.01  # of the examples of a source; more of them dropped for one reason is a warning
+SHOWN_FILES = 4  # of a source, on the terminal
 NOT_LOST = ("truncated", "duplicate")  # the beginning, or another copy, is kept
 
 
@@ -161,7 +161,8 @@ class DatasetBuilder:
                     setting=f"{name}.path",
                     value=source_settings.path,
                     rule=f"it does not provide a single token to train on ({kept})",
-                    remedy="Provide more content, or increase the sequence length if everything was too long.",
+                    remedy=f"{self._advice(source)}Provide more content, or increase the sequence length if everything "
+                    "was too long.",
                 )
         if not supervised["held_out"]:
             kept = _kept_and_dropped(mixture.total("documents"), mixture.total("dropped"))
@@ -189,14 +190,7 @@ class DatasetBuilder:
 
     def _advice(self, source: MixtureSource) -> str:
         """Returns what else to do about what a source lost, with a space behind it."""
-        advice = ""
-        unsupported = self._template.unsupported - self._folded if self._template is not None else frozenset()
-        if unsupported and not {REJECTED, TEXT_MISSING}.isdisjoint(source.dropped):
-            roles = " and ".join(sorted(unsupported))
-            advice += (
-                f"The chat template has no {roles} messages: set data.system_messages=fold to join them to the first "
-            )
-            advice += "question. "
+        advice = self._template.advice(source.dropped, self._folded) if self._template is not None else ""
         if "too_long" in source.dropped:
             advice += "Increase sft.sequence_length. "
         return advice
@@ -205,6 +199,7 @@ class DatasetBuilder:
         """Returns the content of ``dataset.json``: counts in total and by source. Tokens do not include padding."""
         settings, mixture, blocks = self._settings, self._mixture, self._writer.blocks
         totals = {name: mixture.total(name) for name in COUNTS}
+        by_name = dict(zip(self._names, mixture.sources, strict=True))
         return {
             "purpose": settings.purpose,
             "sources": [  # pinned: a hub revision is a commit
@@ -225,6 +220,7 @@ class DatasetBuilder:
             "tokens": {split: totals["tokens"][split] for split in SPLITS},
             "supervised_tokens": {split: blocks[split].supervised_tokens for split in SPLITS},
             "dropped": dict(sorted(totals["dropped"].items())),
+            "read": [_describe_files(name, source) for name, source in by_name.items() if source.files],
             "warnings": self._warnings(),
         }
 
@@ -265,3 +261,11 @@ def _kept_and_dropped(documents: Counter[str], dropped: Counter[str]) -> str:
 def _describe_drop(source: MixtureSource, reason: str) -> str:
     places = source.dropped.locations.get(reason)
     return f"{source.dropped[reason]:,} {reason}" + (f" (such as {'; '.join(places)})" if places else "")
+
+
+def _describe_files(name: str, source: MixtureSource) -> str:
+    """Returns a line for the terminal. ``dataset.json`` has all files."""
+    files = list(source.files.items())
+    shown = ", ".join(f"{file} {records:,}" for file, records in files[:SHOWN_FILES])
+    more = ", ..." if len(files) > SHOWN_FILES else ""
+    return f"{name}: {sum(source.files.values()):,} records in {len(files):,} file(s): {shown}{more}"

@@ -10,7 +10,9 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -32,6 +34,7 @@ from pipeline.errors import UserError
 
 Purpose = Literal["corpus", "instructions"]
 PROBED_RECORDS = 100  # a source of which the first so many records are all malformed is refused
+PROBED_CONVERSATIONS = 20  # of a source, that are rendered before a run
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a Hub repository; a branch or tag may move
 
 
@@ -253,6 +256,17 @@ def check_sources(sources: Sequence[Source], purpose: Purpose, max_record_bytes:
     """
     for reader in _readers(sources, purpose, max_record_bytes):
         reader.check()
+
+
+def first_conversations(sources: Sequence[Source], max_record_bytes: int) -> dict[str, list[Conversation]]:
+    """Returns the first conversations of every local source, by its dotted name; none of a source that is malformed."""
+    found: dict[str, list[Conversation]] = {}
+    for reader in _readers(sources, "instructions", max_record_bytes):
+        if reader.source.kind == "files":
+            with suppress(UserError):  # check_sources reports it
+                usable = (e.content for e in reader.examples() if isinstance(e.content, list) and not e.is_blank)
+                found[reader.setting] = list(islice(usable, PROBED_CONVERSATIONS))
+    return found
 
 
 def pin_sources(sources: Sequence[Source], purpose: Purpose) -> list[Source]:

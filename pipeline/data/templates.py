@@ -9,7 +9,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -63,13 +63,31 @@ def default_template(found: Any) -> str:
     return str(found["default"] if isinstance(found, dict) else found)
 
 
-def check_template(template: str, tokens: Mapping[str, str]) -> None:
-    """Checks that a template renders a question and its answer so that they can be trained on.
+def check_template(
+    template: str, tokens: Mapping[str, str], conversations: Mapping[str, Iterable[Conversation]], folds: bool
+) -> None:
+    """Checks that a template renders a question and its answer, and some conversations, so that they can be trained on.
+
+    Args:
+        template, tokens: as for :class:`TemplateProcess`.
+        conversations: the first conversations of every source, by the source's dotted name.
+        folds: whether messages of unsupported roles are folded.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not render the question, or none of a source's conversations.
     """
-    TemplateProcess(template, tokens).close()
+    with TemplateProcess(template, tokens) as process:
+        folded = process.unsupported if folds else frozenset()
+        for source, first in conversations.items():
+            faults = [process.turns(fold(conversation, folded)).get("fault") for conversation in first]
+            if faults and all(faults):
+                raise UserError(
+                    setting=f"{source}.path",
+                    value=f"its first {len(faults)} conversations",
+                    rule=f"none of them can be rendered with the chat template: {faults[0]}",
+                    remedy=f"{process.advice(faults, folded)}Correct them, or set data.chat_template=plain for a "
+                    "plain-text template that needs no new tokens.",
+                )
 
 
 class TurnRenderer(Protocol):
@@ -91,6 +109,7 @@ class TemplateProcess:
         template: the text of the template, changed if it reads content only as a list of parts.
         probe: a question and its answer, which it accepts.
         unsupported: the roles among system and developer that it rejects or leaves out.
+        beginning: what every answer must begin with, because the generation prompt ends with it; usually empty.
 
     Raises:
         UserError: the template cannot be trained on, whatever the conversation.
@@ -112,6 +131,7 @@ class TemplateProcess:
         self.template: str = chosen["template"]
         self.probe: Conversation = chosen["probe"]
         self.unsupported: frozenset[str] = frozenset(chosen["unsupported"])
+        self.beginning: str = self.probe[-1]["content"].removesuffix(chat_worker.ANSWER["content"])
 
     def turns(self, messages: Conversation) -> chat_worker.Reply:
         """Returns ``texts`` with the spans of the assistant's turns, or the ``fault`` of the conversation.
@@ -131,6 +151,23 @@ class TemplateProcess:
         if not answer.endswith(b"\n"):
             raise unusable(_cause_of_death(self._process.wait()))
         return cast("chat_worker.Reply", json.loads(answer))
+
+    def advice(self, faults: Container[object], folded: Container[str] = ()) -> str:
+        """Returns what to do about the faults of some conversations, with a space behind it; empty for others.
+
+        Args:
+            faults: the faults.
+            folded: the roles that are folded already.
+        """
+        roles = sorted(role for role in self.unsupported if role not in folded)
+        if roles and (chat_worker.REJECTED in faults or chat_worker.TEXT_MISSING in faults):
+            names = " and ".join(roles)
+            return (
+                f"The chat template has no {names} messages. Set data.system_messages=fold to join them to questions. "
+            )
+        if chat_worker.PROMPT_DIFFERS in faults:
+            return f"With this chat template, every answer must begin with {self.beginning!r}. "
+        return ""
 
     def kill(self) -> None:
         """Ends the process without waiting for an answer."""

@@ -124,8 +124,8 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     manifest = {**_manifest(node, metrics, total), "attempts": number}
     node.artifact.commit(manifest, STAGES[node.stage].files, confirm=lock.confirm)
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
-    for warning in metrics.get("warnings", []):
-        console.print(f"           {warning}", markup=False)
+    for line in [*metrics.get("read", []), *metrics.get("warnings", [])]:
+        console.print(f"           {line}", markup=False)
     return seconds
 
 

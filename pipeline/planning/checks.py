@@ -175,12 +175,15 @@ def _chat_template(prepared: PreparedRun) -> Faults:
         if not prepared.inputs.config.get("has_chat_template", True):
             yield from _raised_by(lambda: default_template(None))
         return
-    yield from _raised_by(lambda: _check_template(source, keep=not prepared.run.is_read_only))
+    yield from _raised_by(lambda: _check_template(source, prepared))
 
 
-def _check_template(source: ModelSource, keep: bool) -> None:
-    template, tokens = chat_template_of(source, keep)
-    check_template(default_template(template), tokens)
+def _check_template(source: ModelSource, prepared: PreparedRun) -> None:
+    template, tokens = chat_template_of(source, keep=not prepared.run.is_read_only)
+    data = prepared.run.data
+    readable = "instructions" not in prepared.inputs.failures
+    first = sources.first_conversations(data.instructions, data.max_record_bytes) if readable else {}
+    check_template(default_template(template), tokens, first, folds=data.system_messages == "fold")
 
 
 # --------------------------------------------------------------------------------------------------- training

@@ -324,10 +324,33 @@ def test_a_template_that_does_not_end_is_stopped_in_its_process(monkeypatch: pyt
     """Two processes of about 0.2 s: one endless, one without memory. Neither changes this process."""
     monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"data\.chat_template.*0\.1 seconds of CPU"):
-        check_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+        check_template(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}, {}, folds=False
+        )
     monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 20.0)
     with pytest.raises(UserError, match="MemoryError"):
-        check_template("\n{{ 'x' * 10**11 }}", {})
+        check_template("\n{{ 'x' * 10**11 }}", {}, {}, folds=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "conversation", "folds", "words"),
+    [
+        (THINK, single_turn("Hi.", "Ho."), False, "must begin with '<think>"),
+        (THINK, single_turn("Hi.", "<think>\nHm.</think>Ho."), False, None),
+        (NO_SYSTEM, TURNS, False, "system_messages=fold"),
+        (NO_SYSTEM, TURNS, True, None),
+    ],
+)
+def test_the_first_conversations_are_rendered_before_a_run(
+    template: str, conversation: Conversation, folds: bool, words: str | None
+) -> None:
+    """Four processes of 0.2 s."""
+    conversations = {"data.instructions": [conversation] * 3}
+    if words is None:
+        check_template(template, {"eos_token": "e"}, conversations, folds)
+    else:
+        with pytest.raises(UserError, match=rf"data\.instructions\.path = its first 3.*{words}"):
+            check_template(template, {"eos_token": "e"}, conversations, folds)
 
 
 def test_named_templates_need_a_default() -> None:
