@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from pipeline.data.json_array import CHUNK, BadArray, JsonArray, TooLarge
-from pipeline.files import gib
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -82,7 +81,7 @@ class Reading:
 
     def too_large(self, location: str, what: str) -> BadFile:
         """Returns the error for something that exceeds ``max_record_bytes``."""
-        rule = f"{what} exceeds data.max_record_bytes = {self.max_record_bytes} ({gib(self.max_record_bytes)})"
+        rule = f"{what} exceeds data.max_record_bytes = {self.max_record_bytes} ({self.max_record_bytes / 2**20:g} MiB)"
         return BadFile(location, rule, "If the file is what it should be, increase data.max_record_bytes.")
 
 

@@ -35,6 +35,7 @@ from pipeline.errors import UserError
 Purpose = Literal["corpus", "instructions"]
 PROBED_RECORDS = 100  # a source of which the first so many records are all malformed is refused
 PROBED_CONVERSATIONS = 20  # of a source, that are rendered before a run
+ZERO_BLOCK = "\0" * 16  # never part of a text
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a Hub repository; a branch or tag may move
 
 
@@ -213,15 +214,18 @@ class ExampleStream:
     def _content_of(self, record: Record) -> str | Conversation:
         if self._purpose == "instructions":
             conversation = conversation_from(record, self._setting)
-            self._check_size(record, sum(len(message["content"]) for message in conversation))
+            self._check(record, [message["content"] for message in conversation])
             return conversation
         text = document_from(record, self._source.text_field, self._setting)
-        self._check_size(record, len(text))
+        self._check(record, [text])
         return text
 
-    def _check_size(self, record: Record, characters: int) -> None:
-        if characters > self._limit:
+    def _check(self, record: Record, texts: Sequence[str]) -> None:
+        if sum(map(len, texts)) > self._limit:
             raise Reading((), self._limit).too_large(record.location, "the record")
+        # Single NUL characters occur in scraped text.
+        if any(ZERO_BLOCK in text for text in texts):
+            raise BadFile(record.location, "it has a block of zeros, as a file of which a part was not written")
 
 
 class _ListStream:

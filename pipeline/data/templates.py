@@ -79,12 +79,13 @@ def check_template(
     with TemplateProcess(template, tokens) as process:
         folded = process.unsupported if folds else frozenset()
         for source, first in conversations.items():
-            faults = [process.turns(fold(conversation, folded)).get("fault") for conversation in first]
-            if faults and all(faults):
+            replies = [process.turns(fold(conversation, folded)) for conversation in first]
+            faults = [reply["fault"] for reply in replies if "fault" in reply]
+            if faults and len(faults) == len(replies):
                 raise UserError(
                     setting=f"{source}.path",
                     value=f"its first {len(faults)} conversations",
-                    rule=f"none of them can be rendered with the chat template: {faults[0]}",
+                    rule=f"none of them can be rendered with the chat template: {faults[0]} ({replies[0]['detail']})",
                     remedy=f"{process.advice(faults, folded)}Correct them, or set data.chat_template=plain for a "
                     "plain-text template that needs no new tokens.",
                 )
@@ -152,7 +153,7 @@ class TemplateProcess:
             raise unusable(_cause_of_death(self._process.wait()))
         return cast("chat_worker.Reply", json.loads(answer))
 
-    def advice(self, faults: Container[object], folded: Container[str] = ()) -> str:
+    def advice(self, faults: Container[str], folded: Container[str] = ()) -> str:
         """Returns what to do about the faults of some conversations, with a space behind it; empty for others.
 
         Args:
