@@ -224,7 +224,7 @@ class ExampleStream:
         if sum(map(len, texts)) > self._limit:
             raise Reading((), self._limit).too_large(record.location, "the record")
         # Single NUL characters occur in scraped text.
-        if any(ZERO_BLOCK in text for text in texts):
+        if any(ZERO_BLOCK in text or (text and not text.strip("\0")) for text in texts):
             raise BadFile(record.location, "it has a block of zeros, as a file of which a part was not written")
 
 
