@@ -350,6 +350,28 @@ def test_tuning_a_model_without_a_chat_template(
     assert "data.chat_template" in message and "plain" in message
 
 
+def test_a_template_that_renders_no_conversation(
+    base: Arguments, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text()
+    changed = [*base, f"model.path={model}", "data.chat_template=model"]
+    (model / "chat_template.jinja").write_text("\n" + template.replace("message['content']", "'...'"))
+    message = _refused(capsys, *changed)
+    assert message.startswith("data.chat_template = model") and "leaves out the text" in message
+    (model / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n"))
+    message = _refused(capsys, *changed)
+    assert "data.instructions.path" in message and "must begin with '<think>" in message
+
+
+@pytest.mark.parametrize("setting", ["data.corpus.path", "data.instructions.path", "model.path"])
+def test_an_empty_path_is_not_the_current_directory(
+    setting: str, base: Arguments, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = _refused(capsys, *base, "data=files", "data.corpus.path=a", "data.instructions.path=b", f"{setting}=")
+    assert message.startswith(setting) and "empty" in message
+
+
 def test_online_tracking_without_a_login(
     base: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
