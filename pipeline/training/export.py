@@ -47,7 +47,7 @@ def export_trained_model(
     last = Checkpoint(context.checkpoints / directory_name(progress.step))
     export_with_replaced(context.model_dir, context.task.out, last.tensors())
     copy_chat_files(context.data_dir, context.task.out)
-    check_export(context.task.out, losses, context.precision, context.settings.deepspeed.zero_stage)
+    check_export(context.task.out, losses, context.precision)
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -90,14 +90,15 @@ def token_losses(model: Callable[..., torch.Tensor], device: torch.device) -> to
 
 
 @torch.no_grad()
-def check_export(directory: Path, losses: torch.Tensor, precision: Precision, zero_stage: int) -> None:
+def check_export(directory: Path, losses: torch.Tensor, precision: Precision) -> None:
     """Checks that a model which plain transformers loads computes the same as the one that was trained.
+
+    Layers are read when they compute, since there may be no memory for a second copy of the model.
 
     Args:
         directory: the exported model.
         losses: of the trained model, as returned by ``token_losses``.
         precision: the precision in which they were computed.
-        zero_stage: at 3, no process has the memory for the whole model, so its layers are read when they compute.
 
     Raises:
         IncompleteModelError: it does not.
@@ -105,8 +106,7 @@ def check_export(directory: Path, losses: torch.Tensor, precision: Precision, ze
     dtypes = {spec.dtype for spec in ModelDirectory(directory).specs.values()}
     rounded = precision == "bfloat16" or dtypes != {torch.float32}
     with TemporaryDirectory(prefix=".check-", dir=directory) as folder:
-        placement = {"device_map": {"": "disk"}, "offload_folder": folder} if zero_stage == 3 else {}
-        model = load_complete(directory, "auto", **placement)
+        model = load_complete(directory, "auto", device_map={"": "disk"}, offload_folder=folder)
         ids = torch.arange(len(losses) + 1)[None]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             logits = model(ids, use_cache=False).logits[0, :-1].float()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.__main__ import CONF, compose_jobs
 from pipeline.config import METHODS, Settings
-from pipeline.config.messages import list_experiments
+from pipeline.config.messages import list_experiments, validate_settings
 from pipeline.config.secrets import contains_secret
 from pipeline.errors import UserError
 
@@ -32,9 +36,11 @@ def test_the_published_experiments_exist() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_experiment_composes_with_every_method(experiment: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("experiment", "method"),
+    [("quickstart", method) for method in METHODS] + list(zip(EXPERIMENTS, cycle(METHODS), strict=False)),
+)
+def test_experiments_compose_with_other_methods(experiment: str, method: str) -> None:
     settings = _compose(f"+experiment={experiment}", f"expand={method}")
     assert settings.expand.method == method
     assert (settings.expand.new_layers == 0) == (method == "none")
@@ -187,6 +193,15 @@ def test_what_only_looks_like_a_secret_is_accepted(text: str) -> None:
     assert not contains_secret(text)
 
 
+@pytest.fixture(scope="module")
+def composed() -> Any:
+    """The settings of a run as a dictionary."""
+    files = ["data=files", "data.corpus.path=x", "data.instructions.path=x"]
+    values = _compose("+experiment=quickstart", *files).model_dump(mode="json")
+    (values["data"]["corpus"],) = values["data"]["corpus"]
+    return values
+
+
 @pytest.mark.parametrize(
     "setting, value",
     [
@@ -203,10 +218,16 @@ def test_what_only_looks_like_a_secret_is_accepted(text: str) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
-def test_names_paths_and_slurm_strings_that_cannot_work(setting: str, value: str) -> None:
-    value = str(value).replace("\\n", "\n").replace("\\r", "\r")
-    files = ["data=files", "data.corpus.path=x", "data.instructions.path=x"]
-    error = _refusal("+experiment=quickstart", *files, f"{setting}={value}")
+def test_names_paths_and_slurm_strings_that_cannot_work(composed: Any, setting: str, value: str) -> None:
+    values = copy.deepcopy(composed)
+    *sections, name = setting.split(".")
+    section = values
+    for each in sections:
+        section = section[each]
+    section[name] = yaml.safe_load(str(value).replace("inf", ".inf").replace("nan", ".nan"))
+    with pytest.raises(UserError) as caught:
+        validate_settings(values)
+    error = caught.value
     assert re.fullmatch(rf"{setting}(\.\d)?", error.setting) and "\n" not in f"{error.value}{error.rule}"
 
 
@@ -218,9 +239,7 @@ def test_names_with_spaces_quotes_and_other_signs_are_accepted() -> None:
 def test_jobs_of_a_sweep_have_different_names_that_directories_can_have() -> None:
     files = ["data=files", f"data.instructions.path={'i' * 200}"]
     sweep = f'data.corpus.path=a/b,a-b,"a\nb",{"x" * 200}1,{"x" * 200}2'
-    jobs = compose_jobs(
-        ["+experiment=quickstart", *files, "seed=0,1", f"model.path={'m' * 99},{'n' * 99}", sweep], True, None
-    )
+    jobs = compose_jobs(["+experiment=quickstart", *files, f"model.path={'m' * 99},{'n' * 99}", sweep], True, None)
     names = [job.settings.name.removeprefix("quickstart/") for job in jobs]
     assert len(set(names)) == len(names)
     assert all(len(name.encode()) <= 255 and name.isprintable() for name in names)

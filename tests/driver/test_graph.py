@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from pipeline.__main__ import compose_jobs
@@ -11,6 +13,7 @@ from pipeline.driver.graph import Inputs, Node, build_graph, forced, make_report
 INPUTS = Inputs(model="m", corpus="c", instructions="i", interpreter="p")
 
 
+@cache
 def _settings(*overrides: str) -> Settings:
     return compose_jobs(["+experiment=quickstart", *overrides], False, None)[0].settings
 
