@@ -123,9 +123,8 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
     """
     refuse_secret_overrides(overrides)
     overrides = [f"+{item}" if item.startswith("experiment=") else item for item in overrides]
-    if config_dir is not None and not os.path.isdir(
-        config_dir
-    ):  # Path.is_dir raises an error for a name that is too long
+    # Path.is_dir raises an error for a name that is too long.
+    if config_dir is not None and not os.path.isdir(config_dir):
         raise UserError(
             setting="--config-dir", value=config_dir, rule="it must be a directory", remedy="Check the path."
         )

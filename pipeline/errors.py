@@ -53,3 +53,8 @@ class NoProgress(RuntimeError):
 
 class DamagedArtifacts(RuntimeError):
     """``action=verify`` found files that differ from what was committed. Exit code 1."""
+
+
+def one_line(error: object) -> str:
+    """Returns the beginning of a library's message, which may have many lines, for use inside another message."""
+    return " ".join(str(error).split())[:300]

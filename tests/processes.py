@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import resource
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,13 @@ def _tree(pid: int) -> Iterator[int]:
         yield each
         for fork in fork_of(each):
             yield from _tree(fork)
+
+
+def kill_tree(pid: int) -> None:
+    """Kills a process and all its descendants."""
+    for victim in [pid, *children(pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
 
 
 def is_gone(pid: int) -> bool:

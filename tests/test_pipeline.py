@@ -19,7 +19,7 @@ from pipeline.__main__ import CONF, main
 from pipeline.config.messages import list_experiments
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.files import read_json, sha256_file
-from tests.processes import children, is_gone, listening_addresses, seconds_of_children
+from tests.processes import children, is_gone, kill_tree, listening_addresses, seconds_of_children
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARING = pytest.mark.xdist_group("outputs")  # one pytest worker runs these tests, so that they share artifacts
@@ -144,7 +144,7 @@ def test_run_that_is_killed_repeatedly_gives_the_result_of_an_uninterrupted_run(
             output, _ = process.communicate(timeout=seconds)
             break
         except subprocess.TimeoutExpired:
-            _kill_tree(process.pid)
+            kill_tree(process.pid)
             process.communicate()
             kills, seconds = kills + 1, 1.5 * seconds
     assert process.returncode == EXIT_DONE, output
@@ -155,14 +155,6 @@ def test_run_that_is_killed_repeatedly_gives_the_result_of_an_uninterrupted_run(
 
 def _alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if not is_gone(pid)]
-
-
-def _kill_tree(pid: int) -> None:
-    for victim in [pid, *children(pid)]:
-        try:
-            os.kill(victim, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _wait_for_metrics(stage: Path, seconds: float = 300.0) -> Path:

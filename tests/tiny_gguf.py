@@ -26,18 +26,10 @@ GEMMA3_NAMES = {
 def write_gemma3_gguf(model: Path, path: Path) -> None:
     """Converts a Gemma 3 directory without quantization, with a SentencePiece vocabulary of bytes and ASCII."""
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer = _writer(path, "gemma3", config)
     writer.add_key_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
     writer.add_sliding_window(config["sliding_window"])
-    writer.add_vocab_size(config["vocab_size"])
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
     writer.add_tokenizer_model("llama")
@@ -57,17 +49,9 @@ def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType)
     """Converts a Llama directory with tied embeddings. Its matrices are quantized and norms stay float32."""
     config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer = _writer(path, "llama", config)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_vocab_size(config["vocab_size"])
     _add_tokenizer(writer, tokenizer, (model / "chat_template.jinja").read_text())
     for name, tensor in load_file(model / "model.safetensors").items():
         gguf_name, tensor = _rename(name), _permuted(name, tensor, config)
@@ -76,6 +60,20 @@ def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType)
         else:
             writer.add_tensor(gguf_name, gguf.quantize(tensor, quantization), raw_dtype=quantization)
     _finish(writer)
+
+
+def _writer(path: Path, architecture: str, config: dict) -> gguf.GGUFWriter:
+    """Returns a writer with the sizes that all architectures have."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    return writer
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:

@@ -27,9 +27,9 @@ from pipeline.data.splits import Deduplicator
 from pipeline.data.templates import TemplateProcess, fold
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
+from pipeline.models.source import CHAT_TEMPLATE
 from pipeline.progress import ProgressBar
 
-TEMPLATE_FILE = "chat_template.jinja"  # the name it has in a Hugging Face model directory
 SAVE_EVERY_SECONDS = 20.0
 REPORTED_FRACTION = 0.01  # of the examples of a source; more of them dropped for one reason is a warning
 SHOWN_FILES = 4  # of a source, on the terminal
@@ -74,7 +74,7 @@ class DatasetBuilder:
         text = chat_template(tokenizer, settings.chat_template)
         template = TemplateProcess(text, tokenizer.special_tokens, settings.max_record_bytes)
         self._template = self._open.enter_context(template)
-        (directory / TEMPLATE_FILE).write_text(template.template)
+        (directory / CHAT_TEMPLATE).write_text(template.template)
         self._end_of_turn = end_of_turn(tokenizer, template, template.probe)
         self._folded = template.unsupported if settings.system_messages == "fold" else frozenset()
         self._chat_tokenizers = [

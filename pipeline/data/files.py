@@ -50,7 +50,12 @@ class Record:
     @property
     def location(self) -> str:
         """For messages, such as ``chats.jsonl, line 3``."""
-        return f"{self.file}, {self.place}" if self.place else self.file
+        return location_of(self.file, self.place)
+
+
+def location_of(file: str, place: str) -> str:
+    """Returns a file or dataset with a place in it, such as ``chats.jsonl, line 3``."""
+    return f"{file}, {place}" if place else file
 
 
 class BadFile(Exception):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.data.files import Record
+from pipeline.data.files import Record, location_of
 from pipeline.errors import UserError
 
 Split = Literal["train", "held_out"]
@@ -58,7 +58,7 @@ class Example:
     @property
     def location(self) -> str:
         """Where it is from, such as ``chats.jsonl, line 3``."""
-        return f"{self.file}, {self.place}" if self.place else self.file
+        return location_of(self.file, self.place)
 
     @property
     def is_blank(self) -> bool:

@@ -17,6 +17,7 @@ from pipeline.data import chat_worker
 from pipeline.data.records import Conversation
 from pipeline.errors import UserError
 from pipeline.launch.child import close_pipes
+from pipeline.models.source import CHAT_TEMPLATE
 
 # For base models without a chat template. It consists of text and the end-of-sequence token, so it adds no new tokens.
 PLAIN_TEMPLATE = (
@@ -27,6 +28,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
+
+# The end of every remedy for a template that cannot be used.
+USE_PLAIN = "data.chat_template=plain for a plain-text template that needs no new tokens."
 
 # Limits of the process in which a template runs. The memory suffices for the largest conversation that is read.
 TEMPLATE_SECONDS = 20.0  # of CPU time, per conversation
@@ -50,15 +54,14 @@ def default_template(found: Any) -> str:
             setting="data.chat_template",
             value="model",
             rule=f"the model has the chat templates {names}, and none that is named default",
-            remedy="Save one of them as chat_template.jinja in the model's directory, or set data.chat_template=plain "
-            "for a plain-text template that needs no new tokens.",
+            remedy=f"Save one of them as {CHAT_TEMPLATE} in the model's directory, or set {USE_PLAIN}",
         )
     if not found:
         raise UserError(
             setting="data.chat_template",
             value="model",
             rule="the model's tokenizer has no chat template, which instruction tuning needs",
-            remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
+            remedy=f"Set {USE_PLAIN}",
         )
     return str(found["default"] if isinstance(found, dict) else found)
 
@@ -86,8 +89,7 @@ def check_template(
                     setting=f"{source}.path",
                     value=f"its first {len(faults)} conversations",
                     rule=f"none of them can be rendered with the chat template: {faults[0]} ({replies[0]['detail']})",
-                    remedy=f"{process.advice(faults, folded)}Correct them, or set data.chat_template=plain for a "
-                    "plain-text template that needs no new tokens.",
+                    remedy=f"{process.advice(faults, folded)}Correct them, or set {USE_PLAIN}",
                 )
 
 
@@ -203,12 +205,11 @@ def _cause_of_death(status: int) -> str:
 
 def unusable(reason: str) -> UserError:
     """Returns the error for a template that cannot be trained on."""
-    """Returns the error for a template that cannot be trained on."""
     return UserError(
         setting="data.chat_template",
         value="model",
         rule=f"the model's chat template cannot be trained on, because {reason}",
-        remedy="Set data.chat_template=plain for a plain-text template that needs no new tokens.",
+        remedy=f"Set {USE_PLAIN}",
     )
 
 

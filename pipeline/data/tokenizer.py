@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.data import tokenizer_worker
 from pipeline.data.blocks import Ids
-from pipeline.errors import UserError, WorkersFailed
+from pipeline.errors import UserError, WorkersFailed, one_line
 from pipeline.files import read_json
 from pipeline.launch.child import close_pipes
 from pipeline.models.source import PROCESSOR_TEMPLATE
@@ -51,8 +51,8 @@ class TextTokenizer:
             self.inner: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
             self.bos = added_bos(self.inner)
         except Exception as error:  # libraries raise whatever a damaged file leads to
-            cause = " ".join(str(error).split())[:300]
-            raise _unsuitable(directory, f"its tokenizer cannot be used ({type(error).__name__}: {cause})") from error
+            rule = f"its tokenizer cannot be used ({type(error).__name__}: {one_line(error)})"
+            raise _unsuitable(directory, rule) from error
         config = read_json(directory / "config.json")
         # Multimodal models nest the configuration of the language model.
         self.vocab_size = int((config if "vocab_size" in config else config["text_config"])["vocab_size"])

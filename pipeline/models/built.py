@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.models.tensors import TensorSpec
 
 MAX_NAMED = 3  # tensors in a message
@@ -45,14 +45,10 @@ def build_on_meta(directory: Path, where: object = None) -> PreTrainedModel:
         raise UserError(
             setting="model.path",
             value=where or directory,
-            rule=f"transformers cannot build a model from its config.json ({type(error).__name__}: {_one_line(error)})",
+            rule=f"transformers cannot build a model from its config.json ({type(error).__name__}: {one_line(error)})",
             remedy="Correct its config.json, or download it again.",
         ) from error
     return built
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -90,7 +86,7 @@ def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> li
                 output_loading_info=True,
             )
     except RuntimeError as error:
-        return [*faults, f"tensors stored in parts, such as experts, cannot be assembled ({_one_line(error)})"]
+        return [*faults, f"tensors stored in parts, such as experts, cannot be assembled ({one_line(error)})"]
     report = loaded[1]
     if missing := sorted(set(report["missing_keys"]) - set(integers)):
         faults.append(f"the weights lack {_some(missing)}, which {name} has")

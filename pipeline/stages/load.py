@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import hub
 from pipeline.models.built import build_on_meta, is_tied, weight_faults
-from pipeline.models.families import check_stored, family_of
+from pipeline.models.families import check_stored, family_of, weights_disagree
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
@@ -172,12 +172,7 @@ def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str
                 remedy="Set tie_word_embeddings to false in its config.json if they are meant to differ.",
             )
     if faults := weight_faults(built, {name: base.specs[stored] for name, stored in sources.items()}):
-        raise UserError(
-            setting="model.path",
-            value=model.path,
-            rule=f"its weights and its config.json disagree: {'; '.join(faults)}",
-            remedy="Use the config.json and the weight files that were saved together, for a causal language model.",
-        )
+        raise weights_disagree(model.path, "; ".join(faults))
     return sources
 
 

@@ -16,6 +16,7 @@ from pipeline.files import fsync_directory, read_json, write_json
 from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.source import CHAT_TEMPLATE
 from pipeline.training.checkpoint import Checkpoint, directory_name
 from pipeline.training.engine import RankContext
 from pipeline.training.freeze import ParameterRow
@@ -24,7 +25,6 @@ from pipeline.training.loop import SPIKE_DEVIATIONS, Progress
 from pipeline.training.mfu import Peak
 from pipeline.training.precision import Precision
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 CHECKED_TOKENS = 8
 # Mean difference of a token's loss, by whether a dtype of 16 bits is involved. Kernels sum in different orders.
 LOSS_TOLERANCE = {False: 1e-2, True: 0.5}
@@ -145,9 +145,9 @@ def copy_chat_files(data_dir: Path, model_dir: Path) -> None:
     Many base models stop only at their end-of-text token. For example, Qwen2.5 stops at ``<|endoftext|>`` while its
     turns end with ``<|im_end|>``, and would continue after every answer. Data without a template changes nothing.
     """
-    template, end = data_dir / CHAT_TEMPLATE_FILE, read_json(data_dir / "dataset.json").get("end_of_turn")
+    template, end = data_dir / CHAT_TEMPLATE, read_json(data_dir / "dataset.json").get("end_of_turn")
     if template.is_file():
-        shutil.copyfile(template, model_dir / CHAT_TEMPLATE_FILE)
+        shutil.copyfile(template, model_dir / CHAT_TEMPLATE)
     if end is not None:
         _add_stop_token(end, model_dir)
 

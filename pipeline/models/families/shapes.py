@@ -194,14 +194,18 @@ def check_stored(config: Config, stored: Shapes, where: object) -> None:
         elif name not in on_disk and not on_disk.isdisjoint(parts := family.parts_of(name, config)):
             faults += [f"{part} is missing" for part in sorted(parts - on_disk)]
     if faults:
-        raise UserError(
-            setting="model.path",
-            value=where,
-            rule="its weights and its config.json disagree: "
-            + "; ".join(faults[:3])
-            + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""),
-            remedy="Use the config.json and the weight files that were saved together, for a causal language model.",
-        )
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise weights_disagree(where, "; ".join(faults[:3]) + more)
+
+
+def weights_disagree(where: object, faults: str) -> UserError:
+    """Returns the error for weights that are not those of the config's model."""
+    return UserError(
+        setting="model.path",
+        value=where,
+        rule=f"its weights and its config.json disagree: {faults}",
+        remedy="Use the config.json and the weight files that were saved together, for a causal language model.",
+    )
 
 
 def check_layers_alike(config: Config) -> None:
