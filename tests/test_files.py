@@ -111,6 +111,7 @@ def test_other_errors_are_not_converted(tmp_path: Path) -> None:
         (tmp_path / "missing").read_bytes()
 
 
+@pytest.mark.usefixtures("real_interpreter")  # its imports give the other process time to fill the disk
 def test_disk_that_fills_up_during_a_stage(
     shrunk: list[str], disk_of: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +119,7 @@ def test_disk_that_fills_up_during_a_stage(
     disk = disk_of(640)  # the check before the run requires half a GiB
     command = ["+experiment=quickstart", *shrunk, f"output_dir={disk}", "stages=[expand]", "expand=copy"]
     expand = disk / "artifacts" / "expand"
-    filler = threading.Thread(target=_fill_while_running, args=(disk,))
+    filler = threading.Thread(target=_fill_when, args=(disk, lambda: any(expand.glob("*.partial"))))
     filler.start()
     assert main(command) == EXIT_REQUEST
     filler.join()
@@ -131,12 +132,9 @@ def test_disk_that_fills_up_during_a_stage(
     assert list(expand.glob("*/manifest.json"))
 
 
-def _fill_while_running(disk: Path) -> None:
-    """Leaves 8 MiB once the first stage has begun, and nothing once the expansion has, which is quick then."""
+def _fill_when(disk: Path, started: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
+    while not started() and time.monotonic() < deadline:
+        time.sleep(0.01)
     with open(disk / "other", "wb") as file:
-        for stage, left in (("load", 8 * MEBIBYTE), ("expand", MEBIBYTE // 16)):
-            while not any((disk / "artifacts" / stage).glob("*.partial")) and time.monotonic() < deadline:
-                time.sleep(0.001)
-            size = os.fstat(file.fileno()).st_size
-            os.posix_fallocate(file.fileno(), size, shutil.disk_usage(disk).free - left)
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - MEBIBYTE // 8)
