@@ -132,10 +132,23 @@ def test_imported_packages_are_declared_and_pinned() -> None:
     assert product | optional | _distributions(extras["dev"]) <= pinned | {_normalized(project["name"])}
 
 
+def test_the_lock_file_has_the_pinned_versions_with_hashes() -> None:
+    pinned = set(re.findall(r"^(?!torch==)[\w.-]+==\S+", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    entries = re.split(r"^(?=\w)", (REPOSITORY / "requirements.lock").read_text(), flags=re.MULTILINE)[1:]
+    locked = {entry.split()[0]: re.findall(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries}
+    assert _versions(locked) == _versions(pinned), "run scripts/lock"
+    assert all(locked.values())
+    assert "--require-hashes -r requirements.lock" in (REPOSITORY / "scripts" / "setup").read_text()
+
+
 def _undeclared(files: Iterable[Path], declared: set[str]) -> set[str]:
     own = {"pipeline", "scripts", "tests"} | NEWER_STANDARD_LIBRARY | sys.stdlib_module_names
     found = {library for file in files for library in _libraries(file)} - own
     return {library for library in found if not _providers(library) & declared}
+
+
+def _versions(pins: Iterable[str]) -> set[tuple[str, str]]:
+    return {(_normalized(name), version) for name, version in (pin.split("==") for pin in pins)}
 
 
 def _distributions(requirements: Iterable[str]) -> set[str]:
