@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,19 +56,23 @@ class Bench:
             run_module("scripts.benchmarks.models", *arguments, log=self.work / "models.log")
         return out
 
-    def ours(self, position: str, profile: bool = False, cold: bool = False, **changes: Any) -> Run:
+    def ours(
+        self, position: str, profile: bool = False, cold: bool = False, wait_policy: str = "passive", **changes: Any
+    ) -> Run:
         """Runs our worker until it has logged enough steps.
 
         Args:
             position: of the new layers.
             profile: record a profile of one step instead.
             cold: use an empty compilation cache.
+            wait_policy: what idle CPU threads do.
             changes: settings that differ from the command line's.
         """
         out = self._new_directory("ours")
         task = training_task(
             self._settings(changes), {"model": self.model(position), "data": self.data}, out, self.device
         )
+        task = replace(task, launch=task.launch.model_copy(update={"wait_policy": wait_policy}))
         write_json(out / "task.json", task_to_json(task))
         steps = self.options.steps + 1
         peak = run_module(
