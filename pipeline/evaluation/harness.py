@@ -138,7 +138,7 @@ def _score_task(name: str, loaded: Any, lm: LanguageModel, settings: Evaluate) -
         ],
         "first_tokens": lm.first_tokens,
         "seconds": round(time.monotonic() - started, 2),
-        "samples": kept_samples({**results["samples"], **sources}),
+        "samples": kept_samples({**results["samples"], **sources}, results),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pipeline.files import sha256_json
 
@@ -29,6 +29,7 @@ class Score(TypedDict):
     value: float
     stderr: float | None
     n: int
+    higher_is_better: bool | None  # as the task declares; null if it does not, or if the tasks of a group disagree
 
 
 class Samples(TypedDict):
@@ -36,6 +37,7 @@ class Samples(TypedDict):
 
     documents: str  # a hash of all documents, equal for two models that were given the same documents
     metrics: dict[str, list[Any]]  # by the names of metrics in scores
+    clusters: NotRequired[list[str]]  # of documents that are not independent; see ``clusters_of``
 
 
 def scores_of(task: str, results: Mapping[str, Any]) -> list[Score]:
@@ -62,14 +64,43 @@ def _own_scores(task: str, results: Mapping[str, Any]) -> list[Score]:
             continue
         if not math.isfinite(value):
             raise ValueError(f"{task}: {metric} is {value}; the model's output is not finite")
-        stderr = numbers.get(f"{metric}_stderr,{filter_name}")
-        if metric in LENGTH_WEIGHTED and task in results["samples"]:
-            stderr = standard_error(influences(metric, [sample[metric] for sample in results["samples"][task]]))
-        # lm-eval writes "N/A" for an unknown standard error.
-        known = float(stderr) if isinstance(stderr, Real) and math.isfinite(stderr) else None
-        name, n = metric_name(metric, filter_name), _count(task, results)
-        scores.append(Score(task=task, metric=name, value=float(value), stderr=known, n=n))
+        stderr: Any = _own_stderr(task, metric, filter_name, float(value), results)
+        if stderr is None:
+            stderr = numbers.get(f"{metric}_stderr,{filter_name}")
+        score = Score(
+            task=task, metric=metric_name(metric, filter_name), value=float(value),
+            # lm-eval writes "N/A" for an unknown standard error.
+            stderr=float(stderr) if isinstance(stderr, Real) and math.isfinite(stderr) else None,
+            n=_count(task, results),
+            higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
+        )  # fmt: skip
+        scores.append(score)
     return scores
+
+
+def _own_stderr(task: str, metric: str, filter_name: str, value: float, results: Mapping[str, Any]) -> float | None:
+    """Returns the standard error where lm-eval has none or assumes independent documents, and None elsewhere."""
+    rows = [row for row in results["samples"].get(task, ()) if row["filter"] == filter_name and metric in row]
+    clusters = clusters_of(task, rows, results)
+    if not rows or (clusters is None and metric not in LENGTH_WEIGHTED):
+        return None
+    samples = [row[metric] for row in rows]
+    if not all(is_sample(metric, _json_value(sample)) for sample in samples):
+        return None
+    if not math.isclose(value_of(metric, samples), value, rel_tol=1e-6):
+        return None
+    return standard_error(influences(metric, samples), clusters)
+
+
+def clusters_of(task: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[str] | None:
+    """Returns the cluster of each of a task's samples: the value of the document's field that the task's YAML names.
+
+    Items of one template or about one text are not independent, which ``metadata: {cluster: <field>}`` declares. Errors
+    that ignore it are too small (Miller 2024, Adding Error Bars to Evals, section 2.2).
+    """
+    metadata = results["configs"].get(task, {}).get("metadata") or {}
+    field = metadata.get("cluster")
+    return None if field is None else [str(row["doc"][field]) for row in rows]
 
 
 def _count(task: str, results: Mapping[str, Any]) -> int:
@@ -106,15 +137,22 @@ def text_scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Scor
 
 def _text_score(task: str, metric: str, samples: Sequence[Sample]) -> Score:
     stderr = standard_error(influences(metric, samples))
-    return Score(task=task, metric=metric, value=value_of(metric, samples), stderr=stderr, n=len(samples))
+    value = value_of(metric, samples)
+    return Score(task=task, metric=metric, value=value, stderr=stderr, n=len(samples), higher_is_better=False)
 
 
 # ------------------------------------------------------------------------------ values per document
 
 
-def kept_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Samples]:
+def kept_samples(samples: Mapping[str, Sequence[Mapping[str, Any]]], results: Mapping[str, Any]) -> dict[str, Samples]:
     """Returns the part of lm-eval's samples that is kept, by task."""
-    return {task: _kept(rows) for task, rows in samples.items()}
+    kept = {}
+    for task, rows in samples.items():
+        kept[task] = _kept(rows)
+        clusters = clusters_of(task, [row for row in rows if row["filter"] == rows[0]["filter"]], results)
+        if clusters is not None:
+            kept[task]["clusters"] = clusters
+    return kept
 
 
 def _kept(rows: Sequence[Mapping[str, Any]]) -> Samples:
@@ -169,12 +207,22 @@ def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
     return [scale * (-loglikelihood - rate * length) / total for loglikelihood, length in items]
 
 
-def standard_error(influences: Sequence[float]) -> float | None:
+def standard_error(influences: Sequence[float], clusters: Sequence[str] | None = None) -> float | None:
     """Returns the standard error of a score, given its influences ψᵢ: sqrt(n/(n-1) Σ ψᵢ²).
 
     Given the differences of two scores' influences on the same documents, it is the standard error of their difference.
     For a mean this is the sample standard deviation over √n. None for fewer than two documents.
+
+    Args:
+        influences: of every document; see above.
+        clusters: the cluster of every document. The influences of a cluster are added up first, and n is the number of
+            clusters.
     """
+    if clusters is not None:
+        sums: dict[str, float] = {}
+        for cluster, influence in zip(clusters, influences, strict=True):
+            sums[cluster] = sums.get(cluster, 0.0) + influence
+        influences = list(sums.values())
     n = len(influences)
     return math.sqrt(n / (n - 1) * sum(influence**2 for influence in influences)) if n > 1 else None
 

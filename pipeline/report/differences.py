@@ -1,10 +1,12 @@
 """Differences between scores, and the rule that decides whether a difference counts.
 
-A difference counts when it exceeds two of its standard errors and at least six documents changed. Two models are scored
-on the same documents, so the standard error is taken over the differences per document (Miller 2024, Adding Error Bars
-to Evals, section 4.2). Most documents are easy or hard for both models, and what the models have in common cancels: the
-paired error is usually far below sqrt(se1² + se2²), the error for independent scores. The latter is used only if
-there are no pairs.
+A difference counts when it is significant at the level of 5 % (``pipeline/report/significance.py``) and at least six
+documents changed. Two models are scored on the same documents, so the standard error is taken over the differences per
+document or, where documents name their clusters, per cluster (Miller 2024, Adding Error Bars to Evals, sections 2.2 and
+4.2). Most documents are easy or hard for both models, and what the models have in common cancels: the paired error is
+usually far below sqrt(se1² + se2²), the error for independent scores. The latter is used only if there are no pairs.
+
+Perplexities are compared by the logarithm of their ratio, because the mean of log likelihoods is what is nearly normal.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import combinations
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pipeline.evaluation.scores import Samples, influences, is_sample, standard_error, value_of
-from pipeline.report.metrics import direction
+from pipeline.report.metrics import direction, is_ratio_scale, relative_change, signed
 from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts
+from pipeline.report.significance import critical_value
 
 PAIRED_FILE = "paired_differences.json"
 ROUNDING = 1e-6  # relative; another order of summation makes no difference, however small its standard error
@@ -33,7 +37,7 @@ class Verdict(StrEnum):
 
     BETTER = "better"
     WORSE = "worse"
-    CHANGED = "changed"  # beyond two standard errors, in a metric whose direction is not known
+    CHANGED = "changed"  # in a metric whose direction is not known
     NOISE = "within noise"
     SAME = "the same"  # up to rounding
     UNKNOWN = "no standard error"
@@ -44,44 +48,71 @@ MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOISE: "≈", Verd
 
 @dataclass(frozen=True)
 class Difference:
-    """``after`` minus ``before`` for one task and metric, in the metric's unit.
+    """``after`` minus ``before`` for one task and metric.
 
     Attributes:
-        paired_stderr: one standard error of the difference over pairs of documents; None without pairs.
-        changed: the number of documents on which the two models' values differ, if known.
+        pair: the entry of ``paired_differences.json``; None without pairs.
+        contenders: the number of models that the better one is the best of, if it was chosen for that; otherwise 2.
     """
 
     before: Result
     after: Result
-    paired_stderr: float | None = None
-    changed: int | None = None
+    pair: PairedDifference | None = None
+    contenders: int = 2
+
+    @property
+    def metric(self) -> str:
+        """The metric's name."""
+        return self.after["metric"]
 
     @property
     def value(self) -> float:
-        """After minus before."""
+        """After minus before, in the metric's unit."""
         return self.after["value"] - self.before["value"]
 
     @property
-    def stderr(self) -> float | None:
-        """One standard error of ``value``: over pairs, else sqrt(se1² + se2²), or None if either is unknown."""
-        if self.paired_stderr is not None:
-            return self.paired_stderr
-        before, after = self.before["stderr"], self.after["stderr"]
-        return None if before is None or after is None else math.hypot(before, after)
+    def _judged(self) -> tuple[float, float | None]:
+        """The difference that is judged, of logarithms for perplexities, and its standard error.
+
+        The error is over pairs, else sqrt(se1² + se2²), or None if either is unknown.
+        """
+        before, after, pair = self.before, self.after, self.pair
+        if not is_ratio_scale(self.metric):
+            return self.value, _hypot([before["stderr"], after["stderr"]]) if pair is None else pair["stderr"]
+        log_ratio = math.log(after["value"] / before["value"])
+        # Reports by earlier versions, from which a finished run's table is printed, have no errors of log ratios.
+        if pair is not None and "log_ratio_stderr" in pair:
+            return log_ratio, pair["log_ratio_stderr"]
+        relative = [None if r["stderr"] is None else r["stderr"] / r["value"] for r in (before, after)]
+        return log_ratio, _hypot(relative)
 
     @property
     def verdict(self) -> Verdict:
         """The conclusion, by the rule at the top of this module."""
         if math.isclose(self.before["value"], self.after["value"], rel_tol=ROUNDING):
             return Verdict.SAME
-        if self.stderr is None:
+        value, stderr = self._judged
+        if stderr is None:
             return Verdict.UNKNOWN
-        too_few = self.changed is not None and self.changed < FEWEST_CHANGED
+        too_few = self.pair is not None and self.pair["changed"] < FEWEST_CHANGED
         # Written with "not" so that a NaN counts as noise.
-        if too_few or not abs(self.value) > 2 * self.stderr:
+        if too_few or not abs(value) > critical_value(self.contenders, self._degrees_of_freedom) * stderr:
             return Verdict.NOISE
-        improvement = self.value * direction(self.after["metric"])
+        improvement = value * direction_of(self.after)
         return Verdict.CHANGED if improvement == 0 else Verdict.BETTER if improvement > 0 else Verdict.WORSE
+
+    @property
+    def _degrees_of_freedom(self) -> int | None:
+        if self.pair is not None:
+            return self.pair.get("clusters", self.pair["n"]) - 1
+        numbers = [result["n"] for result in (self.before, self.after) if result["n"] is not None]
+        return min(numbers) - 1 if numbers else None
+
+    def text(self, with_error: bool = True) -> str:
+        """Formats the difference: ``−0.5 ± 2.1 points``, or ``−12.3 ± 0.4 %`` for a perplexity."""
+        value, stderr = self._judged
+        format_ = relative_change if is_ratio_scale(self.metric) else partial(signed, self.metric)
+        return format_(value, stderr if with_error else None)
 
     @property
     def mark(self) -> str:
@@ -89,10 +120,20 @@ class Difference:
         return MARKS.get(self.verdict, "")
 
 
+def _hypot(errors: Sequence[float | None]) -> float | None:
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def direction_of(result: Result) -> int:
+    """Returns +1 if higher is better, -1 if lower is better, 0 if that is not known."""
+    return direction(result["metric"], result.get("higher_is_better"))
+
+
 def leader(results: Sequence[Result | None]) -> Result | None:
     """Returns the best result, however small its lead; None for an unknown direction or fewer than two results."""
     present = [result for result in results if result is not None]
-    sign = direction(present[0]["metric"]) if present else 0
+    sign = direction_of(present[0]) if present else 0
     return max(present, key=lambda result: sign * result["value"]) if sign and len(present) > 1 else None
 
 
@@ -112,8 +153,12 @@ class PairedDifference(TypedDict):
     task: str
     metric: str
     difference: float
-    stderr: float | None  # one standard error, over pairs of documents
+    stderr: float | None  # one standard error, over pairs of documents or over clusters of them
+    log_ratio_stderr: NotRequired[
+        float | None
+    ]  # the same of log(score / other score); null unless they are perplexities
     n: int
+    clusters: NotRequired[int]  # of the documents; n if the documents name none
     changed: int  # documents on which the two models' values differ
 
 
@@ -125,6 +170,7 @@ class _DocumentScores:
     documents: str  # identifies the documents
     samples: list[Any]
     influences: list[float]
+    clusters: list[str]  # of every document; all different if the documents name none
 
 
 def compared_models(models: Iterable[ScoredModel]) -> Iterator[tuple[ScoredModel, ScoredModel]]:
@@ -161,6 +207,8 @@ def _paired_difference(
     second: _DocumentScores,
 ) -> PairedDifference:  # fmt: skip
     moved = [y - x for x, y in zip(first.influences, second.influences, strict=True)]
+    # The influence on a logarithm is the influence over the value.
+    log_moved = [y / second.value - x / first.value for x, y in zip(first.influences, second.influences, strict=True)]
     return PairedDifference(
         run=after[0],
         target=after[1],
@@ -169,8 +217,10 @@ def _paired_difference(
         task=task_metric[0],
         metric=task_metric[1],
         difference=second.value - first.value,
-        stderr=standard_error(moved),
+        stderr=standard_error(moved, first.clusters),
+        log_ratio_stderr=standard_error(log_moved, first.clusters) if is_ratio_scale(task_metric[1]) else None,
         n=len(moved),
+        clusters=len(set(first.clusters)),
         changed=sum(x != y for x, y in zip(first.samples, second.samples, strict=True)),
     )
 
@@ -183,7 +233,8 @@ def _document_scores(run: RunArtifacts, target: str) -> Iterator[tuple[str, str,
         task, metric, value = row["task"], row["metric"], row["value"]
         documents, samples = _samples_of(kept.get(task, {}), metric)
         if samples and math.isclose(value_of(metric, samples), value, rel_tol=1e-6):
-            yield task, metric, _DocumentScores(value, documents, samples, influences(metric, samples))
+            clusters = _clusters_of(kept[task], metric)
+            yield task, metric, _DocumentScores(value, documents, samples, influences(metric, samples), clusters)
 
 
 def _samples_of(tasks: Mapping[str, Samples], metric: str) -> tuple[str, list[Any]]:
@@ -194,3 +245,12 @@ def _samples_of(tasks: Mapping[str, Samples], metric: str) -> tuple[str, list[An
     found = [sample for samples in tasks.values() for sample in samples["metrics"].get(metric, [None])]
     documents = " ".join(samples["documents"] for samples in tasks.values())
     return documents, found if all(is_sample(metric, sample) for sample in found) else []
+
+
+def _clusters_of(tasks: Mapping[str, Samples], metric: str) -> list[str]:
+    """Returns the cluster of every document of one task, or of all tasks of a group."""
+    return [
+        f"{task} {cluster}"
+        for task, samples in tasks.items()
+        for cluster in samples.get("clusters", range(len(samples["metrics"][metric])))
+    ]

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.report.curves import base_loss, curves, perplexity
 from pipeline.report.differences import Difference, Verdict, leader
 from pipeline.report.markup import escape
 from pipeline.report.metrics import (
     PERPLEXITIES,
-    SHARES,
     TARGET_NAMES,
+    base_metric,
     count,
+    is_share,
     number,
     preferred,
-    signed,
     significant,
     task_name,
 )
 from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
+from pipeline.report.significance import LEVEL
 
 SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns about the scale
 
@@ -30,7 +31,7 @@ def primary_metrics(scores: Scores) -> list[tuple[str, str]]:
     tasks: dict[str, list[str]] = {}
     for task, metric in scores.task_metrics():
         tasks.setdefault(task, []).append(metric)
-    return [(task, preferred(metrics)) for task, metrics in tasks.items()]
+    return [(task, preferred(metrics, task)) for task, metrics in tasks.items()]
 
 
 def title(runs: Sequence[RunArtifacts]) -> str:
@@ -68,8 +69,8 @@ def _run_headline(run: RunArtifacts, scores: Scores) -> str:
         for task_metric in primary_metrics(scores)
         if (difference := _difference(scores, run.name, "load", last, task_metric)) is not None
     ]
-    texts = [d for d in differences if d.after["metric"] in PERPLEXITIES]
-    others = [outcome(d) for d in differences if d.after["metric"] not in PERPLEXITIES]
+    texts = [d for d in differences if base_metric(d.metric) in PERPLEXITIES]
+    others = [outcome(d) for d in differences if base_metric(d.metric) not in PERPLEXITIES]
     # If no text was scored, the training loop's own held-out loss takes its place.
     sentences = [_text_sentence(run, last, d) for d in texts] or _curve_sentence(run)
     if others:
@@ -122,8 +123,8 @@ def outcome(difference: Difference) -> str:
     """Returns, for example, ``general-English minimal pairs 81.4 % → 80.9 % (−0.5 points, within noise)``."""
     metric, task = difference.after["metric"], difference.after["task"]
     before, after = number(metric, difference.before["value"]), number(metric, difference.after["value"])
-    what = escape(task_name(task)) + ("" if metric in SHARES else f", {_spoken(metric)}")
-    change = "" if difference.verdict is Verdict.SAME else f"{signed(metric, difference.value, None)}, "
+    what = escape(task_name(task)) + ("" if is_share(metric) else f", {_spoken(metric)}")
+    change = "" if difference.verdict is Verdict.SAME else f"{difference.text(with_error=False)}, "
     return f"{what} {before} → {after} ({change}{difference.verdict})"
 
 
@@ -165,9 +166,9 @@ def _lead_sentence(scores: Scores, first: Result, line: Sequence[Result | None],
         f"{escape(names[first['run']])} has the best {_spoken(metric)} on {where} ({number(metric, first['value'])})"
     )
     if scores.best(line) is first:
-        return f"{ahead}, ahead of all others by more than two standard errors."
+        return f"{ahead}, significantly ahead of all others."
     others = [result for result in line if result is not None and result is not first]
-    verdicts = {result["run"]: scores.difference(result, first).verdict for result in others}
+    verdicts = {result["run"]: scores.difference(result, first, len(others) + 1).verdict for result in others}
     if Verdict.UNKNOWN in verdicts.values():
         return f"{ahead}, but without standard errors this lead may be noise."
     rivals = [names[run] for run, verdict in verdicts.items() if verdict is not Verdict.BETTER]
@@ -181,9 +182,11 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     """Returns sentences about what must not be concluded from the report's numbers."""
     return [
         _seed_caveat(runs),
-        "A difference counts if it exceeds two of its standard errors and at least six documents changed. Both models "
-        "are scored on the same documents, so the standard error is taken over pairs of them and can be far smaller "
-        "than the errors of the two scores. About one in twenty differences without a real effect still counts.",
+        "A difference counts if it is significant at the level of 5 % (two-sided t test; 2.0 standard errors for many "
+        "documents) and at least six documents changed. Both models are scored on the same documents, so the standard "
+        "error is taken over pairs of them, or over clusters where documents name theirs, and can be far smaller than "
+        "the errors of the two scores. Perplexities are compared by the logarithm of their ratio.",
+        _number_of_comparisons(runs, scores),
         *_unpaired_caveats(scores),
         *_data_caveats(runs),
         *_size_caveats(runs),
@@ -191,6 +194,31 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
         *_comparison_caveats(runs),
         *_evaluation_caveats(runs, scores),
     ]
+
+
+def _number_of_comparisons(runs: Sequence[RunArtifacts], scores: Scores) -> str:
+    """Says how many comparisons there are, and how many of them would count without any effect."""
+    verdicts = [verdict for run in runs for verdict in _verdicts_against_base(scores, run.name)]
+    counted = sum(verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.CHANGED) for verdict in verdicts)
+    text = (
+        f"{counted} of {len(verdicts)} comparisons with the base count; about {LEVEL * len(verdicts):.1f} would "
+        "without any real effect."
+    )
+    if len(runs) < 3:
+        return text
+    return (
+        f"{text} Differences from the best of several methods are judged by Tukey's studentized range, since the best "
+        "is chosen after looking: for each task, one of them counts without a real effect in one of twenty cases."
+    )
+
+
+def _verdicts_against_base(scores: Scores, run: str) -> Iterator[Verdict]:
+    for task_metric in scores.task_metrics():
+        base = scores.get(run, "load", task_metric)
+        for target in scores.all_targets(run):
+            result = scores.get(run, target, task_metric)
+            if base is not None and result is not None and target != "load":
+                yield scores.difference(base, result).verdict
 
 
 def _seed_caveat(runs: Sequence[RunArtifacts]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
-SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1", "mc1", "mc2"})
-LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss"})
+_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em", "f1", "mc1", "mc2"})
+_LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss"})
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+_RATIO_SCALE = frozenset({"perplexity", "word_perplexity", "byte_perplexity"})  # exponentials of what is averaged
 TARGET_NAMES = {"load": "base", "expand": "expanded", "pretrain": "pre-trained", "sft": "tuned"}
 TASK_NAMES = {
     "held_out_text": "held-out corpus text",
@@ -16,6 +18,8 @@ TASK_NAMES = {
     "held_out_instruction_loss": "held-out conversations",
 }
 _PREFERRED = (*PERPLEXITIES, "acc", "exact_match", "acc_norm")
+# The tasks that the Open LLM Leaderboard, by which LLaMA Pro and others are compared, scores by acc_norm.
+_SCORED_BY_ACC_NORM = frozenset({"arc_challenge", "hellaswag"})
 
 
 def task_name(task: str) -> str:
@@ -32,40 +36,97 @@ def target_name(target: str) -> str:
     return f"{TARGET_NAMES[stage]}, {share} %" if share else TARGET_NAMES[stage]
 
 
-def direction(metric: str) -> int:
-    """Returns +1 if higher is better, -1 if lower is better, 0 if the metric is not known here."""
-    if metric in SHARES:
+def base_metric(metric: str) -> str:
+    """Returns a metric's name without lm-eval's filter: ``exact_match`` for ``exact_match (strict-match)``."""
+    return metric.partition(" (")[0]
+
+
+def is_share(metric: str) -> bool:
+    """Returns whether a metric is a fraction of documents, which is printed in percent."""
+    name = base_metric(metric)
+    return name in _SHARES or re.fullmatch(r"pass(@|_at_)\d+", name) is not None
+
+
+def is_ratio_scale(metric: str) -> bool:
+    """Returns whether a metric is a perplexity. Logarithms of perplexities are compared and have symmetric errors."""
+    return base_metric(metric) in _RATIO_SCALE
+
+
+def direction(metric: str, higher_is_better: bool | None = None) -> int:
+    """Returns +1 if higher is better, -1 if lower is better, 0 if neither the task nor this module knows.
+
+    Args:
+        metric: its name.
+        higher_is_better: what the task declares.
+    """
+    if higher_is_better is not None:
+        return 1 if higher_is_better else -1
+    if is_share(metric):
         return 1
-    return -1 if metric in LOWER_IS_BETTER else 0
+    return -1 if base_metric(metric) in _LOWER_IS_BETTER else 0
 
 
-def preferred(metrics: list[str]) -> str:
+def preferred(metrics: list[str], task: str = "") -> str:
     """Returns the main metric of a task, which sentences and plots use."""
-    return min(metrics, key=lambda metric: _PREFERRED.index(metric) if metric in _PREFERRED else len(_PREFERRED))
+    order = ("acc_norm", *_PREFERRED) if task in _SCORED_BY_ACC_NORM else _PREFERRED
+    names = [base_metric(metric) for metric in metrics]
+    return metrics[min(range(len(names)), key=lambda i: order.index(names[i]) if names[i] in order else len(order))]
 
 
 def number(metric: str, value: float) -> str:
     """Formats a value: shares in percent with one decimal, other metrics with four significant digits."""
-    return f"{100 * value:.1f} %" if metric in SHARES else significant(value)
+    return f"{100 * value:.1f} %" if is_share(metric) else significant(value)
+
+
+def interval(metric: str, value: float, stderr: float | None, factor: float = 1.0) -> tuple[float, float]:
+    """Returns how far an interval of ``factor`` standard errors extends below and above a value.
+
+    It is symmetric for all metrics but perplexities, whose logarithms have symmetric intervals.
+    """
+    error = factor * (stderr or 0.0)
+    if not is_ratio_scale(metric) or value <= 0:
+        return error, error
+    return value * -math.expm1(-error / value), value * math.expm1(error / value)
 
 
 def with_error(metric: str, value: float, stderr: float | None) -> str:
-    """Formats a value and one standard error, such as ``81.2 ± 1.1 %``, or ``26.61 ± 0.40`` with two leading digits."""
+    """Formats a value and one standard error: ``81.2 ± 1.1 %``, ``0.902 ± 0.012``; ``26.6 +1.5 −1.4`` for perplexities.
+
+    Errors have two leading digits.
+    """
     if stderr is None:
         return number(metric, value)
-    if metric in SHARES:
+    if is_share(metric):
         return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
     decimals = max(0, 1 - math.floor(math.log10(stderr))) if stderr > 0 else 2
-    return f"{value:,.{decimals}f} ± {stderr:,.{decimals}f}"
+    below, above = (f"{error:,.{decimals}f}" for error in interval(metric, value, stderr))
+    error = f"± {above}" if below == above else f"+{above} −{below}"
+    return f"{value:,.{decimals}f} {error}"
 
 
 def signed(metric: str, value: float, stderr: float | None) -> str:
     """Formats a difference: ``−0.5 ± 2.1 points`` for shares, otherwise with the decimals of its error."""
-    if metric in SHARES:
+    if is_share(metric):
         error = "" if stderr is None else f" ± {100 * stderr:.1f}"
         return f"{100 * value:+.1f}{error} points".replace("-", "−")
-    text = significant(value) if stderr is None else with_error(metric, value, stderr)
+    if stderr is None or stderr == 0:
+        text = significant(value)
+    else:
+        decimals = max(0, 1 - math.floor(math.log10(stderr)))
+        text = f"{value:,.{decimals}f} ± {stderr:,.{decimals}f}"
     return f"+{text}" if value >= 0 else text.replace("-", "−")
+
+
+def relative_change(log_ratio: float, stderr: float | None) -> str:
+    """Formats the logarithm of a ratio and one standard error: ``−12.3 +0.9 −0.8 %``, or ``−12.3 %`` without error."""
+    value = 100 * math.expm1(log_ratio)
+    if stderr is None:
+        return f"{value:+.1f} %".replace("-", "−")
+    below, above = (abs(100 * math.expm1(log_ratio + error) - value) for error in (-stderr, stderr))
+    decimals = max(1, 1 - math.floor(math.log10(above))) if above > 0 else 1
+    errors = (f"{above:,.{decimals}f}", f"{below:,.{decimals}f}")
+    text = f"± {errors[0]}" if errors[0] == errors[1] else f"+{errors[0]} -{errors[1]}"
+    return f"{value:+,.{decimals}f} {text} %".replace("-", "−")
 
 
 def significant(value: float) -> str:

@@ -10,7 +10,7 @@ conversations, which are not comparable with each other, and come with the token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
 from pipeline.report.curves import perplexity
@@ -32,6 +32,7 @@ class Result(TypedDict):
     value: float
     stderr: float | None
     n: int | None
+    higher_is_better: NotRequired[bool | None]  # as the task declares
 
 
 def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
@@ -42,7 +43,9 @@ def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
 def _scores(run: RunArtifacts) -> Iterator[Result]:
     for target in run.scored_targets():
         for row in (run.evaluation(target) or {"rows": []})["rows"]:
-            yield _result(run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"])
+            result = _result(run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"])
+            # Evaluations by earlier versions do not record it.
+            yield Result(**result, higher_is_better=row["higher_is_better"]) if "higher_is_better" in row else result
 
 
 def _held_out_losses(run: RunArtifacts) -> Iterator[Result]:

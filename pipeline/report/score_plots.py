@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.config import MODEL_TARGETS, Target
 from pipeline.report.findings import primary_metrics
-from pipeline.report.metrics import SHARES, TARGET_NAMES, duration, number
+from pipeline.report.metrics import TARGET_NAMES, duration, interval, is_share, number
 from pipeline.report.plot_style import GRAY, TEXT_COLOR, colors, figure
 from pipeline.report.results import Result
 from pipeline.report.runs import TIMED_STAGES, RunArtifacts, is_shared, labels, seconds_by_stage
@@ -72,10 +72,10 @@ def _drawn_targets(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
 
 def _points(axes: Axes, points: Sequence[tuple[float, Result]], color: str, with_values: bool) -> None:
     for x, result in points:
-        error = 2 * (result["stderr"] or 0)
-        axes.errorbar(x, result["value"], yerr=error, fmt="o", color=color, linewidth=1.5, zorder=3)
+        below, above = interval(result["metric"], result["value"], result["stderr"], factor=2)
+        axes.errorbar(x, result["value"], yerr=[[below], [above]], fmt="o", color=color, linewidth=1.5, zorder=3)
         if with_values:
-            place, text = (x, result["value"] + error), number(result["metric"], result["value"])
+            place, text = (x, result["value"] + above), number(result["metric"], result["value"])
             axes.annotate(text, place, xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8.5)
 
 
@@ -90,7 +90,7 @@ def _label_panel(axes: Axes, task_metric: tuple[str, str], targets: Sequence[str
     axes.tick_params(axis="x", length=0, labelsize=8)
     axes.margins(y=0.12)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    if metric in SHARES:
+    if is_share(metric):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.grid(axis="y")
 

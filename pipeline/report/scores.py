@@ -44,18 +44,27 @@ class Scores:
         scored = {target for name, target, _, _ in self._results if name == run}
         return sorted(scored, key=lambda target: Target.parse(target).order)
 
-    def difference(self, before: Result, after: Result) -> Difference:
-        """Returns the difference of two results for one task and metric, with the error over pairs if known."""
+    def difference(self, before: Result, after: Result, contenders: int = 2) -> Difference:
+        """Returns the difference of two results for one task and metric, with the error over pairs if known.
+
+        Args:
+            before: one result.
+            after: the other.
+            contenders: the number of results that one of the two was chosen from as the best.
+        """
         models = (before["run"], before["target"]), (after["run"], after["target"])
-        pair = self._paired.get((*models, after["task"], after["metric"]))
-        return Difference(before, after) if pair is None else Difference(before, after, pair["stderr"], pair["changed"])
+        return Difference(before, after, self._paired.get((*models, after["task"], after["metric"])), contenders)
 
     def mark(self, base: Result | None, result: Result) -> str:
         """Compares a result with the base. Returns one of ``differences.MARKS``; empty for the base itself."""
         return "" if base is None or base is result else self.difference(base, result).mark
 
     def best(self, results: Sequence[Result | None]) -> Result | None:
-        """Returns the result that is better than every other beyond noise, if there is one."""
+        """Returns the result that is better than every other beyond noise, if there is one.
+
+        Each comparison is at the full level: to be chosen in error, a result must win the comparison with one that is
+        at least as good, however many others there are (an intersection-union test).
+        """
         present = [result for result in results if result is not None]
         for result in present:
             others = [other for other in present if other is not result]

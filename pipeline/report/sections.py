@@ -19,7 +19,7 @@ from pipeline.report.scores import Scores
 LEGEND = (
     "± is one standard error over the task's documents. Compared with the base: ▲ better, ▼ worse, ≈ within noise, "
     "= the same value. A **bold** value beats all others of its row beyond noise. A difference is noise unless it "
-    "exceeds two of its standard errors, taken over pairs of documents, and at least six documents changed."
+    "is significant at the level of 5 %, over pairs of documents, and at least six documents changed."
 )
 # What papers report, never in one column with the results of a run: the papers' data and metrics differ. Each entry has
 # the paper, its base model and the config values that identify it, the number of layers after expansion, how the

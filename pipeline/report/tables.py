@@ -19,7 +19,6 @@ from pipeline.report.metrics import (
     memory,
     number,
     scientific,
-    signed,
     significant,
     target_name,
     with_error,
@@ -105,31 +104,35 @@ def difference_table(scores: Scores, run: str) -> Table:
 
 
 def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
-    """Tabulates the difference of every method from the best one. "Within noise" means that the order is open."""
+    """Tabulates the difference of every method from the best one. "Within noise" means that the order is open.
+
+    The best one is chosen after looking at all, which ``significance.critical_value`` corrects for.
+    """
     names = labels(runs)
     rows = []
     for task_metric in scores.task_metrics():
         line = [scores.get(run.name, target, task_metric) for run in runs]
         first = leader(line)
         if first is not None:
-            cells = [_lead_cell(scores, first, result) for result in line]
+            contenders = sum(result is not None for result in line)
+            cells = [_lead_cell(scores, first, result, contenders) for result in line]
             rows.append([escape(task_metric[0]), escape(task_metric[1]), *cells])
     return Table(["task", "metric", *(escape(names[run.name]) for run in runs)], rows, text_columns=2)
 
 
-def _lead_cell(scores: Scores, first: Result, result: Result | None) -> str:
+def _lead_cell(scores: Scores, first: Result, result: Result | None, contenders: int) -> str:
     if result is first:
         return f"{number(result['metric'], result['value'])} leads"
-    return _difference_cell(scores, first, result)
+    return _difference_cell(scores, first, result, contenders)
 
 
-def _difference_cell(scores: Scores, before: Result | None, after: Result | None) -> str:
+def _difference_cell(scores: Scores, before: Result | None, after: Result | None, contenders: int = 2) -> str:
     if before is None or after is None:
         return MISSING
-    difference = scores.difference(before, after)
+    difference = scores.difference(before, after, contenders)
     if difference.verdict is Verdict.SAME:
         return emphasis(Verdict.SAME.value)
-    text = f"{signed(after['metric'], difference.value, difference.stderr)}, {difference.verdict}"
+    text = f"{difference.text()}, {difference.verdict}"
     return text if difference.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.CHANGED) else emphasis(text)
 
 

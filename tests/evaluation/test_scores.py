@@ -55,15 +55,24 @@ def _results() -> dict[str, Any]:
         "group_subtasks": {"suite": ["one", "two"], "bare": ["one", "two"], "one": []},
         "n-samples": {"one": {"original": 9, "effective": 4}, "two": {"original": 8, "effective": 8}},
         "samples": {
-            "one": [{"metrics": ["acc"], "acc": 1.0}, {"metrics": ["acc"], "acc": np.int64(0)}],
-            "two": [{"metrics": ["exact_match"], "exact_match": np.float64(1.0)}],
+            "one": [
+                {"metrics": ["acc"], "acc": 1.0, "filter": "none"},
+                {"metrics": ["acc"], "acc": np.int64(0), "filter": "none"},
+            ],
+            "two": [{"metrics": ["exact_match"], "exact_match": np.float64(1.0), "filter": "strict"}],
         },
+        "configs": {"one": {"metadata": {"version": 1}}, "two": {}},
+        "higher_is_better": {"one": {"acc": True}, "two": {"exact_match": True}},
     }
 
 
 def test_scores_of_tasks_and_groups() -> None:
-    assert scores_of("one", _results()) == [{"task": "one", "metric": "acc", "value": 0.25, "stderr": 0.2, "n": 4}]
-    assert scores_of("suite", _results()) == [{"task": "suite", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 12}]
+    assert scores_of("one", _results()) == [
+        {"task": "one", "metric": "acc", "value": 0.25, "stderr": 0.2, "n": 4, "higher_is_better": True}
+    ]
+    assert scores_of("suite", _results()) == [
+        {"task": "suite", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 12, "higher_is_better": None}
+    ]
 
 
 def test_a_group_without_its_own_scores_has_those_of_its_tasks() -> None:
@@ -87,12 +96,36 @@ def test_samples_keep_the_values_per_document_under_the_names_of_scores() -> Non
 
     strict = [sample("a", "strict", 1.0), sample("b", "strict", np.int64(0))]
     both = [*strict, sample("a", "none", 1), sample("b", "none", 1)]
-    kept = kept_samples({"one": both, "other": both[:1]})
+    kept = kept_samples({"one": both, "other": both[:1]}, {"configs": {}})
     assert kept["one"]["metrics"] == {"em (strict)": [1.0, 0.0], "em": [1.0, 1.0]}
-    assert kept["one"]["documents"] == kept_samples({"two": both[2:]})["two"]["documents"]
+    assert kept["one"]["documents"] == kept_samples({"two": both[2:]}, {"configs": {}})["two"]["documents"]
     assert kept["one"]["documents"] != kept["other"]["documents"]
 
 
 def test_the_standard_error_of_a_mean_is_the_sample_deviation_over_the_root_of_n() -> None:
     numbers = [0.0, 1.0, 1.0, 3.0]
     assert standard_error(influences("acc", numbers)) == pytest.approx(np.std(numbers, ddof=1) / 2)
+
+
+def test_the_error_of_clustered_documents_matches_the_bootstrap_over_clusters() -> None:
+    draw = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(60), 10)
+    values = (draw.normal(0, 0.3, 60)[clusters] + draw.normal(0, 0.3, 600) > 0).astype(float)
+    means = values.reshape(60, 10).mean(axis=1)
+    drawn = [means[draw.integers(0, 60, 60)].mean() for _ in range(4000)]
+    found = standard_error(influences("acc", list(values)), [str(cluster) for cluster in clusters])
+    independent = standard_error(influences("acc", list(values)))
+    assert found == pytest.approx(np.std(drawn), rel=0.06)
+    assert found is not None and independent is not None and found > 1.5 * independent
+
+
+def test_a_task_can_name_the_clusters_of_its_documents() -> None:
+    results = _results()
+    results["results"]["one"] |= {"acc,none": 0.5}
+    results["configs"]["one"]["metadata"]["cluster"] = "template"
+    rows = [{"metrics": ["acc"], "acc": float(i < 4), "filter": "none", "doc": {"template": i // 2}} for i in range(8)]
+    results["samples"]["one"] = rows
+    (row,) = scores_of("one", results)
+    assert row["stderr"] == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)  # of four clusters, not of eight documents
+    kept = kept_samples({"one": [row | {"doc_hash": str(i)} for i, row in enumerate(rows)]}, results)
+    assert kept["one"]["clusters"] == ["0", "0", "1", "1", "2", "2", "3", "3"]

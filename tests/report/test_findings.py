@@ -93,7 +93,7 @@ def test_a_sweep_names_the_leader_and_the_runs_within_noise_of_it(tmp_path: Path
     assert first == "LESA has the best word perplexity on held-out corpus text (26.00), but within noise of LLaMA Pro."
     alone = [runs[0], runs[2]]
     first = lead_findings(Scores(collect_results(alone)), alone, "pretrain")[0]
-    assert first.endswith("(26.00), ahead of all others by more than two standard errors.")
+    assert first.endswith("(26.00), significantly ahead of all others.")
 
 
 def test_a_sweep_without_standard_errors_claims_no_lead(tmp_path: Path) -> None:

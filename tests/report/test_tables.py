@@ -60,8 +60,8 @@ def test_methods_with_different_bases_are_shown_without_a_base_column(tmp_path: 
 
 def test_differences_are_followed_by_their_verdict(tmp_path: Path) -> None:
     content = tables.difference_table(Scores(collect_results([finished_run(tmp_path)])), "quickstart")
-    assert _cells(content, 0)["pre-training"] == "−23.40 ± 0.57, better"
-    assert _cells(content, 0)["base to pre-trained"] == "−8.40 ± 0.57, better"
+    assert _cells(content, 0)["pre-training"] == "−46.80 +0.91 −0.90 %, better"
+    assert _cells(content, 0)["base to pre-trained"] == "−24.0 ± 1.4 %, better"
     assert _cells(content, 2)["base to pre-trained"] == "*−0.5 ± 2.1 points, within noise*"
 
 
@@ -82,7 +82,7 @@ def test_the_lead_table_shows_differences_from_the_best_value(tmp_path: Path) ->
     runs = [finished_run(tmp_path, name, name, scores=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.02))]
     content = tables.lead_table(Scores(collect_results(runs)), runs, "pretrain")
     assert _cells(content, 0)["LESA"] == "26.60 leads"
-    assert _cells(content, 0)["copying"] == "*+0.53 ± 0.57, within noise*"
+    assert _cells(content, 0)["copying"] == "*+2.0 +2.2 −2.1 %, within noise*"
     assert _cells(content, 1)["copying"].endswith("leads")
 
 
