@@ -12,7 +12,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from uuid import uuid4
 
 from pipeline.errors import TrainingFailure, UserError
 
+ABANDONED_SECONDS = 3600.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 # The disk is full, the user's quota is exhausted, or the process's limit on file sizes is reached.
@@ -107,6 +109,18 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}")
 
 
+def remove_abandoned(directory: Path) -> None:
+    """Removes temporary files of processes that were killed, where no lock tells which processes are alive.
+
+    A temporary file exists for milliseconds, so one that is ``ABANDONED_SECONDS`` old is nobody's.
+    """
+    for path in directory.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            with suppress(OSError):  # another process has removed it, or it is another user's
+                if time.time() - path.lstat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Swaps two existing paths in one atomic step.
 
@@ -181,6 +195,29 @@ def sha256_file(path: Path | str) -> str:
     """Returns the SHA-256 of a file's content, read in chunks."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(record: Path, files: Iterable[Path]) -> None:
+    """Records the hashes of finished files that a later attempt may use instead of writing them again.
+
+    Args:
+        record: the file to write. A hidden one does not become part of an artifact.
+        files: files in the directory of ``record`` or below.
+    """
+    write_json(record, {str(path.relative_to(record.parent)): sha256_file(path) for path in files})
+
+
+def is_intact(record: Path) -> bool:
+    """Whether all files that ``seal`` recorded still have the same content. Damage is reported once, on stderr."""
+    sealed: dict[str, str] | None = read_record(record, lambda value: isinstance(value.items(), Iterable))
+    if sealed is None:
+        return False
+    for name, expected in sealed.items():
+        path = record.parent / name
+        if not path.is_file() or sha256_file(path) != expected:
+            report_once(f"{path} is missing or damaged")
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------ flushing to disk

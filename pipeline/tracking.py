@@ -62,13 +62,22 @@ class Tracker:
         config: the stage's settings, shown in W&B.
         resume_after: the step after which a restarted stage resumes. Existing lines of later steps are removed. If
             None, all existing lines are removed.
+        saved: an intact copy of the log up to that step, which replaces the existing lines.
     """
 
     def __init__(
-        self, target: TrackingTarget, directory: Path, config: Mapping[str, Any], resume_after: int | None = None
+        self,
+        target: TrackingTarget,
+        directory: Path,
+        config: Mapping[str, Any],
+        resume_after: int | None = None,
+        saved: Path | None = None,
     ) -> None:
         self._path = directory / METRICS_FILE
-        _drop_lines_after(self._path, resume_after)
+        if saved is None:
+            _drop_lines_after(self._path, resume_after)
+        else:
+            _restore(self._path, saved)
         self._stream = open(self._path, "a", buffering=1)  # line by line, because the driver reads it during training
         self._run = _start_run(target, config)
 
@@ -108,6 +117,16 @@ def _drop_lines_after(path: Path, step: int | None) -> None:
     kept = [] if step is None else [line for line in read_metrics(path) if line["step"] <= step]
     temporary = temporary_path(path)
     temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _restore(path: Path, saved: Path) -> None:
+    """Replaces a log by a copy. Reports lines that differ from the copy, as a power cut or a failing disk leaves."""
+    content = saved.read_bytes()
+    if not path.exists() or not path.read_bytes().startswith(content):
+        report_once(f"{path} is damaged and is restored from {saved}")
+    temporary = temporary_path(path)
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

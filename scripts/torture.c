@@ -1,19 +1,21 @@
 /* Faults in system calls on files below a directory, for scripts/torture. Loaded with LD_PRELOAD.
  *
  * TORTURE_CONTROL names a file that all processes map. While `call` is set, every call of that kind on a file below
- * `directory` is counted, and the one that brings `remaining` to 0 fails with `error`, or writes half of its bytes if
- * `error` is 0. The real-time clock is shifted by `clock_shift` seconds.
+ * `directory` is counted, and the one that brings `remaining` to 0 fails with `error`, writes half of its bytes if
+ * `error` is 0, or kills the process if `error` is -1. The real-time clock is shifted by `clock_shift` seconds.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -38,7 +40,8 @@ __attribute__((constructor)) static void map_control(void) {
 static int is_below(const char *path) {
     char directory[4096];
     if (path && path[0] != '/') path = getcwd(directory, sizeof directory);
-    return path && strncmp(path, control->directory, strlen(control->directory)) == 0;
+    size_t length = strlen(control->directory);
+    return path && strncmp(path, control->directory, length) == 0 && (path[length] == '/' || path[length] == 0);
 }
 
 static int is_descriptor_below(int fd) {
@@ -55,6 +58,7 @@ static int is_chosen(int call) {
     atomic_fetch_add(&control->seen[call], 1);
     if (atomic_load(&control->call) != call || atomic_fetch_sub(&control->remaining, 1) != 1) return 0;
     atomic_store(&control->injected, 1);
+    if (control->error == -1) kill(getpid(), SIGKILL);
     return 1;
 }
 
@@ -75,6 +79,19 @@ ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
         size = (size + 1) / 2;
     }
     return REAL(pwrite64)(fd, data, size, offset);
+}
+
+ssize_t sendfile64(int to, int from, off64_t *offset, size_t size) {
+    if (control && is_descriptor_below(to) && is_chosen(WRITE)) {
+        if (control->error) { errno = control->error; return -1; }
+        size = (size + 1) / 2;
+    }
+    return REAL(sendfile64)(to, from, offset, size);
+}
+
+int posix_fallocate64(int fd, off64_t offset, off64_t size) { /* returns the error, and cannot be short */
+    if (control && is_descriptor_below(fd) && is_chosen(WRITE) && control->error) return control->error;
+    return REAL(posix_fallocate64)(fd, offset, size);
 }
 
 int fsync(int fd) {

@@ -18,7 +18,15 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
-from pipeline.files import disk_errors_as_user_errors, read_json, write_json
+from pipeline.files import (
+    disk_errors_as_user_errors,
+    is_intact,
+    read_json,
+    remove_abandoned,
+    seal,
+    temporary_path,
+    write_json,
+)
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import ShardWriter
 
@@ -30,6 +38,36 @@ def test_json_is_replaced_atomically(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"new": 2})
     assert read_json(tmp_path / "a.json") == {"new": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_only_old_temporary_files_are_abandoned(tmp_path: Path) -> None:
+    written, link = temporary_path(tmp_path / "keys.json"), temporary_path(tmp_path / "load")
+    young, other = temporary_path(tmp_path / "keys.json"), tmp_path / ".load.notes"
+    for path in (written, young, other):
+        path.touch()
+    link.symlink_to("nowhere")
+    for path in (written, link, other):
+        os.utime(path, (0, time.time() - 7200.0), follow_symlinks=False)
+    remove_abandoned(tmp_path)
+    assert set(tmp_path.iterdir()) == {young, other}
+
+
+@pytest.mark.parametrize("damaged", ["weights", "inner/log", ".sealed"])
+def test_damage_to_a_sealed_file_is_noticed(tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "inner").mkdir()
+    files = [tmp_path / "weights", tmp_path / "inner" / "log"]
+    for file in files:
+        file.write_text(f"content of {file.name}")
+    assert not is_intact(tmp_path / ".sealed")
+    seal(tmp_path / ".sealed", files)
+    assert is_intact(tmp_path / ".sealed") and capsys.readouterr().err == ""
+    content = bytearray((tmp_path / damaged).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / damaged).write_bytes(content)
+    assert not is_intact(tmp_path / ".sealed")
+    assert "damaged" in (line := capsys.readouterr().err) or "cannot be used" in line
+    (tmp_path / damaged).unlink()
+    assert not is_intact(tmp_path / ".sealed")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -151,6 +152,8 @@ class Lock:
             ended.set()
             heartbeat.join()
             with suppress(OSError):  # the work is done, and the next process recognizes that this one has ended
+                self._remove_leftovers()
+            with suppress(OSError):
                 self._rename(self.me.name, FREE)
 
     def confirm(self) -> None:
@@ -187,16 +190,26 @@ class Lock:
         if self._entries():
             return
         new = temporary_path(self.directory)
-        new.mkdir(parents=True)
-        (new / FREE).touch()
         try:
+            new.mkdir(parents=True)
+            (new / FREE).touch()
             # This replaces an empty directory, and fails if another process has created or repaired it meanwhile.
             os.rename(new, self.directory)
         except OSError as error:
-            (new / FREE).unlink()
-            new.rmdir()
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            shutil.rmtree(new, ignore_errors=True)
+            # ENOENT: the holder has removed it, see ``_remove_leftovers``.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
+
+    def _remove_leftovers(self) -> None:
+        """Removes what processes that were killed while creating the lock left. Only its holder may do that.
+
+        A living process may be creating the lock too. It needs its directory no more: its rename would fail, because
+        the lock exists.
+        """
+        if self.me.name in self._entries():
+            for leftover in self.directory.parent.glob(f".{self.directory.name}.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _foreign(self, rule: str) -> UserError:
         return UserError(

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,17 +165,15 @@ class Artifact:
         if self._old.exists() and not self.path.exists():
             os.replace(self._old, self.path)
         _discard(self._old)
-        for aside in (self._old, self.partial):
-            for leftover in self.path.parent.glob(f".{aside.name}.*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        for replaced in (self._old, self.partial, self._rebuild_marker):
+            _remove_all(self.path.parent.glob(f".{replaced.name}.*"))
 
     def remove(self) -> None:
         """Removes the artifact and what is left of attempts to build it. Only for the lock's holder."""
         for directory in (self.path, self.partial, self._old):
             _discard(directory)
         self._rebuild_marker.unlink(missing_ok=True)
-        for leftover in self.path.parent.glob(f".{self.key}.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_all(self.path.parent.glob(f".{self.key}.*"))
 
     def _readable_manifest(self) -> dict[str, Any] | None:
         manifest: dict[str, Any] | None = read_record(self.path / MANIFEST, _lists_files)
@@ -217,7 +215,11 @@ def _discard(directory: Path) -> None:
 
 
 def _remove_hidden(directory: Path) -> None:
-    for path in sorted(directory.rglob(".*"), reverse=True):  # children before their parents
+    _remove_all(sorted(directory.rglob(".*"), reverse=True))  # children before their parents
+
+
+def _remove_all(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

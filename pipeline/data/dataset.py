@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,13 +12,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from pipeline.config import Tokenize
-from pipeline.data.blocks import BlockWriter, DocumentPacker, ExamplePacker, Ids, State
+from pipeline.data.blocks import COLUMN_DTYPES, BlockWriter, DocumentPacker, ExamplePacker, Ids, State
 from pipeline.data.chat import TokenizedConversation
 from pipeline.data.records import SPLITS, Conversation, Split
-from pipeline.files import read_record, report_once, write_json
+from pipeline.files import read_record, report_once, sha256_json, write_json
 
 HELD_OUT_FILE = "held_out.jsonl"
+CHUNK_BYTES = 2**20  # at a time
 
 
 class DatasetWriter:
@@ -98,11 +102,46 @@ class DatasetWriter:
         self._files.__exit__(kind, error, trace)
 
 
+class _GrowingFile:
+    """The running hash of a file to which data is appended. The header of an array is left out, since it changes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._hash, self._end = hashlib.sha256(), 0
+
+    def resume(self, end: int, expected: str) -> bool:
+        """Hashes the file up to ``end``. Returns whether its hash is as expected."""
+        try:
+            self._read(end)
+        except OSError:
+            return False
+        return (self._end, self._hash.hexdigest()) == (end, expected)
+
+    def hashed(self) -> tuple[int, str]:
+        """Hashes what was appended. Returns the size of the file and its hash."""
+        self._read(self.path.stat().st_size)
+        return self._end, self._hash.hexdigest()
+
+    def _read(self, end: int) -> None:
+        with open(self.path, "rb") as stream:
+            if not self._end and self.path.suffix == ".npy":
+                np.lib.format.read_magic(stream)
+                np.lib.format.read_array_header_1_0(stream)
+                self._end = stream.tell()
+            stream.seek(self._end)
+            while chunk := stream.read(min(CHUNK_BYTES, end - self._end)):
+                self._hash.update(chunk)
+                self._end += len(chunk)
+
+
 class TokenizeCheckpoint:
     """The progress of tokenization, saved regularly next to the output so that a killed attempt loses only seconds.
 
     Hashes of the examples seen are appended to a separate file, since they can take gigabytes. Everything else is a few
     kilobytes of JSON, which is replaced atomically after the hashes have been written.
+
+    The checkpoint has hashes of all files as they were when it was saved. If one has been damaged since, tokenizing
+    starts over.
 
     Args:
         directory: the partial directory of the artifact; the checkpoint is a directory inside it.
@@ -116,12 +155,28 @@ class TokenizeCheckpoint:
         self._directory = directory / "checkpoint"
         self._directory.mkdir(exist_ok=True)
         self._state_file, self._hashes_file = self._directory / "progress.json", self._directory / "hashes.uint64"
+        blocks = [directory / f"{split}.{name}.npy" for split in SPLITS for name in COLUMN_DTYPES]
+        self._files = [_GrowingFile(path) for path in (*blocks, directory / HELD_OUT_FILE, self._hashes_file)]
         self.state: State | None = None
         self.hashes = array("Q")
         self._saved_hashes = 0
         state = read_record(self._state_file, lambda value: isinstance(value["hashes"], int) and value["blocks"])
-        if state is not None:
+        if state is not None and (damaged := self._damaged(state)) is not None:
+            report_once(f"{damaged} is damaged: tokenizing restarts")
+        elif state is not None:
             self._load(state)
+
+    def _damaged(self, state: State) -> Path | None:
+        """Returns a file that is not as it was when the state was saved, or None."""
+        if "files" not in state:  # of an earlier version
+            return None
+        if state.pop("sha256", None) != sha256_json(state):
+            return self._state_file
+        for file in self._files:
+            if not file.resume(*state["files"][file.path.name]):
+                self._files = [_GrowingFile(each.path) for each in self._files]
+                return file.path
+        return None
 
     def _load(self, state: State) -> None:
         hashes = array("Q")
@@ -144,7 +199,9 @@ class TokenizeCheckpoint:
             os.fsync(stream.fileno())
         self._saved_hashes += len(new_hashes)
         del new_hashes[:]
-        write_json(self._state_file, {"hashes": self._saved_hashes, **state})
+        files = {file.path.name: file.hashed() for file in self._files}
+        content = {"hashes": self._saved_hashes, **state, "files": files}
+        write_json(self._state_file, {**content, "sha256": sha256_json(content)})
 
     def remove(self) -> None:
         """Removes the checkpoint of a finished dataset."""

@@ -22,7 +22,7 @@ from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, forced, select_nodes
 from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import read_record, temporary_path, write_json
+from pipeline.files import read_record, remove_abandoned, temporary_path, write_json
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
@@ -47,6 +47,8 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
     """
     selected = select_nodes(nodes, run.stages)
     record_keys(run, selected)
+    for directory in {(Path(run.output_dir) / run.name / name).parent for name in selected}:
+        remove_abandoned(directory)
     redo = forced(selected, run.force)
     seconds = {}
     for name, node in selected.items():

@@ -30,7 +30,7 @@ from pipeline.evaluation.custom_tasks import CustomTasks, resolve_data_paths
 from pipeline.evaluation.lm import LanguageModel
 from pipeline.evaluation.scores import by_source, kept_samples, scores_of, text_scores
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.files import read_json, read_record, write_json
+from pipeline.files import is_intact, read_json, seal, write_json
 from pipeline.launch.machine import Placement
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math
@@ -71,7 +71,8 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
     folder = job.out / "tasks"
     folder.mkdir(exist_ok=True)
     files = {task: folder / f"{task}.json" for task in settings.tasks}
-    missing = [task for task, file in files.items() if read_record(file, _is_result) is None]
+    seals = {task: folder / f".{task}.sha256" for task in settings.tasks}
+    missing = [task for task in settings.tasks if not is_intact(seals[task])]
     dtype = dtype_of(settings.dtype, job.placement.device)
     if missing:
         torch.set_num_threads(job.placement.threads)
@@ -83,6 +84,7 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
         for task in missing:
             lm.start(f"{job.name} {task}")
             write_json(files[task], _score_task(task, loaded.pop(task), lm, settings))
+            seal(seals[task], [files[task]])
     scored = {task: read_json(file) for task, file in files.items()}
     return {
         "rows": [row for result in scored.values() for row in result["rows"]],
@@ -93,10 +95,6 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
         "seconds": {task: result["seconds"] for task, result in scored.items()},
         "lm_eval": importlib.metadata.version("lm-eval"),
     }
-
-
-def _is_result(value: Any) -> bool:
-    return {"rows", "first_tokens", "seconds"} <= value.keys()
 
 
 def dtype_of(dtype: str, device: str) -> str:

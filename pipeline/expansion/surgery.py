@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import SCRATCH_ON_DISK_BYTES, LayerWeights, NewTensor, Scratch, Workspace, in_memory
-from pipeline.files import disk_errors_as_user_errors, read_record, write_json
+from pipeline.files import disk_errors_as_user_errors, is_intact, read_record, seal, write_json
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
@@ -29,6 +29,7 @@ from pipeline.progress import progress
 
 WEIGHTS_SAVE_SECONDS = 10.0  # how much an interruption can cost, besides the current unit of work
 RECORDS = ".expansion.records.json"  # about the saved tensors; exists while they can be resumed
+WEIGHTS_SEAL = ".expansion.sha256"  # of the finished weights, likewise
 
 MakeTensors = Callable[[list[LayerWeights], LayerPlan, Workspace], Iterator[NewTensor]]
 
@@ -170,12 +171,15 @@ def write_weights(
             # An expansion that took only seconds is not worth waiting for the disk.
             if saver.has_saved:
                 saver.save(work)
+    if saver.has_saved:
+        seal(out / WEIGHTS_SEAL, out.glob("model*.safetensors*"))
     return work
 
 
 def remove_progress_records(out: Path) -> None:
     """Removes the sign that weights in ``out`` can be resumed, once they are verified or known to be wrong."""
-    (out / RECORDS).unlink(missing_ok=True)
+    for name in (RECORDS, WEIGHTS_SEAL):
+        (out / name).unlink(missing_ok=True)
 
 
 class _Saver:
@@ -203,7 +207,7 @@ def _are_records(value: Any) -> bool:
 
 def _is_finished(out: Path, specs: Mapping[str, TensorSpec]) -> bool:
     """Returns whether an earlier attempt that left records had saved all weights before it was interrupted."""
-    if (out / PROGRESS_FILE).exists():
+    if (out / PROGRESS_FILE).exists() or not is_intact(out / WEIGHTS_SEAL):
         return False
     try:
         return ModelDirectory(out, out.glob("model*.safetensors")).specs == specs

@@ -6,6 +6,7 @@ their disk space is allocated before the first tensor is written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import disk_errors_as_user_errors, write_json
+from pipeline.files import disk_errors_as_user_errors, report_once, write_json
 from pipeline.models.tensors import SAFETENSORS_NAMES, TensorSpec
 from pipeline.models.weight_files import INDEX, SINGLE, StoredBytes
 
 MAX_SHARD_BYTES = 5_000_000_000
-PROGRESS_FILE = ".model.kept"  # names of the tensors and parts that survive an interruption, one per line
+HASHED_BYTES = 2**20  # at a time
+# Names of the tensors and parts that survive an interruption, one per line. Behind the name of a tensor, or of the last
+# part of one, is the tensor's hash.
+PROGRESS_FILE = ".model.kept"
 
 
 class ShardWriter:
@@ -56,6 +60,7 @@ class ShardWriter:
         self._directory, self._specs, self._parts = directory, specs, parts or {}
         self._shards = _assign_shards(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard, names in enumerate(self._shards) for name in names}
+        self._stored_of = {part: name for name in specs for part in self._parts.get(name, (name,))}
         self._begin: dict[str, int] = {}
         headers = []
         for names in self._shards:
@@ -116,8 +121,9 @@ class ShardWriter:
         # The data must be on disk before the file that lists it.
         for shard in set(self._unflushed.values()):
             os.fsync(self._files[shard])
+        lines = [self._progress_line(name) for name in self._unflushed]
         with open(self._directory / PROGRESS_FILE, "a") as progress:
-            progress.writelines(f"{name}\n" for name in self._unflushed)
+            progress.writelines(lines)
             progress.flush()
             os.fsync(progress.fileno())
         self._unflushed.clear()
@@ -155,9 +161,34 @@ class ShardWriter:
             with open(self._partial(shard), "rb") as stream:
                 if stream.read(len(header)) != header:
                     return set()
-        # The last line is empty, or a name that an interruption truncated.
-        *names, _truncated = progress.read_text().split("\n")
-        return set(names)
+        # The last line is empty, or one that an interruption truncated.
+        *lines, _truncated = progress.read_text(errors="replace").split("\n")
+        names = set()
+        for line in lines:
+            name, _, digest = line.partition(" ")
+            if (stored := self._stored_of.get(name)) is None:
+                continue  # behind a truncated name
+            if digest and digest != self._hash(stored):
+                report_once(f"{name} in {self._directory} is damaged: all weights are written again")
+                return set()
+            names.add(name)
+        return names
+
+    def _progress_line(self, name: str) -> str:
+        stored = self._stored_of[name]
+        is_complete = self.written.issuperset(self._parts.get(stored, (stored,)))
+        return f"{name} {self._hash(stored)}\n" if is_complete else f"{name}\n"
+
+    def _hash(self, stored: str) -> str:
+        """Returns the hash of a stored tensor, as its file has it."""
+        digest = hashlib.sha256()
+        with open(self._partial(self._shard_of[stored]), "rb") as stream:
+            stream.seek(self._begin[stored])
+            left = self._specs[stored].bytes
+            while left and (chunk := stream.read(min(left, HASHED_BYTES))):
+                digest.update(chunk)
+                left -= len(chunk)
+        return digest.hexdigest()
 
     def _allocate(self, headers: Iterable[bytes]) -> None:
         """Allocates the files at their full size, so that a lack of disk space is detected before any work is done."""

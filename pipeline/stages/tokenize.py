@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Tokenize
-from pipeline.data.dataset import TokenizeCheckpoint
+from pipeline.data.dataset import HELD_OUT_FILE, TokenizeCheckpoint
 from pipeline.data.dataset_builder import DatasetBuilder
 from pipeline.data.sources import expected_bytes
 from pipeline.data.tokenizer import TextTokenizer
-from pipeline.files import fsync_directory, read_record, write_json
+from pipeline.files import fsync_directory, is_intact, read_json, seal, write_json
+from pipeline.models.source import CHAT_TEMPLATE
 from pipeline.progress import progress
 
 DATASET_FILE = "dataset.json"
+FILES = ("*.npy", HELD_OUT_FILE, DATASET_FILE, CHAT_TEMPLATE)
+DATASET_SEAL = ".dataset.sha256"
 
 
 def run(task: StageTask) -> Metrics:
@@ -24,11 +27,14 @@ def run(task: StageTask) -> Metrics:
     """
     assert isinstance(task.settings, Tokenize)
     dataset_file = task.out / DATASET_FILE
-    # The file exists if an earlier attempt was killed after this stage, while the driver was hashing the files.
-    summary: Metrics | None = read_record(dataset_file, lambda value: value["blocks"])
-    if summary is None:
+    # The files exist if an earlier attempt was killed after this stage, while the driver was hashing them.
+    if is_intact(task.out / DATASET_SEAL):
+        summary: Metrics = read_json(dataset_file)
+    else:
         summary = _build(task, task.settings)
         write_json(dataset_file, summary)
+        written = (path for pattern in FILES for path in task.out.glob(pattern))
+        seal(task.out / DATASET_SEAL, written)
     TokenizeCheckpoint(task.out).remove()  # not part of the artifact
     return summary
 

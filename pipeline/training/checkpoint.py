@@ -1,10 +1,10 @@
 """Checkpoints of a training stage: trained master weights, their moments, and progress. No pickle.
 
-A checkpoint is a directory ``step-00000100`` of safetensors shards and ``state.json``. The latter lists every shard
-with its hash, the progress, and what the checkpoint belongs to (base model and data by hash, settings, seed). Frozen
-weights are not saved. Tensors are stored in full under the model's names, so a checkpoint can be loaded with any number
-of ranks and any ZeRO stage. The directory is renamed to its final name after all of its content has been flushed to
-disk, so a checkpoint is either complete or absent.
+A checkpoint is a directory ``step-00000100`` of safetensors shards, a copy of the metrics log and ``state.json``. The
+latter lists every file with its hash, the progress, and what the checkpoint belongs to (base model and data by hash,
+settings, seed). Frozen weights are not saved. Tensors are stored in full under the model's names, so a checkpoint can
+be loaded with any number of ranks and any ZeRO stage. The directory is renamed to its final name after all of its
+content has been flushed to disk, so a checkpoint is either complete or absent.
 
 The data order and the random numbers need no state, since both are functions of (seed, step).
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from pipeline.files import (
     sha256_json,
     write_json,
 )
+from pipeline.tracking import METRICS_FILE
 from pipeline.training.optimizer_state import STATE_KEYS, OptimizerState
 
 SHARD_BYTES = 2**30
@@ -65,13 +66,17 @@ class Checkpoint:
                 return f"{STATE_FILE} does not match its recorded hash"
         except (OSError, ValueError, LookupError, AttributeError) as error:
             return f"{STATE_FILE} is missing or cannot be read ({type(error).__name__})"
-        for name, expected in content["shards"].items():
-            shard = self.path / name
-            if not shard.is_file():
+        for name, expected in {**content["shards"], **content.get("files", {})}.items():
+            file = self.path / name
+            if not file.is_file():
                 return f"{name} is missing"
-            if sha256_file(shard) != expected:
+            if sha256_file(file) != expected:
                 return f"{name} does not match its recorded hash"
         return None
+
+    def metrics_log(self) -> Path | None:
+        """Returns the copy of the metrics log, or None for a checkpoint of an earlier version, which has none."""
+        return self.path / METRICS_FILE if METRICS_FILE in self.content().get("files", {}) else None
 
     def tensors(self) -> CheckpointTensors:
         """Returns all tensors by name, each read from disk on access."""
@@ -136,16 +141,18 @@ def save(
     is_writer: bool,
     keep: int,
     shard_bytes: int = SHARD_BYTES,
+    files: Iterable[Path] = (),
 ) -> int:
     """Saves a checkpoint and removes old ones. Collective: all ranks read the state, and one of them writes it.
 
     Args:
         directory: where checkpoints are saved.
         step: the optimizer step that has just been taken.
-        state: JSON values to be stored in ``state.json`` beside "shards" and "tensors".
+        state: JSON values to be stored in ``state.json`` beside "shards", "tensors" and "files".
         is_writer: whether this rank writes.
         keep: how many of the newest checkpoints to keep, this one included.
         shard_bytes: a shard is written once it holds this many bytes, which bounds the memory used.
+        files: small files to be copied into the checkpoint by the rank that writes.
 
     Returns:
         The checkpoint's size in bytes; 0 on ranks that do not write.
@@ -164,7 +171,8 @@ def save(
         shutil.rmtree(final, ignore_errors=True)  # training only repeats a step if that step's checkpoint is damaged
         partial.mkdir(parents=True)
         shard_of, shards = _write_shards(partial, optimizer_state, is_writer, shard_bytes)
-        content = {**state, "shards": shards, "tensors": shard_of}
+        copied = {path.name: sha256_file(shutil.copyfile(path, partial / path.name)) for path in files}
+        content = {**state, "shards": shards, "tensors": shard_of, "files": copied}
         write_json(partial / STATE_FILE, {**content, "sha256": sha256_json(content)})
         fsync_directory(partial)
     os.replace(partial, final)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +12,8 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import distributed
 
-from pipeline.files import fsync_directory, read_json, write_json
+from pipeline.artifacts.store import ATTEMPTS_FILE
+from pipeline.files import fsync_directory, read_json, seal, write_json
 from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
@@ -20,7 +21,7 @@ from pipeline.models.source import CHAT_TEMPLATE
 from pipeline.training.checkpoint import Checkpoint, directory_name
 from pipeline.training.engine import RankContext
 from pipeline.training.freeze import ParameterRow
-from pipeline.training.job import TRAINING_FILE
+from pipeline.training.job import CHECKPOINTS, LOGS, TRAINING_FILE, TRAINING_SEAL
 from pipeline.training.loop import SPIKE_DEVIATIONS, Progress
 from pipeline.training.mfu import Peak
 from pipeline.training.precision import Precision
@@ -71,8 +72,18 @@ def export_trained_model(
         "warnings": _spike_warnings(progress),
         **memory,
     }
-    fsync_directory(context.task.out)  # the driver removes the checkpoints as soon as training.json exists
-    write_json(context.task.out / TRAINING_FILE, summary)
+    out = context.task.out
+    fsync_directory(out)  # the driver removes the checkpoints as soon as training.json exists
+    write_json(out / TRAINING_FILE, summary)
+    seal(out / TRAINING_SEAL, _finished_files(out))
+
+
+def _finished_files(out: Path) -> Iterator[Path]:
+    """Returns the files that do not change any more: the model, the snapshots and the log of metrics."""
+    for path in out.rglob("*"):
+        parts = path.relative_to(out).parts
+        if path.is_file() and parts[0] not in (LOGS, CHECKPOINTS, ATTEMPTS_FILE) and not parts[-1].startswith("."):
+            yield path
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pipeline.artifacts.task import Metrics, StageTask, task_to_json
 from pipeline.config import Train
 from pipeline.config.evaluation import percent
 from pipeline.errors import OutOfMemory, WorkersFailed
-from pipeline.files import read_json, read_record, write_json
+from pipeline.files import is_intact, read_json, read_record, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.launch.workers import run_workers
 from pipeline.progress import ProgressBar, progress
@@ -27,6 +27,7 @@ LOGS, CHECKPOINTS = "logs", "checkpoints"  # in the artifact; checkpoints are re
 SNAPSHOTS = "on_the_way"  # the directory's name in existing artifacts
 START_FILE = "start.json"  # in the logs: what the workers are about to train
 TRAINING_FILE = "training.json"  # written last, so training is done once it exists
+TRAINING_SEAL = ".training.sha256"  # hashes of all files of the finished model, until they are committed
 TAIL_BYTES = 16384  # read from the end of the metrics file
 
 
@@ -39,10 +40,11 @@ def run_training(task: StageTask) -> Metrics:
         WorkersFailed: a worker died.
         OutOfMemory: a worker ran out of memory.
     """
-    metrics = _finished_training(task.out)
+    metrics = _finished_training(task.out) if is_intact(task.out / TRAINING_SEAL) else None
     if metrics is None:
         # The existence of this file must mean that the weights written by this attempt are complete.
-        (task.out / TRAINING_FILE).unlink(missing_ok=True)
+        for file in (TRAINING_SEAL, TRAINING_FILE):
+            (task.out / file).unlink(missing_ok=True)
         _run_workers(task)
         metrics = _finished_training(task.out)
     # The checkpoints are removed only once the result has been read back.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.snapshots import is_damaged
 
 NO_CHECKPOINT = -1  # the step that rank 0 broadcasts if there is no intact checkpoint
 
@@ -36,6 +37,16 @@ def newest_checkpoint(directory: Path, device: torch.device) -> tuple[Checkpoint
         restart = ["no intact checkpoint is left; training restarts from the beginning"] if faults else []
         return None, [*faults, *restart]
     return Checkpoint(directory / checkpoint.directory_name(int(step))), faults
+
+
+def damaged_snapshots(directories: Sequence[Path], device: torch.device) -> list[Path]:
+    """Returns those snapshots whose files differ from what was saved. Collective."""
+    damaged = torch.zeros(len(directories), dtype=torch.uint8, device=device)
+    if distributed.get_rank() == 0:  # they may be large, so only one rank hashes them
+        damaged.copy_(torch.tensor([is_damaged(directory) for directory in directories], dtype=torch.uint8))
+    if directories:
+        distributed.broadcast(damaged, src=0)
+    return [directory for directory, flag in zip(directories, damaged.tolist(), strict=True) if flag]
 
 
 def identity(

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.files import fsync_directory
+from pipeline.files import fsync_directory, is_intact, seal
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.writing import ShardWriter
 from pipeline.training.job import snapshot_dir
+
+SNAPSHOT_SEAL = ".snapshot.sha256"  # hashes of its files, until the training is committed
 
 
 def save_snapshot(
@@ -37,10 +39,18 @@ def save_snapshot(
     with ShardWriter(partial, {name: base.specs[name] for name in names}) as writer:
         for name, weight in weights:
             writer.write(name, weight.to(base.specs[name].dtype))
+    seal(partial / SNAPSHOT_SEAL, partial.glob("*.safetensors*"))
     fsync_directory(partial)
     # An existing snapshot is of an earlier attempt at the same steps, and holds the same weights.
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
+
+
+def is_damaged(directory: Path) -> bool:
+    """Whether a snapshot of an interrupted training differs from what was saved."""
+    return (directory / SNAPSHOT_SEAL).exists() and not is_intact(
+        directory / SNAPSHOT_SEAL
+    )  # earlier versions wrote none
 
 
 def partial_snapshot(directory: Path) -> Path:

@@ -21,9 +21,10 @@ from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.models.flops import TrainingFlops
 from pipeline.models.reading import ModelDirectory
-from pipeline.tracking import Tracker
+from pipeline.tracking import METRICS_FILE, Tracker
 from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine
 from pipeline.training.export import export_trained_model
@@ -196,13 +197,17 @@ def _load_base_weights(context: RankContext, optimizer_state: OptimizerState) ->
 
 
 def _check_snapshots(context: RankContext, progress: Progress, steps: int) -> None:
-    """Refuses snapshots at steps that the checkpoint has already passed without saving them."""
-    for fraction in context.settings.snapshot_at:
-        if round(fraction * steps) <= progress.step and not snapshot_dir(context.task.out, fraction).is_dir():
+    """Refuses snapshots that are damaged or missing at steps that the checkpoint has already passed. Collective."""
+    passed = [fraction for fraction in context.settings.snapshot_at if round(fraction * steps) <= progress.step]
+    directories = [snapshot_dir(context.task.out, fraction) for fraction in passed]
+    damaged = resume.damaged_snapshots(directories, context.device)
+    for fraction, directory in zip(passed, directories, strict=True):
+        if not directory.is_dir() or directory in damaged:
+            fault = f"the snapshot {directory} is damaged" if directory in damaged else "saved no snapshot there"
             raise UserError(
                 setting=f"{context.task.name}.snapshot_at",
                 value=fraction,
-                rule=f"training has passed that point (step {progress.step} of {steps}) and saved no snapshot there",
+                rule=f"training has passed that point (step {progress.step} of {steps}) and {fault}",
                 remedy=f"Remove that fraction, or restart the stage with force=[{context.task.name}].",
             )
 
@@ -245,6 +250,7 @@ def _save_checkpoint(
         state,
         is_writer=context.rank == 0,
         keep=context.settings.keep_checkpoints,
+        files=[context.task.out / METRICS_FILE],
     )
     distributed.barrier()
     progress.save_seconds += time.perf_counter() - started
@@ -280,5 +286,8 @@ def _tracker(context: RankContext, progress: Progress) -> AbstractContextManager
     """Returns rank 0's tracker; other ranks have none."""
     if context.rank != 0:
         return nullcontext()
-    resume_after = progress.step if progress.step else None
-    return Tracker(context.task.tracking, context.task.out, context.settings.model_dump(mode="json"), resume_after)
+    task, settings = context.task, context.settings.model_dump(mode="json")
+    if not progress.step:
+        return Tracker(task.tracking, task.out, settings)
+    saved = Checkpoint(context.checkpoints / checkpoint.directory_name(progress.step)).metrics_log()
+    return Tracker(task.tracking, task.out, settings, resume_after=progress.step, saved=saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,19 @@ def test_invalidating_never_leaves_half_of_a_partial_directory(
     assert not artifact.partial.exists() and not artifact.is_complete()
     artifact.tidy()
     assert _beside(artifact) == {"k", "k.redo"}
+
+
+@pytest.mark.parametrize("remove", [Artifact.tidy, Artifact.remove])
+def test_temporary_file_of_a_process_killed_while_invalidating_is_removed(
+    artifact: Artifact, remove: Callable[[Artifact], None]
+) -> None:
+    if (child := os.fork()) == 0:
+        os.replace = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
+        artifact.invalidate()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(_beside(artifact)) == 2
+    remove(artifact)
+    assert _beside(artifact) <= {"k"}
 
 
 @pytest.mark.parametrize("content", [b"", bytes(66), b'"cut'])

@@ -6,6 +6,7 @@ The holder's death is detected from its process, from its Slurm job, or from mis
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -267,6 +269,42 @@ def test_empty_lock_directory_is_repaired_and_reported(tmp_path: Path, monkeypat
         assert not taken_over
     assert len(messages) == 2 and "purge" in messages[1]
     assert [path.name for path in (tmp_path / "purged").iterdir()] == [FREE]
+
+
+def _die_while_creating(directory: Path) -> None:
+    """Lets a process be killed just before its rename creates the lock."""
+    if (child := os.fork()) == 0:
+        os.rename = lambda old, new: os.kill(os.getpid(), signal.SIGKILL)
+        Lock(directory, ME)._create()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_what_a_process_killed_while_creating_the_lock_left_is_removed_by_the_next_holder(tmp_path: Path) -> None:
+    _die_while_creating(tmp_path / "lock")
+    _die_while_creating(tmp_path / "other")
+    assert len(list(tmp_path.glob(".lock.*/free"))) == 1
+    with Lock(tmp_path / "lock", ME).held(pytest.fail):
+        pass
+    (other,) = tmp_path.glob(".other.*")
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "lock"]
+
+
+@pytest.mark.parametrize("owner, moment", [(Path, "touch"), (os, "rename")])
+def test_process_that_creates_the_lock_while_its_holder_removes_leftovers_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, moment: str
+) -> None:
+    original = getattr(owner, moment)
+    first = Lock(tmp_path / "lock", replace(ME, started=ME.started + 1))
+
+    def act_after_another_holder(*arguments: Any) -> None:
+        monkeypatch.setattr(owner, moment, original)
+        with first.held(pytest.fail):
+            pass
+        original(*arguments)
+
+    monkeypatch.setattr(owner, moment, act_after_another_holder)
+    with Lock(tmp_path / "lock", ME).held(pytest.fail):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_foreign_files_in_the_lock_directory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,11 @@ from pipeline.command import execute_batch_job
 from pipeline.data.dataset import TokenizeCheckpoint
 from pipeline.driver import submit
 from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import read_json, read_record, report_once, write_json
+from pipeline.files import read_json, read_record, report_once, seal, write_json
 from pipeline.launch import workers
 from pipeline.tracking import read_metrics
 from pipeline.training import job
-from pipeline.training.job import CHECKPOINTS, TRAINING_FILE, last_logged, run_training
+from pipeline.training.job import CHECKPOINTS, TRAINING_FILE, TRAINING_SEAL, last_logged, run_training
 
 # What may be left of a JSON file: nothing, a part, zeros, another file's bytes, and another structure.
 DAMAGED = [b"", b'{"key": ', bytes(64), b"\xff\xfe\x00", b"[" * 100_000, b"3", b"[3]", b'{"files": 3}', b"null", b'"x"']
@@ -189,6 +189,27 @@ def test_training_is_exported_again_if_its_result_is_unreadable_or_without_weigh
     monkeypatch.setattr(job, "_run_workers", _export)
     assert run_training(task) == {"steps": 3}
     assert not (task.out / CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize("damaged", [None, "model.safetensors", TRAINING_FILE])
+def test_finished_training_is_only_exported_again_if_a_file_is_damaged(
+    task: StageTask, monkeypatch: pytest.MonkeyPatch, damaged: str | None
+) -> None:
+    exported: list[StageTask] = []
+
+    def export(task: StageTask) -> None:
+        exported.append(task)
+        _export(task)
+        seal(task.out / TRAINING_SEAL, [task.out / "model.safetensors", task.out / TRAINING_FILE])
+
+    export(task)
+    monkeypatch.setattr(job, "_run_workers", export)
+    if damaged is not None:
+        content = bytearray((task.out / damaged).read_bytes())
+        content[content.index(b"3") if b"3" in content else 0] ^= 1
+        (task.out / damaged).write_bytes(content)
+    assert run_training(task) == {"steps": 3}
+    assert len(exported) == (1 if damaged is None else 2)
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -102,7 +102,7 @@ def test_expansion_restarts_if_the_records_of_an_earlier_attempt_are_unreadable(
 
 
 def _weights_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {surgery.RECORDS}
+    return {path.name for path in directory.iterdir()} - {surgery.RECORDS, surgery.WEIGHTS_SEAL}
 
 
 def test_a_finished_layer_that_no_other_is_made_from_is_not_repeated(
@@ -132,6 +132,18 @@ def test_an_attempt_that_was_interrupted_after_the_last_tensor_is_not_repeated(
     surgery.remove_progress_records(tmp_path)  # as the stage does once they are verified or known to be wrong
     write_weights(names, second, CPU, tmp_path, seed=0)
     assert second.yielded
+
+
+def test_damaged_weights_of_a_finished_attempt_are_written_again(
+    expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    settings = expand_settings("lesa", new_layers=2, epochs=1, hidden_size=16)
+    write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, tmp_path, seed=0)
+    file = tmp_path / "model.safetensors"
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-3] + bytes([intact[-3] ^ 1]) + intact[-2:])
+    write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, tmp_path, seed=0)
+    assert file.read_bytes() == intact
 
 
 def test_large_scratch_tensors_are_in_an_unnamed_file(

@@ -138,6 +138,28 @@ def test_flushed_tensors_need_not_be_written_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".model*"))
 
 
+@pytest.mark.parametrize("name, is_kept", [("matrix", False), ("half", True)])
+def test_all_weights_are_written_again_if_a_flushed_one_is_damaged(tmp_path: Path, name: str, is_kept: bool) -> None:
+    _interrupted(tmp_path, TENSORS)
+    data = TENSORS[name].numpy().tobytes()
+    (file,) = [path for path in tmp_path.glob(".model-*") if data in path.read_bytes()]
+    content = file.read_bytes()
+    file.write_bytes(content.replace(data, data[:-1] + bytes([data[-1] ^ 1])))
+    writer = ShardWriter(tmp_path, _specs(TENSORS), max_shard_bytes=50)
+    assert writer.written == ({"matrix", "rounded"} if is_kept else set())
+
+
+def test_damage_to_a_tensor_in_parts_is_noticed_once_all_parts_are_flushed(tmp_path: Path) -> None:
+    specs, parts = _specs({"fused": torch.ones(4, 2)}), {"fused": ["upper", "lower"]}
+    writer = ShardWriter(tmp_path, specs, parts)
+    for part, rows in (("upper", slice(0, 2)), ("lower", slice(2, 4))):
+        writer.part("fused", part)[rows] = 1.0
+        writer.flush()
+    assert ShardWriter(tmp_path, specs, parts).written == {"upper", "lower"}
+    writer._mapped["fused"][3, 1] = 1.5
+    assert ShardWriter(tmp_path, specs, parts).written == set()
+
+
 def test_progress_of_a_writer_of_other_tensors_is_ignored(tmp_path: Path) -> None:
     _interrupted(tmp_path, TENSORS)
     others = {**TENSORS, "matrix": TENSORS["matrix"].double()}
@@ -148,4 +170,9 @@ def test_a_truncated_line_of_the_progress_file_is_ignored(tmp_path: Path) -> Non
     _interrupted(tmp_path, TENSORS)
     with open(tmp_path / PROGRESS_FILE, "a") as progress:
         progress.write("hal")
-    assert ShardWriter(tmp_path, _specs(TENSORS), max_shard_bytes=50).written == {"matrix", "rounded"}
+    writer = ShardWriter(tmp_path, _specs(TENSORS), max_shard_bytes=50)
+    assert writer.written == {"matrix", "rounded"}
+    for name in ("half", "scalar"):
+        writer.write(name, TENSORS[name])
+    writer.flush()
+    assert ShardWriter(tmp_path, _specs(TENSORS), max_shard_bytes=50).written == {"matrix", "rounded", "scalar"}

@@ -130,10 +130,14 @@ def test_a_killed_evaluation_loses_at_most_one_task(
     task = _task(tiny_llama_dir, corpus, tmp_path / "out", limit=4)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(task)
-    assert sorted(path.stem for path in (task.out / "tasks").iterdir()) == ["held_out_text", "python_docs_mcq"]
+    assert sorted(path.stem for path in (task.out / "tasks").glob("*.json")) == ["held_out_text", "python_docs_mcq"]
     evaluate.run(task)
     assert scored == ["held_out_text", "python_docs_mcq", "died", "minimal_pairs"]
-    assert len(read_json(task.out / "evaluation.json")["rows"]) == 5
+    assert len(rows := read_json(task.out / "evaluation.json")["rows"]) == 5
+    result = task.out / "tasks" / "minimal_pairs.json"
+    result.write_text(result.read_text().replace('"value": 0', '"value": 8', 1))
+    evaluate.run(task)
+    assert scored[4:] == ["minimal_pairs"] and read_json(task.out / "evaluation.json")["rows"] == rows
 
 
 def test_scores_are_deterministic(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:

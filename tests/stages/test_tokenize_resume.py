@@ -70,7 +70,7 @@ def _same_task(model: Path, out: Path, purpose: str, sources: list[Source], **ch
 
 @pytest.mark.parametrize(("purpose", "make"), [("corpus", _corpus), ("instructions", _chats)])
 def test_repeated_interruptions_do_not_change_the_result(
-    purpose: str, make: Any, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    purpose: str, make: Any, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     sources = make(tmp_path / "texts", 300)
     tokenize.run(_same_task(tiny_llama_dir, tmp_path / "complete", purpose, sources))
@@ -93,6 +93,30 @@ def test_repeated_interruptions_do_not_change_the_result(
                 tokenize.run(task)
     tokenize.run(task)
     assert _files(task.out) == _files(tmp_path / "complete")
+    assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damaged", ["train.input_ids.npy", "held_out.jsonl", "checkpoint/hashes.uint64", "checkpoint/progress.json"]
+)
+def test_tokenizing_starts_over_if_a_saved_file_is_damaged(
+    damaged: str, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sources = _corpus(tmp_path / "texts", 60)
+    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "complete", "corpus", sources))
+    task = _same_task(tiny_llama_dir, tmp_path / "interrupted", "corpus", sources)
+    monkeypatch.setattr(dataset_builder, "SAVE_EVERY_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressBar, "advance", _dying_after(50))
+        with pytest.raises(Killed):
+            tokenize.run(task)
+    content = bytearray((task.out / damaged).read_bytes())
+    place = content.rindex(b'"blocks": ') + len('"blocks": ') if damaged.endswith("json") else 150
+    content[place] ^= 1
+    (task.out / damaged).write_bytes(content)
+    tokenize.run(task)
+    assert _files(task.out) == _files(tmp_path / "complete")
+    assert "damaged: tokenizing restarts" in capsys.readouterr().err
 
 
 def test_nothing_is_read_again_after_a_kill_during_hashing(
@@ -104,6 +128,20 @@ def test_nothing_is_read_again_after_a_kill_during_hashing(
     monkeypatch.setattr(tokenize, "TextTokenizer", lambda directory: pytest.fail("it tokenized again"))
     assert tokenize.run(task) == metrics
     assert _files(task.out) == written and not (task.out / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("damaged", ["train.input_ids.npy", "held_out.jsonl", "dataset.json"])
+def test_a_damaged_file_of_a_finished_attempt_is_written_again(
+    damaged: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    task = _same_task(tiny_llama_dir, tmp_path / "done", "corpus", _corpus(tmp_path / "texts", 30))
+    tokenize.run(task)
+    written = _files(task.out)
+    content = bytearray(written[damaged])
+    content[content.rindex(b"1") if damaged == "dataset.json" else len(content) // 2] ^= 1
+    (task.out / damaged).write_bytes(content)
+    tokenize.run(task)
+    assert _files(task.out) == written
 
 
 def _dying_after(survived: int) -> Callable[..., None]:

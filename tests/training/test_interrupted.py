@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts.task import StageTask
 from pipeline.errors import EXIT_REQUEST
-from pipeline.files import read_json
+from pipeline.files import read_json, sha256_json, write_json
+from pipeline.launch.failure import rank_log
 from pipeline.launch.workers import OUTCOME_FILE
 from pipeline.training import checkpoint
 from pipeline.training.job import CHECKPOINTS, LOGS, START_FILE, TRAINING_FILE
@@ -27,7 +28,7 @@ from tests.training.small import logged, train_settings
 pytestmark = pytest.mark.xdist_group("distributed")
 
 RANKS, STEPS, SAVE_EVERY = 2, 40, 3
-FILE_EVENTS_PER_SAVE = 9  # directories made, files opened and renamed; one more if a partial one is removed first
+FILE_EVENTS_PER_SAVE = 12  # directories made, files opened and renamed; one more if a partial one is removed first
 FIRST_INSIDE = 3  # before this event the partial directory may not exist yet
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "grad_norm/rest", "held_out_loss", "tokens", "flops")
 MakeTask = Callable[..., StageTask]
@@ -174,6 +175,56 @@ def test_a_damaged_checkpoint_is_reported_and_training_resumes_from_the_one_befo
     start = read_json(damaged.out / "logs" / START_FILE)
     assert start["resumed_after"] < newest and f"{state.parent} cannot be used" in start["notes"][0]
     assert logged(damaged, "loss") == logged(straight, "loss")
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "removed"])
+def test_a_damaged_log_is_restored_from_the_checkpoint(make_task: MakeTask, forked_ranks: ForkedRanks, damage: str):
+    settings = train_settings(steps=6, checkpoint_every_steps=2)
+    straight, damaged = make_task(settings), make_task(settings)
+    forked_ranks.work(straight).wait()
+    forked_ranks.work(damaged, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
+    log = damaged.out / "metrics.jsonl"
+    content = bytearray(log.read_bytes())
+    digit = content.index(b'"loss": ') + len(b'"loss": ')
+    if damage == "flipped bit":
+        content[digit] ^= 1  # another digit
+    log.write_bytes(content[:digit] if damage == "truncated" else content)
+    if damage == "removed":
+        log.unlink()
+    assert saved_step(damaged) > 0
+    assert forked_ranks.work(damaged).wait() == {0: 0}
+    for name in COMPARED:
+        assert logged(damaged, name) == logged(straight, name), name
+    assert f"{log} is damaged and is restored from" in rank_log(damaged.out / "logs", 0).read_text()
+
+
+def test_a_damaged_snapshot_is_refused_on_resuming(make_task: MakeTask, forked_ranks: ForkedRanks):
+    task = make_task(train_settings(steps=6, checkpoint_every_steps=2, snapshot_at=[0.2]), RANKS)
+    forked_ranks.work(task, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
+    assert saved_step(task) > 0
+    weights = task.out / "on_the_way" / "20" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert forked_ranks.work(task).wait() == {0: EXIT_REQUEST, 1: EXIT_REQUEST}
+    outcome = read_json(task.out / "logs" / OUTCOME_FILE)
+    assert outcome["setting"] == "pretrain.snapshot_at" and f"{weights.parent} is damaged" in outcome["rule"]
+    assert "force=[pretrain]" in outcome["remedy"]
+    weights.write_bytes(content)
+    assert forked_ranks.work(task).wait() == {0: 0, 1: 0}
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_log_and_is_resumed(make_task: MakeTask, forked_ranks: ForkedRanks):
+    settings = train_settings(steps=6, checkpoint_every_steps=2)
+    straight, earlier = make_task(settings), make_task(settings)
+    forked_ranks.work(straight).wait()
+    forked_ranks.work(earlier, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
+    (saved,) = (earlier.out / CHECKPOINTS).glob("step-????????")
+    state = {key: value for key, value in read_json(saved / "state.json").items() if key not in ("files", "sha256")}
+    write_json(saved / "state.json", {**state, "sha256": sha256_json(state)})
+    (saved / "metrics.jsonl").unlink()
+    assert forked_ranks.work(earlier).wait() == {0: 0}
+    assert read_json(earlier.out / "logs" / START_FILE)["resumed_after"] > 0
+    assert logged(earlier, "loss") == logged(straight, "loss")
 
 
 def test_a_non_finite_loss_ends_training_and_keeps_the_last_good_checkpoint(
