@@ -148,7 +148,9 @@ def tokenizer_writer(model: Path, corpus: Path) -> SmallWriter:
         tokenize.run(_task(model, directory / "tokens", "corpus", corpus))
 
     def finished(directory: Path) -> Files:
-        return hashes(directory) if is_intact(directory / "tokens" / tokenize.DATASET_SEAL) else {}
+        if not is_intact(directory / "tokens" / tokenize.DATASET_SEAL):
+            return {}
+        return {name: digest for name, digest in hashes(directory).items() if "/checkpoint/" not in name}
 
     return SmallWriter(write, finished, is_committed_later=True)
 

@@ -14,7 +14,9 @@ import pytest
 from pipeline.artifacts.store import ATTEMPTS_FILE, Artifact, begin_attempt, finish_attempts
 from pipeline.artifacts.task import StageTask
 from pipeline.command import execute_batch_job
-from pipeline.data.dataset import TokenizeCheckpoint
+from pipeline.data.blocks import BlockWriter
+from pipeline.data.dataset import HELD_OUT_FILE, TokenizeCheckpoint
+from pipeline.data.records import SPLITS
 from pipeline.driver import submit
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_json, read_record, report_once, seal, write_json
@@ -135,6 +137,10 @@ def test_unreadable_file_of_a_batch_job_is_refused(tmp_path: Path, content: byte
 @pytest.mark.parametrize("damaged", ["progress.json", "hashes.uint64"])
 @pytest.mark.parametrize("content", [b"", bytes(7)])
 def test_tokenizing_restarts_from_an_unreadable_checkpoint(tmp_path: Path, damaged: str, content: bytes) -> None:
+    for split in SPLITS:
+        with BlockWriter(tmp_path, split, 4):
+            pass
+    (tmp_path / HELD_OUT_FILE).touch()
     TokenizeCheckpoint(tmp_path).save({"blocks": {"train": 1}}, array("Q", [1, 2, 3]))
     kept = TokenizeCheckpoint(tmp_path)
     assert kept.state is not None and list(kept.hashes) == [1, 2, 3]
