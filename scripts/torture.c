@@ -50,7 +50,7 @@ static int is_descriptor_below(int fd) {
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0) return 0;
     path[length] = 0;
-    return is_below(path);
+    return path[0] == '/' && is_below(path); /* not "pipe:[1]" */
 }
 
 /* Returns whether this call is the one to fail. */

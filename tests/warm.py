@@ -167,6 +167,7 @@ class Server:
     def _end(self) -> None:
         for fork in self._forks:
             os.kill(fork.pid, signal.SIGKILL)
+        shutil.rmtree(self._place, ignore_errors=True)  # an owner that was killed has not removed it
         os._exit(0)
 
     def _become(self, request: Mapping[str, Any], streams: list[int]) -> None:
