@@ -39,8 +39,13 @@ def execute(jobs: Sequence[Job], console: Console) -> None:
     """Prepare and check every job before the first one starts, then do what ``action`` says.
 
     Raises:
-        UserError: one of the jobs cannot work. None was started.
+        UserError: one of the jobs cannot work, and none was started; or the disk is full or fails.
     """
+    with disk_errors_as_user_errors(Path(jobs[0].settings.output_dir)):  # hashes of inputs are also written there
+        _execute(jobs, console)
+
+
+def _execute(jobs: Sequence[Job], console: Console) -> None:
     action, sweep = jobs[0].settings.action, jobs[0].sweep
     if action == "clean":
         for output_dir in dict.fromkeys(job.settings.output_dir for job in jobs):
@@ -79,8 +84,13 @@ def execute_batch_job(file: Path, console: Console) -> None:
         file: the task as ``driver.submit.job_task`` describes it.
 
     Raises:
-        UserError: the inputs have changed since the submission.
+        UserError: the inputs have changed since the submission, or the disk is full or fails.
     """
+    with disk_errors_as_user_errors(file.parent):
+        _execute_batch_job(file, console)
+
+
+def _execute_batch_job(file: Path, console: Console) -> None:
     task = read_record(file, lambda value: {"node", "key", "run", "linked", "sweep"} <= value.keys())
     if task is None:
         raise _unusable_task(file, "it must be the file that action=submit wrote for this job")

@@ -251,9 +251,16 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
+def nearest_existing(place: Path) -> Path:
+    """Returns the path itself, or its nearest ancestor that exists."""
+    place = place.absolute()
+    # Path.exists raises an error in another user's directory that may not be entered.
+    return place if os.path.exists(place) else nearest_existing(place.parent)
+
+
 def free_bytes(directory: Path | str) -> int:
-    """Returns how many bytes an unprivileged user can still write to the disk of ``directory``."""
-    return shutil.disk_usage(directory).free
+    """Returns how many bytes an unprivileged user can still write to the disk of ``directory``, which may not exist."""
+    return shutil.disk_usage(nearest_existing(Path(directory))).free
 
 
 def insufficient_space(directory: Path | str, rule: str) -> UserError:

@@ -149,6 +149,20 @@ def test_other_errors_are_not_converted(tmp_path: Path) -> None:
         (tmp_path / "missing").read_bytes()
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_disk_that_is_full_before_the_first_stage(
+    shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], is_there: bool
+) -> None:
+    output_dir = tmp_path / "outputs"
+    if is_there:
+        output_dir.mkdir()
+    with _file_size_limit(0):
+        assert main(["+experiment=quickstart", *shrunk, f"output_dir={output_dir}"]) == EXIT_REQUEST
+    message = capsys.readouterr().err
+    assert f"output_dir = {output_dir}" in message and "bytes are needed there and" in message
+    assert "Traceback" not in message
+
+
 @pytest.mark.usefixtures("real_interpreter")  # its imports give the other process time to fill the disk
 def test_disk_that_fills_up_during_a_stage(
     shrunk: list[str], disk_of: Callable[[int], Path], capsys: pytest.CaptureFixture[str]

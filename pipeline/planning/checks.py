@@ -26,13 +26,13 @@ from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.expansion.method import method_of
-from pipeline.files import free_bytes, gib, insufficient_space, may_write, no_access
+from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_layers_alike, check_stored, family_of, shape_of
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
-from pipeline.planning.prepared import PreparedRun, attempt, nearest_existing, unwritable
+from pipeline.planning.prepared import PreparedRun, attempt, unwritable
 from pipeline.tracking import login_fault, wandb_mode
 from pipeline.training.job import snapshot_dir
 from pipeline.training.selection import split_parameter_error
@@ -337,7 +337,7 @@ def _login(prepared: PreparedRun) -> Faults:
 
 
 def _disk(prepared: PreparedRun) -> Faults:
-    needed, free = disk_needed(prepared).total, free_bytes(nearest_existing(Path(prepared.run.output_dir)))
+    needed, free = disk_needed(prepared).total, free_bytes(prepared.run.output_dir)
     if free < needed:
         yield insufficient_space(prepared.run.output_dir, f"{gib(needed)} are needed there and {gib(free)} are free")
 

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
 from pipeline.expansion.methods import module_fingerprint
-from pipeline.files import let_group_write, no_access
+from pipeline.files import let_group_write, nearest_existing, no_access
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
 from pipeline.models.families import Shape, shape_of
@@ -160,13 +160,6 @@ def unwritable(output_dir: str) -> UserError | None:
     if not place.is_dir():
         return _unwritable(output_dir, f"{place} is not a directory")
     return None if os.access(place, os.W_OK | os.X_OK) else no_access(place)
-
-
-def nearest_existing(place: Path) -> Path:
-    """The path itself, or its nearest ancestor that exists."""
-    place = place.absolute()
-    # Path.exists raises an error in another user's directory that may not be entered.
-    return place if os.path.exists(place) else nearest_existing(place.parent)
 
 
 def _unwritable(output_dir: str, why: str) -> UserError:
