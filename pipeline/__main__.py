@@ -33,14 +33,17 @@ from pipeline.config import Settings
 from pipeline.config.messages import (
     badly_quoted,
     explain_hydra,
+    is_utf8,
     list_experiments,
     no_experiment,
     not_a_number,
     not_given,
+    not_utf8,
     not_yaml,
+    unknown_option,
     validate_settings,
 )
-from pipeline.config.secrets import refuse_secret_overrides, refuse_secrets
+from pipeline.config.secrets import HIDDEN, refuse_secret_overrides, refuse_secrets
 from pipeline.config.section import MAX_NAME_BYTES
 from pipeline.driver.requeue import requeue_this_job
 from pipeline.errors import (
@@ -100,19 +103,44 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(f"signal {number}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports errors like all others, and without the values of options, which may be secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        option = re.match(r"argument (-[\w/-]+)", message)
+        raise UserError(
+            setting=option[1] if option else "command line",
+            value=HIDDEN,
+            rule="it has a wrong number of values" if option else "its options cannot be parsed",
+            remedy="Run python -m pipeline --help for the options. Settings are given as key=value.",
+        )
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    for argument in arguments:
+        if not argument.isascii() and not is_utf8(argument):
+            raise not_utf8(argument)
+    parser = _Parser(
         prog="python -m pipeline",
         description="Turns a pre-trained language model into a deeper, better one.",
         epilog="experiments: " + ", ".join(list_experiments([CONF])),
+        allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="+experiment=NAME, then any settings")
     parser.add_argument("-m", "--multirun", action="store_true", help="a sweep: key=a,b runs one job per value")
     parser.add_argument(
-        "--config-dir", type=Path, help="a directory with your own configuration, structured like conf/"
+        "--config-dir", type=_path, help="a directory with your own configuration, structured like conf/"
     )
-    parser.add_argument("--job", type=Path, help="used by the batch scripts of action=submit")
-    return parser.parse_intermixed_args(arguments)
+    parser.add_argument("--job", type=_path, help="used by the batch scripts of action=submit")
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise unknown_option(unknown[0])
+    return options
+
+
+def _path(text: str) -> Path:
+    """Returns the path of an option. Shells do not expand the ``~`` of ``--config-dir=~/conf``."""
+    return Path(os.path.expanduser(text))
 
 
 def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) -> list[Job]:

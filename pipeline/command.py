@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,8 @@ def execute_batch_job(file: Path, console: Console) -> None:
 
 
 def _execute_batch_job(file: Path, console: Console) -> None:
-    task = read_record(file, lambda value: {"node", "key", "run", "linked", "sweep"} <= value.keys())
+    names = {"node", "key", "run", "linked", "sweep"}
+    task = read_record(file, lambda value: names <= value.keys()) if os.path.isfile(file) else None
     if task is None:
         raise _unusable_task(file, "it must be the file that action=submit wrote for this job")
     run, *sweep = (_submitted_settings(values, file) for values in (task["run"], *task["sweep"]))

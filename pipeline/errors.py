@@ -20,8 +20,9 @@ class UserError(Exception):
     """
 
     def __init__(self, *, setting: str, value: object, rule: str, remedy: str) -> None:
-        self.setting, self.value, self.rule, self.remedy = setting, value, rule, remedy
-        super().__init__(f"{setting} = {value!s}: {rule}. {remedy}")
+        self.setting, self.rule, self.remedy = map(printable, (setting, rule, remedy))
+        self.value = value if printable(str(value)) == str(value) else printable(str(value))
+        super().__init__(f"{self.setting} = {self.value!s}: {self.rule}. {self.remedy}")
 
     def parts(self) -> dict[str, str]:
         """Returns the four parts as JSON values, to send to another process. ``UserError(**parts)`` is the inverse."""
@@ -53,6 +54,16 @@ class NoProgress(RuntimeError):
 
 class DamagedArtifacts(RuntimeError):
     """``action=verify`` found files that differ from what was committed. Exit code 1."""
+
+
+def printable(text: str) -> str:
+    """Returns a text with escapes for characters that a terminal would act on or cannot show.
+
+    Messages quote what is in files and on the command line, such as a byte of a path that is not UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: object) -> str:

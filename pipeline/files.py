@@ -23,6 +23,7 @@ from uuid import uuid4
 from pipeline.errors import TrainingFailure, UserError
 
 ABANDONED_SECONDS = 3600.0
+MAX_NESTING = 64  # levels of lists and objects in JSON of others
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 # The disk is full, the user's quota is exhausted, or the process's limit on file sizes is reached.
@@ -39,6 +40,17 @@ DISK_FAILED_ERRNOS = {
 def read_json(path: Path | str) -> Any:
     """Reads a JSON file."""
     return json.loads(Path(path).read_text())
+
+
+def is_nested_deeper(value: Any, levels: int = MAX_NESTING) -> bool:
+    """Whether a JSON value has more levels of lists and objects.
+
+    Values with hundreds of levels can be read, and then exhaust the stack of whatever copies or writes them.
+    """
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_nested_deeper(each, levels - 1) for each in inner)
 
 
 def read_record(path: Path, is_valid: Callable[[Any], object]) -> Any | None:

@@ -15,8 +15,10 @@ from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from pipeline.config import METHODS, Settings
+from pipeline.config.secrets import HIDDEN, contains_secret
 from pipeline.errors import UserError
 
+COMMAND_OPTIONS = ("--multirun", "--config-dir", "--help")
 RENAMED = {f"{section}.keep_at": f"{section}.snapshot_at" for section in ("pretrain", "sft")}  # old name -> new name
 
 
@@ -94,6 +96,37 @@ def badly_quoted(override: str) -> UserError:
         value=value,
         rule="values with '=', '~', ',', or brackets must be quoted twice, for the shell and for Hydra",
         remedy=f"""Write '{key}="{value}"'.""",
+    )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether an argument of the command is UTF-8. Python represents its other bytes as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def not_utf8(argument: str) -> UserError:
+    """Returns the error for an argument that is not UTF-8, such as a file name that is in Latin-1."""
+    key, _, value = argument.rpartition("=")
+    return UserError(
+        setting=key or "command line",
+        value=HIDDEN if contains_secret(argument) else value,
+        rule="it is not UTF-8, in which settings are written to files",
+        remedy="Rename the file or directory, or set LC_ALL=C.UTF-8 if the name looks right.",
+    )
+
+
+def unknown_option(argument: str) -> UserError:
+    """Returns the error for an argument that begins with ``-`` and is no option. Its value may be a secret."""
+    name = argument.partition("=")[0]
+    return UserError(
+        setting=HIDDEN if contains_secret(name) else name,
+        value=HIDDEN,
+        rule="there is no such option",
+        remedy=did_you_mean(name, COMMAND_OPTIONS) + "See --help for the options. Settings are given as key=value.",
     )
 
 

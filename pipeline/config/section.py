@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -53,11 +54,14 @@ def _path(path: str) -> str:
             f"a path has at most {MAX_PATH_BYTES:,} bytes, and each name in it at most {MAX_NAME_BYTES}; this one has "
             f"{len(encoded):,}"
         )
+    if os.path.expanduser(path).startswith("~"):
+        raise ValueError("it begins with the home directory of a user that does not exist; write './~' for a file name")
     return path
 
 
 FilePath = Annotated[str, AfterValidator(_path)]
-OutputDir = Annotated[str, AfterValidator(_path), AfterValidator(_one_line)]
+# Shells do not expand the '~' of output_dir=~/results. The other paths are expanded where they are read.
+OutputDir = Annotated[str, AfterValidator(_path), AfterValidator(os.path.expanduser), AfterValidator(_one_line)]
 Line = Annotated[str, AfterValidator(_one_line)]
 RunName = Annotated[str, AfterValidator(_run_name)]
 Positive = Annotated[int, Field(gt=0)]

@@ -26,7 +26,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 Messages = Sequence[Mapping[str, Any]]
 Reply = dict[str, Any]
@@ -69,20 +70,53 @@ class _Generation(Extension):
         return caller()
 
 
+class _Dict:
+    """The global ``dict`` of templates: of the class, only what transformers offers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """A namespace that accepts only the names that it accepts in transformers."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may call it with self=...
+        self, *values = args
+        entries = dict(*values, **kwargs)
+        for name in entries:
+            _check_name(name)
+        Namespace.__init__(self, entries)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the name {name} of a namespace begins with an underscore")
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Returns an environment with what transformers offers to chat templates."""
 
     def raise_exception(message: object) -> None:
         raise TemplateError(str(message))
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": TEMPLATE_DATE.strftime}
+    environment.globals |= {"dict": _Dict(), "namespace": _Namespace}
     return environment
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # MAX_CHUNK_CHARACTERS, it is split at the end of a line, and a line longer than that is split anywhere.
 CHUNK_CHARACTERS = 32_768
 MAX_CHUNK_CHARACTERS = 8 * CHUNK_CHARACTERS
+JSON_SPACE = " \t\n\r"  # other white space is not allowed between the values of JSON
 ARROW_ROWS = 1024  # rows converted to Python values at a time
 ARROW_MAGIC = b"ARROW1"
 # An Arrow stream ends with one of these, the second one if it was written before version 0.15.
@@ -164,7 +165,7 @@ def _read_json_lines(path: Path, reading: Reading) -> Iterator[Record]:
     for number, line in _lines(path, reading, limit + 1):
         if len(line) > limit:
             raise reading.too_large(f"{path}, line {number}", "the line")
-        if line.strip():
+        if line.strip(JSON_SPACE):
             yield _row(_parse(line, path, f"line {number}"), path, f"line {number}")
 
 
@@ -194,13 +195,13 @@ def _row(value: Any, path: Path, place: str) -> Record:
 def _read_json(path: Path, reading: Reading) -> Iterator[Record]:
     """Reads a JSON array of objects, or JSON lines, which also go by this suffix."""
     pieces = (piece for _, piece in _lines(path, reading, CHUNK))
-    start = next((piece for piece in pieces if piece.strip()), "")
-    if not start.lstrip().startswith("["):
-        if start.strip() in ("{", "}") or start.lstrip()[:1] not in ("{", ""):
+    start = next((piece for piece in pieces if piece.strip(JSON_SPACE)), "").lstrip(JSON_SPACE)
+    if not start.startswith("["):
+        if start.strip(JSON_SPACE) in ("{", "}") or start[:1] not in ("{", ""):
             raise BadFile(str(path), "it is neither an array of JSON objects nor has it one object per line")
         yield from _read_json_lines(path, reading)
         return
-    array = JsonArray(start.lstrip()[1:], pieces, reading.max_record_bytes)
+    array = JsonArray(start[1:], pieces, reading.max_record_bytes)
     try:
         for value in array:
             yield _row(value, path, f"element {array.number}")
@@ -260,7 +261,7 @@ def _read_parquet(path: Path, reading: Reading) -> Iterator[Record]:
 
     try:
         table = ParquetFile(path, page_checksum_verification=True)
-        columns = _needed(table.schema_arrow, reading)
+        columns = _needed(path, table.schema_arrow, reading)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadFile(str(path), f"it is not a Parquet file, or is damaged ({error})") from error
     with table:
@@ -317,9 +318,12 @@ def _whole_stream(path: Path, source: pyarrow.NativeFile, stream: Any) -> Iterat
         raise BadFile(str(path), f"it is damaged or incomplete: {rule}")
 
 
-def _needed(schema: pyarrow.Schema, reading: Reading) -> list[str]:
+def _needed(path: Path, schema: pyarrow.Schema, reading: Reading) -> list[str]:
     """Returns the needed columns that a file has, or all of them if it has none, so that they can be named."""
-    return [name for name in schema.names if name in reading.columns] or list(schema.names)
+    names = [name for name in schema.names if name in reading.columns] or list(schema.names)
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise BadFile(str(path), f"it has several columns with the name {repeated[0]}")
+    return names
 
 
 def _rows(path: Path, batches: Iterator[pyarrow.RecordBatch], reading: Reading) -> Iterator[Record]:
@@ -328,7 +332,7 @@ def _rows(path: Path, batches: Iterator[pyarrow.RecordBatch], reading: Reading) 
     row = 0
     try:
         for batch in batches:
-            needed = _needed(batch.schema, reading)
+            needed = _needed(path, batch.schema, reading)
             selected = batch.select([number for number, name in enumerate(batch.schema.names) if name in needed])
             _validate(path, selected, row)
             # A batch may be as large as the file, so it is converted a slice at a time.

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from pipeline.data.files import Record, location_of
 from pipeline.errors import UserError
+from pipeline.files import MAX_NESTING, is_nested_deeper
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -279,6 +280,8 @@ def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 raise _Malformed("malformed", "the arguments of a tool call must be JSON") from None
+        if is_nested_deeper(arguments):
+            raise _Malformed("malformed", f"the arguments of a tool call have more than {MAX_NESTING} levels")
         named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return found

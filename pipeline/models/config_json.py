@@ -21,6 +21,7 @@ INTEGERS = {
     **dict.fromkeys(("shared_expert_intermediate_size", "decoder_sparse_step"), (0, MAX_SIZE)),
 }
 BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias")
+EXPERTS = ("num_experts", "num_local_experts")  # two names of one entry
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -50,6 +51,9 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
             raise _wrong(where, name, config[name], "true or false")
     for name in TOKEN_IDS:
         _check_token_ids(config, name, where)
+    experts = {config[name] for name in EXPERTS if config.get(name) is not None}
+    if len(experts) > 1:
+        raise _wrong(where, EXPERTS[0], config[EXPERTS[0]], f"equal to {EXPERTS[1]}, since both name the same number")
 
 
 def _check_token_ids(config: Mapping[str, Any], name: str, where: object) -> None:

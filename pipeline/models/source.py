@@ -7,6 +7,7 @@ read its metadata.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Model
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.files import MAX_NESTING, is_nested_deeper
 from pipeline.models import hub
 from pipeline.models.config_json import check_config, custom_classes
 from pipeline.models.families import num_experts
@@ -293,16 +295,38 @@ def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
 
 
 def _parse_json(content: bytes, where: object) -> dict[str, Any]:
+    """Parses a JSON file of a model as strictly as transformers and later stages do.
+
+    ``json.loads`` also accepts other encodings than UTF-8, a byte order mark, and numbers beyond those of JSON.
+    """
     try:
-        return _json_object(json.loads(content, parse_constant=_reject_constant), where)
+        value = json.loads(content.decode(), parse_constant=_reject_constant, parse_float=_finite)
+        _check_text(value)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            setting="model.path", value=where, rule="the file is not JSON", remedy="Download the model's files again."
+            setting="model.path",
+            value=where,
+            rule=f"the file is not JSON in UTF-8 ({one_line(error)})",
+            remedy="Download the model's files again.",
         ) from error
+    return _json_object(value, where)
 
 
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number} is too large for a number")
+    return value
+
+
+def _check_text(value: Any) -> None:
+    """Checks that values can be written again: as UTF-8, which has no lone surrogates, and level by level."""
+    if is_nested_deeper(value):
+        raise ValueError(f"values are nested more than {MAX_NESTING} levels deep")
+    json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
 
 
 def _json_object(value: Any, where: object) -> dict[str, Any]:

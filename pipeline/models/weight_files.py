@@ -10,7 +10,9 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ SINGLE = "model.safetensors"
 AGAIN = "Download all weight files and their index again, from the same revision."
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_INTEGER = 2**64 - 1  # of the safetensors library
 ELEMENT_BYTES = {  # bytes per element; the format's other dtypes are packed
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -71,9 +74,9 @@ def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], in
         for tensor in entries:
             if (first := file_of.setdefault(tensor, path.name)) != path.name:
                 raise _invalid(directory, f"{first} and {path.name} both contain {tensor}", AGAIN)
-    for tensor, name in _read_index(directory).items():
-        if tensor and file_of.get(tensor) != name:
-            raise _invalid(directory, f"{INDEX} maps {tensor} to {name}, which does not contain it", AGAIN)
+    for mapped, name in _read_index(directory).items():
+        if mapped is not None and file_of.get(mapped) != name:
+            raise _invalid(directory, f"{INDEX} maps {mapped} to {name}, which does not contain it", AGAIN)
     return headers
 
 
@@ -96,10 +99,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
             raise _invalid(path, f"the file is truncated: it has {size} bytes, its header alone {header_bytes}", AGAIN)
         text = stream.read(header_bytes)
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        header = json.loads(
+            text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_reject, parse_int=_parse_integer
+        )
         metadata = header.pop("__metadata__", {})
         if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
             raise ValueError("__metadata__ must map names to strings")
+        "".join((*header, *metadata, *metadata.values())).encode()  # raises an error for a lone surrogate
         entries = {name: _parse_entry(name, entry) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         rule = f"its safetensors header cannot be read ({error})"
@@ -116,6 +122,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _reject(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _parse_integer(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)  # not an integer for the safetensors library
+
+
 def _parse_entry(name: str, entry: Any) -> TensorEntry:
     """Converts one entry of a header.
 
@@ -124,12 +138,15 @@ def _parse_entry(name: str, entry: Any) -> TensorEntry:
     """
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        is_valid = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
+        sizes = (*shape, begin, end, end - begin)
+        is_valid = isinstance(dtype, str) and all(type(n) is int and 0 <= n <= MAX_INTEGER for n in sizes)
     except (KeyError, TypeError, ValueError):
         is_valid = False
     if not is_valid:
         raise ValueError(f"the entry of {name} must be a dtype, a shape and two increasing data_offsets")
-    if dtype in ELEMENT_BYTES and prod(shape) * ELEMENT_BYTES[dtype] != end - begin:
+    # The library multiplies the number of elements up in 64 bits, even if one of the factors is 0.
+    is_countable = all(product <= MAX_INTEGER for product in accumulate(shape, mul))
+    if dtype in ELEMENT_BYTES and not (is_countable and prod(shape) * ELEMENT_BYTES[dtype] == end - begin):
         raise ValueError(f"{name} has {end - begin} bytes, but its dtype {dtype} and shape {shape} need another number")
     return TensorEntry(dtype, tuple(shape), begin, end)
 
@@ -148,8 +165,8 @@ def _check_ranges(path: Path, entries: Mapping[str, TensorEntry], available: int
         raise _invalid(path, f"the file has {available - end} bytes after its last tensor", AGAIN)
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    """Returns the file name by tensor name. For a model without an index, the key of its only file is ``""``."""
+def _read_index(directory: Path) -> Mapping[str | None, str]:
+    """Returns the file name by tensor name. For a model without an index, the key of its only file is None."""
     if not directory.is_dir():
         raise _invalid(directory, "there is no such directory", "Check the path.")
     names = [path.name for path in directory.iterdir()]
@@ -157,10 +174,10 @@ def _read_index(directory: Path) -> dict[str, str]:
     check_file(directory, "config.json")
     if INDEX not in names:
         check_file(directory, SINGLE)
-        return {"": SINGLE}
+        return {None: SINGLE}
     check_file(directory, INDEX)
     try:
-        files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+        files: dict[str | None, str] = json.loads((directory / INDEX).read_bytes().decode())["weight_map"]
         wanted = sorted(set(files.values()))
         if not wanted or any(not isinstance(name, str) for name in wanted):
             raise ValueError("weight_map must map tensors to files")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.__main__ import CONF, compose_jobs
+from pipeline.__main__ import CONF, compose_jobs, main
 from pipeline.config import METHODS, Settings
 from pipeline.config.messages import list_experiments, validate_settings
 from pipeline.config.secrets import contains_secret
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_REQUEST, UserError
 
 EXPERIMENTS = list_experiments([CONF])
 
@@ -229,6 +229,38 @@ def test_names_paths_and_slurm_strings_that_cannot_work(composed: Any, setting: 
         validate_settings(values)
     error = caught.value
     assert re.fullmatch(rf"{setting}(\.\d)?", error.setting) and "\n" not in f"{error.value}{error.rule}"
+
+
+def test_a_home_directory_is_expanded_as_by_a_shell(composed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert _compose("+experiment=quickstart", 'output_dir="~/results"').output_dir == "/home/me/results"
+    for setting in ("output_dir", "model.path"):
+        error = _refusal("+experiment=quickstart", f'{setting}="~nobody-of-that-name/x"')
+        assert error.setting == setting and "a user that does not exist" in error.rule
+
+
+def test_an_argument_that_is_not_utf8_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("model.path=/data/gr\udcfc\udcdfe", "--config-dir=/gr\udcfc\udcdfe"):
+        assert main(["+experiment=quickstart", argument]) == EXIT_REQUEST
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"{argument.partition('=')[0]} = /") and "not UTF-8" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--pasword=topsecret"], ["-k=topsecret"], ["--api-key", "topsecret"], ["-mtopsecret"], ["--job"]],
+    ids=str,
+)
+def test_a_wrong_option_is_refused_without_its_value(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+experiment=quickstart", *arguments]) == EXIT_REQUEST
+    printed = capsys.readouterr().err
+    assert "topsecret" not in printed and "--help" in printed and len(printed.splitlines()) == 3
+
+
+@pytest.mark.parametrize("file", ["", ".", "/no/such/file", "x" * 300, "\0"], ids=lambda file: repr(file)[:20])
+def test_a_batch_job_needs_the_file_of_a_task(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--job={file}"]) == EXIT_REQUEST
+    assert "the file that action=submit wrote" in capsys.readouterr().err
 
 
 def test_names_with_spaces_quotes_and_other_signs_are_accepted() -> None:

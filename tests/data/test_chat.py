@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from pipeline.data import chat_worker, templates
 from pipeline.data.chat import ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
@@ -95,6 +96,31 @@ def test_the_ids_equal_those_of_apply_chat_template(template: str, tokenizer: Te
     text = {"own": chat_template(tokenizer, "model"), "plain": PLAIN_TEMPLATE}.get(template, LLAMA_3)
     expected = tokenizer.inner.apply_chat_template(TURNS, chat_template=text, tokenize=True, return_dict=False)
     assert _tokenize(tokenizer, text).input_ids == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | tojson(true, 2) }}", "{{ messages | tojson(default=1) }}", "{{ namespace(_x=1) is defined }}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}", "{{ namespace(self=1).self }}", "{{ dict.mro() }}",
+        "{{ dict.fromkeys('ab', 1) }}", "{{ dict([('a', 1)], b=2) }}",
+    ],
+)  # fmt: skip
+def test_templates_have_the_functions_of_transformers_and_no_others(template: str, tokenizer: TextTokenizer) -> None:
+    def by_transformers() -> str:
+        rendered: str = tokenizer.inner.apply_chat_template(TURNS, chat_template=template, tokenize=False)
+        return rendered
+
+    def by_worker() -> str:
+        return chat_worker.Renderer(template, tokenizer.special_tokens).render(TURNS)
+
+    try:
+        expected = by_transformers()
+    except (TypeError, TemplateError):
+        with pytest.raises((TypeError, TemplateError)):
+            by_worker()
+    else:
+        assert by_worker() == expected
 
 
 @pytest.mark.parametrize("name", ["model", "plain"])

@@ -114,6 +114,17 @@ def test_parquet_is_read(tmp_path: Path) -> None:
     assert _texts(_source(tmp_path)) == texts
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_with_the_same_name_are_refused(name: str, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "id", "text"])
+    (parquet.write_table if name == "a.parquet" else feather.write_feather)(table, tmp_path / name)
+    assert "several columns with the name text" in _refusal(lambda: _texts(_source(tmp_path / name)))
+    assert _texts(_source(tmp_path / name, text_field="id")) == ["b"]
+
+
 def test_arrow_is_read_in_the_stream_and_the_file_format(tmp_path: Path) -> None:
     import datasets
     import pyarrow
@@ -306,6 +317,8 @@ def test_odd_records_are_counted_and_named_unless_all_are_odd(tmp_path: Path) ->
         ("a.json", b'[{"text": "x"}, 3]', ["element 2", "not a JSON object"]),
         ("a.json", b'[{"text": "x"}] x', ["follows the end"]),
         ("a.json", b'{\n"data": []}', ["neither an array"]),
+        ("a.json", "\xa0[]".encode(), ["neither an array"]),  # white space, but not in JSON
+        ("a.jsonl", '{"text": "x"}\n\xa0\n'.encode(), ["line 2", "not JSON"]),
         ("a.jsonl", b'{"text": "' + b"x" * LIMIT + b'"}\n', ["line 1", "data.max_record_bytes"]),
         ("a.json", b'[{"text": "' + b"x" * LIMIT + b'"}]\n', ["element 1", "data.max_record_bytes"]),
         ("a.jsonl.gz", gzip.compress(b'{"text": "' + b"x" * 9 * LIMIT), ["line 1", "data.max_record_bytes"]),
@@ -329,6 +342,10 @@ def test_a_malformed_file_is_reported_with_line_and_reason(
         ({"messages": [{"role": "user", "content": 3}]}, ["must be text"]),
         ({"messages": [{"role": "user", "text": "x"}]}, ["must be text"]),
         ({"messages": "hello"}, ["list of objects"]),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 200 + "]" * 200}]}]},
+            ["more than 64 levels"],
+        ),
     ],
 )
 def test_a_malformed_conversation_is_refused(row: object, words: list[str], tmp_path: Path) -> None:

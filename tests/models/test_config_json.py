@@ -19,7 +19,8 @@ VALID = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32, "voca
     ] + [
         {"vocab_size": 10**12}, {"num_attention_heads": 10**9}, {"num_labels": 10**9}, {"head_dim": 0},
         {"pad_token_id": 384}, {"pad_token_id": "2"}, {"pad_token_id": -400}, {"pad_token_id": True},
-        {"eos_token_id": [2, 384]}, {"tie_word_embeddings": "false"}, {"model_type": None}, {"model_type": ["llama"]},
+        {"num_experts": 3, "num_local_experts": 4}, {"eos_token_id": [2, 384]},
+        {"tie_word_embeddings": "false"}, {"model_type": None}, {"model_type": ["llama"]},
     ],
     ids=str,
 )  # fmt: skip

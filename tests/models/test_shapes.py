@@ -56,10 +56,21 @@ def test_missing_config_entries_default_as_in_transformers(family: str, tmp_path
     """A config.json written from a default config leaves out the entries that equal the class's defaults."""
     config = AutoConfig.for_model(family)
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    sparse = ("num_experts", "num_local_experts", "num_experts_per_tok", "num_key_value_heads", *EXPERTS)
+    sparse = ("num_experts", "num_local_experts", "num_experts_per_tok", *EXPERTS)
     values = config.to_dict()
     short = {name: values[name] for name in (*needed, *sparse) if values.get(name) is not None}
     assert _predicted({"model_type": family, **short}) == _built(config)
+
+
+def test_a_null_number_of_key_value_heads_is_not_the_default(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("qwen2", **{**SMALL, "num_key_value_heads": None})
+    assert _predicted({**config.to_dict(), "num_key_value_heads": None}) == _built(config)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_missing_number_of_experts_does_not_make_a_dense_model(family: str) -> None:
+    with pytest.raises(UserError, match="a config without num_experts"):
+        shape_of({"model_type": family, **SMALL, **GROUPED, **EXPERTS})
 
 
 def test_experts_that_a_token_is_not_routed_to_are_not_active() -> None:

@@ -35,6 +35,27 @@ def test_a_directory_is_found_with_its_files_and_config(tiny_llama_dir: Path) ->
     assert chat_template_of(source)[0] == (tiny_llama_dir / "chat_template.jinja").read_text()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xef\xbb\xbf{}", "BOM"),
+        ("{}".encode("utf-16"), "utf-8"),
+        (b'{"a": 1e999}', "1e999 is too large"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": "\\ud800"}', "surrogates not allowed"),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested more than 64 levels"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
+def test_a_config_that_could_not_be_read_or_written_later_is_rejected(
+    tiny_llama_dir: Path, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"config.json: the file is not JSON in UTF-8.*{reason}"):
+        config_of(resolve(model_at(model)))
+
+
 def test_a_chat_template_in_the_tokenizer_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "chat_template.jinja").unlink()

@@ -93,6 +93,12 @@ FAULTY_HEADERS: dict[str, tuple[object, str]] = {
     "list": ([1], "cannot be read"),
     "metadata": ({"__metadata__": {"format": 1}, "a": _entry(0, 12)}, "__metadata__"),
     "twice": ('{"a": {}, "a": {}}', "a occurs twice"),
+    "negative zero": ('{"a": {"dtype": "F32", "shape": [-0], "data_offsets": [0, 0]}}', "entry of a"),
+    "product that overflows before it is 0": ({"a": _entry(0, 0, shape=[2**32, 2**32, 0])}, "a has 0 bytes"),
+    "number beyond 64 bits": ({"a": _entry(0, 0, shape=[0, 2**64])}, "entry of a"),
+    "lone surrogate": ({"\ud800": _entry(0, 12)}, "surrogates not allowed"),
+    "lone surrogate twice": ('{"\\ud800": {}, "\\ud800": {}}', r"\\ud800 occurs twice"),
+    "NaN in another field": ({"a": {**_entry(0, 12), "x": float("nan")}}, "NaN"),
     "nested": ("[" * 100_000, "cannot be read"),
 }
 
@@ -121,6 +127,13 @@ def test_an_index_may_name_only_files_of_its_directory(model: Path, name: object
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError, match=r"not a file of this directory|cannot be read"):
         find_weights(model)
+
+
+def test_a_tensor_without_a_name_in_an_index_must_exist_too(model: Path) -> None:
+    index = {"weight_map": {"": "model.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which does not contain it"):
+        read_headers(model)
 
 
 def test_a_file_and_an_index_of_others_are_ambiguous(model: Path) -> None:

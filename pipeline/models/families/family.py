@@ -44,8 +44,12 @@ class Family:
     # ------------------------------------------------------------------ config
 
     def with_defaults(self, config: Config) -> Config:
-        """The config with the family's defaults for entries that are absent or null."""
-        return {**self.defaults, **{name: value for name, value in config.items() if value is not None}}
+        """The config with the family's defaults for entries that are absent or null.
+
+        A null ``num_key_value_heads`` is not a default: every head then has its own keys and values.
+        """
+        given = {name: value for name, value in config.items() if value is not None or name == "num_key_value_heads"}
+        return {**self.defaults, **given}
 
     def parameters(self, config: Config, layer: int) -> Parameters:
         """The parameters of one layer of a model.
@@ -53,7 +57,12 @@ class Family:
         Args:
             config: with the family's defaults, see ``with_defaults``.
             layer: index of the layer.
+
+        Raises:
+            KeyError: the number of experts is missing, which is not 0 by default.
         """
+        if self.sparse and config.get("num_local_experts") is None:
+            _ = config["num_experts"]
         kind = self.sparse if _is_sparse(config, layer) else self.dense
         return {name: entry for name, entry in {**self.layer, **kind}.items() if entry.exists(config)}
 

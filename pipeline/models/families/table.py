@@ -123,15 +123,22 @@ TIED = {"tie_word_embeddings": True}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA),
-    "mistral": Family(LLAMA),
+    "mistral": Family(LLAMA, defaults={"num_key_value_heads": 8}),
     "granite": Family(LLAMA),
-    "smollm3": Family(LLAMA, defaults=TIED),
+    "smollm3": Family(LLAMA, defaults={**TIED, "num_key_value_heads": 4}),
     "arcee": Family({**pre_norms(), **attention(), **plain_mlp("mlp.up_proj", "mlp.down_proj", "mlp_bias")}),
-    "qwen2": Family({**pre_norms(), **attention(bias=True, output_bias=False), **gated_mlp()}),
-    "qwen3": Family({**QWEN3_ATTENTION, **gated_mlp()}, defaults={"head_dim": 128}),
-    "gemma": Family({**pre_norms(offset=1.0), **attention(), **gated_mlp()}, defaults={**TIED, "head_dim": 256}),
-    "gemma2": Family(GEMMA2, defaults={**TIED, "head_dim": 256}),
-    "gemma3_text": Family({**GEMMA2, **query_key_norms(offset=1.0)}, defaults={**TIED, "head_dim": 256}),
+    "qwen2": Family(
+        {**pre_norms(), **attention(bias=True, output_bias=False), **gated_mlp()}, defaults={"num_key_value_heads": 32}
+    ),
+    "qwen3": Family({**QWEN3_ATTENTION, **gated_mlp()}, defaults={"head_dim": 128, "num_key_value_heads": 32}),
+    "gemma": Family(
+        {**pre_norms(offset=1.0), **attention(), **gated_mlp()},
+        defaults={**TIED, "head_dim": 256, "num_key_value_heads": 16},
+    ),
+    "gemma2": Family(GEMMA2, defaults={**TIED, "head_dim": 256, "num_key_value_heads": 4}),
+    "gemma3_text": Family(
+        {**GEMMA2, **query_key_norms(offset=1.0)}, defaults={**TIED, "head_dim": 256, "num_key_value_heads": 4}
+    ),
     "phi3": Family(PHI3),
     "olmo2": Family(OLMO2),
     "gpt_neox": Family(
@@ -150,12 +157,13 @@ FAMILIES: dict[str, Family] = {
             **attention("use_bias", "use_bias"),
             **plain_mlp("mlp.c_fc", "mlp.c_proj", "use_bias"),
         },
-        defaults={**TIED, "use_bias": True},
+        defaults={**TIED, "use_bias": True, "num_key_value_heads": 2},
         norm_bias=True,
     ),
-    "stablelm": Family(STABLELM, norm_bias=True),
+    "stablelm": Family(STABLELM, defaults={"num_key_value_heads": 32}, norm_bias=True),
     "mixtral": Family(
         {**pre_norms(), **attention(), **experts("intermediate_size", MIXTRAL_EXPERT)},
+        defaults={"num_key_value_heads": 8},
         stored_names={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
     ),
     "qwen2_moe": Family(
@@ -166,9 +174,14 @@ FAMILIES: dict[str, Family] = {
             **gated_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
             **router("mlp.shared_expert_gate", rows=1, role="shared_expert_gate"),
         },
-        defaults={"qkv_bias": True},
+        defaults={"qkv_bias": True, "num_key_value_heads": 16},
     ),
-    "qwen3_moe": Family(QWEN3_ATTENTION, dense=gated_mlp(), sparse=experts("moe_intermediate_size")),
+    "qwen3_moe": Family(
+        QWEN3_ATTENTION,
+        dense=gated_mlp(),
+        sparse=experts("moe_intermediate_size"),
+        defaults={"num_key_value_heads": 4},
+    ),
     "olmoe": Family(
         {
             **pre_norms(),
@@ -177,7 +190,7 @@ FAMILIES: dict[str, Family] = {
             **experts("intermediate_size"),
         }
     ),
-    "gpt_oss": Family(GPT_OSS, defaults={"attention_bias": True, "head_dim": 64}),
+    "gpt_oss": Family(GPT_OSS, defaults={"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8}),
 }
 
 
