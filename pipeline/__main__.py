@@ -262,4 +262,7 @@ def _print_refusal(error: UserError) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    sys.exit(main())
+    status = main()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # too late to stop anything
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

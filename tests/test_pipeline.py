@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -206,6 +207,22 @@ def test_stopped_run_saves_its_state_and_resumes(shrunk: list[str], tmp_path: Pa
     assert "resume" in output
     manifest = read_json(tmp_path / "outputs" / "quickstart" / "pretrain" / "manifest.json")
     assert manifest["attempts"] == 3 and manifest["seconds"] > manifest["metrics"]["seconds"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_signal_after_the_end_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--unknown"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("pipeline", run_name="__main__")
+        for number in numbers:  # otherwise the interpreter would print a traceback while it exits
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    assert ended.value.code == EXIT_REQUEST
 
 
 def test_killed_worker_ends_the_run_with_one_message(shrunk: list[str], tmp_path: Path) -> None:
