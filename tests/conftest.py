@@ -8,11 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
-from pydantic import TypeAdapter
 
 from pipeline.config import AnyExpand
 from tests import tiny_inputs, warm
@@ -106,16 +103,5 @@ def shrunk(tiny_llama_dir: Path, tiny_corpus: Path, tiny_chats: Path) -> list[st
 
 @pytest.fixture(scope="session")
 def expand_settings() -> Callable[..., AnyExpand]:
-    """``expand_settings("lesa", new_layers=2, variant="paper")`` returns a method's defaults with some changes."""
-    conf = Path(__file__).resolve().parent.parent / "conf"
-    shared = OmegaConf.load(conf / "config.yaml")["expand"]
-
-    def compose(method: str, **changes: Any) -> AnyExpand:
-        own = OmegaConf.load(conf / "expand" / f"{method}.yaml")
-        composed = OmegaConf.create({"expand": OmegaConf.merge(own, shared, changes)})
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-        values["expand"].pop("variants", None)
-        settings: AnyExpand = TypeAdapter(AnyExpand).validate_python(values["expand"])
-        return settings
-
-    return compose
+    """See ``tests.tiny_inputs``."""
+    return tiny_inputs.expand_settings

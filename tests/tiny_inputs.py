@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import AnyExpand
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",
     "def add(a, b):\n    return a + b",
@@ -95,3 +99,17 @@ def shrinking_overrides(model: Path, corpus: Path, chats: Path) -> list[str]:
         "evaluate=bundled", "evaluate.tasks=[held_out_text]", "evaluate.limit=4",
         "tracking=disabled", "launch.processes=1", "launch.threads=1",
     ]  # fmt: skip
+
+
+def expand_settings(method: str, **changes: Any) -> AnyExpand:
+    """``expand_settings("lesa", new_layers=2, variant="paper")`` returns a method's defaults with some changes."""
+    from omegaconf import OmegaConf
+    from pydantic import TypeAdapter
+
+    own = OmegaConf.load(CONF / "expand" / f"{method}.yaml")
+    shared = OmegaConf.load(CONF / "config.yaml")["expand"]
+    composed = OmegaConf.create({"expand": OmegaConf.merge(own, shared, changes)})
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    values["expand"].pop("variants", None)
+    settings: AnyExpand = TypeAdapter(AnyExpand).validate_python(values["expand"])
+    return settings

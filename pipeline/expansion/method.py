@@ -22,6 +22,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pipeline.config import Expand
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have no such limit
+MOST_DIFFERING = 3  # names of tensors in a message
 SCRATCH_ON_DISK_BYTES = 1_000_000_000  # scratch tensors larger than this are on disk, smaller ones in memory
 
 LayerWeights = Mapping[LayerTensor, "Tensor"]  # a layer of the base reads a tensor from disk when it is looked up
@@ -62,6 +64,10 @@ class Method(Expand):
             and can ``new_tensors`` read ``work.seed``.
         uses_gpu: whether there is linear algebra worth moving to a GPU. Tensors of other methods stay on the CPU.
         min_base_layers: the smallest number of layers that a base may have.
+        like_layers: which layers of the base must have the same tensors: all, those that a new layer is made from, or
+            none, for methods that copy.
+        needs_attention_and_mlp: whether every layer must be one attention block and one MLP. Layers of other families
+            may contain state-space or convolution blocks.
     """
 
     title: ClassVar[str]
@@ -71,6 +77,8 @@ class Method(Expand):
     draws_random_numbers: ClassVar[bool] = False
     uses_gpu: ClassVar[bool] = False
     min_base_layers: ClassVar[int] = 1
+    like_layers: ClassVar[Literal["all", "sources", "none"]] = "all"
+    needs_attention_and_mlp: ClassVar[bool] = False
 
     @property
     def keeps_logits(self) -> bool:
@@ -111,6 +119,51 @@ class Method(Expand):
                 rule=f"it needs a base of at least {self.min_base_layers} layers, and this one has {num_base_layers}",
                 remedy="Choose another method or a deeper base.",
             )
+
+    def check_layers(self, base: Shape) -> None:
+        """Checks that the method can make layers like those of the base.
+
+        Raises:
+            UserError: it cannot.
+        """
+        new_layers = self.place(len(base.layers)).new_layers
+        if not new_layers:
+            return
+        if self.keeps_logits and base.not_silenced:
+            raise self._unfit(
+                f"it zeroes the outputs of new layers, which is not possible in this model: {base.not_silenced}",
+                "Choose a method that zeroes nothing.",
+            )
+        if self.needs_attention_and_mlp and (
+            odd := [i for i, layer in enumerate(base.layers) if not layer.is_standard]
+        ):
+            raise self._unfit(
+                f"it is defined for layers of one attention block and one MLP, which layer {odd[0]} is not",
+                "Choose a method that copies layers.",
+            )
+        if self.like_layers == "all":
+            for index, layer in enumerate(base.layers):
+                if layer.tensors != base.layers[0].tensors:
+                    raise self._unlike(0, index, base, "Choose a method that copies layers.")
+        if self.like_layers == "sources":
+            for lower, upper in (planned.base for planned in new_layers if len(planned.base) > 1):
+                if base.layers[lower].tensors != base.layers[upper].tensors:
+                    gaps = [i for i, (a, b) in enumerate(pairwise(base.layers)) if a.tensors == b.tensors]
+                    positions = f"Set expand.position to gaps among {gaps}, or choose" if gaps else "Choose"
+                    raise self._unlike(lower, upper, base, f"{positions} a method that copies layers.")
+
+    def _unlike(self, one: int, other: int, base: Shape, remedy: str) -> UserError:
+        tensors = [base.layers[index].tensors for index in (one, other)]
+        names = sorted(name for name in {**tensors[0], **tensors[1]} if tensors[0].get(name) != tensors[1].get(name))
+        more = f" and {len(names) - MOST_DIFFERING} more" if len(names) > MOST_DIFFERING else ""
+        return self._unfit(
+            f"it makes a layer from layers {one} and {other}, which differ in "
+            f"{', '.join(names[:MOST_DIFFERING])}{more}",
+            remedy,
+        )
+
+    def _unfit(self, rule: str, remedy: str) -> UserError:
+        return UserError(setting="expand.method", value=self.method, rule=rule, remedy=remedy)
 
 
 class InsertionMethod(Method):
@@ -237,7 +290,9 @@ def from_neighbors(
         planned = remaining.pop(0)
         lower, upper = planned.made_from
         needed = {index for later in remaining for index in later.made_from}
-        if planned.layer not in needed and all((planned.layer, tensor) in work.made for tensor in base[0]):
+        if planned.layer not in needed and all(
+            (planned.layer, tensor) in work.made for tensor in base[planned.base[0]]
+        ):
             continue
         made[planned.layer] = make(planned.layer, layer_at(lower), layer_at(upper))
         for tensor, value in made[planned.layer].items():

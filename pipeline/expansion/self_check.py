@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.models.built import IncompleteModelError, load_complete
+from pipeline.models.decoding import cache_difference, difference
 from pipeline.models.layer_config import explicit_config
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import is_finite
@@ -26,7 +27,6 @@ SENTENCES = (
     "def add(a, b):\n    return a + b\n",
     "Water boils at a lower temperature on a mountain, because the air presses on it less.",
 )
-DECODED_TOKENS = 8
 LOGIT_TOLERANCE = 1e-5  # relative to the largest logit, or absolute if that is below one: float32 rounding
 CACHE_TOLERANCE = 1e-3  # likewise; with a cache, sums are in another order, and depth amplifies the difference
 
@@ -146,16 +146,16 @@ def _check_logits(logits: Tensor, expected: Tensor | None) -> float | None:
     _require(bool(logits.isfinite().all()), "its logits are not finite")
     if expected is None:
         return None
-    difference = _difference(expected, logits)
-    _require(difference <= LOGIT_TOLERANCE, f"its logits differ from the base's by {difference:.2g}")
-    return difference
+    found = difference(expected, logits)
+    _require(found <= LOGIT_TOLERANCE, f"its logits differ from the base's by {found:.2g}")
+    return found
 
 
 def _check_cache(model: PreTrainedModel, prompts: Tensor) -> float:
     """Returns the difference between cached and uncached decoding."""
-    difference = _cache_difference(model, prompts % model.config.vocab_size)
-    _require(difference <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {difference:.2g}")
-    return difference
+    found = cache_difference(model, prompts % model.config.vocab_size)
+    _require(found <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {found:.2g}")
+    return found
 
 
 def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreTrainedModel:
@@ -178,21 +178,3 @@ def _narrow_twin(directory: Path) -> PreTrainedModel:
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model.eval()
-
-
-@torch.inference_mode()
-def _cache_difference(model: PreTrainedModel, prompt: Tensor) -> float:
-    """Decodes greedily with a cache, then computes the same positions in one forward pass without one."""
-    step = model(prompt, use_cache=True)
-    tokens, cached = prompt, [step.logits[:, -1]]
-    for _ in range(DECODED_TOKENS):
-        token = cached[-1].argmax(dim=-1, keepdim=True)
-        tokens = torch.cat([tokens, token], dim=1)
-        step = model(token, past_key_values=step.past_key_values, use_cache=True)
-        cached.append(step.logits[:, -1])
-    uncached = model(tokens, use_cache=False).logits[:, prompt.shape[1] - 1 :]
-    return _difference(uncached, torch.stack(cached, dim=1))
-
-
-def _difference(expected: Tensor, actual: Tensor) -> float:
-    return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1.0))

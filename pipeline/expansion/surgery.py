@@ -61,9 +61,9 @@ class TensorNames:
     plan: LayerPlan
 
     @cached_property
-    def tensors(self) -> list[LayerTensor]:
-        """The tensors of any one layer."""
-        return self.family.layer_tensors(self.base.specs, self.base.config)
+    def tensors(self) -> list[list[LayerTensor]]:
+        """The tensors of every layer of the base."""
+        return self.family.tensors_by_layer(self.base.specs, self.base.config)
 
     @cached_property
     def sources(self) -> dict[str, str]:
@@ -73,7 +73,7 @@ class TensorNames:
         inside = {
             name_of(planned.layer, name): name_of(planned.base[0], name)
             for planned in self.plan.layers
-            for name in dict.fromkeys(tensor.stored for tensor in self.tensors)
+            for name in dict.fromkeys(tensor.stored for tensor in self.tensors[planned.base[0]])
         }
         return {**outside, **inside}
 
@@ -83,7 +83,7 @@ class TensorNames:
         return {
             (planned.layer, tensor): self.family.tensor_name(planned.layer, tensor.name)
             for planned in self.plan.new_layers
-            for tensor in self.tensors
+            for tensor in self.tensors[planned.base[0]]
         }
 
     @property
@@ -116,7 +116,7 @@ class TensorNames:
     def base_layers(self, device: torch.device) -> list[LayerWeights]:
         """Returns the base's layers as a method reads them."""
         return [
-            StoredLayer(self.base, {tensor: self.stored(layer, tensor) for tensor in self.tensors}, device)
+            StoredLayer(self.base, {tensor: self.stored(layer, tensor) for tensor in self.tensors[layer]}, device)
             for layer in range(self.plan.num_base_layers)
         ]
 

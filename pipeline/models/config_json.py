@@ -13,8 +13,9 @@ from pipeline.errors import UserError
 # Smallest and largest value by name. Modules are built one by one, so fewer of them are allowed than entries of a
 # tensor.
 MAX_MODULES, MAX_SIZE = 10_000, 2**31 - 1
+DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 INTEGERS = {
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (1, MAX_MODULES)),
+    **dict.fromkeys((*DEPTH_NAMES, "num_attention_heads", "num_key_value_heads"), (1, MAX_MODULES)),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "num_labels"), (0, MAX_MODULES)),
     **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), (1, MAX_SIZE)),
     **dict.fromkeys(("moe_intermediate_size", "max_position_embeddings"), (1, MAX_SIZE)),
@@ -23,6 +24,18 @@ INTEGERS = {
 BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "qkv_bias", "use_qkv_bias")
 EXPERTS = ("num_experts", "num_local_experts")  # two names of one entry
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def depth_name(config: Mapping[str, Any]) -> str | None:
+    """Returns the name of the entry with the number of layers, which some families have under an older name."""
+    return next((name for name in DEPTH_NAMES if config.get(name) is not None), None)
+
+
+def depth_of(config: Mapping[str, Any]) -> int:
+    """Returns the number of layers of a config that ``check_config`` accepts."""
+    name = depth_name(config)
+    assert name is not None
+    return int(config[name])
 
 
 def check_config(config: Mapping[str, Any], where: object) -> None:
@@ -35,7 +48,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     Raises:
         UserError: an entry is missing, has another type than transformers accepts, or is out of range.
     """
-    if config.get("num_hidden_layers") is None:
+    if depth_name(config) is None:
         rule = "its config.json has no num_hidden_layers, so it is not a plain causal language model"
         raise _invalid(where, rule, "Set model.path to a decoder-only language model.")
     if not isinstance(config.get("model_type"), str):

@@ -14,11 +14,14 @@ from typing import Any
 from transformers import AutoConfig
 
 from pipeline.files import read_json
+from pipeline.models.config_json import depth_name, depth_of
 
 INDEX_LISTS = (  # lists of layer indices
     "attn_layer_indices", "full_attn_idxs", "local_layer_ids", "mlp_only_layers", "moe_layers", "rope_scaling_layers",
 )  # fmt: skip
-THRESHOLDS = ("max_window_layers", "first_k_dense_replace")  # layers below this index are of one kind
+# Layers below this index are of one kind.
+THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+LAST_INDICES = ("moe_layer_end_index",)  # layers up to this index are of one kind; negative for all
 NOT_PER_LAYER = ("architectures",)  # lists that have one entry per layer only by coincidence
 
 
@@ -26,7 +29,7 @@ def explicit_config(directory: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory, including the per-layer entries that its config class derives."""
     config: dict[str, Any] = read_json(directory / "config.json")
     derived = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
-    layers = config["num_hidden_layers"]
+    layers = depth_of(config)
     missing = {
         name: value
         for name, value in derived.items()
@@ -52,7 +55,7 @@ def rebuild_config(config: dict[str, Any], sources: Sequence[int]) -> dict[str, 
         config: of the other model, with its per-layer entries written out. It is not modified.
         sources: one layer of the other model per layer of the new one.
     """
-    old_layers = config["num_hidden_layers"]
+    old_layers = depth_of(config)
     rebuilt = dict(config)
     for name, value in config.items():
         if _is_per_layer(name, value, old_layers):
@@ -63,5 +66,7 @@ def rebuild_config(config: dict[str, Any], sources: Sequence[int]) -> dict[str, 
             # A threshold above the last layer keeps its distance from it.
             beyond = max(0, value - old_layers)
             rebuilt[name] = sum(source < value for source in sources) + beyond
-    rebuilt["num_hidden_layers"] = len(sources)
+        elif name in LAST_INDICES and value is not None and value >= 0:
+            rebuilt[name] = sum(source <= value for source in sources) - 1
+    rebuilt[depth_name(config) or "num_hidden_layers"] = len(sources)
     return rebuilt

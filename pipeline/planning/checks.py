@@ -29,7 +29,7 @@ from pipeline.expansion.method import method_of
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
-from pipeline.models.families import check_layers_alike, check_stored, family_of, shape_of
+from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
@@ -125,7 +125,7 @@ def _model(prepared: PreparedRun) -> Faults:
     yield from _raised_by(lambda: refuse_code(model, config))
     yield from _raised_by(lambda: refuse_quantized(config, model.path))
     yield from _raised_by(lambda: check_shape(model, config))
-    unsupported = list(_raised_by(lambda: family_of(config.get("model_type"))))
+    unsupported = list(_raised_by(lambda: family_for(config)))
     yield from unsupported or _raised_by(lambda: shape_of(config))
 
 
@@ -143,8 +143,10 @@ def _weights(prepared: PreparedRun) -> Faults:
 
 
 def _layers(prepared: PreparedRun) -> Faults:
-    """All layers of the base have the same tensors, so that a new one can be made from any of them."""
-    yield from _raised_by(lambda: check_layers_alike(prepared.inputs.config))
+    """The method can make layers like those of the base."""
+    shape = prepared.shape
+    assert shape is not None
+    yield from _raised_by(lambda: method_of(prepared.run.expand).check_layers(shape))
 
 
 def _expansion(prepared: PreparedRun) -> Faults:
@@ -162,8 +164,7 @@ def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
 
 
 def _block_length(section: str, prepared: PreparedRun) -> Faults:
-    context = prepared.inputs.config.get("max_position_embeddings")
-    yield from context_length_faults(section, getattr(prepared.run, section), context)
+    yield from context_length_faults(section, getattr(prepared.run, section), prepared.context_length)
 
 
 def _chat_template(prepared: PreparedRun) -> Faults:
@@ -190,7 +191,7 @@ def _check_template(source: ModelSource, prepared: PreparedRun) -> None:
 
 
 def _training(section: str, prepared: PreparedRun) -> Faults:
-    run, context = prepared.run, prepared.inputs.config.get("max_position_embeddings")
+    run, context = prepared.run, prepared.context_length
     yield from training_faults(section, getattr(run, section), run.launch, context, prepared.machine(section))
 
 
@@ -198,6 +199,13 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
     """``trainable`` selects something, and nothing that cannot be trained."""
     sizes = prepared.sizes
     assert sizes is not None
+    if sizes.base.not_trained:
+        yield UserError(
+            setting=section,
+            value=prepared.run.model.path,
+            rule=f"the training stages cannot train this model: {sizes.base.not_trained}",
+            remedy="Set stages=[expand], and train the expanded model with another program.",
+        )
     trained, error = attempt(lambda: sizes.trained(section, getattr(prepared.run, section)))
     if error is not None:
         yield error

@@ -27,7 +27,7 @@ from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import let_group_write, nearest_existing, no_access
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
-from pipeline.models.families import Shape, shape_of
+from pipeline.models.families import Shape, family_for, shape_of
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
@@ -79,6 +79,13 @@ class PreparedRun:
     def shape(self) -> Shape | None:
         """The tensors of the base model; None if its config is not known or its family is not supported."""
         return attempt(lambda: shape_of(self.inputs.config))[0] if self.inputs.config else None
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the base model can read; None if that is not known or not limited."""
+        if self.shape is None:
+            return None
+        return family_for(self.inputs.config).with_defaults(self.inputs.config).get("max_position_embeddings")
 
     @cached_property
     def sizes(self) -> Sizes | None:

@@ -20,7 +20,8 @@ from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.expansion.self_check import CheckFailedError, check_model
 from pipeline.expansion.surgery import TensorNames, remove_progress_records, write_weights
 from pipeline.files import write_json
-from pipeline.models.families import family_of
+from pipeline.models.config_json import depth_of
+from pipeline.models.families import INFERRED, family_for, shape_of
 from pipeline.models.layer_config import explicit_config, rebuild_config
 from pipeline.models.reading import EXPANSION_FILE, ModelDirectory, copy_side_files
 from pipeline.models.vector_math import initialize_vector_math
@@ -40,15 +41,18 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(method, Method)
     base = ModelDirectory(task.parents["load"])
     config = explicit_config(base.path)
-    plan = method.place(config["num_hidden_layers"])
-    names = TensorNames(base, family_of(config["model_type"]), plan)
+    family = family_for(config)
+    plan = method.place(depth_of(config))
+    method.check_layers(shape_of(config))
+    deeper = rebuild_config(config, plan.config_sources)
+    _check_kinds(config, deeper, plan)
+    names = TensorNames(base, family, plan)
     seed = task.seed if method.draws_random_numbers else None
 
     started = time.monotonic()
     with _no_global_draws(method.title):
         work = write_weights(names, method.new_tensors, device_of(method), task.out, seed)
     weights_seconds = time.monotonic() - started
-    deeper = rebuild_config(config, plan.config_sources)
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
     record = expansion_record(method, plan) | {"seed": task.seed, "base": base_weights(base.path)}
@@ -68,8 +72,33 @@ def run(task: StageTask) -> Metrics:
         "weights_seconds": round(weights_seconds, 3),
         "check": asdict(outcome),
         "warnings": work.warnings,
+        **({} if family.inference is None else {"family": INFERRED}),
         "method": work.records,
     }
+
+
+def _check_kinds(config: dict[str, Any], deeper: dict[str, Any], plan: LayerPlan) -> None:
+    """Checks that the deeper model's layers have the tensors of the layers that they are made from.
+
+    Raises:
+        UserError: the config has a rule for the kinds of layers, such as every second one, that has no entry for this
+            sequence.
+    """
+    base = shape_of(config)
+    if all(layer.tensors == base.layers[0].tensors for layer in base.layers):
+        return
+    expected = base.with_layers(plan.config_sources)
+    for index, (layer, built) in enumerate(zip(expected.layers, shape_of(deeper).layers, strict=True)):
+        if layer.tensors != built.tensors:
+            raise UserError(
+                setting="expand.position",
+                value=[planned.base[0] for planned in plan.new_layers],
+                rule=f"layer {index} of the deeper model would be of another kind than layer "
+                f"{plan.config_sources[index]}, from which it comes: the entries of config.json that decide the kinds "
+                "of layers cannot express this sequence",
+                remedy="Set expand.position to gaps after which the rule of this model still holds, or choose another "
+                "model.",
+            )
 
 
 def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:

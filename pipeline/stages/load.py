@@ -21,7 +21,8 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import hub
 from pipeline.models.built import build_on_meta, is_tied, weight_faults
-from pipeline.models.families import check_stored, family_of, weights_disagree
+from pipeline.models.config_json import depth_of
+from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
@@ -52,10 +53,19 @@ def run(task: StageTask) -> Metrics:
         "source": source.identity or source.kind,
         "commit": source.commit,
         "model_type": written.config["model_type"],
-        "num_hidden_layers": written.config["num_hidden_layers"],
+        "num_hidden_layers": depth_of(written.config),
+        **_inferred(written.config),
         "parameters": sum(spec.numel for spec in written.specs.values()),
         "dtype": model.dtype,
     }
+
+
+def _inferred(config: dict[str, Any]) -> Metrics:
+    """Says for the manifest and the log that a model's family has no row. Empty if it has one."""
+    if family_for(config).inference is None:
+        return {}
+    told = f"the family {config['model_type']} has no row in the table of families: roles are inferred from its modules"
+    return {"family": INFERRED, "warnings": [told]}
 
 
 def _fetch(source: ModelSource, model: Model) -> Path:
@@ -153,11 +163,11 @@ def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str
     Raises:
         UserError: the weights are not those of the config's model, or the tokenizer does not fit it.
     """
-    family = family_of(base.config["model_type"])
+    family = family_for(base.config)
     built = build_on_meta(out, model.path)
     _check_tokenizer(out, model)
     check_stored(base.config, {name: spec.shape for name, spec in base.specs.items()}, model.path)
-    sources = {name: name for name in base.specs if not family.is_derived(name)}
+    sources = {name: stored for name, stored in family.stored_as(base.specs).items() if not family.is_derived(name)}
     if is_tied(built) and family.stored_lm_head in sources:
         head = sources.pop(family.stored_lm_head)
         embeddings = sources.setdefault(family.embeddings, head)

@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Pretra
 
 from pipeline.config import Train
 from pipeline.errors import UserError
+from pipeline.models.families import FAMILIES
 from pipeline.training.precision import Precision
 
 DOCUMENTS: Literal["documents"] = "documents"  # the name of ``attend_by_document`` in transformers' registry
@@ -64,6 +65,8 @@ def _unsupported_scores(config: PretrainedConfig) -> str | None:
 
 def _obstacle(train: Train, config: Any, precision: Precision, device: torch.device) -> str | None:
     """Returns why attention by document is not available for a model with standard scores, or None if it is."""
+    if config.model_type not in FAMILIES:
+        return "the model's family has no row in the table of families"
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < train.sequence_length:
         return f"the model's sliding window is {window} tokens, and blocks have {train.sequence_length}"

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.models.families import Role, family_of
+from pipeline.models.families import Role, family_for
+from pipeline.models.inference.decoder import decoder_of
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.selection import BY_EXPANSION, select_parameters
 
@@ -57,9 +58,7 @@ def freeze_others(model: PreTrainedModel, trainable: set[str]) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Returns the transformer layers of a causal language model, in order."""
-    layers = model.base_model.layers
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+    return decoder_of(model).layers
 
 
 def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
@@ -70,7 +69,7 @@ def layer_of_parameter(model: PreTrainedModel) -> dict[str, int | None]:
 
 def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
     """Maps the parameters inside layers to their roles. Parameters that hold several roles are omitted."""
-    family = family_of(model.config.model_type)
+    family = family_for(model.config.to_dict())
     found = {name: family.role_of(name) for name, _ in model.named_parameters()}
     return {name: role for name, role in found.items() if role is not None}
 

@@ -12,7 +12,6 @@ Shape suffixes: N supervised tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,24 +19,9 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from pipeline.models.decoding import LogitTransform
 from pipeline.training.attention import BOUNDS_KEYWORD, DOCUMENTS, FLOAT32_KEYWORD, document_bounds
 from pipeline.training.precision import CHUNK_LOGITS
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model family applies to the head's output: a scale (cohere, granite), then a soft cap (gemma)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def from_config(cls, config: Any) -> LogitTransform:
-        """Reads it from a model's text config, in which families name it differently."""
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
-
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, LogitTransform, bool], tuple[torch.Tensor, torch.Tensor | None]]
 

@@ -92,7 +92,7 @@ def test_a_layer_that_uses_the_cache_of_another_is_found(model: Path, monkeypatc
 def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights are on the meta device, and a narrow model of the same depth is decoded."""
     loaded: list[Any] = []
-    load, decode = self_check._load, self_check._cache_difference
+    load, decode = self_check._load, self_check.cache_difference
 
     def load_and_remember(directory: Path, **placement: Any) -> Any:
         loaded.append(load(directory, **placement))
@@ -103,7 +103,7 @@ def test_a_large_model_is_never_held(tiny_llama_dir: Path, monkeypatch: pytest.M
         return decode(model, prompt)
 
     monkeypatch.setattr(self_check, "_load", load_and_remember)
-    monkeypatch.setattr(self_check, "_cache_difference", decode_and_remember)
+    monkeypatch.setattr(self_check, "cache_difference", decode_and_remember)
     outcome = check_model(tiny_llama_dir, _config(tiny_llama_dir), tiny_llama_dir, memory=LAYER_BY_LAYER)
     *streamed, twin = loaded
     assert {parameter.device.type for model in streamed for parameter in model.parameters()} == {"meta"}

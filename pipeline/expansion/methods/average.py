@@ -14,6 +14,7 @@ class Average(InsertionMethod):
     title = "averaging"
     source = "control: mean of the two neighbors"
     color = "#c98a00"
+    like_layers = "sources"
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the means, computed in float32."""

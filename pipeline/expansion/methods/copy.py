@@ -14,6 +14,7 @@ class Copy(InsertionMethod):
     title = "copying"
     source = "control: the lower neighbor once more"
     color = "#56b4e9"
+    like_layers = "none"
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the copies, bit for bit."""

@@ -37,6 +37,7 @@ class Lesa(InsertionMethod):
     title = "LESA"
     source = "LESA: Learnable LLM Layer Scaling-Up, arXiv 2502.13794"
     color = "#0072b2"
+    needs_attention_and_mlp = True
     draws_random_numbers = True
     uses_gpu = True
     min_base_layers = 3  # the predictor learns from layers that have two neighbors

@@ -19,6 +19,7 @@ class LlamaPro(InsertionMethod):
     title = "LLaMA Pro"
     source = "LLaMA Pro: Progressive LLaMA with Block Expansion, arXiv 2401.02415"
     color = "#d55e00"
+    like_layers = "none"
 
     @property
     def keeps_logits(self) -> bool:

@@ -17,6 +17,7 @@ class NoExpansion(Method):
     title = "no expansion"
     source = "control: the base as it is"
     color = "#7a7a7a"
+    like_layers = "none"
     trains = "all"
 
     new_layers: Literal[0]

@@ -39,6 +39,8 @@ class OptDeus(InsertionMethod):
     title = "OpT-DeUS"
     source = "OpT-DeUS: Progressive Depth Up-scaling via Optimal Transport, arXiv 2508.08011"
     color = "#009e73"
+    like_layers = "sources"
+    needs_attention_and_mlp = True
     uses_gpu = True
 
     variant: str  # the preset that the values below come from; recorded, never read

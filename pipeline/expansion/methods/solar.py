@@ -23,6 +23,7 @@ class Solar(Method):
     title = "SOLAR"
     source = "SOLAR 10.7B: Depth Up-Scaling, arXiv 2312.15166"
     color = "#cc79a7"
+    like_layers = "none"
     trains = "all"
 
     new_layers: Positive

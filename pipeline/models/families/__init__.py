@@ -6,11 +6,11 @@ them, and joined again when its tensors are written. The plan takes the shape of
 """
 
 from pipeline.models.families.family import Family
+from pipeline.models.families.inferred import INFERRED, family_for
 from pipeline.models.families.parameters import Fused, Parameter, expert_share, num_experts
 from pipeline.models.families.shapes import (
     LayerShape,
     Shape,
-    check_layers_alike,
     check_stored,
     shape_of,
     weights_disagree,
@@ -19,7 +19,8 @@ from pipeline.models.families.table import FAMILIES, family_of, role_names
 from pipeline.models.families.tensors import LayerTensor, Place, Role
 
 __all__ = [
-    "FAMILIES", "Family", "Fused", "LayerShape", "LayerTensor", "Parameter", "Place", "Role", "Shape",
-    "check_layers_alike", "check_stored", "expert_share", "family_of", "num_experts", "role_names", "shape_of",
+    "FAMILIES", "INFERRED", "Family", "Fused", "LayerShape", "LayerTensor", "Parameter", "Place", "Role", "Shape",
+    "check_stored", "expert_share", "family_for", "family_of", "num_experts", "role_names",
+    "shape_of",
     "weights_disagree",
 ]  # fmt: skip

@@ -13,6 +13,31 @@ from pipeline.models.families.tensors import LayerTensor, Place, Role
 
 
 @dataclass(frozen=True)
+class Inference:
+    """What was inferred about the model of one config. Its roles are complete.
+
+    Attributes:
+        kinds: parameters of each kind of layer.
+        kind_of: the index in ``kinds`` of every layer.
+        before: shapes of the tensors before the layers, by name, with the embeddings last.
+        after: shapes of the tensors after the layers, with the head last unless it is tied to the embeddings.
+        base_prefix: the prefix of all names but the head's, which checkpoints of the base model lack.
+        ignored: patterns of stored names that transformers does not load.
+        not_silenced: why no parameters make a layer pass on its input unchanged; empty if there are such parameters.
+        not_trained: why the training stages cannot train the model; empty if they can.
+    """
+
+    kinds: tuple[Parameters, ...]
+    kind_of: tuple[int, ...]
+    before: Mapping[str, tuple[int, ...]]
+    after: Mapping[str, tuple[int, ...]]
+    base_prefix: str = ""
+    ignored: tuple[str, ...] = ()
+    not_silenced: str = ""
+    not_trained: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """One row of the table: a model family.
 
@@ -27,6 +52,7 @@ class Family:
         norm_bias: whether the final norm has a bias.
         stored_names: by name in memory, names on disk of tensors that transformers renames when it loads a model.
         derived: buffers within a layer that old checkpoints contain although they follow from the config.
+        inference: what only a family without a row has, whose other columns are inferred from its modules.
     """
 
     layer: Parameters = field(repr=False)
@@ -40,6 +66,7 @@ class Family:
     lm_head: str = "lm_head.weight"
     stored_names: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    inference: Inference | None = None
 
     # ------------------------------------------------------------------ config
 
@@ -61,6 +88,8 @@ class Family:
         Raises:
             KeyError: the number of experts is missing, which is not 0 by default.
         """
+        if self.inference is not None:
+            return self.inference.kinds[self.inference.kind_of[layer]]
         if self.sparse and config.get("num_local_experts") is None:
             _ = config["num_experts"]
         kind = self.sparse if _is_sparse(config, layer) else self.dense
@@ -86,7 +115,17 @@ class Family:
     def is_derived(self, tensor_name: str) -> bool:
         """Whether a tensor holds nothing that was learned, so that it need not be kept."""
         split = self.split(tensor_name)
-        return split is not None and split[1] in self.derived
+        if split is not None and split[1] in self.derived:
+            return True
+        if self.inference is None or self._is_in_model(tensor_name):
+            return False
+        return any(re.search(each, tensor_name) for each in self.inference.ignored)
+
+    def _is_in_model(self, tensor_name: str) -> bool:
+        assert self.inference is not None
+        if (split := self.split(tensor_name)) is not None:
+            return self._entry(split[1]) is not None
+        return self.parameter_of(tensor_name) in {**self.inference.before, **self.inference.after}
 
     @property
     def stored_lm_head(self) -> str:
@@ -101,14 +140,14 @@ class Family:
             return in_memory.get(stored, stored)
         name = in_memory.get(split[1], split[1])
         part = re.sub(r"\.\d+\.", ".{i}.", name)
-        entries = {**self.layer, **self.dense, **self.sparse}
+        entries = self._parameters
         fused = [whole for whole, entry in entries.items() if isinstance(entry, Fused) and part in entry.parts]
         return self.tensor_name(split[0], fused[0] if fused and name not in entries else name)
 
     def parts_of(self, parameter: str, config: Config) -> set[str]:
         """The full names of the tensors that a parameter is stored as if it is stored in parts. Empty if it is not."""
         split = self.split(parameter)
-        entry = None if split is None else {**self.layer, **self.dense, **self.sparse}.get(split[1])
+        entry = None if split is None else self._parameters.get(split[1])
         if split is None or not isinstance(entry, Fused):
             return set()
         return {self.tensor_name(split[0], name) for name, _, _ in entry.places(split[1], self.with_defaults(config))}
@@ -124,14 +163,31 @@ class Family:
     @cached_property
     def _entries(self) -> dict[str, Parameter | Fused]:
         """All entries of the row, by every name that a tensor of a layer may have in memory or on disk."""
-        entries: dict[str, Parameter | Fused] = {**self.layer, **self.dense, **self.sparse}
+        return self._with_stored_names(self._parameters)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Parameter | Fused]:
+        """The parameters of layers of any kind, by name in memory."""
+        kinds = () if self.inference is None else self.inference.kinds
+        return {name: entry for kind in (self.layer, self.dense, self.sparse, *kinds) for name, entry in kind.items()}
+
+    def _with_stored_names(self, parameters: Parameters) -> dict[str, Parameter | Fused]:
+        entries = dict(parameters)
         for entry in [*entries.values()]:
             if isinstance(entry, Fused):
                 entries |= entry.parts
         return entries | {stored: entries[name] for name, stored in self.stored_names.items() if name in entries}
 
-    def _entry(self, name: str) -> Parameter | Fused | None:
-        return self._entries.get(name) or self._entries.get(re.sub(r"\.\d+\.", ".{i}.", name))
+    def _entry(self, name: str, layer: int | None = None) -> Parameter | Fused | None:
+        """The entry of a tensor. Without the layer, that of a layer of any kind."""
+        entries = self._entries if self.inference is None or layer is None else self._entries_of_kinds[layer]
+        return entries.get(name) or entries.get(re.sub(r"\.\d+\.", ".{i}.", name))
+
+    @cached_property
+    def _entries_of_kinds(self) -> list[dict[str, Parameter | Fused]]:
+        assert self.inference is not None
+        kinds = [self._with_stored_names(kind) for kind in self.inference.kinds]
+        return [kinds[kind] for kind in self.inference.kind_of]
 
     def _complete_role(self, role: Role, parallel: bool = False) -> Role:
         """The role with ``silent`` and ``after_attention``.
@@ -140,6 +196,8 @@ class Family:
         the scale of that norm is silenced instead: zero projections would keep the logits as well, but the norm of
         zero multiplies their gradient by about a thousand.
         """
+        if self.inference is not None:
+            return role
         silent = None
         if role.side == "output" and (role.kind == "norm" or role.block not in self._blocks_with_output_norm):
             silent = 0.0 - role.offset
@@ -163,27 +221,41 @@ class Family:
     # ------------------------------------------------------------- checkpoints
 
     def layer_tensors(self, tensor_names: Iterable[str], config: Config) -> list[LayerTensor]:
-        """The tensors that every layer has, with fused ones split into parts, in the order of layer 0's names.
+        """The tensors of layer 0 of a model whose layers are all alike, see ``tensors_by_layer``.
+
+        Raises:
+            UserError: the layers differ in what they hold, or as for ``tensors_by_layer``.
+        """
+        names = list(tensor_names)
+        layers = self._names_by_layer(names, self.with_defaults(config)["num_hidden_layers"])
+        for layer in range(len(layers)):
+            if layers[layer]:
+                require_like_layers(0, layers[0], layer, layers[layer])
+        return self.tensors_by_layer(names, config)[0]
+
+    def tensors_by_layer(self, tensor_names: Iterable[str], config: Config) -> list[list[LayerTensor]]:
+        """The tensors of every layer, with fused ones split into parts, in the order of their names.
 
         Args:
             tensor_names: the full names of all tensors of the checkpoint.
             config: the content of its config.json.
 
         Raises:
-            UserError: layers are not named like the family's, differ in what they hold, or hold a tensor without a
-                role.
+            UserError: layers are not named like the family's, or hold a tensor without a role.
         """
         config = self.with_defaults(config)
         layers = self._names_by_layer(tensor_names, config["num_hidden_layers"])
         for layer, names in enumerate(layers):
             if not names:
                 raise _unexpected(self.tensor_name(layer, "*"), "the model has no tensors with this name")
-            require_like_layers(0, layers[0], layer, names)
+        return [self._tensors_of(layer, names, config) for layer, names in enumerate(layers)]
+
+    def _tensors_of(self, layer: int, names: Iterable[str], config: Config) -> list[LayerTensor]:
         parallel = bool(config.get("use_parallel_residual"))
         return [
             LayerTensor(name, self._complete_role(role, parallel), place)
-            for stored in layers[0]
-            for name, role, place in self._parts(stored, config)
+            for stored in names
+            for name, role, place in self._parts(layer, stored, config)
         ]
 
     def _names_by_layer(self, tensor_names: Iterable[str], num_layers: int) -> list[list[str]]:
@@ -195,8 +267,8 @@ class Family:
                 layers[layer].append(name)
         return layers
 
-    def _parts(self, stored: str, config: Config) -> Iterator[tuple[str, Role, Place | None]]:
-        entry = self._entry(stored)
+    def _parts(self, layer: int, stored: str, config: Config) -> Iterator[tuple[str, Role, Place | None]]:
+        entry = self._entry(stored, layer)
         if entry is None:
             raise UserError(
                 setting="model.path",
@@ -208,6 +280,17 @@ class Family:
             yield from entry.places(stored, config)
         else:
             yield stored, entry.role, None
+
+    def stored_as(self, tensor_names: Iterable[str]) -> dict[str, str]:
+        """Returns the names of a checkpoint's tensors by those that ``save_pretrained`` of the language model gives.
+
+        They differ if the checkpoint is of the base model, without a head, whose names lack a prefix.
+        """
+        names = list(tensor_names)
+        prefix = "" if self.inference is None else self.inference.base_prefix
+        if not prefix or any(name.startswith(prefix) for name in names):
+            return {name: name for name in names}
+        return {name if name == self.stored_lm_head else f"{prefix}{name}": name for name in names}
 
 
 def _is_sparse(config: Config, layer: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
+from math import gcd
 from typing import Any
 
 from pipeline.models.families.tensors import Place, Role
@@ -13,15 +14,22 @@ from pipeline.models.families.tensors import Place, Role
 Config = Mapping[str, Any]  # the content of config.json
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+
+
 def num_experts(config: Config) -> int:
     """Experts per layer, not counting shared ones. 0 for a dense model."""
-    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+    return next((config[name] for name in EXPERTS if type(config.get(name)) is int and config[name]), 0)
 
 
 def expert_share(config: Config) -> Fraction:
     """The fraction of a layer's experts that a token is routed to. 1 for a dense model."""
     experts = num_experts(config)
-    return Fraction(config["num_experts_per_tok"], experts) if experts else Fraction(1)
+    if not experts:
+        return Fraction(1)
+    name = next((name for name in EXPERTS_PER_TOKEN if config.get(name)), EXPERTS_PER_TOKEN[0])
+    return Fraction(config[name], experts)
 
 
 def dimension(config: Config, name: str | int) -> int:
@@ -91,7 +99,7 @@ class Fused:
     """
 
     parts: Mapping[str, Parameter]
-    groups: str | None = None
+    groups: str | int | None = None
     stacked: bool = False
     transposed: bool = False
 
@@ -117,6 +125,8 @@ class Fused:
         rows = [part.shape[0] for part in self.parts.values()]
         # Parts of equal size are equal shares, whatever their size is.
         shares = [1] * len(rows) if len(set(rows)) == 1 else [dimension(config, size) for size in rows]
+        common = gcd(*shares)
+        shares = [share // common for share in shares]
         bounds = list(pairwise(accumulate(shares, initial=0)))
         groups = dimension(config, self.groups) if self.groups else 1
         for expert in range(num_experts(config)) if self.stacked else (None,):

@@ -8,9 +8,9 @@ from fractions import Fraction
 from math import prod
 
 from pipeline.errors import UserError
-from pipeline.models.families.family import Family, require_like_layers
-from pipeline.models.families.parameters import Config, Fused, dimension, expert_share
-from pipeline.models.families.table import family_of
+from pipeline.models.families.family import Family
+from pipeline.models.families.inferred import family_for
+from pipeline.models.families.parameters import Config, Fused, Parameters, dimension, expert_share
 from pipeline.models.flops import matrix_entries
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,6 +26,7 @@ class LayerShape:
         mlp_outputs: names of the matrices that write the output of the MLP or of experts.
         is_gated: whether the MLP multiplies two projections of its input.
         expert_share: the fraction of the layer's experts that a token is routed to.
+        is_standard: whether it is one attention block with one output projection, and one MLP.
     """
 
     tensors: Shapes
@@ -33,6 +34,7 @@ class LayerShape:
     mlp_outputs: frozenset[str]
     is_gated: bool
     expert_share: Fraction
+    is_standard: bool = True
 
     @property
     def parameters(self) -> int:
@@ -77,6 +79,8 @@ class Shape:
     head_size: int
     key_size: int  # of a token's keys in all heads, and of its values
     vocab_size: int
+    not_silenced: str = ""  # why a new layer cannot keep the logits; empty if it can
+    not_trained: str = ""  # why the training stages cannot train the model; empty if they can
 
     @property
     def parameters(self) -> int:
@@ -121,9 +125,9 @@ def shape_of(config: Config) -> Shape:
     """The model that a config.json describes.
 
     Raises:
-        UserError: the family has no row, or an entry is missing that the sizes follow from.
+        UserError: the family has no row and cannot be inferred, or an entry is missing that the sizes follow from.
     """
-    family = family_of(config.get("model_type"))
+    family = family_for(config)
     try:
         return _shape(family, family.with_defaults(config))
     except KeyError as error:
@@ -137,21 +141,32 @@ def shape_of(config: Config) -> Shape:
 
 def _shape(family: Family, config: Config) -> Shape:
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    final_norm = {family.final_norm: (hidden,)}
-    if family.norm_bias:
-        final_norm[family.final_norm.removesuffix("weight") + "bias"] = (hidden,)
-    head = {} if config.get("tie_word_embeddings") else {family.lm_head: (vocabulary, hidden)}
+    before, after = _outside(family, config)
     return Shape(
         layers=tuple(_layer_shape(family, config, index) for index in range(config["num_hidden_layers"])),
-        before={family.embeddings: (vocabulary, hidden)},
-        after={**final_norm, **head},
+        before=before,
+        after=after,
         layer_prefix=family.layer_prefix,
         hidden_size=hidden,
         heads=config["num_attention_heads"],
         head_size=dimension(config, "head_dim"),
         key_size=dimension(config, "key_size"),
         vocab_size=vocabulary,
+        not_silenced="" if family.inference is None else family.inference.not_silenced,
+        not_trained="" if family.inference is None else family.inference.not_trained,
     )
+
+
+def _outside(family: Family, config: Config) -> tuple[Shapes, Shapes]:
+    """The tensors before and after the layers."""
+    if family.inference is not None:
+        return family.inference.before, family.inference.after
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    final_norm = {family.final_norm: (hidden,)}
+    if family.norm_bias:
+        final_norm[family.final_norm.removesuffix("weight") + "bias"] = (hidden,)
+    head = {} if config.get("tie_word_embeddings") else {family.lm_head: (vocabulary, hidden)}
+    return {family.embeddings: (vocabulary, hidden)}, {**final_norm, **head}
 
 
 def _layer_shape(family: Family, config: Config, layer: int) -> LayerShape:
@@ -163,7 +178,18 @@ def _layer_shape(family: Family, config: Config, layer: int) -> LayerShape:
         mlp_outputs=frozenset(name for name, roles in matrices.items() if "down" in roles),
         is_gated=any("gate" in roles for roles in matrices.values()),
         expert_share=expert_share(config),
+        is_standard=_is_standard(parameters),
     )
+
+
+def _is_standard(parameters: Parameters) -> bool:
+    roles = [
+        entry.role for parameter in parameters.values()
+        for entry in (parameter.parts.values() if isinstance(parameter, Fused) else [parameter])
+    ]  # fmt: skip
+    outputs = [role for role in roles if (role.kind, role.side) == ("matrix", "output")]
+    attention = [role for role in outputs if role.block == "attention"]
+    return len(attention) == 1 and len(outputs) > 1 and not any(role.kind == "other" for role in roles)
 
 
 def check_stored(config: Config, stored: Shapes, where: object) -> None:
@@ -177,7 +203,8 @@ def check_stored(config: Config, stored: Shapes, where: object) -> None:
     Raises:
         UserError: tensors are missing, or are not in the model, or have another shape.
     """
-    family = family_of(config.get("model_type"))
+    family = family_for(config)
+    stored = {name: stored[on_disk] for name, on_disk in family.stored_as(stored).items()}
     expected = {name: shape for name, _, shape in shape_of(config).tensors()}
     tied = {} if family.lm_head in expected else {family.lm_head: family.embeddings}
     found: dict[str, set[str]] = {}  # names on disk by name in memory
@@ -206,14 +233,3 @@ def weights_disagree(where: object, faults: str) -> UserError:
         rule=f"its weights and its config.json disagree: {faults}",
         remedy="Use the config.json and the weight files that were saved together, for a causal language model.",
     )
-
-
-def check_layers_alike(config: Config) -> None:
-    """Checks that all layers of a model have the same tensors, as expanding it requires.
-
-    Raises:
-        UserError: they have not, or the shape cannot be worked out.
-    """
-    first, *others = shape_of(config).layers
-    for index, layer in enumerate(others, 1):
-        require_like_layers(0, first.tensors, index, layer.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["matrix", "bias", "norm", "router", "sink"]
+Kind = Literal["matrix", "bias", "norm", "router", "sink", "other"]
 Block = Literal["attention", "mlp"]
 Side = Literal["input", "inner", "output"]
 
@@ -17,7 +17,8 @@ class Role:
     Attributes:
         name: q, k, v, o, gate, up, down, input_norm, post_attention_norm, ...
         kind: the ``[out, in]`` matrix of a linear map, its ``[out]`` bias, the scale or shift of a norm, the matrix
-            or bias that chooses or weights experts, or the logits of attention sinks.
+            or bias that chooses or weights experts, the logits of attention sinks, or ``other`` for what only some
+            layers have, such as the kernels and decay rates of state-space layers.
         block: the residual block of the layer that the tensor belongs to.
         side: ``input`` for a tensor that reads the block's input, ``output`` for one that writes what the block adds
             to the residual stream, ``inner`` for one that does neither.

@@ -1,0 +1,52 @@
+"""Decoding with a cache compared with decoding without one, and what a model applies to the output of its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+CACHES = ("past_key_values", "cache_params", "state")  # the names under which models return and take their cache
+DECODED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model family applies to the head's output: a scale (cohere, granite), then a soft cap (gemma)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> LogitTransform:
+        """Reads it from a model's text config, in which families name it differently."""
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.inference_mode()
+def cache_difference(model: PreTrainedModel, prompt: Tensor) -> float:
+    """Decodes greedily with a cache, then computes the same positions in one forward pass without one.
+
+    Returns:
+        The largest difference of the logits, see ``difference``.
+    """
+    step = model(prompt, use_cache=True)
+    cache = next(name for name in CACHES if name in step)
+    tokens, cached = prompt, [step.logits[:, -1]]
+    for _ in range(DECODED_TOKENS):
+        token = cached[-1].argmax(dim=-1, keepdim=True)
+        tokens = torch.cat([tokens, token], dim=1)
+        step = model(token, use_cache=True, **{cache: step[cache]})
+        cached.append(step.logits[:, -1])
+    uncached = model(tokens, use_cache=False).logits[:, prompt.shape[1] - 1 :]
+    return difference(uncached, torch.stack(cached, dim=1))
+
+
+def difference(expected: Tensor, actual: Tensor) -> float:
+    """Returns the largest difference relative to the largest logit, or absolute if that is below one."""
+    return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1.0))
