@@ -25,12 +25,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from pipeline.artifacts.task import Metrics
 from pipeline.config import AnyExpand, Model
 from pipeline.errors import UserError, one_line
 from pipeline.files import read_json
 from pipeline.models.config_json import depth_name
 from pipeline.models.families import FAMILIES, family_for
-from pipeline.models.inference.small import NoSmallModelError, small_model
+from pipeline.models.inference.small import small_model
 from pipeline.stages import expand, load
 from tests.stages.one_task import make_task
 
@@ -114,7 +115,7 @@ def check_family(family: str, work: Path, tokenizer: Any, settings: Callable[...
     how = "row" if family in FAMILIES else "inferred"
     try:
         model = tiny_model(family)
-    except (NoSmallModelError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - default configs of some families cannot be built
         return Coverage(family, "refused", f"no small model can be built and run: {one_line(error)[:120]}")
     base = work / "base"
     model.save_pretrained(base)
@@ -133,15 +134,33 @@ def check_family(family: str, work: Path, tokenizer: Any, settings: Callable[...
         row = family_for(read_json(base / "config.json"))
         silenced = row.inference is None or not row.inference.not_silenced
         metrics = [load.run(make_task("load", source, loaded))]
-        method = settings("llama_pro" if silenced else "copy", new_layers=2, position="interleaved")
-        metrics.append(expand.run(make_task("expand", method, out, {"load": loaded})))
+        metrics.append(_expand(loaded, out, "llama_pro" if silenced else "copy", settings))
     except UserError as error:
         return Coverage(family, "refused", error.rule.rpartition("cannot be inferred from its modules: ")[2])
     said = [each.get("family", "row") for each in metrics]
     _require(said == [how, how], f"the manifests of load and expand say {' and '.join(said)}")
     check_expanded(loaded, out, keeps_logits=silenced)
-    kinds = 1 if row.inference is None else len(row.inference.kinds)
-    return Coverage(family, how, "" if silenced else "copies only: no new layer keeps the logits", kinds)
+    if row.inference is None:
+        return Coverage(family, how)
+    notes = (
+        "" if silenced else "new layers cannot keep the logits",
+        "not trained" if row.inference.not_trained else "",
+    )
+    return Coverage(family, how, "; ".join(filter(None, notes)), len(row.inference.kinds))
+
+
+def _expand(loaded: Path, out: Path, method: str, settings: Callable[..., AnyExpand]) -> Metrics:
+    """Adds two layers at the first position that the config can express."""
+    *others, last = ("interleaved", "top", "bottom")
+    for position in others:
+        try:
+            return expand.run(
+                make_task("expand", settings(method, new_layers=2, position=position), out, {"load": loaded})
+            )
+        except UserError as error:
+            if error.setting != "expand.position":
+                raise
+    return expand.run(make_task("expand", settings(method, new_layers=2, position=last), out, {"load": loaded}))
 
 
 def check_expanded(base: Path, path: Path, keeps_logits: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.models.built import IncompleteModelError, load_complete
-from pipeline.models.decoding import cache_difference, difference
+from pipeline.models.decoding import CACHE_TOLERANCE, cache_difference, difference
 from pipeline.models.layer_config import explicit_config
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import is_finite
@@ -28,7 +28,6 @@ SENTENCES = (
     "Water boils at a lower temperature on a mountain, because the air presses on it less.",
 )
 LOGIT_TOLERANCE = 1e-5  # relative to the largest logit, or absolute if that is below one: float32 rounding
-CACHE_TOLERANCE = 1e-3  # likewise; with a cache, sums are in another order, and depth amplifies the difference
 
 WORK_PREFIX = ".check-"  # of temporary directories
 

@@ -139,6 +139,6 @@ def load_complete(directory: Path, dtype: Any, **placement: Any) -> PreTrainedMo
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[fault]:
             raise IncompleteModelError(f"{directory} loads with {fault} {report[fault]}")
-    if model.config.tie_word_embeddings and not is_tied(model):
+    if getattr(model.config, "tie_word_embeddings", False) and not is_tied(model):
         raise IncompleteModelError(f"{directory}: the head is not tied to the embeddings")
     return model.eval()

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 # Smallest and largest value by name. Modules are built one by one, so fewer of them are allowed than entries of a
 # tensor.
 MAX_MODULES, MAX_SIZE = 10_000, 2**31 - 1
-DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 INTEGERS = {
     **dict.fromkeys((*DEPTH_NAMES, "num_attention_heads", "num_key_value_heads"), (1, MAX_MODULES)),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "num_labels"), (0, MAX_MODULES)),

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 CACHES = ("past_key_values", "cache_params", "state")  # the names under which models return and take their cache
 DECODED_TOKENS = 8
+CACHE_TOLERANCE = 1e-3  # of ``difference``: with a cache, sums are in another order, and depth amplifies the difference
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from pipeline.files import read_json
-from pipeline.models.config_json import depth_name, depth_of
+from pipeline.models.config_json import DEPTH_NAMES, depth_of
 
 INDEX_LISTS = (  # lists of layer indices
     "attn_layer_indices", "full_attn_idxs", "local_layer_ids", "mlp_only_layers", "moe_layers", "rope_scaling_layers",
@@ -68,5 +68,7 @@ def rebuild_config(config: dict[str, Any], sources: Sequence[int]) -> dict[str, 
             rebuilt[name] = sum(source < value for source in sources) + beyond
         elif name in LAST_INDICES and value is not None and value >= 0:
             rebuilt[name] = sum(source <= value for source in sources) - 1
-    rebuilt[depth_name(config) or "num_hidden_layers"] = len(sources)
+    if "attention_types" in config and "attention_layers" in rebuilt:  # GPT-Neo derives one from the other
+        rebuilt["attention_types"] = [[[kind], 1] for kind in rebuilt["attention_layers"]]
+    rebuilt |= {name: len(sources) for name in DEPTH_NAMES if config.get(name) == old_layers}
     return rebuilt

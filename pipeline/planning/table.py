@@ -39,6 +39,8 @@ def _print_model(plan: Plan, console: Console) -> None:
     if plan.sizes is None:
         return
     base, grown = plan.sizes.base, plan.sizes.grown
+    if base.inferred:
+        console.print("  family inferred from the modules that transformers builds, which takes some seconds")
     console.print(
         f"  layers {len(base.layers)} -> {len(grown.layers)}{_new_layers(plan.sizes)}\n"
         f"  parameters {_parameters(base)} -> {_parameters(grown)}"

@@ -88,8 +88,8 @@ def _check_kinds(config: dict[str, Any], deeper: dict[str, Any], plan: LayerPlan
     if all(layer.tensors == base.layers[0].tensors for layer in base.layers):
         return
     expected = base.with_layers(plan.config_sources)
-    for index, (layer, built) in enumerate(zip(expected.layers, shape_of(deeper).layers, strict=True)):
-        if layer.tensors != built.tensors:
+    for index, (layer, made) in enumerate(zip(expected.layers, shape_of(deeper).layers, strict=True)):
+        if layer.tensors != made.tensors:
             raise UserError(
                 setting="expand.position",
                 value=[planned.base[0] for planned in plan.new_layers],

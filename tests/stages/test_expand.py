@@ -257,10 +257,10 @@ def test_a_failed_check_leaves_no_artifact(
     assert (link / "manifest.json").is_file() and not list(artifacts.glob("*.partial"))
 
 
-def test_a_family_without_a_row_is_refused(
+def test_a_family_that_cannot_be_inferred_is_refused(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, tmp_path: Path, out: Path
 ) -> None:
     base = shutil.copytree(tiny_llama_dir, tmp_path / "base")
-    write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), "model_type": "mamba"})
-    with pytest.raises(UserError, match=r"mamba.*pipeline/models/families/table\.py"):
+    write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), "model_type": "bert"})
+    with pytest.raises(UserError, match=r"bert.*attends to later tokens.*pipeline/models/families/table\.py"):
         _run(base, expand_settings("copy", new_layers=1), out)

@@ -21,7 +21,6 @@ from pipeline.models.families.tensors import Role
 
 NOT_IN_CONFIG = ("custom_classes", "separate_experts", "has_chat_template", "auto_map", "quantization_config")
 INFERRED = "inferred"  # in logs and manifests
-WORKER = "pipeline.models.inference"
 
 
 def family_for(config: Config) -> Family:
@@ -56,7 +55,9 @@ def _inferred(config: str) -> Family | str:
         from pipeline.models.inference.worker import infer_or_explain
 
         return infer_or_explain(json.loads(config))
-    done = subprocess.run([sys.executable, "-m", WORKER], input=config, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.models.inference"], input=config, capture_output=True, text=True
+    )
     if done.returncode:
         return f"the process that builds the model ended with status {done.returncode}: {done.stderr.strip()[-300:]}"
     answer = json.loads(done.stdout)

@@ -79,6 +79,7 @@ class Shape:
     head_size: int
     key_size: int  # of a token's keys in all heads, and of its values
     vocab_size: int
+    inferred: bool = False  # from the model's modules, since its family has no row
     not_silenced: str = ""  # why a new layer cannot keep the logits; empty if it can
     not_trained: str = ""  # why the training stages cannot train the model; empty if they can
 
@@ -152,6 +153,7 @@ def _shape(family: Family, config: Config) -> Shape:
         head_size=dimension(config, "head_dim"),
         key_size=dimension(config, "key_size"),
         vocab_size=vocabulary,
+        inferred=family.inference is not None,
         not_silenced="" if family.inference is None else family.inference.not_silenced,
         not_trained="" if family.inference is None else family.inference.not_trained,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import one_line
-from pipeline.models.decoding import LogitTransform, cache_difference, difference
+from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference
 from pipeline.models.families.family import Family, Inference
 from pipeline.models.families.parameters import EXPERTS, EXPERTS_PER_TOKEN, Fused, Parameter, Parameters, num_experts
 from pipeline.models.families.tensors import Role
@@ -27,11 +27,11 @@ from pipeline.models.inference.decoder import Decoder, LayerCall, NotUnderstoodE
 from pipeline.models.inference.layout import EXPERT_INDEX, Layout, layout_of
 from pipeline.models.inference.roles import NAMES, LayerParts
 from pipeline.models.inference.silence import silence
-from pipeline.models.inference.small import NoSmallModelError, small_model, tokens_for
-from pipeline.models.inference.splits import Split, split_attention, split_mlp
+from pipeline.models.inference.small import NoSmallModelError, randomized, small_model, tokens_for
+from pipeline.models.inference.splits import Division, split_attention, split_mlp
+from pipeline.models.layer_config import rebuild_config
 
-CACHE_TOLERANCE = 1e-3  # relative to the largest logit; sums are in another order
-PACKING_TOLERANCE = 1e-3  # likewise, or to the largest hidden state
+PACKING_TOLERANCE = 1e-3  # relative to the largest hidden state or logit
 Signature = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -86,6 +86,8 @@ def _infer(real: Decoder, small: Decoder) -> Family:
         parts = [replace(made, silence=None) for made in parts]
     for layer, kind in enumerate(kind_of):
         _check_silent(small, calls[layer], layer, parts[kind])
+    if not faults and (faults := _depth_fault(small, [parts[kind] for kind in kind_of])):
+        parts = [replace(made, silence=None) for made in parts]
     splits = [_splits(made) for made in parts]
     layout = layout_of(small, representatives)  # overwrites the small model's weights
     sizes = _Sizes(small.model.config, real.model.config)
@@ -172,10 +174,43 @@ def _check_silent(small: Decoder, call: LayerCall, layer: int, parts: LayerParts
             )
 
 
+@torch.no_grad()
+def _depth_fault(small: Decoder, parts: list[LayerParts]) -> str:
+    """Returns why a model with a silent copy of every layer has other logits; empty if it has the same.
+
+    In some families a layer depends on its index, or on the number of layers.
+    """
+    config = small.model.config
+    sources = [layer for layer in range(len(parts)) for _ in range(2)]
+    try:
+        values = json.loads(config.to_json_string(use_diff=False))
+        deeper = decoder_of(randomized(type(config).from_dict(rebuild_config(values, sources))))
+        outside = {name: value for name, value in small.model.state_dict().items() if not _layer_name(small, name)}
+        deeper.model.load_state_dict(outside, strict=False)
+        for index, source in enumerate(sources):
+            deeper.layers[index].load_state_dict(small.layers[source].state_dict())
+            silent = parts[source].silence
+            if index % 2 and silent is not None:
+                for name, value in silent.values.items():
+                    deeper.layers[index].get_parameter(name).fill_(value)
+    except Exception:  # noqa: BLE001 - its config cannot express twice as many layers
+        return ""
+    tokens = tokens_for(small.model)
+    found = difference(small.model(tokens, use_cache=False).logits, deeper.model(tokens, use_cache=False).logits)
+    if found <= CACHE_TOLERANCE:
+        return ""
+    return f"its layers depend on their index or on the number of layers, which changes the logits by {found:.2g}"
+
+
+def _layer_name(decoder: Decoder, name: str) -> bool:
+    before, after = decoder.prefix.split("{layer}")
+    return re.match(re.escape(before) + r"\d+" + re.escape(after), name) is not None
+
+
 # -------------------------------------------------------------------------------------------- fused projections
 
 
-def _splits(parts: LayerParts) -> dict[str, Split]:
+def _splits(parts: LayerParts) -> dict[str, Division]:
     """Finds the divisions of fused projections, by the name of their weight."""
     inputs: dict[str, list[str]] = {}
     for name, role in parts.roles.items():
@@ -190,7 +225,7 @@ def _splits(parts: LayerParts) -> dict[str, Split]:
     return found
 
 
-def _split(parts: LayerParts, name: str) -> Split | None:
+def _split(parts: LayerParts, name: str) -> Division | None:
     role, tensor = parts.roles[name], parts.tensors[name]
     if role.block == "attention":
         step = parts.step_of.get(name.rpartition(".")[0])
@@ -235,7 +270,7 @@ class _Sizes:
     small: Any
     real: Any
 
-    def rows(self, split: Split, total: int) -> tuple[int, dict[str, int]] | None:
+    def rows(self, split: Division, total: int) -> tuple[int, dict[str, int]] | None:
         """Returns groups and number of rows of every part of the real tensor with ``total`` rows."""
         counts = {role: split.groups * rows for role, rows in split.parts}
         if set(counts) == {"gate", "up"}:
@@ -260,7 +295,7 @@ def _key_heads(config: Any) -> int:
 
 
 def _entries(
-    parts: LayerParts, splits: Mapping[str, Split], layout: Layout, real: Mapping[str, Tensor], sizes: _Sizes
+    parts: LayerParts, splits: Mapping[str, Division], layout: Layout, real: Mapping[str, Tensor], sizes: _Sizes
 ) -> Parameters:
     """The parameters of one kind of layer, by name in memory, with the real shapes."""
     patterns = {EXPERT_INDEX.sub(".{i}.", name): name for name in parts.tensors}
@@ -275,7 +310,7 @@ def _entries(
 
 def _entry(
     parts: LayerParts,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, Division],
     layout: Layout,
     name: str,
     shape: tuple[int, ...],
@@ -342,11 +377,10 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
     after: dict[str, tuple[int, ...]] = {}
     embeddings, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
     saved = model.state_dict(keep_vars=True)
-    is_inside = re.compile(re.escape(real.prefix).replace(r"\{layer\}", r"\d+"))
     name_of: dict[int, str] = {}
     place = before
     for name, tensor in saved.items():
-        if is_inside.match(name):
+        if _layer_name(real, name):
             place = after
         elif id(tensor) not in name_of:
             name_of[id(tensor)] = name

@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import one_line
 
-Config = dict[str, Any]
-
 # The largest sizes, by a pattern that a config entry's whole name must match. Sizes that a tensor may mix differ, so
 # that its dimensions can be told apart: hidden 64, queries 32, keys 16, intermediate 48, experts 20.
 SIZES: tuple[tuple[str, int], ...] = (
@@ -116,7 +114,7 @@ def tokens_for(model: PreTrainedModel, length: int = 12) -> torch.Tensor:
     return (torch.arange(length)[None] * 7 + 3) % min(vocabulary, USED_TOKENS)
 
 
-def _attempts(config: PreTrainedConfig, parameters: int) -> Iterator[Config]:
+def _attempts(config: PreTrainedConfig, parameters: int) -> Iterator[dict[str, Any]]:
     values = config.to_dict()
     yield _shrunk(values)
     yield _shrunk(values, keeps_head_size=True)
@@ -124,7 +122,7 @@ def _attempts(config: PreTrainedConfig, parameters: int) -> Iterator[Config]:
         yield values
 
 
-def _shrunk(values: Mapping[str, Any], keeps_head_size: bool = False) -> Config:
+def _shrunk(values: Mapping[str, Any], keeps_head_size: bool = False) -> dict[str, Any]:
     small = {name: _smaller(name, value) for name, value in values.items()}
     if keeps_head_size:
         for name in ("head_dim", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "qk_head_dim"):
@@ -144,7 +142,7 @@ def _shrunk(values: Mapping[str, Any], keeps_head_size: bool = False) -> Config:
     return small
 
 
-def _relate(values: Mapping[str, Any], small: Config) -> None:
+def _relate(values: Mapping[str, Any], small: dict[str, Any]) -> None:
     """Restores relations between sizes that config classes and attention require."""
     for name, other in SAME_IF_EQUAL:
         if values.get(name) is not None and values.get(name) == values.get(other):

@@ -22,7 +22,7 @@ MOST_ROWS = 4096  # of a projection that is examined row by row
 
 
 @dataclass(frozen=True)
-class Split:
+class Division:
     """How the rows of a tensor are divided.
 
     Attributes:
@@ -34,7 +34,7 @@ class Split:
     parts: tuple[tuple[str, int], ...]
 
 
-def split_attention(step: Step, attention: Step) -> Split | None:
+def split_attention(step: Step, attention: Step) -> Division | None:
     """Finds queries, keys and values in a fused projection.
 
     Args:
@@ -73,7 +73,7 @@ def _with_changed_row(step: Step, attention: Step, row: int) -> Tensor | None:
         handle.remove()
 
 
-def split_mlp(call: LayerCall, weight: Tensor, rows: int) -> Split | None:
+def split_mlp(call: LayerCall, weight: Tensor, rows: int) -> Division | None:
     """Finds gate and up in a fused projection or in the stacked projections of experts.
 
     Args:
@@ -106,11 +106,11 @@ def _label(call: LayerCall, row: Tensor, step: Tensor) -> str | None:
     return "up" if (above + below - 2 * base).abs().max() < LINEAR * effect else "gate"
 
 
-def _division(labels: Sequence[str], roles: tuple[str, ...]) -> Split | None:
+def _division(labels: Sequence[str], roles: tuple[str, ...]) -> Division | None:
     """Returns the division if it is a sequence of contiguous parts, each role once, that repeats."""
     runs = [(label, len(list(group))) for label, group in groupby(labels)]
     parts = tuple(runs[: len(roles)])
     groups, rest = divmod(len(runs), len(roles))
     if rest or sorted(role for role, _ in parts) != sorted(roles) or tuple(runs) != parts * groups:
         return None
-    return Split(groups, parts)
+    return Division(groups, parts)
