@@ -14,13 +14,13 @@ from pipeline.models.families.tensors import Place, Role
 Config = Mapping[str, Any]  # the content of config.json
 
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
 
 def num_experts(config: Config) -> int:
     """Experts per layer, not counting shared ones. 0 for a dense model."""
-    return next((config[name] for name in EXPERTS if type(config.get(name)) is int and config[name]), 0)
+    return next((config[name] for name in EXPERT_COUNTS if type(config.get(name)) is int and config[name]), 0)
 
 
 def expert_share(config: Config) -> Fraction:

@@ -21,7 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pipeline.errors import one_line
 from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference
 from pipeline.models.families.family import Family, Inference
-from pipeline.models.families.parameters import EXPERTS, EXPERTS_PER_TOKEN, Fused, Parameter, Parameters, num_experts
+from pipeline.models.families.parameters import (
+    EXPERT_COUNTS,
+    EXPERTS_PER_TOKEN,
+    Fused,
+    Parameter,
+    Parameters,
+    num_experts,
+)
 from pipeline.models.families.tensors import Role
 from pipeline.models.inference.decoder import Decoder, LayerCall, NotUnderstoodError, call_layers, decoder_of, filled
 from pipeline.models.inference.layout import EXPERT_INDEX, Layout, layout_of
@@ -425,7 +432,7 @@ def _defaults(config: Any, tied: bool) -> dict[str, Any]:
     context = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
     if length := next((length for name in context if (length := _integer(config, name))), 0):
         values["max_position_embeddings"] = length
-    if experts := next((count for name in EXPERTS if (count := _integer(config, name))), 0):
+    if experts := next((count for name in EXPERT_COUNTS if (count := _integer(config, name))), 0):
         values["num_experts"] = experts
         per_token = next((count for name in EXPERTS_PER_TOKEN if (count := _integer(config, name))), experts)
         values["num_experts_per_tok"] = per_token
