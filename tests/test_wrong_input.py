@@ -150,7 +150,7 @@ def _change_config(model: Path, **entries: object) -> None:
 
 
 def _change_family(model: Path) -> str:
-    _change_config(model, model_type="opt")
+    _change_config(model, model_type="bert")
     return "FAMILIES in pipeline/models/families/table.py"
 
 

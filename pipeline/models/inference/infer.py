@@ -160,6 +160,8 @@ def why_not_trained(model: PreTrainedModel) -> str:
         alone = body(input_ids=tokens[:, half:], position_ids=positions, attention_mask=None, use_cache=False)
     except Exception as error:  # noqa: BLE001 - the modules of any family run here
         return f"it does not take positions of packed documents ({type(error).__name__}: {one_line(error)})"
+    if "last_hidden_state" not in alone:
+        return f"{type(body).__name__} is not divided into hidden states and a head"
     if difference(alone.last_hidden_state, packed.last_hidden_state[:, half:]) > PACKING_TOLERANCE:
         return "documents that are packed into one block would not be separated"
     transform = LogitTransform.from_config(model.config)
