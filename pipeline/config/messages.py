@@ -52,7 +52,7 @@ def no_experiment(folders: list[Path]) -> UserError:
 
 def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -> UserError:
     """Translates an error of Hydra or OmegaConf."""
-    text = str(error)
+    text = _first_message(error)
     if missing := re.search(r"Could not find '([\w/]+)/([^'/]+)'|Could not load '([\w/]+)/([^'/]+)'", text):
         group, name = (part for part in missing.groups() if part)
         return _unknown_choice(group, name, folders)
@@ -72,9 +72,16 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
     return UserError(
         setting="command line",
         value=" ".join(overrides),
-        rule=text.strip().splitlines()[0].rstrip("."),
+        rule=text.splitlines()[0].rstrip("."),
         remedy="See conf/config.yaml for the available settings.",
     )
+
+
+def _first_message(error: BaseException) -> str:
+    """Returns the message of an error, or of its cause if it has none itself."""
+    while not str(error).strip() and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip() or type(error).__name__
 
 
 def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:

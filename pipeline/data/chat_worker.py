@@ -164,6 +164,7 @@ class Renderer:
             missing = next(filter(None, found), None)
         if missing is not None:
             return {"fault": TEXT_MISSING, "detail": f"of the {missing['role']} message; {self._line_with('content')}"}
+        "".join(text for text, _ in texts).encode()  # a lone surrogate, which a template can write, has no tokens
         return {"texts": texts}
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:

@@ -123,6 +123,7 @@ WRONG = [
     (["+experiment=quickstart", "expand=lesa", "expand.variant=x"], "expand.variant", "x", "reference, paper"),
     (["+experiment=quickstart", "pretrain.epochs=1"], "pretrain", "{...}", "pretrain"),
     (["+experiment=quickstart", "action=go"], "action", '"go"', "action="),
+    (["+experiment=quickstart", "hydra/job_logging='${'"], "command line", "${", "conf/config.yaml"),
     (["+experiment=quickstart", "modle=hub"], "modle", "", "model?"),
 ]
 

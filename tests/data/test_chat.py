@@ -283,6 +283,7 @@ def test_answers_that_begin_as_the_generation_prompt_can_be_trained_on() -> None
         ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "text_not_in_rendering", ["line 1"]),
         ("\n{{ tools | length }}" + PLAIN_TEMPLATE, "rejected_by_template", ["line 2", "NoneType"]),
         ("\n\n{{ raise_exception('never') }}", "rejected_by_template", ["line 3", "never"]),
+        ("{{ '\\ud83d' }}" + PLAIN_TEMPLATE, "rejected_by_template", ["surrogates not allowed"]),
         (PLAIN_TEMPLATE + "{% if %}", "syntax", ["line 1"]),
         ("{{" + "(" * 9999, "syntax", []),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "rejected_by_template", ["RecursionError"]),
