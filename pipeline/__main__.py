@@ -228,8 +228,12 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
         try:
             composed = compose("config", overrides=[*overrides, *search])
+        except (HydraException, OmegaConfBaseException, YAMLError, Stopped):
+            raise
         except ValueError as error:  # from OmegaConf's int() of a list index
             raise not_a_number(overrides) from error
+        except Exception as error:  # Hydra asserts what it expects of an override
+            raise explain_hydra(error, overrides, folders) from error
     for key in sorted(OmegaConf.missing_keys(composed)):
         raise not_given(key)
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)

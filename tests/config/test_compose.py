@@ -124,6 +124,7 @@ WRONG = [
     (["+experiment=quickstart", "pretrain.epochs=1"], "pretrain", "{...}", "pretrain"),
     (["+experiment=quickstart", "action=go"], "action", '"go"', "action="),
     (["+experiment=quickstart", "hydra/job_logging='${'"], "command line", "${", "conf/config.yaml"),
+    (["+experiment=quickstart", "+=[]"], "command line", "+=[]", "conf/config.yaml"),
     (["+experiment=quickstart", "modle=hub"], "modle", "", "model?"),
 ]
 
