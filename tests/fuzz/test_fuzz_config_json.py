@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.models.built import build_on_meta, is_tied
-from pipeline.models.families import check_layers_alike, family_of, shape_of
+from pipeline.models.families import family_for, shape_of
 from pipeline.models.layer_config import explicit_config, rebuild_config
 from pipeline.models.source import ModelSource, config_of, refuse_code
 from pipeline.models.weight_files import refuse_quantized
@@ -79,8 +79,8 @@ def _read(source: ModelSource) -> dict[str, Any]:
     config = config_of(source)
     refuse_code(model_at(source.directory), config)
     refuse_quantized(config, source.directory)
-    family_of(config["model_type"])
-    check_layers_alike(config)
+    family_for(config)
+    shape_of(config)
     assert source.directory is not None
     built = build_on_meta(source.directory)
     return {"config": config, "built": built}
@@ -101,7 +101,7 @@ def _check(content: bytes, directory: Path) -> None:
     shape = shape_of(config)
     parameters = {name: tuple(tensor.shape) for name, tensor in built.named_parameters()}
     assert {name: size for name, _, size in shape.tensors()} == parameters
-    assert (shape.head == family_of(config["model_type"]).embeddings) == is_tied(built)
+    assert (shape.head == family_for(config).embeddings) == is_tied(built)
     _check_deeper(directory, config)
 
 
