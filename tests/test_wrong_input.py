@@ -467,8 +467,8 @@ def test_a_mixture_with_some_dense_layers(
     base: Arguments, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny("qwen2_moe", tmp_path / "model", tiny_tokenizer, mlp_only_layers=[1])
-    message = _refused(capsys, *base, f"model.path={model}")
-    assert message.startswith("model.path = layers 0 and 1") and "differ" in message
+    message = _refused(capsys, *base, f"model.path={model}", "expand=average", "expand.new_layers=1", "expand.position=[0]")
+    assert "layers 0 and 1" in message and "differ" in message
 
 
 def test_the_error_without_an_experiment_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

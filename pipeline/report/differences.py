@@ -127,7 +127,7 @@ def _hypot(errors: Sequence[float | None]) -> float | None:
 
 def direction_of(result: Result) -> int:
     """Returns +1 if higher is better, -1 if lower is better, 0 if that is not known."""
-    return direction(result["metric"], result.get("higher_is_better"))
+    return direction(result["metric"], result.get("higher_is_better"))  # reports by earlier versions lack it
 
 
 def leader(results: Sequence[Result | None]) -> Result | None:

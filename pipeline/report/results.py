@@ -10,7 +10,7 @@ conversations, which are not comparable with each other, and come with the token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
 from pipeline.report.curves import perplexity
@@ -32,7 +32,7 @@ class Result(TypedDict):
     value: float
     stderr: float | None
     n: int | None
-    higher_is_better: NotRequired[bool | None]  # as the task declares
+    higher_is_better: bool | None  # as the task declares; null if it does not
 
 
 def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
@@ -43,9 +43,10 @@ def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
 def _scores(run: RunArtifacts) -> Iterator[Result]:
     for target in run.scored_targets():
         for row in (run.evaluation(target) or {"rows": []})["rows"]:
-            result = _result(run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"])
-            # Evaluations by earlier versions do not record it.
-            yield Result(**result, higher_is_better=row["higher_is_better"]) if "higher_is_better" in row else result
+            yield _result(
+                run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"],
+                row.get("higher_is_better"),  # which evaluations by earlier versions do not record
+            )  # fmt: skip
 
 
 def _held_out_losses(run: RunArtifacts) -> Iterator[Result]:
@@ -74,8 +75,9 @@ def _costs(run: RunArtifacts) -> Iterator[Result]:
 
 def _result(
     run: RunArtifacts, target: str, task: str, metric: str, value: float,
-    stderr: float | None = None, n: int | None = None,
+    stderr: float | None = None, n: int | None = None, higher_is_better: bool | None = None,
 ) -> Result:  # fmt: skip
     return Result(
-        run=run.name, method=run.method, target=target, task=task, metric=metric, value=value, stderr=stderr, n=n
-    )
+        run=run.name, method=run.method, target=target, task=task, metric=metric, value=value, stderr=stderr, n=n,
+        higher_is_better=higher_is_better,
+    )  # fmt: skip

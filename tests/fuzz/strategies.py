@@ -14,7 +14,10 @@ texts = st.text(characters, max_size=12)
 numbers = (
     st.sampled_from([0, 1, -1, 2, 4, 64, 2**31 - 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30]) | st.integers()
 )
-reals = st.sampled_from([0.0, -0.0, 0.5, 1.0, 1e308, 5e-324, float("inf"), float("-inf"), float("nan")]) | st.floats()
+# Without subnormal numbers, which libraries that other tests import make the processor round to zero.
+reals = st.sampled_from([0.0, -0.0, 0.5, 1.0, 1e308, 1e-307, float("inf"), float("-inf"), float("nan")]) | st.floats(
+    allow_subnormal=False
+)
 scalars = st.none() | st.booleans() | numbers | reals | texts
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6

@@ -15,7 +15,7 @@ from pipeline.config import METHODS, Settings
 from pipeline.config.messages import known_keys
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
 from tests.fuzz.limits import examples, outcome
-from tests.fuzz.strategies import texts
+from tests.fuzz.strategies import reals, texts
 
 SECRET = "correct-horse-battery"
 KEYS = sorted({*known_keys(), "experiment", "expand", "model", "data", "pretrain", "launch", "slurm",
@@ -56,7 +56,7 @@ def _mistyped(key: str, at: int) -> str:
 
 keys = st.sampled_from(KEYS) | st.builds(_mistyped, st.sampled_from(KEYS), st.integers(0, 30)) | texts
 known = st.sampled_from(VALUES)
-values = known | known.map("[{}]".format) | known.map("'{}'".format) | texts | (st.integers() | st.floats()).map(str)
+values = known | known.map("[{}]".format) | known.map("'{}'".format) | texts | (st.integers() | reals).map(str)
 overrides = st.builds("{}{}={}".format, st.sampled_from([""] * 6 + ["+", "++", "~"]), keys, values)
 arguments = st.lists(overrides | overrides | overrides | st.sampled_from(OPTIONS), min_size=1, max_size=3)
 

@@ -18,7 +18,10 @@ from pipeline.report.significance import critical_value
 
 
 def _row(value: float, stderr: float | None = 0.01, metric: str = "acc", run: str = "r") -> Result:
-    return Result(run=run, method="m", target="t", task="task", metric=metric, value=value, stderr=stderr, n=None)
+    return Result(
+        run=run, method="m", target="t", task="task", metric=metric, value=value, stderr=stderr, n=None,
+        higher_is_better=None,
+    )  # fmt: skip
 
 
 def _pair(before: Result, after: Result, stderr: float | None, changed: int = 40, **values: Any) -> PairedDifference:
@@ -119,7 +122,7 @@ def test_marks_against_the_base() -> None:
 def test_the_direction_is_what_the_task_declares_or_that_of_a_known_metric() -> None:
     def verdict(metric: str, **declared: bool) -> Verdict:
         before, after = _row(0.5, metric=metric), _row(0.6, metric=metric)
-        return Difference(before, Result(**after, **declared)).verdict  # type: ignore[typeddict-item]
+        return Difference(before, Result(**{**after, **declared})).verdict  # type: ignore[typeddict-item]
 
     assert verdict("exact_match (strict-match)") is verdict("pass@1") is Verdict.BETTER
     assert verdict("brier_score", higher_is_better=False) is Verdict.WORSE

@@ -284,5 +284,5 @@ def test_training_json_summarizes_the_run(runs: Runs):
 def test_no_pickle_file_is_written(runs: Runs):
     for task in (*runs.straight.values(), *runs.resumed.values()):
         assert {path.suffix for path in task.out.rglob("*") if path.is_file()} <= {
-            ".safetensors", ".json", ".jsonl", ".jinja", ".log"
+            ".safetensors", ".json", ".jsonl", ".jinja", ".log", ".sha256"
         }  # fmt: skip
