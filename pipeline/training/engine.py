@@ -102,8 +102,17 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
     return model.train()
 
 
-def start_engine(context: RankContext, model: PreTrainedModel, config: Mapping[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """Wraps a model whose parameters have been frozen as needed into the engine that computes ``SummedLoss``."""
+def start_engine(
+    context: RankContext, model: PreTrainedModel, config: Mapping[str, Any], silent: Mapping[str, float]
+) -> deepspeed.DeepSpeedEngine:
+    """Wraps a model whose parameters have been frozen as needed into the engine that computes ``SummedLoss``.
+
+    Args:
+        context: the rank's task, directories and device.
+        model: the model.
+        config: DeepSpeed's configuration.
+        silent: see ``parameter_groups``.
+    """
     train, precision = context.settings, context.precision
     if train.activation_checkpointing:
         _checkpoint_activations(model)
@@ -114,7 +123,7 @@ def start_engine(context: RankContext, model: PreTrainedModel, config: Mapping[s
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, train.compile, train.float32_products)
-    optimizer = make_adamw(parameter_groups(context.task.name, model, train), train)
+    optimizer = make_adamw(parameter_groups(context.task.name, model, train, silent), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
     return engine
 

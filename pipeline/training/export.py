@@ -59,6 +59,7 @@ def export_trained_model(
         "zero_stage": context.settings.deepspeed.zero_stage,
         "trainable_parameters": sum(row.parameters for row in table if row.trained),
         "total_parameters": sum(row.parameters for row in table),
+        "learning_rate_multiples": {r.name: r.learning_rate_multiple for r in table if r.learning_rate_multiple != 1},
         "final_loss": progress.loss,
         "held_out": progress.held_out,
         "mfu": progress.flops / progress.seconds / peak.rate,

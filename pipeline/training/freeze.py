@@ -112,17 +112,24 @@ class ParameterRow:
     parameters: int
     trained: bool
     dtype: str  # of compute; the master weight of a trained parameter is float32
+    learning_rate_multiple: float = 1.0
 
 
-def parameter_table(model: PreTrainedModel) -> list[ParameterRow]:
-    """Returns one row per parameter, in the model's order."""
+def parameter_table(model: PreTrainedModel, multiples: Mapping[str, float]) -> list[ParameterRow]:
+    """Returns one row per parameter, in the model's order.
+
+    Args:
+        model: the model.
+        multiples: of the learning rate, of the parameters that do not learn at the scheduled one.
+    """
     layers = layer_of_parameter(model)
     rows = []
     for name, parameter in model.named_parameters():
         layer = layers[name]
         role = name if layer is None else name.partition(f".{layer}.")[2]
         dtype = str(parameter.dtype).removeprefix("torch.")
-        rows.append(ParameterRow(layer, role, name, full_shape(parameter).numel(), parameter.requires_grad, dtype))
+        size, trained = full_shape(parameter).numel(), parameter.requires_grad
+        rows.append(ParameterRow(layer, role, name, size, trained, dtype, multiples.get(name, 1.0)))
     return rows
 
 
@@ -156,7 +163,7 @@ def _signature(rows: list[ParameterRow]) -> tuple[tuple[str, int, bool], ...]:
 
 def _role_lines(rows: list[ParameterRow]) -> list[str]:
     """Returns one line for all roles if they are alike, and one per role otherwise."""
-    alike = len({(row.trained, row.dtype) for row in rows}) == 1
+    alike = len({(row.trained, row.dtype, row.learning_rate_multiple) for row in rows}) == 1
     groups: dict[str, list[ParameterRow]] = {}
     for row in rows:
         groups.setdefault("all" if alike else row.role, []).append(row)
@@ -175,4 +182,6 @@ def _count(rows: list[ParameterRow]) -> int:
 
 
 def _dtypes(row: ParameterRow) -> str:
-    return f"{row.dtype}, master float32" if row.trained and row.dtype != "float32" else row.dtype
+    text = f"{row.dtype}, master float32" if row.trained and row.dtype != "float32" else row.dtype
+    multiple = row.learning_rate_multiple
+    return text if multiple == 1 else f"{text}, {multiple:.3g} times the learning rate"

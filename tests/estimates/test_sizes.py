@@ -41,7 +41,7 @@ def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: 
         "pretrain", trainable, shape_of(json.loads(config.to_json_string(use_diff=False))), EXPANSION
     )
     assert planned.names == names
-    assert planned.parameters == sum(row.parameters for row in parameter_table(model) if row.trained)
+    assert planned.parameters == sum(row.parameters for row in parameter_table(model, {}) if row.trained)
     assert planned.lowest == lowest_trainable_layer(model)
     assert planned.flops(LENGTH) == training_flops(model, LENGTH)
 

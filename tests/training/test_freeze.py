@@ -92,7 +92,7 @@ def test_the_lowest_trainable_layer(model: nn.Module):
 
 def test_the_table_lists_every_parameter_once_and_the_summary_adds_up(model: nn.Module, grown_dir: Path):
     freeze.freeze_others(model, freeze.select_trainable("pretrain", "auto", model, grown_dir))
-    rows = freeze.parameter_table(model)
+    rows = freeze.parameter_table(model, {})
     assert [row.name for row in rows] == [name for name, _ in model.named_parameters()]
     assert {row.layer for row in rows if row.trained} == {1, 3}
     assert "self_attn.q_proj.weight" in freeze.format_table(rows)
@@ -107,7 +107,7 @@ def test_the_table_lists_every_parameter_once_and_the_summary_adds_up(model: nn.
 
 def test_roles_that_differ_within_a_layer_get_separate_lines(model: nn.Module, grown_dir: Path):
     freeze.freeze_others(model, freeze.select_trainable("pretrain", r"layers\.[12]\.mlp\.down", model, grown_dir))
-    lines = [line.split() for line in freeze.format_summary(freeze.parameter_table(model)).splitlines()]
+    lines = [line.split() for line in freeze.format_summary(freeze.parameter_table(model, {})).splitlines()]
     both = [cells[1:4:2] for cells in lines if cells[0] == "1-2"]
     assert ["mlp.down_proj.weight", "trained"] in both and ["mlp.up_proj.weight", "frozen"] in both
     assert [cells[0] for cells in lines].count("1-2") == 9
