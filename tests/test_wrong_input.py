@@ -467,7 +467,8 @@ def test_a_mixture_with_some_dense_layers(
     base: Arguments, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny("qwen2_moe", tmp_path / "model", tiny_tokenizer, mlp_only_layers=[1])
-    message = _refused(capsys, *base, f"model.path={model}", "expand=average", "expand.new_layers=1", "expand.position=[0]")
+    between_unlike = ("expand=average", "expand.new_layers=1", "expand.position=[0]")
+    message = _refused(capsys, *base, f"model.path={model}", *between_unlike)
     assert "layers 0 and 1" in message and "differ" in message
 
 

@@ -14,7 +14,7 @@ from pipeline.report.scores import Scores
 from pipeline.report.tables import artifact_table, score_table
 from tests.report.finished_runs import SCORES, STAGES, finished_run
 
-FIELDS = ["run", "method", "target", "task", "metric", "value", "stderr", "n"]
+FIELDS = ["run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better"]
 
 
 def _rows_of(rows: list, task: str, target: str) -> dict[str, float]:
@@ -31,7 +31,7 @@ def test_every_score_of_every_target_is_a_result(tmp_path: Path) -> None:
     rows = collect_results([finished_run(tmp_path, name="q", method="lesa")])
     for (task, metric), (n, stderr, values) in SCORES.items():
         for target, value in values.items():
-            wanted = dict(zip(FIELDS, ["q", "lesa", target, task, metric, value, stderr, n], strict=True))
+            wanted = dict(zip(FIELDS, ["q", "lesa", target, task, metric, value, stderr, n, None], strict=True))
             assert rows.count(wanted) == 1
 
 
