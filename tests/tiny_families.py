@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.files import read_json
 from pipeline.models.families import Place, family_of
+from pipeline.models.inference.small import randomize
 
 LAYERS = 4
 SMALL = {
@@ -49,13 +50,7 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS[family], **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            drawn = torch.randn_like(tensor)
-            if tensor.dim() > 1:
-                tensor.copy_(0.2 * drawn)
-            else:  # biases start at 0, scales at 0 or 1
-                tensor.add_(0.2 * drawn + 0.1)
+    randomize(model)
     return model
 
 

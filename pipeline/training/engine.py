@@ -103,7 +103,7 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
 
 
 def start_engine(
-    context: RankContext, model: PreTrainedModel, config: Mapping[str, Any], silent: Mapping[str, float]
+    context: RankContext, model: PreTrainedModel, config: Mapping[str, Any], multiples: Mapping[str, float]
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps a model whose parameters have been frozen as needed into the engine that computes ``SummedLoss``.
 
@@ -111,7 +111,7 @@ def start_engine(
         context: the rank's task, directories and device.
         model: the model.
         config: DeepSpeed's configuration.
-        silent: see ``parameter_groups``.
+        multiples: of the learning rate, by parameter name.
     """
     train, precision = context.settings, context.precision
     if train.activation_checkpointing:
@@ -123,7 +123,7 @@ def start_engine(
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, train.compile, train.float32_products)
-    optimizer = make_adamw(parameter_groups(context.task.name, model, train, silent), train)
+    optimizer = make_adamw(parameter_groups(model, train, multiples), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
     return engine
 

@@ -74,9 +74,10 @@ def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
     return {name: role for name, role in found.items() if role is not None}
 
 
-def new_layer_indices(expansion: Mapping[str, Any]) -> set[int]:
-    """Returns the indices of the layers that ``expansion.json`` marks as new."""
-    return {entry["layer"] for entry in expansion["layers"] if entry["new"]}
+def new_layers(model_dir: Path) -> set[int]:
+    """Returns the indices of the layers that a model's ``expansion.json`` marks as new. Empty if there is none."""
+    path = model_dir / EXPANSION_FILE
+    return {entry["layer"] for entry in read_json(path)["layers"] if entry["new"]} if path.is_file() else set()
 
 
 def lowest_trainable_layer(model: PreTrainedModel) -> int:

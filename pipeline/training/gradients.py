@@ -18,9 +18,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import distributed, nn
 from transformers import PreTrainedModel
 
-from pipeline.files import read_json
-from pipeline.models.reading import EXPANSION_FILE
-from pipeline.training.freeze import layer_of_parameter, new_layer_indices, roles_of_parameters
+from pipeline.training.freeze import layer_of_parameter, new_layers, roles_of_parameters
 
 TOTAL, REST = "", "rest"  # all trained parameters; those outside the groups below
 NORM_GROUPS: Mapping[tuple[str, str], str] = {("attention", "output"): "o_proj", ("mlp", "output"): "down_proj"}
@@ -28,8 +26,7 @@ NORM_GROUPS: Mapping[tuple[str, str], str] = {("attention", "output"): "o_proj",
 
 def group_parameters(model: PreTrainedModel, model_dir: Path) -> dict[nn.Parameter, str]:
     """Returns the group of every trained parameter. If no layer is new, all layers are treated as new."""
-    expansion = model_dir / EXPANSION_FILE
-    new = new_layer_indices(read_json(expansion)) if expansion.is_file() else set()
+    new = new_layers(model_dir)
     layers, roles = layer_of_parameter(model), roles_of_parameters(model)
     grouped = {name: role for name, role in roles.items() if not new or layers[name] in new}
     groups = {name: NORM_GROUPS.get((role.block, role.side), REST) for name, role in grouped.items()}

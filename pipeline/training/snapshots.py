@@ -48,9 +48,8 @@ def save_snapshot(
 
 def is_damaged(directory: Path) -> bool:
     """Whether a snapshot of an interrupted training differs from what was saved."""
-    return (directory / SNAPSHOT_SEAL).exists() and not is_intact(
-        directory / SNAPSHOT_SEAL
-    )  # earlier versions wrote none
+    hashes = directory / SNAPSHOT_SEAL
+    return hashes.exists() and not is_intact(hashes)  # earlier versions wrote none
 
 
 def partial_snapshot(directory: Path) -> Path:

@@ -32,7 +32,7 @@ from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.mfu import peak_of, slow_bfloat16_note, training_flops
-from pipeline.training.optimizer import learning_rate_multiples, silent_scales
+from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
 from pipeline.training.precision import resolve_precision
 from pipeline.training.schedule import total_steps
@@ -141,10 +141,9 @@ def _prepare(context: RankContext) -> _TrainerParts:
     _check_stored_as_one_tensor(section, trained, context.model_dir)
     # These read the model's parameters before DeepSpeed flattens and partitions them.
     groups = group_parameters(model, context.model_dir)
-    silent = silent_scales(model, context.model_dir)
-    multiples = learning_rate_multiples(model, settings, silent)
+    multiples = learning_rate_multiples(section, model, settings, context.model_dir)
     table, flops = freeze.parameter_table(model, multiples), training_flops(model, settings.sequence_length)
-    engine = start_engine(context, model, config, silent)
+    engine = start_engine(context, model, config, multiples)
     return _TrainerParts(
         table=table,
         flops=flops,

@@ -9,13 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.training import freeze
-from pipeline.training.optimizer import (
-    LR_MULTIPLE,
-    learning_rate_multiples,
-    make_adamw,
-    parameter_groups,
-    silent_scales,
-)
+from pipeline.training.optimizer import LR_MULTIPLE, learning_rate_multiples, make_adamw, parameter_groups
 from tests.tiny_families import tiny_model
 from tests.training.small import train_settings
 
@@ -33,7 +27,7 @@ def names_of(model: nn.Module, group: dict) -> set[str]:
 
 
 def test_norms_and_biases_are_not_decayed(model: nn.Module):
-    matrices, vectors = parameter_groups("pretrain", model, train_settings(weight_decay=0.1), {})
+    matrices, vectors = parameter_groups(model, train_settings(weight_decay=0.1), {})
     assert matrices["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in matrices["params"])
     assert vectors["weight_decay"] == 0.0 and all(p.ndim == 1 for p in vectors["params"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -43,13 +37,14 @@ def test_norms_and_biases_are_not_decayed(model: nn.Module):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2", "gpt_oss"])
 def test_biases_are_not_decayed_even_if_experts_stack_them_in_a_matrix(family: str):
     model = tiny_model(family)
-    decaying, _ = parameter_groups("pretrain", model, train_settings(weight_decay=0.1), {})
+    decaying, _ = parameter_groups(model, train_settings(weight_decay=0.1), {})
     biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     assert biases and decaying["weight_decay"] == 0.1 and not biases & names_of(model, decaying)
 
 
-def test_roles_can_have_their_own_learning_rates(model: nn.Module):
-    groups = parameter_groups("pretrain", model, train_settings(role_learning_rates={"o": 2.0, "down": 4.0}), {})
+def test_roles_can_have_their_own_learning_rates(model: nn.Module, grown_dir: Path):
+    train = train_settings(role_learning_rates={"o": 2.0, "down": 4.0})
+    groups = parameter_groups(model, train, learning_rate_multiples("pretrain", model, train, grown_dir))
     by_multiple = {
         multiple: set().union(*(names_of(model, group) for group in groups if group[LR_MULTIPLE] == multiple))
         for multiple in (1.0, 2.0, 4.0)
@@ -74,26 +69,26 @@ def test_scales_that_silence_a_new_layer_learn_as_fast_as_a_zeroed_projection(
     layers = [{"layer": i, "new": i == 1} for i in range(len(model.model.layers))]
     (tmp_path / "expansion.json").write_text(json.dumps({"layers": layers}))
     expected = {f"model.layers.1.{scale}.weight": math.sqrt(n) for scale, n in zip(scales, inputs, strict=True)}
-    found = silent_scales(model, tmp_path)
+    found = learning_rate_multiples("pretrain", model, train_settings(), tmp_path)
     assert found == pytest.approx(expected)
     train = train_settings(role_learning_rates={"mlp_output_norm": 3.0})
     attention, mlp = expected
-    multiples = learning_rate_multiples(model, train, found)
+    multiples = learning_rate_multiples("pretrain", model, train, tmp_path)
     assert multiples[attention] == found[attention] and multiples[mlp] == 3.0  # the setting takes precedence
-    groups = parameter_groups("pretrain", model, train_settings(), found)
+    groups = parameter_groups(model, train_settings(), found)
     (group,) = [group for group in groups if names_of(model, group) == {attention}]
     assert group[LR_MULTIPLE] == found[attention] and group["weight_decay"] == 0.0
 
     nn.init.constant_(layer.post_attention_layernorm.weight, silent + 0.01)
     model.save_pretrained(tmp_path)
-    assert set(silent_scales(model, tmp_path)) == {mlp}
+    assert set(learning_rate_multiples("pretrain", model, train_settings(), tmp_path)) == {mlp}
     freeze.freeze_others(model, {attention})
-    assert silent_scales(model, tmp_path) == {}
+    assert learning_rate_multiples("pretrain", model, train_settings(), tmp_path) == {}
 
 
-def test_a_learning_rate_for_a_role_that_does_not_train_is_refused(model: nn.Module):
+def test_a_learning_rate_for_a_role_that_does_not_train_is_refused(model: nn.Module, grown_dir: Path):
     with pytest.raises(UserError, match="no trained parameter has this role") as error:
-        parameter_groups("sft", model, train_settings(role_learning_rates={"q_norm": 2.0}), {})
+        learning_rate_multiples("sft", model, train_settings(role_learning_rates={"q_norm": 2.0}), grown_dir)
     assert error.value.setting == "sft.role_learning_rates" and error.value.value == "q_norm"
 
 

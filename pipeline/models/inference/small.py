@@ -98,14 +98,19 @@ def randomized(config: PreTrainedConfig) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         )
-        with torch.no_grad():
-            for tensor in model.parameters():
-                drawn = torch.randn_like(tensor)
-                if tensor.dim() > 1:
-                    tensor.copy_(0.2 * drawn)
-                else:  # biases start at 0, scales at 0 or 1
-                    tensor.add_(0.2 * drawn + 0.1)
+        randomize(model)
     return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Moves every parameter away from its default, with torch's global generator."""
+    for tensor in model.parameters():
+        drawn = torch.randn_like(tensor)
+        if tensor.dim() > 1:
+            tensor.copy_(0.2 * drawn)
+        else:  # biases start at 0, scales at 0 or 1
+            tensor.add_(0.2 * drawn + 0.1)
 
 
 def tokens_for(model: PreTrainedModel, length: int = 12) -> torch.Tensor:
