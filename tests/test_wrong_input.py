@@ -316,6 +316,18 @@ def test_an_invalid_list_of_gaps(base: Arguments, capsys: pytest.CaptureFixture[
     assert "expand.position" in _refused(capsys, *base, "expand.position=[1,9]")
 
 
+def test_slices_that_leave_out_a_layer(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, "expand=stack", "expand.slices=[0-1,1-2]")
+    assert message.startswith("expand.slices = ") and "layer 3 does not occur" in message
+    message = _refused(capsys, *base, "expand=stack", "expand.slices=[0-3,3-1]")
+    assert message.startswith("expand.slices = ") and "3-1 is not a slice" in message
+
+
+def test_an_output_scale_above_that_of_a_copy(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, "expand=copy", "expand.output_scale=1.5")
+    assert message.startswith("expand.output_scale = 1.5") and "less than or equal to 1" in message
+
+
 def test_an_output_directory_that_cannot_be_written(
     base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +402,9 @@ def test_online_tracking_without_a_login(
         ("pretrain.trainable", ["pretrain.trainable=layers.(3"]),
         ("sft.trainable", ["sft.trainable=no_such_name"]),
         ("sft.trainable", ["sft.trainable=new_layers", "expand=none"]),
+        ("expand.new_layers", ["pretrain.trainable=matched", "expand=none", "expand.new_layers=5"]),
+        ("expand.new_layers", ["pretrain.trainable=matched", "expand=none", "expand.new_layers=0"]),
+        ("expand.position", ["sft.trainable=matched", "expand=none", "expand.position=overlap"]),
         ("pretrain.role_learning_rates", ["pretrain.role_learning_rates={o_proj: 2.0}"]),
         ("launch.device", ["launch.device=cuda"]),
         ("sft.deepspeed.overrides", ["sft.deepspeed.overrides={optimizer: {type: SGD}}"]),

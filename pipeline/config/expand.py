@@ -32,6 +32,10 @@ class Expand(Section):
     device: Annotated[Device, NotInKey]  # where linear algebra runs; auto: on a GPU where one is visible
     check_memory: Annotated[NonNegative, NotInKey]  # bytes; larger models (in float32) are checked layer by layer
 
+    def with_matched_layers(self) -> Expand:
+        """Returns the settings to use if a training stage has ``trainable=matched``. Most methods need not know."""
+        return self
+
 
 def _validated_by_its_method(value: Any) -> Any:
     """Validates the section with the settings class of the method that it names.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -16,6 +17,16 @@ RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "
 
 class NotInKey:
     """Marks a field that can change the speed of a stage but not its numbers."""
+
+
+@dataclass(frozen=True)
+class NotInKeyIf:
+    """Marks a field that enters the key only if it differs from ``value``.
+
+    For fields that older artifacts were made without: ``value`` is what the stage did then.
+    """
+
+    value: Any
 
 
 def _one_line(text: str) -> str:
@@ -82,13 +93,12 @@ class Section(BaseModel):
     draws_random_numbers: ClassVar[bool] = False  # if True, the seed is part of the key
 
     def key_settings(self) -> dict[str, Any]:
-        """Returns the settings that enter an artifact's key: all fields that are not marked ``NotInKey``."""
+        """Returns the settings that enter an artifact's key: all but those marked ``NotInKey`` or ``NotInKeyIf``."""
         settings: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            if NotInKey in field.metadata:
-                continue
             value = getattr(self, name)
-            settings[name] = _plain(value)
+            if NotInKey not in field.metadata and NotInKeyIf(value) not in field.metadata:
+                settings[name] = _plain(value)
         return settings
 
 

@@ -43,7 +43,7 @@ class Train(Section):
     beta2: DecayRate
     epsilon: PositiveFloat
     max_grad_norm: PositiveFloat
-    trainable: str  # auto | new_layers | all | a regular expression over parameter names
+    trainable: str  # auto | new_layers | matched | all | a regular expression over parameter names
     precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32
     evaluate_at: list[Fraction]  # fractions of the steps at which to compute the held-out loss
     held_out_blocks: Positive  # blocks of sequence_length tokens for the held-out loss

@@ -115,7 +115,9 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     graph = _Builder(run)
     graph.add("load", run.model, {}, model=inputs.model)
     method = {} if inputs.method is None else {"method": inputs.method}
-    graph.add("expand", run.expand, {"load": "load"}, **method)
+    matched = "matched" in (run.pretrain.trainable, run.sft.trainable)
+    expand = run.expand.with_matched_layers() if matched else run.expand
+    graph.add("expand", expand, {"load": "load"}, **method)
     corpus, instructions = _tokenize_settings(run)
     graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)

@@ -132,6 +132,19 @@ def insertion_plan(gaps: Sequence[int], num_base_layers: int) -> LayerPlan:
     return LayerPlan(num_base_layers, tuple(layers), tuple(order))
 
 
+def stacked_plan(sources: Sequence[int], num_base_layers: int) -> LayerPlan:
+    """Returns the plan whose layers are those of the base in ``sources``. All occurrences but the first are new.
+
+    The first occurrences must be all layers of the base, in order.
+    """
+    seen: set[int] = set()
+    layers = []
+    for index, base in enumerate(sources):
+        layers.append(PlannedLayer(index, new=base in seen, base=(base,)))
+        seen.add(base)
+    return LayerPlan(num_base_layers, tuple(layers), tuple(layer.layer for layer in layers if layer.new))
+
+
 def _halving(lower: int, upper: int) -> Iterator[tuple[int, int, int]]:
     """Yields (new, lower, upper) for every index between two layers, in an order in which they can be made."""
     between = upper - lower - 1
@@ -140,3 +153,25 @@ def _halving(lower: int, upper: int) -> Iterator[tuple[int, int, int]]:
         yield middle, lower, upper
         yield from _halving(lower, middle)
         yield from _halving(middle, upper)
+
+
+def matched_layers(gaps: Sequence[int], num_base_layers: int) -> tuple[int, ...]:
+    """Returns as many layers of the base as there are gaps, in ascending order, to train instead of new ones.
+
+    Each is the layer below its gap, which a new layer would be a copy of. If a gap is listed several times, the nearest
+    layers follow, lower ones first.
+
+    Raises:
+        UserError: the base has fewer layers.
+    """
+    if len(gaps) > num_base_layers:
+        raise UserError(
+            setting="expand.new_layers",
+            value=len(gaps),
+            rule=f"trainable=matched trains as many layers of the base, which has {num_base_layers}",
+            remedy=f"Set expand.new_layers={num_base_layers} or less.",
+        )
+    chosen = set(gaps)
+    for gap in (gap for gap, times in Counter(gaps).items() for _ in range(times - 1)):
+        chosen.add(min(set(range(num_base_layers)) - chosen, key=lambda layer: (abs(layer - gap), layer)))
+    return tuple(sorted(chosen))

@@ -19,14 +19,15 @@ The driver imports every method's module to validate settings, so such a module 
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pipeline.config import Expand
-from pipeline.config.section import Positive
+from pipeline.config.section import Fraction, Positive, Section
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
 from pipeline.models.families import LayerTensor, Shape
@@ -39,6 +40,8 @@ MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have
 MOST_DIFFERING = 3  # names of tensors in a message
 SCRATCH_ON_DISK_BYTES = 1_000_000_000  # scratch tensors larger than this are on disk, smaller ones in memory
 
+NamedPosition = Literal["top", "middle", "bottom", "interleaved"]
+NAMED_POSITIONS: tuple[str, ...] = get_args(NamedPosition)
 LayerWeights = Mapping[LayerTensor, "Tensor"]  # a layer of the base reads a tensor from disk when it is looked up
 Scratch = Callable[[tuple[int, ...], "torch.device"], "Tensor"]  # an uninitialized float32 tensor of that shape
 
@@ -85,6 +88,11 @@ class Method(Expand):
         """Whether the expanded model computes exactly what the base does. The expand stage then verifies it."""
         return False
 
+    @property
+    def scales_outputs(self) -> bool:
+        """Whether it changes what new layers add to the residual stream by a factor, which some models do not allow."""
+        return self.keeps_logits
+
     @abstractmethod
     def place(self, num_base_layers: int) -> LayerPlan:
         """Returns the layers of the new model for a base of this depth.
@@ -100,6 +108,14 @@ class Method(Expand):
         Tensors of the base come as they are stored. Arithmetic should be done in float32 or better. Values are rounded
         to the dtype of the base when they are written.
         """
+
+    def matched_layers(self, num_base_layers: int) -> tuple[int, ...]:
+        """Returns the layers of the base that ``pretrain.trainable=matched`` trains, for methods that add none.
+
+        Raises:
+            UserError: the settings name none.
+        """
+        return ()
 
     def scratch_bytes(self, base: Shape) -> int:
         """Returns the disk space in bytes that ``work.scratch`` needs while a base of this shape is expanded."""
@@ -129,10 +145,11 @@ class Method(Expand):
         new_layers = self.place(len(base.layers)).new_layers
         if not new_layers:
             return
-        if self.keeps_logits and base.not_silenced:
+        if self.scales_outputs and base.not_silenced:
             raise self._unfit(
-                f"it zeroes the outputs of new layers, which is not possible in this model: {base.not_silenced}",
-                "Choose a method that zeroes nothing.",
+                f"it zeroes or scales the outputs of new layers, which is not possible in this model: "
+                f"{base.not_silenced}",
+                "Choose a method or settings that leave outputs as they are.",
             )
         if self.needs_attention_and_mlp and (
             odd := [i for i, layer in enumerate(base.layers) if not layer.is_standard]
@@ -166,14 +183,18 @@ class Method(Expand):
         return UserError(setting="expand.method", value=self.method, rule=rule, remedy=remedy)
 
 
-class InsertionMethod(Method):
-    """A method that inserts new layers between those of the base, at ``expand.position``."""
+class Placement(Section):
+    """How many layers are inserted, and where."""
 
     new_layers: Positive
-    position: Literal["top", "middle", "bottom", "interleaved"] | list[int]  # a list: the gap of every new layer
+    position: NamedPosition | list[int]  # a list: the gap of every new layer
 
-    def place(self, num_base_layers: int) -> LayerPlan:
-        """Returns the base's layers with new ones in the gaps that ``position`` names."""
+    def gaps(self, num_base_layers: int) -> tuple[int, ...]:
+        """Returns the gap of every new layer of a base of this depth, in ascending order.
+
+        Raises:
+            UserError: the base has no such gaps, or there are too many new layers for it.
+        """
         most = MAX_NEW_PER_BASE_LAYER * num_base_layers
         if self.new_layers > most:
             raise UserError(
@@ -183,7 +204,38 @@ class InsertionMethod(Method):
                 f"of its own, {most} in total",
                 remedy=f"Set expand.new_layers={most} or less.",
             )
-        return insertion_plan(gaps_of(self.position, self.new_layers, num_base_layers), num_base_layers)
+        return gaps_of(self.position, self.new_layers, num_base_layers)
+
+
+class InsertionMethod(Placement, Method):
+    """A method that inserts new layers between those of the base, at ``expand.position``."""
+
+    def place(self, num_base_layers: int) -> LayerPlan:
+        """Returns the base's layers with new ones in the gaps that ``position`` names."""
+        return insertion_plan(self.gaps(num_base_layers), num_base_layers)
+
+
+class CopyingMethod(Method):
+    """A method whose new layers are copies of base layers that add ``output_scale`` times as much to their input."""
+
+    like_layers = "none"
+
+    output_scale: Fraction  # 1: exact copies; 0: copies that add nothing until they are trained
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Only with zeroed outputs."""
+        return self.output_scale == 0
+
+    @property
+    def scales_outputs(self) -> bool:
+        """Unless the copies are exact."""
+        return self.output_scale != 1
+
+    def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
+        """Yields the copies, bit for bit apart from scaled outputs."""
+        for made in copies(base, plan):
+            yield made._replace(value=with_output_scale(made.tensor, made.value, self.output_scale))
 
 
 def method_of(settings: Expand) -> Method:
@@ -221,6 +273,7 @@ class Workspace:
         save: saves what has been yielded so far, with ``records``, so that it survives an interruption. For results
             that are expensive to recompute; everything is saved every few seconds anyway.
         scratch: allocates uninitialized float32 tensors, on disk where they are large.
+        config: the base's config.json, with the defaults of its config class.
         records: facts for the manifest, by subject.
         warnings: what a user of the expanded model should know.
         declared_seed: the run's seed; None for a method that does not declare ``draws_random_numbers``.
@@ -230,6 +283,7 @@ class Workspace:
     made: Collection[tuple[int, LayerTensor]] = ()
     save: Callable[[], None] = _save_nothing
     scratch: Scratch = in_memory
+    config: Mapping[str, Any] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     declared_seed: int | None = None
@@ -245,6 +299,17 @@ class Workspace:
             raise RuntimeError("a method that reads the seed must set draws_random_numbers = True")
         return self.declared_seed
 
+    def generator(self, *subject: object) -> torch.Generator:
+        """Returns a generator of the CPU for one subject, such as a tensor of a layer.
+
+        It depends on the run's seed and the subject only, so that an interrupted expansion draws the same numbers in
+        another order.
+        """
+        import torch
+
+        digest = hashlib.sha256(" ".join(map(str, (self.seed, *subject))).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
     def record(self, subject: str, **facts: Any) -> None:
         """Records JSON values about a subject such as ``layer 16 self_attn.q_proj``."""
         self.records[subject] = facts
@@ -255,9 +320,21 @@ class Workspace:
 
 def silenced(tensor: LayerTensor, value: Tensor) -> Tensor:
     """Returns the value, or what makes its block add exactly zero to the residual stream (see ``Role.silent``)."""
+    return with_output_scale(tensor, value, 0.0)
+
+
+def with_output_scale(tensor: LayerTensor, value: Tensor, scale: float) -> Tensor:
+    """Returns the value for a block that adds ``scale`` times as much to the residual stream.
+
+    Output projections with their biases, or the scales of norms that follow them, are multiplied (see ``Role.silent``)
+    in float32. All other values, and every value at a scale of 1, are returned as they are.
+    """
     import torch
 
-    return value if tensor.role.silent is None else torch.full_like(value, tensor.role.silent)
+    silent = tensor.role.silent
+    if silent is None or scale == 1:
+        return value
+    return silent + scale * (value.float() - silent) if scale else torch.full_like(value, silent)
 
 
 def copies(base: Sequence[LayerWeights], plan: LayerPlan) -> Iterator[NewTensor]:

@@ -22,6 +22,7 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import SCRATCH_ON_DISK_BYTES, LayerWeights, NewTensor, Scratch, Workspace, in_memory
 from pipeline.files import disk_errors_as_user_errors, is_intact, read_record, seal, write_json
 from pipeline.models.families import Family, LayerTensor
+from pipeline.models.layer_config import complete_config
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import PROGRESS_FILE, ShardWriter, remove_weights
@@ -159,6 +160,7 @@ def write_weights(
                 made=made,
                 save=lambda: saver.save(work),
                 scratch=_scratch_in(out),
+                config=complete_config(names.base.path),
                 records=records,
                 declared_seed=seed,
             )

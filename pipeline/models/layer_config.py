@@ -38,6 +38,12 @@ def explicit_config(directory: Path) -> dict[str, Any]:
     return {**config, **missing}
 
 
+def complete_config(directory: Path) -> dict[str, Any]:
+    """Returns the config.json of a model directory with the defaults of its config class."""
+    derived: dict[str, Any] = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+    return {**derived, **read_json(directory / "config.json")}
+
+
 def _is_per_layer(name: str, value: object, num_layers: int) -> bool:
     return (
         isinstance(value, list)

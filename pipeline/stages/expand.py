@@ -106,6 +106,7 @@ def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:
 
     Later stages read this file rather than the method's module, which may have changed by then.
     """
+    matched = method.matched_layers(plan.num_base_layers)
     return {
         "method": method.method,
         "title": method.title,
@@ -116,6 +117,7 @@ def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),
         "layers": plan.to_json(),
+        **({"matched": list(matched)} if matched else {}),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.expansion.methods import built_in_method
 
-BY_EXPANSION = ("auto", "new_layers")  # they depend on ``expansion.json``
+BY_EXPANSION = ("auto", "new_layers", "matched")  # they depend on ``expansion.json``
 NAMED_CHOICES = (*BY_EXPANSION, "all")
 
 
@@ -19,8 +19,9 @@ def select_parameters(
     """Returns the names of the parameters that train.
 
     ``auto`` selects what the expansion method trains by default: the new layers if it inserts some, and all parameters
-    if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. Any other value is a
-    regular expression that may match any part of a parameter name.
+    if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. ``matched`` selects
+    the new layers, or if there are none, as many layers of the base where a method would have inserted them. Any other
+    value is a regular expression that may match any part of a parameter name.
 
     Args:
         section: "pretrain" or "sft", for the messages.
@@ -81,6 +82,8 @@ def _by_expansion(
     new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
     if trainable == "auto" and (not new or _trained_by_default(expansion) == "all"):
         return set(layers)
+    if trainable == "matched":
+        new = new or {*expansion.get("matched", ())}
     if not new:
         raise UserError(
             setting=f"{section}.trainable",

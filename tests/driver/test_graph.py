@@ -64,6 +64,17 @@ def test_a_changed_setting_changes_the_keys_of_its_stage_and_of_dependent_stages
     assert _changed(override) == changed
 
 
+def test_only_matched_training_of_none_depends_on_where_layers_would_be_added() -> None:
+    def none(*overrides: str) -> dict[str, str]:
+        return _keys("expand=none", *overrides)
+
+    elsewhere, matched = "expand.position=bottom", "pretrain.trainable=matched"
+    assert none() == none(elsewhere) == none("expand.new_layers=3")
+    assert none()["expand"] != none(matched)["expand"] != none(elsewhere, matched)["expand"]
+    assert none("sft.trainable=matched")["expand"] == none(matched)["expand"]
+    assert _keys()["expand"] == _keys(matched)["expand"]
+
+
 def test_the_seed_changes_the_key_of_an_expansion_that_draws_random_numbers() -> None:
     lesa, again = _keys("expand=lesa"), _keys("expand=lesa", "seed=1")
     assert lesa["expand"] != again["expand"] and lesa["load"] == again["load"]

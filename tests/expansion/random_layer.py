@@ -10,6 +10,7 @@ from pipeline.models.families import LayerTensor
 Layers = list[dict[LayerTensor, Tensor]]
 
 HIDDEN, KEY_VALUE, INTERMEDIATE = 8, 4, 12
+CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2, "hidden_size": HIDDEN}
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KEY_VALUE, HIDDEN),

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config import AnyExpand
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Workspace, method_of
-from pipeline.models.families import LayerTensor, Role
+from pipeline.models.families import LayerTensor, Role, family_of
 from tests.expansion.random_layer import Layers
 
 ExpandSettings = Callable[..., AnyExpand]
@@ -58,6 +58,46 @@ def test_llama_pro_copies_all_but_zeroed_outputs_and_their_biases(
                 assert not value.any()
             else:
                 assert torch.equal(value, base[plan.layers[layer].base[0]][tensor])
+
+
+@pytest.mark.parametrize("method", ["copy", "llama_pro"])
+@pytest.mark.parametrize("scale", [0.0, 0.25, 1.0])
+def test_output_scale_multiplies_what_copies_add_to_the_residual_stream(
+    expand_settings: ExpandSettings, random_layers: RandomLayers, method: str, scale: float
+) -> None:
+    base = random_layers(4)
+    plan, made = _expand(base, expand_settings(method, new_layers=3, position=[0, 2, 2], output_scale=scale))
+    for layer, tensors in made.items():
+        for tensor, value in tensors.items():
+            source = base[plan.layers[layer].base[0]][tensor]
+            assert torch.equal(value, source * scale if _is_output(tensor.role) else source)
+
+
+def test_output_scale_scales_output_norms_with_their_offset(expand_settings: ExpandSettings) -> None:
+    """A Gemma 2 norm multiplies by 1 + w, and the projection before it stays as it is."""
+    roles, generator = family_of("gemma2").roles, torch.Generator().manual_seed(0)
+    names = ("self_attn.o_proj.weight", "post_attention_layernorm.weight", "input_layernorm.weight")
+    base = [{LayerTensor(name, roles[name]): torch.randn(4, generator=generator) for name in names}]
+    settings = expand_settings("copy", new_layers=1, position=[0], output_scale=0.25)
+    _, made = _expand(base, settings)
+    before, after = ({tensor.name: value for tensor, value in layer.items()} for layer in (base[0], made[1]))
+    torch.testing.assert_close(1 + after[names[1]], 0.25 * (1 + before[names[1]]))
+    assert all(torch.equal(after[name], before[name]) for name in (names[0], names[2]))
+
+
+@pytest.mark.parametrize("position", [[1, 1, 1], "top"])
+def test_average_with_zeroed_outputs_differs_only_there(
+    expand_settings: ExpandSettings, random_layers: RandomLayers, position: object
+) -> None:
+    base = random_layers(4)
+    (_, plain), (_, zeroed) = (
+        _expand(base, expand_settings("average", new_layers=3, position=position, zero_init=zero))
+        for zero in (False, True)
+    )
+    for layer, tensors in zeroed.items():
+        for tensor, value in tensors.items():
+            expected = torch.zeros_like(value) if _is_output(tensor.role) else plain[layer][tensor]
+            assert torch.equal(value, expected)
 
 
 def test_average_is_the_mean_of_the_neighbors(expand_settings: ExpandSettings, random_layers: RandomLayers) -> None:

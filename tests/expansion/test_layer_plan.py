@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config import METHODS, AnyExpand
 from pipeline.errors import UserError
-from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
+from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan, matched_layers
 from pipeline.expansion.method import method_of
 from pipeline.expansion.methods import built_in_method
 
@@ -125,14 +125,45 @@ def test_none_adds_no_layer(expand_settings: ExpandSettings) -> None:
     assert _new(method_of(settings).place(4)) == []
 
 
+@pytest.mark.parametrize(
+    ("gaps", "layers"),
+    [
+        ((26, 27, 28), (26, 27, 28)),
+        ((3, 7, 29), (3, 7, 29)),
+        ((4, 4, 4, 4), (2, 3, 4, 5)),  # the lower one of two equally near
+        ((0, 0, 0), (0, 1, 2)),
+        ((4, 5, 5, 29, 29), (3, 4, 5, 28, 29)),
+        (tuple(range(30)), tuple(range(30))),
+    ],
+)
+def test_matched_layers_are_those_below_the_gaps(gaps: tuple[int, ...], layers: tuple[int, ...]) -> None:
+    assert matched_layers(gaps, 30) == layers
+
+
+def test_more_matched_layers_than_the_base_has_are_refused() -> None:
+    with pytest.raises(UserError, match="30 or less"):
+        matched_layers((0,) * 31, 30)
+
+
+def test_none_names_the_layers_that_copies_would_be_made_of(expand_settings: ExpandSettings) -> None:
+    for position in ("top", "middle", "bottom", "interleaved", [1, 4, 5, 8]):
+        none = method_of(expand_settings("none", new_layers=4, position=position).with_matched_layers())
+        copied = method_of(expand_settings("copy", new_layers=4, position=position)).place(9)
+        assert none.matched_layers(9) == tuple(layer.base[0] for layer in copied.layers if layer.new)
+        assert not none.place(9).new_layers
+
+
 def test_solar_records_a_named_position_as_overlap(expand_settings: ExpandSettings) -> None:
     assert expand_settings("solar", position="top").position == "overlap"
 
 
+@pytest.mark.parametrize("method", ["solar", "stack"])
 @pytest.mark.parametrize("position", [[0, 1], "sideways"])
-def test_solar_refuses_other_positions(expand_settings: ExpandSettings, position: object) -> None:
+def test_methods_with_their_own_placement_refuse_other_positions(
+    expand_settings: ExpandSettings, method: str, position: object
+) -> None:
     with pytest.raises(ValidationError, match="position"):
-        expand_settings("solar", position=position)
+        expand_settings(method, position=position)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +195,8 @@ def test_every_method_fits_every_named_position(
     assert len(method_of(settings).place(30).layers) == 30 + settings.new_layers
 
 
-def test_solar_and_none_train_everything_by_default() -> None:
-    assert {method for method in METHODS if built_in_method(method).trains == "all"} == {"solar", "none"}
+def test_methods_that_repeat_layers_and_none_train_everything_by_default() -> None:
+    assert {method for method in METHODS if built_in_method(method).trains == "all"} == {"solar", "none", "stack"}
 
 
 # ------------------------------------------------------------------------- published placements, any amount
@@ -232,7 +263,7 @@ def test_any_number_of_layers_is_made_by_halving_every_gap(
             available.add(layer.layer)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("solar", "none")])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("solar", "stack", "none")])
 @pytest.mark.parametrize("position", ["top", "interleaved"])
 def test_at_most_four_new_layers_per_base_layer(expand_settings: ExpandSettings, method: str, position: str) -> None:
     method_of(expand_settings(method, new_layers=48, position=position)).check(12)

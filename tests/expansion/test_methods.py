@@ -26,12 +26,21 @@ from pipeline.expansion.surgery import TensorNames, write_weights
 from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory
 from pipeline.stages import expand
-from tests.expansion.random_layer import Layers
+from tests.expansion.random_layer import CONFIG, Layers
 from tests.stages.one_task import make_task
 
 PIPELINE = Path(surgery.__file__).parents[1]
 SMALL = {"epochs": 1, "hidden_size": 16}  # of a method that has such settings
-VARIANTS: list[tuple[str, dict[str, Any]]] = [*((method, {}) for method in METHODS), ("lesa", {"zero_init": True})]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((method, {}) for method in METHODS),
+    *((method, {"zero_init": True}) for method in METHODS if "zero_init" in built_in_method(method).model_fields),
+    *(
+        (method, {"output_scale": scale})
+        for method in METHODS
+        for scale in (0.0, 0.5, 1.0)
+        if "output_scale" in built_in_method(method).model_fields
+    ),
+]
 CPU = torch.device("cpu")
 
 MakeMethod = Callable[..., Method]
@@ -51,7 +60,7 @@ def make_method(expand_settings: Callable[..., AnyExpand]) -> MakeMethod:
 
 
 def _workspace(method: Method) -> Workspace:
-    return Workspace(declared_seed=0 if method.draws_random_numbers else None)
+    return Workspace(declared_seed=0 if method.draws_random_numbers else None, config=CONFIG)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -159,7 +168,7 @@ def test_only_the_seed_decides_what_is_drawn(
         assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     assert all(torch.equal(first.value, second.value) for first, second in zip(*made, strict=True))
     if method.draws_random_numbers:
-        other = list(method.new_tensors(base, plan, Workspace(declared_seed=1)))
+        other = list(method.new_tensors(base, plan, Workspace(declared_seed=1, config=CONFIG)))
         assert not all(torch.equal(first.value, second.value) for first, second in zip(made[0], other, strict=True))
 
 
@@ -167,6 +176,14 @@ def test_a_seed_that_is_not_declared_cannot_be_read() -> None:
     assert Workspace(declared_seed=5).seed == 5
     with pytest.raises(RuntimeError, match="draws_random_numbers"):
         _ = Workspace().seed
+
+
+def test_settings_that_came_later_are_in_the_key_only_if_they_differ_from_what_was_done_before(
+    make_method: MakeMethod,
+) -> None:
+    for name, setting, changed in (("copy", "output_scale", 0.5), ("average", "zero_init", True)):
+        assert setting not in make_method(name).key_settings()
+        assert make_method(name, **{setting: changed}).key_settings()[setting] == changed
 
 
 def test_every_method_has_one_yaml_file_and_its_own_title_source_and_color() -> None:
@@ -179,7 +196,7 @@ def test_every_method_has_one_yaml_file_and_its_own_title_source_and_color() -> 
 
 def test_no_other_module_names_a_method() -> None:
     """Methods are named neither in identifiers nor in strings outside their own modules. Docstrings do not count."""
-    ordinary = {"average", "copy", "none"}  # words that mean a method only where strings are compared or listed
+    ordinary = {"average", "copy", "none", "stack"}  # words that mean a method only where strings are compared or listed
     pattern = "|".join({form for name in set(METHODS) - ordinary for form in (name, name.replace("_", ""))})
     naming = []
     for file in sorted(PIPELINE.rglob("*.py")):

@@ -25,8 +25,9 @@ from tests.stages.one_task import make_task
 
 ExpandSettings = Callable[..., AnyExpand]
 POSITIONS = ["top", "middle", "bottom", "interleaved", [0, 2, 2]]
-CASES = [  # solar does not accept a list
-    (method, position) for method in METHODS for position in (POSITIONS[:-1] if method == "solar" else POSITIONS)
+OWN_PLACEMENT = ("solar", "stack")  # they do not accept a list
+CASES = [
+    (method, position) for method in METHODS for position in (POSITIONS[:-1] if method in OWN_PLACEMENT else POSITIONS)
 ]
 SMALL_LESA = {"epochs": 1, "hidden_size": 16}
 TEXT = "Return the number of items in a container."
@@ -76,14 +77,14 @@ def test_every_method_at_every_position(
 
     base, deeper = load_file(tiny_llama_dir / "model.safetensors"), load_file(out / "model.safetensors")
     for row in layers:
-        if not row["new"] or method in ("solar", "copy"):
+        if not row["new"] or method in ("solar", "stack", "copy"):
             source = _layer(base, row["from"][0])
             made = _layer(deeper, row["layer"])
             assert set(made) == set(source)
             assert all(torch.equal(made[name], tensor) for name, tensor in source.items()), row
     outside = {name for name in base if "layers" not in name}
     assert all(torch.equal(deeper[name], base[name]) for name in outside)
-    if method in ("llama_pro", "opt_deus", "none"):
+    if method in ("llama_pro", "opt_deus", "random_init", "none"):
         assert torch.equal(_logits(out), _logits(tiny_llama_dir))
         assert metrics["check"]["logit_difference"] == 0.0
     else:
@@ -149,6 +150,19 @@ def test_none_is_the_base(expand_settings: ExpandSettings, tiny_llama_dir: Path,
     assert all(torch.equal(same[name], tensor) for name, tensor in base.items())
     assert json.loads((out / "config.json").read_text()) == json.loads((tiny_llama_dir / "config.json").read_text())
     assert _read_expansion(out)["settings"] == {"method": "none", "new_layers": 0, "position": None}
+
+
+def test_none_records_the_layers_that_matched_training_trains(
+    shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Training moves exactly these, and as many parameters as the new layers of a copy would have."""
+    chosen = ["expand=none", "expand.new_layers=2", "expand.position=[0,2]", "pretrain.trainable=matched"]
+    command = ["+experiment=quickstart", *shrunk, f"output_dir={tmp_path}", "stages=[pretrain]", *chosen]
+    assert main(command) == EXIT_DONE
+    assert _read_expansion(tmp_path / "quickstart" / "expand")["matched"] == [0, 2]
+    before, after = (load_file(tmp_path / "quickstart" / stage / "model.safetensors") for stage in ("load", "pretrain"))
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {name for name in before if ".layers.0." in name or ".layers.2." in name}
 
 
 def test_solar_warns_that_it_has_its_own_placement(

@@ -49,6 +49,16 @@ def test_new_layers_trains_only_the_new_layers_for_solar_too(tmp_path: Path, gro
     assert layers_of(model, freeze.select_trainable("pretrain", "new_layers", model, directory)) == {1}
 
 
+def test_matched_trains_the_new_layers_or_the_recorded_ones(tmp_path: Path, grown_dir: Path, model: nn.Module):
+    assert layers_of(model, freeze.select_trainable("pretrain", "matched", model, grown_dir)) == {1, 3}
+    directory = expansion(tmp_path, grown_dir, "none", set())
+    with pytest.raises(UserError, match="nothing would train"):
+        freeze.select_trainable("pretrain", "matched", model, directory)
+    recorded = json.loads((directory / "expansion.json").read_text())
+    (directory / "expansion.json").write_text(json.dumps({**recorded, "matched": [0, 2]}))
+    assert layers_of(model, freeze.select_trainable("pretrain", "matched", model, directory)) == {0, 2}
+
+
 def test_layer_1_is_not_confused_with_layer_11():
     """Layers are identified by their parameters, not by substrings of names."""
     from transformers import LlamaConfig, LlamaForCausalLM

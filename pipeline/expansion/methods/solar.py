@@ -13,8 +13,8 @@ from pydantic import field_validator
 
 from pipeline.config.section import Positive
 from pipeline.errors import UserError
-from pipeline.expansion.layer_plan import LayerPlan, PlannedLayer
-from pipeline.expansion.method import LayerWeights, Method, NewTensor, Workspace, copies
+from pipeline.expansion.layer_plan import LayerPlan, stacked_plan
+from pipeline.expansion.method import NAMED_POSITIONS, LayerWeights, Method, NewTensor, Workspace, copies
 
 
 class Solar(Method):
@@ -35,7 +35,7 @@ class Solar(Method):
         """Records a named position, which means nothing here, as ``overlap``."""
         if isinstance(position, list):
             raise ValueError("solar has its own placement; set any named position, which is recorded as overlap")
-        return "overlap" if position in ("top", "middle", "bottom", "interleaved") else position
+        return "overlap" if position in NAMED_POSITIONS else position
 
     def place(self, num_base_layers: int) -> LayerPlan:
         """Returns layers 0 to L-m-1, then m to L-1, where 2m = L - new_layers.
@@ -55,11 +55,7 @@ class Solar(Method):
             )
         lower_copy = range(num_base_layers - dropped // 2)
         upper_copy = range(-(-dropped // 2), num_base_layers)
-        layers = tuple(
-            PlannedLayer(index, new=index >= len(lower_copy) and base in lower_copy, base=(base,))
-            for index, base in enumerate([*lower_copy, *upper_copy])
-        )
-        return LayerPlan(num_base_layers, layers, tuple(layer.layer for layer in layers if layer.new))
+        return stacked_plan([*lower_copy, *upper_copy], num_base_layers)
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the second occurrences, bit for bit."""
