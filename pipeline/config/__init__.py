@@ -54,7 +54,13 @@ class Settings(Section):
     @property
     def reads_data(self) -> bool:
         """Whether a chosen stage depends on the corpus or the instructions."""
-        return not set(self.stages) <= {"load", "expand"}
+        return not set(self.stages) <= ({"load"} if self.expansion.ranked_position else {"load", "expand"})
+
+    @property
+    def expansion(self) -> Expand:
+        """The settings of expand, which depend on whether a training stage has ``trainable=matched``."""
+        matched = "matched" in (self.pretrain.trainable, self.sft.trainable)
+        return self.expand.with_matched_layers() if matched else self.expand
 
     @property
     def scores_models(self) -> bool:

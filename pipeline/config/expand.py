@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from pipeline.config.section import Device, NonNegative, NotInKey, Section
+from pipeline.config.section import Device, NonNegative, NotInKey, Positive, Section
 
 # Every module in pipeline/expansion/methods is a method of that name. They are listed here without being imported,
 # because they are above this package in the import order.
@@ -29,8 +29,21 @@ class Expand(Section):
     module: Annotated[str | None, NotInKey] = None
     new_layers: Any  # how many layers to add; each method has its own type
     position: Any  # where to add them; each method has its own type
+    probe_tokens: Positive  # of training text, to rank the layers for position=least_important | most_similar
     device: Annotated[Device, NotInKey]  # where linear algebra runs; auto: on a GPU where one is visible
     check_memory: Annotated[NonNegative, NotInKey]  # bytes; larger models (in float32) are checked layer by layer
+
+    @property
+    def ranked_position(self) -> str | None:
+        """The position, if it follows from a ranking of the layers on training text."""
+        return None
+
+    def key_settings(self) -> dict[str, Any]:
+        """Returns the settings that enter the key. ``probe_tokens`` is one of them only if layers are ranked."""
+        settings = super().key_settings()
+        if self.ranked_position is None:
+            del settings["probe_tokens"]
+        return settings
 
     def with_matched_layers(self) -> Expand:
         """Returns the settings to use if a training stage has ``trainable=matched``. Most methods need not know."""

@@ -5,6 +5,8 @@
       │      tokenize ──────┴──────────┘        │
       └─────────┴───────────┴──────────┴─▶ evaluate
 
+If layers are ranked on training text, ``expand`` depends on ``tokenize`` as well.
+
 Nothing is read or built here, and no expansion method is known by name.
 """
 
@@ -114,12 +116,12 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     """Create all nodes of a run, parents first. ``evaluate.targets`` decides which models are scored."""
     graph = _Builder(run)
     graph.add("load", run.model, {}, model=inputs.model)
-    method = {} if inputs.method is None else {"method": inputs.method}
-    matched = "matched" in (run.pretrain.trainable, run.sft.trainable)
-    expand = run.expand.with_matched_layers() if matched else run.expand
-    graph.add("expand", expand, {"load": "load"}, **method)
     corpus, instructions = _tokenize_settings(run)
+    if run.expansion.ranked_position is None:
+        _add_expand(graph, run, inputs, {"load": "load"})
     graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
+    if run.expansion.ranked_position is not None:
+        _add_expand(graph, run, inputs, {"load": "load", "data": "tokenize/corpus"})
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
     graph.add("pretrain", _with_snapshots(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
     graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
@@ -130,6 +132,11 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     report = make_report(run, [(run, graph.nodes)])
     graph.nodes["report"] = report
     return graph.nodes
+
+
+def _add_expand(graph: _Builder, run: Settings, inputs: Inputs, parents: Mapping[str, str]) -> None:
+    method = {} if inputs.method is None else {"method": inputs.method}
+    graph.add("expand", run.expansion, parents, **method)
 
 
 def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Node]]]) -> Node:

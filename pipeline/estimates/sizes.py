@@ -97,8 +97,7 @@ class Sizes:
         """
         expansion = {"method": self.method.method, "trains": self.method.trains, "layers": self.layers.to_json()}
         if train.trainable == "matched":
-            recorded = method_of(self.method.with_matched_layers())
-            expansion["matched"] = recorded.matched_layers(len(self.base.layers))
+            expansion["matched"] = self.method.matched_layers(len(self.base.layers))
         return trained_part(section, train.trainable, self.grown, expansion)
 
 

@@ -41,7 +41,9 @@ MOST_DIFFERING = 3  # names of tensors in a message
 SCRATCH_ON_DISK_BYTES = 1_000_000_000  # scratch tensors larger than this are on disk, smaller ones in memory
 
 NamedPosition = Literal["top", "middle", "bottom", "interleaved"]
-NAMED_POSITIONS: tuple[str, ...] = get_args(NamedPosition)
+RankedPosition = Literal["least_important", "most_similar"]  # after a ranking of the layers on a probe text
+RANKED_POSITIONS: tuple[str, ...] = get_args(RankedPosition)
+NAMED_POSITIONS: tuple[str, ...] = (*get_args(NamedPosition), *RANKED_POSITIONS)
 LayerWeights = Mapping[LayerTensor, "Tensor"]  # a layer of the base reads a tensor from disk when it is looked up
 Scratch = Callable[[tuple[int, ...], "torch.device"], "Tensor"]  # an uninitialized float32 tensor of that shape
 
@@ -82,6 +84,19 @@ class Method(Expand):
     min_base_layers: ClassVar[int] = 1
     like_layers: ClassVar[Literal["all", "sources", "none"]] = "all"
     needs_attention_and_mlp: ClassVar[bool] = False
+
+    def with_gaps(self, gaps: Sequence[int]) -> Method:
+        """Returns the settings with the gaps that a ranking gave. Only for methods with a ``ranked_position``."""
+        raise NotImplementedError
+
+    def possible_gaps(self, base: Shape) -> list[int]:
+        """Returns the gaps in which the method can make a layer."""
+        layers = base.layers
+        return [
+            gap
+            for gap, layer in enumerate(layers)
+            if self.like_layers != "sources" or gap + 1 == len(layers) or layer.tensors == layers[gap + 1].tensors
+        ]
 
     @property
     def keeps_logits(self) -> bool:
@@ -162,7 +177,7 @@ class Method(Expand):
             for index, layer in enumerate(base.layers):
                 if layer.tensors != base.layers[0].tensors:
                     raise self._unlike(0, index, base, "Choose a method that copies layers.")
-        if self.like_layers == "sources":
+        if self.like_layers == "sources" and self.ranked_position is None:
             for lower, upper in (planned.base for planned in new_layers if len(planned.base) > 1):
                 if base.layers[lower].tensors != base.layers[upper].tensors:
                     gaps = [i for i, (a, b) in enumerate(pairwise(base.layers)) if a.tensors == b.tensors]
@@ -187,10 +202,12 @@ class Placement(Section):
     """How many layers are inserted, and where."""
 
     new_layers: Positive
-    position: NamedPosition | list[int]  # a list: the gap of every new layer
+    position: NamedPosition | RankedPosition | list[int]  # a list: the gap of every new layer
 
     def gaps(self, num_base_layers: int) -> tuple[int, ...]:
         """Returns the gap of every new layer of a base of this depth, in ascending order.
+
+        For a position that needs a ranking of the layers, these are evenly spread gaps, for estimates.
 
         Raises:
             UserError: the base has no such gaps, or there are too many new layers for it.
@@ -204,7 +221,8 @@ class Placement(Section):
                 f"of its own, {most} in total",
                 remedy=f"Set expand.new_layers={most} or less.",
             )
-        return gaps_of(self.position, self.new_layers, num_base_layers)
+        position = "interleaved" if self.position in RANKED_POSITIONS else self.position
+        return gaps_of(position, self.new_layers, num_base_layers)
 
 
 class InsertionMethod(Placement, Method):
@@ -213,6 +231,15 @@ class InsertionMethod(Placement, Method):
     def place(self, num_base_layers: int) -> LayerPlan:
         """Returns the base's layers with new ones in the gaps that ``position`` names."""
         return insertion_plan(self.gaps(num_base_layers), num_base_layers)
+
+    @property
+    def ranked_position(self) -> str | None:
+        """The position, if it follows from a ranking of the layers."""
+        return str(self.position) if self.position in RANKED_POSITIONS else None
+
+    def with_gaps(self, gaps: Sequence[int]) -> InsertionMethod:
+        """Returns the settings with the gaps that a ranking gave."""
+        return self.model_copy(update={"position": list(gaps)})
 
 
 class CopyingMethod(Method):

@@ -159,7 +159,7 @@ def write_weights(
                 note=lambda note, **numbers: bar.advance(0, note=note, **numbers),
                 made=made,
                 save=lambda: saver.save(work),
-                scratch=_scratch_in(out),
+                scratch=scratch_in(out),
                 config=complete_config(names.base.path),
                 records=records,
                 declared_seed=seed,
@@ -241,7 +241,7 @@ def _write_new(writer: ShardWriter, names: TensorNames, new: NewTensor) -> None:
         new.tensor.place.write(writer.part(stored, name), new.value.to("cpu"))
 
 
-def _scratch_in(directory: Path) -> Scratch:
+def scratch_in(directory: Path) -> Scratch:
     """Returns an allocator that maps large CPU tensors from unnamed files in ``directory``."""
 
     def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -25,7 +25,6 @@ from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
-from pipeline.expansion.method import method_of
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.slurm import current_allocation, job_of
@@ -146,13 +145,13 @@ def _layers(prepared: PreparedRun) -> Faults:
     """The method can make layers like those of the base."""
     shape = prepared.shape
     assert shape is not None
-    yield from _raised_by(lambda: method_of(prepared.run.expand).check_layers(shape))
+    yield from _raised_by(lambda: prepared.expansion.check_layers(shape))
 
 
 def _expansion(prepared: PreparedRun) -> Faults:
     assert prepared.shape is not None
     depth = len(prepared.shape.layers)
-    yield from _raised_by(lambda: method_of(prepared.run.expand).check(depth))
+    yield from _raised_by(lambda: prepared.expansion.check(depth))
 
 
 # ------------------------------------------------------------------------------------------------------- data

@@ -55,7 +55,7 @@ def make_plans(jobs: Sequence[PreparedRun]) -> list[Plan]:
     plans = []
     for job in jobs:
         if job.shape is not None:
-            sizes_of(job.run.expand, job.shape)
+            sizes_of(job.expansion, job.shape)
         for node in job.selected.values():
             builder_of.setdefault(node.artifact.key, job.run.name)
         plans.append(_plan(job, builder_of))

@@ -23,8 +23,9 @@ from pipeline.driver.run import missing_nodes
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
+from pipeline.expansion.method import Method, method_of
 from pipeline.expansion.methods import module_fingerprint
-from pipeline.files import let_group_write, nearest_existing, no_access
+from pipeline.files import let_group_write, nearest_existing, no_access, read_json
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
 from pipeline.models.families import Shape, family_for, shape_of
@@ -91,7 +92,18 @@ class PreparedRun:
     def sizes(self) -> Sizes | None:
         """The models before and after expansion; None if the base is not known or cannot be expanded as asked."""
         shape = self.shape
-        return None if shape is None else attempt(lambda: sizes_of(self.run.expand, shape))[0]
+        return None if shape is None else attempt(lambda: sizes_of(self.expansion, shape))[0]
+
+    @property
+    def expansion(self) -> Method:
+        """The method, with the gaps that a finished expansion found by ranking the layers."""
+        method, artifact = method_of(self.run.expansion), self.nodes["expand"].artifact
+        if method.ranked_position is None or not artifact.is_complete():
+            return method
+        recorded = read_json(artifact.path / "expansion.json")
+        return method.with_gaps(
+            [*recorded.get("matched", ()), *(row["from"][0] for row in recorded["layers"] if row["new"])]
+        )
 
     @property
     def training(self) -> dict[str, Train]:

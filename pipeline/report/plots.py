@@ -18,8 +18,8 @@ from pipeline.report.runs import RunArtifacts, labels, layouts
 from pipeline.report.score_plots import scores_by_target, seconds_by_stage_plot
 from pipeline.report.scores import Scores
 
-LAYERS, SCORES, HELD_OUT, TRAINING, SECONDS = (
-    f"{name}.png" for name in ("layers", "scores", "held_out_loss", "training_loss", "seconds")
+LAYERS, RANKING, SCORES, HELD_OUT, TRAINING, SECONDS = (
+    f"{name}.png" for name in ("layers", "ranking", "scores", "held_out_loss", "training_loss", "seconds")
 )
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "training time"}
 # The layer map draws the base model's layers as a row of cells at BASE_Y and the expanded model's at EXPANDED_Y.
@@ -33,6 +33,7 @@ def draw_all(runs: Sequence[RunArtifacts], scores: Scores, base_loss: float | No
     """Draws every figure that the runs have numbers for into ``out`` and returns the names of the files."""
     drawn = {
         LAYERS: layer_map(runs, out / LAYERS),
+        RANKING: layer_ranking(runs, out / RANKING),
         SCORES: scores_by_target(runs, scores, out / SCORES),
         HELD_OUT: held_out_loss(runs, base_loss, out / HELD_OUT),
         TRAINING: training_loss(runs, out / TRAINING),
@@ -153,6 +154,34 @@ def layer_map(runs: Sequence[RunArtifacts], path: Path) -> bool:
         for axes, (alike, expansion) in zip(all_axes, groups, strict=True):
             _strip(axes, expansion, palette[alike[0].name] if len(alike) == 1 else SEVERAL_METHODS_COLOR, widest)
             axes.set_title(_title([names[run.name] for run in alike], expansion))
+    return True
+
+
+def layer_ranking(runs: Sequence[RunArtifacts], path: Path) -> bool:
+    """Draws what was measured of every layer of the base, with the chosen layers in color, one panel per ranking.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    ranked: dict[str, tuple[list[RunArtifacts], dict[str, Any]]] = {}
+    for run in runs:
+        if (ranking := run.ranking()) is not None:
+            ranked.setdefault(str((ranking, sorted(run.chosen_layers()))), ([], ranking))[0].append(run)
+    if not ranked:
+        return False
+    names, palette = labels(runs), colors(runs)
+    with figure(path, 2.2 * len(ranked)) as drawing:
+        all_axes = drawing.subplots(len(ranked), 1, squeeze=False)[:, 0]
+        for axes, (alike, ranking) in zip(all_axes, ranked.values(), strict=True):
+            color = palette[alike[0].name] if len(alike) == 1 else SEVERAL_METHODS_COLOR
+            chosen, values = alike[0].chosen_layers(), ranking["values"]
+            shades = [color if layer in chosen else LIGHT_GRAY for layer in range(len(values))]
+            axes.bar(range(len(values)), values, yerr=ranking["errors"], color=shades, ecolor=GRAY)
+            axes.set_title(f"{', '.join(names[run.name] for run in alike)}: {ranking['measure']}")
+            axes.set_xlabel("layer of the base")
+            if min(values) > 0 and max(values) > 20 * sorted(values)[len(values) // 2]:
+                axes.set_yscale("log")  # bypassing the first or last layer costs far more than any other
+            axes.xaxis.set_major_locator(MaxNLocator(15, integer=True))
     return True
 
 

@@ -21,6 +21,8 @@ CAPTIONS = {
     "held_out_loss": "Held-out loss during pre-training by tokens, training FLOPs and time. Dashed: the base model.",
     "training_loss": "Training loss at every optimizer step.",
     "layers": "Where the layers of the expanded model come from. New layers are colored.",
+    "ranking": "What each layer of the base does on the probe text, with one standard error over its tokens to each "
+    "side. Colored: the layers after which new ones were added, or that train instead.",
     "seconds": "Time per stage, measured when its artifacts were built.",
 }
 

@@ -90,6 +90,16 @@ class RunArtifacts:
         expansion = self.expansion() or {"layers": []}
         return [layer["layer"] for layer in expansion["layers"] if layer["new"]]
 
+    def ranking(self) -> dict[str, Any] | None:
+        """Returns how the base's layers were ranked on a probe text, or None if they were not."""
+        manifest = self.manifest("expand")
+        return None if manifest is None else manifest["metrics"].get("ranking")
+
+    def chosen_layers(self) -> set[int]:
+        """Returns the base layers after which new ones were added, or that train instead of new ones."""
+        expansion = self.expansion() or {"layers": []}
+        return {layer["from"][0] for layer in expansion["layers"] if layer["new"]} or {*expansion.get("matched", ())}
+
     def keeps_logits(self) -> bool:
         """Returns whether the expansion stage verified that the expanded model's logits equal the base model's."""
         manifest = self.manifest("expand")

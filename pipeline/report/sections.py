@@ -95,9 +95,10 @@ def layer_origins(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> l
             if layer["new"]
         )
         lines.append(f"{bold(escape(', '.join(labels(runs)[run.name] for run in alike)))}: {origins}")
+    ranking = _picture(figures, "ranking")
     if not lines:
-        return []
-    return ["## The new layers", *_picture(figures, "layers"), bullets(lines), *_expansion_notes(runs)]
+        return ["## The layers that train", *ranking] if ranking else []
+    return ["## The new layers", *_picture(figures, "layers"), bullets(lines), *ranking, *_expansion_notes(runs)]
 
 
 def _expansion_notes(runs: Sequence[RunArtifacts]) -> list[str]:

@@ -17,8 +17,9 @@ from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method
 from pipeline.expansion.model_card import base_weights, model_card
+from pipeline.expansion.ranking import Ranking, rank_layers, read_probe, remove_ranking_records
 from pipeline.expansion.self_check import CheckFailedError, check_model
-from pipeline.expansion.surgery import TensorNames, remove_progress_records, write_weights
+from pipeline.expansion.surgery import TensorNames, remove_progress_records, scratch_in, write_weights
 from pipeline.files import write_json
 from pipeline.models.config_json import depth_of
 from pipeline.models.families import INFERRED, family_for, shape_of
@@ -42,8 +43,9 @@ def run(task: StageTask) -> Metrics:
     base = ModelDirectory(task.parents["load"])
     config = explicit_config(base.path)
     family = family_for(config)
-    plan = method.place(depth_of(config))
-    method.check_layers(shape_of(config))
+    placed, ranking = _rank(task, method, config)
+    plan = placed.place(depth_of(config))
+    placed.check_layers(shape_of(config))
     deeper = rebuild_config(config, plan.config_sources)
     _check_kinds(config, deeper, plan)
     names = TensorNames(base, family, plan)
@@ -55,7 +57,11 @@ def run(task: StageTask) -> Metrics:
     weights_seconds = time.monotonic() - started
     write_json(task.out / "config.json", deeper)
     copy_side_files(base.path, task.out)
-    record = expansion_record(method, plan) | {"seed": task.seed, "base": base_weights(base.path)}
+    record = expansion_record(placed, plan) | {
+        "settings": method.key_settings(),
+        "seed": task.seed,
+        "base": base_weights(base.path),
+    }
     write_json(task.out / EXPANSION_FILE, record)
     (task.out / "README.md").write_text(model_card(record, base.path))
 
@@ -65,6 +71,7 @@ def run(task: StageTask) -> Metrics:
         remove_progress_records(task.out)  # otherwise another attempt would take these weights for finished ones
         raise
     remove_progress_records(task.out)
+    remove_ranking_records(task.out)
     return {
         "num_base_layers": plan.num_base_layers,
         "num_layers": len(plan.layers),
@@ -72,9 +79,23 @@ def run(task: StageTask) -> Metrics:
         "weights_seconds": round(weights_seconds, 3),
         "check": asdict(outcome),
         "warnings": work.warnings,
+        **({} if ranking is None else {"ranking": asdict(ranking)}),
         **({} if family.inference is None else {"family": INFERRED}),
         "method": work.records,
     }
+
+
+def _rank(task: StageTask, method: Method, config: dict[str, Any]) -> tuple[Method, Ranking | None]:
+    """Returns the method with the gaps that a ranking of the layers gives, if its position asks for one."""
+    if method.ranked_position is None:
+        return method, None
+    shape = shape_of(config)
+    probe = read_probe(task.parents["data"], method.probe_tokens)
+    device = device_of(method, uses_gpu=True)
+    base, memory = task.parents["load"], method.check_memory
+    ranking = rank_layers(method.ranked_position, base, probe, device, memory, task.out, scratch_in(task.out))
+    count = len(method.place(len(shape.layers)).new_layers) or len(method.matched_layers(len(shape.layers)))
+    return method.with_gaps(ranking.gaps(count, method.possible_gaps(shape))), ranking
 
 
 def _check_kinds(config: dict[str, Any], deeper: dict[str, Any], plan: LayerPlan) -> None:
@@ -121,8 +142,12 @@ def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:
     }
 
 
-def device_of(method: Method) -> torch.device:
+def device_of(method: Method, uses_gpu: bool | None = None) -> torch.device:
     """Returns the device on which the method computes. A method without linear algebra always uses the CPU.
+
+    Args:
+        method: the method.
+        uses_gpu: whether a GPU is worth using; None: what the method says.
 
     Raises:
         UserError: a GPU is requested, but none is visible.
@@ -135,7 +160,8 @@ def device_of(method: Method) -> torch.device:
             rule="no GPU is visible to torch on this machine",
             remedy="Set expand.device=auto, or run on a machine with a GPU.",
         )
-    return torch.device("cuda" if gpu and method.uses_gpu and method.device != "cpu" else "cpu")
+    worthwhile = method.uses_gpu if uses_gpu is None else uses_gpu
+    return torch.device("cuda" if gpu and worthwhile and method.device != "cpu" else "cpu")
 
 
 @contextmanager

@@ -75,6 +75,20 @@ def test_only_matched_training_of_none_depends_on_where_layers_would_be_added() 
     assert _keys()["expand"] == _keys(matched)["expand"]
 
 
+def test_an_expansion_depends_on_the_corpus_only_if_layers_are_ranked() -> None:
+    ranked = "expand.position=least_important"
+    other = Inputs(model="m", corpus="other", instructions="i", interpreter="p")
+    assert _keys()["expand"] == _keys(inputs=other)["expand"] == _keys("expand.probe_tokens=7")["expand"]
+    assert _keys(ranked)["expand"] != _keys(ranked, inputs=other)["expand"]
+    assert _keys(ranked)["expand"] != _keys(ranked, "expand.probe_tokens=7")["expand"]
+    assert set(select_nodes(build_graph(_settings(ranked), INPUTS), ["expand"])) == {
+        "load",
+        "tokenize/corpus",
+        "expand",
+    }
+    assert _settings(ranked, "stages=[expand]").reads_data and not _settings("stages=[expand]").reads_data
+
+
 def test_the_seed_changes_the_key_of_an_expansion_that_draws_random_numbers() -> None:
     lesa, again = _keys("expand=lesa"), _keys("expand=lesa", "seed=1")
     assert lesa["expand"] != again["expand"] and lesa["load"] == again["load"]

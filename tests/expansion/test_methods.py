@@ -196,7 +196,12 @@ def test_every_method_has_one_yaml_file_and_its_own_title_source_and_color() -> 
 
 def test_no_other_module_names_a_method() -> None:
     """Methods are named neither in identifiers nor in strings outside their own modules. Docstrings do not count."""
-    ordinary = {"average", "copy", "none", "stack"}  # words that mean a method only where strings are compared or listed
+    ordinary = {
+        "average",
+        "copy",
+        "none",
+        "stack",
+    }  # words that mean a method only where strings are compared or listed
     pattern = "|".join({form for name in set(METHODS) - ordinary for form in (name, name.replace("_", ""))})
     naming = []
     for file in sorted(PIPELINE.rglob("*.py")):

@@ -165,6 +165,32 @@ def test_none_records_the_layers_that_matched_training_trains(
     assert moved == {name for name in before if ".layers.0." in name or ".layers.2." in name}
 
 
+@pytest.mark.parametrize("position", ["least_important", "most_similar"])
+def test_layers_are_ranked_on_training_text_through_the_driver(
+    shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], position: str
+) -> None:
+    """The ranking is in the manifest and decides the gaps, and ``none`` trains the layers below the same gaps."""
+    command = ["+experiment=quickstart", *shrunk, f"output_dir={tmp_path}", f"expand.position={position}"]
+    command += ["expand.probe_tokens=128"]
+    assert main([*command, "action=plan"]) == EXIT_DONE
+    assert f"new: 2 by {position}, known once" in capsys.readouterr().out
+    assert main([*command, "stages=[expand]", "expand=copy"]) == EXIT_DONE
+    done = tmp_path / "quickstart" / "expand"
+    metrics = json.loads((done / "manifest.json").read_text())["metrics"]
+    values = metrics["ranking"]["values"]
+    chosen = sorted(sorted(range(4), key=values.__getitem__)[:2])
+    assert [row["from"][0] for row in _read_expansion(done)["layers"] if row["new"]] == chosen
+    assert _read_expansion(done)["settings"] == {
+        "method": "copy", "new_layers": 2, "position": position, "probe_tokens": 128,
+    }  # fmt: skip
+    assert not [file for file in done.iterdir() if file.name.startswith(".")]
+    capsys.readouterr()
+    assert main([*command, "expand=copy", "action=plan"]) == EXIT_DONE
+    assert "known once" not in capsys.readouterr().out
+    assert main([*command, "stages=[expand]", "expand=none", "pretrain.trainable=matched"]) == EXIT_DONE
+    assert _read_expansion(done)["matched"] == chosen
+
+
 def test_solar_warns_that_it_has_its_own_placement(
     expand_settings: ExpandSettings, tiny_llama_dir: Path, out: Path
 ) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config.section import NotInKey, NotInKeyIf
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, insertion_plan, matched_layers
-from pipeline.expansion.method import LayerWeights, Method, NewTensor, Placement, Workspace
+from pipeline.expansion.method import RANKED_POSITIONS, LayerWeights, Method, NewTensor, Placement, Workspace
 
 
 class NoExpansion(Method):
@@ -51,6 +51,16 @@ class NoExpansion(Method):
         """Returns the settings that enter the key. Where layers would be added is one only if that is recorded."""
         settings = super().key_settings()
         return {**settings, "would_add": self.would_add} if self.records_matched else settings
+
+    @property
+    def ranked_position(self) -> str | None:
+        """Where layers would be added, if that follows from a ranking of the layers and is recorded."""
+        position = self.would_add.get("position")
+        return position if self.records_matched and position in RANKED_POSITIONS else None
+
+    def with_gaps(self, gaps: Sequence[int]) -> NoExpansion:
+        """Returns the settings with the gaps that a ranking gave."""
+        return self.model_copy(update={"would_add": {**self.would_add, "position": list(gaps)}})
 
     def matched_layers(self, num_base_layers: int) -> tuple[int, ...]:
         """Returns the layers below the gaps in which other methods would insert layers, if they are to be recorded."""
