@@ -95,7 +95,11 @@ class Sizes:
         Raises:
             UserError: nothing would train.
         """
-        expansion = {"method": self.method.method, "trains": self.method.trains, "layers": self.layers.to_json()}
+        expansion: dict[str, Any] = {
+            "method": self.method.method,
+            "trains": self.method.trains,
+            "layers": self.layers.to_json(),
+        }
         if train.trainable == "matched":
             expansion["matched"] = self.method.matched_layers(len(self.base.layers))
         return trained_part(section, train.trainable, self.grown, expansion)

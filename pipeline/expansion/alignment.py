@@ -14,9 +14,8 @@ Re-Basin, arXiv 2209.04836, section 3.2). Each is an assignment problem, solved 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from pipeline.expansion.method import LayerWeights
 from pipeline.models.families import LayerTensor
-from pipeline.models.families.parameters import dimension
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,10 @@ class Heads:
     keys: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Heads:
-        """Reads the numbers from a config.json."""
-        return cls(dimension(config, "num_attention_heads"), dimension(config, "num_key_value_heads"))
+    def of(cls, layer: LayerWeights, queries: int) -> Heads:
+        """Counts the heads of keys and values, which are as large as the ``queries`` heads of queries."""
+        rows = {tensor.role.name: len(value) for tensor, value in layer.items() if tensor.role.kind == "matrix"}
+        return cls(queries, rows["k"] * queries // rows["q"])
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,20 @@ class HeadOrder:
     values: Tensor
 
 
-def align(layer: LayerWeights, like: LayerWeights, heads: Heads) -> tuple[dict[LayerTensor, Tensor], dict[str, int]]:
+def align(layer: LayerWeights, like: LayerWeights, heads: int) -> tuple[dict[LayerTensor, Tensor], dict[str, int]]:
     """Permutes the heads and neurons of ``layer`` so that they resemble those of ``like``, float32.
+
+    Args:
+        layer: the layer to permute.
+        like: the layer that it is to resemble.
+        heads: the number of query heads.
 
     Returns:
         All tensors of the layer, which computes what it did, and how many heads and neurons are in another place.
     """
     aligned = {tensor: value.float() for tensor, value in layer.items()}
     target = {tensor: value.float() for tensor, value in like.items()}
-    order = _head_order(target, aligned, heads)
+    order = _head_order(target, aligned, Heads.of(aligned, heads))
     moved = {"query_heads_moved": _moved(order.queries), "key_value_heads_moved": _moved(order.keys)}
     moved["neurons_moved"] = 0
     aligned |= _with_heads_in(order, aligned)

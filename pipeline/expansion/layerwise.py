@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,15 @@ class LayerwiseModel:
         """Returns the loss in nats of every target, for outputs of the last layer ``[blocks, tokens, hidden]``."""
         losses = []
         for block, output in enumerate(outputs):
-            top = output[None].to(self._device)
-            with self._replaced(lambda index, call, top=top: top if index == self.num_layers - 1 else call.hidden):
+            with self._replaced(partial(self._top_returns, output[None].to(self._device))):
                 logits = self._forward(block)
             wanted = self._blocks.targets[block, 1:]
             tokens = self._blocks.ids[block, 1:][wanted]
             losses.append(nn.functional.cross_entropy(logits[0, :-1][wanted].float(), tokens, reduction="none").cpu())
         return torch.cat(losses)
+
+    def _top_returns(self, output: Tensor, index: int, call: _Call) -> Tensor:
+        return output if index == self.num_layers - 1 else call.hidden
 
     def _forward(self, block: int) -> Tensor:
         ids, positions = self._blocks.ids[block : block + 1], self._blocks.positions[block : block + 1]

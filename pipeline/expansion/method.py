@@ -198,7 +198,7 @@ class Method(Expand):
         return UserError(setting="expand.method", value=self.method, rule=rule, remedy=remedy)
 
 
-class Placement(Section):
+class Insertion(Section):
     """How many layers are inserted, and where."""
 
     new_layers: Positive
@@ -225,7 +225,7 @@ class Placement(Section):
         return gaps_of(position, self.new_layers, num_base_layers)
 
 
-class InsertionMethod(Placement, Method):
+class InsertionMethod(Insertion, Method):
     """A method that inserts new layers between those of the base, at ``expand.position``."""
 
     def place(self, num_base_layers: int) -> LayerPlan:
@@ -243,7 +243,11 @@ class InsertionMethod(Placement, Method):
 
 
 class CopyingMethod(Method):
-    """A method whose new layers are copies of base layers that add ``output_scale`` times as much to their input."""
+    """A method whose new layers are copies of base layers that add ``output_scale`` times as much to their input.
+
+    A method that inserts such copies lists ``InsertionMethod`` first among its base classes: of fields with the same
+    name, pydantic takes those of the first, and ``new_layers`` and ``position`` have no types here.
+    """
 
     like_layers = "none"
 

@@ -34,7 +34,7 @@ SAVE_SECONDS = 60.0  # how much an interruption can cost
 RANKING_FILE = ".ranking.json"  # the result, for an expansion that is interrupted later
 STATES_FILE = ".ranking.safetensors"  # hidden states of all forward passes after some layers
 STATES_SEAL = ".ranking.sha256"
-WORK_PREFIX = ".ranking-"  # of temporary directories
+RANKING_WORK_PREFIX = ".ranking-"  # of temporary directories
 MEASURES = {
     "least_important": "increase of the loss if the layer is bypassed, nats per token",
     "most_similar": "angle between the layer's input and output, divided by pi",
@@ -101,12 +101,12 @@ def rank_layers(
     Raises:
         UserError: the layers of this model cannot be run one at a time.
     """
-    for stale in out.glob(f"{WORK_PREFIX}*"):  # of an attempt that was killed
+    for stale in out.glob(f"{RANKING_WORK_PREFIX}*"):  # of an attempt that was killed
         shutil.rmtree(stale)
     if (saved := read_record(out / RANKING_FILE, lambda value: value["position"] == position)) is not None:
         return Ranking(**{**saved, "values": tuple(saved["values"]), "errors": tuple(saved["errors"])})
     size = sum(spec.numel for spec in ModelDirectory(base).specs.values()) * torch.float32.itemsize
-    with TemporaryDirectory(prefix=WORK_PREFIX, dir=out) as work_dir:
+    with TemporaryDirectory(prefix=RANKING_WORK_PREFIX, dir=out) as work_dir:
         model = LayerwiseModel(base, blocks, device, size <= memory, work_dir)
         if position == "least_important":
             ranking = _by_bypassing(position, model, scratch, out)

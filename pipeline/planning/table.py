@@ -50,7 +50,8 @@ def _print_model(plan: Plan, console: Console) -> None:
 def _new_layers(sizes: Sizes) -> str:
     new = [layer.layer for layer in sizes.layers.layers if layer.new]
     if (position := sizes.method.ranked_position) is not None:
-        return f", new: {len(new)} by {position}, known once the layers are ranked; estimates are for even spacing"
+        which = f"{len(new)} new" if new else "matched"
+        return f", {which} by {position}, known once the layers are ranked; estimates are for even spacing"
     return f", new: {ranges(new)}" if new else ""
 
 

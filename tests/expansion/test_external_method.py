@@ -183,7 +183,10 @@ def test_random_numbers_that_are_not_declared_fail_the_stage(
 ) -> None:
     name = f"drawing_{draw[:4]}"
     write_module(name, DRAWING.replace("{draw}", draw))
-    settings = {"method": name, "module": name, "new_layers": 1, "position": "top", "device": "cpu", "check_memory": 0}
+    settings = {
+        "method": name, "module": name, "new_layers": 1, "position": "top", "device": "cpu", "check_memory": 0,
+        "probe_tokens": 1,
+    }  # fmt: skip
     method = external_method(name).model_validate(settings)
     with pytest.raises(RuntimeError, match="draws_random_numbers = True"):
         expand.run(make_task("expand", method, tmp_path / "out", {"load": tiny_llama_dir}))

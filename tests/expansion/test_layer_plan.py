@@ -132,7 +132,7 @@ def test_none_adds_no_layer(expand_settings: ExpandSettings) -> None:
         ((3, 7, 29), (3, 7, 29)),
         ((4, 4, 4, 4), (2, 3, 4, 5)),  # the lower one of two equally near
         ((0, 0, 0), (0, 1, 2)),
-        ((4, 5, 5, 29, 29), (3, 4, 5, 28, 29)),
+        ((4, 5, 5, 29, 29), (4, 5, 6, 28, 29)),
         (tuple(range(30)), tuple(range(30))),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.__main__ import CONF
 from pipeline.config import METHODS, AnyExpand
 from pipeline.expansion import surgery
-from pipeline.expansion.method import Method, NewTensor, Workspace
+from pipeline.expansion.method import InsertionMethod, Method, NewTensor, Workspace
 from pipeline.expansion.methods import built_in_method
 from pipeline.expansion.surgery import TensorNames, write_weights
 from pipeline.models.families import family_of
@@ -152,6 +152,13 @@ def test_an_interrupted_expansion_ends_with_the_same_weights(
 def test_unknown_settings_are_refused(make_method: MakeMethod, name: str) -> None:
     with pytest.raises(ValidationError, match="no_such_setting"):
         make_method(name, no_such_setting=1)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(built_in_method(name), InsertionMethod)])
+@pytest.mark.parametrize("wrong", [{"new_layers": 0}, {"new_layers": 1.5}, {"position": "side"}, {"position": [0.5]}])
+def test_placements_of_the_wrong_type_are_refused(make_method: MakeMethod, name: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        make_method(name, **wrong)
 
 
 @pytest.mark.parametrize("name", METHODS)

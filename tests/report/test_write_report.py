@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.files import read_json
 from pipeline.report import RunArtifacts, write_report
-from tests.report.finished_runs import STAGES, finished_run
+from tests.report.finished_runs import STAGES, finished_run, write
 
 ALL_PLOTS = {"scores.png", "held_out_loss.png", "training_loss.png", "layers.png", "seconds.png"}
 TEXTS = {"report.md", "report.html", "results.json", "paired_differences.json"}
@@ -115,6 +116,23 @@ def test_the_control_has_no_section_on_new_layers(tmp_path: Path) -> None:
     text = _write([finished_run(tmp_path / "runs", method="none")], tmp_path / "out")
     assert "The new layers" not in text
     assert text.startswith("# quickstart: the base model, not expanded")
+
+
+def test_a_ranking_of_the_layers_is_drawn_once_for_all_runs_that_share_it(tmp_path: Path) -> None:
+    """Among the new layers, or by itself where layers of the base train instead."""
+    runs = [finished_run(tmp_path, name, method) for name, method in (("a", "copy"), ("b", "average"), ("c", "none"))]
+    ranking = {"position": "least_important", "measure": "increase of the loss", "values": [9.0, 0.3, 0.2, 0.1, 0.1, 2],
+               "errors": [0.1] * 6, "tokens": 50, "loss": 3.0}  # fmt: skip
+    assert "ranking.png" not in _write(runs, tmp_path / "without")
+    for run in runs:
+        manifest = read_json(run.directories["expand"] / "manifest.json")
+        manifest["metrics"]["ranking"] = ranking
+        write(run.directories["expand"] / "manifest.json", manifest)
+    assert all(run.chosen_layers() == {3, 4} for run in runs[:2])
+    text = _write(runs, tmp_path / "all")
+    assert text.count("ranking.png") == 1 and (tmp_path / "all" / "ranking.png").is_file()
+    control = _write(runs[2:], tmp_path / "control")
+    assert "## The layers that train" in control and "ranking.png" in control
 
 
 def test_the_report_states_what_the_expansion_stage_verified_and_its_warnings(tmp_path: Path) -> None:

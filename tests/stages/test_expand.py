@@ -173,7 +173,7 @@ def test_layers_are_ranked_on_training_text_through_the_driver(
     command = ["+experiment=quickstart", *shrunk, f"output_dir={tmp_path}", f"expand.position={position}"]
     command += ["expand.probe_tokens=128"]
     assert main([*command, "action=plan"]) == EXIT_DONE
-    assert f"new: 2 by {position}, known once" in capsys.readouterr().out
+    assert f"2 new by {position}, known once" in capsys.readouterr().out
     assert main([*command, "stages=[expand]", "expand=copy"]) == EXIT_DONE
     done = tmp_path / "quickstart" / "expand"
     metrics = json.loads((done / "manifest.json").read_text())["metrics"]

@@ -49,9 +49,9 @@ class AlignedAverage(InsertionMethod):
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the means, computed in float32, and records how many heads and neurons were moved."""
-        from pipeline.expansion.alignment import Heads, align
+        from pipeline.expansion.alignment import align
 
-        heads = Heads.of(work.config)
+        heads = work.config["num_attention_heads"]
 
         def mean(index: int, lower: LayerWeights, upper: LayerWeights) -> LayerWeights:
             aligned, moved = align(upper, lower, heads)

@@ -12,7 +12,7 @@ from pipeline.config.section import Fraction, NotInKeyIf
 from pipeline.expansion.method import CopyingMethod, InsertionMethod
 
 
-class Copy(CopyingMethod, InsertionMethod):
+class Copy(InsertionMethod, CopyingMethod):
     """Every new layer is a copy of its lower base neighbor."""
 
     title = "copying"

@@ -13,7 +13,7 @@ from pipeline.config.section import Fraction, NotInKeyIf
 from pipeline.expansion.method import CopyingMethod, InsertionMethod
 
 
-class LlamaPro(CopyingMethod, InsertionMethod):
+class LlamaPro(InsertionMethod, CopyingMethod):
     """Every new layer is a copy of its lower base neighbor with zeroed outputs."""
 
     title = "LLaMA Pro"

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config.section import NotInKey, NotInKeyIf
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, insertion_plan, matched_layers
-from pipeline.expansion.method import RANKED_POSITIONS, LayerWeights, Method, NewTensor, Placement, Workspace
+from pipeline.expansion.method import RANKED_POSITIONS, Insertion, LayerWeights, Method, NewTensor, Workspace
 
 
 class NoExpansion(Method):
@@ -67,7 +67,7 @@ class NoExpansion(Method):
         if not self.records_matched:
             return ()
         try:
-            placement = Placement.model_validate(self.would_add)
+            insertion = Insertion.model_validate(self.would_add)
         except ValidationError as error:
             (name, *_) = error.errors()[0]["loc"]
             raise UserError(
@@ -77,7 +77,7 @@ class NoExpansion(Method):
                 "setting names none",
                 remedy="Set expand.new_layers=8 and expand.position=top, for example, as for the other methods.",
             ) from error
-        return matched_layers(placement.gaps(num_base_layers), num_base_layers)
+        return matched_layers(insertion.gaps(num_base_layers), num_base_layers)
 
     @property
     def keeps_logits(self) -> bool:

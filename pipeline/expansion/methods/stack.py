@@ -25,7 +25,7 @@ class Stack(CopyingMethod):
     """The base's layers in slices, which may overlap."""
 
     title = "stacked slices"
-    source = "slices of the base: SOLAR, G_stack (arXiv 2405.15319), MIDAS (arXiv 2409.19044), passthrough merges"
+    source = "slices of the base: G_stack (arXiv 2405.15319), MIDAS (arXiv 2409.19044), passthrough merges"
     color = "#7b4fa3"
     trains = "all"
 
