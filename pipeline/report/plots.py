@@ -181,6 +181,7 @@ def layer_ranking(runs: Sequence[RunArtifacts], path: Path) -> bool:
             axes.set_xlabel("layer of the base")
             if min(values) > 0 and max(values) > 20 * sorted(values)[len(values) // 2]:
                 axes.set_yscale("log")  # bypassing the first or last layer costs far more than any other
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the default is mathtext
             axes.xaxis.set_major_locator(MaxNLocator(15, integer=True))
     return True
 
