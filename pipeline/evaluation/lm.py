@@ -42,7 +42,8 @@ class LanguageModel(HFLM):
         model: Any = load_complete(directory, dtype)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # In bfloat16, log likelihoods of answers would be rounded to three digits, and differ by chance or not at all.
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         self._adds_bos = added_bos(tokenizer) is not None
         self._largest_batch = batch_size
         self._bar: ProgressBar | None = None
@@ -106,7 +107,9 @@ class LanguageModel(HFLM):
     def _fitting_batch(self, tokens: int) -> int:
         """Returns how many sequences of ``tokens`` tokens may be scored at once."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
-        bytes_each: int = 2 * tokens * vocabulary * self.model.dtype.itemsize
+        width: int = self.model.dtype.itemsize
+        # The log-softmax is in float32, as are the logits that torch computes it from.
+        bytes_each: int = tokens * vocabulary * (8 if width == 4 else width + 8)
         return max(1, min(self._largest_batch, LOGITS_BYTES[self.device.type] // bytes_each))
 
     def _check_beginning(self, sequence: list[int]) -> None:

@@ -41,6 +41,20 @@ def test_the_score_of_a_continuation_matches_transformers(tiny_llama_dir: Path) 
         assert value == pytest.approx(_loglikelihood(tiny_llama_dir, ids, len(before)), rel=1e-4)
 
 
+def test_scores_in_bfloat16_are_those_of_a_float32_softmax(tiny_llama_dir: Path) -> None:
+    lm = LanguageModel(tiny_llama_dir, torch.bfloat16, "cpu", 1)
+    context, continuation = "json.dumps\n   ", " Return a string."
+    ((value, _),) = lm.loglikelihood(_requests("loglikelihood", (context, continuation)))
+    before = len(lm.tok_encode(context.rstrip()))
+    ids = torch.tensor([lm.tok_encode(context + continuation)])
+    with torch.no_grad():
+        logits = lm.model(ids[:, :-1]).logits[0]
+    assert logits.dtype == torch.bfloat16
+    scores = logits.double().log_softmax(-1)
+    expected = scores[torch.arange(before - 1, ids.shape[1] - 1), ids[0, before:]].sum().item()
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_llama_with_bos"])
 def test_a_text_is_scored_after_exactly_one_bos_token(model: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(model)

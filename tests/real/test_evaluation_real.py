@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
 
 from pipeline.config import Evaluate
 from pipeline.data.chat import ChatTokenizer, chat_template
@@ -11,6 +17,8 @@ from pipeline.data.records import Drops, Example, single_turn
 from pipeline.data.templates import TemplateProcess
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.evaluation.harness import ScoringJob, score
+from pipeline.evaluation.lm import LanguageModel
+from pipeline.evaluation.questions import build_questions
 from pipeline.launch.machine import Placement, detect_machine
 
 
@@ -38,6 +46,38 @@ def test_the_base_model_prefers_grammatical_sentences(smollm2_dir: Path, tmp_pat
 def test_the_base_model_knows_the_standard_library_partially(smollm2_dir: Path, tmp_path: Path) -> None:
     """The first hundred questions. Chance is 25 %."""
     assert 0.35 <= _accuracy("python_docs_mcq", 100, smollm2_dir, tmp_path) <= 0.85
+
+
+def test_choices_in_bfloat16_are_those_of_a_float32_softmax(smollm2_dir: Path) -> None:
+    """The first 25 questions. With the log-softmax in bfloat16, two answers change and two tie for the best."""
+    lm = LanguageModel(smollm2_dir, torch.bfloat16, "cpu", 32)
+    asked = [(f"{name}\n   ", f" {question.summary}") for question in build_questions()[:25] for name in question.names]
+    requests = [Instance("loglikelihood", {}, arguments=pair, idx=0) for pair in asked]
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    call = lm._model_call
+
+    def spy(ids: torch.Tensor, **details: Any) -> torch.Tensor:
+        logits = call(ids, **details)
+        batches.append((ids, logits.float().log_softmax(-1)))
+        return logits
+
+    lm._model_call = spy  # type: ignore[method-assign]
+    found = [value for value, _ in lm.loglikelihood(requests)]
+    expected = []
+    for context, continuation in asked:
+        ids = lm.tok_encode(context + continuation)
+        first = len(lm.tok_encode(context.rstrip()))
+        scores = next(
+            score[row]
+            for batch, score in batches
+            for row, line in enumerate(batch.tolist())
+            if line[: len(ids) - 1] == ids[:-1]
+        )
+        expected.append(sum(scores[at - 1, ids[at]].item() for at in range(first, len(ids))))
+    assert found == pytest.approx(expected, rel=1e-5)
+    choices, wanted = (np.reshape(values, (25, 4)).argmax(1).tolist() for values in (found, expected))
+    assert choices == wanted
+    assert all(np.unique(np.reshape(found, (25, 4))[row]).size == 4 for row in range(25))  # no ties
 
 
 def test_answers_in_the_chat_template_of_the_model_are_trained_up_to_the_end_of_turn(smollm2_dir: Path) -> None:
