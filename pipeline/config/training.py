@@ -18,9 +18,17 @@ class DeepSpeed(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotInKey]
     offload_optimizer: Annotated[bool, NotInKey]  # from ZeRO 1 on
     offload_parameters: Annotated[bool, NotInKey]  # ZeRO 3 only
-    reduce_bucket_size: Annotated[Positive, NotInKey]  # elements
-    allgather_bucket_size: Annotated[Positive, NotInKey]  # elements; ZeRO 1 and 2
+    reduce_bucket_size: Annotated[Positive | Literal["auto"], NotInKey]  # elements; auto: one layer on GPUs
+    allgather_bucket_size: Annotated[Positive | Literal["auto"], NotInKey]  # elements; ZeRO 1 and 2
+    reduce_dtype: Literal["float32", "bfloat16"]  # in which gradients are summed over ranks
     overrides: dict[str, Any]  # merged last into DeepSpeed's configuration; may change numbers, so part of the key
+
+    def key_settings(self) -> dict[str, Any]:
+        """Returns the settings that enter the key. ``reduce_dtype`` is one of them only if it changes something."""
+        settings = super().key_settings()
+        if self.reduce_dtype == "float32":
+            del settings["reduce_dtype"]
+        return settings
 
 
 class Train(Section):
@@ -52,9 +60,9 @@ class Train(Section):
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     keep_checkpoints: Annotated[Positive, NotInKey]  # number of the newest checkpoints to keep
     activation_checkpointing: Annotated[bool, NotInKey]
-    compile: Annotated[bool, NotInKey]  # torch.compile for layers and the loss; not at ZeRO 3
+    compile: Annotated[bool | Literal["auto"], NotInKey]  # torch.compile for layers and the loss; not at ZeRO 3
     float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
-    attention: Annotated[Literal["auto", "documents", "sdpa", "eager"], NotInKey]
+    attention: Annotated[Literal["auto", "documents", "flex", "sdpa", "eager"], NotInKey]
     deepspeed: DeepSpeed
 
     @model_validator(mode="after")
@@ -62,6 +70,12 @@ class Train(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs; the other is null")
         return self
+
+    def compiles(self, device: str) -> bool:
+        """Returns whether layers are compiled on "cpu" or "cuda". ``auto`` compiles on GPUs where it is possible."""
+        if self.compile == "auto":
+            return device == "cuda" and self.deepspeed.zero_stage < 3
+        return self.compile
 
     def with_snapshots_at(self, fractions: Iterable[float]) -> Train:
         """Returns a copy that also saves snapshots at ``fractions`` of the steps."""

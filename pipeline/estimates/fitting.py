@@ -58,7 +58,7 @@ def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str 
         return f"{section}.micro_batch={largest}"
     sharing = setup.train.deepspeed.model_copy(update={"zero_stage": 3})
     offloading = sharing.model_copy(update={"offload_optimizer": True, "offload_parameters": True})
-    plain: dict[str, object] = {"compile": False} if setup.train.compile else {}  # not possible with ZeRO 3
+    plain: dict[str, object] = {"compile": False} if setup.train.compile is True else {}  # not possible with ZeRO 3
     uncompiled = f"{section}.compile=false " if plain else ""
     steps: list[tuple[dict[str, object], str]] = [
         ({"activation_checkpointing": True}, f"{section}.activation_checkpointing=true"),

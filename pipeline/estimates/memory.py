@@ -5,7 +5,8 @@ f the MLP's units, S the sequence length and c the bytes of a number in compute:
 
     each norm             4·h  its input in float32, and c·h twice if weights train: before and after its scale
     attention             4·c·a  queries, keys, values and output, 4·heads  the softmax's sums; keys and values are
-                          repeated for every head, except by document on CPUs; with sdpa also c·S  the mask
+                          repeated for every head, except by document on CPUs (on GPUs torch 2.11 repeats them
+                          there too); with sdpa also c·S  the mask
     MLP                   3·c·f  gate, its activation and up (1 without a gate), and c·f their product if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores only its input, c·h,
@@ -22,7 +23,7 @@ from pipeline.config import Train
 from pipeline.estimates.sizes import Trained
 from pipeline.models.families import LayerShape, Shape
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
-from pipeline.training.precision import BYTES, CHUNK_LOGITS, Precision
+from pipeline.training.precision import BYTES, Precision, chunk_rows
 
 WIDE = 4  # bytes of a float32
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default number of parameters that stay gathered
@@ -46,7 +47,7 @@ class Setup:
     @property
     def deepspeed(self) -> dict[str, Any]:
         """DeepSpeed's configuration, overrides included."""
-        return deepspeed_config(self.train, self.precision, self.ranks)
+        return deepspeed_config(self.train, self.precision, self.ranks, self.on_gpu)
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -137,8 +138,15 @@ def _optimizer(trained: Trained, setup: Setup) -> int:
 def _buckets(trained: Trained, setup: Setup) -> int:
     if setup.zero["stage"] == 0:
         return 0
-    bucket = int(setup.zero["reduce_bucket_size"])
-    return WIDE * (bucket if setup.on_gpu else min(bucket, trained.parameters))
+    largest = max(layer.parameters for layer in trained.shape.layers)
+    config = deepspeed_config(setup.train, setup.precision, setup.ranks, setup.on_gpu, largest)
+    bucket = int(config["zero_optimization"]["reduce_bucket_size"])
+    if not setup.on_gpu:
+        return WIDE * min(bucket, trained.parameters)
+    # DeepSpeed fills one while it reduces the other. At ZeRO 2 both are in compute precision, and what is being reduced
+    # is copied to float32, which takes as much.
+    doubled = setup.zero.get("overlap_comm", False) and setup.zero["stage"] < 3
+    return WIDE * bucket * (2 if doubled else 1)
 
 
 # ------------------------------------------------------------------------ stored between forward and backward
@@ -165,18 +173,18 @@ def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[s
 def _attention(shape: Shape, setup: Setup) -> int:
     """Bytes per token that the attention of one layer stores."""
     queries = shape.heads * shape.head_size
-    attention = setup.train.attention
-    by_document = attention == "documents" or (attention == "auto" and not setup.on_gpu)
-    keys = shape.key_size if by_document and not setup.on_gpu else queries
-    mask = 0 if by_document else setup.width * setup.train.sequence_length
+    without_mask = setup.train.attention in ("auto", "documents", "flex")
+    keys = shape.key_size if without_mask and not setup.on_gpu else queries
+    mask = 0 if without_mask else setup.width * setup.train.sequence_length
     return setup.width * 2 * (queries + keys) + WIDE * shape.heads + mask
 
 
 def _logits(trained: Trained, setup: Setup) -> int:
     """Bytes of a chunk of logits in compute precision and float32, the hidden states with their gradient, and the
-    gradient of the head."""
+    gradient of the head in float32 and in compute precision."""
     shape = trained.shape
-    chunk = min(CHUNK_LOGITS, setup.tokens * shape.vocab_size) * (WIDE + (setup.width if setup.width < WIDE else 0))
+    rows = min(chunk_rows("cuda" if setup.on_gpu else "cpu", shape.vocab_size), setup.tokens)
+    chunk = rows * shape.vocab_size * (WIDE + (setup.width if setup.width < WIDE else 0))
     hidden = setup.tokens * shape.hidden_size * (WIDE + 2 * setup.width)
     head = shape.vocab_size * shape.hidden_size * (WIDE + setup.width) if trained.head_trains else 0
     return chunk + hidden + head

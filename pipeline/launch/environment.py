@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +27,7 @@ INHERITED_PLACE = re.compile(
 IMPORTED_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # importing parts of torch already creates this one
 CODE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
 WRITABLE_BY_OTHERS = 0o022
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the latter is the older name
 
 
 def other_nodes_fault(inherited: Mapping[str, str]) -> UserError | None:
@@ -96,6 +99,9 @@ def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[
     }
     if placement.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif not inherited.keys() & ALLOCATOR_VARIABLES:
+        # Segments that grow leave no gaps between batches of different shapes, which could not be used otherwise.
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
     if placement.nodes == 1:  # otherwise gloo and NCCL would listen on addresses that other hosts can reach
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())
     return environment
@@ -110,7 +116,28 @@ def _prepend(first: str, rest: str | None) -> str:
     return os.pathsep.join(dict.fromkeys(part for part in parts if part))
 
 
-# -------------------------------------------------------------------------------------------- caches
+# --------------------------------------------------------------------------------- compilers and caches
+
+
+def missing_for_compilation(device: str, inherited: Mapping[str, str]) -> tuple[str, str] | None:
+    """Returns what torch.compile needs and this machine lacks, and how to provide it. None if nothing is missing.
+
+    Args:
+        device: "cpu", for which C++ is compiled, or "cuda", where Triton compiles its launchers in C.
+        inherited: the environment.
+    """
+    if device == "cpu":
+        compiler = inherited.get("CXX", "g++")
+        needed = f"torch.compile needs a C++ compiler on CPUs, and {compiler} was not found"
+        return None if shutil.which(compiler) else (needed, "Install g++, set CXX to a compiler")
+    compilers = [inherited["CC"]] if "CC" in inherited else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        needed = f"Triton needs a C compiler on GPUs, and {' or '.join(compilers)} was not found"
+        return needed, "Install gcc, set CC to a compiler"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not headers.is_file():
+        return f"Triton needs Python's headers on GPUs, and {headers} was not found", "Install them (python3-dev)"
+    return None
 
 
 def code_caches(inherited: Mapping[str, str]) -> dict[str, Path]:

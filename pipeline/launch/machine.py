@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Literal
 
 from pipeline.config import Launch
 from pipeline.errors import UserError
 from pipeline.launch.slurm import current_allocation
+
+DEVICE_NAME = re.compile(r"\s*(\d+|GPU-[\w-]+|MIG-[\w/-]+)\s*")  # in CUDA_VISIBLE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ def _count_visible_gpus(prefix: list[str]) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # With a prefix the GPUs are another host's, so this process's environment does not apply.
     if visible is not None and not prefix:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+        # CUDA ignores what follows the first name that it does not know. Slurm sets NoDevFiles for jobs without GPUs.
+        return len(list(takewhile(DEVICE_NAME.fullmatch, visible.split(","))))
     if shutil.which("nvidia-smi") is None and not prefix:
         return 0
     answer = subprocess.run([*prefix, "nvidia-smi", "-L"], capture_output=True, text=True, check=False)

@@ -191,7 +191,8 @@ def _check_template(source: ModelSource, prepared: PreparedRun) -> None:
 
 def _training(section: str, prepared: PreparedRun) -> Faults:
     run, context = prepared.run, prepared.context_length
-    yield from training_faults(section, getattr(run, section), run.launch, context, prepared.machine(section))
+    machine, submitted = prepared.machine(section), run.action == "submit"
+    yield from training_faults(section, getattr(run, section), run.launch, context, machine, submitted)
 
 
 def _trainable(section: str, prepared: PreparedRun) -> Faults:

@@ -1,32 +1,48 @@
 """Causal attention within documents, for packed blocks, without a mask over all pairs of tokens.
 
-With a mask, every query is compared to every key of its block, and the fast kernels cannot be used. Here the kernels
-receive the bounds of documents instead: torch's variable-length attention on GPUs, and torch's flash kernel on CPUs,
-one document at a time (or the full batch at once if every block is a single document). The cost is then quadratic in
-the lengths of documents rather than of blocks.
+With a mask, every query is compared to every key of its block, and the fast kernels cannot be used. There are two ways
+without one, whose cost is quadratic in the lengths of documents rather than of blocks:
+
+- ``documents``: the kernels receive the bounds of documents. These are torch's variable-length attention on GPUs, and
+  torch's flash kernel on CPUs, one document at a time (or the full batch at once if every block is a single document).
+- ``flex``: ``torch.nn.attention.flex_attention`` receives the pairs of blocks of 128 queries and keys that see each
+  other. It supports sliding windows, capped scores and attention sinks too. On CPUs it has no backward pass.
 
 Shape symbols: B batch, S sequence, H query heads, G key and value heads, D head size, N documents.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.library import custom_op
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 
 from pipeline.config import Train
 from pipeline.errors import UserError
+from pipeline.launch.environment import missing_for_compilation
 from pipeline.models.families import FAMILIES
 from pipeline.training.precision import Precision
 
-DOCUMENTS: Literal["documents"] = "documents"  # the name of ``attend_by_document`` in transformers' registry
+# The names of ``attend_by_document`` and ``attend_by_block`` in transformers' registry.
+DOCUMENTS: Literal["documents"] = "documents"
+FLEX: Literal["flex"] = "flex"
 # Keyword arguments that a model's forward passes on to its attention function.
-BOUNDS_KEYWORD, FLOAT32_KEYWORD = "document_bounds", "float32_products"
-Attention = Literal["documents", "sdpa", "eager"]
+BOUNDS_KEYWORD, FLOAT32_KEYWORD, MASKS_KEYWORD = "document_bounds", "float32_products", "block_masks"
+Attention = Literal["documents", "flex", "sdpa", "eager"]
+# Whether several query heads may share a key head, which torch 2.11 does not support.
+VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+LARGEST_HEAD = 256  # of the flash kernels on GPUs
+BLOCK = 128  # queries, and keys, that flex_attention skips together
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -35,23 +51,52 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def resolve_attention(
     section: str, train: Train, config: PretrainedConfig, precision: Precision, device: torch.device
 ) -> Attention:
-    """Resolves ``auto``: attention by document on CPUs if the model allows it, and else the fastest masked attention.
-
-    On GPUs attention by document must be requested explicitly, since the interface of torch's kernel is not yet stable.
+    """Resolves ``auto``: by document, or else with flex_attention on GPUs, or else the fastest masked attention.
 
     Raises:
-        UserError: attention by document is requested, and the model or the device does not support it.
+        UserError: an attention without a mask is requested, and the model or the device does not support it.
     """
     unsupported_scores = _unsupported_scores(config)
-    obstacle = unsupported_scores or _obstacle(train, config.get_text_config(), precision, device)
+    obstacles: dict[Attention, str | None] = {
+        DOCUMENTS: unsupported_scores or _obstacle(train, config.get_text_config(), precision, device),
+        FLEX: _flex_obstacle(config, device),
+    }
+    masked: Attention = "sdpa" if unsupported_scores is None else "eager"
     if train.attention == "auto":
-        by_document = obstacle is None and device.type == "cpu"
-        return DOCUMENTS if by_document else "sdpa" if unsupported_scores is None else "eager"
-    if train.attention == DOCUMENTS and obstacle:
+        chosen = next((name for name, obstacle in obstacles.items() if obstacle is None), masked)
+        if chosen == masked and device.type == "cuda":
+            print(f"attention compares all pairs of tokens, since flex_attention does not work: {obstacles[FLEX]}")
+        return chosen
+    obstacle = obstacles.get(train.attention)
+    if obstacle is not None:
         raise UserError(
-            setting=f"{section}.attention", value=DOCUMENTS, rule=obstacle, remedy=f"Set {section}.attention=sdpa."
+            setting=f"{section}.attention",
+            value=train.attention,
+            rule=obstacle,
+            remedy=f"Set {section}.attention={masked}.",
         )
     return train.attention
+
+
+def _flex_obstacle(config: PretrainedConfig, device: torch.device) -> str | None:
+    """Returns why flex_attention is not available for a model, or None if it is."""
+    if device.type != "cuda":
+        return "on CPUs, flex_attention has no backward pass"
+    if config.get_text_config().model_type not in FAMILIES:
+        return "the model's family has no row in the table of families"
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flex_attn:
+        return "the model's attention is not one that flex_attention computes"
+    missing = missing_for_compilation(device.type, os.environ)
+    return None if missing is None else missing[0]
+
+
+def avoid_cudnn_attention(attention: Attention, device: torch.device) -> None:
+    """Excludes cuDNN from the kernels of sdpa where sdpa may get a mask.
+
+    Its backward pass can then return NaN (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    if attention == "sdpa" and device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _unsupported_scores(config: PretrainedConfig) -> str | None:
@@ -72,6 +117,9 @@ def _obstacle(train: Train, config: Any, precision: Precision, device: torch.dev
         return f"the model's sliding window is {window} tokens, and blocks have {train.sequence_length}"
     if device.type == "cuda" and precision != "bfloat16":
         return f"on GPUs it requires bfloat16, and precision is {precision}"
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if device.type == "cuda" and size > LARGEST_HEAD:
+        return f"on GPUs, heads may have {LARGEST_HEAD} numbers, and the model's have {size}"
     return None
 
 
@@ -132,17 +180,138 @@ AttentionInterface.register(DOCUMENTS, attend_by_document)
 
 
 def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, scale: float) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     batch, heads, length, size = q.shape
-    groups = heads // k.shape[1]
-    # The kernel expects [tokens, heads, size] over all documents, and as many key heads as query heads.
-    flat_q = q.transpose(1, 2).flatten(0, 1)
-    flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1).repeat_interleave(groups, dim=1) for x in (k, v))
+    # The kernel expects [tokens, heads, size] over all documents.
+    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    grouped: dict[str, Any] = {}
+    if k.shape[1] < heads:
+        if VARLEN_SHARES_KEYS:
+            grouped = {"enable_gqa": True}
+        else:
+            flat_k, flat_v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (flat_k, flat_v))
     # window_size (-1, 0) is causal: unlimited to the left, nothing to the right. ``length`` bounds a document's length.
-    out = varlen_attn(flat_q, flat_k, flat_v, bounds, bounds, length, length, scale=scale, window_size=(-1, 0))
+    out = varlen_attn(
+        flat_q, flat_k, flat_v, bounds, bounds, length, length, scale=scale, window_size=(-1, 0), **grouped
+    )
     assert isinstance(out, torch.Tensor)
     return out.view(batch, length, heads, size)
+
+
+# ---------------------------------------------------------------------------------------------- flex
+
+
+def window_sizes(config: PretrainedConfig) -> set[int | None]:
+    """Returns the sliding windows, in tokens, that layers of a model may use. None is attention without a window."""
+    return {None, getattr(config.get_text_config(), "sliding_window", None)}
+
+
+def block_masks(position_ids: torch.Tensor, windows: Collection[int | None]) -> dict[int | None, BlockMask]:
+    """Returns the blocks of queries and keys that see each other, for every sliding window.
+
+    Neither a tensor over all pairs of tokens is created, nor does the host wait for the device.
+
+    Args:
+        position_ids: [B, S]. They are 0 at the first token of every document.
+        windows: in tokens; None for none.
+    """
+    return {window: _block_mask(position_ids, window) for window in windows}
+
+
+def _block_mask(position_ids: torch.Tensor, window: int | None) -> BlockMask:
+    length = position_ids.shape[1]
+    tokens = torch.arange(length, device=position_ids.device)
+    lowest = tokens - position_ids  # the lowest key that a query sees, [B, S]: where its document begins
+    if window is not None:
+        lowest = torch.maximum(lowest, tokens - window + 1)
+
+    def is_visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (k >= lowest[b, q])
+
+    # ``lowest`` never decreases, so the first query of a block sees the lowest key, and the last one the fewest. A last
+    # block that is not complete never counts as completely visible.
+    blocks = torch.arange(-(-length // BLOCK), device=position_ids.device)
+    of_first = lowest[:, ::BLOCK, None]
+    of_last = nn.functional.pad(lowest, (0, -length % BLOCK), value=length)[:, BLOCK - 1 :: BLOCK, None]
+    visible = (blocks <= blocks[:, None]) & ((blocks + 1) * BLOCK > of_first)  # [B, blocks of queries, of keys]
+    complete = (blocks < blocks[:, None]) & (blocks * BLOCK >= of_last)
+    return BlockMask.from_kv_blocks(
+        *_as_lists(visible & ~complete), *_as_lists(complete), BLOCK, is_visible, seq_lengths=(length, length)
+    )
+
+
+def _as_lists(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns how many blocks of keys each block of queries sees [B, 1, n], and their numbers first in [B, 1, n, n]."""
+    order = pairs.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return pairs.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+
+def attend_by_block(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Computes attention with flex_attention, with the signature of transformers' attention functions.
+
+    Args:
+        module: the attention layer; unused.
+        query: [B, H, S, D].
+        key: [B, G, S, D].
+        value: [B, G, S, D].
+        attention_mask: None; documents are separated by the block masks.
+        scaling: of the scores; 1 / sqrt(D) by default.
+        dropout: must be 0.
+        softcap: scores are limited to ±softcap by a tanh; None for no limit.
+        s_aux: attention sinks [H]: scores of a key without a value, which only takes part in the softmax.
+        sliding_window: how many keys a query sees, itself included; None for all of its document.
+        others: ``MASKS_KEYWORD`` with the result of ``block_masks``, or else ``position_ids``.
+
+    Returns:
+        The output [B, S, H, D], and None in place of the attention weights.
+    """
+    assert attention_mask is None and dropout == 0.0
+    masks: Mapping[int | None, BlockMask] | None = others.get(MASKS_KEYWORD)
+    mask = _block_mask(others["position_ids"], sliding_window) if masks is None else masks[sliding_window]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
+
+    limit = softcap or 1.0
+
+    def cap(score: torch.Tensor, b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+        return limit * torch.tanh(score / limit)
+
+    out, statistics = _flex_kernel(query.device.type)(
+        query, key, value, block_mask=mask, score_mod=None if softcap is None else cap, scale=scaling,
+        enable_gqa=key.shape[1] < query.shape[1], return_aux=AuxRequest(lse=s_aux is not None),
+    )  # fmt: skip
+    if s_aux is not None:
+        # The sink adds exp(s) to the sum of exponentials, whose logarithm is lse.
+        share = torch.sigmoid(statistics.lse - s_aux.to(statistics.lse.dtype)[:, None])
+        out = (out * share[..., None]).to(value.dtype)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(FLEX, attend_by_block)
+
+
+def _flex_kernel(device_type: str) -> Callable[..., Any]:
+    # Uncompiled, flex_attention computes all scores. In a compiled layer it is compiled with it.
+    if torch.compiler.is_compiling() or device_type == "cpu":
+        plain: Callable[..., Any] = flex_attention
+        return plain
+    return _compiled_flex_attention()
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    return compiled
 
 
 # --------------------------------------------------------------------------------------------- CPU

@@ -10,6 +10,8 @@ from pipeline.config import DeepSpeed, Train
 from pipeline.errors import UserError
 from pipeline.training.precision import Precision
 
+BUCKET_SIZE = 50_000_000  # elements
+_DEEPSPEED_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 _DTYPES = frozenset({"fp32", "bf16", "fp16"})
 _OFFLOAD: dict[str, Any] = {
     "device": frozenset({"none", "cpu", "nvme"}), "nvme_path": str, "buffer_count": int, "pin_memory": bool,
@@ -132,13 +134,23 @@ def _described(expected: Any) -> str:
     return _TYPE_NAMES.get(expected, "a list")
 
 
-def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str, Any]:
+def deepspeed_config(
+    train: Train, precision: Precision, ranks: int, on_gpu: bool = False, largest_layer: int = 0
+) -> dict[str, Any]:
     """Returns the dictionary for ``deepspeed.initialize``, including ``deepspeed.overrides``.
 
     At ZeRO 1 and above, bfloat16 is DeepSpeed's own mode: parameters in bfloat16, and float32 master weights in the
     optimizer. At ZeRO 0 that mode would accumulate gradients in bfloat16, so the parameters stay float32 and the
-    forward pass uses autocast (see ``loss.SummedLoss``). Gradients are accumulated and reduced in float32 unless
-    overridden.
+    forward pass uses autocast (see ``loss.SummedLoss``). Gradients are accumulated in float32, and reduced in
+    ``reduce_dtype``, unless overridden.
+
+    Args:
+        train: the settings.
+        precision: of compute.
+        ranks: number of ranks.
+        on_gpu: reductions overlap the backward pass, and offloaded tensors are in page-locked memory. On CPUs neither
+            has an effect, but the order of sums would change.
+        largest_layer: parameters of the model's largest decoder layer, for buckets of size ``auto`` on GPUs.
     """
     settings = train.deepspeed
     config: dict[str, Any] = {
@@ -146,13 +158,15 @@ def deepspeed_config(train: Train, precision: Precision, ranks: int) -> dict[str
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.global_batch // (train.micro_batch * ranks),
         "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": uses_bfloat16_parameters(train, precision)},
+        # The loop checks the gradient norm before every step, so DeepSpeed need not look for overflows as well.
+        "bf16": {"enabled": uses_bfloat16_parameters(train, precision), "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": _zero(settings),
+        "communication_data_type": _DEEPSPEED_NAMES[settings.reduce_dtype],
+        "zero_optimization": _zero(settings, on_gpu, largest_layer),
         # Keep torch's AdamW when offloading. DeepSpeed's own would be compiled on first use.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # never; the loop logs
+        "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device twice per micro-batch
     }
     return merge(config, settings.overrides)
 
@@ -162,16 +176,23 @@ def uses_bfloat16_parameters(train: Train, precision: Precision) -> bool:
     return precision == "bfloat16" and train.deepspeed.zero_stage > 0
 
 
-def _zero(settings: DeepSpeed) -> dict[str, Any]:
+def _zero(settings: DeepSpeed, on_gpu: bool, largest_layer: int) -> dict[str, Any]:
+    # A matrix that does not fit a bucket is reduced alone, and only while the backward pass waits.
+    automatic = max(BUCKET_SIZE, largest_layer) if on_gpu else BUCKET_SIZE
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
-        "reduce_bucket_size": settings.reduce_bucket_size,
-        "allgather_bucket_size": settings.allgather_bucket_size,
+        "reduce_bucket_size": automatic if settings.reduce_bucket_size == "auto" else settings.reduce_bucket_size,
+        "allgather_bucket_size": (
+            automatic if settings.allgather_bucket_size == "auto" else settings.allgather_bucket_size
+        ),
+        "contiguous_gradients": True,
     }
+    if on_gpu:
+        zero["overlap_comm"] = True
     if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return zero
 
 

@@ -17,10 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
+from pipeline.files import read_json
+from pipeline.models.families import shape_of
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math
-from pipeline.training.attention import resolve_attention
-from pipeline.training.deepspeed_config import uses_bfloat16_parameters
+from pipeline.training.attention import avoid_cudnn_attention, resolve_attention
+from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.float32_products import use_float32_products
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.job import CHECKPOINTS
@@ -75,6 +77,14 @@ def start_distributed() -> torch.device:
     return device
 
 
+def engine_config(context: RankContext) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration."""
+    on_gpu = context.device.type == "cuda"
+    shape = shape_of(read_json(context.model_dir / "config.json")) if on_gpu else None
+    largest = 0 if shape is None else max(layer.parameters for layer in shape.layers)
+    return deepspeed_config(context.settings, context.precision, context.ranks, on_gpu, largest)
+
+
 def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedModel:
     """Loads the causal language model on the CPU, in the dtype of its parameters during training.
 
@@ -91,6 +101,7 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
     model_config = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False)
     attention = resolve_attention(section, train, model_config, precision, context.device)
     print(f"attention: {attention} ({section}.attention={train.attention})", flush=True)
+    avoid_cudnn_attention(attention, context.device)
     zero3 = HfDeepSpeedConfig(dict(config)) if config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[precision] if uses_bfloat16_parameters(train, precision) else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -118,11 +129,12 @@ def start_engine(
         _checkpoint_activations(model)
     if train.float32_products:
         use_float32_products(decoder_layers(model))
-    if train.compile:
+    compiles = train.compiles(context.device.type)
+    if compiles:
         _compile_layers(model)
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
-    module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, train.compile, train.float32_products)
+    module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, compiles, train.float32_products)
     optimizer = make_adamw(parameter_groups(model, train, multiples), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
     return engine

@@ -23,7 +23,15 @@ from pipeline.config import Train
 from pipeline.errors import TrainingFailure
 from pipeline.models.flops import TrainingFlops
 from pipeline.tracking import Tracker
-from pipeline.training.batches import TokenBlocks, global_batch, held_out_indices, micro_batches
+from pipeline.training.batches import (
+    Indices,
+    MicroBatch,
+    StepReader,
+    TokenBlocks,
+    global_batch,
+    held_out_indices,
+    micro_batches,
+)
 from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import LR_MULTIPLE
@@ -94,19 +102,27 @@ class Loop:
             TrainingFailure: a loss or gradient norm is not finite.
         """
         self._evaluate_and_snapshot()
-        while self.progress.step < self.steps:
-            stop = self._step()
-            self._evaluate_and_snapshot()
-            last = self.progress.step == self.steps
-            if stop or last or self.progress.step % self.train.checkpoint_every_steps == 0:
-                self.save(self.progress)
-            if stop and not last:
-                return "stopped"
+        with StepReader(self.blocks, self._shares, self.steps, self.device) as reader:
+            while self.progress.step < self.steps:
+                stop = self._step(reader)
+                self._evaluate_and_snapshot()
+                last = self.progress.step == self.steps
+                if stop or last or self.progress.step % self.train.checkpoint_every_steps == 0:
+                    self.save(self.progress)
+                if stop and not last:
+                    return "stopped"
         return "done"
 
     # ------------------------------------------------------------------------------------- one step
 
-    def _step(self) -> bool:
+    def _shares(self, step: int) -> list[Indices]:
+        """Returns the blocks of this rank's micro-batches for a step."""
+        indices = global_batch(self.seed, step, len(self.blocks), self.train.global_batch)
+        return list(
+            micro_batches(indices, self.train.micro_batch, distributed.get_rank(), distributed.get_world_size())
+        )
+
+    def _step(self, reader: StepReader) -> bool:
         """Takes one optimizer step. Returns whether any rank wants to stop after it."""
         started = time.perf_counter()
         step = self.progress.step + 1
@@ -115,42 +131,48 @@ class Loop:
         rate = learning_rate(self.train, step, self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group[LR_MULTIPLE]
-        indices = global_batch(self.seed, step, len(self.blocks), self.train.global_batch)
-        supervised = self.blocks.supervised_tokens(indices)
-        loss, stop = self._accumulate(indices, supervised)
+        batches = reader.read(step)
+        # The number stays on the device: to read it here, the host would wait for the previous optimizer step.
+        counted = self._on_device([sum(batch.supervised for batch in batches)])
+        distributed.all_reduce(counted)
+        total = self._accumulate(batches, counted.clamp(min=1.0))
+        # The stop requests travel with the loss, which saves a collective per step.
+        summed = torch.cat([total, self._on_device([float(self.wants_stop())])])
+        distributed.all_reduce(summed)
+        loss_sum, stops, supervised = torch.cat([summed, counted]).tolist()
+        loss, stop = loss_sum / max(1, supervised), stops > 0
         # Both checks come before the optimizer step: a non-finite gradient would overwrite good weights.
         self._check_finite(loss, "loss", step)
         norms = self.gradients.read()
         self._check_finite(norms[TOTAL], "gradient norm", step)
         self.engine.step()
         seconds = time.perf_counter() - started
-        flops = self._update_progress(step, loss, supervised, seconds)
+        flops = self._update_progress(step, loss, int(supervised), seconds)
         self._log_step(loss, rate, norms, flops, seconds)
         return stop
 
-    def _accumulate(self, indices: np.ndarray, supervised: int) -> tuple[float, bool]:
-        """Runs the forward and backward passes of this rank's micro-batches.
+    def _accumulate(self, batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
+        """Runs the forward and backward passes of this rank's micro-batches. The host never waits for the device.
+
+        Args:
+            batches: the micro-batches.
+            count: [1] in float64: the number of supervised tokens in the global batch.
 
         Returns:
-            The loss of the global batch, and whether any rank wants to stop.
+            The summed loss of this rank, [1] in float64.
         """
-        ranks, rank = distributed.get_world_size(), distributed.get_rank()
-        count = max(1, supervised)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        shares = list(micro_batches(indices, self.train.micro_batch, rank, ranks))
-        for number, share in enumerate(shares, start=1):
-            batch = self.blocks.batch(share, self.device)
-            loss = self.engine(batch.input_ids, batch.position_ids, batch.loss_mask)
+        factor = (distributed.get_world_size() / count).squeeze()
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for number, batch in enumerate((batch.on(self.device) for batch in batches), start=1):
+            loss = self.engine(batch.input_ids, batch.position_ids, indices=batch.indices)
             # DeepSpeed averages gradients over ranks, but the sum is needed: the loss is already divided by the number
             # of supervised tokens in the global batch. For the same reason DeepSpeed must not divide by the number of
             # accumulation steps.
-            self.engine.backward(loss * (ranks / count), scale_wrt_gas=False)
-            if number < len(shares):
+            self.engine.backward(loss * factor.to(loss.dtype), scale_wrt_gas=False)
+            if number < len(batches):
                 self.engine.step()  # before the last micro-batch this only advances DeepSpeed's counter
             total += loss.detach()
-        # The stop requests travel with the loss, which saves a collective per step.
-        summed, stops = self._all_reduce(total.item(), float(self.wants_stop()))
-        return summed / count, stops > 0
+        return total
 
     def _check_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
@@ -225,23 +247,20 @@ class Loop:
         # At ZeRO 3 all ranks must run the same number of forward passes. Blocks are repeated to fill the last round,
         # and the repeated ones are masked.
         padded = np.resize(indices, -(-len(indices) // round_size) * round_size)
-        real = torch.from_numpy(np.arange(len(padded)) < len(indices)).to(self.device)
         positions = np.arange(len(padded))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.engine.eval()
         for share in micro_batches(positions, self.train.micro_batch, rank, ranks):
-            batch = self.held_out.batch(padded[share], self.device)
-            total += self.engine(batch.input_ids, batch.position_ids, batch.loss_mask & real[share, None])
+            batch = self.held_out.batch(padded[share], repeated=share >= len(indices)).on(self.device)
+            total += self.engine(batch.input_ids, batch.position_ids, indices=batch.indices)
         self.engine.train()
-        (summed,) = self._all_reduce(total.item())
-        return summed / max(1, self.held_out.supervised_tokens(indices))
+        distributed.all_reduce(total)
+        return total.item() / max(1, self.held_out.supervised_tokens(indices))
 
-    def _all_reduce(self, *values: float) -> list[float]:
-        """Returns the sums over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(tensor)
-        summed: list[float] = tensor.tolist()
-        return summed
+    def _on_device(self, values: Sequence[float]) -> torch.Tensor:
+        # From page-locked memory. Otherwise the host would wait until the device has done all that was asked before.
+        host = torch.tensor(values, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
 
 
 def is_spike(loss: float, previous: Sequence[float]) -> bool:

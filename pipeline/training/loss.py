@@ -1,7 +1,7 @@
 """Cross entropy computed from hidden states in chunks, without storing the logits of the batch.
 
 With a vocabulary of 128,000, the float32 logits of 8,192 tokens take four gigabytes, and their gradient another four.
-Here the head is applied to a few hundred supervised tokens at a time, and their gradient is computed immediately and
+Here the head is applied to some supervised tokens at a time, and their gradient is computed immediately and
 in place, so only one chunk of logits exists at any time. This is the fused linear cross entropy of Liger (arXiv
 2410.10989, section 3.2). The head is not applied to tokens without a target. ``torch.compile`` can fuse the pointwise
 operations of a chunk.
@@ -12,6 +12,8 @@ Shape suffixes: N supervised tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +22,17 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from pipeline.models.decoding import LogitTransform
-from pipeline.training.attention import BOUNDS_KEYWORD, DOCUMENTS, FLOAT32_KEYWORD, document_bounds
-from pipeline.training.precision import CHUNK_LOGITS
+from pipeline.training.attention import (
+    BOUNDS_KEYWORD,
+    DOCUMENTS,
+    FLEX,
+    FLOAT32_KEYWORD,
+    MASKS_KEYWORD,
+    block_masks,
+    window_sizes,
+)
+from pipeline.training.batches import TokenIndices
+from pipeline.training.precision import chunk_rows
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, LogitTransform, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -30,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the sum over tokens of -log softmax(x_NH w_VHᵀ)[target].
 
     The forward pass computes the gradients as well, while a chunk's logits exist. The backward pass only scales them by
-    the incoming gradient, which is a scalar.
+    the incoming gradient, which is a scalar, in place. It can therefore run only once.
     """
 
     @staticmethod
@@ -48,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The weight's gradient is summed over chunks, which bfloat16 would round each time.
         dw_VH = torch.zeros_like(w_VH, dtype=_accumulation_dtype(w_VH.dtype)) if needs_w else None
         total = torch.zeros((), dtype=_accumulation_dtype(x_NH.dtype), device=x_NH.device)
-        size = max(1, CHUNK_LOGITS // w_VH.shape[0])
+        size = chunk_rows(x_NH.device.type, w_VH.shape[0], transform.softcap is not None)
         for start in range(0, x_NH.shape[0], size):
             x, targets = x_NH[start : start + size], targets_N[start : start + size]
             loss, dlogits = chunk_loss(linear(x, w_VH), targets, transform, needs_x or needs_w)
@@ -59,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dx_NH is not None:
                 dx_NH[start : start + size] = dlogits @ w_VH
             if dw_VH is not None:
-                dw_VH += dlogits.T @ x
+                _add_product(dw_VH, dlogits.T, x)
         ctx.save_for_backward(dx_NH, dw_VH)
         ctx.weight_dtype = w_VH.dtype
         return total
@@ -68,9 +79,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grad_outputs
         dx_NH, dw_VH = ctx.saved_tensors
-        dx = None if dx_NH is None else dx_NH * grad.to(dx_NH.dtype)
-        dw = None if dw_VH is None else (dw_VH * grad).to(ctx.weight_dtype)
+        dx = None if dx_NH is None else dx_NH.mul_(grad.to(dx_NH.dtype))
+        dw = None if dw_VH is None else dw_VH.mul_(grad).to(ctx.weight_dtype)
         return dx, dw, None, None, None, None
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds ``left @ right`` to ``total``, which may be wider. On GPUs the product is not stored."""
+    if total.device.type != "cuda":
+        total += left @ right  # addmm_ would add in another order than earlier versions did
+    elif total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif _adds_to_float32(total.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+
+
+@cache
+def _adds_to_float32(device: torch.device) -> bool:
+    """Returns whether torch can add a product in bfloat16 to a matrix in float32, which older versions refuse."""
+    total, part = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, part, part, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,34 +192,46 @@ class SummedLoss(nn.Module):
         self._float32_products = float32_products
         config = model.config.get_text_config()
         self._transform = LogitTransform.from_config(config)
-        self._by_document = config._attn_implementation == DOCUMENTS
+        self._attention = config._attn_implementation
+        self._windows = window_sizes(model.config)
         self._autocast = autocast
         assert model.get_output_embeddings().bias is None
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        loss_mask: torch.Tensor | None = None,
+        indices: TokenIndices | None = None,
+    ) -> torch.Tensor:
         """Returns the summed loss, a scalar.
 
         Args:
             input_ids: [batch, sequence].
             position_ids: [batch, sequence]. Positions restart at 0 in every document.
-            loss_mask: [batch, sequence], True where the token is a target.
+            loss_mask: [batch, sequence], True where the token is a target. Not needed with ``indices``.
+            indices: what follows from the other arguments. Without it, the host waits for the device to compute it.
         """
+        if indices is None:
+            assert loss_mask is not None
+            indices = TokenIndices.of(input_ids, position_ids, loss_mask)
         # With neither a mask nor a cache, transformers detects packed documents by their positions and builds the mask
-        # that separates them. Attention by document needs no mask and receives the bounds instead.
+        # that separates them. Attention by document needs no mask and receives the bounds instead, and flex_attention
+        # pairs of blocks.
         keywords: dict[str, Any] = {}
-        if self._by_document:
-            bounds = document_bounds(position_ids)
+        if self._attention == FLEX:
+            keywords = {MASKS_KEYWORD: block_masks(position_ids, self._windows)}
+        elif self._attention == DOCUMENTS:
             if self._compiled:  # otherwise layers are recompiled for every number of documents in a batch
-                torch._dynamo.mark_dynamic(bounds, 0)
-            keywords = {BOUNDS_KEYWORD: bounds, FLOAT32_KEYWORD: self._float32_products}
-        with torch.autocast(input_ids.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                torch._dynamo.mark_dynamic(indices.bounds, 0)
+            keywords = {BOUNDS_KEYWORD: indices.bounds, FLOAT32_KEYWORD: self._float32_products}
+        is_cast = self._autocast is not None
+        with torch.autocast(input_ids.device.type, dtype=self._autocast) if is_cast else nullcontext():
             output = self.model.base_model(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **keywords
             )
-            # The hidden state at position i predicts token i + 1.
-            supervised = loss_mask[:, 1:]
-            x_NH = output.last_hidden_state[:, :-1][supervised]
+            x_NH = output.last_hidden_state.flatten(0, 1).index_select(0, indices.predicting)
             weight = self.model.get_output_embeddings().weight
             if self._float32_products:
                 x_NH, weight = x_NH.float(), weight.float()
-            return chunked_cross_entropy(x_NH, weight, input_ids[:, 1:][supervised], self._transform, self._chunk_loss)
+            return chunked_cross_entropy(x_NH, weight, indices.targets, self._transform, self._chunk_loss)

@@ -8,7 +8,10 @@ from typing import Literal
 Precision = Literal["bfloat16", "float32"]  # named as torch's dtypes
 
 BYTES: dict[Precision, int] = {"bfloat16": 2, "float32": 4}  # per number
-CHUNK_LOGITS = 2**24  # logits in memory at once, in elements: 64 MiB in float32
+# Logits in memory at once, in elements: 64 MiB or 1 GiB in float32. A GPU reads the head, and the gradient of a trained
+# head, from memory once per chunk, which takes as long as the products of some hundred rows.
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+GPU_TILE = 128  # rows; GPUs compute products in tiles
 CHECKPOINT_BYTES = 12  # per trained parameter: float32 master weight and two moments
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
@@ -27,6 +30,20 @@ def resolve_precision(
         return setting
     native = gpu_has_bfloat16 if device_type == "cuda" else bool(BFLOAT16_FLAGS & cpu_flags())
     return "bfloat16" if native else "float32"
+
+
+def chunk_rows(device_type: str, vocabulary: int, is_capped: bool = False) -> int:
+    """Returns for how many tokens the loss computes logits at once.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        vocabulary: number of logits per token.
+        is_capped: whether logits are limited by a tanh, whose slope takes as much memory as they do.
+    """
+    if device_type != "cuda":
+        return max(1, CHUNK_LOGITS["cpu"] // vocabulary)
+    rows = CHUNK_LOGITS["cuda"] // (2 if is_capped else 1) // vocabulary
+    return max(1, rows // GPU_TILE) * GPU_TILE
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:

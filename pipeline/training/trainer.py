@@ -25,8 +25,7 @@ from pipeline.tracking import METRICS_FILE, Tracker
 from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.deepspeed_config import deepspeed_config
-from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine
+from pipeline.training.engine import RankContext, engine_config, load_model, start_distributed, start_engine
 from pipeline.training.export import export_trained_model
 from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
@@ -134,7 +133,7 @@ class _TrainerParts:
 def _prepare(context: RankContext) -> _TrainerParts:
     """Loads the model, freezes the parameters that do not train, and starts the engine."""
     settings, section = context.settings, context.task.name
-    config = deepspeed_config(settings, context.precision, context.ranks)
+    config = engine_config(context)
     model = load_model(context, config)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, context.model_dir))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -226,11 +225,11 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
         "ranks": context.ranks,
         "threads": torch.get_num_threads(),
         "zero_stage": settings.deepspeed.zero_stage,
-        "reduce_bucket_size": settings.deepspeed.reduce_bucket_size,
+        "reduce_bucket_size": engine_config(context)["zero_optimization"]["reduce_bucket_size"],
         "offload_optimizer": settings.deepspeed.offload_optimizer,
         "micro_batch": settings.micro_batch,
         "attention": settings.attention,
-        "compile": settings.compile,
+        "compile": settings.compiles(context.device.type),
         "float32_products": settings.float32_products,
     }
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.launch.environment import code_cache_faults
+from pipeline.launch.environment import code_cache_faults, missing_for_compilation
 from pipeline.launch.machine import Machine, place, requested_placement
 from pipeline.models.families import role_names
 from pipeline.training.deepspeed_config import override_faults
@@ -18,7 +17,12 @@ from pipeline.training.selection import NAMED_CHOICES, trainable_pattern
 
 
 def training_faults(
-    section: str, train: Train, launch: Launch, context_length: int | None, machine: Machine
+    section: str,
+    train: Train,
+    launch: Launch,
+    context_length: int | None,
+    machine: Machine,
+    submitted: bool = False,
 ) -> Iterator[UserError]:
     """Yields everything that is wrong with the settings of one training stage.
 
@@ -28,6 +32,7 @@ def training_faults(
         launch: how the workers will be started.
         context_length: the longest sequence that the model accepts, in tokens; None if its config does not specify it.
         machine: where the stage will run.
+        submitted: that is another machine than this one, and the job checks what only it can know.
     """
     try:
         placement = place(launch, machine)
@@ -58,7 +63,9 @@ def training_faults(
             yield error
     yield from override_faults(section, train.deepspeed.overrides)
     yield from _unknown_roles(section, train)
-    yield from _compilation(section, train, placement.device)
+    # A plan for GPUs that this machine does not have says nothing about the compilers of the machine that has them.
+    compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
+    yield from _compilation(section, train, placement.device, compiles_here)
     yield from _products(section, train, placement.device)
 
 
@@ -92,7 +99,7 @@ def less_memory(section: str, train: Train, processes: int) -> str:
     wanted = {
         f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
         "activation_checkpointing=true": not train.activation_checkpointing,
-        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3 and not train.compile,
+        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3 and train.compile is not True,
         "deepspeed.offload_optimizer=true": deepspeed.zero_stage > 0 and not deepspeed.offload_optimizer,
         "deepspeed.offload_parameters=true": deepspeed.zero_stage == 3 and not deepspeed.offload_parameters,
     }
@@ -102,23 +109,24 @@ def less_memory(section: str, train: Train, processes: int) -> str:
     return f"To save memory, add any of {', '.join(settings)} to the same command, which then resumes the run."
 
 
-def _compilation(section: str, train: Train, device: str) -> Iterator[UserError]:
-    if not train.compile:
+def _compilation(section: str, train: Train, device: str, compiles_here: bool) -> Iterator[UserError]:
+    if not train.compiles(device):
         return
     if train.deepspeed.zero_stage == 3:
         yield UserError(
             setting=f"{section}.compile",
-            value="true",
+            value=f"{train.compile}".lower(),
             rule="ZeRO 3 gathers parameters in module hooks, which compiled layers do not run, and zero_stage is 3",
             remedy=f"Set {section}.compile=false or {section}.deepspeed.zero_stage=2.",
         )
-    compiler = os.environ.get("CXX", "g++")
-    if device == "cpu" and shutil.which(compiler) is None:
+    missing = missing_for_compilation(device, os.environ)
+    if missing is not None and compiles_here:
+        rule, remedy = missing
         yield UserError(
             setting=f"{section}.compile",
-            value="true",
-            rule=f"torch.compile needs a C++ compiler on CPUs, and {compiler} was not found",
-            remedy=f"Install g++, set CXX to a compiler, or set {section}.compile=false.",
+            value=f"{train.compile}".lower(),
+            rule=rule,
+            remedy=f"{remedy}, or set {section}.compile=false.",
         )
     yield from code_cache_faults(os.environ, needed=True)
 

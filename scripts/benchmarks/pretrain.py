@@ -7,7 +7,7 @@
         --global-batch 32 --micro-batches 2 4 8 16 --our-micro-batch 16 --steps 5  # one GPU
 
 Both train the same new layers of the same expanded model, in the same precision, at the same ZeRO stage, sequence
-length and global batch, on the same random tokens (one document per block unless --document-tokens is given). Each run
+length and global batch, on the same random tokens, in documents of 512 (--document-tokens). Each run
 is a separate process. A search first finds the Trainer's fastest micro-batch, then the two alternate. The time per step
 is the median over all steps of all runs except the first step of each. The extra time of our first step is compilation,
 which is reported separately. Memory is read from outside: RssAnon + RssShmem of the processes, and the GPU memory that
@@ -185,7 +185,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--new-layers", type=int, default=15)
     add("--position", default="top", choices=POSITIONS)
     add("--sequence-length", type=int, default=512)
-    add("--document-tokens", type=int, default=0, help="tokens per document; 0: one document per block")
+    add("--document-tokens", type=int, default=512, help="tokens per document; 0: one document per block")
     add("--global-batch", type=int, default=8)
     add("--our-micro-batch", type=int, default=8)
     add("--micro-batches", type=int, nargs="+", default=[2, 4, 8], help="tried for the Trainer")

@@ -15,6 +15,7 @@ from pipeline.launch.environment import (
     code_cache_faults,
     create_code_caches,
     is_further_copy,
+    missing_for_compilation,
     other_nodes_fault,
     worker_environment,
 )
@@ -33,6 +34,30 @@ def test_workers_can_import_this_package_and_run_the_interpreters_tools() -> Non
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["DS_ACCELERATOR"] == "cpu" and environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_memory_segments_grow_on_gpus_unless_the_user_has_configured_the_allocator() -> None:
+    gpu = Placement("cuda", 2, 3)
+    assert worker_environment(LAUNCH, gpu, {})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in worker_environment(LAUNCH, Placement("cpu", 2, 3), {})
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environment = worker_environment(LAUNCH, gpu, {name: "backend:cudaMallocAsync"})
+        assert {value for key, value in environment.items() if "ALLOC_CONF" in key} == {"backend:cudaMallocAsync"}
+
+
+def test_what_compiling_needs_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in ("clang", "mycc") else None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    rule, remedy = missing_for_compilation("cuda", {}) or ("", "")
+    assert f"{tmp_path}/Python.h was not found" in rule and "python3-dev" in remedy
+    (tmp_path / "Python.h").touch()
+    assert missing_for_compilation("cuda", {}) is None
+    assert missing_for_compilation("cuda", {"CC": "mycc"}) is None
+    rule, remedy = missing_for_compilation("cuda", {"CC": "icc"}) or ("", "")
+    assert "icc was not found" in rule and "set CC" in remedy
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    rule, _ = missing_for_compilation("cuda", {}) or ("", "")
+    assert "gcc or clang was not found" in rule
 
 
 def test_ranks_of_one_node_listen_on_the_loopback_interface_only() -> None:

@@ -57,7 +57,13 @@ def test_more_gpus_than_available_are_refused(changes: dict[str, object], gpus: 
     assert error.value.setting == setting
 
 
-@pytest.mark.parametrize("visible, gpus", [("", 0), ("-1", 0), ("0", 1), ("2,5", 2)])
+@pytest.mark.parametrize(
+    "visible, gpus",
+    [
+        ("", 0), ("-1", 0), ("0", 1), ("2,5", 2), ("NoDevFiles", 0), ("none", 0), ("0,-1,2", 1), ("0, 1", 2),
+        ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6,1", 2), ("MIG-GPU-8932f937/1/2", 1),
+    ],
+)  # fmt: skip
 def test_gpus_hidden_from_this_process_are_not_counted(monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert machine._count_visible_gpus([]) == gpus

@@ -19,7 +19,7 @@ from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 
 def run(entry: dict[str, Any]) -> None:
-    """Runs one task. It is asked to stop during step ``stop_after``."""
+    """Runs one task. It is asked to stop during step ``stop_after``. ``waits``: see ``waits.py``."""
     from pipeline.training.trainer import train
 
     task = task_from_json(entry["task"])
@@ -32,7 +32,13 @@ def run(entry: dict[str, Any]) -> None:
         calls += 1
         return calls == entry["stop_after"]
 
-    outcome = train(task, logs, wants_stop)
+    if "waits" in entry:
+        from tests.training.waits import count_waits_of_steps
+
+        with count_waits_of_steps(Path(entry["waits"])):
+            outcome = train(task, logs, wants_stop)
+    else:
+        outcome = train(task, logs, wants_stop)
     if os.environ["RANK"] == "0":
         write_json(logs / OUTCOME_FILE, outcome)
 

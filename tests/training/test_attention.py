@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from pipeline.errors import UserError
-from pipeline.training.attention import DOCUMENTS, attend_by_document, document_bounds, resolve_attention
+from pipeline.training.attention import (
+    DOCUMENTS,
+    FLEX,
+    _on_gpu,
+    attend_by_document,
+    avoid_cudnn_attention,
+    block_masks,
+    document_bounds,
+    resolve_attention,
+)
 from pipeline.training.loss import SummedLoss, loss_and_gradient
 from tests.tiny_families import TINY_CONFIGS, tiny_model
 from tests.training.small import train_settings
@@ -135,18 +146,178 @@ def test_layers_are_not_recompiled_for_every_number_of_documents(tiny_llama_dir,
     assert 0 < counts[0] == counts[-1]
 
 
+def test_grouped_heads_are_repeated_only_where_torch_cannot_share_them(monkeypatch: pytest.MonkeyPatch):
+    """``varlen_attn`` has no ``enable_gqa`` in torch 2.11."""
+    heads = random_heads(torch.float64)
+    bounds = document_bounds(positions(BLOCKS))
+    called: list[tuple[int, ...]] = []
+
+    def old(q, k, v, bounds_q, bounds_k, longest_q, longest_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert window_size == (-1, 0) and longest_q == longest_k == LENGTH and bounds_q is bounds_k
+        called.append((q.shape[1], k.shape[1]))
+        rows = [x.view(BATCH, LENGTH, -1, SIZE).transpose(1, 2) for x in (q, k, v)]
+        return naive(*rows, positions(BLOCKS)).flatten(0, 1)
+
+    def new(*tensors, enable_gqa=False, **others):
+        assert enable_gqa
+        return old(*tensors, **others)
+
+    expected = naive(*heads, positions(BLOCKS))
+    for kernel in (old, new):
+        monkeypatch.setattr("pipeline.training.attention.varlen_attn", kernel)
+        monkeypatch.setattr("pipeline.training.attention.VARLEN_SHARES_KEYS", kernel is new)
+        torch.testing.assert_close(_on_gpu(*heads, bounds, SIZE**-0.5), expected)
+    assert called == [(HEADS, HEADS), (HEADS, GROUPS)]
+
+
+# -------------------------------------------------------------------------------------------- flex
+
+
+def blocks_of(length: int) -> list[list[int]]:
+    """Returns document lengths of three blocks: one document, many short ones, and long ones beside single tokens."""
+    short = [7] * (length // 7) + [length % 7] * bool(length % 7)
+    return [[length], short, [1, length // 2, 1, length - length // 2 - 2]]
+
+
+@pytest.mark.parametrize("length", [96, 128, 300, 640])
+@pytest.mark.parametrize("window", [None, 1, 50, 130, 1000])
+def test_masks_of_blocks_equal_those_that_torch_finds_in_a_dense_mask(length: int, window: int | None):
+    position_ids = positions(blocks_of(length))
+    documents = (position_ids == 0).cumsum(1)
+
+    def is_visible(b, h, q, k):
+        return (documents[b, q] == documents[b, k]) & (q >= k) & (q - k < (window or length))
+
+    expected = create_block_mask(is_visible, 3, None, length, length, device="cpu")
+    found = block_masks(position_ids, {window})[window]
+    assert found.shape == expected.shape
+    for side in ("kv", "q"):
+        for kind in ("", "full_"):
+            numbers, lists = f"{kind}{side}_num_blocks", f"{kind}{side}_indices"
+            assert torch.equal(getattr(found, numbers), getattr(expected, numbers))
+            for mine, theirs in zip(listed(found, numbers, lists), listed(expected, numbers, lists), strict=True):
+                assert mine == theirs
+    every = torch.meshgrid(*(torch.arange(size) for size in (3, length, length)), indexing="ij")
+    assert torch.equal(found.mask_mod(every[0], 0, *every[1:]), is_visible(every[0], 0, *every[1:]))
+
+
+def listed(mask: BlockMask, numbers: str, lists: str) -> Iterator[list[int]]:
+    """Yields the numbers of the blocks that every block sees, without the unused ends of the lists."""
+    for count, numbered in zip(getattr(mask, numbers).flatten(), getattr(mask, lists).flatten(0, 2), strict=True):
+        yield numbered[:count].tolist()
+
+
+@pytest.fixture
+def cpu_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets flex_attention differentiate its reference implementation on CPUs, which it refuses to do by default."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+NOT_PLAIN = [name for name, config in TINY_CONFIGS.items() if "sliding_window" in config]  # with caps or sinks too
+
+
+@pytest.mark.parametrize("family", NOT_PLAIN)
+def test_flex_attention_has_the_losses_and_gradients_of_eager_attention(family: str, cpu_backward: None):
+    """Windows of 8 tokens, capped scores and sinks, in documents of up to 150 tokens, which are two blocks of keys.
+
+    Eager attention gets one document at a time: gpt_oss ignores their bounds when it creates its mask.
+    """
+    model = tiny_model(family, max_position_embeddings=256)
+    blocks = [[150], [100, 1, 49]]
+    position_ids = positions(blocks)
+    ids = torch.randint(3, 384, position_ids.shape, generator=torch.Generator().manual_seed(0))
+    documents = [document for row, lengths in zip(ids, blocks, strict=True) for document in row.split(lengths)]
+    attention = [p for name, p in model.named_parameters() if "attn" in name and p.requires_grad]
+
+    def alone(document: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(len(document))[None]
+        return SummedLoss(model)(document[None], places, places > 0)
+
+    found = []
+    for implementation in (FLEX, "eager"):
+        model.set_attn_implementation(implementation)
+        packed = implementation == FLEX
+        loss = SummedLoss(model)(ids, position_ids, position_ids > 0) if packed else sum(map(alone, documents))
+        found.append((loss, *torch.autograd.grad(loss, attention)))
+    assert len(attention) >= 2 * 4
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0.0)
+    for mine, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_compiled_layers_with_flex_attention_are_not_recompiled_for_other_documents(
+    family: str, cpu_backward: None, monkeypatch: pytest.MonkeyPatch
+):
+    torch._dynamo.reset()
+    monkeypatch.setattr("pipeline.training.loss.compiled_chunk_loss", lambda: loss_and_gradient)
+    model = tiny_model(family, max_position_embeddings=256)
+    model.set_attn_implementation(FLEX)
+    layouts = [positions(blocks) for blocks in ([[150], [100, 1, 49]], [[50, 100], [149, 1]], [[30] * 5, [10] * 15])]
+    ids = torch.randint(3, 384, (2, 150), generator=torch.Generator().manual_seed(0))
+    expected = [SummedLoss(model)(ids, layout, layout > 0).item() for layout in layouts]
+    compilations = CompileCounter()
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False, backend=compilations)
+    summed, counts = SummedLoss(model, compiled=True), []
+    for layout, value in zip(layouts, expected, strict=True):
+        loss = summed(ids, layout, layout > 0)
+        loss.backward()
+        assert loss.item() == pytest.approx(value, rel=1e-6)
+        counts.append(compilations.frame_count)
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[-1] <= 2  # with and without a window
+
+
+def test_the_families_with_windows_include_those_with_caps_and_sinks():
+    assert {"gemma2", "gemma3_text", "gpt_oss", "mistral"} <= set(NOT_PLAIN)
+
+
 # -------------------------------------------------------------------------------------- resolution
 
 
-def test_auto_attends_by_document_on_cpus_and_gpus_can_opt_in():
+def test_auto_needs_no_mask_on_cpus_and_gpus():
     config = LlamaConfig()
     auto = train_settings(attention="auto")
     assert resolve_attention("pretrain", auto, config, "float32", CPU) == DOCUMENTS
-    assert resolve_attention("pretrain", auto, config, "bfloat16", CUDA) == "sdpa"
-    asked = train_settings(attention=DOCUMENTS)
-    assert resolve_attention("pretrain", asked, config, "bfloat16", CUDA) == DOCUMENTS
-    assert resolve_attention("pretrain", auto, config, "float32", CUDA) == "sdpa"
+    assert resolve_attention("pretrain", auto, config, "bfloat16", CUDA) == DOCUMENTS
+    assert resolve_attention("pretrain", auto, config, "float32", CUDA) == FLEX
+    large_heads = LlamaConfig(head_dim=512)
+    assert resolve_attention("pretrain", auto, large_heads, "bfloat16", CUDA) == FLEX
     assert resolve_attention("pretrain", train_settings(attention="sdpa"), config, "float32", CPU) == "sdpa"
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_auto_never_builds_a_mask_on_gpus(family: str):
+    config = tiny_model(family).config
+    chosen = resolve_attention("pretrain", train_settings(), config, "bfloat16", CUDA)
+    has_window = config.model_type in NOT_PLAIN
+    assert chosen == (FLEX if has_window else DOCUMENTS)
+
+
+def test_a_mask_on_a_gpu_is_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    windows = MistralConfig(sliding_window=16)
+    assert resolve_attention("pretrain", train_settings(), windows, "bfloat16", CUDA) == "sdpa"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "compares all pairs of tokens" in line and "no-such-compiler was not found" in line
+    assert resolve_attention("pretrain", train_settings(), Gemma2Config(), "bfloat16", CUDA) == "eager"
+
+
+def test_cudnn_computes_no_attention_with_a_mask(monkeypatch: pytest.MonkeyPatch):
+    """Its gradients may be NaN (pytorch#196678)."""
+    switched: list[bool] = []
+    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", switched.append)
+    for attention, device in ((DOCUMENTS, CUDA), (FLEX, CUDA), ("eager", CUDA), ("sdpa", CPU)):
+        avoid_cudnn_attention(attention, device)
+    assert not switched
+    avoid_cudnn_attention("sdpa", CUDA)
+    assert switched == [False]
+
+
+def test_flex_attention_is_refused_where_it_has_no_backward_pass():
+    with pytest.raises(UserError, match=r"pretrain.attention = flex.*no backward pass.*attention=sdpa"):
+        resolve_attention("pretrain", train_settings(attention=FLEX), LlamaConfig(), "float32", CPU)
 
 
 def test_a_sliding_window_shorter_than_the_block_requires_a_mask():

@@ -1,11 +1,22 @@
+import threading
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.training.batches import TokenBlocks, global_batch, held_out_indices, micro_batches
-from tests.training.small import write_blocks
+from pipeline.training.batches import (
+    MicroBatch,
+    StepReader,
+    TokenBlocks,
+    TokenIndices,
+    global_batch,
+    held_out_indices,
+    micro_batches,
+)
+from pipeline.training.loop import Loop
+from tests.training.small import train_settings, write_blocks
 
 CPU = torch.device("cpu")
 
@@ -46,12 +57,64 @@ def test_blocks_are_read_as_written(tmp_path: Path):
     directory = write_blocks(tmp_path, blocks=6, length=16, ragged=True)
     blocks = TokenBlocks(directory, "train")
     assert (len(blocks), blocks.sequence_length) == (6, 16)
-    batch = blocks.batch(np.array([4, 1]), CPU)
-    for name, tensor in (("input_ids", batch.input_ids), ("loss_mask", batch.loss_mask)):
-        written = np.load(directory / f"train.{name}.npy")[[4, 1]]
-        assert np.array_equal(tensor.numpy(), written)
-    assert batch.input_ids.dtype == torch.int64 and batch.loss_mask.dtype == torch.bool
-    assert blocks.supervised_tokens(np.array([4, 1])) == int(batch.loss_mask.sum())
+    batch = blocks.batch(np.array([4, 1]))
+    ids, positions, mask = (
+        np.load(directory / f"train.{name}.npy")[[4, 1]] for name in ("input_ids", "position_ids", "loss_mask")
+    )
+    assert np.array_equal(batch.input_ids.numpy(), ids) and np.array_equal(batch.position_ids.numpy(), positions)
+    assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
+    assert blocks.supervised_tokens(np.array([4, 1])) == batch.supervised == mask.sum()
+    # Token i of a sequence is predicted from token i - 1.
+    targets = [(row, token) for row in range(2) for token in range(1, 16) if mask[row, token]]
+    assert batch.indices.predicting.tolist() == [row * 16 + token - 1 for row, token in targets]
+    assert batch.indices.targets.tolist() == [ids[row, token] for row, token in targets]
+    starts = [row * 16 + token for row in range(2) for token in range(16) if positions[row, token] == 0]
+    assert batch.indices.bounds.tolist() == [*starts, 32]
+
+
+def test_the_first_token_of_a_sequence_is_never_a_target():
+    ids, positions = torch.arange(8).view(2, 4), torch.arange(4).expand(2, 4)
+    indices = TokenIndices.of(ids, positions, torch.ones(2, 4, dtype=torch.bool))
+    assert indices.predicting.tolist() == [0, 1, 2, 4, 5, 6] and indices.targets.tolist() == [1, 2, 3, 5, 6, 7]
+
+
+def test_repeated_blocks_have_no_targets(tmp_path: Path):
+    blocks = TokenBlocks(write_blocks(tmp_path, blocks=6, length=16), "train")
+    batch = blocks.batch(np.array([2, 2]), repeated=np.array([False, True]))
+    assert batch.supervised == len(batch.indices.targets) == blocks.supervised_tokens(np.array([2])) > 0
+    assert batch.indices.predicting.max() < 16
+
+
+def test_a_step_is_read_while_the_previous_one_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    blocks = TokenBlocks(write_blocks(tmp_path, blocks=6, length=16), "train")
+    read: list[tuple[str, list[int]]] = []
+    batch = TokenBlocks.batch
+
+    def spy(self: TokenBlocks, indices: np.ndarray) -> MicroBatch:
+        read.append((threading.current_thread().name.partition("_")[0], indices.tolist()))
+        return batch(self, indices)
+
+    monkeypatch.setattr(TokenBlocks, "batch", spy)
+    with StepReader(blocks, lambda step: [np.array([step]), np.array([0])], last=3, device=CPU) as reader:
+        for step in (2, 3):  # as after resuming
+            found = reader.read(step)
+            assert torch.equal(found[0].input_ids, batch(blocks, np.array([step])).input_ids) and len(found) == 2
+    assert read == [("read-ahead", [2]), ("read-ahead", [0]), ("read-ahead", [3]), ("read-ahead", [0])]
+
+
+def test_a_rank_reads_only_its_own_blocks(tmp_path: Path):
+    loop = Mock(seed=0, blocks=range(10), train=train_settings(global_batch=4, micro_batch=1))
+    with patch.multiple("torch.distributed", get_rank=lambda: 1, get_world_size=lambda: 2):
+        shares = Loop._shares(loop, 3)
+    assert np.concatenate(shares).tolist() == global_batch(0, 3, 10, 4)[1::2].tolist()
+
+
+def test_an_error_while_reading_ahead_reaches_the_step_that_needs_the_blocks(tmp_path: Path):
+    blocks = TokenBlocks(write_blocks(tmp_path, blocks=6, length=16), "train")
+    with StepReader(blocks, lambda step: [np.array([step * 5])], last=3, device=CPU) as reader:
+        assert reader.read(1)
+        with pytest.raises(IndexError):
+            reader.read(2)
 
 
 def test_an_empty_split_can_be_opened(tmp_path: Path):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from pipeline.training.deepspeed_config import (
     OVERRIDES,
@@ -37,13 +38,15 @@ def test_parameters_stay_float32_at_zero_0():
     plain, sharded = (train_settings(deepspeed={"zero_stage": stage}) for stage in (0, 1))
     assert not uses_bfloat16_parameters(plain, "bfloat16")
     assert uses_bfloat16_parameters(sharded, "bfloat16")
-    assert deepspeed_config(plain, "bfloat16", 1)["bf16"] == {"enabled": False}
+    assert deepspeed_config(plain, "bfloat16", 1)["bf16"]["enabled"] is False
 
 
 def test_offload_settings_are_in_the_zero_section():
     settings = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
     zero = deepspeed_config(train_settings(deepspeed=settings), "bfloat16", 1)["zero_optimization"]
-    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu"}
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": False}
+    pinned = deepspeed_config(train_settings(deepspeed=settings), "bfloat16", 1, on_gpu=True)["zero_optimization"]
+    assert pinned["offload_optimizer"]["pin_memory"] and pinned["offload_param"]["pin_memory"]
 
 
 def test_bucket_sizes_are_in_the_zero_section():
@@ -52,13 +55,42 @@ def test_bucket_sizes_are_in_the_zero_section():
     assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (12345, 54321)
 
 
+def test_a_bucket_holds_a_layer_on_gpus_and_is_fixed_on_cpus():
+    settings, layer = train_settings(), 218_112_000
+
+    def buckets(**place: Any) -> list[int]:
+        zero = deepspeed_config(settings, "bfloat16", 8, **place)["zero_optimization"]
+        return [zero["reduce_bucket_size"], zero["allgather_bucket_size"]]
+
+    assert buckets() == buckets(largest_layer=layer) == buckets(on_gpu=True, largest_layer=1) == [50_000_000] * 2
+    assert buckets(on_gpu=True, largest_layer=layer) == [layer] * 2
+
+
+def test_reductions_overlap_the_backward_pass_on_gpus_only():
+    for on_gpu in (False, True):
+        zero = deepspeed_config(train_settings(), "bfloat16", 2, on_gpu=on_gpu)["zero_optimization"]
+        assert zero.get("overlap_comm", False) is on_gpu and zero["contiguous_gradients"] is True
+
+
+def test_the_dtype_of_reductions_is_part_of_the_key_unless_it_is_float32():
+    usual, rounded = train_settings(), train_settings(deepspeed={"reduce_dtype": "bfloat16"})
+    assert deepspeed_config(rounded, "bfloat16", 2)["communication_data_type"] == "bf16"
+    assert deepspeed_config(rounded, "bfloat16", 2)["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "reduce_dtype" not in usual.key_settings()["deepspeed"]
+    assert rounded.key_settings()["deepspeed"]["reduce_dtype"] == "bfloat16"
+
+
+def test_deepspeed_neither_times_micro_batches_nor_looks_for_overflows():
+    config = DeepSpeedConfig(deepspeed_config(train_settings(), "bfloat16", 1))
+    assert not config.timers_config.enabled and not config.bfloat16_config.check_grad_overflow
+
+
 def test_overrides_take_precedence_and_leave_other_settings_unchanged():
-    overrides = {"zero_optimization": {"overlap_comm": False}, "gradient_clipping": 7.0}
+    overrides = {"zero_optimization": {"overlap_comm": True}, "gradient_clipping": 7.0}
     config = deepspeed_config(train_settings(deepspeed={"overrides": overrides}), "float32", 1)
     assert config["gradient_clipping"] == 7.0
-    changed = config["zero_optimization"]
-    assert changed.pop("overlap_comm") is False
-    assert changed == deepspeed_config(train_settings(), "float32", 1)["zero_optimization"]
+    usual = deepspeed_config(train_settings(), "float32", 1)["zero_optimization"]
+    assert config["zero_optimization"] == {**usual, "overlap_comm": True} and "overlap_comm" not in usual
 
 
 def test_merge_does_not_modify_its_arguments():

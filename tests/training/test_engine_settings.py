@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "small_buckets": {"deepspeed": {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}},
     "offloaded": {"deepspeed": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}},
     "recomputed": {"activation_checkpointing": True, "micro_batch": 2},
-    "overridden": {"deepspeed": {"overrides": {"zero_optimization": {"overlap_comm": False}, "steps_per_print": 1}}},
+    "overridden": {"deepspeed": {"overrides": {"zero_optimization": {"overlap_comm": True}, "steps_per_print": 1}}},
     # Compiling takes most of this file's time, so there is one variant, without the held-out loss, which would be
     # compiled separately.
     "compiled_and_recomputed": {"compile": True, "activation_checkpointing": True, "evaluate_at": []},

@@ -19,6 +19,7 @@ from pipeline.training.loss import (
     compiled_chunk_loss,
     loss_and_gradient,
 )
+from pipeline.training.precision import chunk_rows
 
 N, H, V = 37, 12, 51
 
@@ -33,7 +34,7 @@ def plain(x_NH, w_VH, targets_N, transform: LogitTransform):
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.loss.CHUNK_LOGITS", 5 * V)
+    monkeypatch.setattr("pipeline.training.loss.chunk_rows", lambda device, vocabulary, is_capped: 5)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,21 @@ def test_logits_are_computed_in_chunks(small_chunks: None, monkeypatch: pytest.M
     monkeypatch.setattr("pipeline.training.loss.linear", spy)
     chunked_cross_entropy(torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.zeros(N, dtype=torch.int64))
     assert sum(rows) == N and max(rows) <= 5
+
+
+def test_chunks_on_gpus_are_whole_tiles_large_enough_to_hide_the_reading_of_the_head():
+    assert chunk_rows("cpu", 128_256) == 130 and chunk_rows("cpu", 2**30) == 1
+    assert chunk_rows("cuda", 128_256) == 2048 and chunk_rows("cuda", 128_256, is_capped=True) == 1024
+    assert chunk_rows("cuda", 2**30) == 128
+
+
+def test_the_gradient_of_the_head_is_scaled_in_place_without_a_copy():
+    x, w = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    saved: list[int] = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        loss = chunked_cross_entropy(x, w, torch.zeros(N, dtype=torch.int64))
+    gradients = torch.autograd.grad(loss * 0.5, (x, w))
+    assert {gradient.data_ptr() for gradient in gradients} == set(saved)
 
 
 # -------------------------------------------------------------------------- in the complete model

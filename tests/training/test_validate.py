@@ -61,6 +61,20 @@ def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
         validate("pretrain", train_settings(compile=True), cpu_launch(1), 32, Machine(cores=2, gpus=0))
 
 
+def test_compiling_is_the_default_on_gpus_below_zero_3_and_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch):
+    gpus, launch = Machine(cores=2, gpus=2), cpu_launch(2).model_copy(update={"device": "cuda"})
+    auto, at_zero_3 = train_settings(), train_settings(deepspeed={"zero_stage": 3})
+    assert auto.compile == "auto"
+    assert [auto.compiles("cuda"), at_zero_3.compiles("cuda"), auto.compiles("cpu")] == [True, False, False]
+    assert not train_settings(compile=False).compiles("cuda") and train_settings(compile=True).compiles("cpu")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(UserError, match="pretrain.compile = auto.*no-such-compiler was not found.*compile=false"):
+        validate("pretrain", auto, launch, 32, gpus)
+    validate("pretrain", at_zero_3, launch, 32, gpus)
+    validate("pretrain", auto, launch, 32, gpus, True)  # submitted from a machine without a compiler
+    validate("pretrain", auto, cpu_launch(1), 32, MACHINE)
+
+
 def write_model(directory: Path, vocab_size: int = 384) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
