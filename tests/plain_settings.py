@@ -9,7 +9,10 @@ from pipeline.config import Launch, Model
 
 def cpu_launch(processes: int = 1, threads: int | Literal["auto"] = 1) -> Launch:
     """Returns launch settings for this machine's CPU."""
-    return Launch(device="cpu", processes=processes, threads=threads, nodes=1, wait_policy="passive", utilization=0.4)
+    return Launch(
+        device="cpu", processes=processes, threads=threads, nodes=1, collective_timeout_seconds=900,
+        wait_policy="passive", utilization=0.4,
+    )  # fmt: skip
 
 
 def model_at(path: object, **changes: object) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ORPHANED = 70  # exit status of a process whose parent died
 BLOCKED_SIGNALS = (signal.SIGUSR1,)  # not SIGTERM, which ends a process that is still starting
+STACK_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads; ends a process that is still starting
 
 
 def end_with_parent() -> None:
@@ -29,6 +31,15 @@ def _exit_at_end_of_input() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass  # nothing is ever sent; only the end of the stream matters
     os._exit(ORPHANED)  # not sys.exit: the main thread may be blocked in a collective that never returns
+
+
+def write_stacks_on_signal() -> None:
+    """Makes this process write the stacks of all threads to standard error on ``STACK_SIGNAL``, and when it crashes.
+
+    This works even if the main thread is blocked in a collective.
+    """
+    faulthandler.enable()
+    faulthandler.register(STACK_SIGNAL, all_threads=True)
 
 
 def redirect_output(log: Path) -> None:

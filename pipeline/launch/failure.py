@@ -13,6 +13,7 @@ from pipeline.launch.child import ORPHANED
 
 LAUNCHER_LOG, LAUNCHER_LOGS = "launcher.log", "launcher*.log"  # of srun, and of what it starts on each node
 DEATHS_FILES = "deaths-*.jsonl"  # one per node: the ranks that failed
+ALIVE_FILES = "alive-*.json"  # one per rank: where it is; see pipeline.training.watch
 SHOWN_LOG_LINES = 15
 OUT_OF_MEMORY = "out of memory"  # part of every message about insufficient memory
 MEMORY_HINT = f"the system may have run {OUT_OF_MEMORY}"
@@ -77,6 +78,11 @@ class Death:
 def deaths_file(log_dir: Path, node: int) -> Path:
     """Returns the file to which a node's launcher appends the ranks that failed there."""
     return log_dir / DEATHS_FILES.replace("*", str(node))
+
+
+def alive_file(log_dir: Path, rank: int) -> Path:
+    """Returns the file in which a rank shows that it is alive."""
+    return log_dir / ALIVE_FILES.replace("*", str(rank))
 
 
 def worker_deaths(log_dir: Path) -> list[Death]:

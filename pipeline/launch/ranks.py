@@ -22,13 +22,14 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.files import temporary_path
-from pipeline.launch.child import BLOCKED_SIGNALS, block_signals_in_children
+from pipeline.launch.child import BLOCKED_SIGNALS, STACK_SIGNAL, block_signals_in_children
 from pipeline.launch.failure import deaths_file, rank_log
 
 LOG_DIR_VARIABLE = "PIPELINE_LOG_DIR"  # set in the environment of workers that have a driver
 RENDEZVOUS_VARIABLE = "PIPELINE_RENDEZVOUS"  # the file in which rank 0 publishes the port at which the ranks connect
 ADDRESS_VARIABLE = "PIPELINE_ADDRESS"  # at which the other ranks reach rank 0
 POLL_SECONDS = 0.2
+STACK_SECONDS = 0.5  # to write the stacks
 
 
 class Ranks:
@@ -122,11 +123,16 @@ class Ranks:
             process.terminate()
 
     def kill(self) -> None:
-        """Kills the ranks and the processes that they have started."""
-        for process in self._processes:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        """Kills the ranks and the processes that they have started, after the ranks have logged their stacks."""
+        stuck = [process for process in self._processes if process.poll() is None]
+        for process in stuck:
+            process.send_signal(STACK_SIGNAL)
+            process.send_signal(signal.SIGCONT)  # a stopped process handles no other signal
+        if stuck:
+            time.sleep(STACK_SECONDS)
+        for process in stuck:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def look_again(directory: Path) -> None:

@@ -30,7 +30,14 @@ from pipeline.errors import Stopped, UserError, WorkersFailed
 from pipeline.files import read_record
 from pipeline.launch.child import block_signals_in_children
 from pipeline.launch.environment import worker_environment
-from pipeline.launch.failure import DEATHS_FILES, LAUNCHER_LOG, LAUNCHER_LOGS, explain_workers, worker_deaths
+from pipeline.launch.failure import (
+    ALIVE_FILES,
+    DEATHS_FILES,
+    LAUNCHER_LOG,
+    LAUNCHER_LOGS,
+    explain_workers,
+    worker_deaths,
+)
 from pipeline.launch.machine import Placement, detect_machine, place
 from pipeline.launch.ranks import (
     ADDRESS_VARIABLE,
@@ -76,7 +83,7 @@ def run_workers(
     """
     placement, allocation = place(launch, detect_machine()), current_allocation()
     log_dir.mkdir(parents=True, exist_ok=True)
-    for name in (STOP_FILE, OUTCOME_FILE, LAUNCHER_LOGS, DEATHS_FILES, RENDEZVOUS_FILES):
+    for name in (STOP_FILE, OUTCOME_FILE, LAUNCHER_LOGS, DEATHS_FILES, RENDEZVOUS_FILES, ALIVE_FILES):
         for stale in log_dir.glob(name):
             stale.unlink(missing_ok=True)
     nodes = allocation if allocation is not None and allocation.needs_srun else None
@@ -98,7 +105,8 @@ def run_workers(
             _wait(launcher, log_dir, on_poll)
         finally:
             _terminate(launcher)
-            rendezvous.unlink(missing_ok=True)
+            for temporary in (rendezvous, *log_dir.glob(ALIVE_FILES)):
+                temporary.unlink(missing_ok=True)
     return _read_outcome(log_dir, launcher.returncode or 0, placement)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pipeline.training.job import CHECKPOINTS
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_adamw, parameter_groups
 from pipeline.training.precision import Precision
-from pipeline.training.process_group import join_process_group
+from pipeline.training.process_group import enter, join_process_group, limit_collectives
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,13 @@ class RankContext:
         return self.task.out / CHECKPOINTS
 
 
-def start_distributed() -> torch.device:
-    """Joins the process group of all ranks, and returns this rank's device."""
+def start_distributed(timeout: timedelta, log_dir: Path) -> torch.device:
+    """Joins the process group of all ranks, and returns this rank's device.
+
+    Args:
+        timeout: how long a collective may take.
+        log_dir: of the job.
+    """
     # The moments of inactive units decay to denormal numbers, on which processors are many times slower. The setting
     # belongs to a thread and is inherited by threads started later, so it comes before the first tensor.
     torch.set_flush_denormal(True)
@@ -72,7 +78,7 @@ def start_distributed() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    join_process_group(device)
+    join_process_group(device, timeout, log_dir)
     deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)  # uses the existing group
     return device
 
@@ -97,6 +103,7 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
     Raises:
         UserError: the model does not support the ``attention`` setting.
     """
+    enter("loading the model", is_alone=True)
     section, train, precision = context.task.name, context.settings, context.precision
     model_config = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False)
     attention = resolve_attention(section, train, model_config, precision, context.device)
@@ -137,6 +144,7 @@ def start_engine(
     module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, compiles, train.float32_products)
     optimizer = make_adamw(parameter_groups(model, train, multiples), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
+    limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
     return engine
 
 

@@ -35,6 +35,7 @@ from pipeline.training.batches import (
 from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import LR_MULTIPLE
+from pipeline.training.process_group import enter
 from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
 
 Status = Literal["done", "stopped"]
@@ -131,11 +132,13 @@ class Loop:
         rate = learning_rate(self.train, step, self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group[LR_MULTIPLE]
+        enter(f"reading the batches of step {step}")
         batches = reader.read(step)
         # The number stays on the device: to read it here, the host would wait for the previous optimizer step.
         counted = self._on_device([sum(batch.supervised for batch in batches)])
         distributed.all_reduce(counted)
         total = self._accumulate(batches, counted.clamp(min=1.0))
+        enter(f"adding the losses of step {step}")
         # The stop requests travel with the loss, which saves a collective per step.
         summed = torch.cat([total, self._on_device([float(self.wants_stop())])])
         distributed.all_reduce(summed)
@@ -143,8 +146,10 @@ class Loop:
         loss, stop = loss_sum / max(1, supervised), stops > 0
         # Both checks come before the optimizer step: a non-finite gradient would overwrite good weights.
         self._check_finite(loss, "loss", step)
+        enter(f"computing the gradient norm of step {step}")
         norms = self.gradients.read()
         self._check_finite(norms[TOTAL], "gradient norm", step)
+        enter(f"updating the weights of step {step}")
         self.engine.step()
         seconds = time.perf_counter() - started
         flops = self._update_progress(step, loss, int(supervised), seconds)
@@ -164,7 +169,10 @@ class Loop:
         factor = (distributed.get_world_size() / count).squeeze()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for number, batch in enumerate((batch.on(self.device) for batch in batches), start=1):
+            where = f"micro-batch {number} of step {self.progress.step + 1}"
+            enter(f"in the forward pass of {where}")
             loss = self.engine(batch.input_ids, batch.position_ids, indices=batch.indices)
+            enter(f"in the backward pass of {where}")
             # DeepSpeed averages gradients over ranks, but the sum is needed: the loss is already divided by the number
             # of supervised tokens in the global batch. For the same reason DeepSpeed must not divide by the number of
             # accumulation steps.
@@ -230,6 +238,7 @@ class Loop:
         # After resuming, the loss at the checkpoint's step may already be on record.
         if fraction is None or any(entry["step"] == step for entry in self.progress.held_out):
             return
+        enter(f"computing the held-out loss after step {step}")
         loss = self.held_out_loss()
         self._check_finite(loss, "held-out loss", step or 1)
         self.progress.held_out.append({"fraction": fraction, "step": step, "loss": loss, **self._cost()})

@@ -1,4 +1,4 @@
-"""Joins the ranks that the launcher has started into one process group."""
+"""Joins the ranks that the launcher has started into one process group, and lets them wait for each other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,45 @@ from torch import distributed
 
 from pipeline.files import read_json, write_json
 from pipeline.launch.ranks import ADDRESS_VARIABLE, POLL_SECONDS, RENDEZVOUS_VARIABLE, look_again
+from pipeline.training.watch import Watch
 
-# The other ranks wait in a collective while rank 0 hashes, saves or exports a large model, which may take longer than
-# the defaults of PyTorch and DeepSpeed. The launcher and the driver detect a dead rank within a minute.
-TIMEOUT = timedelta(hours=6)
+STORE_TIMEOUT = timedelta(hours=6)  # ranks may start that much later than others, as on nodes that read a slow disk
+MARGIN = timedelta(seconds=60)  # for the watch, whose message is better, to come before the backend's own timeout
+_watch: Watch | None = None
 
 
-def join_process_group(device: torch.device) -> None:
-    """Creates the default process group of all ranks, with NCCL or gloo. Does nothing if there is one."""
+def enter(part: str, is_alone: bool = False) -> None:
+    """Records which part of the training this rank has reached; see ``watch.TrainingPart``."""
+    if _watch is not None:
+        _watch.enter(part, is_alone)
+
+
+def wait_for_all(part: str) -> None:
+    """Waits for all ranks, however long. Collectives are not to be used where rank 0 hashes, saves or exports a model.
+
+    Args:
+        part: what the others may still be at, for messages.
+    """
+    if _watch is not None:
+        _watch.wait_for_all(part)
+
+
+def limit_collectives(timeout: timedelta) -> None:
+    """Sets the timeout of all groups, including those that DeepSpeed has created with PyTorch's defaults."""
+    for group in distributed.distributed_c10d._world.pg_map:
+        if distributed.get_rank(group) >= 0:
+            distributed.distributed_c10d._set_pg_timeout(timeout + MARGIN, group)
+
+
+def join_process_group(device: torch.device, timeout: timedelta = STORE_TIMEOUT, log_dir: Path | None = None) -> None:
+    """Creates the default process group of all ranks, with NCCL or gloo. Does nothing if there is one.
+
+    Args:
+        device: of this rank.
+        timeout: how long a collective may take.
+        log_dir: of the job, if ranks that are stuck are to end it.
+    """
+    global _watch
     if distributed.is_initialized():
         return
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -31,9 +62,14 @@ def join_process_group(device: torch.device) -> None:
         store=_connect(rank == 0, os.environ[ADDRESS_VARIABLE], Path(os.environ[RENDEZVOUS_VARIABLE])),
         rank=rank,
         world_size=ranks,
-        timeout=TIMEOUT,
+        timeout=timeout + MARGIN,
         device_id=bound,
     )
+    if log_dir is not None and ranks > 1:
+        # A connection of its own, since waiting for a key blocks the connection for other threads.
+        store = _connect(False, os.environ[ADDRESS_VARIABLE], Path(os.environ[RENDEZVOUS_VARIABLE]))
+        _watch = Watch(rank, ranks, timeout.total_seconds(), log_dir, distributed.PrefixStore("watch", store))
+        _watch.start()
 
 
 def _connect(serve: bool, address: str, rendezvous: Path) -> distributed.TCPStore:
@@ -49,7 +85,12 @@ def _connect(serve: bool, address: str, rendezvous: Path) -> distributed.TCPStor
         listener = _listen(address)
         port = listener.getsockname()[1]
         store = distributed.TCPStore(
-            address, port, is_master=True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach()
+            address,
+            port,
+            is_master=True,
+            timeout=STORE_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
         write_json(rendezvous, {"port": port})
         return store
@@ -57,7 +98,7 @@ def _connect(serve: bool, address: str, rendezvous: Path) -> distributed.TCPStor
         time.sleep(POLL_SECONDS)
         look_again(rendezvous.parent)
     port = read_json(rendezvous)["port"]
-    return distributed.TCPStore(address, port, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+    return distributed.TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False)
 
 
 def _listen(address: str) -> socket.socket:

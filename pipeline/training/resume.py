@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_file
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.process_group import wait_for_all
 from pipeline.training.snapshots import is_damaged
 
 NO_CHECKPOINT = -1  # the step that rank 0 broadcasts if there is no intact checkpoint
@@ -32,6 +33,7 @@ def newest_checkpoint(directory: Path, device: torch.device) -> tuple[Checkpoint
     step, faults = torch.full((), NO_CHECKPOINT, dtype=torch.int64, device=device), list[str]()
     if distributed.get_rank() == 0 and (found := checkpoint.newest(directory, faults.append)) is not None:
         step.fill_(found.step)
+    wait_for_all("choosing a checkpoint")
     distributed.broadcast(step, src=0)
     if step == NO_CHECKPOINT:
         restart = ["no intact checkpoint is left; training restarts from the beginning"] if faults else []
@@ -44,6 +46,7 @@ def damaged_snapshots(directories: Sequence[Path], device: torch.device) -> list
     damaged = torch.zeros(len(directories), dtype=torch.uint8, device=device)
     if distributed.get_rank() == 0:  # they may be large, so only one rank hashes them
         damaged.copy_(torch.tensor([is_damaged(directory) for directory in directories], dtype=torch.uint8))
+    wait_for_all("hashing snapshots")
     if directories:
         distributed.broadcast(damaged, src=0)
     return [directory for directory, flag in zip(directories, damaged.tolist(), strict=True) if flag]
@@ -68,6 +71,7 @@ def identity(
         model = content_hash(model_dir, "*.safetensors", trust_manifest=not read_weights)
         data = content_hash(data_dir, "*.npy", trust_manifest=True)
         hashes.copy_(torch.tensor([list(bytes.fromhex(digest)) for digest in (model, data)], dtype=torch.uint8))
+    wait_for_all("hashing the model")
     distributed.broadcast(hashes, src=0)
     model, data = (bytes(row).hex() for row in hashes.tolist())
     return {"model": model, "data": data, "settings": settings.key_settings(), "seed": seed}

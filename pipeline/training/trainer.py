@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline.training.mfu import peak_of, slow_bfloat16_note, training_flops
 from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
 from pipeline.training.precision import resolve_precision
+from pipeline.training.process_group import enter, wait_for_all
 from pipeline.training.schedule import total_steps
 from pipeline.training.selection import split_parameter_error
 from pipeline.training.snapshots import partial_snapshot, save_snapshot
@@ -59,14 +61,14 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     """
     settings = task.settings
     assert isinstance(settings, Train)
-    device = start_distributed()
+    device = start_distributed(timedelta(seconds=task.launch.collective_timeout_seconds), log_dir)
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = resolve_precision(settings.precision, device.type, native)
     context = RankContext(task, settings, log_dir, device, precision, rank, ranks)
     with report_out_of_memory(), disk_errors_as_user_errors(task.out):
         status = _train(context, wants_stop)
-    distributed.barrier()
+    wait_for_all("exporting the model")
     return {"status": status}
 
 
@@ -114,6 +116,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             tracker=tracker,
         ).run()
     if status == "done":
+        enter("exporting the model", is_alone=True)
         export_trained_model(context, parts.engine, parts.table, progress, peak)
     return status
 
@@ -240,6 +243,7 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
 def _save_checkpoint(
     context: RankContext, optimizer_state: OptimizerState, identity: dict[str, Any], progress: Progress
 ) -> None:
+    enter("saving a checkpoint", is_alone=True)
     progress.saves += 1
     # "spread" is the name that existing checkpoints use.
     state = {"identity": identity, "progress": progress.to_json(), "spread": _summation_settings(context)}
@@ -253,12 +257,13 @@ def _save_checkpoint(
         keep=context.settings.keep_checkpoints,
         files=[context.task.out / METRICS_FILE],
     )
-    distributed.barrier()
+    wait_for_all("saving a checkpoint")
     progress.save_seconds += time.perf_counter() - started
 
 
 def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fraction: float) -> None:
     """Saves the current trained weights as a snapshot for evaluation. Collective."""
+    enter("saving a snapshot", is_alone=True)
     names = list(optimizer_state.names())
     weights = ((name, optimizer_state.read(name, "weight")) for name in names)
     if context.rank == 0:
@@ -267,7 +272,7 @@ def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fracti
             save_snapshot(directory, ModelDirectory(context.model_dir), names, weights)
     else:
         deque(weights, maxlen=0)  # consumes the generator: reading is collective, so every rank must read
-    distributed.barrier()
+    wait_for_all("saving a snapshot")
 
 
 # ----------------------------------------------------------------------------------------- reporting

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, TrainingFailure, UserError
 from pipeline.files import read_json, temporary_path, write_json
-from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent
+from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent, write_stacks_on_signal
 from pipeline.launch.environment import create_code_caches
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 
@@ -99,4 +99,5 @@ def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     end_with_parent()
+    write_stacks_on_signal()
     sys.exit(main(Path(sys.argv[1]), Path(os.environ[LOG_DIR_VARIABLE])))

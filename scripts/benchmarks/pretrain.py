@@ -19,9 +19,9 @@ Expected before the first run on two idle CPU cores whose float32 products are 1
 products: in float32, 60 to 75 % of the matrix rate and 1.1 to 1.25 times the Trainer's tokens per second; in bfloat16,
 whose products run at half the speed of ours, 1.3 to 1.6 times. Measured where they were 2.2 times as fast: 69 % and
 1.10 times; 2.03 times. New layers at the top need 0.87 of the FLOPs of new layers at the bottom (15 of the 45 layers
-only run forward), and about that fraction of the time. Idle threads that spin (``--tables wait-policy``) were expected to
-make a step up to 8 % faster on an idle machine and at least 1.5 times slower beside one busy core. Measured with short
-steps: 16 to 30 % faster, and 5.8 times slower.
+only run forward), and about that fraction of the time. Idle threads that spin (``--tables wait-policy``) were expected
+to make a step up to 8 % faster on an idle machine and at least 1.5 times slower beside one busy core. Measured with
+short steps: 16 to 30 % faster, and 5.8 times slower.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ def _settings(**changes: object) -> Launch:
             "processes": "auto",
             "nodes": 1,
             "threads": "auto",
+            "collective_timeout_seconds": 900,
             "wait_policy": "passive",
             "utilization": 0.4,
             **changes,

@@ -19,8 +19,8 @@ import pytest
 from pipeline.errors import Stopped, UserError
 from pipeline.files import write_json
 from pipeline.launch import workers
-from pipeline.launch.failure import LAUNCHER_LOG, deaths_file, worker_deaths
-from pipeline.launch.ranks import LOG_DIR_VARIABLE
+from pipeline.launch.failure import LAUNCHER_LOG, deaths_file, rank_log, worker_deaths
+from pipeline.launch.ranks import LOG_DIR_VARIABLE, Ranks
 from pipeline.launch.slurm import Allocation
 from pipeline.launch.workers import (
     OUTCOME_FILE,
@@ -106,6 +106,13 @@ if what == "stop":
     sleep_until((logs / "stop").exists)
     if rank == 0:
         outcome(status="stopped")
+if what == "stuck":
+    from pipeline.launch.child import write_stacks_on_signal
+    write_stacks_on_signal()
+    write_json(logs / f"ready-{rank}", True)
+    def never_returns():
+        time.sleep(60)
+    never_returns()
 if what in ("sleep", "die", "raise", "die on node 1"):
     time.sleep(60)
 """
@@ -129,6 +136,26 @@ def test_outcome_of_finished_workers_is_returned(run: Callable[[str], dict], tmp
     assert run("done") == {"status": "done", "answer": 42}
     assert (tmp_path / "logs" / "rank-1.log").read_text() == "rank 1 of 2\n"
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+
+
+def test_ranks_that_do_not_end_log_their_stacks_before_they_are_killed(tmp_path: Path):
+    """Also one that is stopped, which handles no other signal."""
+    (tmp_path / "small_worker.py").write_text(WORKER)
+    write_json(tmp_path / "job.json", "stuck")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", LOG_DIR_VARIABLE: str(tmp_path)}
+    ranks = Ranks("small_worker", tmp_path / "job.json", environment, 2)
+    deadline = time.monotonic() + 30
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(json.loads((tmp_path / "pid-1").read_text()), signal.SIGSTOP)
+    ranks.kill()
+    assert ranks.wait(10) == -signal.SIGKILL
+    assert ranks.stdin is not None
+    ranks.stdin.close()
+    for rank in range(2):
+        log = rank_log(tmp_path, rank).read_text()
+        assert "most recent call first" in log and "in never_returns" in log
 
 
 def test_user_error_of_the_workers_is_raised_in_the_driver(run: Callable[[str], dict]):
