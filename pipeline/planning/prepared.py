@@ -97,10 +97,10 @@ class PreparedRun:
     @property
     def expansion(self) -> Method:
         """The method, with the gaps that a finished expansion found by ranking the layers."""
-        method, artifact = method_of(self.run.expansion), self.nodes["expand"].artifact
-        if method.ranked_position is None or not artifact.is_complete():
+        method, node = method_of(self.run.expansion), self.nodes.get("expand")  # a batch job has only what it needs
+        if method.ranked_position is None or node is None or not node.artifact.is_complete():
             return method
-        recorded = read_json(artifact.path / "expansion.json")
+        recorded = read_json(node.artifact.path / "expansion.json")
         return method.with_gaps(
             [*recorded.get("matched", ()), *(row["from"][0] for row in recorded["layers"] if row["new"])]
         )

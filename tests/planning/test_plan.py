@@ -11,15 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.__main__ import compose_jobs, main
+from pipeline.driver.graph import lineage
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
 from pipeline.models import hub
 from pipeline.planning import prepare
+from pipeline.planning.checks import refuse_blocked
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.tiny_families import save_tiny
 from tests.training.small import write_blocks
@@ -227,6 +230,19 @@ def test_all_blockers_are_listed_not_only_the_first(
         "model.path", "data.corpus.path", "data.instructions.path", "tracking.wandb", "output_dir", "launch.device",
         "pretrain.sequence_length", "pretrain.global_batch", "pretrain.micro_batch", "sft.micro_batch",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("position", ["top", "least_important"])
+def test_a_batch_job_is_checked_with_only_the_nodes_that_it_needs(
+    shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, position: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["+experiment=quickstart", *shrunk, f"expand.position={position}"]
+    (prepared,) = prepare([compose_jobs(command, False, None)[0].settings])
+    for node in prepared.nodes.values():
+        needed = lineage([node])
+        needs = {name: each for name, each in prepared.nodes.items() if each.artifact.key in needed}
+        refuse_blocked(replace(prepared, nodes=needs))
 
 
 def test_stages_show_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
