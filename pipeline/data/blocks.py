@@ -27,6 +27,22 @@ BUFFERED_BLOCKS = 256  # documents are packed and written once they fill this ma
 OPEN_BLOCKS = 64  # partially filled blocks kept in memory while packing examples
 
 
+def open_blocks(directory: Path, split: str) -> dict[str, npt.NDArray[Any]]:
+    """Returns the memory-mapped arrays of a split by name, each of shape [blocks, sequence_length].
+
+    Raises:
+        ValueError: the files are not blocks as ``BlockWriter`` writes them.
+    """
+    arrays = {
+        name: np.load(directory / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMN_DTYPES
+    }
+    blocks, *others = {array.shape for array in arrays.values()}
+    if others or len(blocks) != 2 or any(array.dtype != COLUMN_DTYPES[name] for name, array in arrays.items()):
+        found = {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+        raise ValueError(f"the arrays of {directory / split} are not token blocks: {found}")
+    return arrays
+
+
 class BlockWriter:
     """Appends blocks to ``<split>.<array>.npy``. The headers get the final shape on closing.
 

@@ -8,7 +8,7 @@ then those on its left and right.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,11 @@ class LayerPlan:
             if any(self.layers[index].new for index in layer.made_from):
                 rows[-1]["made_from"] = list(layer.made_from)
         return rows
+
+
+def recorded_gaps(expansion: Mapping[str, Any]) -> list[int]:
+    """Returns the gaps of the new layers in an ``expansion.json``, or the layers that train instead of new ones."""
+    return [*expansion.get("matched", ()), *(row["from"][0] for row in expansion["layers"] if row["new"])]
 
 
 def gaps_of(position: str | Sequence[int], new_layers: int, num_base_layers: int) -> tuple[int, ...]:

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pipeline.config import Expand
@@ -91,12 +90,8 @@ class Method(Expand):
 
     def possible_gaps(self, base: Shape) -> list[int]:
         """Returns the gaps in which the method can make a layer."""
-        layers = base.layers
-        return [
-            gap
-            for gap, layer in enumerate(layers)
-            if self.like_layers != "sources" or gap + 1 == len(layers) or layer.tensors == layers[gap + 1].tensors
-        ]
+        last = len(base.layers) - 1  # a layer above it is made from it alone
+        return [*base.gaps_between_like_layers, last] if self.like_layers == "sources" else [*range(last + 1)]
 
     @property
     def keeps_logits(self) -> bool:
@@ -180,7 +175,7 @@ class Method(Expand):
         if self.like_layers == "sources" and self.ranked_position is None:
             for lower, upper in (planned.base for planned in new_layers if len(planned.base) > 1):
                 if base.layers[lower].tensors != base.layers[upper].tensors:
-                    gaps = [i for i, (a, b) in enumerate(pairwise(base.layers)) if a.tensors == b.tensors]
+                    gaps = base.gaps_between_like_layers
                     positions = f"Set expand.position to gaps among {gaps}, or choose" if gaps else "Choose"
                     raise self._unlike(lower, upper, base, f"{positions} a method that copies layers.")
 
@@ -242,6 +237,25 @@ class InsertionMethod(Insertion, Method):
         return self.model_copy(update={"position": list(gaps)})
 
 
+class ZeroInitMethod(InsertionMethod):
+    """An insertion method whose new layers can start with zeroed outputs, as in LLaMA Pro."""
+
+    zero_init: bool  # zero the outputs, which keeps the logits
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Only with zeroed outputs."""
+        return self.zero_init
+
+    def zeroed(self, tensors: Iterable[NewTensor]) -> Iterator[NewTensor]:
+        """Yields finished tensors, with zeroed outputs if ``zero_init``.
+
+        This is the last step of a method: new layers that others are made from need their outputs.
+        """
+        for made in tensors:
+            yield made._replace(value=silenced(made.tensor, made.value)) if self.zero_init else made
+
+
 class CopyingMethod(Method):
     """A method whose new layers are copies of base layers that add ``output_scale`` times as much to their input.
 
@@ -267,6 +281,22 @@ class CopyingMethod(Method):
         """Yields the copies, bit for bit apart from scaled outputs."""
         for made in copies(base, plan):
             yield made._replace(value=with_output_scale(made.tensor, made.value, self.output_scale))
+
+
+def own_placement(position: Any, recorded: str, refusal: str) -> Any:
+    """Validates ``expand.position`` of a method that places its layers itself.
+
+    Args:
+        position: the setting. A named position, which an experiment may set for all methods, means nothing here.
+        recorded: what is recorded instead of a named position.
+        refusal: the message about a list of gaps.
+
+    Raises:
+        ValueError: the position is a list of gaps.
+    """
+    if isinstance(position, list):
+        raise ValueError(refusal)
+    return recorded if position in NAMED_POSITIONS else position
 
 
 def method_of(settings: Expand) -> Method:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.data.blocks import COLUMN_DTYPES
+from pipeline.data.blocks import open_blocks
 from pipeline.expansion.layerwise import Blocks, LayerwiseModel
 from pipeline.expansion.method import Scratch
 from pipeline.files import is_intact, read_record, seal, temporary_path, write_json
@@ -76,11 +76,11 @@ class Ranking:
 
 def read_probe(directory: Path, tokens: int) -> Blocks:
     """Reads about as many tokens from the training blocks of a tokenize artifact, in blocks spread over all of them."""
-    arrays = {name: np.load(directory / f"train.{name}.npy", mmap_mode="r") for name in COLUMN_DTYPES}
+    arrays = open_blocks(directory, "train")
     count, length = arrays["input_ids"].shape
     wanted = min(count, max(1, tokens // length))
     chosen = np.linspace(0, count - 1, wanted).round().astype(int) if wanted > 1 else np.zeros(1, int)
-    ids, positions, mask = (torch.from_numpy(arrays[name][chosen, :tokens].astype(np.int64)) for name in COLUMN_DTYPES)
+    ids, positions, mask = (torch.from_numpy(array[chosen, :tokens].astype(np.int64)) for array in arrays.values())
     return Blocks(ids, positions, mask.bool())
 
 

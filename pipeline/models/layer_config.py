@@ -27,8 +27,7 @@ NOT_PER_LAYER = ("architectures",)  # lists that have one entry per layer only b
 
 def explicit_config(directory: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory, including the per-layer entries that its config class derives."""
-    config: dict[str, Any] = read_json(directory / "config.json")
-    derived = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+    config, derived = _written_and_derived(directory)
     layers = depth_of(config)
     missing = {
         name: value
@@ -40,8 +39,13 @@ def explicit_config(directory: Path) -> dict[str, Any]:
 
 def complete_config(directory: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory with the defaults of its config class."""
-    derived: dict[str, Any] = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
-    return {**derived, **read_json(directory / "config.json")}
+    config, derived = _written_and_derived(directory)
+    return {**derived, **config}
+
+
+def _written_and_derived(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return read_json(directory / "config.json"), config.to_dict()
 
 
 def _is_per_layer(name: str, value: object, num_layers: int) -> bool:

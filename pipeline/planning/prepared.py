@@ -23,6 +23,7 @@ from pipeline.driver.run import missing_nodes
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
+from pipeline.expansion.layer_plan import recorded_gaps
 from pipeline.expansion.method import Method, method_of
 from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import let_group_write, nearest_existing, no_access, read_json
@@ -100,10 +101,7 @@ class PreparedRun:
         method, node = method_of(self.run.expansion), self.nodes.get("expand")  # a batch job has only what it needs
         if method.ranked_position is None or node is None or not node.artifact.is_complete():
             return method
-        recorded = read_json(node.artifact.path / "expansion.json")
-        return method.with_gaps(
-            [*recorded.get("matched", ()), *(row["from"][0] for row in recorded["layers"] if row["new"])]
-        )
+        return method.with_gaps(recorded_gaps(read_json(node.artifact.path / "expansion.json")))
 
     @property
     def training(self) -> dict[str, Train]:

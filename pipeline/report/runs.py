@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config import MODEL_TARGETS, Target
 from pipeline.evaluation.scores import Samples
+from pipeline.expansion.layer_plan import recorded_gaps
 from pipeline.expansion.methods import built_in_method
 from pipeline.files import read_json
 from pipeline.tracking import METRICS_FILE, read_metrics
@@ -97,8 +98,8 @@ class RunArtifacts:
 
     def chosen_layers(self) -> set[int]:
         """Returns the base layers after which new ones were added, or that train instead of new ones."""
-        expansion = self.expansion() or {"layers": []}
-        return {layer["from"][0] for layer in expansion["layers"] if layer["new"]} or {*expansion.get("matched", ())}
+        expansion = self.expansion()
+        return set() if expansion is None else set(recorded_gaps(expansion))
 
     def keeps_logits(self) -> bool:
         """Returns whether the expansion stage verified that the expanded model's logits equal the base model's."""

@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.data.blocks import open_blocks
 from pipeline.data.records import Split
 from pipeline.training.attention import document_bounds
 
@@ -87,10 +87,9 @@ class TokenBlocks:
     """One split of a tokenize artifact, memory-mapped."""
 
     def __init__(self, directory: Path, split: Split) -> None:
-        self._input_ids = _open(directory, split, "input_ids", np.dtype(np.uint32))
-        self._position_ids = _open(directory, split, "position_ids", np.dtype(np.uint32))
-        self._loss_mask = _open(directory, split, "loss_mask", np.dtype(np.uint8))
-        assert self._input_ids.shape == self._position_ids.shape == self._loss_mask.shape, directory
+        arrays = open_blocks(directory, split)
+        self._input_ids, self._position_ids = arrays["input_ids"], arrays["position_ids"]
+        self._loss_mask = arrays["loss_mask"]
         self.sequence_length = int(self._input_ids.shape[1])
 
     def __len__(self) -> int:
@@ -114,12 +113,6 @@ class TokenBlocks:
     def supervised_tokens(self, indices: Indices) -> int:
         """Returns how many tokens of these blocks are targets."""
         return int(np.count_nonzero(self._loss_mask[indices]))
-
-
-def _open(directory: Path, split: str, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(directory / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False)
-    assert array.dtype == dtype and array.ndim == 2, (directory, split, name, array.dtype, array.shape)
-    return array
 
 
 # ------------------------------------------------------------------------------------------- order

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from pipeline.data.blocks import COLUMN_DTYPES, BlockWriter, DocumentPacker, ExamplePacker
+from pipeline.data.blocks import COLUMN_DTYPES, BlockWriter, DocumentPacker, ExamplePacker, open_blocks
 from pipeline.files import DISK_FULL_ERRNOS
 
 PADDING = 99
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    return {name: np.load(directory / f"train.{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMN_DTYPES}
 
 
 def _naive_packing(documents: list[list[int]], length: int) -> list[list[tuple[int, int, int]]]:
@@ -48,12 +45,27 @@ def test_document_packing_equals_the_naive_implementation(length: int, batch: in
                 packer.add(document)
             packer.state()  # writes full blocks and must leave the rest pending
         packer.finish()
-    found = _read(tmp_path)
+    found = open_blocks(tmp_path, "train")
     expected = np.array(_naive_packing(documents, length))
     for column, name in enumerate(COLUMN_DTYPES):
         assert found[name].dtype == COLUMN_DTYPES[name]
         np.testing.assert_array_equal(found[name], expected[:, :, column])
     assert writer.blocks == len(expected) and writer.supervised_tokens == expected[:, :, 2].sum()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.ones((3, 8), np.uint32), np.ones((2, 8), np.uint8), np.ones(16, np.uint8)],
+    ids=["other dtype", "other shape", "one dimension"],
+)
+def test_arrays_that_are_not_blocks_are_refused(array: npt.NDArray[Any], tmp_path: Path) -> None:
+    """Training on them would read wrong tokens or raise an error without the file's name."""
+    with BlockWriter(tmp_path, "train", 8) as writer:
+        writer.append(*(np.ones((3, 8), dtype) for dtype in COLUMN_DTYPES.values()))
+    assert len(open_blocks(tmp_path, "train")["input_ids"]) == 3
+    np.save(tmp_path / "train.loss_mask.npy", array)
+    with pytest.raises(ValueError, match="not token blocks"):
+        open_blocks(tmp_path, "train")
 
 
 @pytest.mark.parametrize("blocks", [1, 40, 4000])
@@ -80,7 +92,7 @@ def test_without_input_the_arrays_are_empty(tmp_path: Path) -> None:
     with BlockWriter(tmp_path, "train", 8) as writer:
         DocumentPacker(writer, 8, PADDING).finish()
         ExamplePacker(writer, 8, PADDING).finish()
-    assert _read(tmp_path)["input_ids"].shape == (0, 8)
+    assert open_blocks(tmp_path, "train")["input_ids"].shape == (0, 8)
 
 
 def test_all_examples_are_packed_without_truncation(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ def test_all_examples_are_packed_without_truncation(tmp_path: Path) -> None:
         for ids, mask in examples:
             packer.add(ids, mask)
         packer.finish()
-    found = _read(tmp_path)
+    found = open_blocks(tmp_path, "train")
     read = {}
     for row in range(writer.blocks):
         starts = [*np.flatnonzero(found["position_ids"][row] == 0), length]
@@ -118,7 +130,7 @@ def test_an_example_that_fills_a_block_exactly_is_put_into_it(tmp_path: Path) ->
             packer.add([1] * size, [1] * size)
         packer.finish()
     assert writer.blocks == 2
-    assert PADDING not in _read(tmp_path)["input_ids"]
+    assert PADDING not in open_blocks(tmp_path, "train")["input_ids"]
 
 
 def test_the_number_of_open_blocks_is_bounded(tmp_path: Path) -> None:

@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import (
-    InsertionMethod,
     LayerWeights,
     NewTensor,
     Workspace,
+    ZeroInitMethod,
     from_neighbors,
-    silenced,
 )
 from pipeline.models.families import Shape
 
 
-class AlignedAverage(InsertionMethod):
+class AlignedAverage(ZeroInitMethod):
     """Every new layer is halfway between the two it is made from, with aligned heads and neurons."""
 
     title = "aligned averaging"
@@ -30,13 +29,6 @@ class AlignedAverage(InsertionMethod):
     like_layers = "sources"
     needs_attention_and_mlp = True
     uses_gpu = True
-
-    zero_init: bool  # zero the outputs, which keeps the logits
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Only with zeroed outputs."""
-        return self.zero_init
 
     def check_layers(self, base: Shape) -> None:
         """Checks also that the heads of the model are known."""
@@ -59,5 +51,4 @@ class AlignedAverage(InsertionMethod):
             work.note(f"layer {index}", **moved)
             return {tensor: (lower[tensor].float() + aligned[tensor]) / 2 for tensor in lower}
 
-        for made in from_neighbors(base, plan, work, mean):
-            yield made._replace(value=silenced(made.tensor, made.value)) if self.zero_init else made
+        return self.zeroed(from_neighbors(base, plan, work, mean))

@@ -8,16 +8,15 @@ from typing import Annotated
 from pipeline.config.section import NotInKeyIf
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import (
-    InsertionMethod,
     LayerWeights,
     NewTensor,
     Workspace,
+    ZeroInitMethod,
     from_neighbors,
-    silenced,
 )
 
 
-class Average(InsertionMethod):
+class Average(ZeroInitMethod):
     """Every new layer is halfway between the two it is made from."""
 
     title = "averaging"
@@ -25,12 +24,7 @@ class Average(InsertionMethod):
     color = "#c98a00"
     like_layers = "sources"
 
-    zero_init: Annotated[bool, NotInKeyIf(False)]  # zero the outputs, which keeps the logits
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Only with zeroed outputs."""
-        return self.zero_init
+    zero_init: Annotated[bool, NotInKeyIf(False)]  # added after the first averages were made
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields the means, computed in float32."""
@@ -38,6 +32,4 @@ class Average(InsertionMethod):
         def mean(index: int, lower: LayerWeights, upper: LayerWeights) -> LayerWeights:
             return {tensor: (lower[tensor].float() + upper[tensor].float()) / 2 for tensor in lower}
 
-        # Outputs are silenced only here: further layers of the same gap are made from the means.
-        for made in from_neighbors(base, plan, work, mean):
-            yield made._replace(value=silenced(made.tensor, made.value)) if self.zero_init else made
+        return self.zeroed(from_neighbors(base, plan, work, mean))

@@ -17,11 +17,10 @@ from pipeline.config.section import Fraction, NonNegativeFloat, Positive, Positi
 from pipeline.expansion.layer_plan import LayerPlan, PlannedLayer
 from pipeline.expansion.method import (
     SCRATCH_ON_DISK_BYTES,
-    InsertionMethod,
     LayerWeights,
     NewTensor,
     Workspace,
-    silenced,
+    ZeroInitMethod,
 )
 from pipeline.models.families import LayerTensor, Shape
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 LARGEST_PUBLISHED_GROWTH = 3  # times the parameters of the base
 
 
-class Lesa(InsertionMethod):
+class Lesa(ZeroInitMethod):
     """Every matrix of a new layer is predicted; norms and biases are borrowed from the base."""
 
     title = "LESA"
@@ -53,12 +52,6 @@ class Lesa(InsertionMethod):
     hidden_size: Positive  # of the predictor
     standardized: bool  # inputs of unit variance, first predictions centered and of the targets' size; else raw
     norms: Literal["layer0", "neighbour", "average"]  # where a new layer's norms and biases come from
-    zero_init: bool  # zero the outputs, which keeps the logits
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Only with zeroed outputs."""
-        return self.zero_init
 
     def scratch_bytes(self, base: Shape) -> int:
         """Returns the size of V of the largest role, ``[layers, out, in]`` in float32, or 0 if V fits in memory."""
@@ -76,8 +69,7 @@ class Lesa(InsertionMethod):
                 f"{LARGEST_PUBLISHED_GROWTH} times the parameters, and predictions made from other predictions are "
                 "less accurate"
             )
-        for made in chain(self._borrow(base, plan), predict_matrices(base, plan, self, work)):
-            yield made._replace(value=silenced(made.tensor, made.value)) if self.zero_init else made
+        yield from self.zeroed(chain(self._borrow(base, plan), predict_matrices(base, plan, self, work)))
 
     def _borrow(self, base: Sequence[LayerWeights], plan: LayerPlan) -> Iterator[NewTensor]:
         for tensor in base[0]:

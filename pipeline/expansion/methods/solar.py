@@ -14,7 +14,7 @@ from pydantic import field_validator
 from pipeline.config.section import Positive
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, stacked_plan
-from pipeline.expansion.method import NAMED_POSITIONS, LayerWeights, Method, NewTensor, Workspace, copies
+from pipeline.expansion.method import LayerWeights, Method, NewTensor, Workspace, copies, own_placement
 
 
 class Solar(Method):
@@ -32,10 +32,8 @@ class Solar(Method):
     @field_validator("position", mode="before")
     @classmethod
     def _record_overlap(cls, position: Any) -> Any:
-        """Records a named position, which means nothing here, as ``overlap``."""
-        if isinstance(position, list):
-            raise ValueError("solar has its own placement; set any named position, which is recorded as overlap")
-        return "overlap" if position in NAMED_POSITIONS else position
+        refusal = "solar has its own placement; set any named position, which is recorded as overlap"
+        return own_placement(position, "overlap", refusal)
 
     def place(self, num_base_layers: int) -> LayerPlan:
         """Returns layers 0 to L-m-1, then m to L-1, where 2m = L - new_layers.

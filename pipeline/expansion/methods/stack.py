@@ -18,7 +18,7 @@ from pydantic import field_validator, model_validator
 from pipeline.config.section import Positive
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan, stacked_plan
-from pipeline.expansion.method import NAMED_POSITIONS, CopyingMethod
+from pipeline.expansion.method import CopyingMethod, own_placement
 
 
 class Stack(CopyingMethod):
@@ -57,10 +57,7 @@ class Stack(CopyingMethod):
     @field_validator("position", mode="before")
     @classmethod
     def _record_slices(cls, position: Any) -> Any:
-        """Records a named position, which means nothing here, as ``slices``."""
-        if isinstance(position, list):
-            raise ValueError("stack has its own placement, expand.slices; set any named position")
-        return "slices" if position in NAMED_POSITIONS else position
+        return own_placement(position, "slices", "stack has its own placement, expand.slices; set any named position")
 
     def place(self, num_base_layers: int) -> LayerPlan:
         """Returns the layers of all slices.

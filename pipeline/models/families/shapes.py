@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from math import prod
 
 from pipeline.errors import UserError
@@ -108,6 +109,11 @@ class Shape:
             for index, layer in enumerate(self.layers)
             for name in layer.experts
         )
+
+    @property
+    def gaps_between_like_layers(self) -> list[int]:
+        """The layers that have the same tensors as the next one."""
+        return [gap for gap, (lower, upper) in enumerate(pairwise(self.layers)) if lower.tensors == upper.tensors]
 
     def with_layers(self, sources: Sequence[int]) -> Shape:
         """The model whose layer i is like layer ``sources[i]`` of this one."""
