@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, Positive, PositiveFloat, Section
+from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, NotInKeyIf, Positive, PositiveFloat, Section
 
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
 
@@ -20,15 +20,8 @@ class DeepSpeed(Section):
     offload_parameters: Annotated[bool, NotInKey]  # ZeRO 3 only
     reduce_bucket_size: Annotated[Positive | Literal["auto"], NotInKey]  # elements; auto: one layer on GPUs
     allgather_bucket_size: Annotated[Positive | Literal["auto"], NotInKey]  # elements; ZeRO 1 and 2
-    reduce_dtype: Literal["float32", "bfloat16"]  # in which gradients are summed over ranks
+    reduce_dtype: Annotated[Literal["float32", "bfloat16"], NotInKeyIf("float32")]  # of sums of gradients over ranks
     overrides: dict[str, Any]  # merged last into DeepSpeed's configuration; may change numbers, so part of the key
-
-    def key_settings(self) -> dict[str, Any]:
-        """Returns the settings that enter the key. ``reduce_dtype`` is one of them only if it changes something."""
-        settings = super().key_settings()
-        if self.reduce_dtype == "float32":
-            del settings["reduce_dtype"]
-        return settings
 
 
 class Train(Section):

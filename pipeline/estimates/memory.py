@@ -136,16 +136,17 @@ def _optimizer(trained: Trained, setup: Setup) -> int:
 
 
 def _buckets(trained: Trained, setup: Setup) -> int:
-    if setup.zero["stage"] == 0:
-        return 0
-    largest = max(layer.parameters for layer in trained.shape.layers)
+    largest = trained.shape.largest_layer
     config = deepspeed_config(setup.train, setup.precision, setup.ranks, setup.on_gpu, largest)
-    bucket = int(config["zero_optimization"]["reduce_bucket_size"])
+    zero = config["zero_optimization"]
+    if zero["stage"] == 0:
+        return 0
+    bucket = int(zero["reduce_bucket_size"])
     if not setup.on_gpu:
         return WIDE * min(bucket, trained.parameters)
     # DeepSpeed fills one while it reduces the other. At ZeRO 2 both are in compute precision, and what is being reduced
     # is copied to float32, which takes as much.
-    doubled = setup.zero.get("overlap_comm", False) and setup.zero["stage"] < 3
+    doubled = zero.get("overlap_comm", False) and zero["stage"] < 3
     return WIDE * bucket * (2 if doubled else 1)
 
 

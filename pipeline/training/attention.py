@@ -82,12 +82,19 @@ def _flex_obstacle(config: PretrainedConfig, device: torch.device) -> str | None
     """Returns why flex_attention is not available for a model, or None if it is."""
     if device.type != "cuda":
         return "on CPUs, flex_attention has no backward pass"
-    if config.get_text_config().model_type not in FAMILIES:
-        return "the model's family has no row in the table of families"
+    if (unknown := _unknown_family(config)) is not None:
+        return unknown
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flex_attn:
         return "the model's attention is not one that flex_attention computes"
     missing = missing_for_compilation(device.type, os.environ)
     return None if missing is None else missing[0]
+
+
+def _unknown_family(config: PretrainedConfig) -> str | None:
+    """Returns that the model's family has no row, so that its attention is not known, or None if it has one."""
+    if config.get_text_config().model_type in FAMILIES:
+        return None
+    return "the model's family has no row in the table of families"
 
 
 def avoid_cudnn_attention(attention: Attention, device: torch.device) -> None:
@@ -110,8 +117,8 @@ def _unsupported_scores(config: PretrainedConfig) -> str | None:
 
 def _obstacle(train: Train, config: Any, precision: Precision, device: torch.device) -> str | None:
     """Returns why attention by document is not available for a model with standard scores, or None if it is."""
-    if config.model_type not in FAMILIES:
-        return "the model's family has no row in the table of families"
+    if (unknown := _unknown_family(config)) is not None:
+        return unknown
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < train.sequence_length:
         return f"the model's sliding window is {window} tokens, and blocks have {train.sequence_length}"

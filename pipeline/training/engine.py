@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ class RankContext:
         """Where checkpoints are saved while the stage runs."""
         return self.task.out / CHECKPOINTS
 
+    @cached_property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        on_gpu = self.device.type == "cuda"
+        largest = shape_of(read_json(self.model_dir / "config.json")).largest_layer if on_gpu else 0
+        return deepspeed_config(self.settings, self.precision, self.ranks, on_gpu, largest)
+
 
 def start_distributed(timeout: timedelta, log_dir: Path) -> torch.device:
     """Joins the process group of all ranks, and returns this rank's device.
@@ -83,27 +91,16 @@ def start_distributed(timeout: timedelta, log_dir: Path) -> torch.device:
     return device
 
 
-def engine_config(context: RankContext) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration."""
-    on_gpu = context.device.type == "cuda"
-    shape = shape_of(read_json(context.model_dir / "config.json")) if on_gpu else None
-    largest = 0 if shape is None else max(layer.parameters for layer in shape.layers)
-    return deepspeed_config(context.settings, context.precision, context.ranks, on_gpu, largest)
-
-
-def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedModel:
+def load_model(context: RankContext) -> PreTrainedModel:
     """Loads the causal language model on the CPU, in the dtype of its parameters during training.
 
     At ZeRO 3 every rank receives its partitions while loading, so no rank ever holds the full model.
-
-    Args:
-        context: this rank.
-        config: DeepSpeed's configuration.
 
     Raises:
         UserError: the model does not support the ``attention`` setting.
     """
     enter("loading the model", is_alone=True)
+    config = context.deepspeed_config
     section, train, precision = context.task.name, context.settings, context.precision
     model_config = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False)
     attention = resolve_attention(section, train, model_config, precision, context.device)
@@ -121,14 +118,13 @@ def load_model(context: RankContext, config: Mapping[str, Any]) -> PreTrainedMod
 
 
 def start_engine(
-    context: RankContext, model: PreTrainedModel, config: Mapping[str, Any], multiples: Mapping[str, float]
+    context: RankContext, model: PreTrainedModel, multiples: Mapping[str, float]
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps a model whose parameters have been frozen as needed into the engine that computes ``SummedLoss``.
 
     Args:
         context: the rank's task, directories and device.
         model: the model.
-        config: DeepSpeed's configuration.
         multiples: of the learning rate, by parameter name.
     """
     train, precision = context.settings, context.precision
@@ -143,7 +139,7 @@ def start_engine(
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, compiles, train.float32_products)
     optimizer = make_adamw(parameter_groups(model, train, multiples), train)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(config))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
     return engine
 

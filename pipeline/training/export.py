@@ -18,6 +18,7 @@ from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.source import CHAT_TEMPLATE
+from pipeline.training.batches import TokenIndices
 from pipeline.training.checkpoint import Checkpoint, directory_name
 from pipeline.training.engine import RankContext
 from pipeline.training.freeze import ParameterRow
@@ -96,9 +97,9 @@ def token_losses(model: Callable[..., torch.Tensor], device: torch.device) -> to
         device: its device.
     """
     ids = torch.arange(CHECKED_TOKENS + 1, device=device)[None]
-    masks = torch.eye(CHECKED_TOKENS + 1, dtype=torch.bool, device=device)[1:, None]
+    targets = [TokenIndices.of(ids, ids, ids == target) for target in range(1, CHECKED_TOKENS + 1)]
     with torch.compiler.set_stance("force_eager"):  # compiling the layers for this length would take longer
-        return torch.stack([model(ids, ids, mask).float().cpu() for mask in masks])
+        return torch.stack([model(ids, ids, indices).float().cpu() for indices in targets])
 
 
 @torch.no_grad()

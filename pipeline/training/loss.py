@@ -1,10 +1,10 @@
 """Cross entropy computed from hidden states in chunks, without storing the logits of the batch.
 
 With a vocabulary of 128,000, the float32 logits of 8,192 tokens take four gigabytes, and their gradient another four.
-Here the head is applied to some supervised tokens at a time, and their gradient is computed immediately and
-in place, so only one chunk of logits exists at any time. This is the fused linear cross entropy of Liger (arXiv
-2410.10989, section 3.2). The head is not applied to tokens without a target. ``torch.compile`` can fuse the pointwise
-operations of a chunk.
+The loss is therefore computed in chunks of tokens. The gradient of a chunk's logits is computed in their memory in the
+forward pass, so that only one chunk of logits exists at any time. This is the fused linear cross entropy of Liger
+(arXiv 2410.10989, section 3.2). The head is not applied to tokens without a target. ``torch.compile`` can fuse the
+pointwise operations of a chunk.
 
 Shape suffixes: N supervised tokens, H hidden size, V vocabulary.
 """
@@ -197,24 +197,14 @@ class SummedLoss(nn.Module):
         self._autocast = autocast
         assert model.get_output_embeddings().bias is None
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        loss_mask: torch.Tensor | None = None,
-        indices: TokenIndices | None = None,
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, indices: TokenIndices) -> torch.Tensor:
         """Returns the summed loss, a scalar.
 
         Args:
             input_ids: [batch, sequence].
             position_ids: [batch, sequence]. Positions restart at 0 in every document.
-            loss_mask: [batch, sequence], True where the token is a target. Not needed with ``indices``.
-            indices: what follows from the other arguments. Without it, the host waits for the device to compute it.
+            indices: of targets and documents. Computed from a mask on a GPU, they would make the host wait for it.
         """
-        if indices is None:
-            assert loss_mask is not None
-            indices = TokenIndices.of(input_ids, position_ids, loss_mask)
         # With neither a mask nor a cache, transformers detects packed documents by their positions and builds the mask
         # that separates them. Attention by document needs no mask and receives the bounds instead, and flex_attention
         # pairs of blocks.

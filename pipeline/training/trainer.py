@@ -26,7 +26,7 @@ from pipeline.tracking import METRICS_FILE, Tracker
 from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.engine import RankContext, engine_config, load_model, start_distributed, start_engine
+from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine
 from pipeline.training.export import export_trained_model
 from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
@@ -136,8 +136,7 @@ class _TrainerParts:
 def _prepare(context: RankContext) -> _TrainerParts:
     """Loads the model, freezes the parameters that do not train, and starts the engine."""
     settings, section = context.settings, context.task.name
-    config = engine_config(context)
-    model = load_model(context, config)
+    model = load_model(context)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, context.model_dir))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_stored_as_one_tensor(section, trained, context.model_dir)
@@ -145,7 +144,7 @@ def _prepare(context: RankContext) -> _TrainerParts:
     groups = group_parameters(model, context.model_dir)
     multiples = learning_rate_multiples(section, model, settings, context.model_dir)
     table, flops = freeze.parameter_table(model, multiples), training_flops(model, settings.sequence_length)
-    engine = start_engine(context, model, config, multiples)
+    engine = start_engine(context, model, multiples)
     return _TrainerParts(
         table=table,
         flops=flops,
@@ -228,7 +227,7 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
         "ranks": context.ranks,
         "threads": torch.get_num_threads(),
         "zero_stage": settings.deepspeed.zero_stage,
-        "reduce_bucket_size": engine_config(context)["zero_optimization"]["reduce_bucket_size"],
+        "reduce_bucket_size": context.deepspeed_config["zero_optimization"]["reduce_bucket_size"],
         "offload_optimizer": settings.deepspeed.offload_optimizer,
         "micro_batch": settings.micro_batch,
         "attention": settings.attention,

@@ -20,6 +20,7 @@ from pipeline.estimates import Setup, Trained, memory_of, trained_part
 from pipeline.files import read_json, write_json
 from pipeline.launch.workers import detect_machine, run_workers
 from pipeline.models.families import shape_of
+from pipeline.training.batches import TokenIndices
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
 from tests.training.small import train_settings, training_task, write_blocks
@@ -58,7 +59,7 @@ def test_estimated_flops_are_within_five_percent_of_the_counter_of_torch(smollm2
     freeze_others(model, set(planned.names))
     ids, positions = torch.randint(0, 49152, (1, length)), torch.arange(length)[None]
     with FlopCounterMode(display=False) as counter:
-        SummedLoss(model)(ids, positions, positions > 0).backward()
+        SummedLoss(model)(ids, positions, TokenIndices.of(ids, positions, positions > 0)).backward()
     assert planned.flops(length).of_tokens(length, length - 1) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 

@@ -22,6 +22,7 @@ from pipeline.training.attention import (
     document_bounds,
     resolve_attention,
 )
+from pipeline.training.batches import TokenIndices
 from pipeline.training.loss import SummedLoss, loss_and_gradient
 from tests.tiny_families import TINY_CONFIGS, tiny_model
 from tests.training.small import train_settings
@@ -51,6 +52,11 @@ def random_heads(dtype: torch.dtype, device: torch.device = CPU, size: int = SIZ
     torch.manual_seed(0)
     made = [torch.randn(BATCH, LENGTH, heads, size).to(device, dtype) for heads in (HEADS, GROUPS, GROUPS)]
     return [x.transpose(1, 2).requires_grad_() for x in made]
+
+
+def loss_of(model: SummedLoss, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Computes the loss of all tokens but the first of each document."""
+    return model(ids, position_ids, TokenIndices.of(ids, position_ids, position_ids > 0))
 
 
 def results(function, heads: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -94,7 +100,7 @@ def test_a_model_has_the_same_loss_and_gradients_as_with_a_mask(tiny_llama_dir):
     found = []
     for attention in (DOCUMENTS, "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64, attn_implementation=attention)
-        loss = SummedLoss(model)(ids, position_ids, position_ids > 0)
+        loss = loss_of(SummedLoss(model), ids, position_ids)
         found.append((loss, *torch.autograd.grad(loss, list(model.base_model.layers.parameters()))))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
@@ -115,7 +121,7 @@ def test_every_family_has_the_same_loss_as_with_a_mask(family: str, monkeypatch:
     losses = []
     for attention in (chosen, "eager"):
         model.set_attn_implementation(attention)
-        losses.append(SummedLoss(model)(ids, position_ids, position_ids > 0))
+        losses.append(loss_of(SummedLoss(model), ids, position_ids))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0.0)
 
 
@@ -125,7 +131,7 @@ def test_no_mask_over_pairs_of_tokens_is_created(tiny_llama_dir, monkeypatch: py
     saved: list[torch.Size] = []
     position_ids = positions([[200, 56]])
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
-        SummedLoss(model)(torch.zeros_like(position_ids), position_ids, position_ids > 0)
+        loss_of(SummedLoss(model), torch.zeros_like(position_ids), position_ids)
     assert saved and not [shape for shape in saved if list(shape).count(256) > 1]
 
 
@@ -140,7 +146,7 @@ def test_layers_are_not_recompiled_for_every_number_of_documents(tiny_llama_dir,
     summed, counts = SummedLoss(model, compiled=True), []
     for documents in range(1, 24):
         position_ids = positions([[*(documents - 1) * [1], 25 - documents]])
-        summed(torch.zeros_like(position_ids), position_ids, position_ids > 0).backward()
+        loss_of(summed, torch.zeros_like(position_ids), position_ids).backward()
         counts.append(compilations.frame_count)
     torch._dynamo.reset()
     assert 0 < counts[0] == counts[-1]
@@ -231,13 +237,13 @@ def test_flex_attention_has_the_losses_and_gradients_of_eager_attention(family: 
 
     def alone(document: torch.Tensor) -> torch.Tensor:
         places = torch.arange(len(document))[None]
-        return SummedLoss(model)(document[None], places, places > 0)
+        return loss_of(SummedLoss(model), document[None], places)
 
     found = []
     for implementation in (FLEX, "eager"):
         model.set_attn_implementation(implementation)
         packed = implementation == FLEX
-        loss = SummedLoss(model)(ids, position_ids, position_ids > 0) if packed else sum(map(alone, documents))
+        loss = loss_of(SummedLoss(model), ids, position_ids) if packed else sum(map(alone, documents))
         found.append((loss, *torch.autograd.grad(loss, attention)))
     assert len(attention) >= 2 * 4
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0.0)
@@ -255,13 +261,13 @@ def test_compiled_layers_with_flex_attention_are_not_recompiled_for_other_docume
     model.set_attn_implementation(FLEX)
     layouts = [positions(blocks) for blocks in ([[150], [100, 1, 49]], [[50, 100], [149, 1]], [[30] * 5, [10] * 15])]
     ids = torch.randint(3, 384, (2, 150), generator=torch.Generator().manual_seed(0))
-    expected = [SummedLoss(model)(ids, layout, layout > 0).item() for layout in layouts]
+    expected = [loss_of(SummedLoss(model), ids, layout).item() for layout in layouts]
     compilations = CompileCounter()
     for layer in model.base_model.layers:
         layer.compile(dynamic=False, backend=compilations)
     summed, counts = SummedLoss(model, compiled=True), []
     for layout, value in zip(layouts, expected, strict=True):
-        loss = summed(ids, layout, layout > 0)
+        loss = loss_of(summed, ids, layout)
         loss.backward()
         assert loss.item() == pytest.approx(value, rel=1e-6)
         counts.append(compilations.frame_count)

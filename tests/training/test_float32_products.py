@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.training.attention import DOCUMENTS
+from pipeline.training.batches import TokenIndices
 from pipeline.training.float32_products import use_float32_products
 from pipeline.training.loss import SummedLoss
 
@@ -39,9 +40,10 @@ def test_the_loss_of_a_model_equals_the_native_one_up_to_rounding(tiny_llama_dir
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16, attn_implementation=DOCUMENTS)
     ids = torch.randint(0, 384, (2, 48), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(48).repeat(2, 1)
-    native = SummedLoss(model)(ids, positions, positions > 0)
+    indices = TokenIndices.of(ids, positions, positions > 0)
+    native = SummedLoss(model)(ids, positions, indices)
     use_float32_products(model.base_model.layers)
-    ours = SummedLoss(model, float32_products=True)(ids, positions, positions > 0)
+    ours = SummedLoss(model, float32_products=True)(ids, positions, indices)
     ours.backward()
     assert ours.dtype == torch.float32 and all(p.grad is not None for p in model.parameters())
     torch.testing.assert_close(ours, native, rtol=2e-3, atol=0.0)

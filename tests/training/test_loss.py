@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.training.attention import DOCUMENTS
+from pipeline.training.batches import TokenIndices
 from pipeline.training.loss import (
     ChunkLoss,
     LogitTransform,
@@ -119,7 +120,7 @@ def test_equals_the_loss_of_transformers(tiny_llama: nn.Module):
     ids = torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(24).expand(2, 24)
     mask = positions > 0
-    ours = SummedLoss(tiny_llama)(ids, positions, mask)
+    ours = SummedLoss(tiny_llama)(ids, positions, TokenIndices.of(ids, positions, mask))
     theirs = tiny_llama(input_ids=ids, labels=ids).loss * mask.sum()
     # transformers computes the cross entropy in float32 for any dtype of the model
     assert torch.allclose(ours, theirs.double(), rtol=1e-6)
@@ -134,11 +135,12 @@ def test_documents_in_one_block_do_not_see_each_other(tiny_llama: nn.Module):
 
     def alone(ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(len(ids))[None]
-        return model(ids[None], positions, positions > 0)
+        return model(ids[None], positions, TokenIndices.of(ids[None], positions, positions > 0))
 
     packed = torch.cat(documents)[None]
     positions = torch.cat([torch.arange(len(ids)) for ids in documents])[None]
-    together = model(packed.expand(2, -1), positions.expand(2, -1), (positions > 0).expand(2, -1))
+    ids, both = packed.expand(2, -1), positions.expand(2, -1)
+    together = model(ids, both, TokenIndices.of(ids, both, both > 0))
     apart = 2 * sum(alone(ids) for ids in documents)
     assert torch.allclose(together, apart, rtol=1e-10)
     gradients = [torch.autograd.grad(value, weight)[0] for value in (together, apart)]
@@ -149,8 +151,9 @@ def test_only_tokens_in_the_loss_mask_are_targets(tiny_llama: nn.Module):
     ids = torch.randint(0, 384, (1, 12), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(12)[None]
     model = SummedLoss(tiny_llama)
-    single = [model(ids, positions, torch.arange(12)[None] == place) for place in range(1, 12)]
-    assert torch.allclose(sum(single), model(ids, positions, positions > 0), rtol=1e-12)
+    single = [model(ids, positions, TokenIndices.of(ids, positions, positions == place)) for place in range(1, 12)]
+    together = model(ids, positions, TokenIndices.of(ids, positions, positions > 0))
+    assert torch.allclose(sum(single), together, rtol=1e-12)
 
 
 # ----------------------------------------------------------------------- below the lowest trainable layer
@@ -198,18 +201,19 @@ def partly_frozen(below: int, attention: str, trained: int = 1) -> SummedLoss:
 
 
 IDS, POSITIONS = torch.zeros(2, 32, dtype=torch.int64), torch.arange(32).repeat(2, 1)
+INDICES = TokenIndices.of(IDS, POSITIONS, POSITIONS > 0)
 
 
 def stored_bytes(model: SummedLoss) -> int:
     stored = []
     with saved_tensors_hooks(lambda tensor: stored.append(tensor.nbytes) or tensor, lambda tensor: tensor):
-        model(IDS, POSITIONS, POSITIONS > 0)
+        model(IDS, POSITIONS, INDICES)
     return sum(stored)
 
 
 def peak_bytes(model: SummedLoss) -> int:
     with LiveBytes(model) as memory:
-        model(IDS, POSITIONS, POSITIONS > 0).backward()
+        model(IDS, POSITIONS, INDICES).backward()
     return memory.peak
 
 
@@ -227,7 +231,7 @@ def test_the_backward_pass_ends_at_the_lowest_trainable_layer():
     outputs: list[torch.Tensor] = []
     for layer in layers:
         layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    model(IDS, POSITIONS, POSITIONS > 0).backward()
+    model(IDS, POSITIONS, INDICES).backward()
     assert [output.requires_grad for output in outputs] == [False, False, False, True, True]
     assert [name for name, p in model.named_parameters() if p.grad is not None] == [
         name for name, _ in model.named_parameters() if ".layers.3." in name

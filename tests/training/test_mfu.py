@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.training import mfu
+from pipeline.training.batches import TokenIndices
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
 
@@ -57,7 +58,7 @@ def test_flops_equal_those_of_the_counter_of_torch(tiny_llama_dir: Path, trained
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     mask = (positions > 0) & (torch.rand(BATCH, LENGTH) < 0.7)
     with FlopCounterMode(display=False) as counter:
-        SummedLoss(model)(ids, positions, mask).backward()
+        SummedLoss(model)(ids, positions, TokenIndices.of(ids, positions, mask)).backward()
     with FlopCounterMode(display=False) as angles:  # rotary angles are computed by a matrix product
         model.base_model.rotary_emb(torch.zeros(BATCH, 1), positions)
     expected = counter.get_total_flops() - angles.get_total_flops()

@@ -96,6 +96,11 @@ class Shape:
         return self.parameters - sum(layer.parameters - layer.active_parameters for layer in self.layers)
 
     @property
+    def largest_layer(self) -> int:
+        """Number of parameters of the largest layer."""
+        return max(layer.parameters for layer in self.layers)
+
+    @property
     def head(self) -> str:
         """The name of the head's matrix, which is that of the embeddings if they are tied."""
         matrices = [name for names in (self.before, self.after) for name, shape in names.items() if len(shape) == 2]
