@@ -406,6 +406,15 @@ def test_online_tracking_without_a_login(
         ("expand.new_layers", ["pretrain.trainable=matched", "expand=none", "expand.new_layers=0"]),
         ("expand.position", ["sft.trainable=matched", "expand=none", "expand.position=overlap"]),
         ("pretrain.role_learning_rates", ["pretrain.role_learning_rates={o_proj: 2.0}"]),
+        ("pretrain.role_learning_rates", ["pretrain.role_learning_rates={q_norm: 2.0}"]),
+        (
+            "pretrain.deepspeed.overrides",
+            [
+                "pretrain.role_learning_rates={o: 2.0}",
+                "pretrain.deepspeed.overrides={zero_optimization: {offload_optimizer: {ratio: 0.5}}}",
+            ],
+        ),
+        ("pretrain.base_learning_rate", ["pretrain.base_learning_rate=1e-4"]),
         ("launch.device", ["launch.device=cuda"]),
         ("sft.deepspeed.overrides", ["sft.deepspeed.overrides={optimizer: {type: SGD}}"]),
     ],

@@ -33,7 +33,8 @@ class Train(Section):
     global_batch: Positive  # sequences per optimizer step, over all ranks
     steps: Positive | None  # exactly one of steps and epochs
     epochs: PositiveFloat | None
-    learning_rate: PositiveFloat  # at the peak
+    learning_rate: PositiveFloat  # at the peak; of the new layers if base_learning_rate is set
+    base_learning_rate: Annotated[PositiveFloat | None, NotInKeyIf(None)]  # of tensors of the base; null: the same
     role_learning_rates: dict[str, PositiveFloat]  # multiples of the learning rate by role of a tensor: {o: 2.0}
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"]
     warmup_fraction: Fraction  # of the steps

@@ -81,7 +81,7 @@ class Memory:
 
     weights: int
     gradients: int
-    optimizer: int  # float32 master weights and two moments
+    optimizer: int  # float32 master weights, two moments, and multiples of the learning rate
     activations: int
     logits: int  # with the loss and the gradient of the head
     buckets: int
@@ -130,9 +130,11 @@ def _gradients(trained: Trained, setup: Setup) -> int:
 
 
 def _optimizer(trained: Trained, setup: Setup) -> int:
+    # Tensors with several rates also need a multiple of every element, and a copy of their weights during the step.
+    numbers = 2 * trained.parameters + 2 * trained.with_several_rates(setup.train.role_learning_rates)
     if setup.zero["stage"] == 0:
-        return trained.parameters * 2 * WIDE  # the float32 weights are the master weights themselves
-    return 0 if "offload_optimizer" in setup.zero else trained.parameters * 3 * WIDE // setup.ranks
+        return WIDE * numbers  # the float32 weights are the master weights themselves
+    return 0 if "offload_optimizer" in setup.zero else WIDE * (numbers + trained.parameters) // setup.ranks
 
 
 def _buckets(trained: Trained, setup: Setup) -> int:

@@ -13,7 +13,7 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method, method_of
 from pipeline.models.families import Shape
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops
-from pipeline.training.selection import select_parameters
+from pipeline.training.selection import layers_at_learning_rate, select_parameters
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Trained:
 
     Attributes:
         names: the full names of the tensors that train.
+        at_learning_rate: the layers whose rate is ``learning_rate`` also if ``base_learning_rate`` is set.
     """
 
     shape: Shape
     names: frozenset[str]
+    at_learning_rate: frozenset[int] = frozenset()
 
     @cached_property
     def parameters(self) -> int:
@@ -48,6 +50,15 @@ class Trained:
         """Return the trainable tensors of a layer by their names within the layer."""
         prefix = self.shape.layer_prefix.format(layer=layer)
         return frozenset(name for name in self.shape.layers[layer].tensors if prefix + name in self.names)
+
+    def with_several_rates(self, role_learning_rates: Mapping[str, float]) -> int:
+        """Return the number of trainable parameters in tensors that hold matrices with different learning rates."""
+        return sum(
+            sum(each.entries for each in maps)
+            for index, layer in enumerate(self.shape.layers)
+            for name, maps in layer.linear_maps.items()
+            if name in self.inside(index) and len({role_learning_rates.get(each.role, 1.0) for each in maps}) > 1
+        )
 
     @property
     def head_trains(self) -> bool:
@@ -77,7 +88,8 @@ def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[
         UserError: nothing would train.
     """
     layers = {name: layer for name, layer, _ in shape.tensors()}
-    return Trained(shape, frozenset(select_parameters(section, trainable, layers, expansion)))
+    names = select_parameters(section, trainable, layers, expansion)
+    return Trained(shape, frozenset(names), frozenset(layers_at_learning_rate(trainable, expansion)))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
 from pipeline.tracking import login_fault, wandb_mode
 from pipeline.training.job import snapshot_dir
+from pipeline.training.rates import requested_multiples
 from pipeline.training.selection import split_parameter_error
 from pipeline.training.validate import context_length_faults, training_faults
 
@@ -196,8 +197,8 @@ def _training(section: str, prepared: PreparedRun) -> Faults:
 
 
 def _trainable(section: str, prepared: PreparedRun) -> Faults:
-    """``trainable`` selects something, and nothing that cannot be trained."""
-    sizes = prepared.sizes
+    """``trainable`` selects something, and nothing that cannot be trained. All learning rates apply to something."""
+    sizes, train = prepared.sizes, getattr(prepared.run, section)
     assert sizes is not None
     if sizes.base.not_trained:
         yield UserError(
@@ -206,10 +207,18 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
             rule=f"the training stages cannot train this model: {sizes.base.not_trained}",
             remedy="Set stages=[expand], and train the expanded model with another program.",
         )
-    trained, error = attempt(lambda: sizes.trained(section, getattr(prepared.run, section)))
+    trained, error = attempt(lambda: sizes.trained(section, train))
     if error is not None:
         yield error
-    if trained is None or not prepared.inputs.config.get("separate_experts", False):
+    if trained is None:
+        return
+    config, layers = prepared.inputs.config, {name: layer for name, layer, _ in trained.shape.tensors()}
+    yield from _raised_by(
+        lambda: requested_multiples(
+            section, train, family_for(config), config, layers, trained.names, trained.at_learning_rate
+        )
+    )
+    if not config.get("separate_experts", False):
         return
     # transformers holds all experts of a layer as one parameter, which cannot be written back as single tensors.
     if experts := sorted(trained.names & trained.shape.experts):

@@ -165,6 +165,7 @@ def deepspeed_config(
         "zero_optimization": _zero(settings, on_gpu, largest_layer),
         # Keep torch's AdamW when offloading. DeepSpeed's own would be compiled on first use.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # DeepSpeed knows torch's AdamW, but not the classes derived from it
         "steps_per_print": 2**31,  # never; the loop logs
         "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device twice per micro-batch
     }

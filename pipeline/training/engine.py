@@ -29,9 +29,10 @@ from pipeline.training.float32_products import use_float32_products
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.job import CHECKPOINTS
 from pipeline.training.loss import SummedLoss
-from pipeline.training.optimizer import make_adamw, parameter_groups
+from pipeline.training.optimizer import make_optimizer, parameter_groups
 from pipeline.training.precision import Precision
 from pipeline.training.process_group import enter, join_process_group, limit_collectives
+from pipeline.training.rates import Multiple
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def load_model(context: RankContext) -> PreTrainedModel:
 
 
 def start_engine(
-    context: RankContext, model: PreTrainedModel, multiples: Mapping[str, float]
+    context: RankContext, model: PreTrainedModel, multiples: Mapping[str, Multiple]
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps a model whose parameters have been frozen as needed into the engine that computes ``SummedLoss``.
 
@@ -138,7 +139,7 @@ def start_engine(
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, compiles, train.float32_products)
-    optimizer = make_adamw(parameter_groups(model, train, multiples), train)
+    optimizer = make_optimizer(parameter_groups(model, train, multiples), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
     return engine

@@ -20,6 +20,7 @@ from pipeline.files import read_json
 from pipeline.models.families import Role, family_for
 from pipeline.models.inference.decoder import decoder_of
 from pipeline.models.reading import EXPANSION_FILE
+from pipeline.training.rates import Multiple
 from pipeline.training.selection import BY_EXPANSION, select_parameters
 
 
@@ -113,10 +114,10 @@ class ParameterRow:
     parameters: int
     trained: bool
     dtype: str  # of compute; the master weight of a trained parameter is float32
-    learning_rate_multiple: float = 1.0
+    learning_rate_multiple: float | Mapping[str, float] = 1.0  # of all of it, or of its parts by role
 
 
-def parameter_table(model: PreTrainedModel, multiples: Mapping[str, float]) -> list[ParameterRow]:
+def parameter_table(model: PreTrainedModel, multiples: Mapping[str, Multiple]) -> list[ParameterRow]:
     """Returns one row per parameter, in the model's order.
 
     Args:
@@ -130,8 +131,12 @@ def parameter_table(model: PreTrainedModel, multiples: Mapping[str, float]) -> l
         role = name if layer is None else name.partition(f".{layer}.")[2]
         dtype = str(parameter.dtype).removeprefix("torch.")
         size, trained = full_shape(parameter).numel(), parameter.requires_grad
-        rows.append(ParameterRow(layer, role, name, size, trained, dtype, multiples.get(name, 1.0)))
+        rows.append(ParameterRow(layer, role, name, size, trained, dtype, _of_roles(multiples.get(name, 1.0))))
     return rows
+
+
+def _of_roles(multiple: Multiple) -> float | dict[str, float]:
+    return {part.role: part.multiple for part in multiple} if isinstance(multiple, tuple) else multiple
 
 
 def format_table(rows: list[ParameterRow]) -> str:
@@ -164,7 +169,7 @@ def _signature(rows: list[ParameterRow]) -> tuple[tuple[str, int, bool], ...]:
 
 def _role_lines(rows: list[ParameterRow]) -> list[str]:
     """Returns one line for all roles if they are alike, and one per role otherwise."""
-    alike = len({(row.trained, row.dtype, row.learning_rate_multiple) for row in rows}) == 1
+    alike = len({(row.trained, _dtypes(row)) for row in rows}) == 1
     groups: dict[str, list[ParameterRow]] = {}
     for row in rows:
         groups.setdefault("all" if alike else row.role, []).append(row)
@@ -185,4 +190,8 @@ def _count(rows: list[ParameterRow]) -> int:
 def _dtypes(row: ParameterRow) -> str:
     text = f"{row.dtype}, master float32" if row.trained and row.dtype != "float32" else row.dtype
     multiple = row.learning_rate_multiple
-    return text if multiple == 1 else f"{text}, {multiple:.3g} times the learning rate"
+    if multiple == 1:
+        return text
+    if isinstance(multiple, Mapping):
+        return f"{text}, {', '.join(f'{role} {value:.3g}' for role, value in multiple.items())} times the learning rate"
+    return f"{text}, {multiple:.3g} times the learning rate"

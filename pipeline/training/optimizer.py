@@ -1,9 +1,9 @@
 """AdamW over the trained parameters, with parameter groups for weight decay and learning rates.
 
-Norms and biases are not decayed. A role may have its own learning rate, given as a multiple of the schedule's:
-after function-preserving surgery, the zero-initialized outputs (``o``, ``down``) are the only tensors that change in
-the first step. The scales of output norms that silence a new layer have their own rate by default; see
-``_silent_scales``.
+Norms and biases are not decayed. Tensors of the base may have their own learning rate, and so may a role, as a multiple
+of the schedule's: after function-preserving surgery, the zero-initialized outputs (``o``, ``down``) are the only
+tensors that change in the first step. The scales of output norms that silence a new layer have their own rate by
+default; see ``_silent_scales``.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from pipeline.config import Train
-from pipeline.errors import UserError
-from pipeline.models.families import Role
-from pipeline.models.reading import ModelDirectory
+from pipeline.files import read_json
+from pipeline.models.families import Role, family_for
+from pipeline.models.reading import EXPANSION_FILE, ModelDirectory
+from pipeline.training import rates
 from pipeline.training.freeze import full_shape, layer_of_parameter, new_layers, roles_of_parameters
+from pipeline.training.rates import Multiple
+from pipeline.training.selection import layers_at_learning_rate
 
 LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
+HAS_PARTS = "has_parts"  # key of a parameter group: whether its tensors have one multiple per element
+MULTIPLE: Literal["multiple"] = "multiple"  # key of the state of such tensors: the multiples, in their shape
 
 
-def learning_rate_multiples(section: str, model: PreTrainedModel, train: Train, model_dir: Path) -> dict[str, float]:
+def learning_rate_multiples(section: str, model: PreTrainedModel, train: Train, model_dir: Path) -> dict[str, Multiple]:
     """Returns the multiples of the learning rate of the trained parameters that have one, by name.
 
     Args:
@@ -36,22 +41,16 @@ def learning_rate_multiples(section: str, model: PreTrainedModel, train: Train, 
         model_dir: the directory that the model was loaded from.
 
     Raises:
-        UserError: ``role_learning_rates`` names a role that no trained parameter has.
+        UserError: ``base_learning_rate`` or ``role_learning_rates`` applies to no trained parameter.
     """
-    roles = roles_of_parameters(model)
-    trained = {name: roles[name] for name, p in model.named_parameters() if p.requires_grad and name in roles}
-    by_role = train.role_learning_rates
-    unused = set(by_role) - {role.name for role in trained.values()}
-    if unused:
-        known = sorted({role.name for role in roles.values()})
-        raise UserError(
-            setting=f"{section}.role_learning_rates",
-            value=", ".join(sorted(unused)),
-            rule=f"no trained parameter has this role; the model's roles are {', '.join(known)}",
-            remedy="Name the role of a trained parameter, or remove the setting.",
-        )
-    named = {name: by_role[role.name] for name, role in trained.items() if role.name in by_role}
-    return {**_silent_scales(model, trained, model_dir), **named}
+    roles, config = roles_of_parameters(model), model.config.to_dict()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    path = model_dir / EXPANSION_FILE
+    new = layers_at_learning_rate(train.trainable, read_json(path) if path.is_file() else {})
+    set_by_user = rates.requested_multiples(
+        section, train, family_for(config), config, layer_of_parameter(model), trained, new
+    )
+    return {**_silent_scales(model, {n: roles[n] for n in trained if n in roles}, model_dir), **set_by_user}
 
 
 def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_dir: Path) -> dict[str, float]:
@@ -84,7 +83,7 @@ def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_di
     }
 
 
-def parameter_groups(model: PreTrainedModel, train: Train, multiples: Mapping[str, float]) -> list[dict[str, Any]]:
+def parameter_groups(model: PreTrainedModel, train: Train, multiples: Mapping[str, Multiple]) -> list[dict[str, Any]]:
     """Groups the trained parameters for AdamW by weight decay and learning rate.
 
     Args:
@@ -92,21 +91,55 @@ def parameter_groups(model: PreTrainedModel, train: Train, multiples: Mapping[st
         train: the settings.
         multiples: of the learning rate, by parameter name.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float | None], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         # The dimension alone does not identify biases: gpt_oss stacks those of its experts in a matrix.
         is_bias = name.endswith("bias")
         decay = 0.0 if is_bias or len(full_shape(parameter)) < 2 else train.weight_decay
-        groups[decay, multiples.get(name, 1.0)].append(parameter)
+        multiple = multiples.get(name, 1.0)
+        groups[decay, None if isinstance(multiple, tuple) else multiple].append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, LR_MULTIPLE: multiple}
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            LR_MULTIPLE: 1.0 if multiple is None else multiple,
+            HAS_PARTS: multiple is None,
+        }
         for (decay, multiple), parameters in groups.items()
     ]
 
 
-def make_adamw(groups: list[dict[str, Any]], train: Train) -> torch.optim.AdamW:
-    """Returns torch's fused AdamW, on CPUs and GPUs alike."""
+def multiples_of_elements(multiple: Multiple, shape: torch.Size) -> torch.Tensor:
+    """Returns the multiple of the learning rate of every element of a fused tensor, in its shape."""
+    assert isinstance(multiple, tuple)
+    full = torch.ones(shape)
+    for part in multiple:
+        part.place.write(full, torch.full_like(part.place.read(full), part.multiple))
+    return full
+
+
+def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.AdamW:
+    """Returns torch's fused AdamW, on CPUs and GPUs alike, or ``PartwiseAdamW`` if a tensor has several rates."""
+    kind = PartwiseAdamW if any(group.get(HAS_PARTS) for group in groups) else torch.optim.AdamW
     betas = (train.beta1, train.beta2)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
+    return kind(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
+
+
+class PartwiseAdamW(torch.optim.AdamW):
+    """AdamW with a learning rate for every element of some tensors, which may be partitions that ZeRO has flattened.
+
+    A step of AdamW, its weight decay included, is proportional to the learning rate. So each element of the step is
+    multiplied by the element of ``state[tensor]["multiple"]``.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates all tensors."""
+        assert closure is None
+        rated = [t for group in self.param_groups if group[HAS_PARTS] for t in group["params"] if self.state[t]]
+        before = [tensor.detach().clone() for tensor in rated]
+        super().step()
+        for tensor, old in zip(rated, before, strict=True):
+            tensor.copy_(old.lerp_(tensor, self.state[tensor][MULTIPLE]))

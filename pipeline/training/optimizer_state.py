@@ -27,7 +27,11 @@ from deepspeed.utils import (
 from torch import nn
 from torch.nn.functional import pad
 
-StateKey = Literal["weight", "exp_avg", "exp_avg_sq"]
+from pipeline.training.freeze import full_shape
+from pipeline.training.optimizer import HAS_PARTS, MULTIPLE, multiples_of_elements
+from pipeline.training.rates import Multiple
+
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "multiple"]
 MOMENTS: tuple[StateKey, ...] = ("exp_avg", "exp_avg_sq")
 STATE_KEYS: tuple[StateKey, ...] = ("weight", *MOMENTS)
 
@@ -38,14 +42,21 @@ class OptimizerState:
     Args:
         engine: DeepSpeed's engine around torch's AdamW, before its first step.
         parameters: the trained parameters by their names in the model directory.
+        multiples: of the learning rate, by parameter name.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter], multiples: Mapping[str, Multiple]
+    ) -> None:
         self._engine = engine
         self._parameters = dict(parameters)
         self._zero0 = isinstance(engine.optimizer, torch.optim.Optimizer)  # AdamW itself, not wrapped by ZeRO
         self._zero3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
-        self._create_moments()
+        self._create_state()
+        # The multiples are not saved in checkpoints, since they follow from the settings.
+        for name, multiple in multiples.items():
+            if isinstance(multiple, tuple):
+                self.write(name, MULTIPLE, multiples_of_elements(multiple, full_shape(self._parameters[name])))
 
     def names(self) -> Iterator[str]:
         """Returns the names of the trained parameters, in the model's order."""
@@ -105,7 +116,7 @@ class OptimizerState:
 
     def set_step(self, step: int) -> None:
         """Sets AdamW's step count, from which it computes the bias corrections."""
-        for tensor in self._optimized_tensors():
+        for _, tensor in self._optimized_tensors():
             self._adamw.state[tensor]["step"].fill_(step)
 
     # ------------------------------------------------------------------------------------- AdamW's state
@@ -116,26 +127,31 @@ class OptimizerState:
         assert isinstance(optimizer, torch.optim.AdamW)
         return optimizer
 
-    def _optimized_tensors(self) -> list[torch.Tensor]:
-        """Returns the tensors that AdamW updates: flat float32 partitions, or the parameters themselves at ZeRO 0."""
-        optimizer = self._engine.optimizer
-        if self._zero3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        if isinstance(optimizer, DeepSpeedZeroOptimizer):
-            return list(optimizer.single_partition_of_fp32_groups)
-        if isinstance(optimizer, BF16_Optimizer):  # DeepSpeed's choice at ZeRO 1 in bfloat16
-            return list(optimizer.fp32_groups_flat_partition)
-        assert self._zero0, type(optimizer)
-        return list(self._parameters.values())
+    def _optimized_tensors(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Returns the tensors that AdamW updates, each with its parameter group.
 
-    def _create_moments(self) -> None:
+        They are flat float32 partitions, or the parameters themselves at ZeRO 0.
+        """
+        optimizer, groups = self._engine.optimizer, self._adamw.param_groups
+        if self._zero3:
+            partitions = enumerate(optimizer.fp32_partitioned_groups_flat)
+            return [(groups[optimizer.sub_group_to_group_id[index]], tensor) for index, tensor in partitions]
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            return list(zip(groups, optimizer.single_partition_of_fp32_groups, strict=True))
+        if isinstance(optimizer, BF16_Optimizer):  # DeepSpeed's choice at ZeRO 1 in bfloat16
+            return list(zip(groups, optimizer.fp32_groups_flat_partition, strict=True))
+        assert self._zero0, type(optimizer)
+        return [(group, parameter) for group in groups for parameter in group["params"]]
+
+    def _create_state(self) -> None:
         """Creates AdamW's state, which it would create in its first step, so that a checkpoint can be restored."""
-        for tensor in self._optimized_tensors():
+        for group, tensor in self._optimized_tensors():
             assert not self._adamw.state[tensor]
+            keys = (*MOMENTS, MULTIPLE) if group[HAS_PARTS] else MOMENTS
             self._adamw.state[tensor] = {
                 # A float32 tensor on the parameter's device, as torch's fused AdamW requires.
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
+                **{key: torch.zeros_like(tensor, requires_grad=False) for key in keys},
             }
         if not self._zero0 and not self._zero3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # maps parameters to slices of the moments

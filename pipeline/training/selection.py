@@ -49,6 +49,15 @@ def select_parameters(
     return chosen
 
 
+def layers_at_learning_rate(trainable: str, expansion: Mapping[str, Any]) -> set[int]:
+    """Returns the layers whose rate is ``learning_rate`` also if ``base_learning_rate`` is set.
+
+    These are the new layers, or the layers that ``matched`` trains in their place.
+    """
+    new = {entry["layer"] for entry in expansion.get("layers", ()) if entry["new"]}
+    return new or ({*expansion.get("matched", ())} if trainable == "matched" else set())
+
+
 def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
     """Compiles the setting as a regular expression.
 

@@ -149,7 +149,7 @@ def _prepare(context: RankContext) -> _TrainerParts:
         table=table,
         flops=flops,
         engine=engine,
-        optimizer_state=OptimizerState(engine, trained),
+        optimizer_state=OptimizerState(engine, trained, multiples),
         gradients=GradientNorms(engine, groups),
         steps=total_steps(settings, len(TokenBlocks(context.data_dir, "train"))),
     )

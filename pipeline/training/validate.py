@@ -62,6 +62,7 @@ def training_faults(
         except UserError as error:
             yield error
     yield from override_faults(section, train.deepspeed.overrides)
+    yield from _partial_offload(section, train)
     yield from _unknown_roles(section, train)
     # A plan for GPUs that this machine does not have says nothing about the compilers of the machine that has them.
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
@@ -89,6 +90,18 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
             value=", ".join(unknown),
             rule=f"the roles are {', '.join(sorted(known))}",
             remedy=f"Use one of them, such as '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', with the quotes.",
+        )
+
+
+def _partial_offload(section: str, train: Train) -> Iterator[UserError]:
+    """DeepSpeed updates what stays on the GPU with an AdamW of its own, which knows only whole tensors."""
+    zero = train.deepspeed.overrides.get("zero_optimization", {})
+    if train.role_learning_rates and zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        yield UserError(
+            setting=f"{section}.deepspeed.overrides",
+            value="zero_optimization.offload_optimizer.ratio",
+            rule="the part of the optimizer that it leaves on the GPU would ignore role_learning_rates",
+            remedy="Remove the ratio, so that all of the optimizer is offloaded.",
         )
 
 

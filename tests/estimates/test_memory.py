@@ -55,6 +55,16 @@ def test_each_zero_stage_partitions_what_deepspeed_documents() -> None:
     assert shares[0].weights == trained.shape.parameters * 4 + copies
 
 
+def test_tensors_with_several_rates_take_eight_bytes_more_per_parameter() -> None:
+    """The multiples, and the old weights during a step. Llama's tensors have one role each, and Phi-3's several."""
+    rates = {"role_learning_rates": {"q": 2.0}}
+    assert memory_of(_trained(), _setup(**rates)) == memory_of(_trained(), _setup())
+    shape = shape_of({**LLAMA3_8B, "model_type": "phi3"})
+    fused = trained_part("pretrain", "all", shape, {})
+    more = memory_of(fused, _setup(**rates)).optimizer - memory_of(fused, _setup()).optimizer
+    assert more == 8 * 32 * shape.layers[0].tensors["self_attn.qkv_proj.weight"][0] * 4096
+
+
 def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:
     setup = _setup()
     deeper = memory_of(_trained(layers=40, new=(36, 38)), setup)

@@ -13,16 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.config import Train
 from tests.training.forked import ForkedRanks
+from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
 from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
@@ -139,18 +138,14 @@ def reference(request: pytest.FixtureRequest, grown_dir: Path, blocks_dir: Path)
         {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=False)
-    arrays = [np.load(blocks_dir / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
-    order = np.concatenate([np.random.default_rng([0, epoch]).permutation(len(arrays[0])) for epoch in range(STEPS)])
     losses, norms = [], []
-    for step in range(STEPS):
-        chosen = order[step * train.global_batch : (step + 1) * train.global_batch]
-        ids, positions, mask = (torch.from_numpy(array[chosen].astype(np.int64)) for array in arrays)
-        loss = naive_loss(model, ids, positions, mask)
+    for step, batch in enumerate(naive_batches(blocks_dir, train)):
+        loss = naive_loss(model, *batch)
         loss.backward()
         norms.append(naive_norms(model))
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = naive_rate(step + 1)
+            group["lr"] = naive_rate(step + 1, STEPS, WARMUP)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -167,22 +162,6 @@ def naive_norms(model: torch.nn.Module) -> dict[str, float]:
             groups[place.rpartition(".")[2] if place in outputs else "rest"].append(parameter.grad.flatten())
     norms = {f"grad_norm/{group}": torch.cat(gradients).norm().item() for group, gradients in groups.items()}
     return {**norms, "grad_norm": math.hypot(*norms.values())}
-
-
-def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    documents = (positions == 0).cumsum(1)
-    seen = (documents[:, :, None] == documents[:, None, :]).tril()
-    bias = torch.zeros(seen.shape).masked_fill(~seen, -math.inf)[:, None]
-    logits = model(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False).logits
-    tokens = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return (tokens * mask[:, 1:].flatten()).sum() / mask[:, 1:].sum()
-
-
-def naive_rate(step: int) -> float:
-    """Returns 1e-3 after a linear warm-up, then a cosine decay to a tenth."""
-    if step <= WARMUP:
-        return 1e-3 * step / WARMUP
-    return 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2)
 
 
 # -------------------------------------------------------------------------------------------- tests

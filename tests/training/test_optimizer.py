@@ -9,7 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.training import freeze
-from pipeline.training.optimizer import LR_MULTIPLE, learning_rate_multiples, make_adamw, parameter_groups
+from pipeline.training.optimizer import (
+    LR_MULTIPLE,
+    learning_rate_multiples,
+    make_optimizer,
+    multiples_of_elements,
+    parameter_groups,
+)
 from tests.tiny_families import tiny_model
 from tests.training.small import train_settings
 
@@ -92,11 +98,48 @@ def test_a_learning_rate_for_a_role_that_does_not_train_is_refused(model: nn.Mod
     assert error.value.setting == "sft.role_learning_rates" and error.value.value == "q_norm"
 
 
+def test_the_base_has_its_own_rate_also_with_that_of_a_role(model: nn.Module, grown_dir: Path):
+    freeze.freeze_others(model, {name for name, _ in model.named_parameters()})
+    train = train_settings(base_learning_rate=2e-4, role_learning_rates={"o": 2.0})
+    found = learning_rate_multiples("pretrain", model, train, grown_dir)
+    assert found["model.embed_tokens.weight"] == found["model.layers.0.self_attn.q_proj.weight"] == 0.2
+    assert found["model.layers.0.self_attn.o_proj.weight"] == 0.4
+    assert found["model.layers.1.self_attn.o_proj.weight"] == 2.0
+    assert "model.layers.1.self_attn.q_proj.weight" not in found
+
+
+def test_a_rate_for_the_base_is_refused_if_only_new_layers_train(model: nn.Module, grown_dir: Path):
+    with pytest.raises(UserError, match="no tensor of the base model trains") as error:
+        learning_rate_multiples("sft", model, train_settings(base_learning_rate=2e-4), grown_dir)
+    assert error.value.setting == "sft.base_learning_rate"
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt_oss", "qwen2_moe"])
+def test_the_rates_of_parts_are_those_of_their_rows(family: str, tmp_path: Path):
+    """The oracle writes every part's rate where the part is read for expansion, and no element is left out."""
+    model = tiny_model(family)
+    role = "q" if family in ("phi3", "gpt_neox") else "gate"
+    found = learning_rate_multiples("pretrain", model, train_settings(role_learning_rates={role: 3.0}), tmp_path)
+    parts = {name: multiple for name, multiple in found.items() if isinstance(multiple, tuple)}
+    assert parts
+    for name, multiple in parts.items():
+        shape = model.get_parameter(name).shape
+        values = multiples_of_elements(multiple, shape)
+        if family == "gpt_neox":
+            heads = values.flatten(1).view(4, 3, -1) if values.ndim > 1 else values.view(4, 3, -1)
+            assert (heads[:, 0] == 3).all() and (heads[:, 1:] == 1).all()
+        elif family == "gpt_oss":
+            assert (values[..., ::2] == 3).all() and (values[..., 1::2] == 1).all()
+        else:
+            rows = {"phi3": 16, "qwen2_moe": shape[-2] // 2}[family]
+            assert (values[..., :rows, :] == 3).all() and (values[..., rows:, :] == 1).all()
+
+
 def test_a_step_equals_published_adamw():
     """Computes three steps of algorithm 2 of Loshchilov and Hutter (arXiv 1711.05101) by hand."""
     train = train_settings(learning_rate=0.01, beta1=0.9, beta2=0.95, epsilon=1e-8)
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
-    optimizer = make_adamw([{"params": [weight], "weight_decay": 0.1}], train)
+    optimizer = make_optimizer([{"params": [weight], "weight_decay": 0.1}], train)
     assert optimizer.defaults["fused"]
     expected, first, second = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
     for step, gradient in enumerate(([0.5, -0.1], [0.2, 0.3], [-0.4, 0.0]), start=1):

@@ -218,6 +218,20 @@ class Family:
             entry = None if any(part.role.name != first.role.name for part in others) else first
         return None if entry is None else self._complete_role(entry.role)
 
+    def parts(self, tensor_name: str, config: Config) -> list[tuple[Role, Place | None]]:
+        """The roles and places of what a tensor holds: one role without a place unless it is fused.
+
+        Empty outside the decoder layers.
+        """
+        split = self.split(tensor_name)
+        entry = None if split is None else self._entry(split[1])
+        if split is None or entry is None:
+            return []
+        if isinstance(entry, Parameter):
+            return [(self._complete_role(entry.role), None)]
+        places = entry.places(split[1], self.with_defaults(config))
+        return [(self._complete_role(role), place) for _, role, place in places]
+
     # ------------------------------------------------------------- checkpoints
 
     def layer_tensors(self, tensor_names: Iterable[str], config: Config) -> list[LayerTensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import gcd
@@ -53,6 +53,21 @@ def dimension(config: Config, name: str | int) -> int:
 
 
 @dataclass(frozen=True)
+class LinearMap:
+    """The matrix of a linear map, ``[rows, columns]``, or as many matrices as there are experts."""
+
+    role: str
+    rows: int
+    columns: int
+    count: int = 1
+
+    @property
+    def entries(self) -> int:
+        """The number of elements."""
+        return self.rows * self.columns * self.count
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One tensor of a layer.
 
@@ -74,6 +89,13 @@ class Parameter:
     def matrix_roles(self) -> set[str]:
         """The name of its role if it is a matrix."""
         return {self.role.name} if self.role.kind == "matrix" else set()
+
+    def linear_maps(self, config: Config) -> tuple[LinearMap, ...]:
+        """The matrix of its linear map. Empty for other tensors."""
+        if self.role.kind != "matrix" or len(self.shape) != 2:
+            return ()
+        rows, columns = (dimension(config, size) for size in self.shape)
+        return (LinearMap(self.role.name, rows, columns),)
 
     def exists(self, config: Config) -> bool:
         """Whether a model with this config has the tensor."""
@@ -107,6 +129,11 @@ class Fused:
     def matrix_roles(self) -> set[str]:
         """The names of the roles of its matrices."""
         return {role for part in self.parts.values() for role in part.matrix_roles}
+
+    def linear_maps(self, config: Config) -> tuple[LinearMap, ...]:
+        """The matrices of its parts."""
+        count = dimension(config, "num_experts") if self.stacked else 1
+        return tuple(replace(each, count=count) for part in self.parts.values() for each in part.linear_maps(config))
 
     def exists(self, config: Config) -> bool:
         """Whether a model with this config has the tensor."""

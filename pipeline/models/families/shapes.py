@@ -11,7 +11,7 @@ from math import prod
 from pipeline.errors import UserError
 from pipeline.models.families.family import Family
 from pipeline.models.families.inferred import family_for
-from pipeline.models.families.parameters import Config, Fused, Parameters, dimension, expert_share
+from pipeline.models.families.parameters import Config, Fused, LinearMap, Parameters, dimension, expert_share
 from pipeline.models.flops import matrix_entries
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,6 +24,7 @@ class LayerShape:
     Attributes:
         tensors: shapes by name within the layer, such as ``self_attn.q_proj.weight``.
         experts: names of the tensors that hold all experts of the layer.
+        linear_maps: the matrices of linear maps that a tensor holds, by name. Other tensors hold none.
         mlp_outputs: names of the matrices that write the output of the MLP or of experts.
         is_gated: whether the MLP multiplies two projections of its input.
         expert_share: the fraction of the layer's experts that a token is routed to.
@@ -32,6 +33,7 @@ class LayerShape:
 
     tensors: Shapes
     experts: frozenset[str]
+    linear_maps: Mapping[str, tuple[LinearMap, ...]]
     mlp_outputs: frozenset[str]
     is_gated: bool
     expert_share: Fraction
@@ -188,6 +190,7 @@ def _layer_shape(family: Family, config: Config, layer: int) -> LayerShape:
     return LayerShape(
         tensors={k: shape for name, entry in parameters.items() for k, shape in entry.shapes(name, config).items()},
         experts=frozenset(name for name, entry in parameters.items() if isinstance(entry, Fused) and entry.stacked),
+        linear_maps={name: maps for name, entry in parameters.items() if (maps := entry.linear_maps(config))},
         mlp_outputs=frozenset(name for name, roles in matrices.items() if "down" in roles),
         is_gated=any("gate" in roles for roles in matrices.values()),
         expert_share=expert_share(config),

@@ -1,0 +1,220 @@
+"""Ways to train apart from AdamW with one rate: each equals a plain loop, for all ZeRO stages and numbers of ranks.
+
+The model stores query, key and value as one tensor, and gate and up. The oracle updates every part of them as a tensor
+of its own, with torch's optimizers. One launch per number of ranks runs all cases in sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.config import Train
+from tests.training.forked import ForkedRanks
+from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
+from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+STEPS, STOP_AFTER = 6, 3
+HEADS, GROUPS, SIZE, UNITS = 3, 1, 8, 40
+RATES = {"role_learning_rates": {"q": 2.0, "gate": 3.0, "o": 0.5}}
+WAYS: dict[str, dict[str, Any]] = {
+    "rates": {"trainable": "all", "base_learning_rate": 2.5e-4, **RATES},
+}
+MakeTask = Callable[..., StageTask]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train on some ranks, at a ZeRO stage."""
+
+    way: str
+    ranks: int
+    zero: int
+    precision: str = "float32"
+
+    def settings(self) -> Train:
+        overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        deepspeed = {"zero_stage": self.zero, "overrides": overrides}
+        return train_settings(
+            steps=STEPS, warmup_fraction=0.0, precision=self.precision, deepspeed=deepspeed, **WAYS[self.way]
+        )
+
+
+CASES = [
+    *(Case("rates", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 1), (2, 2), (2, 3))),
+    Case("rates", 2, 1, "bfloat16"),
+    Case("rates", 2, 2, "bfloat16"),
+]
+INTERRUPTED = [Case("rates", 2, 2), Case("rates", 2, 3)]
+ELASTIC = [Case("rates", 1, 0)]  # resumed from two ranks at ZeRO 2
+
+
+@pytest.fixture(scope="module")
+def fused_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    """A random Phi-3 of 4 layers, of which 1 and 3 are new."""
+    directory = tmp_path_factory.mktemp("fused") / "model"
+    shutil.copytree(tiny_llama_dir, directory)
+    torch.manual_seed(1)
+    config = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=HEADS * SIZE, intermediate_size=UNITS, num_hidden_layers=4,
+        num_attention_heads=HEADS, num_key_value_heads=GROUPS, max_position_embeddings=256, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(directory)
+    layers = [{"layer": i, "new": i in NEW_LAYERS, "from": [i]} for i in range(4)]
+    (directory / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
+    return directory
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished tasks by case."""
+
+    straight: dict[Case, StageTask]
+    resumed: dict[Case, StageTask]
+    elastic: dict[Case, StageTask]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks, fused_dir: Path
+) -> Runs:
+    def make(case: Case, out: Path | None = None) -> StageTask:
+        task = make_task(case.settings(), case.ranks, out)
+        return replace(task, parents={**task.parents, "model": fused_dir})
+
+    straight, resumed, elastic = ({case: make(case) for case in cases} for cases in (CASES, INTERRUPTED, ELASTIC))
+    plan = [(task, STOP_AFTER) for task in resumed.values()]
+    plan += [(make(replace(case, ranks=2, zero=2), task.out), STOP_AFTER) for case, task in elastic.items()]
+    plan += [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
+    for ranks in (2, 1):
+        entries = [
+            {"task": task_to_json(task), "stop_after": stop} for task, stop in plan if task.launch.processes == ranks
+        ]
+        forked_ranks.run_plan(ranks, entries, tmp_path_factory.mktemp("launch"))
+    return Runs(straight, resumed, elastic)
+
+
+# ------------------------------------------------------------------------------------------- oracle
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a parameter, which the oracle updates by itself."""
+
+    parameter: nn.Parameter
+    rows: slice
+    leaf: nn.Parameter
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The losses of all steps, and the last weights."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def roles_and_rows(name: str) -> dict[str, slice]:
+    """Returns the rows of the parts of a parameter of Phi-3, by role."""
+    queries, keys = HEADS * SIZE, GROUPS * SIZE
+    if "qkv_proj" in name:
+        return {"q": slice(0, queries), "k": slice(queries, queries + keys), "v": slice(queries + keys, None)}
+    if "gate_up_proj" in name:
+        return {"gate": slice(0, UNITS), "up": slice(UNITS, None)}
+    return {"o" if "o_proj" in name else "other": slice(None)}
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def reference(request: pytest.FixtureRequest, fused_dir: Path, blocks_dir: Path) -> tuple[str, Reference]:
+    return request.param, naive_training(Case(request.param, 1, 0).settings(), fused_dir, blocks_dir)
+
+
+def naive_training(train: Train, model_dir: Path, blocks_dir: Path) -> Reference:
+    """Trains with a plain float32 loop."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    parts: list[Part] = []
+    groups: list[dict[str, Any]] = []
+    for name, parameter in model.named_parameters():
+        is_new = any(f"layers.{layer}." in name for layer in NEW_LAYERS)
+        parameter.requires_grad_(train.trainable == "all" or is_new)
+        if not parameter.requires_grad:
+            continue
+        for role, rows in roles_and_rows(name).items():
+            parts.append(Part(parameter, rows, nn.Parameter(parameter.detach()[rows].clone())))
+            multiple = 1.0 if is_new or train.base_learning_rate is None else train.base_learning_rate / 1e-3
+            groups.append({
+                "params": [parts[-1].leaf], "weight_decay": train.weight_decay if parameter.ndim == 2 else 0.0,
+                "multiple": multiple * train.role_learning_rates.get(role, 1.0),
+            })  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=False)
+    losses = []
+    for step, batch in enumerate(naive_batches(blocks_dir, train), start=1):
+        loss = naive_loss(model, *batch)
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], train.max_grad_norm)
+        for part in parts:
+            part.leaf.grad = part.parameter.grad[part.rows].clone()
+        for group in optimizer.param_groups:
+            group["lr"] = naive_rate(step, STEPS, 0) * group["multiple"]
+        optimizer.step()
+        with torch.no_grad():
+            for part in parts:
+                part.parameter[part.rows] = part.leaf
+    return Reference(losses, {name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+
+# -------------------------------------------------------------------------------------------- tests
+
+
+def test_losses_and_weights_equal_those_of_a_plain_loop(runs: Runs, reference: tuple[str, Reference]) -> None:
+    way, expected = reference
+    cases = [case for case in CASES if case.way == way and case.precision == "float32"]
+    for case in cases:
+        assert logged(runs.straight[case], "loss") == pytest.approx(expected.losses, rel=2e-6), case
+        for name, weight in load_file(runs.straight[case].out / "model.safetensors").items():
+            torch.testing.assert_close(weight, expected.weights[name], rtol=1e-4, atol=2e-6, msg=f"{case} {name}")
+
+
+def test_bfloat16_losses_equal_those_in_float32_up_to_rounding(runs: Runs, reference: tuple[str, Reference]) -> None:
+    way, expected = reference
+    for case in (case for case in CASES if case.way == way and case.precision == "bfloat16"):
+        assert logged(runs.straight[case], "loss") == pytest.approx(expected.losses, rel=5e-3), case
+
+
+@pytest.mark.parametrize("case", INTERRUPTED, ids=str)
+def test_an_interrupted_run_is_bitwise_equal_to_an_uninterrupted_one(runs: Runs, case: Case) -> None:
+    straight, resumed = runs.straight[case], runs.resumed[case]
+    assert logged(resumed, "loss") == logged(straight, "loss")
+    ours, theirs = (load_file(task.out / "model.safetensors") for task in (resumed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("case", ELASTIC, ids=str)
+def test_a_checkpoint_resumes_with_other_numbers_of_ranks_and_zero_stages(runs: Runs, case: Case) -> None:
+    expected = logged(runs.straight[replace(case, ranks=1, zero=0)], "loss")
+    assert logged(runs.elastic[case], "loss") == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_json_records_the_rates_of_parts(runs: Runs) -> None:
+    found = json.loads((runs.straight[Case("rates", 2, 2)].out / "training.json").read_text())
+    multiples = found["learning_rate_multiples"]
+    assert multiples["model.layers.1.self_attn.qkv_proj.weight"] == {"q": 2.0, "k": 1.0, "v": 1.0}
+    assert multiples["model.layers.0.mlp.gate_up_proj.weight"] == {"gate": 0.75, "up": 0.25}
+    assert multiples["model.layers.0.self_attn.o_proj.weight"] == 0.125
+    assert "model.layers.1.mlp.down_proj.weight" not in multiples
