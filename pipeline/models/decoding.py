@@ -1,4 +1,4 @@
-"""Decoding with a cache compared with decoding without one, and what a model applies to the output of its head."""
+"""How a model is called: masks for packed documents, decoding with a cache, and what follows the output of its head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 CACHES = ("past_key_values", "cache_params", "state")  # the names under which models return and take their cache
 DECODED_TOKENS = 8
@@ -27,6 +28,25 @@ class LogitTransform:
         divisor = getattr(config, "logits_scaling", None) or 1.0
         scale = (getattr(config, "logit_scale", None) or 1.0) / divisor
         return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def packed_mask(model: PreTrainedModel, position_ids: Tensor) -> Any:
+    """Returns the attention mask of blocks that hold several documents, none of which attends to another.
+
+    Most models create it themselves if they get no mask, from positions that restart at 0. Some do so without the
+    positions (gpt_oss, falcon), but all of them accept a finished mask.
+
+    Args:
+        model: its config decides about sliding windows, and its attention implementation about the mask's format.
+        position_ids: [batch, sequence].
+
+    Returns:
+        What the model takes as ``attention_mask``: a mask [batch, 1, sequence, sequence], one for each kind of layer,
+        or None where ``is_causal`` is sufficient.
+    """
+    # Only the shape of the embeddings without their width, their dtype and their device are used.
+    like_embeddings = model.get_input_embeddings().weight.new_empty((*position_ids.shape, 0))
+    return create_masks_for_generate(model.config, like_embeddings, None, None, position_ids=position_ids)
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from pipeline.models.decoding import LogitTransform
+from pipeline.models.decoding import LogitTransform, packed_mask
 from pipeline.training.attention import (
     BOUNDS_KEYWORD,
     DOCUMENTS,
@@ -205,21 +205,20 @@ class SummedLoss(nn.Module):
             position_ids: [batch, sequence]. Positions restart at 0 in every document.
             indices: of targets and documents. Computed from a mask on a GPU, they would make the host wait for it.
         """
-        # With neither a mask nor a cache, transformers detects packed documents by their positions and builds the mask
-        # that separates them. Attention by document needs no mask and receives the bounds instead, and flex_attention
-        # pairs of blocks.
-        keywords: dict[str, Any] = {}
+        # Attention by document needs no mask and receives the bounds of documents instead, and flex_attention pairs of
+        # blocks.
+        keywords: dict[str, Any] = {"attention_mask": None}
         if self._attention == FLEX:
-            keywords = {MASKS_KEYWORD: block_masks(position_ids, self._windows)}
+            keywords[MASKS_KEYWORD] = block_masks(position_ids, self._windows)
         elif self._attention == DOCUMENTS:
             if self._compiled:  # otherwise layers are recompiled for every number of documents in a batch
                 torch._dynamo.mark_dynamic(indices.bounds, 0)
-            keywords = {BOUNDS_KEYWORD: indices.bounds, FLOAT32_KEYWORD: self._float32_products}
+            keywords |= {BOUNDS_KEYWORD: indices.bounds, FLOAT32_KEYWORD: self._float32_products}
+        else:
+            keywords["attention_mask"] = packed_mask(self.model, position_ids)
         is_cast = self._autocast is not None
         with torch.autocast(input_ids.device.type, dtype=self._autocast) if is_cast else nullcontext():
-            output = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **keywords
-            )
+            output = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keywords)
             x_NH = output.last_hidden_state.flatten(0, 1).index_select(0, indices.predicting)
             weight = self.model.get_output_embeddings().weight
             if self._float32_products:

@@ -226,7 +226,7 @@ NOT_PLAIN = [name for name, config in TINY_CONFIGS.items() if "sliding_window" i
 def test_flex_attention_has_the_losses_and_gradients_of_eager_attention(family: str, cpu_backward: None):
     """Windows of 8 tokens, capped scores and sinks, in documents of up to 150 tokens, which are two blocks of keys.
 
-    Eager attention gets one document at a time: gpt_oss ignores their bounds when it creates its mask.
+    Eager attention gets one document at a time.
     """
     model = tiny_model(family, max_position_embeddings=256)
     blocks = [[150], [100, 1, 49]]
@@ -249,6 +249,18 @@ def test_flex_attention_has_the_losses_and_gradients_of_eager_attention(family: 
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0.0)
     for mine, theirs in zip(found[0][1:], found[1][1:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_masked_attention_has_the_losses_of_documents_on_their_own(family: str):
+    """Whether or not the model would separate packed documents by itself: gpt_oss does not."""
+    model, lengths = tiny_model(family), [20, 1, 19]
+    ids = torch.randint(3, 384, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    for implementation in ("sdpa", "eager") if model._supports_sdpa else ("eager",):
+        model.set_attn_implementation(implementation)
+        packed = loss_of(SummedLoss(model), ids, positions([lengths]))
+        alone = [loss_of(SummedLoss(model), d, torch.arange(d.shape[1])[None]) for d in ids.split(lengths, dim=1)]
+        torch.testing.assert_close(packed, sum(alone), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import one_line
-from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference
+from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference, packed_mask
 from pipeline.models.families.family import Family, Inference
 from pipeline.models.families.parameters import (
     EXPERT_COUNTS,
@@ -156,7 +156,9 @@ def why_not_trained(model: PreTrainedModel) -> str:
     positions = torch.arange(half)[None]
     body: Any = model.base_model
     try:
-        packed = body(input_ids=tokens, position_ids=positions.repeat(1, 2), attention_mask=None, use_cache=False)
+        both = positions.repeat(1, 2)
+        mask = packed_mask(model, both)
+        packed = body(input_ids=tokens, position_ids=both, attention_mask=mask, use_cache=False)
         alone = body(input_ids=tokens[:, half:], position_ids=positions, attention_mask=None, use_cache=False)
     except Exception as error:  # noqa: BLE001 - the modules of any family run here
         return f"it does not take positions of packed documents ({type(error).__name__}: {one_line(error)})"
