@@ -66,9 +66,27 @@ def test_a_run_from_load_to_report(finished: str, outputs: Path) -> None:
     report = outputs / "outputs" / "quickstart" / "report"
     rows = json.loads((report / "results.json").read_text())
     assert {row["target"] for row in rows} >= {"load", "expand", "pretrain", "sft"}
-    assert set(rows[0]) == {"run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better"}
+    assert set(rows[0]) == {
+        "run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better", "scores_of",
+    }  # fmt: skip
     assert (report / "report.md").exists() and (report / "report.html").exists() and list(report.glob("*.png"))
     assert "seconds by stage" in finished
+
+
+@SHARING
+def test_reused_scores_are_those_of_scoring_the_model_itself(shrunk: list[str], finished: str, outputs: Path) -> None:
+    """LLaMA Pro keeps the logits of the base."""
+
+    def samples() -> list[object]:
+        files = sorted((outputs / "outputs" / "quickstart" / "evaluate" / "expand" / "tasks").glob("*.json"))
+        return [read_json(file)["samples"] for file in files]
+
+    assert "scores of load, which has the same logits" in finished
+    reused = samples()
+    command = ["+experiment=quickstart", *shrunk, "stages=[evaluate]", "evaluate.targets=[load,expand]"]
+    status, output = run(*command, "force=[evaluate]", "evaluate.rescore=true", cwd=outputs)
+    assert status == EXIT_DONE and "same logits" not in output, output
+    assert samples() == reused != []
 
 
 @pytest.mark.parametrize("experiment", list_experiments([CONF]))

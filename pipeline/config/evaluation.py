@@ -31,6 +31,7 @@ class Evaluate(Section):
     prompt_format: Literal["plain", "chat"]  # shared by all targets
     dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
     batch_size: Annotated[Positive, NotInKey]  # sequences; fewer where they are long
+    rescore: Annotated[bool, NotInKey]  # score a model even if its logits are proved to be those of a scored one
 
     @field_validator("targets")
     @classmethod

@@ -45,6 +45,11 @@ class Expand(Section):
             del settings["probe_tokens"]
         return settings
 
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the expanded model computes exactly what the base does. The expand stage then verifies it."""
+        return False
+
     def with_matched_layers(self) -> Expand:
         """Returns the settings to use if a training stage has ``trainable=matched``. Most methods need not know."""
         return self

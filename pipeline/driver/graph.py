@@ -13,11 +13,12 @@ Nothing is read or built here, and no expansion method is known by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from pipeline.artifacts.store import Artifact, make_key
+from pipeline.artifacts.task import SAME_LOGITS
 from pipeline.config import (
     Evaluate,
     EvaluateSnapshot,
@@ -71,7 +72,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Node:
-    """An artifact of a run, which may or may not exist yet."""
+    """An artifact of a run, which may or may not exist yet.
+
+    ``reuses`` are artifacts with results that are also this one's. They save time if they exist when it is built, and
+    change nothing else, so they are not in the key.
+    """
 
     name: str  # "load", "tokenize/corpus", "evaluate/sft"
     stage: str
@@ -79,6 +84,7 @@ class Node:
     parents: Mapping[str, Node] = field(repr=False)  # role -> node
     seed: int
     artifact: Artifact
+    reuses: Mapping[str, Node] = field(default_factory=dict, repr=False)  # role -> node
 
 
 class _Builder:
@@ -126,9 +132,12 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     graph.add("pretrain", _with_snapshots(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
     graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
     own_tasks = {f"task/{name}": content for name, content in inputs.tasks.items()}
-    for target in run.evaluate.models():
+    for target in sorted(run.evaluate.models(), key=lambda target: target.order):
         parents = {"model": target.stage, "corpus": "tokenize/corpus"}
         graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter, **own_tasks)
+    base, expanded = (graph.nodes.get(Target(stage).role) for stage in ("load", "expand"))
+    if base and expanded and run.expansion.keeps_logits and not run.evaluate.rescore:
+        graph.nodes[expanded.name] = replace(expanded, reuses={SAME_LOGITS: base})
     report = make_report(run, [(run, graph.nodes)])
     graph.nodes["report"] = report
     return graph.nodes

@@ -133,10 +133,11 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
 
 def make_task(run: Settings, node: Node) -> StageTask:
     """Create the task for the stage's function."""
+    existing = {role: other for role, other in node.reuses.items() if other.artifact.is_complete()}
     return StageTask(
         name=node.name,
         settings=node.settings,
-        parents={role: parent.artifact.path for role, parent in node.parents.items()},
+        parents={role: parent.artifact.path for role, parent in {**node.parents, **existing}.items()},
         out=node.artifact.partial,
         seed=node.seed,
         launch=run.launch,

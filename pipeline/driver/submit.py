@@ -174,7 +174,8 @@ def _queue_all(jobs: Sequence[StageJob], console: Console) -> None:
 
 
 def _parent_keys(job: StageJob) -> list[str]:
-    return list(dict.fromkeys(parent.artifact.key for parent in job.node.parents.values()))
+    awaited = [*job.node.parents.values(), *job.node.reuses.values()]
+    return list(dict.fromkeys(node.artifact.key for node in awaited))
 
 
 def _write(job: StageJob) -> None:

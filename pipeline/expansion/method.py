@@ -94,11 +94,6 @@ class Method(Expand):
         return [*base.gaps_between_like_layers, last] if self.like_layers == "sources" else [*range(last + 1)]
 
     @property
-    def keeps_logits(self) -> bool:
-        """Whether the expanded model computes exactly what the base does. The expand stage then verifies it."""
-        return False
-
-    @property
     def scales_outputs(self) -> bool:
         """Whether it changes what new layers add to the residual stream by a factor, which some models do not allow."""
         return self.keeps_logits

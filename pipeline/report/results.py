@@ -33,6 +33,7 @@ class Result(TypedDict):
     stderr: float | None
     n: int | None
     higher_is_better: bool | None  # as the task declares; null if it does not
+    scores_of: str | None  # the target that was scored instead, because its logits are the same; null for its own
 
 
 def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
@@ -42,10 +43,12 @@ def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
 
 def _scores(run: RunArtifacts) -> Iterator[Result]:
     for target in run.scored_targets():
-        for row in (run.evaluation(target) or {"rows": []})["rows"]:
+        evaluation = run.evaluation(target) or {"rows": []}
+        for row in evaluation["rows"]:
             yield _result(
                 run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"],
                 row.get("higher_is_better"),  # which evaluations by earlier versions do not record
+                evaluation.get("scores_of"),
             )  # fmt: skip
 
 
@@ -76,8 +79,9 @@ def _costs(run: RunArtifacts) -> Iterator[Result]:
 def _result(
     run: RunArtifacts, target: str, task: str, metric: str, value: float,
     stderr: float | None = None, n: int | None = None, higher_is_better: bool | None = None,
+    scores_of: str | None = None,
 ) -> Result:  # fmt: skip
     return Result(
         run=run.name, method=run.method, target=target, task=task, metric=metric, value=value, stderr=stderr, n=n,
-        higher_is_better=higher_is_better,
+        higher_is_better=higher_is_better, scores_of=scores_of,
     )  # fmt: skip

@@ -35,6 +35,10 @@ class Scores:
         """Returns every (task, metric) that was scored, in the order of the evaluation."""
         return list(dict.fromkeys((task, metric) for _, _, task, metric in self._results))
 
+    def reused(self) -> list[tuple[str, str]]:
+        """Returns (target, other) for every target that has the scores of another, because its logits are the same."""
+        return sorted({(each["target"], each["scores_of"]) for each in self._results.values() if each["scores_of"]})
+
     def targets(self, run: str) -> list[str]:
         """Returns the finished models of a run that were scored, from base to tuned."""
         return [target for target in self.all_targets(run) if target in MODEL_TARGETS]

@@ -39,11 +39,12 @@ def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[
     if not scores.task_metrics():
         return []
     blocks = ["## Scores", *_picture(figures, "scores")]
+    legend = " ".join([LEGEND, *(_reused_note(*names) for names in scores.reused())])
     if len(runs) == 1:
-        blocks += [table(tables.score_table(scores, runs[0].name)), LEGEND]
+        blocks += [table(tables.score_table(scores, runs[0].name)), legend]
         changes = ["### Change per stage", table(tables.difference_table(scores, runs[0].name))]
         return [*blocks, *(changes if len(scores.targets(runs[0].name)) > 1 else [])]
-    blocks.append(LEGEND)
+    blocks.append(legend)
     for target in ("expand", "pretrain", "sft"):
         if any(target in scores.targets(run.name) for run in runs):
             blocks += [
@@ -58,6 +59,13 @@ def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[
     for run in runs:
         blocks += [f"### By target: {escape(labels(runs)[run.name])}", table(tables.score_table(scores, run.name))]
     return blocks
+
+
+def _reused_note(target: str, other: str) -> str:
+    return (
+        f"The {TARGET_NAMES[target]} model was not scored itself: its logits equal those of the {TARGET_NAMES[other]} "
+        "model, so their scores are equal too (`evaluate.rescore=true` scores it as well)."
+    )
 
 
 def training(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:

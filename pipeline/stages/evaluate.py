@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from typing import Any
 
-from pipeline.artifacts.task import Metrics, StageTask
+from pipeline.artifacts.task import SAME_LOGITS, Metrics, StageTask
 from pipeline.config import Evaluate, EvaluateSnapshot
 from pipeline.evaluation.harness import ScoringJob, score
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.launch.machine import detect_machine, place
 from pipeline.training.snapshots import materialize_snapshot
 
@@ -17,7 +19,8 @@ EVALUATION_FILE = "evaluation.json"
 def run(task: StageTask) -> Metrics:
     """Writes ``tasks/<task>.json`` for every task, and ``evaluation.json``.
 
-    Tasks that an interrupted attempt completed are not scored again.
+    Tasks that an interrupted attempt completed are not scored again. If the expand stage found the model's logits to be
+    exactly the base's, and the base has been scored, nothing is scored at all.
 
     Raises:
         UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
@@ -25,6 +28,8 @@ def run(task: StageTask) -> Metrics:
     settings = task.settings
     assert isinstance(settings, Evaluate)
     model = task.parents["model"]
+    if SAME_LOGITS in task.parents and _keeps_logits(model):
+        return _metrics(_copy_scores(task.parents[SAME_LOGITS], task.out))
     if isinstance(settings, EvaluateSnapshot):
         # A snapshot holds only the trained weights. The complete model is removed after it has been scored.
         model = task.out / "model"
@@ -34,8 +39,29 @@ def run(task: StageTask) -> Metrics:
     if model != task.parents["model"]:
         shutil.rmtree(model)
     write_json(task.out / EVALUATION_FILE, evaluation)
+    return _metrics(evaluation)
+
+
+def _keeps_logits(model: Path) -> bool:
+    difference = read_json(model / "manifest.json")["metrics"]["check"]["logit_difference"]
+    return difference is not None and float(difference) == 0.0
+
+
+def _copy_scores(scored: Path, out: Path) -> dict[str, Any]:
+    """Writes the evaluation of the model with the same logits, and whose it is."""
+    shutil.copytree(scored / "tasks", out / "tasks", dirs_exist_ok=True)
+    target = read_json(scored / "manifest.json")["stage"].partition("/")[2]
+    evaluation = {**read_json(scored / EVALUATION_FILE), "scores_of": target}
+    write_json(out / EVALUATION_FILE, evaluation)
+    return evaluation
+
+
+def _metrics(evaluation: dict[str, Any]) -> Metrics:
     columns = ["task", "metric", "value", "stderr", "n"]
     return {
         "scores": {f"{row['task']}/{row['metric']}": row["value"] for row in evaluation["rows"]},
         "table": {"columns": columns, "rows": [[row[name] for name in columns] for row in evaluation["rows"]]},
+        "read": [f"scores of {evaluation['scores_of']}, which has the same logits"]
+        if "scores_of" in evaluation
+        else [],
     }

@@ -36,6 +36,7 @@ AFTER_SFT = {"sft", "evaluate/sft", "report"}
     [
         "tracking=online", "launch.processes=2", "launch.threads=1", "pretrain.micro_batch=2",
         "pretrain.checkpoint_every_steps=3", "pretrain.deepspeed.zero_stage=3", "evaluate.batch_size=4",
+        "evaluate.rescore=true",
         "pretrain.snapshot_at=[0.5]", "sft.keep_checkpoints=4",
         "force=[expand]", "stages=[load]", "output_dir=elsewhere",
     ],
@@ -132,6 +133,18 @@ def test_the_report_on_a_sweep_depends_on_every_job() -> None:
     node = make_report(runs[0], graphs)
     assert "q/lesa:expand" in node.parents and "q/none:evaluate/sft" in node.parents
     assert not any(role.endswith(":report") for role in node.parents)
+
+
+def test_a_model_that_keeps_the_logits_reuses_the_scores_of_the_base() -> None:
+    """In any order of targets, and only if both are scored."""
+
+    def reused(*overrides: str) -> dict[str, list[str]]:
+        nodes = build_graph(_settings(*overrides), INPUTS)
+        return {name: [other.name for other in node.reuses.values()] for name, node in nodes.items() if node.reuses}
+
+    assert reused() == reused("evaluate.targets=[sft,expand,load]") == {"evaluate/expand": ["evaluate/load"]}
+    for override in ("expand=average", "evaluate.rescore=true", "evaluate.targets=[expand,sft]"):
+        assert reused(override) == {}
 
 
 def test_evaluating_a_snapshot_adds_a_node_and_changes_no_other_key() -> None:

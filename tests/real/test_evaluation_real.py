@@ -33,6 +33,7 @@ def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
         prompt_format="plain",
         dtype="auto",
         batch_size=32,
+        rescore=False,
     )
     placement = Placement(device="cpu", processes=1, threads=detect_machine().cores)
     (row,) = score(ScoringJob("evaluate/load", model, out, out, placement), settings)["rows"]

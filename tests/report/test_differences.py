@@ -20,7 +20,7 @@ from pipeline.report.significance import critical_value
 def _row(value: float, stderr: float | None = 0.01, metric: str = "acc", run: str = "r") -> Result:
     return Result(
         run=run, method="m", target="t", task="task", metric=metric, value=value, stderr=stderr, n=None,
-        higher_is_better=None,
+        higher_is_better=None, scores_of=None,
     )  # fmt: skip
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.artifacts.task import StageTask, TrackingTarget, task_from_json, task_to_json
+from pipeline.artifacts.task import SAME_LOGITS, StageTask, TrackingTarget, task_from_json, task_to_json
 from pipeline.config import Evaluate, EvaluateSnapshot, Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
 from pipeline.stages import evaluate
@@ -50,6 +50,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
     values = {
         "tasks": list(BUNDLED), "include_path": None, "targets": ["load"], "num_fewshot": None, "limit": 12,
         "held_out_characters": 4000, "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
+        "rescore": False,
     }  # fmt: skip
     out.mkdir(exist_ok=True)
     launch = cpu_launch(processes=2)
@@ -73,6 +74,28 @@ def test_all_bundled_tasks_have_scores_with_standard_errors(tiny_llama_dir: Path
     assert all(first["ids"] for first in evaluation["first_tokens"])
     assert metrics["table"]["columns"] == ["task", "metric", "value", "stderr", "n"]
     assert len(metrics["table"]["rows"]) == len(rows)
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-7])
+def test_a_model_with_exactly_the_same_logits_has_the_scores_of_the_other(
+    difference: float, tiny_llama_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Of a model that cannot be loaded, which shows whether it was scored."""
+    scored = _task(tiny_llama_dir, corpus, tmp_path / "scored", tasks=["held_out_text"])
+    expected = evaluate.run(scored)
+    write_json(scored.out / "manifest.json", {"stage": "evaluate/load"})
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model" / "manifest.json", {"metrics": {"check": {"logit_difference": difference}}})
+    task = _task(tmp_path / "model", corpus, tmp_path / "out", tasks=["held_out_text"])
+    task = replace(task, parents={**task.parents, SAME_LOGITS: scored.out})
+    if difference:
+        with pytest.raises(ValueError, match="Unrecognized model"):
+            evaluate.run(task)
+        return
+    assert evaluate.run(task)["scores"] == expected["scores"]
+    assert read_json(task.out / "evaluation.json")["scores_of"] == "load"
+    file = Path("tasks", "held_out_text.json")
+    assert (task.out / file).read_bytes() == (scored.out / file).read_bytes()
 
 
 def test_bits_per_byte_follow_from_the_values_per_document(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
