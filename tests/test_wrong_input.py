@@ -401,6 +401,8 @@ def test_online_tracking_without_a_login(
         ("sft.float32_products", ["sft.float32_products=true", "sft.deepspeed.zero_stage=0"]),
         ("pretrain.trainable", ["pretrain.trainable=layers.(3"]),
         ("sft.trainable", ["sft.trainable=no_such_name"]),
+        ("sft.trainable", ["sft.trainable=new_layers+embedings"]),
+        ("pretrain.trainable", ["pretrain.trainable=all+/layers.(3/"]),
         ("sft.trainable", ["sft.trainable=new_layers", "expand=none"]),
         ("expand.new_layers", ["pretrain.trainable=matched", "expand=none", "expand.new_layers=5"]),
         ("expand.new_layers", ["pretrain.trainable=matched", "expand=none", "expand.new_layers=0"]),

@@ -58,8 +58,8 @@ class Settings(Section):
 
     @property
     def expansion(self) -> Expand:
-        """The settings of expand, which depend on whether a training stage has ``trainable=matched``."""
-        matched = "matched" in (self.pretrain.trainable, self.sft.trainable)
+        """The settings of expand, which depend on whether a training stage trains ``matched`` layers."""
+        matched = "matched" in (*self.pretrain.trainable_terms, *self.sft.trainable_terms)
         return self.expand.with_matched_layers() if matched else self.expand
 
     @property

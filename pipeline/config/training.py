@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,7 +10,22 @@ from pydantic import Field, model_validator
 
 from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, NotInKeyIf, Positive, PositiveFloat, Section
 
+# What ``trainable`` can name. The first three depend on ``expansion.json``.
+TRAINABLE_WORDS = ("auto", "new_layers", "matched", "all", "embeddings", "norms", "head")
+_TERM = r"[a-z_]+|/[^/]+/"
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
+
+
+def trainable_terms(trainable: str) -> list[str]:
+    """Splits a value of ``trainable`` into words and regular expressions between slashes.
+
+    A value with neither a known word nor slashes is one regular expression, in which a plus sign has its usual meaning.
+    """
+    if re.fullmatch(rf"({_TERM})(\+({_TERM}))*", trainable):
+        terms = re.findall(_TERM, trainable)
+        if any(term in TRAINABLE_WORDS or term.startswith("/") for term in terms):
+            return terms
+    return [f"/{trainable}/"]
 
 
 class DeepSpeed(Section):
@@ -45,7 +61,7 @@ class Train(Section):
     beta2: DecayRate
     epsilon: PositiveFloat
     max_grad_norm: PositiveFloat
-    trainable: str  # auto | new_layers | matched | all | a regular expression over parameter names
+    trainable: str  # words of TRAINABLE_WORDS and /regular expressions/ joined by +, or one regular expression
     precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32
     evaluate_at: list[Fraction]  # fractions of the steps at which to compute the held-out loss
     held_out_blocks: Positive  # blocks of sequence_length tokens for the held-out loss
@@ -64,6 +80,11 @@ class Train(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs; the other is null")
         return self
+
+    @property
+    def trainable_terms(self) -> list[str]:
+        """The words and regular expressions of ``trainable``, see ``trainable_terms``."""
+        return trainable_terms(self.trainable)
 
     def compiles(self, device: str) -> bool:
         """Returns whether layers are compiled on "cpu" or "cuda". ``auto`` compiles on GPUs where it is possible."""

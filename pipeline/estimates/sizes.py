@@ -87,8 +87,7 @@ def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[
     Raises:
         UserError: nothing would train.
     """
-    layers = {name: layer for name, layer, _ in shape.tensors()}
-    names = select_parameters(section, trainable, layers, expansion)
+    names = select_parameters(section, trainable, shape, expansion)
     return Trained(shape, frozenset(names), frozenset(layers_at_learning_rate(trainable, expansion)))
 
 
@@ -112,7 +111,7 @@ class Sizes:
             "trains": self.method.trains,
             "layers": self.layers.to_json(),
         }
-        if train.trainable == "matched":
+        if "matched" in train.trainable_terms:
             expansion["matched"] = self.method.matched_layers(len(self.base.layers))
         return trained_part(section, train.trainable, self.grown, expansion)
 

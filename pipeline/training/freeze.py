@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.config.training import trainable_terms
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.models.families import Role, family_for
+from pipeline.models.families import Role, family_for, shape_of
 from pipeline.models.inference.decoder import decoder_of
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.rates import Multiple
@@ -30,9 +31,11 @@ def select_trainable(section: str, trainable: str, model: PreTrainedModel, model
     Raises:
         UserError: no parameter would train, or the model directory does not record which layers are new.
     """
-    layers = layer_of_parameter(model)
-    expansion = _read_expansion(section, trainable, model_dir) if trainable in BY_EXPANSION else {}
-    return select_parameters(section, trainable, layers, expansion)
+    needs_expansion = not BY_EXPANSION.isdisjoint(trainable_terms(trainable))
+    expansion = _read_expansion(section, trainable, model_dir) if needs_expansion else {}
+    names = select_parameters(section, trainable, shape_of(model.config.to_dict()), expansion)
+    assert names <= layer_of_parameter(model).keys(), "the model has other parameters than its config describes"
+    return names
 
 
 def _read_expansion(section: str, trainable: str, model_dir: Path) -> dict[str, Any]:

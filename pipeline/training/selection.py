@@ -3,49 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
+from pipeline.config.training import TRAINABLE_WORDS, trainable_terms
 from pipeline.errors import UserError
 from pipeline.expansion.methods import built_in_method
+from pipeline.models.families import Shape
 
-BY_EXPANSION = ("auto", "new_layers", "matched")  # they depend on ``expansion.json``
-NAMED_CHOICES = (*BY_EXPANSION, "all")
+BY_EXPANSION = frozenset({"auto", "new_layers", "matched"})  # they depend on ``expansion.json``
 
 
-def select_parameters(
-    section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]
-) -> set[str]:
-    """Returns the names of the parameters that train.
+def select_parameters(section: str, trainable: str, shape: Shape, expansion: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the parameters that train: all that any term of the setting selects.
 
     ``auto`` selects what the expansion method trains by default: the new layers if it inserts some, and all parameters
     if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. ``matched`` selects
-    the new layers, or if there are none, as many layers of the base where a method would have inserted them. Any other
-    value is a regular expression that may match any part of a parameter name.
+    the new layers, or if there are none, as many layers of the base where a method would have inserted them.
+    ``embeddings``, ``norms`` and ``head`` select these of the full model. A regular expression may match any part of a
+    parameter name.
 
     Args:
         section: "pretrain" or "sft", for the messages.
         trainable: the setting.
-        layers: the decoder layer of every parameter, None outside of them.
+        shape: the tensors of the model.
         expansion: the content of ``expansion.json``; only used for ``BY_EXPANSION``.
 
     Raises:
-        UserError: no parameter would train.
+        UserError: a term is wrong, or selects no parameter.
     """
-    if trainable == "all":
-        return set(layers)
-    if trainable in BY_EXPANSION:
-        return _by_expansion(section, trainable, layers, expansion)
-    pattern = trainable_pattern(section, trainable)
-    chosen = {name for name in layers if pattern.search(name)}
-    if not chosen:
-        example = next(name for name, layer in layers.items() if layer is not None)
-        raise UserError(
-            setting=f"{section}.trainable",
-            value=trainable,
-            rule="no parameter name matches it, so nothing would train",
-            remedy=f"Correct the pattern. Parameter names look like {example}.",
-        )
+    check_terms(section, trainable)
+    layers = {name: layer for name, layer, _ in shape.tensors()}
+    chosen: set[str] = set()
+    for term in trainable_terms(trainable):
+        match term:
+            case "all":
+                chosen |= layers.keys()
+            case "embeddings":
+                chosen |= shape.embeddings
+            case "norms":
+                chosen |= shape.norms
+            case "head":
+                chosen.add(shape.head)
+            case _ if term in BY_EXPANSION:
+                chosen |= _by_expansion(section, term, layers, expansion)
+            case _:
+                chosen |= _matching(section, trainable, term, layers)
     return chosen
 
 
@@ -55,24 +59,53 @@ def layers_at_learning_rate(trainable: str, expansion: Mapping[str, Any]) -> set
     These are the new layers, or the layers that ``matched`` trains in their place.
     """
     new = {entry["layer"] for entry in expansion.get("layers", ()) if entry["new"]}
-    return new or ({*expansion.get("matched", ())} if trainable == "matched" else set())
+    return new or ({*expansion.get("matched", ())} if "matched" in trainable_terms(trainable) else set())
 
 
-def trainable_pattern(section: str, trainable: str) -> re.Pattern[str]:
-    """Compiles the setting as a regular expression.
+def check_terms(section: str, trainable: str) -> None:
+    """Checks the words and regular expressions of the setting.
 
     Raises:
-        UserError: the setting is not a valid regular expression.
+        UserError: a word does not exist, or a regular expression is not valid.
     """
-    try:
-        return re.compile(trainable)
-    except re.error as error:
+    for term in trainable_terms(trainable):
+        if not term.startswith("/"):
+            if term not in TRAINABLE_WORDS:
+                raise UserError(
+                    setting=f"{section}.trainable",
+                    value=trainable,
+                    rule=f"{term!r} is none of {', '.join(TRAINABLE_WORDS)}",
+                    remedy=f"{_near([term])}Put a regular expression between slashes, such as new_layers+/lm_head/.",
+                )
+            continue
+        try:
+            re.compile(term[1:-1])
+        except re.error as error:
+            raise UserError(
+                setting=f"{section}.trainable",
+                value=trainable,
+                rule=f"it is neither {', '.join(TRAINABLE_WORDS)} nor a valid regular expression: {error}",
+                remedy="Correct the expression. It may match any part of a parameter name.",
+            ) from error
+
+
+def _near(terms: Iterable[str]) -> str:
+    near = {match: None for term in terms for match in get_close_matches(term, TRAINABLE_WORDS, 1)}
+    return f"Did you mean {' or '.join(near)}? " if near else ""
+
+
+def _matching(section: str, trainable: str, term: str, layers: Mapping[str, int | None]) -> set[str]:
+    pattern = re.compile(term[1:-1])
+    chosen = {name for name in layers if pattern.search(name)}
+    if not chosen:
+        example = next(name for name, layer in layers.items() if layer is not None)
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
-            rule=f"it is neither {', '.join(NAMED_CHOICES)} nor a valid regular expression: {error}",
-            remedy="Correct the expression. It may match any part of a parameter name.",
-        ) from error
+            rule="no parameter name matches it, so nothing would train",
+            remedy=f"{_near(term[1:-1].split('+'))}Correct the pattern. Parameter names look like {example}.",
+        )
+    return chosen
 
 
 def split_parameter_error(section: str, parameter: str) -> UserError:

@@ -13,7 +13,7 @@ from pipeline.launch.environment import code_cache_faults, missing_for_compilati
 from pipeline.launch.machine import Machine, place, requested_placement
 from pipeline.models.families import role_names
 from pipeline.training.deepspeed_config import override_faults
-from pipeline.training.selection import NAMED_CHOICES, trainable_pattern
+from pipeline.training.selection import check_terms
 
 
 def training_faults(
@@ -56,11 +56,10 @@ def training_faults(
             rule="the optimizer can only be offloaded from ZeRO 1 on, and zero_stage is 0",
             remedy=f"Set {section}.deepspeed.zero_stage=2 or {section}.deepspeed.offload_optimizer=false.",
         )
-    if train.trainable not in NAMED_CHOICES:
-        try:
-            trainable_pattern(section, train.trainable)
-        except UserError as error:
-            yield error
+    try:
+        check_terms(section, train.trainable)
+    except UserError as error:
+        yield error
     yield from override_faults(section, train.deepspeed.overrides)
     yield from _partial_offload(section, train)
     yield from _unknown_roles(section, train)

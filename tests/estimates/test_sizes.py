@@ -25,7 +25,10 @@ EXPANSION = {
     "method": "copy",
     "layers": [{"layer": layer, "new": layer in (1, 3), "from": [layer]} for layer in range(4)],
 }
-CHOICES = ["auto", "all", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head"]
+CHOICES = [
+    "auto", "all", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head", "new_layers+embeddings+norms",
+    "head+/layers.2.*norm/",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "mixtral", "gpt_oss"])

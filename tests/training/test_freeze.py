@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.training import freeze
+from tests.tiny_families import tiny_model
 
 
 @pytest.fixture
@@ -74,6 +75,45 @@ def test_layer_1_is_not_confused_with_layer_11():
 def test_a_pattern_is_searched_in_parameter_names(model: nn.Module, grown_dir: Path):
     chosen = freeze.select_trainable("pretrain", r"layers\.[01]\..*norm", model, grown_dir)
     assert len(chosen) == 4 and layers_of(model, chosen) == {0, 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "stablelm", "qwen3_moe", "olmo2"])
+def test_words_select_modules_of_their_kind_in_addition_to_layers(family: str, tmp_path: Path, grown_dir: Path):
+    """Every kind of module is found by its class, except that RMS norms share no base class."""
+    shutil.copy(grown_dir / "expansion.json", tmp_path)
+    model = tiny_model(family, tie_word_embeddings=family == "llama")
+    new = {name for name, layer in freeze.layer_of_parameter(model).items() if layer in (1, 3)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    norms = {names[id(p)] for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters()}
+    embeddings = {
+        names[id(p)] for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+    head = {names[id(model.get_output_embeddings().weight)]}
+    assert (head == embeddings) == (family == "llama")
+
+    def chosen(trainable: str) -> set[str]:
+        return freeze.select_trainable("pretrain", trainable, model, tmp_path)
+
+    assert chosen("new_layers+embeddings+norms") == new | embeddings | norms
+    assert chosen("norms") == norms and chosen("head") == head
+    assert chosen("embeddings+/[13].*mlp/") == embeddings | {name for name in new if "mlp" in name}
+    assert chosen("auto+head+norms") == new | head | norms
+
+
+@pytest.mark.parametrize(
+    "trainable, near",
+    [("new_layers+embedings", "embeddings"), ("new_layer+norm", "new_layers or norms"), ("macthed", "matched")],
+)
+def test_similar_words_are_suggested(model: nn.Module, grown_dir: Path, trainable: str, near: str):
+    with pytest.raises(UserError) as error:
+        freeze.select_trainable("pretrain", trainable, model, grown_dir)
+    assert f"Did you mean {near}?" in error.value.remedy
+
+
+def test_a_plus_sign_in_a_regular_expression_keeps_its_meaning(model: nn.Module, grown_dir: Path):
+    chosen = freeze.select_trainable("pretrain", r"layers\.[0-2]+\.mlp", model, grown_dir)
+    assert layers_of(model, chosen) == {0, 1, 2} and len(chosen) == 9
+    assert freeze.select_trainable("pretrain", "e+mbed", model, grown_dir) == {"model.embed_tokens.weight"}
 
 
 @pytest.mark.parametrize("trainable, method", [("no_such_parameter", "copy"), ("new_layers", "none")])

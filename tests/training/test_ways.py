@@ -31,6 +31,7 @@ STEPS, STOP_AFTER = 6, 3
 HEADS, GROUPS, SIZE, UNITS = 3, 1, 8, 40
 RATES = {"role_learning_rates": {"q": 2.0, "gate": 3.0, "o": 0.5}}
 WAYS: dict[str, dict[str, Any]] = {
+    "words": {"trainable": "new_layers+embeddings+norms"},
     "rates": {"trainable": "all", "base_learning_rate": 2.5e-4, **RATES},
 }
 MakeTask = Callable[..., StageTask]
@@ -54,6 +55,7 @@ class Case:
 
 
 CASES = [
+    *(Case("words", ranks, zero) for ranks, zero in ((2, 2), (2, 3))),
     *(Case("rates", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 1), (2, 2), (2, 3))),
     Case("rates", 2, 1, "bfloat16"),
     Case("rates", 2, 2, "bfloat16"),
@@ -150,7 +152,8 @@ def naive_training(train: Train, model_dir: Path, blocks_dir: Path) -> Reference
     groups: list[dict[str, Any]] = []
     for name, parameter in model.named_parameters():
         is_new = any(f"layers.{layer}." in name for layer in NEW_LAYERS)
-        parameter.requires_grad_(train.trainable == "all" or is_new)
+        in_words = "embeddings" in train.trainable and ("embed_tokens" in name or "norm" in name)
+        parameter.requires_grad_(train.trainable == "all" or is_new or in_words)
         if not parameter.requires_grad:
             continue
         for role, rows in roles_and_rows(name).items():

@@ -11,7 +11,7 @@ from math import prod
 from pipeline.errors import UserError
 from pipeline.models.families.family import Family
 from pipeline.models.families.inferred import family_for
-from pipeline.models.families.parameters import Config, Fused, LinearMap, Parameters, dimension, expert_share
+from pipeline.models.families.parameters import Config, Fused, LinearMap, Parameter, Parameters, dimension, expert_share
 from pipeline.models.flops import matrix_entries
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,6 +24,7 @@ class LayerShape:
     Attributes:
         tensors: shapes by name within the layer, such as ``self_attn.q_proj.weight``.
         experts: names of the tensors that hold all experts of the layer.
+        norms: names of the scales and shifts of norms.
         linear_maps: the matrices of linear maps that a tensor holds, by name. Other tensors hold none.
         mlp_outputs: names of the matrices that write the output of the MLP or of experts.
         is_gated: whether the MLP multiplies two projections of its input.
@@ -33,6 +34,7 @@ class LayerShape:
 
     tensors: Shapes
     experts: frozenset[str]
+    norms: frozenset[str]
     linear_maps: Mapping[str, tuple[LinearMap, ...]]
     mlp_outputs: frozenset[str]
     is_gated: bool
@@ -107,6 +109,19 @@ class Shape:
         """The name of the head's matrix, which is that of the embeddings if they are tied."""
         matrices = [name for names in (self.before, self.after) for name, shape in names.items() if len(shape) == 2]
         return matrices[-1]
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """Full names of the embeddings of tokens, and of positions if they are learned."""
+        return frozenset(name for name, shape in self.before.items() if len(shape) > 1)
+
+    @property
+    def norms(self) -> frozenset[str]:
+        """Full names of the scales and shifts of all norms, inside and outside of the layers."""
+        outside = {name for names in (self.before, self.after) for name, shape in names.items() if len(shape) == 1}
+        prefixes = [self.layer_prefix.format(layer=index) for index in range(len(self.layers))]
+        inside = (prefix + name for prefix, layer in zip(prefixes, self.layers, strict=True) for name in layer.norms)
+        return frozenset({*outside, *inside})
 
     @property
     def experts(self) -> frozenset[str]:
@@ -190,6 +205,12 @@ def _layer_shape(family: Family, config: Config, layer: int) -> LayerShape:
     return LayerShape(
         tensors={k: shape for name, entry in parameters.items() for k, shape in entry.shapes(name, config).items()},
         experts=frozenset(name for name, entry in parameters.items() if isinstance(entry, Fused) and entry.stacked),
+        norms=frozenset(
+            tensor
+            for name, entry in parameters.items()
+            if isinstance(entry, Parameter) and entry.role.kind == "norm"
+            for tensor in entry.shapes(name, config)
+        ),
         linear_maps={name: maps for name, entry in parameters.items() if (maps := entry.linear_maps(config))},
         mlp_outputs=frozenset(name for name, roles in matrices.items() if "down" in roles),
         is_gated=any("gate" in roles for roles in matrices.values()),
