@@ -56,6 +56,7 @@ class Train(Section):
     warmup_fraction: Fraction  # of the steps
     decay_fraction: Fraction  # of the steps; warmup_stable_decay only
     final_learning_rate_fraction: Fraction  # of learning_rate
+    optimizer: Annotated[Literal["adamw", "muon"], NotInKeyIf("adamw")]  # muon: for the matrices of layers
     weight_decay: NonNegativeFloat
     beta1: DecayRate
     beta2: DecayRate

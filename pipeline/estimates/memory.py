@@ -130,6 +130,7 @@ def _gradients(trained: Trained, setup: Setup) -> int:
 
 
 def _optimizer(trained: Trained, setup: Setup) -> int:
+    # Muon has one moment where AdamW has two, and the update during the step takes the place of the other.
     # Tensors with several rates also need a multiple of every element, and a copy of their weights during the step.
     numbers = 2 * trained.parameters + 2 * trained.with_several_rates(setup.train.role_learning_rates)
     if setup.zero["stage"] == 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from pipeline.config import Expand, Train
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method, method_of
-from pipeline.models.families import Shape
-from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops
+from pipeline.models.families import LinearMap, Shape
+from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, orthogonalization_flops
 from pipeline.training.selection import layers_at_learning_rate, select_parameters
 
 
@@ -65,8 +65,15 @@ class Trained:
         """Whether the output head trains, which may be tied to the embeddings."""
         return self.shape.head in self.names
 
-    def flops(self, sequence_length: int) -> TrainingFlops:
-        """Count the floating-point operations per token by the formula that training reports."""
+    @property
+    def linear_maps(self) -> Iterator[LinearMap]:
+        """The matrices of layers that train, which Muon would update."""
+        for index, layer in enumerate(self.shape.layers):
+            inside = self.inside(index)
+            yield from (each for name, maps in layer.linear_maps.items() if name in inside for each in maps)
+
+    def flops(self, sequence_length: int, optimizer: str = "adamw") -> TrainingFlops:
+        """Count the floating-point operations by the formula that training reports."""
         shape = self.shape
         work = [
             LayerWork(layer.matrix_entries(), layer.matrix_entries(self.inside(index)))
@@ -75,7 +82,10 @@ class Trained:
         final_norm = any(name in self.names for name in shape.after if name != shape.head)
         reaches_below = self.lowest < len(shape.layers) or final_norm
         head = HeadWork(shape.vocab_size * shape.hidden_size, self.head_trains, reaches_below)
-        return TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
+        flops = TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
+        matrices = self.linear_maps if optimizer == "muon" else ()
+        update = sum(each.count * orthogonalization_flops(each.rows, each.columns) for each in matrices)
+        return replace(flops, update=update)
 
 
 def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[str, Any]) -> Trained:

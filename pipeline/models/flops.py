@@ -8,9 +8,13 @@ layer:
     input gradients    Σ_{i ≥ l} (2·W_i + 8·S·A)  +  2·V·H  down to layer l
     weight gradients   Σ_{trainable matrices} 2·W           (that of the head for supervised tokens only)
 
+and per optimizer step with Muon, for every matrix of n by m elements that it updates, with n ≤ m, five iterations of
+
+    orthogonalization  4·n²·m + 2·n³
+
 Attention counts every query against all S keys, as PaLM's appendix B (arXiv 2204.02311) and torch's FLOP counter do,
 although the documents of one block do not attend to each other. Only the experts that a token is routed to are counted.
-Norms, activations, softmax and the optimizer are not counted. Recomputation is not counted either, because it is never
+Norms, activations, softmax and AdamW are not counted. Recomputation is not counted either, because it is never
 required. In layer l itself the gradient stops at the first norm, which is trainable. If that norm is frozen, the true
 count is smaller by the input projections of that layer.
 """
@@ -21,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
+
+NEWTON_SCHULZ_STEPS = 5  # the default of torch.optim.Muon
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class TrainingFlops:
 
     body: int  # the decoder layers, for every token
     head: int  # for tokens with a target only
+    update: int = 0  # per optimizer step
 
     @classmethod
     def count(cls, layers: Sequence[LayerWork], lowest: int, head: HeadWork, attention: int) -> TrainingFlops:
@@ -65,8 +72,18 @@ class TrainingFlops:
         return cls(body, 2 * head.entries * (1 + int(head.passes_gradient) + int(head.trained)))
 
     def of_tokens(self, tokens: int, supervised_tokens: int) -> int:
-        """Returns the operations for a number of tokens, some of which have a target."""
+        """Returns the operations for a number of tokens, some of which have a target, without the optimizer's."""
         return tokens * self.body + supervised_tokens * self.head
+
+    def of_step(self, tokens: int, supervised_tokens: int) -> int:
+        """Returns the operations of an optimizer step with so many tokens."""
+        return self.of_tokens(tokens, supervised_tokens) + self.update
+
+
+def orthogonalization_flops(rows: int, columns: int) -> int:
+    """Returns the operations with which torch's Muon orthogonalizes a matrix."""
+    small, large = sorted((rows, columns))
+    return NEWTON_SCHULZ_STEPS * (4 * small**2 * large + 2 * small**3)
 
 
 def matrix_entries(name: str, shape: Sequence[int], expert_share: Fraction = Fraction(1)) -> int:

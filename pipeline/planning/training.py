@@ -59,8 +59,8 @@ class TrainingPlan:
     def step_flops(self) -> int:
         """Floating-point operations per optimizer step."""
         tokens = self.setup.train.global_batch * self.setup.train.sequence_length
-        flops = self.trained.flops(self.setup.train.sequence_length)
-        return flops.of_tokens(tokens, round(tokens * self.amount.supervised))
+        flops = self.trained.flops(self.setup.train.sequence_length, self.setup.train.optimizer)
+        return flops.of_step(tokens, round(tokens * self.amount.supervised))
 
     @property
     def flops(self) -> int | None:

@@ -36,7 +36,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.tracking import METRICS_FILE
-from pipeline.training.optimizer_state import STATE_KEYS, OptimizerState
+from pipeline.training.optimizer_state import OptimizerState
 
 SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
@@ -90,7 +90,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
         self._directory, self._shard_of = directory, shard_of
 
     def read(self, name: str, key: str) -> torch.Tensor:
-        """Returns a parameter's weight or one of its moments; ``key`` is one of ``STATE_KEYS``."""
+        """Returns a parameter's weight or one of its moments; ``key`` is one of ``OptimizerState.keys``."""
         with safe_open(self._directory / self._shard_of[name], framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(f"{key}.{name}")
         return tensor
@@ -125,7 +125,7 @@ def restore(checkpoint: Checkpoint, optimizer_state: OptimizerState) -> None:
     """Loads a checkpoint's tensors and step count into the engine. Every rank reads the same files."""
     tensors = checkpoint.tensors()
     for name in optimizer_state.names():
-        for key in STATE_KEYS:
+        for key in optimizer_state.keys(name):
             optimizer_state.write(name, key, tensors.read(name, key))
     optimizer_state.set_step(checkpoint.step)
 
@@ -198,7 +198,7 @@ def _write_shards(
         pending.clear()
 
     for parameter in optimizer_state.names():
-        for key in STATE_KEYS:
+        for key in optimizer_state.keys(parameter):
             value = optimizer_state.read(parameter, key)
             _check_finite(value, parameter, key)
             # Other ranks take part in reading, which is collective, but need not hold what they read.

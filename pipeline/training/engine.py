@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -119,7 +119,7 @@ def load_model(context: RankContext) -> PreTrainedModel:
 
 
 def start_engine(
-    context: RankContext, model: PreTrainedModel, multiples: Mapping[str, Multiple]
+    context: RankContext, model: PreTrainedModel, multiples: Mapping[str, Multiple], matrices: Collection[str]
 ) -> deepspeed.DeepSpeedEngine:
     """Wraps a model whose parameters have been frozen as needed into the engine that computes ``SummedLoss``.
 
@@ -127,6 +127,7 @@ def start_engine(
         context: the rank's task, directories and device.
         model: the model.
         multiples: of the learning rate, by parameter name.
+        matrices: the names of the parameters that Muon updates.
     """
     train, precision = context.settings, context.precision
     if train.activation_checkpointing:
@@ -139,7 +140,7 @@ def start_engine(
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, compiles, train.float32_products)
-    optimizer = make_optimizer(parameter_groups(model, train, multiples), train)
+    optimizer = make_optimizer(parameter_groups(model, train, multiples, matrices), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
     return engine

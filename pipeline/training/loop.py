@@ -195,7 +195,7 @@ class Loop:
         """Adds a step to the progress. Returns the step's FLOPs."""
         progress = self.progress
         tokens = self.train.global_batch * self.blocks.sequence_length
-        flops = self.flops.of_tokens(tokens, supervised)
+        flops = self.flops.of_step(tokens, supervised)
         if is_spike(loss, progress.recent_losses):
             progress.spikes.append({"step": step, "loss": loss})
         progress.recent_losses = [*progress.recent_losses, loss][-SPIKE_WINDOW:]

@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, with parameter groups for weight decay and learning rates.
+"""AdamW or Muon over the trained parameters, with parameter groups for weight decay and learning rates.
 
 Norms and biases are not decayed. Tensors of the base may have their own learning rate, and so may a role, as a multiple
 of the schedule's: after function-preserving surgery, the zero-initialized outputs (``o``, ``down``) are the only
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,13 @@ from pipeline.models.families import Role, family_for
 from pipeline.models.reading import EXPANSION_FILE, ModelDirectory
 from pipeline.training import rates
 from pipeline.training.freeze import full_shape, layer_of_parameter, new_layers, roles_of_parameters
+from pipeline.training.muon import Fragment, muon_step
 from pipeline.training.rates import Multiple
 from pipeline.training.selection import layers_at_learning_rate
 
 LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
 HAS_PARTS = "has_parts"  # key of a parameter group: whether its tensors have one multiple per element
+MATRICES = "matrices"  # key of a parameter group: whether Muon updates it
 MULTIPLE: Literal["multiple"] = "multiple"  # key of the state of such tensors: the multiples, in their shape
 
 
@@ -83,15 +85,18 @@ def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_di
     }
 
 
-def parameter_groups(model: PreTrainedModel, train: Train, multiples: Mapping[str, Multiple]) -> list[dict[str, Any]]:
-    """Groups the trained parameters for AdamW by weight decay and learning rate.
+def parameter_groups(
+    model: PreTrainedModel, train: Train, multiples: Mapping[str, Multiple], matrices: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Groups the trained parameters by optimizer, weight decay and learning rate.
 
     Args:
         model: the model, after ``freeze_others``.
         train: the settings.
         multiples: of the learning rate, by parameter name.
+        matrices: the names of the parameters that Muon updates.
     """
-    groups: dict[tuple[float, float | None], list[torch.nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float | None, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -99,15 +104,16 @@ def parameter_groups(model: PreTrainedModel, train: Train, multiples: Mapping[st
         is_bias = name.endswith("bias")
         decay = 0.0 if is_bias or len(full_shape(parameter)) < 2 else train.weight_decay
         multiple = multiples.get(name, 1.0)
-        groups[decay, None if isinstance(multiple, tuple) else multiple].append(parameter)
+        groups[decay, None if isinstance(multiple, tuple) else multiple, name in matrices].append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": decay,
             LR_MULTIPLE: 1.0 if multiple is None else multiple,
             HAS_PARTS: multiple is None,
+            MATRICES: uses_muon,
         }
-        for (decay, multiple), parameters in groups.items()
+        for (decay, multiple, uses_muon), parameters in groups.items()
     ]
 
 
@@ -121,18 +127,26 @@ def multiples_of_elements(multiple: Multiple, shape: torch.Size) -> torch.Tensor
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.AdamW:
-    """Returns torch's fused AdamW, on CPUs and GPUs alike, or ``PartwiseAdamW`` if a tensor has several rates."""
-    kind = PartwiseAdamW if any(group.get(HAS_PARTS) for group in groups) else torch.optim.AdamW
+    """Returns torch's fused AdamW, on CPUs and GPUs alike, or an ``ExtendedAdamW`` if the groups require it."""
+    is_extended = any(group.get(key) for group in groups for key in (HAS_PARTS, MATRICES))
+    kind = ExtendedAdamW if is_extended else torch.optim.AdamW
     betas = (train.beta1, train.beta2)
     return kind(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
 
 
-class PartwiseAdamW(torch.optim.AdamW):
-    """AdamW with a learning rate for every element of some tensors, which may be partitions that ZeRO has flattened.
+class ExtendedAdamW(torch.optim.AdamW):
+    """AdamW with Muon for some groups, and with a learning rate for every element of some tensors.
 
-    A step of AdamW, its weight decay included, is proportional to the learning rate. So each element of the step is
-    multiplied by the element of ``state[tensor]["multiple"]``.
+    The tensors may be partitions that ZeRO has flattened. A step, weight decay included, is proportional to the
+    learning rate, so each element of the step is multiplied by the element of ``state[tensor]["multiple"]``.
+
+    Attributes:
+        fragments: by tensor that Muon updates, where the matrices are.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.fragments: dict[torch.Tensor, list[Fragment]] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -140,6 +154,13 @@ class PartwiseAdamW(torch.optim.AdamW):
         assert closure is None
         rated = [t for group in self.param_groups if group[HAS_PARTS] for t in group["params"] if self.state[t]]
         before = [tensor.detach().clone() for tensor in rated]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group[MATRICES]]
         super().step()
+        self.param_groups = groups
+        for group in groups:
+            for tensor in group["params"] if group[MATRICES] else ():
+                momentum = self.state[tensor]["momentum_buffer"]
+                muon_step(tensor, momentum, self.fragments[tensor], group["lr"], group["weight_decay"])
         for tensor, old in zip(rated, before, strict=True):
             tensor.copy_(old.lerp_(tensor, self.state[tensor][MULTIPLE]))

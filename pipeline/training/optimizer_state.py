@@ -1,4 +1,4 @@
-"""Named access to the float32 training state: master weights and AdamW's moments, for every ZeRO stage.
+"""Named access to the float32 training state: master weights and the optimizer's moments, for every ZeRO stage.
 
 ZeRO flattens, pads and partitions this state. DeepSpeed's accessors reassemble single parameters. ``OptimizerState``
 adds what they leave out: moments before the first step, ZeRO 0, padded partitions at ZeRO 3, and the compute weights,
@@ -7,7 +7,7 @@ which DeepSpeed updates from the master weights only in a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,13 +27,15 @@ from deepspeed.utils import (
 from torch import nn
 from torch.nn.functional import pad
 
+from pipeline.models.families import Place
 from pipeline.training.freeze import full_shape
-from pipeline.training.optimizer import HAS_PARTS, MULTIPLE, multiples_of_elements
+from pipeline.training.muon import locate
+from pipeline.training.optimizer import HAS_PARTS, MATRICES, MULTIPLE, ExtendedAdamW, multiples_of_elements
 from pipeline.training.rates import Multiple
 
-StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "multiple"]
-MOMENTS: tuple[StateKey, ...] = ("exp_avg", "exp_avg_sq")
-STATE_KEYS: tuple[StateKey, ...] = ("weight", *MOMENTS)
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "multiple"]
+ADAMW_STATE: tuple[StateKey, ...] = ("exp_avg", "exp_avg_sq")
+MUON_STATE: tuple[StateKey, ...] = ("momentum_buffer",)
 
 
 class OptimizerState:
@@ -43,16 +45,22 @@ class OptimizerState:
         engine: DeepSpeed's engine around torch's AdamW, before its first step.
         parameters: the trained parameters by their names in the model directory.
         multiples: of the learning rate, by parameter name.
+        matrices: the places of the matrices that Muon updates, by parameter name.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter], multiples: Mapping[str, Multiple]
+        self,
+        engine: DeepSpeedEngine,
+        parameters: Mapping[str, nn.Parameter],
+        multiples: Mapping[str, Multiple],
+        matrices: Mapping[str, Sequence[Place]],
     ) -> None:
-        self._engine = engine
+        self._engine, self._matrices = engine, matrices
         self._parameters = dict(parameters)
         self._zero0 = isinstance(engine.optimizer, torch.optim.Optimizer)  # AdamW itself, not wrapped by ZeRO
         self._zero3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
         self._create_state()
+        self._locate_matrices()
         # The multiples are not saved in checkpoints, since they follow from the settings.
         for name, multiple in multiples.items():
             if isinstance(multiple, tuple):
@@ -61,6 +69,10 @@ class OptimizerState:
     def names(self) -> Iterator[str]:
         """Returns the names of the trained parameters, in the model's order."""
         return iter(self._parameters)
+
+    def keys(self, name: str) -> tuple[StateKey, ...]:
+        """Returns the keys of what a checkpoint saves of a parameter."""
+        return ("weight", *(MUON_STATE if name in self._matrices else ADAMW_STATE))
 
     def read(self, name: str, key: StateKey) -> torch.Tensor:
         """Returns a full float32 tensor on the CPU, in the parameter's shape.
@@ -147,7 +159,7 @@ class OptimizerState:
         """Creates AdamW's state, which it would create in its first step, so that a checkpoint can be restored."""
         for group, tensor in self._optimized_tensors():
             assert not self._adamw.state[tensor]
-            keys = (*MOMENTS, MULTIPLE) if group[HAS_PARTS] else MOMENTS
+            keys = (*(MUON_STATE if group[MATRICES] else ADAMW_STATE), *((MULTIPLE,) if group[HAS_PARTS] else ()))
             self._adamw.state[tensor] = {
                 # A float32 tensor on the parameter's device, as torch's fused AdamW requires.
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
@@ -155,3 +167,18 @@ class OptimizerState:
             }
         if not self._zero0 and not self._zero3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()  # maps parameters to slices of the moments
+
+    def _locate_matrices(self) -> None:
+        """Tells Muon where the matrices are in the tensors that it updates."""
+        if not self._matrices:
+            return
+        assert isinstance(self._adamw, ExtendedAdamW) and not self._zero3
+        fragments = locate({self._parameters[name]: places for name, places in self._matrices.items()}, not self._zero0)
+        if self._zero0:
+            self._adamw.fragments = {parameter: [fragment] for parameter, fragment in fragments.items()}
+            return
+        optimizer = self._engine.optimizer
+        members = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
+        for (group, partition), parameters in zip(self._optimized_tensors(), members, strict=True):
+            if group[MATRICES]:
+                self._adamw.fragments[partition] = [fragments[parameter] for parameter in parameters]

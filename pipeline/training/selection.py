@@ -108,6 +108,16 @@ def _matching(section: str, trainable: str, term: str, layers: Mapping[str, int 
     return chosen
 
 
+def no_matrix_error(section: str) -> UserError:
+    """Returns the error for a choice of parameters without the matrix of a layer."""
+    return UserError(
+        setting=f"{section}.optimizer",
+        value="muon",
+        rule="Muon updates the matrices of decoder layers, and none of them trains",
+        remedy=f"Set {section}.optimizer=adamw, or change {section}.trainable.",
+    )
+
+
 def split_parameter_error(section: str, parameter: str) -> UserError:
     """Returns the error for a parameter that is stored as several tensors, as the experts of most mixtures are."""
     return UserError(

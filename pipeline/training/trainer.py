@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.mfu import peak_of, slow_bfloat16_note, training_flops
+from pipeline.training.muon import matrices_of, update_flops
 from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
 from pipeline.training.precision import resolve_precision
@@ -143,13 +144,15 @@ def _prepare(context: RankContext) -> _TrainerParts:
     # These read the model's parameters before DeepSpeed flattens and partitions them.
     groups = group_parameters(model, context.model_dir)
     multiples = learning_rate_multiples(section, model, settings, context.model_dir)
+    matrices = matrices_of(section, model, settings)
     table, flops = freeze.parameter_table(model, multiples), training_flops(model, settings.sequence_length)
-    engine = start_engine(context, model, multiples)
+    flops = replace(flops, update=update_flops(model, matrices))
+    engine = start_engine(context, model, multiples, matrices)
     return _TrainerParts(
         table=table,
         flops=flops,
         engine=engine,
-        optimizer_state=OptimizerState(engine, trained, multiples),
+        optimizer_state=OptimizerState(engine, trained, multiples, matrices),
         gradients=GradientNorms(engine, groups),
         steps=total_steps(settings, len(TokenBlocks(context.data_dir, "train"))),
     )

@@ -62,6 +62,7 @@ def training_faults(
         yield error
     yield from override_faults(section, train.deepspeed.overrides)
     yield from _partial_offload(section, train)
+    yield from _muon(section, train)
     yield from _unknown_roles(section, train)
     # A plan for GPUs that this machine does not have says nothing about the compilers of the machine that has them.
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
@@ -104,15 +105,34 @@ def _partial_offload(section: str, train: Train) -> Iterator[UserError]:
         )
 
 
+def _muon(section: str, train: Train) -> Iterator[UserError]:
+    if train.optimizer != "muon":
+        return
+    offloads = "offload_optimizer" in train.deepspeed.overrides.get("zero_optimization", {})
+    if train.deepspeed.zero_stage == 3:
+        rule, remedy = "Muon needs full matrices, and ZeRO 3 partitions every parameter", "deepspeed.zero_stage=2"
+    elif train.deepspeed.offload_optimizer or offloads:
+        rule = "Muon runs where the model is, since matrices are orthogonalized slowly on the host"
+        remedy = "deepspeed.offload_optimizer=false"
+    else:
+        return
+    yield UserError(
+        setting=f"{section}.optimizer",
+        value="muon",
+        rule=rule,
+        remedy=f"Set {section}.{remedy} or {section}.optimizer=adamw.",
+    )
+
+
 def less_memory(section: str, train: Train, processes: int) -> str:
     """Suggests settings that save memory and are not used yet. None of them changes the numbers."""
     smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
-    deepspeed = train.deepspeed
+    deepspeed, shards = train.deepspeed, train.optimizer != "muon"
     wanted = {
         f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
         "activation_checkpointing=true": not train.activation_checkpointing,
-        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3 and train.compile is not True,
-        "deepspeed.offload_optimizer=true": deepspeed.zero_stage > 0 and not deepspeed.offload_optimizer,
+        "deepspeed.zero_stage=3": processes > 1 and deepspeed.zero_stage < 3 and train.compile is not True and shards,
+        "deepspeed.offload_optimizer=true": deepspeed.zero_stage > 0 and not deepspeed.offload_optimizer and shards,
         "deepspeed.offload_parameters=true": deepspeed.zero_stage == 3 and not deepspeed.offload_parameters,
     }
     settings = [f"{section}.{setting}" for setting, helps in wanted.items() if helps]

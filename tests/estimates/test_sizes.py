@@ -14,6 +14,8 @@ from pipeline.estimates import trained_part
 from pipeline.models.families import shape_of
 from pipeline.training.freeze import freeze_others, lowest_trainable_layer, parameter_table, select_trainable
 from pipeline.training.mfu import training_flops
+from pipeline.training.muon import matrices_of, update_flops
+from tests.training.small import train_settings
 
 LENGTH = 24
 SMALL = {
@@ -47,6 +49,12 @@ def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: 
     assert planned.parameters == sum(row.parameters for row in parameter_table(model, {}) if row.trained)
     assert planned.lowest == lowest_trainable_layer(model)
     assert planned.flops(LENGTH) == training_flops(model, LENGTH)
+    if any(planned.linear_maps):
+        matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"))
+        assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices) > 0
+    else:
+        with pytest.raises(UserError, match="none of them trains"):
+            matrices_of("pretrain", model, train_settings(optimizer="muon"))
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:

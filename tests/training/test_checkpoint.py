@@ -10,15 +10,18 @@ import torch
 from pipeline.errors import TrainingFailure
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.optimizer_state import STATE_KEYS
+from pipeline.training.optimizer_state import ADAMW_STATE, StateKey
 
 
 class DictOptimizerState:
     """A substitute for ``OptimizerState`` with its tensors in a dictionary."""
 
     def __init__(self, fill: float) -> None:
-        self.tensors = {(name, key): torch.full((3, 5), fill) for name in "abcd" for key in STATE_KEYS}
+        self.tensors = {(name, key): torch.full((3, 5), fill) for name in "abcd" for key in self.keys(name)}
         self.step = 0
+
+    def keys(self, name: str) -> tuple[StateKey, ...]:
+        return ("weight", *ADAMW_STATE)
 
     def names(self):
         return iter("abcd")

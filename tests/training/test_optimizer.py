@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.models.flops import orthogonalization_flops
 from pipeline.training import freeze
+from pipeline.training.muon import locate, matrices_of, muon_step
 from pipeline.training.optimizer import (
     LR_MULTIPLE,
     learning_rate_multiples,
@@ -151,3 +154,29 @@ def test_a_step_equals_published_adamw():
             direction = (first[i] / (1 - 0.9**step)) / (math.sqrt(second[i] / (1 - 0.95**step)) + 1e-8)
             expected[i] -= 0.01 * (direction + 0.1 * expected[i])
         assert weight.tolist()[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_operations_of_orthogonalization_equal_those_of_the_counter_of_torch():
+    weight = nn.Parameter(torch.randn(24, 40))
+    weight.grad = torch.randn(24, 40)
+    with FlopCounterMode(display=False) as counter:
+        torch.optim.Muon([weight]).step()
+    assert orthogonalization_flops(24, 40) == orthogonalization_flops(40, 24) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gpt_neox"])
+def test_muon_updates_every_matrix_of_a_layer_by_itself(family: str):
+    """An orthogonal matrix [n, m] has n singular values near 1 (n ≤ m), a part of a larger one has smaller ones."""
+    model = tiny_model(family)
+    matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"))
+    assert not {name for name in matrices if "norm" in name or "embed" in name or "bias" in name or "router" in name}
+    assert not {name for name in matrices if name.endswith("mlp.gate.weight")}
+    fragments = locate({model.get_parameter(name): places for name, places in matrices.items()}, partitioned=False)
+    for parameter, fragment in fragments.items():
+        before = parameter.detach().clone()
+        parameter.grad = torch.randn_like(parameter)
+        muon_step(parameter, torch.zeros_like(parameter), [fragment], rate=0.5, weight_decay=0.0)
+        for place in fragment.places:
+            update = place.read(parameter.detach() - before) / 0.5
+            mean_square = float(update.square().sum()) / min(update.shape) / (0.04 * max(update.shape))
+            assert 0.6 < mean_square < 1.3, (fragment.shape, mean_square)
