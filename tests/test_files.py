@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import pytest
 import torch
 
 from pipeline.__main__ import main
+from pipeline.artifacts.task import Metrics, StageTask
+from pipeline.driver import run as driver
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.files import (
     disk_errors_as_user_errors,
@@ -163,18 +164,27 @@ def test_disk_that_is_full_before_the_first_stage(
     assert "Traceback" not in message
 
 
-@pytest.mark.usefixtures("real_interpreter")  # its imports give the other process time to fill the disk
 def test_disk_that_fills_up_during_a_stage(
-    shrunk: list[str], disk_of: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+    shrunk: list[str],
+    disk_of: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another process uses up the space after all checks have passed. Once it is free, the same command resumes."""
+    """Other files use up the space after all checks have passed. Once it is free, the same command resumes."""
     disk = disk_of(640)  # the check before the run requires half a GiB
     command = ["+experiment=quickstart", *shrunk, f"output_dir={disk}", "stages=[expand]", "expand=copy"]
     expand = disk / "artifacts" / "expand"
-    filler = threading.Thread(target=_fill_when, args=(disk, lambda: any(expand.glob("*.partial"))))
-    filler.start()
-    assert main(command) == EXIT_REQUEST
-    filler.join()
+    execute = driver._execute
+
+    def fill_and_execute(task: StageTask) -> Metrics:
+        if task.name == "expand":
+            with open(disk / "other", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - MEBIBYTE // 8)
+        return execute(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_execute", fill_and_execute)
+        assert main(command) == EXIT_REQUEST
     message = capsys.readouterr().err
     assert f"output_dir = {expand}" in message and "bytes are needed there and" in message
     assert "Traceback" not in message
@@ -182,11 +192,3 @@ def test_disk_that_fills_up_during_a_stage(
     (disk / "other").unlink()
     assert main(command) == EXIT_DONE
     assert list(expand.glob("*/manifest.json"))
-
-
-def _fill_when(disk: Path, started: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not started() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with open(disk / "other", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - MEBIBYTE // 8)

@@ -26,9 +26,9 @@ from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
 
-STEPS = 8
+STEPS = 6
 WARMUP = 2  # of the steps
-STOP_AFTER = 4
+STOP_AFTER = 3
 MakeTask = Callable[..., StageTask]
 
 
@@ -49,7 +49,7 @@ class Case:
         # By default ZeRO 3 does not partition tensors as small as these.
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         return train_settings(
-            global_batch=self.batch, steps=STEPS, warmup_fraction=0.2, precision=self.precision,
+            global_batch=self.batch, steps=STEPS, warmup_fraction=WARMUP / STEPS, precision=self.precision,
             micro_batch=self.micro_batch, activation_checkpointing=self.recompute, trainable=self.trainable,
             deepspeed={
                 "zero_stage": self.zero, "overrides": overrides, "offload_optimizer": self.offload,
