@@ -14,6 +14,7 @@ from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, NotInK
 TRAINABLE_WORDS = ("auto", "new_layers", "matched", "all", "embeddings", "norms", "head")
 _TERM = r"[a-z_]+|/[^/]+/"
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
+AverageDecay = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 def trainable_terms(trainable: str) -> list[str]:
@@ -61,6 +62,7 @@ class Train(Section):
     beta1: DecayRate
     beta2: DecayRate
     epsilon: PositiveFloat
+    ema_decay: Annotated[AverageDecay | None, NotInKeyIf(None)]  # per step, of averages of the weights; null: none
     max_grad_norm: PositiveFloat
     trainable: str  # words of TRAINABLE_WORDS and /regular expressions/ joined by +, or one regular expression
     precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.models.families import Shape
-from pipeline.training.precision import CHECKPOINT_BYTES
+from pipeline.training.precision import AVERAGE_BYTES, CHECKPOINT_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_BYTES = 9  # per token of a block: two uint32 and one uint8
@@ -34,6 +34,12 @@ class TrainingOutputs:
     parameters: int  # trained
     checkpoints: int  # kept while the stage runs
     snapshots: int  # kept in its artifact
+    has_averages: bool = False  # in checkpoints, beside the weights
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of one checkpoint."""
+        return self.parameters * (CHECKPOINT_BYTES + AVERAGE_BYTES * self.has_averages)
 
 
 def disk_of(
@@ -64,5 +70,5 @@ def disk_of(
     }
     # A new checkpoint is complete before an old one is removed, hence one more than are kept.
     training = [trained[stage] for stage in missing.values() if stage in trained]
-    checkpoints = max((outputs.parameters * (outputs.checkpoints + 1) for outputs in training), default=0)
-    return Disk(artifacts, checkpoints * CHECKPOINT_BYTES, scratch)
+    checkpoints = max((outputs.checkpoint_bytes * (outputs.checkpoints + 1) for outputs in training), default=0)
+    return Disk(artifacts, checkpoints, scratch)

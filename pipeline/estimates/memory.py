@@ -81,7 +81,7 @@ class Memory:
 
     weights: int
     gradients: int
-    optimizer: int  # float32 master weights, two moments, and multiples of the learning rate
+    optimizer: int  # float32 master weights, two moments, averages, multiples of the learning rate
     activations: int
     logits: int  # with the loss and the gradient of the head
     buckets: int
@@ -133,6 +133,8 @@ def _optimizer(trained: Trained, setup: Setup) -> int:
     # Muon has one moment where AdamW has two, and the update during the step takes the place of the other.
     # Tensors with several rates also need a multiple of every element, and a copy of their weights during the step.
     numbers = 2 * trained.parameters + 2 * trained.with_several_rates(setup.train.role_learning_rates)
+    if setup.train.ema_decay is not None:
+        numbers += trained.parameters
     if setup.zero["stage"] == 0:
         return WIDE * numbers  # the float32 weights are the master weights themselves
     return 0 if "offload_optimizer" in setup.zero else WIDE * (numbers + trained.parameters) // setup.ranks

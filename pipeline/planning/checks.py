@@ -371,7 +371,9 @@ def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Di
     assert sizes is not None
     chosen = {name: node.stage for name, node in prepared.missing.items() if nodes is None or name in nodes}
     outputs = {
-        stage: TrainingOutputs(trained.parameters, train.keep_checkpoints, len(train.snapshot_at))
+        stage: TrainingOutputs(
+            trained.parameters, train.keep_checkpoints, len(train.snapshot_at), train.ema_decay is not None
+        )
         for stage, train in prepared.training.items()
         if stage in chosen and (trained := prepared.trained(stage)) is not None
     }

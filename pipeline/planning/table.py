@@ -126,7 +126,10 @@ def _device(plan: TrainingPlan) -> str:
 def _engine(plan: TrainingPlan) -> str:
     train = plan.setup.train
     recomputed = ", activation checkpointing" if train.activation_checkpointing else ""
-    return f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}{recomputed}"
+    optimizer = ", Muon" if train.optimizer == "muon" else ""
+    averages = ", averages" if train.ema_decay is not None else ""
+    shown = f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}"
+    return f"{shown}{recomputed}{optimizer}{averages}"
 
 
 def _total(plan: TrainingPlan) -> str:

@@ -78,25 +78,25 @@ class Checkpoint:
         """Returns the copy of the metrics log, or None for a checkpoint of an earlier version, which has none."""
         return self.path / METRICS_FILE if METRICS_FILE in self.content().get("files", {}) else None
 
-    def tensors(self) -> CheckpointTensors:
-        """Returns all tensors by name, each read from disk on access."""
-        return CheckpointTensors(self.path, self.content()["tensors"])
+    def tensors(self, key: str = "weight") -> CheckpointTensors:
+        """Returns all weights, or other tensors of the optimizer state, by name, each read from disk on access."""
+        return CheckpointTensors(self.path, self.content()["tensors"], key)
 
 
 class CheckpointTensors(Mapping[str, torch.Tensor]):
-    """The trained float32 weights of a checkpoint. Only the tensor being accessed is in memory."""
+    """One float32 tensor of every trained parameter in a checkpoint. Only the one being accessed is in memory."""
 
-    def __init__(self, directory: Path, shard_of: Mapping[str, str]) -> None:
-        self._directory, self._shard_of = directory, shard_of
+    def __init__(self, directory: Path, shard_of: Mapping[str, str], key: str = "weight") -> None:
+        self._directory, self._shard_of, self._key = directory, shard_of, key
 
     def read(self, name: str, key: str) -> torch.Tensor:
-        """Returns a parameter's weight or one of its moments; ``key`` is one of ``OptimizerState.keys``."""
+        """Returns a parameter's weight, moment or average; ``key`` is one of ``OptimizerState.keys``."""
         with safe_open(self._directory / self._shard_of[name], framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(f"{key}.{name}")
         return tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name, "weight")
+        return self.read(name, self._key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import distributed
 
 from pipeline.artifacts.store import ATTEMPTS_FILE
+from pipeline.config import Train
 from pipeline.files import fsync_directory, read_json, seal, write_json
 from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.export import export_with_replaced
@@ -25,6 +27,7 @@ from pipeline.training.freeze import ParameterRow
 from pipeline.training.job import CHECKPOINTS, LOGS, TRAINING_FILE, TRAINING_SEAL
 from pipeline.training.loop import SPIKE_DEVIATIONS, Progress
 from pipeline.training.mfu import Peak
+from pipeline.training.optimizer import AVERAGE
 from pipeline.training.precision import Precision
 
 CHECKED_TOKENS = 8
@@ -33,10 +36,28 @@ LOSS_TOLERANCE = {False: 1e-2, True: 0.5}
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
+def exported_key(settings: Train) -> Literal["weight", "average"]:
+    """Returns the key of the optimizer state that becomes the trained model: of the averages if there are any."""
+    return "weight" if settings.ema_decay is None else AVERAGE
+
+
 def export_trained_model(
-    context: RankContext, engine: DeepSpeedEngine, table: list[ParameterRow], progress: Progress, peak: Peak
+    context: RankContext,
+    engine: DeepSpeedEngine,
+    table: list[ParameterRow],
+    progress: Progress,
+    peak: Peak,
+    held_out_loss_of_averages: float | None,
 ) -> None:
     """Writes the trained model from the last checkpoint, verifies it, and then writes ``training.json``. Collective.
+
+    Args:
+        context: the rank's task, directories and device.
+        engine: the engine, whose weights are those to be exported.
+        table: the parameters.
+        progress: of the finished training.
+        peak: FLOP/s of all ranks.
+        held_out_loss_of_averages: None if there are no averages or no held-out loss is computed.
 
     Raises:
         IncompleteModelError: plain transformers does not compute what the engine computes from what was written.
@@ -47,7 +68,7 @@ def export_trained_model(
     if context.rank != 0:
         return
     last = Checkpoint(context.checkpoints / directory_name(progress.step))
-    export_with_replaced(context.model_dir, context.task.out, last.tensors())
+    export_with_replaced(context.model_dir, context.task.out, last.tensors(exported_key(context.settings)))
     copy_chat_files(context.data_dir, context.task.out)
     check_export(context.task.out, losses, context.precision)
     summary = {
@@ -63,6 +84,7 @@ def export_trained_model(
         "learning_rate_multiples": {r.name: r.learning_rate_multiple for r in table if r.learning_rate_multiple != 1},
         "final_loss": progress.loss,
         "held_out": progress.held_out,
+        **_averages(context.settings, held_out_loss_of_averages),
         "mfu": progress.flops / progress.seconds / peak.rate,
         "peak_flops_per_second": {"rate": peak.rate, "source": peak.source},
         "checkpoints": {
@@ -129,6 +151,11 @@ def check_export(directory: Path, losses: torch.Tensor, precision: Precision) ->
             f"{directory} was written, but the loss of the model that transformers loads from it differs from that of "
             f"the trained model by {difference:.3g}"
         )
+
+
+def _averages(settings: Train, held_out_loss: float | None) -> dict[str, Any]:
+    """Returns what ``training.json`` records of averages. ``held_out`` has the losses of the weights themselves."""
+    return {} if settings.ema_decay is None else {"ema": {"decay": settings.ema_decay, "held_out_loss": held_out_loss}}
 
 
 def _spike_warnings(progress: Progress) -> list[str]:

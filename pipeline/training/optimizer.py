@@ -30,6 +30,7 @@ from pipeline.training.selection import layers_at_learning_rate
 LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
 HAS_PARTS = "has_parts"  # key of a parameter group: whether its tensors have one multiple per element
 MATRICES = "matrices"  # key of a parameter group: whether Muon updates it
+AVERAGE: Literal["average"] = "average"  # key of the state of all tensors if averages are kept
 MULTIPLE: Literal["multiple"] = "multiple"  # key of the state of such tensors: the multiples, in their shape
 
 
@@ -127,25 +128,30 @@ def multiples_of_elements(multiple: Multiple, shape: torch.Size) -> torch.Tensor
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.AdamW:
-    """Returns torch's fused AdamW, on CPUs and GPUs alike, or an ``ExtendedAdamW`` if the groups require it."""
-    is_extended = any(group.get(key) for group in groups for key in (HAS_PARTS, MATRICES))
-    kind = ExtendedAdamW if is_extended else torch.optim.AdamW
-    betas = (train.beta1, train.beta2)
-    return kind(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
+    """Returns torch's fused AdamW, on CPUs and GPUs alike, or an ``ExtendedAdamW`` if the settings require it."""
+    options: dict[str, Any] = {
+        "lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.epsilon, "fused": True,
+    }  # fmt: skip
+    if train.ema_decay is None and not any(group.get(key) for group in groups for key in (HAS_PARTS, MATRICES)):
+        return torch.optim.AdamW(groups, **options)
+    return ExtendedAdamW(groups, train.ema_decay, **options)
 
 
 class ExtendedAdamW(torch.optim.AdamW):
-    """AdamW with Muon for some groups, and with a learning rate for every element of some tensors.
+    """AdamW with Muon for some groups, a learning rate for every element of some tensors, and averages of all tensors.
 
     The tensors may be partitions that ZeRO has flattened. A step, weight decay included, is proportional to the
-    learning rate, so each element of the step is multiplied by the element of ``state[tensor]["multiple"]``.
+    learning rate, so each element of the step is multiplied by the element of ``state[tensor]["multiple"]``. Averages
+    are exponential: ``state[tensor]["average"]`` moves towards the tensor by 1 - ema_decay of the difference per step.
 
     Attributes:
+        ema_decay: of the averages; None for none.
         fragments: by tensor that Muon updates, where the matrices are.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], ema_decay: float | None = None, **options: Any) -> None:
         super().__init__(groups, **options)
+        self.ema_decay = ema_decay
         self.fragments: dict[torch.Tensor, list[Fragment]] = {}
 
     @torch.no_grad()
@@ -164,3 +170,6 @@ class ExtendedAdamW(torch.optim.AdamW):
                 muon_step(tensor, momentum, self.fragments[tensor], group["lr"], group["weight_decay"])
         for tensor, old in zip(rated, before, strict=True):
             tensor.copy_(old.lerp_(tensor, self.state[tensor][MULTIPLE]))
+        if self.ema_decay is not None:
+            for tensor in (tensor for group in groups for tensor in group["params"] if self.state[tensor]):
+                self.state[tensor][AVERAGE].lerp_(tensor, 1.0 - self.ema_decay)

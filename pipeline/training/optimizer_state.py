@@ -30,16 +30,16 @@ from torch.nn.functional import pad
 from pipeline.models.families import Place
 from pipeline.training.freeze import full_shape
 from pipeline.training.muon import locate
-from pipeline.training.optimizer import HAS_PARTS, MATRICES, MULTIPLE, ExtendedAdamW, multiples_of_elements
+from pipeline.training.optimizer import AVERAGE, HAS_PARTS, MATRICES, MULTIPLE, ExtendedAdamW, multiples_of_elements
 from pipeline.training.rates import Multiple
 
-StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "multiple"]
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "average", "multiple"]
 ADAMW_STATE: tuple[StateKey, ...] = ("exp_avg", "exp_avg_sq")
 MUON_STATE: tuple[StateKey, ...] = ("momentum_buffer",)
 
 
 class OptimizerState:
-    """Reads and writes the master weights and moments of trained parameters by name.
+    """Reads and writes the master weights, moments and averages of trained parameters by name.
 
     Args:
         engine: DeepSpeed's engine around torch's AdamW, before its first step.
@@ -59,6 +59,9 @@ class OptimizerState:
         self._parameters = dict(parameters)
         self._zero0 = isinstance(engine.optimizer, torch.optim.Optimizer)  # AdamW itself, not wrapped by ZeRO
         self._zero3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+        adamw = self._adamw
+        has_averages = isinstance(adamw, ExtendedAdamW) and adamw.ema_decay is not None
+        self._averages: tuple[StateKey, ...] = (AVERAGE,) if has_averages else ()
         self._create_state()
         self._locate_matrices()
         # The multiples are not saved in checkpoints, since they follow from the settings.
@@ -72,7 +75,17 @@ class OptimizerState:
 
     def keys(self, name: str) -> tuple[StateKey, ...]:
         """Returns the keys of what a checkpoint saves of a parameter."""
-        return ("weight", *(MUON_STATE if name in self._matrices else ADAMW_STATE))
+        return ("weight", *(MUON_STATE if name in self._matrices else ADAMW_STATE), *self._averages)
+
+    def write_initial(self, name: str, weight: torch.Tensor) -> None:
+        """Sets a weight, and its average to the same value. Collective, like ``write``."""
+        for key in ("weight", *self._averages):
+            self.write(name, key, weight)
+
+    def use_averages(self) -> None:
+        """Replaces the weights by their averages. Collective."""
+        for name in self.names():
+            self.write(name, "weight", self.read(name, AVERAGE))
 
     def read(self, name: str, key: StateKey) -> torch.Tensor:
         """Returns a full float32 tensor on the CPU, in the parameter's shape.
@@ -159,7 +172,8 @@ class OptimizerState:
         """Creates AdamW's state, which it would create in its first step, so that a checkpoint can be restored."""
         for group, tensor in self._optimized_tensors():
             assert not self._adamw.state[tensor]
-            keys = (*(MUON_STATE if group[MATRICES] else ADAMW_STATE), *((MULTIPLE,) if group[HAS_PARTS] else ()))
+            moments, multiple = MUON_STATE if group[MATRICES] else ADAMW_STATE, (MULTIPLE,) if group[HAS_PARTS] else ()
+            keys = (*moments, *multiple, *self._averages)
             self._adamw.state[tensor] = {
                 # A float32 tensor on the parameter's device, as torch's fused AdamW requires.
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),

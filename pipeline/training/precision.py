@@ -13,6 +13,7 @@ BYTES: dict[Precision, int] = {"bfloat16": 2, "float32": 4}  # per number
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 GPU_TILE = 128  # rows; GPUs compute products in tiles
 CHECKPOINT_BYTES = 12  # per trained parameter: float32 master weight and two moments
+AVERAGE_BYTES = 4  # per trained parameter, in addition, if averages are kept
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 

@@ -27,7 +27,7 @@ from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine
-from pipeline.training.export import export_trained_model
+from pipeline.training.export import export_trained_model, exported_key
 from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
@@ -98,7 +98,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
         # seen this announcement.
         if context.rank == 0:
             _announce(context, parts.table, progress.step, notes)
-        status = Loop(
+        loop = Loop(
             section=context.task.name,
             train=context.settings,
             seed=context.task.seed,
@@ -115,11 +115,23 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             save=lambda current: _save_checkpoint(context, parts.optimizer_state, identity, current),
             save_snapshot=lambda fraction: _save_snapshot(context, parts.optimizer_state, fraction),
             tracker=tracker,
-        ).run()
+        )
+        status = loop.run()
     if status == "done":
+        held_out_loss = _use_averages(context.settings, parts.optimizer_state, loop)
         enter("exporting the model", is_alone=True)
-        export_trained_model(context, parts.engine, parts.table, progress, peak)
+        export_trained_model(context, parts.engine, parts.table, progress, peak, held_out_loss)
     return status
+
+
+def _use_averages(settings: Train, optimizer_state: OptimizerState, loop: Loop) -> float | None:
+    """Replaces the weights by their averages, if there are any, and returns their held-out loss. Collective."""
+    if settings.ema_decay is None:
+        return None
+    enter("replacing the weights by their averages", is_alone=True)
+    optimizer_state.use_averages()
+    enter("computing the held-out loss of the averages")
+    return loop.held_out_loss() if settings.evaluate_at else None
 
 
 @dataclass(frozen=True)
@@ -199,7 +211,7 @@ def _load_base_weights(context: RankContext, optimizer_state: OptimizerState) ->
     """Loads the master weights from the model's files: the compute weights may have been rounded to bfloat16."""
     base = ModelDirectory(context.model_dir)
     for name in optimizer_state.names():
-        optimizer_state.write(name, "weight", base.read(name))
+        optimizer_state.write_initial(name, base.read(name))
 
 
 def _check_snapshots(context: RankContext, progress: Progress, steps: int) -> None:
@@ -264,10 +276,11 @@ def _save_checkpoint(
 
 
 def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fraction: float) -> None:
-    """Saves the current trained weights as a snapshot for evaluation. Collective."""
+    """Saves the current trained weights, or their averages, as a snapshot for evaluation. Collective."""
     enter("saving a snapshot", is_alone=True)
     names = list(optimizer_state.names())
-    weights = ((name, optimizer_state.read(name, "weight")) for name in names)
+    key = exported_key(context.settings)
+    weights = ((name, optimizer_state.read(name, key)) for name in names)
     if context.rank == 0:
         directory = snapshot_dir(context.task.out, fraction)
         with checkpoint.report_full_disk(partial_snapshot(directory), f"the snapshot at {fraction:g} of the steps"):

@@ -94,13 +94,14 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
 
 
 def _partial_offload(section: str, train: Train) -> Iterator[UserError]:
-    """DeepSpeed updates what stays on the GPU with an AdamW of its own, which knows only whole tensors."""
+    """DeepSpeed updates what stays on the GPU with another AdamW, which knows neither parts of tensors nor averages."""
     zero = train.deepspeed.overrides.get("zero_optimization", {})
-    if train.role_learning_rates and zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+    names = [name for name in ("role_learning_rates", "ema_decay") if getattr(train, name)]
+    if names and zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
         yield UserError(
             setting=f"{section}.deepspeed.overrides",
             value="zero_optimization.offload_optimizer.ratio",
-            rule="the part of the optimizer that it leaves on the GPU would ignore role_learning_rates",
+            rule=f"the part of the optimizer that it leaves on the GPU would ignore {' and '.join(names)}",
             remedy="Remove the ratio, so that all of the optimizer is offloaded.",
         )
 

@@ -65,6 +65,20 @@ def test_tensors_with_several_rates_take_eight_bytes_more_per_parameter() -> Non
     assert more == 8 * 32 * shape.layers[0].tensors["self_attn.qkv_proj.weight"][0] * 4096
 
 
+def test_averages_take_four_bytes_more_per_parameter_in_memory_and_checkpoints() -> None:
+    trained = _trained()
+    more = memory_of(trained, _setup(ranks=8, ema_decay=0.99)).optimizer - memory_of(trained, _setup(ranks=8)).optimizer
+    assert more == trained.parameters * 4 // 8
+    with_averages, without = (
+        disk_of(
+            {"pretrain": "pretrain"}, trained.shape, trained.shape, "bfloat16",
+            {"pretrain": TrainingOutputs(trained.parameters, 2, 0, has_averages)}, {},
+        ).checkpoints
+        for has_averages in (True, False)
+    )  # fmt: skip
+    assert (with_averages, without) == (3 * 16 * trained.parameters, 3 * 12 * trained.parameters)
+
+
 def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:
     setup = _setup()
     deeper = memory_of(_trained(layers=40, new=(36, 38)), setup)

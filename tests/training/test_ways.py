@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,6 +37,7 @@ MUON = {"optimizer": "muon", "trainable": r"layers\.[012]\.|norm|embed", "role_l
 WAYS: dict[str, dict[str, Any]] = {
     "words": {"trainable": "new_layers+embeddings+norms"},
     "muon": MUON,
+    "ema": {"ema_decay": 0.8, "snapshot_at": [0.5]},
     "rates": {"trainable": "all", "base_learning_rate": 2.5e-4, **RATES},
 }
 MakeTask = Callable[..., StageTask]
@@ -62,13 +64,23 @@ CASES = [
     *(Case("muon", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2))),
     Case("muon", 2, 1, "bfloat16"),
     Case("muon", 2, 2, "bfloat16"),
+    *(Case("ema", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 1), (2, 2), (2, 3))),
+    Case("ema", 2, 1, "bfloat16"),
+    Case("ema", 2, 3, "bfloat16"),
     *(Case("words", ranks, zero) for ranks, zero in ((2, 2), (2, 3))),
     *(Case("rates", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 1), (2, 2), (2, 3))),
     Case("rates", 2, 1, "bfloat16"),
     Case("rates", 2, 2, "bfloat16"),
 ]
-INTERRUPTED = [Case("muon", 2, 2), Case("muon", 2, 1, "bfloat16"), Case("rates", 2, 2), Case("rates", 2, 3)]
-ELASTIC = [Case("rates", 1, 0), Case("muon", 1, 0)]  # resumed from two ranks at ZeRO 2
+INTERRUPTED = [
+    Case("ema", 2, 2),
+    Case("ema", 2, 3),
+    Case("muon", 2, 2),
+    Case("muon", 2, 1, "bfloat16"),
+    Case("rates", 2, 2),
+    Case("rates", 2, 3),
+]
+ELASTIC = [Case("ema", 1, 0), Case("rates", 1, 0), Case("muon", 1, 0)]  # resumed from two ranks at ZeRO 2
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +143,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Reference:
-    """The losses of all steps, and the last weights."""
+    """The losses of all steps, and the weights to export, or their averages, after every step."""
 
     losses: list[float]
-    weights: dict[str, torch.Tensor]
+    weights: list[dict[str, torch.Tensor]]
 
 
 def roles_and_rows(name: str) -> dict[str, slice]:
@@ -182,7 +194,7 @@ def naive_training(train: Train, model_dir: Path, blocks_dir: Path) -> Reference
     ]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"))
-    losses = []
+    losses, weights = [], [{name: parameter.detach().clone() for name, parameter in model.named_parameters()}]
     for step, batch in enumerate(naive_batches(blocks_dir, train), start=1):
         loss = naive_loss(model, *batch)
         model.zero_grad()
@@ -198,7 +210,12 @@ def naive_training(train: Train, model_dir: Path, blocks_dir: Path) -> Reference
         with torch.no_grad():
             for part in parts:
                 part.parameter[part.rows] = part.leaf
-    return Reference(losses, {name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        decay = train.ema_decay or 0.0
+        weights.append({
+            name: decay * weights[-1][name] + (1 - decay) * parameter.detach()
+            for name, parameter in model.named_parameters()
+        })  # fmt: skip
+    return Reference(losses, weights)
 
 
 # -------------------------------------------------------------------------------------------- tests
@@ -210,7 +227,7 @@ def test_losses_and_weights_equal_those_of_a_plain_loop(runs: Runs, reference: t
     for case in (case for case in CASES if case.way == way and case.precision == "float32"):
         assert logged(runs.straight[case], "loss") == pytest.approx(expected.losses, rel=2e-6 * factor), case
         for name, weight in load_file(runs.straight[case].out / "model.safetensors").items():
-            difference = float((weight - expected.weights[name]).abs().max())
+            difference = float((weight - expected.weights[-1][name]).abs().max())
             assert difference < 3e-6 * factor, (case, name)  # a step is of the size of 1e-3
 
 
@@ -241,3 +258,25 @@ def test_training_json_records_the_rates_of_parts(runs: Runs) -> None:
     assert multiples["model.layers.0.mlp.gate_up_proj.weight"] == {"gate": 0.75, "up": 0.25}
     assert multiples["model.layers.0.self_attn.o_proj.weight"] == 0.125
     assert "model.layers.1.mlp.down_proj.weight" not in multiples
+
+
+def test_snapshots_are_averages_too(runs: Runs, fused_dir: Path, blocks_dir: Path) -> None:
+    expected = naive_training(Case("ema", 1, 0).settings(), fused_dir, blocks_dir).weights
+    for case in (Case("ema", 1, 2), Case("ema", 2, 3)):
+        snapshot = load_file(runs.straight[case].out / "on_the_way" / "50" / "model.safetensors")
+        assert all(f"layers.{layer}" in name for name, layer in zip(sorted(snapshot), [1] * 6 + [3] * 6, strict=True))
+        for name, weight in snapshot.items():
+            torch.testing.assert_close(weight, expected[STEPS // 2][name], rtol=0, atol=3e-6)
+            assert (weight - expected[STEPS][name]).abs().max() > 1e-4
+
+
+def test_the_held_out_loss_of_averages_is_that_of_the_exported_model(runs: Runs, blocks_dir: Path) -> None:
+    arrays = [np.load(blocks_dir / f"held_out.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
+    ids, positions, mask = (torch.from_numpy(array[[0, 1, 3]].astype(np.int64)) for array in arrays)
+    for case in (Case("ema", 1, 0), Case("ema", 2, 2), Case("ema", 2, 3)):
+        out = runs.straight[case].out
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+        found = json.loads((out / "training.json").read_text())
+        assert found["ema"]["decay"] == 0.8
+        assert found["ema"]["held_out_loss"] == pytest.approx(naive_loss(model, ids, positions, mask).item(), rel=1e-5)
+        assert found["ema"]["held_out_loss"] != pytest.approx(found["held_out"][-1]["loss"], rel=1e-4)
