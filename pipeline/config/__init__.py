@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from pipeline.config.data import Data, Source, Tokenize
+from pipeline.config.data import Data, Source, Split, Tokenize
 from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateSnapshot, Report, Target
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import METHODS, AnyExpand, Expand
@@ -22,7 +22,7 @@ from pipeline.config.training import DeepSpeed, Train
 __all__ = [
     "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand",
     "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey", "Report", "Resources",
-    "Section", "Settings", "Slurm", "Source", "Target", "Tokenize", "Tracking", "Train",
+    "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize", "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")

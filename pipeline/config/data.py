@@ -1,4 +1,4 @@
-"""Settings of the tokenize stage: documents, conversations, and the held-out part."""
+"""Settings of the tokenize stage: documents, conversations, and what is not trained on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
-from pipeline.config.section import FilePath, Fraction, NotInKey, Positive, Section
+from pipeline.config.section import FilePath, Fraction, NotInKey, NotInKeyIf, Positive, Section
 
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Split = Literal["train", "held_out", "validation", "forgetting"]
+SPLITS: tuple[Split, ...] = ("train", "held_out", "validation", "forgetting")
 
 
 class Source(Section):
@@ -45,8 +47,11 @@ class Data(Section):
 
     corpus: Sources  # one source, or a list that is mixed by weight
     instructions: Sources
+    forgetting: Sources | None  # documents of another kind, never trained on, on which the loss is measured
     held_out_fraction: Fraction  # of documents, chosen by hash; python_docs is split by module instead
+    validation_fraction: Fraction  # of documents that are not held out, chosen by hash, to select settings by
     max_corpus_tokens: Positive | None  # training tokens after which reading the corpus stops
+    max_forgetting_tokens: Positive | None  # of each source of forgetting
     chat_template: Literal["model", "plain"]  # plain: a text-only template that needs no new tokens
     system_messages: Literal["keep", "fold"]  # fold: into the first question, if the template has no system messages
     max_dropped: Annotated[Fraction, NotInKey]  # of the examples of a source; more is an error. Duplicates do not count
@@ -57,6 +62,8 @@ class Data(Section):
         kinds = {source.kind for source in (*self.corpus, *self.instructions)}
         if self.held_out_fraction == 0 and kinds != {"python_docs"}:
             raise ValueError("held_out_fraction must be above 0; only python_docs has its own held-out split")
+        if self.held_out_fraction + self.validation_fraction >= 1:
+            raise ValueError("held_out_fraction and validation_fraction must leave documents to train on")
         return self
 
 
@@ -66,12 +73,21 @@ class Tokenize(Section):
     purpose: Literal["corpus", "instructions"]
     sources: Sources
     sequence_length: Positive
+    forgetting: Annotated[Sources | None, NotInKeyIf(None)]
     held_out_fraction: Fraction
+    validation_fraction: Annotated[Fraction, NotInKeyIf(0.0)]
     max_tokens: Positive | None
+    max_forgetting_tokens: Annotated[Positive | None, NotInKeyIf(None)]
     chat_template: Literal["model", "plain"] | None  # null for a corpus
     system_messages: Literal["keep", "fold"]
     max_dropped: Annotated[Fraction, NotInKey]
     max_record_bytes: Annotated[Positive, NotInKey]
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that the dataset has: those to train and evaluate on, and what was asked for besides."""
+        absent = {"validation": self.validation_fraction == 0, "forgetting": self.forgetting is None}
+        return tuple(split for split in SPLITS if not absent.get(split, False))
 
     def key_settings(self) -> dict[str, Any]:
         """Returns the settings that enter the key. ``system_messages`` is one of them only if it changes something."""

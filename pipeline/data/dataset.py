@@ -14,10 +14,10 @@ from types import TracebackType
 
 import numpy as np
 
-from pipeline.config import Tokenize
+from pipeline.config import Split, Tokenize
 from pipeline.data.blocks import COLUMN_DTYPES, BlockWriter, DocumentPacker, ExamplePacker, Ids, State
 from pipeline.data.chat import TokenizedConversation
-from pipeline.data.records import SPLITS, Conversation, Split
+from pipeline.data.records import Conversation
 from pipeline.files import read_record, report_once, sha256_json, write_json
 
 HELD_OUT_FILE = "held_out.jsonl"
@@ -43,7 +43,7 @@ class DatasetWriter:
         self._files = ExitStack()
         self.blocks: dict[Split, BlockWriter] = {}
         self._packers: dict[Split, DocumentPacker | ExamplePacker] = {}
-        for split in SPLITS:
+        for split in settings.splits:
             blocks = BlockWriter(directory, split, length, state["blocks"][split] if state else None)
             self.blocks[split] = self._files.enter_context(blocks)
             self._packers[split] = packer(blocks, length, padding, state["packers"][split] if state else None)
@@ -145,17 +145,18 @@ class TokenizeCheckpoint:
 
     Args:
         directory: the partial directory of the artifact; the checkpoint is a directory inside it.
+        splits: the splits of the dataset.
 
     Attributes:
         state: the state that the last attempt saved, or None if there is nothing to resume from.
         hashes: 64-bit hashes of the examples that the last attempt had seen.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, splits: Sequence[Split]) -> None:
         self._directory = directory / "checkpoint"
         self._directory.mkdir(exist_ok=True)
         self._state_file, self._hashes_file = self._directory / "progress.json", self._directory / "hashes.uint64"
-        blocks = [directory / f"{split}.{name}.npy" for split in SPLITS for name in COLUMN_DTYPES]
+        blocks = [directory / f"{split}.{name}.npy" for split in splits for name in COLUMN_DTYPES]
         self._files = [_GrowingFile(path) for path in (*blocks, directory / HELD_OUT_FILE, self._hashes_file)]
         self.state: State | None = None
         self.hashes = array("Q")

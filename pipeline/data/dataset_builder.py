@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.config import Tokenize
+from pipeline.config import Source, Split, Tokenize
 from pipeline.data.blocks import Ids
 from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn
 from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
 from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
-from pipeline.data.records import SPLITS, Conversation, Example, Split
-from pipeline.data.sources import SOURCE_READERS, ExampleStream, setting_name
+from pipeline.data.records import Conversation, Example
+from pipeline.data.sources import SOURCE_READERS, ExampleStream, Purpose, setting_name
 from pipeline.data.splits import Deduplicator
 from pipeline.data.templates import TemplateProcess, fold
 from pipeline.data.tokenizer import TextTokenizer
@@ -51,15 +51,19 @@ class DatasetBuilder:
 
     def __init__(self, directory: Path, settings: Tokenize, tokenizer: TextTokenizer) -> None:
         self._settings, self._tokenizer = settings, tokenizer
-        sources = settings.sources
-        self._names = [setting_name(sources, index, settings.purpose) for index in range(len(sources))]
+        forgetting = settings.forgetting or []
+        self._names = [*_setting_names(settings.sources, settings.purpose), *_setting_names(forgetting, "forgetting")]
         self._open = ExitStack()
-        self._checkpoint = TokenizeCheckpoint(directory)
+        self._checkpoint = TokenizeCheckpoint(directory, settings.splits)
         state = self._checkpoint.state
-        self._deduplicator = Deduplicator(settings.held_out_fraction, self._checkpoint.hashes)
+        self._deduplicator = Deduplicator(
+            settings.held_out_fraction, self._checkpoint.hashes, settings.validation_fraction
+        )
         self._writer = self._open.enter_context(DatasetWriter(directory, settings, tokenizer.eos, state))
         self._pool = self._open.enter_context(tokenizer.worker_pool())
-        self._mixture = Mixture(self._open_sources(state["parts"] if state else None), settings.max_tokens)
+        opened = self._open_sources(state["parts"] if state else None)
+        mixed, apart = opened[: len(settings.sources)], opened[len(settings.sources) :]
+        self._mixture = Mixture(mixed, settings.max_tokens, apart, settings.max_forgetting_tokens)
         self._end_of_turn: int | None = None
         self._template: TemplateProcess | None = None
         self._folded: frozenset[str] = frozenset()  # roles
@@ -85,17 +89,18 @@ class DatasetBuilder:
     def _open_sources(self, states: Sequence[dict[str, Any]] | None) -> list[MixtureSource]:
         """Opens every source at the position that an interrupted attempt saved, or at the beginning."""
         opened = []
-        purpose = self._settings.purpose
-        for index, source in enumerate(self._settings.sources):
+        several: list[tuple[Purpose, Source]] = [(self._settings.purpose, source) for source in self._settings.sources]
+        several += [("forgetting", source) for source in self._settings.forgetting or []]
+        for index, (purpose, source) in enumerate(several):
             state = states[index] if states else None
             position = state["position"] if state else None
             limit, start = self._settings.max_record_bytes, position["stream"] if position else None
             stream = ExampleStream(source, purpose, self._names[index], limit, start)
             # Conversations are tokenized in this process, because chat templates need the transformers tokenizer.
             examples = (
-                PrefetchedDocuments(stream, self._pool, position)
-                if purpose == "corpus"
-                else UntokenizedExamples(stream)
+                UntokenizedExamples(stream)
+                if purpose == "instructions"
+                else PrefetchedDocuments(stream, self._pool, position)
             )
             opened.append(MixtureSource(examples, source.weight, SOURCE_READERS[source.kind].has_splits))
             if state:
@@ -119,6 +124,8 @@ class DatasetBuilder:
         """
         saved_at = time.monotonic()
         for index, example, ids in self._mixture:
+            if index >= len(self._mixture.mixed):
+                example = replace(example, split="forgetting")
             self._mixture.sources[index].count_read(example)
             split = self._deduplicator.assign(example, self._mixture.sources[index].dropped)
             if split is not None:
@@ -153,8 +160,9 @@ class DatasetBuilder:
 
     def _check_not_empty(self) -> None:
         settings, mixture = self._settings, self._mixture
-        supervised = {split: self._writer.blocks[split].supervised_tokens for split in SPLITS}
-        for name, source_settings, source in zip(self._names, settings.sources, mixture.sources, strict=True):
+        supervised = {split: self._writer.blocks[split].supervised_tokens for split in settings.splits}
+        names = self._names[: len(mixture.mixed)]
+        for name, source_settings, source in zip(names, settings.sources, mixture.mixed, strict=True):
             if not supervised["train"] or (source.exhausted and not source.tokens["train"]):
                 kept = _kept_and_dropped(source.documents, source.dropped)
                 raise UserError(
@@ -164,13 +172,25 @@ class DatasetBuilder:
                     remedy=f"{self._advice(source)}Provide more content, or increase the sequence length if everything "
                     "was too long.",
                 )
-        if not supervised["held_out"]:
-            kept = _kept_and_dropped(mixture.total("documents"), mixture.total("dropped"))
+        kept = _kept_and_dropped(mixture.total("documents"), mixture.total("dropped"))
+        for split in ("held_out", "validation"):
+            if not supervised.get(split, 1):
+                setting = f"data.{split}_fraction"
+                raise UserError(
+                    setting=setting,
+                    value=getattr(settings, f"{split}_fraction"),
+                    rule=f"the {split.replace('_', '-')} part of data.{settings.purpose}, which is chosen by hash, is "
+                    f"empty ({kept})",
+                    remedy=f"Increase {setting}, or provide more documents.",
+                )
+        if not supervised.get("forgetting", 1):
+            apart = mixture.sources[len(mixture.mixed)]
             raise UserError(
-                setting="data.held_out_fraction",
-                value=settings.held_out_fraction,
-                rule=f"the held-out part of data.{settings.purpose}, which is chosen by hash, is empty ({kept})",
-                remedy="Increase data.held_out_fraction, or provide more documents.",
+                setting="data.forgetting",
+                value=", ".join(str(source.path) for source in settings.forgetting or []),
+                rule=f"it does not provide a single token ({_kept_and_dropped(apart.documents, apart.dropped)}); "
+                "documents that also occur in the corpus are dropped",
+                remedy="Set data.forgetting to other documents.",
             )
 
     def _check_dropped(self) -> None:
@@ -200,25 +220,30 @@ class DatasetBuilder:
         settings, mixture, blocks = self._settings, self._mixture, self._writer.blocks
         totals = {name: mixture.total(name) for name in COUNTS}
         by_name = dict(zip(self._names, mixture.sources, strict=True))
+        splits, mixed = settings.splits, len(settings.sources)
+        described = [
+            {
+                **source_settings.model_dump(mode="json"),
+                **source.counts(),
+                "dropped_at": source.dropped.locations,
+                "files": dict(source.files),
+                "ran_out": source.exhausted,
+            }
+            for source_settings, source in zip(
+                [*settings.sources, *(settings.forgetting or [])], mixture.sources, strict=True
+            )
+        ]
         return {
             "purpose": settings.purpose,
-            "sources": [  # pinned: a hub revision is a commit
-                {
-                    **source_settings.model_dump(mode="json"),
-                    **source.counts(),
-                    "dropped_at": source.dropped.locations,
-                    "files": dict(source.files),
-                    "ran_out": source.exhausted,
-                }
-                for source_settings, source in zip(settings.sources, mixture.sources, strict=True)
-            ],
+            "sources": described[:mixed],  # pinned: a hub revision is a commit
+            **({"forgetting": described[mixed:]} if described[mixed:] else {}),
             "sequence_length": settings.sequence_length,
             "vocab_size": self._tokenizer.vocab_size,
             "end_of_turn": self._end_of_turn,  # id at which a model tuned on this dataset stops; null for a corpus
-            "blocks": {split: blocks[split].blocks for split in SPLITS},
-            "documents": {split: totals["documents"][split] for split in SPLITS},
-            "tokens": {split: totals["tokens"][split] for split in SPLITS},
-            "supervised_tokens": {split: blocks[split].supervised_tokens for split in SPLITS},
+            "blocks": {split: blocks[split].blocks for split in splits},
+            "documents": {split: totals["documents"][split] for split in splits},
+            "tokens": {split: totals["tokens"][split] for split in splits},
+            "supervised_tokens": {split: blocks[split].supervised_tokens for split in splits},
             "dropped": dict(sorted(totals["dropped"].items())),
             "read": [_describe_files(name, source) for name, source in by_name.items() if source.files],
             "warnings": self._warnings(),
@@ -228,7 +253,8 @@ class DatasetBuilder:
         """Returns messages about sources that provided less than was requested or is needed."""
         tokens, budget = self._mixture.training_tokens, self._settings.max_tokens
         by_name = dict(zip(self._names, self._mixture.sources, strict=True))
-        exhausted = [name for name, source in by_name.items() if source.exhausted]
+        mixed = dict(list(by_name.items())[: len(self._mixture.mixed)])
+        exhausted = [name for name, source in mixed.items() if source.exhausted]
         warnings = [
             f"{name}: of {source.examples_read:,} examples, {_describe_drop(source, reason)} were "
             f"{'cut' if reason == 'truncated' else 'dropped'}. {self._advice(source)}".strip()
@@ -236,7 +262,7 @@ class DatasetBuilder:
             for reason, count in sorted(source.dropped.items())
             if count > REPORTED_FRACTION * source.examples_read
         ]
-        if exhausted and len(by_name) > 1:
+        if exhausted and len(mixed) > 1:
             warnings.append(
                 f"{exhausted[0]} ran out after {tokens:,} training tokens of all sources. The others were not read "
                 "further, to keep their shares. Provide more text for it, or decrease its weight."
@@ -248,10 +274,14 @@ class DatasetBuilder:
         warnings += [
             f"{name} has no held-out document, so the evaluation cannot show what was learned or forgotten on it. "
             "Provide more documents, or increase data.held_out_fraction."
-            for name, source in by_name.items()
-            if len(by_name) > 1 and not source.documents["held_out"]
+            for name, source in mixed.items()
+            if len(mixed) > 1 and not source.documents["held_out"]
         ]
         return warnings
+
+
+def _setting_names(sources: Sequence[Source], purpose: Purpose) -> list[str]:
+    return [setting_name(sources, index, purpose) for index in range(len(sources))]
 
 
 def _kept_and_dropped(documents: Counter[str], dropped: Counter[str]) -> str:

@@ -39,25 +39,51 @@ class Mixture:
     Args:
         sources: the sources.
         budget: training tokens after which reading ends; None for no limit.
+        apart: sources that are not mixed with the others, but read after them.
+        apart_budget: tokens after which reading each of these ends; None for no limit.
+
+    Attributes:
+        mixed: the sources that are mixed.
+        sources: all of them.
     """
 
-    def __init__(self, sources: Sequence[MixtureSource], budget: int | None) -> None:
-        self.sources, self._budget = sources, budget
+    def __init__(
+        self,
+        sources: Sequence[MixtureSource],
+        budget: int | None,
+        apart: Sequence[MixtureSource] = (),
+        apart_budget: int | None = None,
+    ) -> None:
+        self.mixed, self.sources = sources, [*sources, *apart]
+        self._budget, self._apart_budget = budget, apart_budget
 
     def __iter__(self) -> Iterator[tuple[int, Example, Ids | None]]:
         """Yields the index of the source, the example, and its token ids if it was tokenized in advance."""
         iterators = [iter(source.examples) for source in self.sources]
-        while not (self._is_full() or any(source.exhausted for source in self.sources)):
-            index = min(range(len(self.sources)), key=self._tokens_per_weight)
+        while not (self._is_full() or any(source.exhausted for source in self.mixed)):
+            index = min(range(len(self.mixed)), key=self._tokens_per_weight)
             item = next(iterators[index], None)
             if item is None:
                 self.sources[index].exhausted = True  # ends the loop for all sources
             else:
                 yield (index, *item)
-        for index, iterator in enumerate(iterators):
+        for index, iterator in enumerate(iterators[: len(self.mixed)]):
             # Held-out examples of python_docs, for example, follow all of its training examples.
             if self.sources[index].has_splits:
                 yield from ((index, *item) for item in iterator if item[0].split == "held_out")
+        for index in range(len(self.mixed), len(self.sources)):
+            yield from self._read_apart(index, iterators[index])
+
+    def _read_apart(
+        self, index: int, iterator: Iterator[tuple[Example, Ids | None]]
+    ) -> Iterator[tuple[int, Example, Ids | None]]:
+        source = self.sources[index]
+        while self._apart_budget is None or source.tokens.total() < self._apart_budget:
+            item = next(iterator, None)
+            if item is None:
+                source.exhausted = True
+                return
+            yield (index, *item)
 
     @property
     def training_tokens(self) -> int:

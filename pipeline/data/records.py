@@ -17,14 +17,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from pipeline.config.data import Split
 from pipeline.data.files import Record, location_of
 from pipeline.errors import UserError
 from pipeline.files import MAX_NESTING, is_nested_deeper
-
-Split = Literal["train", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 Message = dict[str, Any]  # role and content, both text; for tools also tool_calls, tool_call_id and name
 Conversation = list[Message]

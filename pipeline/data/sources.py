@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pipeline.artifacts.fingerprints import Fingerprints
-from pipeline.config import Source
+from pipeline.config import Source, Split
 from pipeline.data import hub_datasets, python_docs
 from pipeline.data.files import BadFile, FileStream, Position, Reading, Record
 from pipeline.data.paths import find_files
 from pipeline.data.records import (
     CONVERSATION_COLUMNS,
-    SPLITS,
     BadRecord,
     Conversation,
     Example,
@@ -32,7 +31,7 @@ from pipeline.data.records import (
 )  # fmt: skip
 from pipeline.errors import UserError
 
-Purpose = Literal["corpus", "instructions"]
+Purpose = Literal["corpus", "instructions", "forgetting"]  # documents, conversations, and again documents
 PROBED_RECORDS = 100  # a source of which the first so many records are all malformed is refused
 PROBED_CONVERSATIONS = 20  # of a source, that are rendered before a run
 ZERO_BLOCK = "\0" * 16  # never part of a text
@@ -53,7 +52,7 @@ class SourceReader(ABC):
 
     Args:
         source: the settings of the source.
-        purpose: what its examples are: documents (corpus) or conversations (instructions).
+        purpose: what its examples are: documents (corpus, forgetting) or conversations (instructions).
         setting: dotted name of the source for messages, for example ``data.corpus``.
         max_record_bytes: the largest record that may be read.
 
@@ -101,8 +100,9 @@ class _PythonDocs(SourceReader):
 
     def open(self, position: Position | None) -> SourceStream:
         # Building the examples takes seconds, and all of them fit in memory.
-        read = python_docs.documents if self.purpose == "corpus" else python_docs.instruction_pairs
-        examples = [Example(content, split) for split in SPLITS for content in read(held_out=split == "held_out")]
+        read = python_docs.instruction_pairs if self.purpose == "instructions" else python_docs.documents
+        own: tuple[Split, ...] = ("train", "held_out")
+        examples = [Example(content, split) for split in own for content in read(held_out=split == "held_out")]
         return _ListStream(examples, position)
 
     def expected_bytes(self) -> int:
@@ -115,7 +115,7 @@ class _Files(SourceReader):
     def check(self) -> None:
         # `all` stops at the first example that is not blank.
         if all(example.is_blank for example in self.examples()):
-            content = "document" if self.purpose == "corpus" else "conversation"
+            content = "conversation" if self.purpose == "instructions" else "document"
             raise UserError(
                 setting=f"{self.setting}.path",
                 value=self.source.path,

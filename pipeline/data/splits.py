@@ -1,10 +1,11 @@
-"""Deduplicates examples and assigns each of them to the train or the held-out split.
+"""Deduplicates examples and assigns each of them to a split.
 
 The split depends only on the content. Unless the source has predefined splits, an example is held out if its 64-bit
-hash is among the lowest ``held_out_fraction`` of all hash values. Whitespace around a document is ignored. For a
-conversation the hash is that of its prompt (the first message that is not of the system or the developer), so that all
-answers to a prompt are in the same split. The hashes of all examples that are kept are remembered across sources, so
-that no example occurs twice, within a split or across splits.
+hash is among the lowest ``held_out_fraction`` of all hash values. Of the others, and of those that a source's own
+splits would train on, those with the next ``validation_fraction`` of all hash values are for validation. Whitespace
+around a document is ignored. For a conversation the hash is that of its prompt (the first message that is not of the
+system or the developer), so that all answers to a prompt are in the same split. The hashes of all examples that are
+kept are remembered across sources, so that no example occurs twice, within a split or across splits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import hashlib
 import json
 from array import array
 
-from pipeline.data.records import Conversation, Drops, Example, Split
+from pipeline.config.data import SPLITS, Split
+from pipeline.data.records import Conversation, Drops, Example
 
 INITIAL_SLOTS = 1024
 HASH_VALUES = 2**64
@@ -24,14 +26,18 @@ class Deduplicator:
 
     Args:
         held_out_fraction: fraction of examples to hold out, for sources without predefined splits.
+        validation_fraction: fraction of examples for validation, in addition.
         hashes: hashes that an earlier deduplicator remembered, to resume from.
 
     Attributes:
         new_hashes: hashes remembered since this array was last emptied by the caller.
     """
 
-    def __init__(self, held_out_fraction: float, hashes: array[int] | None = None) -> None:
-        self._fraction = held_out_fraction
+    def __init__(
+        self, held_out_fraction: float, hashes: array[int] | None = None, validation_fraction: float = 0.0
+    ) -> None:
+        self._held_out = held_out_fraction * HASH_VALUES
+        self._validation = (held_out_fraction + validation_fraction) * HASH_VALUES
         self._seen = HashSet()
         for value in hashes or ():
             self._seen.add(value)
@@ -54,15 +60,22 @@ class Deduplicator:
         if content_hash in self._seen:
             return _drop(dropped, "duplicate", example)
         split_hash = content_hash if isinstance(content, str) else _hash(_prompt(content))
-        split = example.split or ("held_out" if split_hash < self._fraction * HASH_VALUES else "train")
+        split = self._split(example, split_hash)
         if isinstance(content, list):
             # Two sources may disagree on a prompt if one of them has predefined splits. The first one wins.
-            other = "train" if split == "held_out" else "held_out"
-            if _hash(f"{other} {_prompt(content)}") in self._seen:
+            others = (other for other in SPLITS if other != split)
+            if any(_hash(f"{other} {_prompt(content)}") in self._seen for other in others):
                 return _drop(dropped, "prompt_in_other_split", example)
             self._remember(_hash(f"{split} {_prompt(content)}"))
         self._remember(content_hash)
         return split
+
+    def _split(self, example: Example, split_hash: int) -> Split:
+        if example.split is None and split_hash < self._held_out:
+            return "held_out"
+        if example.split in (None, "train"):
+            return "validation" if self._held_out <= split_hash < self._validation else "train"
+        return example.split
 
     def _remember(self, value: int) -> None:
         if value not in self._seen:

@@ -65,6 +65,7 @@ class Inputs:
     model: str
     corpus: str
     instructions: str
+    forgetting: str | None = field(default=None, kw_only=True)
     interpreter: str  # bundled questions are generated from this Python's documentation
     tasks: Mapping[str, str] = field(default_factory=dict)  # custom tasks of evaluate.tasks: name -> content
     method: str | None = None  # the source code of expand.module
@@ -125,7 +126,8 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     corpus, instructions = _tokenize_settings(run)
     if run.expansion.ranked_position is None:
         _add_expand(graph, run, inputs, {"load": "load"})
-    graph.add("tokenize/corpus", corpus, {"load": "load"}, corpus=inputs.corpus)
+    texts = {"corpus": inputs.corpus} | ({} if inputs.forgetting is None else {"forgetting": inputs.forgetting})
+    graph.add("tokenize/corpus", corpus, {"load": "load"}, **texts)
     if run.expansion.ranked_position is not None:
         _add_expand(graph, run, inputs, {"load": "load", "data": "tokenize/corpus"})
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
@@ -172,8 +174,12 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         purpose="corpus",
         sources=_weighted(run.data.corpus),
         sequence_length=run.pretrain.sequence_length,
+        # They are read one after another, so that their weights do not matter.
+        forgetting=run.data.forgetting and [s.model_copy(update={"weight": 1.0}) for s in run.data.forgetting],
         held_out_fraction=run.data.held_out_fraction,
+        validation_fraction=run.data.validation_fraction,
         max_tokens=run.data.max_corpus_tokens,
+        max_forgetting_tokens=run.data.max_forgetting_tokens,
         chat_template=None,
         system_messages="keep",
         max_dropped=run.data.max_dropped,
@@ -183,8 +189,11 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         purpose="instructions",
         sources=_weighted(run.data.instructions),
         sequence_length=run.sft.sequence_length,
+        forgetting=None,
         held_out_fraction=run.data.held_out_fraction,
+        validation_fraction=run.data.validation_fraction,
         max_tokens=None,
+        max_forgetting_tokens=None,
         chat_template=run.data.chat_template,
         system_messages=run.data.system_messages,
         max_dropped=run.data.max_dropped,

@@ -40,7 +40,7 @@ from pipeline.training.validate import context_length_faults, training_faults
 
 NOTHING_FITS = "Use more devices (launch.processes, launch.nodes) or larger ones: no other setting makes it fit."
 Faults = Iterator[UserError]
-Need = Literal["config", "shape", "sizes", "corpus", "instructions"]
+Need = Literal["config", "shape", "sizes", "corpus", "instructions", "forgetting"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _is_known(prepared: PreparedRun, need: Need | None) -> bool:
             return prepared.shape is not None
         case "sizes":
             return prepared.sizes is not None
-        case "corpus" | "instructions":
+        case "corpus" | "instructions" | "forgetting":
             return need not in prepared.inputs.failures
 
 
@@ -160,7 +160,8 @@ def _expansion(prepared: PreparedRun) -> Faults:
 
 def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
     data = prepared.run.data
-    yield from _raised_by(lambda: sources.check_sources(getattr(data, purpose), purpose, data.max_record_bytes))
+    several = getattr(data, purpose) or []
+    yield from _raised_by(lambda: sources.check_sources(several, purpose, data.max_record_bytes))
 
 
 def _block_length(section: str, prepared: PreparedRun) -> Faults:
@@ -386,6 +387,7 @@ def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Di
 INPUT_CHECKS = (
     Check(partial(_input, "model"), stops=("load",)),
     Check(partial(_input, "corpus"), stops=("tokenize/corpus",)),
+    Check(partial(_input, "forgetting"), stops=("tokenize/corpus",)),
     Check(partial(_input, "instructions"), stops=("tokenize/instructions",)),
     Check(partial(_input, "evaluate"), stops=("evaluate",)),
 )
@@ -411,6 +413,7 @@ CHECKS = (
     Check(_snapshots, stops=("evaluate",)),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),
     Check(partial(_data, "corpus"), stops=("tokenize/corpus",), needs="corpus"),
+    Check(partial(_data, "forgetting"), stops=("tokenize/corpus",), needs="forgetting"),
     Check(partial(_block_length, "sft"), stops=("tokenize/instructions",), needs="shape"),
     Check(partial(_data, "instructions"), stops=("tokenize/instructions",), needs="instructions"),
     Check(_chat_template, stops=("tokenize/instructions",), needs="shape"),

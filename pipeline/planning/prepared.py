@@ -33,7 +33,7 @@ from pipeline.models.families import Shape, family_for, shape_of
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
-PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions")
+PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions", "forgetting")
 _Result = TypeVar("_Result")
 
 
@@ -197,7 +197,12 @@ def _look_up(run: Settings) -> FoundInputs:
     find_model = _find_source if only_keys else _find_source_and_config
     asked: dict[str, Callable[[], Any]] = {"model": lambda: find_model(run)}
     if run.reads_data:
-        asked |= {purpose: partial(sources.pin_sources, getattr(run.data, purpose), purpose) for purpose in PURPOSES}
+        texts = {purpose: getattr(run.data, purpose) for purpose in PURPOSES}
+        asked |= {
+            purpose: partial(sources.pin_sources, several, purpose)
+            for purpose, several in texts.items()
+            if several is not None
+        }
     if run.scores_models and not only_keys:
         asked["evaluate"] = lambda: validate_evaluation(run.evaluate)
     with ThreadPoolExecutor() as pool:
@@ -226,7 +231,8 @@ def _identify(
         RememberedFingerprints(memo) if run.action == "plan" else Fingerprints(memo, writes=not run.is_read_only)
     )
     # One after another, because all of them update the same file of remembered fingerprints.
-    identities = dict.fromkeys(("model", *PURPOSES), UNKNOWN)
+    texts = [purpose for purpose in PURPOSES if getattr(run.data, purpose) is not None]
+    identities = dict.fromkeys(("model", *texts), UNKNOWN)
     if source is not None:
         identities["model"] = source.identity or fingerprints.of_files(source.files)
     for purpose in PURPOSES:

@@ -1,4 +1,4 @@
-"""The tokenize stage: turns one dataset into memory-mapped token blocks with a held-out split."""
+"""The tokenize stage: turns one dataset into memory-mapped token blocks of every split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ DATASET_SEAL = ".dataset.sha256"
 def run(task: StageTask) -> Metrics:
     """Writes ``{train,held_out}.{input_ids,position_ids,loss_mask}.npy``, ``held_out.jsonl`` and ``dataset.json``.
 
-    For conversations it also writes ``chat_template.jinja``, which the tuned model is saved with.
+    Validation and forgetting splits have the same arrays, if they were asked for. For conversations it also writes
+    ``chat_template.jinja``, which the tuned model is saved with.
 
     Raises:
         UserError: a source cannot be read, or a split is empty.
@@ -35,13 +36,15 @@ def run(task: StageTask) -> Metrics:
         write_json(dataset_file, summary)
         written = (path for pattern in FILES for path in task.out.glob(pattern))
         seal(task.out / DATASET_SEAL, written)
-    TokenizeCheckpoint(task.out).remove()  # not part of the artifact
+    TokenizeCheckpoint(task.out, task.settings.splits).remove()  # not part of the artifact
     return summary
 
 
 def _build(task: StageTask, settings: Tokenize) -> Metrics:
     tokenizer = TextTokenizer(task.parents["load"])
     sizes = expected_bytes(settings.sources, settings.purpose)
+    if settings.forgetting is not None:
+        sizes = [*sizes, *expected_bytes(settings.forgetting, "forgetting")]
     total = 0 if 0 in sizes else sum(sizes)  # 0: unknown, and the bar shows no total
     with progress(task.name, total) as bar, DatasetBuilder(task.out, settings, tokenizer) as builder:
         summary = builder.build(bar)

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.config.data import SPLITS, Split
 from pipeline.data.blocks import open_blocks
-from pipeline.data.records import Split
 from pipeline.training.attention import document_bounds
 
 Indices = npt.NDArray[np.int64]
@@ -86,6 +86,12 @@ class MicroBatch:
 class TokenBlocks:
     """One split of a tokenize artifact, memory-mapped."""
 
+    @classmethod
+    def evaluated(cls, directory: Path) -> dict[Split, TokenBlocks]:
+        """Opens all splits of an artifact that are not trained on. The held-out one comes first."""
+        splits = (split for split in SPLITS if split != "train")
+        return {split: cls(directory, split) for split in splits if (directory / f"{split}.loss_mask.npy").exists()}
+
     def __init__(self, directory: Path, split: Split) -> None:
         arrays = open_blocks(directory, split)
         self._input_ids, self._position_ids = arrays["input_ids"], arrays["position_ids"]
@@ -140,7 +146,7 @@ def micro_batches(indices: Indices, micro_batch: int, rank: int, ranks: int) -> 
     yield from indices.reshape(-1, ranks, micro_batch)[:, rank]
 
 
-def held_out_indices(blocks: int, at_most: int) -> Indices:
+def evenly_spaced(blocks: int, at_most: int) -> Indices:
     """Returns at most ``at_most`` evenly spaced block indices, the same at every evaluation."""
     count = min(blocks, at_most)
     return np.arange(count) * blocks // max(1, count)

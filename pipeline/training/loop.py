@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from pipeline.config import Train
+from pipeline.config import Split, Train
 from pipeline.errors import TrainingFailure
 from pipeline.models.flops import TrainingFlops
 from pipeline.tracking import Tracker
@@ -28,8 +28,8 @@ from pipeline.training.batches import (
     MicroBatch,
     StepReader,
     TokenBlocks,
+    evenly_spaced,
     global_batch,
-    held_out_indices,
     micro_batches,
 )
 from pipeline.training.gradients import TOTAL, GradientNorms
@@ -45,6 +45,7 @@ Status = Literal["done", "stopped"]
 SPIKE_DEVIATIONS = 7.0
 SPIKE_WINDOW = 128  # steps
 SPIKE_MIN_STEPS = 16  # in the window; with fewer, nothing is a spike
+LOSS_OF: dict[Split, str] = {"held_out": "loss", "validation": "validation_loss", "forgetting": "forgetting_loss"}
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Progress:
     spikes: list[dict[str, float]] = field(default_factory=list)
     saves: int = 0  # checkpoints, including the one being saved
     save_seconds: float = 0.0  # of earlier checkpoints
-    held_out: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)  # the loss of every evaluated split by ``LOSS_OF``
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values. ``Progress(**values)`` is the inverse."""
@@ -73,6 +74,7 @@ class Loop:
 
     Attributes:
         section: "pretrain" or "sft", for messages.
+        evaluated: the splits whose loss is computed, the held-out one first.
         wants_stop: called once per step. If it returns True on any rank, all ranks stop after that step.
         save: saves a checkpoint of the current progress. Collective.
         save_snapshot: saves the current model as the snapshot at a fraction of the steps. Collective.
@@ -84,7 +86,7 @@ class Loop:
     seed: int
     steps: int
     blocks: TokenBlocks
-    held_out: TokenBlocks
+    evaluated: Mapping[Split, TokenBlocks]
     engine: deepspeed.DeepSpeedEngine
     gradients: GradientNorms
     flops: TrainingFlops
@@ -227,7 +229,7 @@ class Loop:
     # --------------------------------------------------------------------- evaluation and snapshots
 
     def _evaluate_and_snapshot(self) -> None:
-        """Computes the held-out loss and saves snapshots if they are due at the current step."""
+        """Computes the losses of all evaluated splits and saves snapshots if they are due at the current step."""
         self._evaluate_if_due()
         for fraction in fractions_at(self.train.snapshot_at, self.progress.step, self.steps):
             self.save_snapshot(fraction)
@@ -238,20 +240,27 @@ class Loop:
         # After resuming, the loss at the checkpoint's step may already be on record.
         if fraction is None or any(entry["step"] == step for entry in self.progress.held_out):
             return
-        enter(f"computing the held-out loss after step {step}")
-        loss = self.held_out_loss()
-        self._check_finite(loss, "held-out loss", step or 1)
-        self.progress.held_out.append({"fraction": fraction, "step": step, "loss": loss, **self._cost()})
+        losses = {split: self._evaluate(split, step) for split in self.evaluated}
+        by_name = {LOSS_OF[split]: loss for split, loss in losses.items()}
+        self.progress.held_out.append({"fraction": fraction, "step": step, **by_name, **self._cost()})
         if self.tracker is not None:
+            metrics = {f"{split}_loss": loss for split, loss in losses.items()}
             # exp overflows above 709.
-            metrics = {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
+            metrics |= {f"{split}_perplexity": math.exp(min(loss, 700.0)) for split, loss in losses.items()}
             self.tracker.log({**metrics, **self._cost()}, step=step)
 
+    def _evaluate(self, split: Split, step: int) -> float:
+        name = f"{split.replace('_', '-')} loss"
+        enter(f"computing the {name} after step {step}")
+        loss = self.loss_on(self.evaluated[split])
+        self._check_finite(loss, name, step or 1)
+        return loss
+
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Returns the mean loss per supervised token on the held-out blocks, which are the same every time."""
+    def loss_on(self, blocks: TokenBlocks) -> float:
+        """Returns the mean loss per supervised token on at most ``held_out_blocks`` blocks, the same every time."""
         ranks, rank = distributed.get_world_size(), distributed.get_rank()
-        indices = held_out_indices(len(self.held_out), self.train.held_out_blocks)
+        indices = evenly_spaced(len(blocks), self.train.held_out_blocks)
         round_size = ranks * self.train.micro_batch
         # At ZeRO 3 all ranks must run the same number of forward passes. Blocks are repeated to fill the last round,
         # and the repeated ones are masked.
@@ -260,11 +269,11 @@ class Loop:
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.engine.eval()
         for share in micro_batches(positions, self.train.micro_batch, rank, ranks):
-            batch = self.held_out.batch(padded[share], repeated=share >= len(indices)).on(self.device)
+            batch = blocks.batch(padded[share], repeated=share >= len(indices)).on(self.device)
             total += self.engine(batch.input_ids, batch.position_ids, indices=batch.indices)
         self.engine.train()
         distributed.all_reduce(total)
-        return total.item() / max(1, self.held_out.supervised_tokens(indices))
+        return total.item() / max(1, blocks.supervised_tokens(indices))
 
     def _on_device(self, values: Sequence[float]) -> torch.Tensor:
         # From page-locked memory. Otherwise the host would wait until the device has done all that was asked before.

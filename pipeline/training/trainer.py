@@ -104,7 +104,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             seed=context.task.seed,
             steps=parts.steps,
             blocks=TokenBlocks(context.data_dir, "train"),
-            held_out=TokenBlocks(context.data_dir, "held_out"),
+            evaluated=TokenBlocks.evaluated(context.data_dir),
             engine=parts.engine,
             gradients=parts.gradients,
             flops=parts.flops,

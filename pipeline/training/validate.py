@@ -198,7 +198,7 @@ def validate_data(section: str, train: Train, data_dir: Path, model_dir: Path) -
     """
     data = read_json(data_dir / "dataset.json")
     source = "data.corpus" if data["purpose"] == "corpus" else "data.instructions"
-    for split, needed in (("train", True), ("held_out", bool(train.evaluate_at))):
+    for split, needed in (("train", True), ("held_out", bool(train.evaluate_at))):  # tokenize checks the others
         if needed and data["blocks"][split] == 0:
             raise UserError(
                 setting=source,

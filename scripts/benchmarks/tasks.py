@@ -45,7 +45,8 @@ def corpus_settings(sources: list[Source], sequence_length: int, held_out_fracti
     """Returns settings that tokenize all text of some sources."""
     return Tokenize(
         purpose="corpus", sources=sources, sequence_length=sequence_length, held_out_fraction=held_out_fraction,
-        max_tokens=None, chat_template=None, system_messages="keep", max_dropped=0.5, max_record_bytes=2**28,
+        forgetting=None, validation_fraction=0.0, max_forgetting_tokens=None, max_tokens=None, chat_template=None,
+        system_messages="keep", max_dropped=0.5, max_record_bytes=2**28,
     )  # fmt: skip
 
 

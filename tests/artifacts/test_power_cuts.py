@@ -14,9 +14,9 @@ import pytest
 from pipeline.artifacts.store import ATTEMPTS_FILE, Artifact, begin_attempt, finish_attempts
 from pipeline.artifacts.task import StageTask
 from pipeline.command import execute_batch_job
+from pipeline.config.data import SPLITS
 from pipeline.data.blocks import BlockWriter
 from pipeline.data.dataset import HELD_OUT_FILE, TokenizeCheckpoint
-from pipeline.data.records import SPLITS
 from pipeline.driver import submit
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_json, read_record, report_once, seal, write_json
@@ -141,11 +141,11 @@ def test_tokenizing_restarts_from_an_unreadable_checkpoint(tmp_path: Path, damag
         with BlockWriter(tmp_path, split, 4):
             pass
     (tmp_path / HELD_OUT_FILE).touch()
-    TokenizeCheckpoint(tmp_path).save({"blocks": {"train": 1}}, array("Q", [1, 2, 3]))
-    kept = TokenizeCheckpoint(tmp_path)
+    TokenizeCheckpoint(tmp_path, SPLITS).save({"blocks": {"train": 1}}, array("Q", [1, 2, 3]))
+    kept = TokenizeCheckpoint(tmp_path, SPLITS)
     assert kept.state is not None and list(kept.hashes) == [1, 2, 3]
     (tmp_path / "checkpoint" / damaged).write_bytes(content)
-    restarted = TokenizeCheckpoint(tmp_path)
+    restarted = TokenizeCheckpoint(tmp_path, SPLITS)
     assert restarted.state is None and list(restarted.hashes) == []
 
 

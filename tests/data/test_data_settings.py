@@ -26,6 +26,9 @@ def _data(corpus: Any, fraction: float) -> Data:
             "system_messages": "keep",
             "max_dropped": 0.5,
             "max_record_bytes": 2**28,
+            "forgetting": None,
+            "validation_fraction": 0.0,
+            "max_forgetting_tokens": None,
         }
     )
 

@@ -36,6 +36,34 @@ def test_held_out_documents_are_chosen_by_hash_and_never_in_training() -> None:
     assert set(shuffled["held_out"]) == set(splits["held_out"])  # regardless of order
 
 
+def test_validation_documents_are_chosen_by_hash_from_those_that_would_be_trained_on() -> None:
+    """The held-out ones stay the same, for any order of documents, and for sources with their own splits."""
+    documents = [f"document {number}" for number in range(2000)]
+    without, _ = _split(documents, 0.1)
+    for own in (None, "train"):
+        found: dict[str, set[str]] = {}
+        deduplicator = Deduplicator(0.1, validation_fraction=0.2)
+        for text in reversed(documents):
+            split = deduplicator.assign(Example(text, own), Drops())
+            assert split is not None
+            found.setdefault(split, set()).add(text)
+        assert found.get("held_out", set()) == (set(without["held_out"]) if own is None else set())
+        assert 320 < len(found["validation"]) < 480 and not found["validation"] & set(without["held_out"])
+        assert sum(map(len, found.values())) == len(documents)
+    kept = Deduplicator(0.1, validation_fraction=0.2)
+    assert {kept.assign(Example(text, "held_out"), Drops()) for text in documents} == {"held_out"}
+
+
+def test_all_answers_to_a_prompt_are_in_the_same_of_three_splits() -> None:
+    deduplicator, dropped = Deduplicator(0.3, validation_fraction=0.3), Drops()
+    splits: dict[int, set[str | None]] = {}
+    for number in range(600):
+        example = Example(_chat(f"prompt {number % 200}", f"{number}"), None)
+        splits.setdefault(number % 200, set()).add(deduplicator.assign(example, dropped))
+    assert not dropped and all(len(found) == 1 for found in splits.values())
+    assert set().union(*splits.values()) == {"train", "held_out", "validation"}
+
+
 def test_documents_that_differ_in_surrounding_whitespace_are_duplicates() -> None:
     splits, dropped = _split([text for number in range(200) for text in (f"text {number}", f"text {number}\n")], 0.5)
     assert not {text.strip() for text in splits["train"]} & {text.strip() for text in splits["held_out"]}

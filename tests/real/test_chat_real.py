@@ -58,7 +58,8 @@ def dataset(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory:
     )
     settings = Tokenize(
         purpose="instructions", sources=[source], sequence_length=LENGTH, held_out_fraction=0.1, max_tokens=None,
-        chat_template=request.param, system_messages="keep", max_dropped=0.5, max_record_bytes=2**28,
+        forgetting=None, validation_fraction=0.0, max_forgetting_tokens=None, chat_template=request.param,
+        system_messages="keep", max_dropped=0.5, max_record_bytes=2**28,
     )  # fmt: skip
     tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "g", "tokenize", "i", out)
     launch = cpu_launch()

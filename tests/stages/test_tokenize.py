@@ -41,6 +41,7 @@ def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: An
     source = _source(purpose, path)
     values = {"sequence_length": 64, "held_out_fraction": 0.2, "max_tokens": None, "chat_template": "model"}
     values |= {"system_messages": "keep", "max_dropped": 0.5, "max_record_bytes": 2**28}
+    values |= {"forgetting": None, "validation_fraction": 0.0, "max_forgetting_tokens": None}
     settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
     launch = cpu_launch()
@@ -321,3 +322,46 @@ def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(tiny_llama_dir: P
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
     with pytest.raises(UserError, match=r"embeddings end at 99"):
         tokenize.run(_task(tmp_path / "model", tmp_path / "out", "corpus", None))
+
+
+def test_validation_and_forgetting_are_further_splits_of_a_corpus(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """No document is in two of them. The held-out split is the same with and without them."""
+    words = [f"document {number} of the corpus" for number in range(300)]
+    other = [f"other text {number}" for number in range(200)]
+    for name, texts in (("corpus", words), ("other", [*other, *words[:50]])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    forgetting = [_source("corpus", tmp_path / "other.jsonl")]
+    plain = _task(tiny_llama_dir, tmp_path / "plain", "corpus", tmp_path / "corpus.jsonl")
+    split = _task(
+        tiny_llama_dir, tmp_path / "split", "corpus", tmp_path / "corpus.jsonl",
+        validation_fraction=0.3, forgetting=forgetting,
+    )  # fmt: skip
+    for task in (plain, split):
+        tokenize.run(task)
+    assert {path.name.partition(".")[0] for path in plain.out.glob("*.npy")} == set(SPLITS)
+    for array in ("input_ids", "position_ids", "loss_mask"):
+        name = f"held_out.{array}.npy"
+        assert (plain.out / name).read_bytes() == (split.out / name).read_bytes()
+    assert (plain.out / "held_out.jsonl").read_bytes() == (split.out / "held_out.jsonl").read_bytes()
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    found: dict[str, list[str]] = {
+        name: [tokenizer.decode(ids) for ids in _documents(split.out, name, tokenizer.eos_token_id)]
+        for name in (*SPLITS, "validation", "forgetting")
+    }
+    assert sorted(found["forgetting"]) == sorted(other)  # what is in the corpus too is dropped
+    assert sorted(found["train"] + found["held_out"] + found["validation"]) == sorted(words)
+    assert 50 < len(found["validation"]) < 130
+    counted = read_json(split.out / "dataset.json")["documents"]
+    assert counted == {name: len(texts) for name, texts in found.items()}
+
+
+@pytest.mark.parametrize("setting", ["validation_fraction", "forgetting"])
+def test_an_empty_further_split_is_refused(setting: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": f"document {n}"}) for n in range(20)))
+    same = [_source("corpus", tmp_path / "corpus.jsonl")]
+    value = {"validation_fraction": 1e-6, "forgetting": same}[setting]
+    task = _task(tiny_llama_dir, tmp_path / "out", "corpus", tmp_path / "corpus.jsonl", **{setting: value})
+    with pytest.raises(UserError) as refused:
+        tokenize.run(task)
+    assert refused.value.setting == f"data.{setting}"

@@ -51,6 +51,14 @@ def _corpus(directory: Path, documents: int) -> list[Source]:
     return [_source("corpus", directory / "?.jsonl.gz", 0.7), _source("corpus", directory / "other.jsonl", 0.3)]
 
 
+def _other_text(directory: Path, documents: int) -> list[Source]:
+    """Documents of two lengths for the forgetting split, the first of which is also in the corpus of ``_corpus``."""
+    directory.mkdir()
+    texts = ["Document 0. ", *(f"Other text {number}. " + "words " * (number % 30) for number in range(documents))]
+    (directory / "forgetting.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return [_source("corpus", directory / "forgetting.jsonl")]
+
+
 def _chats(directory: Path, conversations: int) -> list[Source]:
     rows = [
         {"prompt": f"What is {number}?", "completion": "word " * (number % 17 + 1)} for number in range(conversations)
@@ -68,12 +76,26 @@ def _same_task(model: Path, out: Path, purpose: str, sources: list[Source], **ch
     return _task(model, out, purpose, None, sources=sources, sequence_length=48, max_dropped=1.0, **changes)
 
 
-@pytest.mark.parametrize(("purpose", "make"), [("corpus", _corpus), ("instructions", _chats)])
+@pytest.mark.parametrize(
+    ("purpose", "make", "splits"),
+    [
+        ("corpus", _corpus, {"validation_fraction": 0.2, "max_forgetting_tokens": 5000}),
+        ("instructions", _chats, {"validation_fraction": 0.0}),
+    ],
+)
 def test_repeated_interruptions_do_not_change_the_result(
-    purpose: str, make: Any, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    purpose: str,
+    make: Any,
+    splits: Any,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     sources = make(tmp_path / "texts", 300)
-    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "complete", purpose, sources))
+    if purpose == "corpus":
+        splits = {**splits, "forgetting": _other_text(tmp_path / "forgetting", 200)}
+    tokenize.run(_same_task(tiny_llama_dir, tmp_path / "complete", purpose, sources, **splits))
     save = dataset_builder.DatasetBuilder._save
     calls: list[int] = []
 
@@ -84,7 +106,7 @@ def test_repeated_interruptions_do_not_change_the_result(
 
     monkeypatch.setattr(dataset_builder, "SAVE_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(dataset_builder.DatasetBuilder, "_save", save_every_fifth_time)
-    task = _same_task(tiny_llama_dir, tmp_path / "interrupted", purpose, sources)
+    task = _same_task(tiny_llama_dir, tmp_path / "interrupted", purpose, sources, **splits)
     for survived, cores in ((3, 2), (40, 1), (7, 3), (61, 2), (33, 1)):
         with monkeypatch.context() as patched:
             patched.setattr(tokenizer, "available_cores", lambda cores=cores: cores)

@@ -17,8 +17,12 @@ from tests.training.small import NEW_LAYERS, VOCABULARY, training_task, write_bl
 
 @pytest.fixture(scope="session")
 def blocks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten training blocks and five held-out blocks of 32 tokens with ragged masks."""
-    return write_blocks(tmp_path_factory.mktemp("blocks"), ragged=True)
+    """Ten training blocks and five held-out blocks of 32 tokens with ragged masks, and copies as further splits."""
+    directory = write_blocks(tmp_path_factory.mktemp("blocks"), ragged=True)
+    for copied, split in (("held_out", "validation"), ("train", "forgetting")):
+        for path in directory.glob(f"{copied}.*.npy"):
+            shutil.copyfile(path, directory / path.name.replace(copied, split))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pipeline.training.batches import (
     StepReader,
     TokenBlocks,
     TokenIndices,
+    evenly_spaced,
     global_batch,
-    held_out_indices,
     micro_batches,
 )
 from pipeline.training.loop import Loop
@@ -49,8 +49,8 @@ def test_ranks_and_micro_batches_partition_the_global_batch(ranks: int, micro_ba
 
 
 def test_held_out_blocks_are_evenly_spaced_and_limited_to_the_existing_ones():
-    assert held_out_indices(100, 4).tolist() == [0, 25, 50, 75]
-    assert held_out_indices(3, 16).tolist() == [0, 1, 2]
+    assert evenly_spaced(100, 4).tolist() == [0, 25, 50, 75]
+    assert evenly_spaced(3, 16).tolist() == [0, 1, 2]
 
 
 def test_blocks_are_read_as_written(tmp_path: Path):

@@ -204,6 +204,17 @@ def test_held_out_loss_and_counters_agree(runs: Runs):
             assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
 
 
+def test_the_loss_of_every_split_is_computed_alike(runs: Runs):
+    """In ``blocks_dir``, the validation blocks are copies of the held-out ones, and the others are not."""
+    tasks = [runs.straight[case] for case in float32_cases("auto")]
+    for task in tasks:
+        assert logged(task, "validation_loss") == logged(task, "held_out_loss") != logged(task, "forgetting_loss")
+        entries = json.loads((task.out / "training.json").read_text())["held_out"]
+        assert [entry["validation_loss"] for entry in entries] == [entry["loss"] for entry in entries]
+        assert logged(task, "forgetting_loss") == [entry["forgetting_loss"] for entry in entries]
+        assert logged(task, "forgetting_loss") == pytest.approx(logged(tasks[0], "forgetting_loss"), rel=1e-4)
+
+
 def test_frozen_tensors_are_bitwise_unchanged(runs: Runs, grown_dir: Path):
     base = load_file(grown_dir / "model.safetensors")
     new = {name for name in base if any(f"layers.{layer}." in name for layer in NEW_LAYERS)}
