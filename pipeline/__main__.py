@@ -59,6 +59,8 @@ from pipeline.errors import (
 )
 from pipeline.launch.environment import is_further_copy
 from pipeline.launch.slurm import SlurmUnreachable
+from pipeline.study.execute import StudyCommand, execute_study
+from pipeline.study.loading import asks_for_study, load_study
 
 CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(sys.argv[1:] if arguments is None else list(arguments))
         if options.job is not None:
             execute_batch_job(options.job, console)
+        elif asks_for_study(options.overrides):
+            _run_study(options, console)
         else:
             execute(compose_jobs(options.overrides, options.multirun, options.config_dir), console)
     except UserError as error:
@@ -101,6 +105,22 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for ignored in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     raise Stopped(f"signal {number}")
+
+
+def _run_study(options: argparse.Namespace, console: Console) -> None:
+    """Carries out a command that names a study, every run of which has settings like those of a command line."""
+    given: list[str] = options.overrides
+    refuse_secret_overrides(given)
+    try:
+        study, overrides = load_study(given, _folders(options.config_dir))
+    except YAMLError as error:
+        raise not_yaml(error) from error
+    arguments = [*given, *([f"--config-dir={options.config_dir.absolute()}"] if options.config_dir else [])]
+
+    def settings_of(run: Sequence[str]) -> Settings:
+        return compose_jobs(list(run), False, options.config_dir)[0].settings
+
+    execute_study(StudyCommand(study, overrides, arguments, settings_of), console)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -151,12 +171,7 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
     """
     refuse_secret_overrides(overrides)
     overrides = [f"+{item}" if item.startswith("experiment=") else item for item in overrides]
-    # Path.is_dir raises an error for a name that is too long.
-    if config_dir is not None and not os.path.isdir(config_dir):
-        raise UserError(
-            setting="--config-dir", value=config_dir, rule="it must be a directory", remedy="Check the path."
-        )
-    folders = [CONF, *([config_dir] if config_dir else [])]
+    folders = _folders(config_dir)
     if not any(item.startswith("+experiment=") for item in overrides):
         raise no_experiment(folders)
     _check_quoting(overrides)
@@ -169,6 +184,16 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
         raise explain_hydra(error, overrides, folders) from error
     except YAMLError as error:
         raise not_yaml(error) from error
+
+
+def _folders(config_dir: Path | None) -> list[Path]:
+    """Returns the directories with configuration files. The user's own one comes last."""
+    # Path.is_dir raises an error for a name that is too long.
+    if config_dir is not None and not os.path.isdir(config_dir):
+        raise UserError(
+            setting="--config-dir", value=config_dir, rule="it must be a directory", remedy="Check the path."
+        )
+    return [CONF, *([config_dir] if config_dir else [])]
 
 
 def _choose_external_method(overrides: list[str]) -> list[str]:

@@ -66,7 +66,7 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
         if action == "submit":
             _submit_all(prepared, sweep, console)
         else:
-            _run_all(prepared, sweep, console)
+            run_prepared(prepared, sweep, console)
 
 
 def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
@@ -110,7 +110,7 @@ def _execute_batch_job(file: Path, console: Console) -> None:
     needed = lineage([node])
     job = replace(prepared[0], run=run, nodes={name: n for name, n in nodes.items() if n.artifact.key in needed})
     refuse_blocked(job)
-    _run_all([job], sweep=False, console=console)
+    run_prepared([job], sweep=False, console=console)
     for name in task["linked"]:
         link(run.model_copy(update={"name": name}), node)
 
@@ -147,7 +147,8 @@ def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> N
 # --------------------------------------------------------------------------------------------- run
 
 
-def _run_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
+def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
+    """Build what is missing of runs that passed all checks; for a sweep, also the report on all of them."""
     first = jobs[0].run
     with (
         disk_errors_as_user_errors(Path(first.output_dir)),

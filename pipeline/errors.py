@@ -40,6 +40,10 @@ class TrainingFailure(Exception):
     """
 
 
+class Diverged(TrainingFailure):
+    """The loss or a gradient is not finite. With the same settings, every attempt ends like this."""
+
+
 class WorkersFailed(RuntimeError):
     """A process of a stage died. The message names the process, the cause, its last output and its log. Exit code 1."""
 

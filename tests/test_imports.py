@@ -17,10 +17,13 @@ PACKAGE = REPOSITORY / "pipeline"
 
 # From top to bottom: a package may import from those after it, never from those before it.
 PACKAGES = [
-    "__main__", "command", "planning", "driver", "stages", "estimates", "report", "evaluation", "training", "expansion",
-    "data", "models", "tracking", "progress", "artifacts", "launch", "config", "files", "errors",
+    "__main__", "study", "command", "planning", "driver", "stages", "estimates", "report", "evaluation", "training",
+    "expansion", "data", "models", "tracking", "progress", "artifacts", "launch", "config", "files", "errors",
 ]  # fmt: skip
-DRIVER = {"__main__", "command", "planning", "driver", "estimates", "artifacts", "launch", "config", "files", "errors"}
+DRIVER = {
+    "__main__", "study", "command", "planning", "driver", "estimates", "artifacts", "launch", "config", "files",
+    "errors",
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {
     "hydra": "pipeline/__main__.py",

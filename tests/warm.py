@@ -37,7 +37,7 @@ REAL = sys.executable
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "pipeline", "pipeline.stages", "pipeline.training.worker", "tests.training.forked",
-    "tests.training.many_tasks",
+    "tests.training.many_tasks", "tests.study.one_worker",
 )  # fmt: skip
 FIXED = ("OMP_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", "PYTHONHASHSEED")
 IMPORTED = (

@@ -207,10 +207,15 @@ def validate_settings(values: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        faults = _merge(_fault(detail) for detail in error.errors())
+        raise explain_validation(error) from error
+
+
+def explain_validation(error: ValidationError, prefix: str = "") -> UserError:
+    """Returns one error for all that pydantic found. ``prefix`` precedes the names of the settings."""
+    faults = _merge(_fault(detail, prefix) for detail in error.errors())
     setting, value, rule, remedy = faults[0]
     others = "".join(f"; also {name} = {given}: {why}" for name, given, why, _ in faults[1:])
-    raise UserError(setting=setting, value=value, rule=rule + others, remedy=remedy)
+    return UserError(setting=setting, value=value, rule=rule + others, remedy=remedy)
 
 
 _Fault = tuple[str, str, str, str]  # setting, value, rule, remedy
@@ -231,8 +236,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if not tried.match(str(part)))
 
 
-def _fault(detail: ErrorDetails) -> _Fault:
-    path = _path(detail["loc"])
+def _fault(detail: ErrorDetails, prefix: str) -> _Fault:
+    path = ".".join(part for part in (prefix, _path(detail["loc"])) if part)
     value = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else "{...}"
     message = detail["msg"].removeprefix("Value error, ")
     kind = detail["type"]

@@ -72,6 +72,7 @@ class Train(Section):
     snapshot_at: Annotated[list[Fraction], NotInKey]  # fractions of the steps at which to save snapshots
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     keep_checkpoints: Annotated[Positive, NotInKey]  # number of the newest checkpoints to keep
+    save_model: Annotated[bool, NotInKeyIf(True)]  # false: only the metrics, which are all that a comparison may need
     activation_checkpointing: Annotated[bool, NotInKey]
     compile: Annotated[bool | Literal["auto"], NotInKey]  # torch.compile for layers and the loss; not at ZeRO 3
     float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs

@@ -42,7 +42,8 @@ class Stage:
 
 
 _MODEL = ("config.json", "model*.safetensors")
-_TRAINED = (*_MODEL, "expansion.json", "metrics.jsonl", "training.json")
+_METRICS = ("metrics.jsonl", "training.json")
+_TRAINED = (*_MODEL, "expansion.json", *_METRICS)
 _BLOCKS = tuple(
     f"{split}.{array}.npy" for split in ("train", "held_out") for array in ("input_ids", "position_ids", "loss_mask")
 )
@@ -86,6 +87,13 @@ class Node:
     seed: int
     artifact: Artifact
     reuses: Mapping[str, Node] = field(default_factory=dict, repr=False)  # role -> node
+
+
+def expected_files(node: Node) -> tuple[str, ...]:
+    """Return patterns of the files that an artifact contains."""
+    if isinstance(node.settings, Train) and not node.settings.save_model:
+        return _METRICS
+    return STAGES[node.stage].files
 
 
 class _Builder:

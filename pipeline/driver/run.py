@@ -20,7 +20,7 @@ from pipeline.artifacts.lock import Lock
 from pipeline.artifacts.store import begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
 from pipeline.config import Settings
-from pipeline.driver.graph import STAGES, Node, forced, select_nodes
+from pipeline.driver.graph import STAGES, Node, expected_files, forced, select_nodes
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_record, remove_abandoned, temporary_path, write_json
 from pipeline.launch.environment import child_environment
@@ -124,7 +124,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     number, total = finish_attempts(partial, attempts)
     lock.confirm()
     manifest = {**_manifest(node, metrics, total), "attempts": number}
-    node.artifact.commit(manifest, STAGES[node.stage].files, confirm=lock.confirm)
+    node.artifact.commit(manifest, expected_files(node), confirm=lock.confirm)
     console.print(f"  [green]done[/]   {node.name:<24} {seconds:8.1f} s")
     for line in [*metrics.get("read", []), *metrics.get("warnings", [])]:
         console.print(f"           {line}", markup=False)

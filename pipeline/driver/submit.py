@@ -130,8 +130,14 @@ def print_scripts(jobs: Sequence[StageJob], console: Console) -> None:
         console.print(job_script(job), markup=False)
 
 
-def submit_jobs(jobs: Sequence[StageJob], console: Console) -> None:
+def submit_jobs(jobs: Sequence[StageJob], console: Console, last: Path | None = None) -> int | None:
     """Queue all jobs or none. Jobs of an earlier submission that are still in the queue are not queued again.
+
+    Args:
+        last: a script to run once all of the jobs have ended, in whatever way.
+
+    Returns:
+        The id of the job that runs it.
 
     Raises:
         UserError: sbatch rejects one of them.
@@ -140,20 +146,21 @@ def submit_jobs(jobs: Sequence[StageJob], console: Console) -> None:
     run = jobs[0].runs[0]
     with _submission_lock(run).held(lambda holder: console.print(f"  [yellow]waits[/]  {holder}")):
         _cancel_held(run, console)
-        _queue_all(jobs, console)
+        return _queue_all(jobs, console, last)
 
 
-def _queue_all(jobs: Sequence[StageJob], console: Console) -> None:
+def _queue_all(jobs: Sequence[StageJob], console: Console, last: Path | None) -> int | None:
     known = {key: entry["job"] for key, entry in _still_queued(jobs)}
     for job in jobs:
         if job.node.artifact.key in known:
             console.print(f"  [green]queued[/] {job.node.name:<24} job {known[job.node.artifact.key]} already")
     new = [job for job in jobs if job.node.artifact.key not in known]
-    if not new:
-        return
+    if not new and last is None:
+        return None
     run = jobs[0].runs[0]
-    write_json(_unreleased(run), [f"{job.place}.sh" for job in new])
+    write_json(_unreleased(run), [*(f"{job.place}.sh" for job in new), *([] if last is None else [str(last)])])
     submitted: list[int] = []
+    last_job = None
     try:
         for job in new:
             _write(job)
@@ -162,6 +169,9 @@ def _queue_all(jobs: Sequence[StageJob], console: Console) -> None:
             known[job.node.artifact.key] = number
             submitted.append(number)
             _print_submitted(job, number, parents, console)
+        if last is not None:
+            last_job = slurm.submit_script(last, [known[job.node.artifact.key] for job in jobs], "afterany")
+            submitted.append(last_job)
         for job in new:
             if job.redo:
                 _invalidate(job.node, console)
@@ -171,6 +181,7 @@ def _queue_all(jobs: Sequence[StageJob], console: Console) -> None:
         _cancel_held(run, console)
         raise
     _unreleased(run).unlink()
+    return last_job
 
 
 def _parent_keys(job: StageJob) -> list[str]:

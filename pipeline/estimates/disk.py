@@ -35,6 +35,7 @@ class TrainingOutputs:
     checkpoints: int  # kept while the stage runs
     snapshots: int  # kept in its artifact
     has_averages: bool = False  # in checkpoints, beside the weights
+    model: bool = True  # whether the final model is saved
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -63,7 +64,7 @@ def disk_of(
     width = DTYPE_BYTES[dtype]
     models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
     for stage, outputs in trained.items():
-        models[stage] += outputs.snapshots * outputs.parameters
+        models[stage] = outputs.model * models[stage] + outputs.snapshots * outputs.parameters
     artifacts = {
         node: SMALL + (models[stage] * width if stage in models else tokens.get(node, 0) * TOKEN_BYTES)
         for node, stage in missing.items()

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config import Resources, Slurm
 from pipeline.errors import UserError
@@ -108,8 +109,13 @@ def require_slurm() -> None:
         )
 
 
-def submit_script(script: Path, parents: Iterable[int]) -> int:
-    """Submits a script. The job is held until ``release``, and starts after its parents have succeeded.
+def submit_script(script: Path, parents: Iterable[int], condition: Literal["afterok", "afterany"] = "afterok") -> int:
+    """Submits a script. The job is held until ``release``, and starts after its parents.
+
+    Args:
+        script: the batch script.
+        parents: the ids of jobs.
+        condition: afterok if all of them must have succeeded, afterany if they need only have ended.
 
     Returns:
         The job's id.
@@ -119,7 +125,7 @@ def submit_script(script: Path, parents: Iterable[int]) -> int:
         SlurmUnreachable: Slurm does not answer. The job may have been submitted nevertheless.
     """
     after = ":".join(map(str, parents))
-    dependency = [f"--dependency=afterok:{after}"] if after else []
+    dependency = [f"--dependency={condition}:{after}"] if after else []
     answer = _call("sbatch", "--parsable", "--hold", *dependency, str(script))
     if answer.returncode != 0:
         _ask("scontrol", "ping")  # fails if it was not the script that sbatch could not process

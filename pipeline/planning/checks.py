@@ -16,7 +16,7 @@ from typing import Literal
 
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
-from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target
+from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target, Train
 from pipeline.config.execution import GPUS
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
@@ -264,6 +264,20 @@ def _snapshots(prepared: PreparedRun) -> Faults:
             )
 
 
+def _saved(prepared: PreparedRun) -> Faults:
+    """Every training stage whose model a later stage reads saves it."""
+    for node in prepared.missing.values():
+        parent = node.parents.get("model")
+        if parent is not None and isinstance(parent.settings, Train) and not parent.settings.save_model:
+            yield UserError(
+                setting=f"{parent.stage}.save_model",
+                value="false",
+                rule=f"{node.name} needs the model",
+                remedy=f"Set {parent.stage}.save_model=true, or stages=[{parent.stage}].",
+            )
+            return
+
+
 # --------------------------------------------------------------------------------------------------- run-wide
 
 
@@ -373,7 +387,11 @@ def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Di
     chosen = {name: node.stage for name, node in prepared.missing.items() if nodes is None or name in nodes}
     outputs = {
         stage: TrainingOutputs(
-            trained.parameters, train.keep_checkpoints, len(train.snapshot_at), train.ema_decay is not None
+            trained.parameters,
+            train.keep_checkpoints,
+            len(train.snapshot_at),
+            train.ema_decay is not None,
+            train.save_model,
         )
         for stage, train in prepared.training.items()
         if stage in chosen and (trained := prepared.trained(stage)) is not None
@@ -411,6 +429,7 @@ CHECKS = (
     Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
+    Check(_saved, stops=("sft", "evaluate")),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),
     Check(partial(_data, "corpus"), stops=("tokenize/corpus",), needs="corpus"),
     Check(partial(_data, "forgetting"), stops=("tokenize/corpus",), needs="forgetting"),

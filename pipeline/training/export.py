@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from torch import distributed
 
 from pipeline.artifacts.store import ATTEMPTS_FILE
-from pipeline.config import Train
+from pipeline.config import Split, Train
 from pipeline.files import fsync_directory, read_json, seal, write_json
 from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.export import export_with_replaced
@@ -47,9 +47,11 @@ def export_trained_model(
     table: list[ParameterRow],
     progress: Progress,
     peak: Peak,
-    held_out_loss_of_averages: float | None,
+    losses_of_averages: Mapping[Split, float],
 ) -> None:
     """Writes the trained model from the last checkpoint, verifies it, and then writes ``training.json``. Collective.
+
+    Without ``save_model``, only ``training.json`` is written.
 
     Args:
         context: the rank's task, directories and device.
@@ -57,7 +59,7 @@ def export_trained_model(
         table: the parameters.
         progress: of the finished training.
         peak: FLOP/s of all ranks.
-        held_out_loss_of_averages: None if there are no averages or no held-out loss is computed.
+        losses_of_averages: by split; empty if there are no averages or no losses are computed.
 
     Raises:
         IncompleteModelError: plain transformers does not compute what the engine computes from what was written.
@@ -68,9 +70,10 @@ def export_trained_model(
     if context.rank != 0:
         return
     last = Checkpoint(context.checkpoints / directory_name(progress.step))
-    export_with_replaced(context.model_dir, context.task.out, last.tensors(exported_key(context.settings)))
-    copy_chat_files(context.data_dir, context.task.out)
-    check_export(context.task.out, losses, context.precision)
+    if context.settings.save_model:
+        export_with_replaced(context.model_dir, context.task.out, last.tensors(exported_key(context.settings)))
+        copy_chat_files(context.data_dir, context.task.out)
+        check_export(context.task.out, losses, context.precision)
     summary = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -84,7 +87,7 @@ def export_trained_model(
         "learning_rate_multiples": {r.name: r.learning_rate_multiple for r in table if r.learning_rate_multiple != 1},
         "final_loss": progress.loss,
         "held_out": progress.held_out,
-        **_averages(context.settings, held_out_loss_of_averages),
+        **_averages(context.settings, losses_of_averages),
         "mfu": progress.flops / progress.seconds / peak.rate,
         "peak_flops_per_second": {"rate": peak.rate, "source": peak.source},
         "checkpoints": {
@@ -153,9 +156,11 @@ def check_export(directory: Path, losses: torch.Tensor, precision: Precision) ->
         )
 
 
-def _averages(settings: Train, held_out_loss: float | None) -> dict[str, Any]:
+def _averages(settings: Train, losses: Mapping[Split, float]) -> dict[str, Any]:
     """Returns what ``training.json`` records of averages. ``held_out`` has the losses of the weights themselves."""
-    return {} if settings.ema_decay is None else {"ema": {"decay": settings.ema_decay, "held_out_loss": held_out_loss}}
+    if settings.ema_decay is None:
+        return {}
+    return {"ema": {"decay": settings.ema_decay, "held_out_loss": None, **{f"{s}_loss": losses[s] for s in losses}}}
 
 
 def _spike_warnings(progress: Progress) -> list[str]:

@@ -40,13 +40,15 @@ def run_training(task: StageTask) -> Metrics:
         WorkersFailed: a worker died.
         OutOfMemory: a worker ran out of memory.
     """
-    metrics = _finished_training(task.out) if is_intact(task.out / TRAINING_SEAL) else None
+    assert isinstance(task.settings, Train)
+    saves = task.settings.save_model
+    metrics = _finished_training(task.out, saves) if is_intact(task.out / TRAINING_SEAL) else None
     if metrics is None:
         # The existence of this file must mean that the weights written by this attempt are complete.
         for file in (TRAINING_SEAL, TRAINING_FILE):
             (task.out / file).unlink(missing_ok=True)
         _run_workers(task)
-        metrics = _finished_training(task.out)
+        metrics = _finished_training(task.out, saves)
     # The checkpoints are removed only once the result has been read back.
     if metrics is None:
         raise WorkersFailed(
@@ -57,10 +59,10 @@ def run_training(task: StageTask) -> Metrics:
     return metrics
 
 
-def _finished_training(out: Path) -> Metrics | None:
-    """Returns the content of ``training.json``, or None if it is not usable or the weights are missing."""
+def _finished_training(out: Path, saves: bool) -> Metrics | None:
+    """Returns the content of ``training.json``, or None if it is not usable or weights to save are missing."""
     metrics: Metrics | None = read_record(out / TRAINING_FILE, lambda value: value["steps"])
-    return metrics if any(out.glob("model*.safetensors")) else None
+    return metrics if not saves or any(out.glob("model*.safetensors")) else None
 
 
 def _run_workers(task: StageTask) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from pipeline.config import Split, Train
-from pipeline.errors import TrainingFailure
+from pipeline.errors import Diverged
 from pipeline.models.flops import TrainingFlops
 from pipeline.tracking import Tracker
 from pipeline.training.batches import (
@@ -102,7 +102,7 @@ class Loop:
         """Trains until the last step or a stop request. A checkpoint is saved in both cases.
 
         Raises:
-            TrainingFailure: a loss or gradient norm is not finite.
+            Diverged: a loss or gradient norm is not finite.
         """
         self._evaluate_and_snapshot()
         with StepReader(self.blocks, self._shares, self.steps, self.device) as reader:
@@ -187,7 +187,7 @@ class Loop:
     def _check_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             rate = learning_rate(self.train, step, self.steps)
-            raise TrainingFailure(
+            raise Diverged(
                 f"the {what} is {value} at step {step} (learning rate {rate:.3g}, last loss {self.progress.loss}); "
                 f"the last checkpoint is intact. Lower {self.section}.learning_rate or {self.section}.max_grad_norm, "
                 f"or raise {self.section}.warmup_fraction."

@@ -16,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 from torch import distributed
 
 from pipeline.artifacts.task import StageTask
-from pipeline.config import Train
+from pipeline.config import Split, Train
 from pipeline.errors import TrainingFailure, UserError
 from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
@@ -118,20 +118,20 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
         )
         status = loop.run()
     if status == "done":
-        held_out_loss = _use_averages(context.settings, parts.optimizer_state, loop)
+        losses = _use_averages(context.settings, parts.optimizer_state, loop)
         enter("exporting the model", is_alone=True)
-        export_trained_model(context, parts.engine, parts.table, progress, peak, held_out_loss)
+        export_trained_model(context, parts.engine, parts.table, progress, peak, losses)
     return status
 
 
-def _use_averages(settings: Train, optimizer_state: OptimizerState, loop: Loop) -> float | None:
-    """Replaces the weights by their averages, if there are any, and returns their held-out loss. Collective."""
+def _use_averages(settings: Train, optimizer_state: OptimizerState, loop: Loop) -> dict[Split, float]:
+    """Replaces the weights by their averages, if there are any, and returns their loss on every split. Collective."""
     if settings.ema_decay is None:
-        return None
+        return {}
     enter("replacing the weights by their averages", is_alone=True)
     optimizer_state.use_averages()
-    enter("computing the held-out loss of the averages")
-    return loop.held_out_loss() if settings.evaluate_at else None
+    enter("computing the losses of the averages")
+    return {split: loop.loss_on(blocks) for split, blocks in loop.evaluated.items()} if settings.evaluate_at else {}
 
 
 @dataclass(frozen=True)

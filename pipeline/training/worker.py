@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, TrainingFailure, UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, Diverged, TrainingFailure, UserError
 from pipeline.files import read_json, temporary_path, write_json
 from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent, write_stacks_on_signal
 from pipeline.launch.environment import create_code_caches
@@ -62,7 +62,8 @@ def main(task_file: Path, log_dir: Path) -> int:
         write_outcome(log_dir, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
     except TrainingFailure as error:
-        write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": str(error), "explained": True})
+        found = {"rank": rank, "cause": str(error), "explained": True, "diverged": isinstance(error, Diverged)}
+        write_outcome(log_dir, {"status": "failed", **found})
         return EXIT_FAILED
     except Exception as error:
         write_outcome(log_dir, {"status": "failed", "rank": rank, "cause": f"{type(error).__name__}: {error}"})

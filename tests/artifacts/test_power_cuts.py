@@ -24,6 +24,7 @@ from pipeline.launch import workers
 from pipeline.tracking import read_metrics
 from pipeline.training import job
 from pipeline.training.job import CHECKPOINTS, TRAINING_FILE, TRAINING_SEAL, last_logged, run_training
+from tests.training.small import train_settings
 
 # What may be left of a JSON file: nothing, a part, zeros, another file's bytes, and another structure.
 DAMAGED = [b"", b'{"key": ', bytes(64), b"\xff\xfe\x00", b"[" * 100_000, b"3", b"[3]", b'{"files": 3}', b"null", b'"x"']
@@ -178,7 +179,7 @@ def test_half_a_line_at_the_end_of_the_metrics_is_normal(tmp_path: Path, capsys:
 def task(tmp_path: Path) -> StageTask:
     """A training stage whose partial directory has a checkpoint."""
     (tmp_path / CHECKPOINTS).mkdir()
-    substitute: Any = SimpleNamespace(out=tmp_path, name="pretrain")
+    substitute: Any = SimpleNamespace(out=tmp_path, name="pretrain", settings=train_settings())
     return substitute  # type: ignore[no-any-return]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, TrainingFailure, UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, Diverged, TrainingFailure, UserError
 from pipeline.files import read_json
 from pipeline.launch.workers import OUTCOME_FILE, STOP_FILE
 from pipeline.training import worker
@@ -65,13 +65,17 @@ def test_a_bug_is_recorded_and_raised_again(monkeypatch: pytest.MonkeyPatch, tmp
     assert read_json(tmp_path / OUTCOME_FILE) == {"status": "failed", "rank": 0, "cause": cause}
 
 
-def test_a_training_failure_is_recorded_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize("kind", [TrainingFailure, Diverged])
+def test_a_training_failure_is_recorded_without_a_traceback(
+    kind: type[TrainingFailure], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     def fail():
-        raise TrainingFailure("the disk is full; free some space")
+        raise kind("the disk is full; free some space")
 
     exit_status, outcome = run_with(monkeypatch, tmp_path, fail)
     assert exit_status == EXIT_FAILED
-    assert outcome == {"status": "failed", "rank": 0, "cause": "the disk is full; free some space", "explained": True}
+    explained = {"cause": "the disk is full; free some space", "explained": True, "diverged": kind is Diverged}
+    assert outcome == {"status": "failed", "rank": 0, **explained}
 
 
 def test_the_first_recorded_outcome_wins(tmp_path: Path):

@@ -1,0 +1,95 @@
+"""The figures of a study's report: Pareto fronts, and the validation loss by learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+
+from pipeline.report.plot_style import GRAY, SPARE_COLORS, figure, label_ends
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A contender in a plot of two quantities, of both of which less is better. Errors are one standard error."""
+
+    number: int  # in the table of the report
+    x: float
+    y: float
+    x_error: float
+    y_error: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of all contenders by two quantities."""
+
+    title: str
+    x_name: str
+    marks: Sequence[Mark]
+    log_x: bool = False
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the indices of the points that no other point is at least as good as in both coordinates, by the first.
+
+    Less is better. Of equal points, all are on the front.
+    """
+    front = [
+        index
+        for index, (x, y) in enumerate(points)
+        if not any(ox <= x and oy <= y and (ox, oy) != (x, y) for ox, oy in points)
+    ]
+    return sorted(front, key=lambda index: points[index])
+
+
+def draw_pareto(panels: Sequence[Panel], path: Path) -> None:
+    """Plots the held-out loss against other quantities, with a line along each Pareto front."""
+    with figure(path, 4.2) as drawing:
+        for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw_panel(axes, panel)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for mark in panel.marks:
+        color = SPARE_COLORS[(mark.number - 1) % len(SPARE_COLORS)]
+        axes.errorbar(mark.x, mark.y, mark.y_error, mark.x_error, fmt="o", color=color, elinewidth=1.0)
+        axes.annotate(
+            str(mark.number), (mark.x, mark.y), xytext=(4, 4), textcoords="offset points", color=color, size=9
+        )
+    front = [panel.marks[index] for index in pareto_front([(mark.x, mark.y) for mark in panel.marks])]
+    axes.step([mark.x for mark in front], [mark.y for mark in front], where="post", color=GRAY, linewidth=1.0, zorder=0)
+    if panel.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.x_name)
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.grid(axis="both")
+
+
+def draw_rates(losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float], path: Path) -> None:
+    """Plots the validation loss of every contender by learning rate, as differences to its best one.
+
+    Args:
+        losses: by contender and rate, on the last rung; finite.
+        chosen: the chosen rate of every contender, which is marked.
+    """
+    with figure(path, 3.6) as drawing:
+        axes, ends = drawing.subplots(), []
+        for number, (name, by_rate) in enumerate(losses.items()):
+            color, rates = SPARE_COLORS[number % len(SPARE_COLORS)], sorted(by_rate)
+            best = by_rate[chosen[name]]
+            heights = [by_rate[rate] - best for rate in rates]
+            axes.plot(rates, heights, marker="o", color=color)
+            axes.plot([chosen[name]], [0.0], marker="o", markersize=9, fillstyle="none", color=color)
+            ends.append((heights[-1], f"{number + 1} {name}", color))
+        axes.set_xscale("log")
+        axes.set_title("validation loss above that of the chosen rate")
+        axes.set_xlabel("learning rate")
+        axes.grid(axis="y")
+        drawing.draw_without_rendering()
+        label_ends(axes, ends)

@@ -1,0 +1,110 @@
+"""Reads the YAML file of a study: ``+study=NAME`` is ``study/NAME.yaml`` in conf/ or in ``--config-dir``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.messages import did_you_mean, explain_validation
+from pipeline.config.study import STUDY_SETS, Study, overridden
+from pipeline.errors import UserError
+
+PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a setting of the study itself
+
+
+def asks_for_study(overrides: Iterable[str]) -> bool:
+    """Whether a command line names a study."""
+    return any(item.lstrip("+").startswith(PREFIX) for item in overrides)
+
+
+def list_studies(folders: Iterable[Path]) -> list[str]:
+    """Lists the names of the studies in some configuration directories."""
+    return sorted({path.stem for folder in folders for path in (folder / "study").glob("*.yaml")})
+
+
+def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study, list[str]]:
+    """Returns the study that a command line names, and the overrides that apply to its runs.
+
+    Raises:
+        UserError: there is no such study, its file is invalid, or an override sets what the study sets.
+        YAMLError: its file is not YAML.
+    """
+    name = next(item.partition("=")[2] for item in overrides if item.lstrip("+").startswith(PREFIX))
+    values = _read(name, folders)
+    rest = []
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key.lstrip("+").startswith(OWN):
+            _set(values, key.lstrip("+").removeprefix(OWN).split("."), yaml.safe_load(value))
+        elif not item.lstrip("+").startswith(PREFIX):
+            rest.append(item)
+    try:
+        study = Study.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise explain_validation(error, "study") from error
+    _refuse_overrides(study, rest)
+    return study, rest
+
+
+def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """Returns the content of a study's file, merged into that of the study that it extends.
+
+    Its common overrides follow those of the extended one, so that they take precedence.
+    """
+    file = next(
+        (path for folder in reversed(folders) if os.path.isfile(path := folder / "study" / f"{name}.yaml")), None
+    )
+    if file is None:
+        known = list_studies(folders)
+        raise UserError(
+            setting="+study",
+            value=name,
+            rule="there is no such study; choose from " + ", ".join(known),
+            remedy=did_you_mean(name, known) + "Set +study=NAME to one of these, or --config-dir to your conf/.",
+        )
+    values = yaml.safe_load(file.read_text())
+    if not isinstance(values, dict):
+        raise UserError(setting="+study", value=file, rule="it has no settings", remedy="See conf/study/quick.yaml.")
+    extended = values.pop("extends", None)
+    if extended is None:
+        return values
+    if extended == name and len(folders) == 1:
+        raise UserError(setting="extends", value=name, rule="a study cannot extend itself", remedy="Name another one.")
+    # A file of the user's may extend the one of the same name in conf/.
+    base = _read(extended, folders[:-1] if extended == name else folders)
+    return {**_merged(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], value) for key, value in changes.items() if _are_groups(base.get(key), value)}
+    return {**base, **changes, **both}
+
+
+def _are_groups(first: Any, second: Any) -> bool:
+    return isinstance(first, dict) and isinstance(second, dict)
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+    values[path[-1]] = value
+
+
+def _refuse_overrides(study: Study, rest: Sequence[str]) -> None:
+    """Refuses overrides of what the study sets in every run, which would have no effect."""
+    contenders = {f"contenders.{name}": contender.overrides for name, contender in study.contenders.items()}
+    for where, overrides in {"common": study.common, **contenders, "command line": rest}.items():
+        if (found := overridden(overrides, STUDY_SETS)) is not None:
+            key, _, value = found.partition("=")
+            raise UserError(
+                setting=f"{key} (study, {where})",
+                value=value,
+                rule="a study sets this itself in every run",
+                remedy="Remove it. Seeds, tokens and learning rates are settings of the study, such as study.tokens.",
+            )

@@ -1,0 +1,292 @@
+"""The report of a study: results.json, report.md, the same text as report.html, and plots."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from pipeline.files import temporary_path, write_json
+from pipeline.report.markup import Table, bold, bullets, code, escape, image, render, table
+from pipeline.report.metrics import scientific, signed, with_error
+from pipeline.report.significance import LEVEL
+from pipeline.study.progress import Budget, StudyProgress
+from pipeline.study.results import Comparison, any_run, base_losses, compare, to_json
+from pipeline.study.statistics import Mean, SeedDifference
+
+BUDGET_TITLES: dict[Budget, str] = {"tokens": "Equal tokens", "flops": "Equal FLOPs", "seconds": "Equal seconds"}
+TABLE_LEGEND = (
+    "± is one standard error over seeds. Differences to the reference are paired by seed: ▲ better, ▼ worse, ≈ does "
+    "not count. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column."
+)
+PARETO_CAPTION = (
+    "Held-out loss at equal tokens by what it costs: training FLOPs, and the loss on the forgetting text. Numbers "
+)
+PARETO_CAPTION += "as in the table; the gray line is the Pareto front."
+RATES_CAPTION = "Validation loss of the last rung by learning rate, above that of the chosen rate (circled)."
+
+
+def write_study_report(progress: StudyProgress, out: Path) -> Path:
+    """Writes the report on all contenders that are finished, and returns the path of report.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    comparisons = [compare(progress, budget) for budget in progress.budgets]
+    write_json(out / "results.json", to_json(progress, comparisons))
+    figures = _draw(progress, comparisons[0], out)
+    text = _compose(progress, comparisons, figures)
+    for name, content in (("report.md", text), ("report.html", render(text, f"study {progress.study.name}", out))):
+        temporary = temporary_path(out / name)
+        temporary.write_text(content)
+        os.replace(temporary, out / name)
+    return out / "report.md"
+
+
+def _compose(progress: StudyProgress, comparisons: Sequence[Comparison], figures: Sequence[str]) -> str:
+    blocks = [
+        f"# Study {escape(progress.study.name)}",
+        f"> {_headline(progress, comparisons[0])}",
+        "## Protocol",
+        bullets(_protocol(progress)),
+        TABLE_LEGEND,
+    ]
+    for comparison in comparisons:
+        if comparison.outcomes:
+            blocks += [f"## {BUDGET_TITLES[comparison.budget]}", table(_loss_table(progress, comparison))]
+            blocks += [bullets(_notes(progress, comparison))]
+    blocks += [image(name, caption) for name, caption in (("pareto.png", PARETO_CAPTION),) if name in figures]
+    blocks += ["## Which differences count", bullets(_counting(progress, comparisons))]
+    blocks += ["## Tuned learning rates", table(_rate_table(progress))]
+    blocks += [image(name, caption) for name, caption in (("rates.png", RATES_CAPTION),) if name in figures]
+    blocks += ["## What these numbers do not show", bullets(_caveats(progress, comparisons))]
+    blocks += ["## Reproduction", code(f"scripts/study {progress.study.name}", "bash"), "with these settings:"]
+    blocks += [code(yaml.safe_dump(progress.study.model_dump(mode="json"), sort_keys=False).rstrip(), "yaml")]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def _headline(progress: StudyProgress, tokens: Comparison) -> str:
+    unfinished = [name for name in progress.study.contenders if name not in tokens.outcomes]
+    missing = f" Not finished yet: {', '.join(map(escape, unfinished))}." if unfinished else ""
+    if not tokens.outcomes:
+        return f"No contender has finished its runs.{missing}"
+    best = tokens.ranked[0]
+    found = tokens.differences["held_out"]
+    better = [name for name, each in found.items() if each.counts(LEVEL) and each.mean.value < 0]
+    worse = [name for name, each in found.items() if each.counts(LEVEL) and each.mean.value > 0]
+    loss = with_error("loss", tokens.means["held_out"][best].value, tokens.means["held_out"][best].stderr)
+    return (
+        f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss}). Of {len(found)} contenders, "
+        f"{len(better)} are better than {escape(progress.study.reference)}, {len(worse)} are worse, and the "
+        f"differences of {len(found) - len(better) - len(worse)} do not count.{missing}"
+    )
+
+
+def _protocol(progress: StudyProgress) -> Iterator[str]:
+    study, steps = progress.study, progress.trials.token_steps[progress.study.reference]
+    yield (
+        f"{len(study.contenders)} contenders; the reference, chosen in advance, is {escape(study.reference)}. Final "
+        f"runs have {study.tokens:,} tokens ({steps:,} steps for the reference) and seeds "
+        f"{', '.join(map(str, study.seeds))}."
+    )
+    yield (
+        f"Learning rates were selected by the validation loss alone, by successive halving on "
+        f"{', '.join(f'{rung:g}' for rung in study.tune.rungs)} of the tokens with seeds "
+        f"{', '.join(map(str, study.tune.seeds))}, which no final run uses. Every run has a complete schedule."
+    )
+    if study.equal_flops:
+        yield "At equal FLOPs, a contender takes as many steps as cost what the reference spends at equal tokens."
+    if study.equal_seconds:
+        yield (
+            "At equal seconds, likewise with the median seconds per step of the contender's fastest run. A loss "
+            "between those of two runs of different lengths is interpolated linearly in the logarithm of the steps; "
+            "none is extrapolated by more than 5 % of the steps."
+        )
+
+
+def _counting(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Iterator[str]:
+    total = sum(len(by_name) for comparison in comparisons for by_name in comparison.differences.values())
+    for comparison in comparisons:
+        for loss, by_name in comparison.differences.items():
+            if by_name:
+                counting = [
+                    f"{escape(name)} {signed('loss', each.mean.value, each.mean.stderr)}"
+                    for name, each in sorted(by_name.items(), key=lambda item: item[1].mean.value)
+                    if each.counts(LEVEL)
+                ]
+                where = f"{BUDGET_TITLES[comparison.budget]}, {loss.replace('_', '-')} loss"
+                yield (
+                    f"{where}: {len(counting)} of {len(by_name)} differences "
+                    f"to {escape(progress.study.reference)} count{': ' if counting else '.'}"
+                    f"{'; '.join(counting)}"
+                )
+    yield (
+        f"The report makes {total} comparisons. Holm's correction holds the probability of any false one at "
+        f"{LEVEL:.0%} within each loss at each budget, not over all of them together."
+    )
+
+
+def _notes(progress: StudyProgress, comparison: Comparison) -> Iterator[str]:
+    interpolated = [name for name, outcomes in comparison.outcomes.items() if outcomes[0].interpolated]
+    if interpolated:
+        yield f"Interpolated between runs of two lengths: {', '.join(map(escape, interpolated))}."
+    near = [
+        f"{escape(name)} ({outcomes[0].measured[0][0]} steps for {outcomes[0].steps})"
+        for name, outcomes in comparison.outcomes.items()
+        if not outcomes[0].interpolated and outcomes[0].measured[0][0] != outcomes[0].steps
+    ]
+    if near:
+        yield f"From runs of a length within 5 %: {', '.join(near)}."
+    counts = {
+        name: sum(any(run.diverged for _, run in outcome.measured) for outcome in outcomes)
+        for name, outcomes in comparison.outcomes.items()
+    }
+    seeds = len(progress.study.seeds)
+    diverged = [f"{escape(name)} ({count} of {seeds} seeds)" for name, count in counts.items() if count]
+    if diverged:
+        yield f"Diverged, and therefore not compared: {', '.join(diverged)}."
+
+
+def _caveats(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Iterator[str]:
+    study = progress.study
+    yield (
+        f"Standard errors are over {len(study.seeds)} seeds, which vary the order and choice of the training blocks "
+        "and random initializations. They say nothing about other corpora, base models or budgets."
+    )
+    yield "With few seeds, a true difference often does not count. That it does not count is no evidence of equality."
+    if study.tune.rungs[-1] < 1:
+        yield (
+            f"Rates were tuned on at most {study.tune.rungs[-1]:g} of the tokens. The best rate of a longer run may "
+            "differ, as may that of runs at equal FLOPs or seconds."
+        )
+    edges = [name for name in study.contenders if progress.tuned(name).at_edge]
+    if edges:
+        yield (
+            f"The best rate of {', '.join(map(escape, edges))} is at the edge of the grid, because tune.max_new_rates "
+            "was reached. Such a contender could be better than shown."
+        )
+    if any(comparison.budget == "seconds" for comparison in comparisons):
+        yield "Seconds are those of one machine, and depend on its load and on implementations."
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def _loss_table(progress: StudyProgress, comparison: Comparison) -> Table:
+    base = base_losses(progress)
+    forgetting = bool(comparison.means["forgetting"])
+    columns = ["#", "contender", "rate", "trained", "before", "held-out loss", "− reference", "p"]
+    columns += ["forgetting loss", "− reference", "p"] if forgetting else []
+    columns += ["− base"] if forgetting and "forgetting_loss" in base else []
+    columns += ["steps", "FLOPs", "s/step"]
+    rows = []
+    numbers = {name: number for number, name in enumerate(progress.study.contenders, 1)}
+    for name in comparison.ranked:
+        outcomes = comparison.outcomes[name]
+        run = any_run(outcomes)
+        row = [str(numbers[name]), escape(name), f"{progress.tuned(name).rate:g}"]
+        row += [f"{run.trained_parameters / 1e6:.1f}M", f"{run.before['loss']:.3f}" if run.before else "—"]
+        row += _cells(comparison.means["held_out"].get(name), comparison.differences["held_out"].get(name))
+        if forgetting:
+            mean = comparison.means["forgetting"].get(name)
+            row += _cells(mean, comparison.differences["forgetting"].get(name))
+            if "forgetting_loss" in base:
+                row.append(_change(mean, base["forgetting_loss"]))
+        flops = run.flops / run.steps * outcomes[0].steps if run.steps else math.nan
+        row += [f"{outcomes[0].steps:,}", scientific(flops) if run.steps else "—", f"{run.seconds_per_step:.3g}"]
+        rows.append(row)
+    return Table(columns, rows, text_columns=2)
+
+
+def _cells(mean: Mean | None, difference: SeedDifference | None) -> list[str]:
+    if mean is None:
+        return ["—", "", ""]
+    if math.isinf(mean.value):
+        return ["diverged", "", ""]
+    loss = with_error("loss", mean.value, mean.stderr)
+    if difference is None:
+        return [loss, "reference" if mean.n else "", ""]
+    sign = "≈" if not difference.counts(LEVEL) else "▲" if difference.mean.value < 0 else "▼"
+    return [
+        loss,
+        f"{signed('loss', difference.mean.value, difference.mean.stderr)} {sign}",
+        f"{difference.adjusted:.2g}",
+    ]
+
+
+def _change(mean: Mean | None, base: float) -> str:
+    return "—" if mean is None or math.isinf(mean.value) else signed("loss", mean.value - base, mean.stderr)
+
+
+def _rate_table(progress: StudyProgress) -> Table:
+    """Shows every rate of the last rung that has one, with the chosen one in bold."""
+    study, rows = progress.study, []
+    for name in study.contenders:
+        tuned = progress.tuned(name)
+        for rung, share in enumerate(study.tune.rungs):
+            losses = [(rate, progress.validation_loss(name, rung, rate)) for rate in tuned.rates]
+            cells = [
+                _rate_cell(rate, loss, not tuned.pending and rate == tuned.rate)
+                for rate, loss in losses
+                if loss is not None
+            ]
+            edge = "at the edge" if tuned.at_edge else "not tuned yet" if tuned.pending else "between worse ones"
+            last = rung == len(study.tune.rungs) - 1
+            rows.append([escape(name), f"{share:g}", ", ".join(cells), edge if last else ""])
+    return Table(["contender", "tokens", "rate: validation loss", "chosen rate"], rows, text_columns=4)
+
+
+def _rate_cell(rate: float, loss: float, chosen: bool) -> str:
+    text = f"{rate:g}: {'diverged' if math.isinf(loss) else f'{loss:.4f}'}"
+    return bold(text) if chosen else text
+
+
+# ------------------------------------------------------------------------------------------- plots
+
+
+def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
+    # Imported here because matplotlib takes a second.
+    from pipeline.report.study_plots import Mark, Panel, draw_pareto, draw_rates
+
+    numbers = {name: number for number, name in enumerate(progress.study.contenders, 1)}
+    held_out, forgetting = tokens.means["held_out"], tokens.means["forgetting"]
+    finite = [name for name, mean in held_out.items() if math.isfinite(mean.value)]
+    drawn = []
+    if finite:
+        flops = {name: any_run(tokens.outcomes[name]).flops for name in finite}
+        panels = [
+            Panel("by training FLOPs", "training FLOPs", [
+                Mark(numbers[name], flops[name], held_out[name].value, 0.0, held_out[name].stderr) for name in finite
+            ], log_x=True),
+        ]  # fmt: skip
+        both = [name for name in finite if name in forgetting and math.isfinite(forgetting[name].value)]
+        if both:
+            panels.append(Panel("by forgetting", "loss on the forgetting text (nats per token)", [
+                Mark(numbers[name], forgetting[name].value, held_out[name].value, forgetting[name].stderr,
+                     held_out[name].stderr)
+                for name in both
+            ]))  # fmt: skip
+        draw_pareto(panels, out / "pareto.png")
+        drawn.append("pareto.png")
+    chosen = {
+        name: tuned.rate
+        for name in progress.study.contenders
+        if not (tuned := progress.tuned(name)).pending and tuned.rate is not None
+    }
+    last = len(progress.study.tune.rungs) - 1
+    losses = {
+        name: {
+            rate: loss
+            for rate in progress.tuned(name).rates
+            if (loss := progress.validation_loss(name, last, rate)) is not None and math.isfinite(loss)
+        }
+        for name in chosen
+    }
+    shown = {name: by_rate for name, by_rate in losses.items() if chosen[name] in by_rate}
+    if shown:
+        draw_rates(shown, chosen, out / "rates.png")
+        drawn.append("rates.png")
+    return drawn

@@ -1,0 +1,188 @@
+"""The runs of a study: which settings each has, whether it is finished, and what it measured.
+
+A run is an ordinary run of the pipeline up to ``pretrain``. Its artifact's key says whether it exists, so a study keeps
+no record of its own, and runs that were made by hand or for another study are reused.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Settings
+from pipeline.config.study import Study
+from pipeline.driver.graph import Node
+from pipeline.files import read_json
+from pipeline.launch.workers import load_outcome
+from pipeline.planning import PreparedRun, prepare
+from pipeline.planning.training import TrainingPlan, plan_training
+from pipeline.tracking import METRICS_FILE, read_metrics
+from pipeline.training.job import LOGS, TRAINING_FILE
+
+Compose = Callable[[Sequence[str]], Settings]
+STAGE = "pretrain"
+BEFORE = ("loss", "validation_loss", "forgetting_loss")  # the names of losses in training.json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a study."""
+
+    contender: str
+    learning_rate: float
+    steps: int
+    seed: int
+    final: bool  # False: for the choice of the learning rate only
+
+    @property
+    def name(self) -> str:
+        """The run's directory below the contender's."""
+        return f"rate-{self.learning_rate:g}_steps-{self.steps}_seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a finished run measured. Losses are inf if training diverged.
+
+    Attributes:
+        held_out, validation, forgetting: the losses after training, in nats per token; forgetting is None without such
+            a text.
+        before: the same losses before training, by their names in training.json; only of final runs.
+        seconds_per_step: the median over the steps; inf if training diverged.
+        keeps_depth: the expansion added no layer, so that ``before`` is the base model's.
+    """
+
+    held_out: float
+    validation: float
+    forgetting: float | None
+    before: Mapping[str, float]
+    steps: int
+    tokens: int
+    flops: int
+    seconds: float
+    seconds_per_step: float
+    trained_parameters: int
+    total_parameters: int
+    keeps_depth: bool
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss was not finite."""
+        return math.isinf(self.held_out)
+
+
+DIVERGED = Measured(math.inf, math.inf, math.inf, {}, 0, 0, 0, math.inf, math.inf, 0, 0, False)
+
+
+class Trials:
+    """All runs of one study.
+
+    Args:
+        study: the study.
+        bases: the composed settings of every contender, before those that the study sets.
+
+    Attributes:
+        study, bases: the same.
+    """
+
+    def __init__(self, study: Study, bases: Mapping[str, Settings]) -> None:
+        self.study, self.bases = study, bases
+        self._prepared: dict[Trial, PreparedRun] = {}
+        self._measured: dict[Trial, Measured] = {}
+
+    def settings(self, trial: Trial) -> Settings:
+        """Returns the settings of a run. The same ones on the command line give the same artifact."""
+        base = self.bases[trial.contender]
+        changes = {
+            "learning_rate": trial.learning_rate,
+            "steps": trial.steps,
+            "epochs": None,
+            "evaluate_at": [0.0, 1.0] if trial.final else [1.0],
+            "save_model": trial.final and self.study.save_models,
+        }
+        return base.model_copy(
+            update={
+                "name": f"{self.study.name}/{trial.contender}/{trial.name}",
+                "seed": trial.seed,
+                "stages": [STAGE],
+                "pretrain": base.pretrain.model_copy(update=changes),
+            }
+        )
+
+    def prepare(self, trials: Iterable[Trial]) -> list[PreparedRun]:
+        """Looks up the inputs and keys of some runs. What they share is looked up once."""
+        trials = list(trials)
+        new = [trial for trial in dict.fromkeys(trials) if trial not in self._prepared]
+        if new:
+            self._prepared |= zip(new, prepare([self.settings(trial) for trial in new]), strict=True)
+        return [self._prepared[trial] for trial in trials]
+
+    def plan(self, trial: Trial) -> TrainingPlan | None:
+        """Returns what training needs; None if the model's config is not known."""
+        (prepared,) = self.prepare([trial])
+        return plan_training(prepared, STAGE)
+
+    def measured(self, trial: Trial) -> Measured | None:
+        """Returns what a finished run measured, or None if it is not finished."""
+        if trial not in self._measured:
+            (prepared,) = self.prepare([trial])
+            found = _read(prepared.nodes)
+            if found is None:
+                return None
+            self._measured[trial] = found
+        return self._measured[trial]
+
+    def tokens_per_step(self, contender: str) -> int:
+        """Returns the tokens of one optimizer step."""
+        train = self.bases[contender].pretrain
+        return train.global_batch * train.sequence_length
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the study, which contains those of its runs."""
+        return Path(self.bases[self.study.reference].output_dir) / self.study.name
+
+    @cached_property
+    def token_steps(self) -> dict[str, int]:
+        """The steps of every contender at the study's tokens."""
+        return {name: max(1, round(self.study.tokens / self.tokens_per_step(name))) for name in self.bases}
+
+
+def _read(nodes: Mapping[str, Node]) -> Measured | None:
+    node = nodes[STAGE]
+    if not node.artifact.is_complete():
+        # A loss that is not finite is the same on every attempt.
+        return DIVERGED if load_outcome(node.artifact.partial / LOGS).get("diverged") else None
+    training, expansion = read_json(node.artifact.path / TRAINING_FILE), nodes["expand"].artifact.path
+    first, last = training["held_out"][0], training["held_out"][-1]
+    # The exported weights are the averages, if there are any.
+    averages = {name: loss for name, loss in training.get("ema", {}).items() if name != "decay"}
+    after = {"held_out_loss": last["loss"], **last, **averages}
+    record = read_json(expansion / "expansion.json")
+    return Measured(
+        held_out=after["held_out_loss"],
+        validation=after["validation_loss"],
+        forgetting=after.get("forgetting_loss"),
+        before={} if first is last else {name: first[name] for name in BEFORE if name in first},
+        steps=training["steps"],
+        tokens=training["tokens"],
+        flops=training["flops"],
+        seconds=training["seconds"],
+        seconds_per_step=_seconds_per_step(node.artifact.path, training),
+        trained_parameters=training["trainable_parameters"],
+        total_parameters=training["total_parameters"],
+        keeps_depth=record["num_layers"] == record["num_base_layers"],
+    )
+
+
+def _seconds_per_step(artifact: Path, training: Mapping[str, Any]) -> float:
+    per_step = training["tokens"] / training["steps"]
+    speeds = [
+        line["tokens_per_second"] for line in read_metrics(artifact / METRICS_FILE) if "tokens_per_second" in line
+    ]
+    return per_step / statistics.median(speeds)

@@ -1,0 +1,298 @@
+"""A study on the tiny model, from its YAML to its report, in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.__main__ import CONF, compose_jobs, main
+from pipeline.errors import EXIT_DONE, EXIT_REQUEST
+from pipeline.planning import prepare
+from pipeline.study.loading import list_studies, load_study
+from tests.study.one_worker import TrainingWorker
+
+CONTENDERS = {"copy": ["expand=copy"], "untouched": ["expand=none", "pretrain.trainable=all"]}
+STUDY: dict[str, Any] = {
+    "name": "tiny",
+    "common": ["+experiment=quickstart"],
+    "contenders": CONTENDERS,
+    "reference": "copy",
+    "seeds": [0, 1],
+    "tokens": 1024,  # 4 steps
+    "equal_flops": True,
+    "equal_seconds": False,
+    "save_models": False,
+    "flops_per_second": None,
+    "tune": {"learning_rates": [0.001, 0.01], "seeds": [9], "rungs": [0.5], "keep": 0.5, "max_new_rates": 1},
+}
+SET_BY_THE_STUDY = ("pretrain.steps=", "pretrain.epochs=")
+
+
+@pytest.fixture(scope="module")
+def arguments(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The overrides of all runs, with a validation split and a text that is not trained on."""
+    other = tmp_path_factory.mktemp("other") / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"Number {n} of another kind of text."}) for n in range(40)))
+    source = (
+        f"{{kind: files, path: {other}, config_name: null, split: null, revision: null, text_field: text, weight: 1.0}}"
+    )
+    kept = [item for item in shrunk if not item.startswith(SET_BY_THE_STUDY)]
+    return [*kept, "data.validation_fraction=0.2", f"data.forgetting={source}"]
+
+
+class Workplace:
+    """A directory with a study's file and its results."""
+
+    def __init__(self, directory: Path, arguments: list[str]) -> None:
+        self.directory, self._arguments = directory, [*arguments, f"output_dir={directory / 'outputs'}"]
+        (directory / "study").mkdir(parents=True)
+
+    def write(self, **changes: Any) -> None:
+        """Writes the study's file with some changes."""
+        (self.directory / "study" / "tiny.yaml").write_text(yaml.safe_dump({**STUDY, **changes}))
+
+    def run(self, *further: str) -> int:
+        """Runs the command."""
+        return main(["+study=tiny", f"--config-dir={self.directory}", *self._arguments, *further])
+
+    @property
+    def report(self) -> Path:
+        """The report's directory."""
+        return self.directory / "outputs" / "tiny" / "report"
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return json.loads((self.report / "results.json").read_text())
+
+    def artifacts(self) -> dict[str, int]:
+        """When every training artifact was finished."""
+        found = (self.directory / "outputs" / "artifacts" / "pretrain").glob("*/manifest.json")
+        return {path.parent.name: path.stat().st_mtime_ns for path in found}
+
+    def by_hand(self, row: dict[str, Any], *overrides: str) -> dict[str, Any]:
+        """The summary of the training that a command line with the settings of a row would give."""
+        settings = [
+            f"pretrain.learning_rate={row['learning_rate']}",
+            f"pretrain.steps={row['steps']}",
+            "stages=[pretrain]",
+        ]
+        fractions = "[1.0]" if row["seed"] in STUDY["tune"]["seeds"] else "[0.0,1.0]"
+        settings += ["pretrain.epochs=null", f"pretrain.evaluate_at={fractions}", "pretrain.save_model=false"]
+        command = ["+experiment=quickstart", *self._arguments, *settings, f"seed={row['seed']}", *overrides]
+        (prepared,) = prepare([compose_jobs(command, False, None)[0].settings])
+        artifact = prepared.nodes["pretrain"].artifact
+        assert artifact.is_complete()
+        return json.loads((artifact.path / "training.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list[str], one_worker: TrainingWorker, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A finished study of two contenders."""
+    place = Workplace(tmp_path_factory.mktemp("study"), arguments)
+    place.write()
+    assert place.run() == EXIT_DONE
+    return place
+
+
+def test_losses_are_those_of_runs_made_by_hand(finished: Workplace) -> None:
+    rows = finished.results()["rows"]
+    assert {(row["contender"], row["budget"], row["seed"]) for row in rows} == {
+        (name, budget, seed) for name in CONTENDERS for budget in ("tokens", "flops") for seed in (0, 1)
+    }
+    for row in rows:
+        training = finished.by_hand(row, *CONTENDERS[row["contender"]])
+        last = training["held_out"][-1]
+        assert row["held_out_loss"] == last["loss"] and row["forgetting_loss"] == last["forgetting_loss"]
+        assert (row["tokens"], row["flops"]) == (training["tokens"], training["flops"])
+    tokens = {row["tokens"] for row in rows if row["budget"] == "tokens"}
+    assert tokens == {STUDY["tokens"]}
+    flops = {row["contender"]: row["flops"] for row in rows if row["budget"] == "flops" and row["seed"] == 0}
+    steps = next(row["steps"] for row in rows if row["budget"] == "flops" and row["contender"] == "untouched")
+    assert abs(flops["untouched"] - flops["copy"]) <= flops["untouched"] / steps / 2 * 1.01  # the nearest whole step
+
+
+def test_the_rate_with_the_lowest_validation_loss_is_chosen_between_its_neighbors(finished: Workplace) -> None:
+    tuning = finished.results()["tuning"]
+    for name in CONTENDERS:
+        losses = {row["learning_rate"]: row["validation_loss"] for row in tuning if row["contender"] == name}
+        (chosen,) = [row for row in tuning if row["contender"] == name and row["chosen"]]
+        assert chosen["validation_loss"] == min(losses.values())
+        inside = min(losses) < chosen["learning_rate"] < max(losses)
+        assert inside != chosen["at_edge"]
+        row = {"learning_rate": chosen["learning_rate"], "steps": 2, "seed": 9}
+        last = finished.by_hand(row, *CONTENDERS[name])["held_out"][-1]
+        assert last["validation_loss"] == chosen["validation_loss"] != last["loss"]
+
+
+def test_the_report_has_tables_plots_and_the_settings(finished: Workplace) -> None:
+    text = (finished.report / "report.md").read_text()
+    for part in (
+        "## Equal tokens",
+        "## Equal FLOPs",
+        "## Tuned learning rates",
+        "scripts/study tiny",
+        "forgetting loss",
+    ):
+        assert part in text, part
+    assert "diverged" not in text.partition("## What")[0]
+    html = (finished.report / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2
+    assert finished.results()["base"]["loss"] == pytest.approx(_base_loss(finished), rel=1e-5)
+
+
+def _base_loss(place: Workplace) -> float:
+    """The base model's mean loss per target on the held-out blocks, as transformers alone computes it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    root = place.directory / "outputs" / "artifacts"
+    (load,), (corpus,) = (list((root / stage).glob("*/manifest.json")) for stage in ("load", "tokenize"))
+    model = AutoModelForCausalLM.from_pretrained(load.parent, dtype=torch.float32, attn_implementation="eager")
+    total, count = 0.0, 0
+    ids, positions, mask = (
+        np.load(corpus.parent / f"held_out.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")
+    )
+    chosen = np.arange(2) * len(ids) // 2  # held_out_blocks=2, evenly spaced
+    for block in chosen:
+        starts = [*np.flatnonzero(positions[block] == 0), len(ids[block])]
+        for begin, end in pairwise(starts):  # documents do not attend to each other
+            tokens = torch.from_numpy(ids[block][begin:end].astype(np.int64))
+            targets = torch.from_numpy(mask[block][begin + 1 : end].astype(bool))
+            with torch.no_grad():
+                logits = model(tokens[None]).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")[targets]
+            total, count = total + float(losses.sum()), count + int(targets.sum())
+    return total / count
+
+
+def test_a_finished_study_does_nothing_and_a_new_contender_runs_alone(finished: Workplace) -> None:
+    before = finished.artifacts()
+    losses = finished.results()["rows"]
+    assert finished.run() == EXIT_DONE
+    assert finished.artifacts() == before and finished.results()["rows"] == losses
+    changed = {"average": ["expand=average"]}
+    finished.write(contenders={**CONTENDERS, **changed})
+    try:
+        assert finished.run() == EXIT_DONE
+        assert before.items() <= finished.artifacts().items()
+        rows = finished.results()["rows"]
+        assert [row for row in rows if row["contender"] != "average"] == losses
+        assert len(rows) == 6 / 4 * len(losses)
+    finally:
+        finished.write()
+        assert finished.run() == EXIT_DONE
+
+
+def test_a_study_that_lost_runs_repeats_only_these(finished: Workplace) -> None:
+    """As after kill -9: some runs are finished, one is half finished, and others are missing."""
+    expected, before = finished.results(), finished.artifacts()
+    places = (finished.directory / "outputs" / "tiny" / name for name in CONTENDERS)
+    used = {link.resolve().name for place in places for link in place.glob("rate-*/pretrain")}
+    lost = sorted(used)[::3]
+    for key in lost:
+        shutil.rmtree(finished.directory / "outputs" / "artifacts" / "pretrain" / key)
+    assert finished.run() == EXIT_DONE
+    after = finished.artifacts()
+    assert {key for key in before if after[key] == before[key]} == set(before) - set(lost)
+    _without_seconds(expected), _without_seconds(again := finished.results())
+    assert again["rows"] == expected["rows"] and again["tuning"] == expected["tuning"]
+
+
+def _without_seconds(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        row.pop("seconds")
+
+
+def test_the_choice_does_not_depend_on_the_held_out_text(
+    finished: Workplace, arguments: list[str], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    """Every held-out document is replaced. All validation losses stay the same, bit for bit, and so does the choice."""
+    from pipeline.data.records import Drops, Example
+    from pipeline.data.splits import Deduplicator
+
+    splits = Deduplicator(0.2, validation_fraction=0.2)
+    kept, replaced, number = [], 0, 0
+    for line in tiny_corpus.read_text().splitlines():
+        split = splits.assign(Example(json.loads(line)["text"], None), Drops())
+        if split == "held_out":
+            while splits.assign(Example(text := f"Other words, {number} of them.", None), Drops()) != "held_out":
+                number += 1
+            kept, replaced, number = [*kept, json.dumps({"text": text})], replaced + 1, number + 1
+        else:
+            kept.append(line)
+    assert replaced
+    (tmp_path / "changed.jsonl").write_text("\n".join(kept))
+    changed = [
+        f"data.corpus.path={tmp_path / 'changed.jsonl'}" if "data.corpus.path" in item else item for item in arguments
+    ]
+    place = Workplace(tmp_path / "study", changed)
+    place.write(equal_flops=False, seeds=[0, 1])
+    assert place.run() == EXIT_DONE
+    ours, theirs = place.results(), finished.results()
+    assert ours["tuning"] == theirs["tuning"]
+    losses = [[row["held_out_loss"] for row in found["rows"] if row["budget"] == "tokens"] for found in (ours, theirs)]
+    assert losses[0] != losses[1]
+
+
+# ------------------------------------------------------------------------------------------- messages
+
+
+@pytest.fixture
+def place(arguments: list[str], tmp_path: Path) -> Workplace:
+    """A study that was not started."""
+    return Workplace(tmp_path, arguments)
+
+
+def test_a_plan_prints_the_cost_and_changes_nothing(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    place.write()
+    assert place.run("action=plan") == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "2 of 4 steps" in printed and "no blockers found" in printed
+    assert not (place.directory / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "further", "expected"),
+    [
+        ({"reference": "nobody"}, [], "it must be one of the contenders copy, untouched"),
+        ({"seeds": [9, 1]}, [], "rates would be selected for the seeds they are compared on"),
+        ({"common": ["+experiment=quickstart", "seed=3"]}, [], "a study sets this itself"),
+        ({}, ["pretrain.steps=7"], "a study sets this itself"),
+        ({}, ["data.validation_fraction=0.0"], "not on the held-out one"),
+        ({"contenders": {**CONTENDERS, "x": ["expand=copy", "data.chat_template=plain"]}}, [], "cannot be compared"),
+        ({"contenders": {**CONTENDERS, "x": ["expand=copyy"]}}, [], "there is no such method"),
+        ({"contenders": {**CONTENDERS, "report": ["expand=copy"]}}, [], "entry of the directory of another run"),
+        ({"contenders": {**CONTENDERS, "x": ["expand=copy", "pretrain.trainable=nothing"]}}, [], "no parameter"),
+        ({}, ["action=clean"], "a study can be"),
+        ({"tune": {**STUDY["tune"], "learning_rates": [0.1, 0.01]}}, [], "they must ascend"),
+        ({}, ["study.tokns=7"], "there is no such setting"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_message_before_anything_starts(
+    place: Workplace, changes: Any, further: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.write(**changes)
+    assert place.run(*further) == EXIT_REQUEST
+    assert expected in capsys.readouterr().err
+    assert not list((place.directory / "outputs").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("name", list_studies([CONF]))
+def test_every_study_composes(name: str) -> None:
+    """Every contender has valid settings, and the pages that describe the study name it."""
+    study, overrides = load_study([f"+study={name}"], [CONF])
+    assert study.name == name and not overrides
+    settings = [
+        compose_jobs([*study.common, *contender.overrides], False, None)[0].settings
+        for contender in study.contenders.values()
+    ]
+    assert len({each.model_dump_json() for each in settings}) == len(settings)
+    assert all(each.data.validation_fraction > 0 for each in settings)
+    assert f"scripts/study {name}" in (CONF.parent.parent / "docs" / "study.md").read_text()
