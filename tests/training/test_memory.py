@@ -54,6 +54,7 @@ def test_other_errors_are_not_changed(kind: type[RuntimeError]):
         ({"micro_batch": 4, "deepspeed": {"zero_stage": 0}}, 1, ["micro_batch=2", "activation_checkpointing=true"]),
         ({"micro_batch": 1, "activation_checkpointing": True, "deepspeed": {"zero_stage": 3}}, 2,
          ["deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"]),
+        ({"micro_batch": 1, "optimizer": "muon"}, 2, ["activation_checkpointing=true"]),
     ],
 )  # fmt: skip
 def test_only_settings_that_are_not_used_yet_are_suggested(changes: dict, processes: int, named: list[str]):

@@ -31,15 +31,17 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 STEPS, STOP_AFTER = 6, 3
 HEADS, GROUPS, SIZE, UNITS = 3, 1, 8, 40
-RATES = {"role_learning_rates": {"q": 2.0, "gate": 3.0, "o": 0.5}}
-# The partition of the second rank begins in the middle of a group, which is inside a matrix if three layers train.
-MUON = {"optimizer": "muon", "trainable": r"layers\.[012]\.|norm|embed", "role_learning_rates": {"q": 2.0, "o": 0.5}}
 WAYS: dict[str, dict[str, Any]] = {
     "words": {"trainable": "new_layers+embeddings+norms"},
-    "muon": MUON,
-    "ema": {"ema_decay": 0.8, "snapshot_at": [0.5]},
-    "rates": {"trainable": "all", "base_learning_rate": 2.5e-4, **RATES},
-}
+    "rates and averages": {
+        "trainable": "all", "base_learning_rate": 2.5e-4, "role_learning_rates": {"q": 2.0, "gate": 3.0, "o": 0.5},
+        "ema_decay": 0.8, "snapshot_at": [0.5],
+    },
+    # The partition of the second rank begins in the middle of a group, which is inside a matrix if three layers train.
+    "muon": {
+        "optimizer": "muon", "trainable": r"layers\.[012]\.|norm|embed", "role_learning_rates": {"q": 2.0, "o": 0.5},
+    },
+}  # fmt: skip
 MakeTask = Callable[..., StageTask]
 
 
@@ -60,27 +62,24 @@ class Case:
         )
 
 
+def averaged(ranks: int, zero: int, precision: str = "float32") -> Case:
+    return Case("rates and averages", ranks, zero, precision)
+
+
+def muon(ranks: int, zero: int, precision: str = "float32") -> Case:
+    return Case("muon", ranks, zero, precision)
+
+
 CASES = [
-    *(Case("muon", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2))),
-    Case("muon", 2, 1, "bfloat16"),
-    Case("muon", 2, 2, "bfloat16"),
-    *(Case("ema", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 1), (2, 2), (2, 3))),
-    Case("ema", 2, 1, "bfloat16"),
-    Case("ema", 2, 3, "bfloat16"),
-    *(Case("words", ranks, zero) for ranks, zero in ((2, 2), (2, 3))),
-    *(Case("rates", ranks, zero) for ranks, zero in ((1, 0), (1, 2), (2, 1), (2, 2), (2, 3))),
-    Case("rates", 2, 1, "bfloat16"),
-    Case("rates", 2, 2, "bfloat16"),
+    Case("words", 2, 2),
+    *(averaged(ranks, zero) for ranks, zero in ((1, 0), (2, 1), (2, 2), (2, 3))),
+    *(muon(ranks, zero) for ranks, zero in ((1, 0), (2, 1), (2, 2))),
+    averaged(2, 1, "bfloat16"),
+    muon(2, 1, "bfloat16"),
+    muon(2, 2, "bfloat16"),
 ]
-INTERRUPTED = [
-    Case("ema", 2, 2),
-    Case("ema", 2, 3),
-    Case("muon", 2, 2),
-    Case("muon", 2, 1, "bfloat16"),
-    Case("rates", 2, 2),
-    Case("rates", 2, 3),
-]
-ELASTIC = [Case("ema", 1, 0), Case("rates", 1, 0), Case("muon", 1, 0)]  # resumed from two ranks at ZeRO 2
+INTERRUPTED = [averaged(2, 2), averaged(2, 3), muon(2, 2), muon(2, 1, "bfloat16")]
+ELASTIC = [averaged(1, 0), muon(1, 0)]  # resumed from two ranks at ZeRO 2
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +251,7 @@ def test_a_checkpoint_resumes_with_other_numbers_of_ranks_and_zero_stages(runs: 
 
 
 def test_training_json_records_the_rates_of_parts(runs: Runs) -> None:
-    found = json.loads((runs.straight[Case("rates", 2, 2)].out / "training.json").read_text())
+    found = json.loads((runs.straight[averaged(2, 2)].out / "training.json").read_text())
     multiples = found["learning_rate_multiples"]
     assert multiples["model.layers.1.self_attn.qkv_proj.weight"] == {"q": 2.0, "k": 1.0, "v": 1.0}
     assert multiples["model.layers.0.mlp.gate_up_proj.weight"] == {"gate": 0.75, "up": 0.25}
@@ -261,19 +260,19 @@ def test_training_json_records_the_rates_of_parts(runs: Runs) -> None:
 
 
 def test_snapshots_are_averages_too(runs: Runs, fused_dir: Path, blocks_dir: Path) -> None:
-    expected = naive_training(Case("ema", 1, 0).settings(), fused_dir, blocks_dir).weights
-    for case in (Case("ema", 1, 2), Case("ema", 2, 3)):
+    expected = naive_training(averaged(1, 0).settings(), fused_dir, blocks_dir).weights
+    for case in (averaged(2, 2), averaged(2, 3)):
         snapshot = load_file(runs.straight[case].out / "on_the_way" / "50" / "model.safetensors")
-        assert all(f"layers.{layer}" in name for name, layer in zip(sorted(snapshot), [1] * 6 + [3] * 6, strict=True))
+        assert snapshot.keys() == expected[0].keys()
         for name, weight in snapshot.items():
             torch.testing.assert_close(weight, expected[STEPS // 2][name], rtol=0, atol=3e-6)
-            assert (weight - expected[STEPS][name]).abs().max() > 1e-4
+            assert (weight - expected[STEPS][name]).abs().max() > 3e-5
 
 
 def test_the_held_out_loss_of_averages_is_that_of_the_exported_model(runs: Runs, blocks_dir: Path) -> None:
     arrays = [np.load(blocks_dir / f"held_out.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
     ids, positions, mask = (torch.from_numpy(array[[0, 1, 3]].astype(np.int64)) for array in arrays)
-    for case in (Case("ema", 1, 0), Case("ema", 2, 2), Case("ema", 2, 3)):
+    for case in (averaged(1, 0), averaged(2, 2), averaged(2, 3)):
         out = runs.straight[case].out
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
         found = json.loads((out / "training.json").read_text())

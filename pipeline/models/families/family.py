@@ -224,8 +224,12 @@ class Family:
         Empty outside the decoder layers.
         """
         split = self.split(tensor_name)
-        entry = None if split is None else self._entry(split[1])
-        if split is None or entry is None:
+        if split is None:
+            return []
+        # A plan asks for the layers of an expanded model with the family of its base, which may have fewer.
+        has_layer = self.inference is not None and split[0] < len(self.inference.kind_of)
+        entry = (self._entry(split[1], split[0]) if has_layer else None) or self._entry(split[1])
+        if entry is None:
             return []
         if isinstance(entry, Parameter):
             return [(self._complete_role(entry.role), None)]
