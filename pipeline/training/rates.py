@@ -49,14 +49,14 @@ def requested_multiples(
         new: the layers that learn at ``learning_rate``.
 
     Raises:
-        UserError: no trained tensor has one of the roles, or comes from the base.
+        UserError: no trained tensor has one of the roles, or learns at ``base_learning_rate``.
     """
     from_base = {name for name in trained if layers[name] not in new}
     if train.base_learning_rate is not None and not from_base:
         raise UserError(
             setting=f"{section}.base_learning_rate",
             value=train.base_learning_rate,
-            rule=f"no tensor of the base model trains, and {section}.learning_rate is the rate of the new layers",
+            rule="only new layers train, or those matched in their place, whose rate is learning_rate",
             remedy=f"Set {section}.trainable=all, or remove the setting.",
         )
     roles = {name: family.parts(name, config) for name in layers}

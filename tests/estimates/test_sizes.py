@@ -61,3 +61,13 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
     shape = shape_of({"model_type": "llama", **SMALL, "num_local_experts": None, "num_experts": None})
     with pytest.raises(UserError, match="nothing would train"):
         trained_part("pretrain", "no_such_name", shape, EXPANSION)
+
+
+def test_the_matrices_that_muon_would_update_are_the_engine_s_where_the_family_is_inferred() -> None:
+    """GPT-2 stores matrices as [in, out], and query, key and value as one."""
+    config = AutoConfig.for_model("gpt2", n_embd=48, n_layer=4, n_head=6, vocab_size=96, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config)
+    matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"))
+    assert sorted(map(len, matrices.values())) == [1] * 12 + [3] * 4
+    planned = trained_part("pretrain", "all", shape_of(json.loads(config.to_json_string(use_diff=False))), {})
+    assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices)

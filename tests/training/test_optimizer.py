@@ -112,7 +112,7 @@ def test_the_base_has_its_own_rate_also_with_that_of_a_role(model: nn.Module, gr
 
 
 def test_a_rate_for_the_base_is_refused_if_only_new_layers_train(model: nn.Module, grown_dir: Path):
-    with pytest.raises(UserError, match="no tensor of the base model trains") as error:
+    with pytest.raises(UserError, match="only new layers train") as error:
         learning_rate_multiples("sft", model, train_settings(base_learning_rate=2e-4), grown_dir)
     assert error.value.setting == "sft.base_learning_rate"
 
