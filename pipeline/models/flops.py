@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-NEWTON_SCHULZ_STEPS = 5  # the default of torch.optim.Muon
+NEWTON_SCHULZ_STEPS = 5  # of Muon, as in torch
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TrainingFlops:
 
 
 def orthogonalization_flops(rows: int, columns: int) -> int:
-    """Returns the operations with which torch's Muon orthogonalizes a matrix."""
+    """Returns the operations with which Muon orthogonalizes a matrix."""
     small, large = sorted((rows, columns))
     return NEWTON_SCHULZ_STEPS * (4 * small**2 * large + 2 * small**3)
 
