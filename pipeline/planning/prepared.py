@@ -143,11 +143,12 @@ def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
             if not run.is_read_only:
                 _create_output_dir(run)
             found[shared] = _look_up(run)
-        prepared.append(_with_graph(run, found[shared]))
+        prepared.append(with_inputs(run, found[shared]))
     return prepared
 
 
-def _with_graph(run: Settings, inputs: FoundInputs) -> PreparedRun:
+def with_inputs(run: Settings, inputs: FoundInputs) -> PreparedRun:
+    """Build the graph of a run that reads ``inputs``, which were looked up for it or for another run."""
     run = run.model_copy(update={"model": inputs.model, "data": inputs.data})
     prepared = PreparedRun(run, inputs, build_graph(run, inputs.identities))
     source = inputs.source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipeline.config.messages import did_you_mean, explain_validation
 from pipeline.config.study import STUDY_SETS, Study, overridden
 from pipeline.errors import UserError
 
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3, which YAML reads as text without a decimal point
 PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a setting of the study itself
 
 
@@ -45,7 +47,7 @@ def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study
         elif not item.lstrip("+").startswith(PREFIX):
             rest.append(item)
     try:
-        study = Study.model_validate_json(json.dumps(values))
+        study = Study.model_validate_json(json.dumps(_with_numbers(values)))
     except ValidationError as error:
         raise explain_validation(error, "study") from error
     _refuse_overrides(study, rest)
@@ -79,6 +81,14 @@ def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
     # A file of the user's may extend the one of the same name in conf/.
     base = _read(extended, folders[:-1] if extended == name else folders)
     return {**_merged(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

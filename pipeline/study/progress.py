@@ -147,7 +147,7 @@ class StudyProgress:
         found = {budget: self.steps_at(contender, budget) for budget in self.budgets}
         run = sorted({steps for budget, steps in found.items() if budget != "seconds" and steps is not None})
         seconds = found.get("seconds")
-        if seconds is None or _at(seconds, run) is not None:
+        if seconds is None or runs_at(seconds, run) is not None:
             return run
         return sorted({*run, seconds})
 
@@ -156,7 +156,7 @@ class StudyProgress:
         tuned, steps = self.tuned(contender), self.steps_at(contender, budget)
         if tuned.pending or tuned.rate is None or steps is None:
             return None
-        used = _at(steps, self.final_steps(contender))
+        used = runs_at(steps, self.final_steps(contender))
         found = []
         for seed in self.study.seeds:
             runs = [
@@ -198,7 +198,7 @@ class StudyProgress:
                 yield from self.final_trials(contender, steps, tuned.rate)
 
 
-def _at(steps: int, run: list[int]) -> list[int] | None:
+def runs_at(steps: int, run: list[int]) -> list[int] | None:
     """Returns the numbers of steps among ``run`` from which the losses at ``steps`` are known, or None."""
     near = [each for each in run if abs(each - steps) <= SAME_STEPS * steps]
     if near:

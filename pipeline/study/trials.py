@@ -19,7 +19,7 @@ from pipeline.config.study import Study
 from pipeline.driver.graph import Node
 from pipeline.files import read_json
 from pipeline.launch.workers import load_outcome
-from pipeline.planning import PreparedRun, prepare
+from pipeline.planning import FoundInputs, PreparedRun, prepare, with_inputs
 from pipeline.planning.training import TrainingPlan, plan_training
 from pipeline.tracking import METRICS_FILE, read_metrics
 from pipeline.training.job import LOGS, TRAINING_FILE
@@ -115,12 +115,19 @@ class Trials:
         )
 
     def prepare(self, trials: Iterable[Trial]) -> list[PreparedRun]:
-        """Looks up the inputs and keys of some runs. What they share is looked up once."""
+        """Works out the keys of some runs."""
         trials = list(trials)
-        new = [trial for trial in dict.fromkeys(trials) if trial not in self._prepared]
-        if new:
-            self._prepared |= zip(new, prepare([self.settings(trial) for trial in new]), strict=True)
+        for trial in trials:
+            if trial not in self._prepared:
+                self._prepared[trial] = with_inputs(self.settings(trial), self._inputs[trial.contender])
         return [self._prepared[trial] for trial in trials]
+
+    @cached_property
+    def _inputs(self) -> dict[str, FoundInputs]:
+        """What the runs of every contender read, looked up once, so that all runs of a command read the same."""
+        seed = self.study.seeds[0]
+        first = [self.settings(Trial(name, self.study.rates_of(name)[0], 1, seed, final=False)) for name in self.bases]
+        return {name: found.inputs for name, found in zip(self.bases, prepare(first), strict=True)}
 
     def plan(self, trial: Trial) -> TrainingPlan | None:
         """Returns what training needs; None if the model's config is not known."""

@@ -12,93 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.__main__ import CONF, compose_jobs, main
+from pipeline.__main__ import CONF, compose_jobs
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
-from pipeline.planning import prepare
 from pipeline.study.loading import list_studies, load_study
 from tests.study.one_worker import TrainingWorker
-
-CONTENDERS = {"copy": ["expand=copy"], "untouched": ["expand=none", "pretrain.trainable=all"]}
-STUDY: dict[str, Any] = {
-    "name": "tiny",
-    "common": ["+experiment=quickstart"],
-    "contenders": CONTENDERS,
-    "reference": "copy",
-    "seeds": [0, 1],
-    "tokens": 1024,  # 4 steps
-    "equal_flops": True,
-    "equal_seconds": False,
-    "save_models": False,
-    "flops_per_second": None,
-    "tune": {"learning_rates": [0.001, 0.01], "seeds": [9], "rungs": [0.5], "keep": 0.5, "max_new_rates": 1},
-}
-SET_BY_THE_STUDY = ("pretrain.steps=", "pretrain.epochs=")
-
-
-@pytest.fixture(scope="module")
-def arguments(shrunk: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The overrides of all runs, with a validation split and a text that is not trained on."""
-    other = tmp_path_factory.mktemp("other") / "other.jsonl"
-    other.write_text("\n".join(json.dumps({"text": f"Number {n} of another kind of text."}) for n in range(40)))
-    source = (
-        f"{{kind: files, path: {other}, config_name: null, split: null, revision: null, text_field: text, weight: 1.0}}"
-    )
-    kept = [item for item in shrunk if not item.startswith(SET_BY_THE_STUDY)]
-    return [*kept, "data.validation_fraction=0.2", f"data.forgetting={source}"]
-
-
-class Workplace:
-    """A directory with a study's file and its results."""
-
-    def __init__(self, directory: Path, arguments: list[str]) -> None:
-        self.directory, self._arguments = directory, [*arguments, f"output_dir={directory / 'outputs'}"]
-        (directory / "study").mkdir(parents=True)
-
-    def write(self, **changes: Any) -> None:
-        """Writes the study's file with some changes."""
-        (self.directory / "study" / "tiny.yaml").write_text(yaml.safe_dump({**STUDY, **changes}))
-
-    def run(self, *further: str) -> int:
-        """Runs the command."""
-        return main(["+study=tiny", f"--config-dir={self.directory}", *self._arguments, *further])
-
-    @property
-    def report(self) -> Path:
-        """The report's directory."""
-        return self.directory / "outputs" / "tiny" / "report"
-
-    def results(self) -> dict[str, Any]:
-        """The content of results.json."""
-        return json.loads((self.report / "results.json").read_text())
-
-    def artifacts(self) -> dict[str, int]:
-        """When every training artifact was finished."""
-        found = (self.directory / "outputs" / "artifacts" / "pretrain").glob("*/manifest.json")
-        return {path.parent.name: path.stat().st_mtime_ns for path in found}
-
-    def by_hand(self, row: dict[str, Any], *overrides: str) -> dict[str, Any]:
-        """The summary of the training that a command line with the settings of a row would give."""
-        settings = [
-            f"pretrain.learning_rate={row['learning_rate']}",
-            f"pretrain.steps={row['steps']}",
-            "stages=[pretrain]",
-        ]
-        fractions = "[1.0]" if row["seed"] in STUDY["tune"]["seeds"] else "[0.0,1.0]"
-        settings += ["pretrain.epochs=null", f"pretrain.evaluate_at={fractions}", "pretrain.save_model=false"]
-        command = ["+experiment=quickstart", *self._arguments, *settings, f"seed={row['seed']}", *overrides]
-        (prepared,) = prepare([compose_jobs(command, False, None)[0].settings])
-        artifact = prepared.nodes["pretrain"].artifact
-        assert artifact.is_complete()
-        return json.loads((artifact.path / "training.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def finished(arguments: list[str], one_worker: TrainingWorker, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A finished study of two contenders."""
-    place = Workplace(tmp_path_factory.mktemp("study"), arguments)
-    place.write()
-    assert place.run() == EXIT_DONE
-    return place
+from tests.study.small_study import CONTENDERS, STUDY, Workplace
 
 
 def test_losses_are_those_of_runs_made_by_hand(finished: Workplace) -> None:
@@ -185,6 +103,25 @@ def test_a_finished_study_does_nothing_and_a_new_contender_runs_alone(finished: 
         rows = finished.results()["rows"]
         assert [row for row in rows if row["contender"] != "average"] == losses
         assert len(rows) == 6 / 4 * len(losses)
+    finally:
+        finished.write()
+        assert finished.run() == EXIT_DONE
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(finished: Workplace, one_worker: TrainingWorker) -> None:
+    hot = {"overrides": ["expand=copy"], "learning_rates": [0.001, 1.0e30]}
+    finished.write(contenders={**CONTENDERS, "hot": hot})
+    try:
+        assert finished.run() == EXIT_DONE
+        losses = {
+            row["learning_rate"]: row["validation_loss"]
+            for row in finished.results()["tuning"]
+            if row["contender"] == "hot"
+        }
+        assert losses[1.0e30] is None and losses[0.001] is not None
+        assert "1e+30: diverged" in (finished.report / "report.md").read_text()
+        tasks = one_worker.tasks
+        assert finished.run() == EXIT_DONE and one_worker.tasks == tasks  # it is known to diverge
     finally:
         finished.write()
         assert finished.run() == EXIT_DONE
@@ -296,3 +233,15 @@ def test_every_study_composes(name: str) -> None:
     assert len({each.model_dump_json() for each in settings}) == len(settings)
     assert all(each.data.validation_fraction > 0 for each in settings)
     assert f"scripts/study {name}" in (CONF.parent.parent / "docs" / "study.md").read_text()
+
+
+def test_a_study_extends_another_and_command_lines_change_it(place: Workplace) -> None:
+    place.write()
+    mine = {"extends": "tiny", "common": ["expand.new_layers=1"], "contenders": {"mine": ["expand=average"]}}
+    (place.directory / "study" / "mine.yaml").write_text(yaml.safe_dump(mine))
+    given = ["+study=mine", "study.tune.learning_rates=[1e-4,0.001]", "study.tokens=512", "output_dir=elsewhere"]
+    study, rest = load_study(given, [CONF, place.directory])
+    assert list(study.contenders) == [*CONTENDERS, "mine"] and study.name == "tiny"
+    assert study.common == [*STUDY["common"], "expand.new_layers=1"]
+    assert study.tune.learning_rates == [1e-4, 0.001] and study.tokens == 512
+    assert rest == ["output_dir=elsewhere"]
