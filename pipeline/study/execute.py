@@ -68,9 +68,15 @@ def execute_study(command: StudyCommand, console: Console) -> None:
 
 
 def _run(progress: StudyProgress, console: Console) -> None:
+    """Finishes one contender after the other, and writes the report after each."""
+    current: str | None = None
     while pending := progress.pending():
-        for number, trial in enumerate(pending, 1):
-            console.print(f"[bold]{trial.contender}[/] {trial.name} ({number} of {len(pending)} that can run now)")
+        if current not in (None, pending[0].contender):
+            finish(progress, console)
+        current = pending[0].contender
+        now = [trial for trial in pending if trial.contender == current]
+        for number, trial in enumerate(now, 1):
+            console.print(f"[bold]{current}[/] {trial.name} ({number} of {len(now)} that can run now)")
             _build(progress.trials, trial, console)
     finish(progress, console)
 

@@ -171,12 +171,13 @@ class StudyProgress:
     # ------------------------------------------------------------------------------------- what is next
 
     def pending(self) -> list[Trial]:
-        """Returns the runs that can start now: the next rung of every contender, or its final runs."""
-        found = [trial for name in self.study.contenders for trial in self._pending_of(name)]
-        missing = [trial for trial in dict.fromkeys(found) if self.trials.measured(trial) is None]
-        # All contenders with the first seed come before any with the second, so that an early report is balanced.
-        seeds = [*self.study.tune.seeds, *self.study.seeds]
-        return sorted(missing, key=lambda trial: (trial.final, seeds.index(trial.seed)))
+        """Returns the runs that can start now: the next rung of every contender, or its final runs.
+
+        They are ordered by contender, with the reference first, because the other budgets are what it spends.
+        """
+        names = sorted(self.study.contenders, key=lambda name: name != self.study.reference)
+        found = [trial for name in names for trial in self._pending_of(name)]
+        return [trial for trial in dict.fromkeys(found) if self.trials.measured(trial) is None]
 
     def known(self, contender: str | None = None) -> list[Trial]:
         """Returns the finished runs, of all contenders or of one."""
