@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from pipeline.report.metrics import scientific
 from pipeline.report.plot_style import GRAY, SPARE_COLORS, figure, label_ends
 
 
@@ -30,7 +31,7 @@ class Panel:
     title: str
     x_name: str
     marks: Sequence[Mark]
-    log_x: bool = False
+    counts_flops: bool = False
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -62,9 +63,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         )
     front = [panel.marks[index] for index in pareto_front([(mark.x, mark.y) for mark in panel.marks])]
     axes.step([mark.x for mark in front], [mark.y for mark in front], where="post", color=GRAY, linewidth=1.0, zorder=0)
-    if panel.log_x:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    if panel.counts_flops:
+        axes.set_xlim(left=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value) if value else "0"))
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_name)
     axes.set_ylabel("held-out loss (nats per token)")
@@ -78,7 +80,7 @@ def draw_rates(losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str,
         losses: by contender and rate, on the last rung; finite.
         chosen: the chosen rate of every contender, which is marked.
     """
-    with figure(path, 3.6) as drawing:
+    with figure(path, max(3.6, 1.2 + 0.17 * len(losses))) as drawing:
         axes, ends = drawing.subplots(), []
         for number, (name, by_rate) in enumerate(losses.items()):
             color, rates = SPARE_COLORS[number % len(SPARE_COLORS)], sorted(by_rate)
@@ -88,6 +90,10 @@ def draw_rates(losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str,
             axes.plot([chosen[name]], [0.0], marker="o", markersize=9, fillstyle="none", color=color)
             ends.append((heights[-1], f"{number + 1} {name}", color))
         axes.set_xscale("log")
+        # The style turns off mathtext, in which the default formatter writes powers of ten.
+        trained = sorted({rate for by_rate in losses.values() for rate in by_rate})
+        axes.set_xticks(trained, [f"{rate:g}" for rate in trained])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title("validation loss above that of the chosen rate")
         axes.set_xlabel("learning rate")
         axes.grid(axis="y")

@@ -260,7 +260,7 @@ def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
         panels = [
             Panel("by training FLOPs", "training FLOPs", [
                 Mark(numbers[name], flops[name], held_out[name].value, 0.0, held_out[name].stderr) for name in finite
-            ], log_x=True),
+            ], counts_flops=True),
         ]  # fmt: skip
         both = [name for name in finite if name in forgetting and math.isfinite(forgetting[name].value)]
         if both:
