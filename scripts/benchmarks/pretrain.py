@@ -44,7 +44,7 @@ from scripts.benchmarks.runs import Bench, Run
 from scripts.benchmarks.shapes import SHAPES
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")  # whose versions are printed
-TABLES = ("trainer", "position", "settings", "profile", "wait-policy")
+TABLES = ("trainer", "attention", "position", "settings", "profile", "wait-policy")
 POSITIONS = ("top", "middle", "interleaved", "bottom")
 
 
@@ -110,6 +110,22 @@ def compilation(runs: Sequence[Run]) -> str:
     return f"Our first step takes {extra[0]:.0f} s longer (compilation), {extra[-1]:.0f} s in the last run."
 
 
+def by_attention(bench: Bench, rates: dict[str, float]) -> None:
+    """Measures attention with a mask and by document, and the peak memory compared with the plan's estimate."""
+    rate = rates[bench.options.precision]
+    say("", row("attention", "compile", "s per step", "tokens/s", "MFU", "peak memory, GiB", "planned, GiB"))
+    say(row(*["---"] * 7))
+    for attention, compiled in (("documents", True), ("sdpa", False), ("documents", False)):
+        if compiled and not bench.options.compile:
+            continue
+        changes = {"attention": attention, "compile": compiled}
+        run = bench.ours(bench.options.position, **changes)
+        seconds = median(run.warm)
+        speed, mfu = f"{bench.tokens / seconds:.0f}", f"{run.flops_per_step / seconds / rate:.1%}"
+        planned = f"{bench.planned_memory(bench.options.position, **changes) / 2**30:.1f}"
+        say(row(attention, f"{compiled}", f"{seconds:.2f}", speed, mfu, memory([run]), planned))
+
+
 def by_position(bench: Bench, rates: dict[str, float]) -> None:
     """Measures the time per step for each position of the new layers."""
     say(
@@ -169,9 +185,10 @@ def _busy_cores(count: int) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- main
 
 
-def measure_rates(work: Path, device: str) -> dict[str, float]:
+def measure_rates(work: Path, device: str, shape: str) -> dict[str, float]:
     """Returns the best rate of matrix products in FLOP/s, by precision, measured in a separate process."""
-    run_module("scripts.benchmarks.matrix_rate", device, str(work / "rates.json"), log=work / "rates.log")
+    size = ["256"] if shape == "tiny" else []  # which only checks that the program runs
+    run_module("scripts.benchmarks.matrix_rate", device, str(work / "rates.json"), *size, log=work / "rates.log")
     rates: dict[str, float] = read_json(work / "rates.json")
     return rates
 
@@ -226,7 +243,7 @@ def main() -> None:
     device = "cuda" if detect_machine().gpus else "cpu"
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as folder:
         work = Path(folder)
-        rates = measure_rates(work, device)
+        rates = measure_rates(work, device, options.shape)
         if options.float32_products is None:
             slow_bfloat16 = device == "cpu" and rates["float32"] > rates["bfloat16"]
             options.float32_products = options.precision == "bfloat16" and slow_bfloat16
@@ -235,8 +252,8 @@ def main() -> None:
         introduce(options, device, rates)
         bench = Bench(options, work, device)
         tables = {
-            "trainer": compare, "position": by_position, "settings": by_setting, "profile": by_part,
-            "wait-policy": by_wait_policy,
+            "trainer": compare, "attention": by_attention, "position": by_position, "settings": by_setting,
+            "profile": by_part, "wait-policy": by_wait_policy,
         }  # fmt: skip
         for name in options.tables:
             tables[name](bench, rates)

@@ -13,10 +13,13 @@ import numpy as np
 
 from pipeline.artifacts.task import task_to_json
 from pipeline.config import Train
+from pipeline.estimates import Setup, memory_of, trained_part
 from pipeline.files import read_json, write_json
+from pipeline.models.families import shape_of
 from scripts.benchmarks.hf_trainer import SECONDS_FILE
 from scripts.benchmarks.our_worker import PROFILE_FILE
 from scripts.benchmarks.processes import Peak, run_module
+from scripts.benchmarks.shapes import tokens_of
 from scripts.benchmarks.tasks import one_process, pretrain_settings, training_task
 
 
@@ -85,6 +88,14 @@ class Bench:
         seconds = [later - before for before, later in pairwise(totals)]
         return Run(seconds, lines[0]["flops"], peak)
 
+    def planned_memory(self, position: str, **changes: Any) -> int:
+        """Returns the peak memory in bytes that the plan estimates for ``ours`` on its device."""
+        model, settings = self.model(position), self._settings(changes)
+        shape = shape_of(read_json(model / "config.json"))
+        trained = trained_part("pretrain", settings.trainable, shape, read_json(model / "expansion.json"))
+        setup = Setup(settings, self.options.precision, ranks=1, on_gpu=self.device == "cuda")
+        return memory_of(trained, setup).total
+
     def profile(self) -> tuple[float, dict[str, float]]:
         """Returns the seconds of one of our steps, and of its operations by part."""
         self.ours(self.options.position, profile=True)
@@ -137,7 +148,8 @@ def write_blocks(directory: Path, options: argparse.Namespace) -> Path:
     directory.mkdir()
     blocks, length = options.global_batch * (options.steps + 1), options.sequence_length
     positions = np.tile(np.arange(length) % (options.document_tokens or length), (blocks, 1))
-    tokens = np.random.default_rng(0).integers(0, 49152, (blocks, length))
+    vocabulary = tokens_of(options.shape)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (blocks, length))
     for split, count in (("train", blocks), ("held_out", 0)):
         for name, values, dtype in (
             ("input_ids", tokens, np.uint32), ("position_ids", positions, np.uint32),
@@ -146,7 +158,7 @@ def write_blocks(directory: Path, options: argparse.Namespace) -> Path:
             np.save(directory / f"{split}.{name}.npy", values[:count].astype(dtype), allow_pickle=False)
     sizes = {"train": blocks, "held_out": 0}
     dataset = {
-        "purpose": "corpus", "sequence_length": length, "vocab_size": 49152, "blocks": sizes, "documents": sizes,
+        "purpose": "corpus", "sequence_length": length, "vocab_size": vocabulary, "blocks": sizes, "documents": sizes,
         "tokens": sizes, "supervised_tokens": {"train": int((positions > 0).sum()), "held_out": 0}, "dropped": {},
     }  # fmt: skip
     write_json(directory / "dataset.json", dataset)
