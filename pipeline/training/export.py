@@ -36,7 +36,7 @@ LOSS_TOLERANCE = {False: 1e-2, True: 0.5}
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
-def exported_key(settings: Train) -> Literal["weight", "average"]:
+def exported_key(settings: Train) -> Literal["weight", "ema"]:
     """Returns the key of the optimizer state that becomes the trained model: of the averages if there are any."""
     return "weight" if settings.ema_decay is None else AVERAGE
 

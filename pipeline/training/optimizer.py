@@ -30,7 +30,7 @@ from pipeline.training.selection import layers_at_learning_rate
 LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
 HAS_PARTS = "has_parts"  # key of a parameter group: whether its tensors have one multiple per element
 MATRICES = "matrices"  # key of a parameter group: whether Muon updates it
-AVERAGE: Literal["average"] = "average"  # key of the state of all tensors if averages are kept
+AVERAGE: Literal["ema"] = "ema"  # key of the state of all tensors if averages are kept
 MULTIPLE: Literal["multiple"] = "multiple"  # key of the state of such tensors: the multiples, in their shape
 
 
@@ -142,7 +142,7 @@ class ExtendedAdamW(torch.optim.AdamW):
 
     The tensors may be partitions that ZeRO has flattened. A step, weight decay included, is proportional to the
     learning rate, so each element of the step is multiplied by the element of ``state[tensor]["multiple"]``. Averages
-    are exponential: ``state[tensor]["average"]`` moves towards the tensor by 1 - ema_decay of the difference per step.
+    are exponential: ``state[tensor]["ema"]`` moves towards the tensor by 1 - ema_decay of the difference per step.
 
     Attributes:
         ema_decay: of the averages; None for none.

@@ -33,7 +33,7 @@ from pipeline.training.muon import locate
 from pipeline.training.optimizer import AVERAGE, HAS_PARTS, MATRICES, MULTIPLE, ExtendedAdamW, multiples_of_elements
 from pipeline.training.rates import Multiple
 
-StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "average", "multiple"]
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "ema", "multiple"]
 ADAMW_STATE: tuple[StateKey, ...] = ("exp_avg", "exp_avg_sq")
 MUON_STATE: tuple[StateKey, ...] = ("momentum_buffer",)
 
