@@ -78,6 +78,11 @@ def _headline(progress: StudyProgress, tokens: Comparison) -> str:
     better = [name for name, each in found.items() if each.counts(LEVEL) and each.mean.value < 0]
     worse = [name for name, each in found.items() if each.counts(LEVEL) and each.mean.value > 0]
     loss = with_error("loss", tokens.means["held_out"][best].value, tokens.means["held_out"][best].stderr)
+    if not found:
+        return (
+            f"At equal tokens, {bold(escape(best))} has a held-out loss of {loss}. There is nothing to compare it with "
+            f"yet.{missing}"
+        )
     return (
         f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss}). Of {len(found)} contenders, "
         f"{len(better)} are better than {escape(progress.study.reference)}, {len(worse)} are worse, and the "
