@@ -104,14 +104,27 @@ def job_task(job: StageJob) -> dict[str, Any]:
 
 def job_script(job: StageJob) -> str:
     """Write a job's batch script."""
-    run, place = job.runs[0], job.place
+    name = f"{job.runs[0].name}/{job.node.name}"
+    return command_script(job.runs[0], name, ["--job", f"{job.place}.json"], job.node.stage, job.place)
+
+
+def command_script(run: Settings, name: str, arguments: Sequence[str], stage: str, place: Path) -> str:
+    """Write a batch script that runs this program.
+
+    Args:
+        run: the settings, for ``slurm``.
+        name: the job's name.
+        arguments: of the program.
+        stage: the stage whose resources the job requests.
+        place: the path of the job's files without their suffixes.
+    """
     # The job must import the same package, wherever it was imported from.
     here = [f"export PYTHONPATH={shlex.quote(python_path(os.environ))}"]
     settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, *here]})
     batch = slurm.BatchJob(
-        name=f"{run.name}/{job.node.name}",
-        command=[sys.executable, "-m", "pipeline", "--job", f"{place}.json"],
-        resources=run.slurm.resources(job.node.stage),
+        name=name,
+        command=[sys.executable, "-m", "pipeline", *arguments],
+        resources=run.slurm.resources(stage),
         directory=Path.cwd(),
         log=Path(f"{escape_percent(place)}-%j.log"),
     )

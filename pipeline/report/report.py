@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.files import temporary_path, write_json
+from pipeline.files import write_json, write_text
 from pipeline.report import sections
 from pipeline.report.curves import base_loss
 from pipeline.report.differences import PAIRED_FILE, paired_differences
@@ -45,8 +44,8 @@ def write_report(runs: Sequence[RunArtifacts], out: Path) -> list[Result]:
     drawn = draw_all(runs, scores, base_loss(runs), out)
     figures = {name: caption for name, caption in CAPTIONS.items() if f"{name}.png" in drawn}
     text = compose(runs, scores, figures)
-    _write(out / "report.md", text)
-    _write(out / "report.html", render(text, title(runs), out))
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", render(text, title(runs), out))
     return results
 
 
@@ -66,9 +65,3 @@ def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str
         *sections.reproduction(runs),
     ]
     return "\n\n".join(blocks) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = temporary_path(path)
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -54,9 +54,13 @@ def draw_pareto(panels: Sequence[Panel], path: Path) -> None:
             _draw_panel(axes, panel)
 
 
+def _color(number: int) -> str:
+    return SPARE_COLORS[(number - 1) % len(SPARE_COLORS)]
+
+
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     for mark in panel.marks:
-        color = SPARE_COLORS[(mark.number - 1) % len(SPARE_COLORS)]
+        color = _color(mark.number)
         axes.errorbar(mark.x, mark.y, mark.y_error, mark.x_error, fmt="o", color=color, elinewidth=1.0)
         axes.annotate(
             str(mark.number), (mark.x, mark.y), xytext=(4, 4), textcoords="offset points", color=color, size=9
@@ -73,22 +77,25 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.grid(axis="both")
 
 
-def draw_rates(losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float], path: Path) -> None:
+def draw_rates(
+    losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float], numbers: Mapping[str, int], path: Path
+) -> None:
     """Plots the validation loss of every contender by learning rate, as differences to its best one.
 
     Args:
         losses: by contender and rate, on the last rung; finite.
         chosen: the chosen rate of every contender, which is marked.
+        numbers: of the contenders in the tables of the report.
     """
     with figure(path, max(3.6, 1.2 + 0.17 * len(losses))) as drawing:
         axes, ends = drawing.subplots(), []
-        for number, (name, by_rate) in enumerate(losses.items()):
-            color, rates = SPARE_COLORS[number % len(SPARE_COLORS)], sorted(by_rate)
+        for name, by_rate in losses.items():
+            color, rates = _color(numbers[name]), sorted(by_rate)
             best = by_rate[chosen[name]]
             heights = [by_rate[rate] - best for rate in rates]
             axes.plot(rates, heights, marker="o", color=color)
             axes.plot([chosen[name]], [0.0], marker="o", markersize=9, fillstyle="none", color=color)
-            ends.append((heights[-1], f"{number + 1} {name}", color))
+            ends.append((heights[-1], f"{numbers[name]} {name}", color))
         axes.set_xscale("log")
         # The style turns off mathtext, in which the default formatter writes powers of ten.
         trained = sorted({rate for by_rate in losses.values() for rate in by_rate})

@@ -7,22 +7,17 @@ their results (the next rung, or the final runs) with another last job, and writ
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import Settings
 from pipeline.driver.run import record_keys
-from pipeline.driver.submit import SLURM_DIR, print_scripts, stage_jobs, submit_jobs
+from pipeline.driver.submit import SLURM_DIR, command_script, print_scripts, stage_jobs, submit_jobs
 from pipeline.errors import WorkersFailed
 from pipeline.files import read_record, write_json, write_text
 from pipeline.launch import slurm
-from pipeline.launch.environment import python_path
-from pipeline.launch.slurm import escape_percent
 from pipeline.study.progress import StudyProgress
 from pipeline.study.trials import Trial
 
@@ -60,7 +55,8 @@ def submit_study(progress: StudyProgress, arguments: Sequence[str], console: Con
         record_keys(job.run, job.selected)
     directory.mkdir(parents=True, exist_ok=True)
     script = directory / "study.sh"
-    write_text(script, _script(run, directory, progress.study.name, arguments), mode=0o700)
+    content = command_script(run, f"{progress.study.name}/study", arguments, "report", script.with_suffix(""))
+    write_text(script, content, mode=0o700)
     last = submit_jobs(jobs, console, None if _is_waiting(directory) else script)
     if last is not None:
         names = [f"{trial.contender}/{trial.name}" for trial in pending]
@@ -99,17 +95,3 @@ def _last_wave(directory: Path) -> dict[str, Any] | None:
         directory / WAVE_FILE, lambda value: isinstance(value["job"], int) and list(value["runs"])
     )
     return wave
-
-
-def _script(run: Settings, directory: Path, name: str, arguments: Sequence[str]) -> str:
-    # The job must import the same package, wherever it was imported from.
-    here = [f"export PYTHONPATH={shlex.quote(python_path(os.environ))}"]
-    settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, *here]})
-    job = slurm.BatchJob(
-        name=f"{name}/study",
-        command=[sys.executable, "-m", "pipeline", *arguments],
-        resources=run.slurm.resources("report"),
-        directory=Path.cwd(),
-        log=Path(f"{escape_percent(directory / 'study')}-%j.log"),
-    )
-    return slurm.batch_script(job, settings)

@@ -78,8 +78,7 @@ def _costs(progress: StudyProgress) -> Iterator[Cost]:
         planned = sum(count * each for count, each in zip(tuning, steps, strict=True))
         planned += sum(count * each for each, count in final.items())
         done = sum(trial.steps for trial in progress.known(name))
-        trials = [progress.rung_trials(name, 0, progress.study.rates_of(name)[0])[0]]
-        disk = sum(_own_disk(progress, trial, seen) for trial in trials)
+        disk = _own_disk(progress, progress.rung_trials(name, 0, progress.study.rates_of(name)[0])[0], seen)
         flops, left = (None, None) if step is None else (planned * step, max(0, planned - done) * step)
         yield Cost(name, tuning, final, flops, left, disk)
 
@@ -98,11 +97,10 @@ def _tuning_counts(progress: StudyProgress, name: str) -> tuple[int, ...]:
 
 
 def _final_counts(progress: StudyProgress, name: str) -> dict[int, int]:
-    study, own = progress.study, progress.trials.token_steps
-    steps = {own[name]}
+    study, steps = progress.study, {progress.trials.token_steps[name]}
     reference, step = progress.planned_step_flops(study.reference), progress.planned_step_flops(name)
     if study.equal_flops and reference is not None and step is not None:
-        steps.add(max(1, round(own[study.reference] * reference / step)))
+        steps.add(progress.steps_for(reference, step))
     return {each: len(study.seeds) for each in sorted(steps)}
 
 

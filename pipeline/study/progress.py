@@ -94,6 +94,10 @@ class StudyProgress:
         reference, own = cost(self.study.reference), cost(contender)
         if reference is None or own is None or not math.isfinite(reference + own):
             return None
+        return self.steps_for(reference, own)
+
+    def steps_for(self, reference: float, own: float) -> int:
+        """Returns the steps that cost what the reference spends at equal tokens, given the costs of one step each."""
         return max(1, round(self.trials.token_steps[self.study.reference] * reference / own))
 
     def step_flops(self, contender: str) -> float | None:

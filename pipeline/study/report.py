@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
-from pipeline.files import temporary_path, write_json
+from pipeline.files import write_json, write_text
 from pipeline.report.markup import Table, bold, bullets, code, escape, image, render, table
 from pipeline.report.metrics import scientific, signed, with_error
 from pipeline.report.significance import LEVEL
-from pipeline.study.progress import Budget, StudyProgress
+from pipeline.study.progress import Budget, Loss, StudyProgress
 from pipeline.study.results import Comparison, any_run, base_losses, compare, to_json
-from pipeline.study.statistics import Mean, SeedDifference
+from pipeline.study.statistics import Mean
 
 BUDGET_TITLES: dict[Budget, str] = {"tokens": "Equal tokens", "flops": "Equal FLOPs", "seconds": "Equal seconds"}
 TABLE_LEGEND = (
@@ -23,9 +22,9 @@ TABLE_LEGEND = (
     "not count. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column."
 )
 PARETO_CAPTION = (
-    "Held-out loss at equal tokens by what it costs: training FLOPs, and the loss on the forgetting text. Numbers "
+    "Held-out loss at equal tokens by what it costs: training FLOPs, and the loss on the forgetting text. Numbers as "
+    "in the table; the gray line is the Pareto front."
 )
-PARETO_CAPTION += "as in the table; the gray line is the Pareto front."
 RATES_CAPTION = "Validation loss of the last rung by learning rate, above that of the chosen rate (circled)."
 
 
@@ -36,10 +35,8 @@ def write_study_report(progress: StudyProgress, out: Path) -> Path:
     write_json(out / "results.json", to_json(progress, comparisons))
     figures = _draw(progress, comparisons[0], out)
     text = _compose(progress, comparisons, figures)
-    for name, content in (("report.md", text), ("report.html", render(text, f"study {progress.study.name}", out))):
-        temporary = temporary_path(out / name)
-        temporary.write_text(content)
-        os.replace(temporary, out / name)
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", render(text, f"study {progress.study.name}", out))
     return out / "report.md"
 
 
@@ -55,10 +52,10 @@ def _compose(progress: StudyProgress, comparisons: Sequence[Comparison], figures
         if comparison.outcomes:
             blocks += [f"## {BUDGET_TITLES[comparison.budget]}", table(_loss_table(progress, comparison))]
             blocks += [bullets(_notes(progress, comparison))]
-    blocks += [image(name, caption) for name, caption in (("pareto.png", PARETO_CAPTION),) if name in figures]
+    blocks += [image("pareto.png", PARETO_CAPTION)] if "pareto.png" in figures else []
     blocks += ["## Which differences count", bullets(_counting(progress, comparisons))]
     blocks += ["## Tuned learning rates", table(_rate_table(progress))]
-    blocks += [image(name, caption) for name, caption in (("rates.png", RATES_CAPTION),) if name in figures]
+    blocks += [image("rates.png", RATES_CAPTION)] if "rates.png" in figures else []
     blocks += ["## What these numbers do not show", bullets(_caveats(progress, comparisons))]
     blocks += ["## Reproduction", code(f"scripts/study {progress.study.name}", "bash"), "with these settings:"]
     blocks += [code(yaml.safe_dump(progress.study.model_dump(mode="json"), sort_keys=False).rstrip(), "yaml")]
@@ -187,33 +184,38 @@ def _loss_table(progress: StudyProgress, comparison: Comparison) -> Table:
     columns += ["forgetting loss", "− reference", "p"] if forgetting else []
     columns += ["− base"] if forgetting and "forgetting_loss" in base else []
     columns += ["steps", "FLOPs", "s/step"]
-    rows = []
-    numbers = {name: number for number, name in enumerate(progress.study.contenders, 1)}
+    rows, numbers = [], _numbers(progress)
     for name in comparison.ranked:
         outcomes = comparison.outcomes[name]
         run = any_run(outcomes)
         row = [str(numbers[name]), escape(name), f"{progress.tuned(name).rate:g}"]
         row += [f"{run.trained_parameters / 1e6:.1f}M", f"{run.before['loss']:.3f}" if run.before else "—"]
-        row += _cells(comparison.means["held_out"].get(name), comparison.differences["held_out"].get(name))
+        row += _cells(progress, comparison, "held_out", name)
         if forgetting:
-            mean = comparison.means["forgetting"].get(name)
-            row += _cells(mean, comparison.differences["forgetting"].get(name))
+            row += _cells(progress, comparison, "forgetting", name)
             if "forgetting_loss" in base:
-                row.append(_change(mean, base["forgetting_loss"]))
+                row.append(_change(comparison.means["forgetting"].get(name), base["forgetting_loss"]))
         flops = run.flops / run.steps * outcomes[0].steps if run.steps else math.nan
         row += [f"{outcomes[0].steps:,}", scientific(flops) if run.steps else "—", f"{run.seconds_per_step:.3g}"]
         rows.append(row)
     return Table(columns, rows, text_columns=2)
 
 
-def _cells(mean: Mean | None, difference: SeedDifference | None) -> list[str]:
+def _numbers(progress: StudyProgress) -> dict[str, int]:
+    """Returns the number of every contender in tables and plots."""
+    return {name: number for number, name in enumerate(progress.study.contenders, 1)}
+
+
+def _cells(progress: StudyProgress, comparison: Comparison, name_of_loss: Loss, contender: str) -> list[str]:
+    mean = comparison.means[name_of_loss].get(contender)
+    difference = comparison.differences[name_of_loss].get(contender)
     if mean is None:
         return ["—", "", ""]
     if math.isinf(mean.value):
         return ["diverged", "", ""]
     loss = with_error("loss", mean.value, mean.stderr)
     if difference is None:
-        return [loss, "reference" if mean.n else "", ""]
+        return [loss, "reference" if contender == progress.study.reference else "", ""]
     sign = "≈" if not difference.counts(LEVEL) else "▲" if difference.mean.value < 0 else "▼"
     return [
         loss,
@@ -256,7 +258,7 @@ def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
     # Imported here because matplotlib takes a second.
     from pipeline.report.study_plots import Mark, Panel, draw_pareto, draw_rates
 
-    numbers = {name: number for number, name in enumerate(progress.study.contenders, 1)}
+    numbers = _numbers(progress)
     held_out, forgetting = tokens.means["held_out"], tokens.means["forgetting"]
     finite = [name for name, mean in held_out.items() if math.isfinite(mean.value)]
     drawn = []
@@ -292,6 +294,6 @@ def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
     }
     shown = {name: by_rate for name, by_rate in losses.items() if chosen[name] in by_rate}
     if shown:
-        draw_rates(shown, chosen, out / "rates.png")
+        draw_rates(shown, chosen, numbers, out / "rates.png")
         drawn.append("rates.png")
     return drawn

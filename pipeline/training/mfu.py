@@ -89,15 +89,16 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repe
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))  # zeros would draw less power
     seconds: list[float] = []
     while len(seconds) <= repeats and sum(seconds) < MEASURED_SECONDS:  # the first run is a warm-up
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         left @ right
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return float(2 * size**3 / min(seconds))
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has computed everything. CPUs compute immediately."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

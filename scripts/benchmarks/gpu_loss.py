@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.training import loss
 from pipeline.training.loss import chunked_cross_entropy
+from pipeline.training.mfu import synchronize
 from pipeline.training.precision import chunk_rows
 from scripts.benchmarks.pretrain import row, say
 
@@ -39,12 +40,6 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_of(function: Callable[[], object], device: torch.device) -> str:

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from tests.training.forked import ForkedRanks
+from tests.training.many_cases import Runs, run_cases
 from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
 from tests.training.small import NEW_LAYERS, logged, train_settings
 
@@ -82,35 +83,12 @@ INTERRUPTED = [replace(BFLOAT16_2, zero=3), Case(2, 0), Case(2, 2, offload=True)
 ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0), replace(BFLOAT16_2, ranks=1, zero=3)]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """The finished tasks by case."""
-
-    straight: dict[Case, StageTask]
-    resumed: dict[Case, StageTask]
-    elastic: dict[Case, StageTask]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks) -> Runs:
-    """Runs all tasks: first on two ranks, which also saves the checkpoints, then on one and on four."""
-    straight = {case: make_task(case.settings(), case.ranks) for case in CASES}
-    resumed = {case: make_task(case.settings(), case.ranks) for case in INTERRUPTED}
-    elastic = {case: make_task(case.settings(), case.ranks) for case in ELASTIC}
-    stopped = [(task, STOP_AFTER) for task in resumed.values()]
-    stopped += [
-        (make_task(replace(case, ranks=2, zero=2).settings(), 2, task.out), STOP_AFTER)
-        for case, task in elastic.items()
-    ]
-    finished = [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
-    for ranks in (2, 1, 4):
-        plan = [
-            {"task": task_to_json(task), "stop_after": stop}
-            for task, stop in (*stopped, *finished)
-            if task.launch.processes == ranks
-        ]
-        forked_ranks.run_plan(ranks, plan, tmp_path_factory.mktemp("launch"))
-    return Runs(straight, resumed, elastic)
+def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks) -> Runs[Case]:
+    def make(case: Case, out: Path | None) -> StageTask:
+        return make_task(case.settings(), case.ranks, out)
+
+    return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 
 
 # ------------------------------------------------------------------------------------------- oracle

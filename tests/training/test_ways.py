@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from pipeline.artifacts.task import StageTask, task_to_json
+from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from tests.training.forked import ForkedRanks
+from tests.training.many_cases import Runs, run_cases
 from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
 from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings
 
@@ -100,33 +101,15 @@ def fused_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
     return directory
 
 
-@dataclass(frozen=True)
-class Runs:
-    """The finished tasks by case."""
-
-    straight: dict[Case, StageTask]
-    resumed: dict[Case, StageTask]
-    elastic: dict[Case, StageTask]
-
-
 @pytest.fixture(scope="module")
 def runs(
     tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks, fused_dir: Path
-) -> Runs:
-    def make(case: Case, out: Path | None = None) -> StageTask:
+) -> Runs[Case]:
+    def make(case: Case, out: Path | None) -> StageTask:
         task = make_task(case.settings(), case.ranks, out)
         return replace(task, parents={**task.parents, "model": fused_dir})
 
-    straight, resumed, elastic = ({case: make(case) for case in cases} for cases in (CASES, INTERRUPTED, ELASTIC))
-    plan = [(task, STOP_AFTER) for task in resumed.values()]
-    plan += [(make(replace(case, ranks=2, zero=2), task.out), STOP_AFTER) for case, task in elastic.items()]
-    plan += [(task, None) for group in (straight, resumed, elastic) for task in group.values()]
-    for ranks in (2, 1):
-        entries = [
-            {"task": task_to_json(task), "stop_after": stop} for task, stop in plan if task.launch.processes == ranks
-        ]
-        forked_ranks.run_plan(ranks, entries, tmp_path_factory.mktemp("launch"))
-    return Runs(straight, resumed, elastic)
+    return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 
 
 # ------------------------------------------------------------------------------------------- oracle
