@@ -420,6 +420,8 @@ def test_online_tracking_without_a_login(
         ("sft.optimizer", ["sft.optimizer=muon", "sft.deepspeed.offload_optimizer=true"]),
         ("sft.optimizer", ["sft.optimizer=muon", "sft.trainable=norms"]),
         ("pretrain.base_learning_rate", ["pretrain.base_learning_rate=1e-4"]),
+        ("pretrain.corpus_fraction", ["pretrain.corpus_fraction=0.1"]),
+        ("sft.corpus_fraction", ["sft.corpus_fraction=0.1", "sft.sequence_length=48"]),
         ("launch.device", ["launch.device=cuda"]),
         ("sft.deepspeed.overrides", ["sft.deepspeed.overrides={optimizer: {type: SGD}}"]),
     ],

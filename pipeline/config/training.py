@@ -14,6 +14,7 @@ from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, NotInK
 TRAINABLE_WORDS = ("auto", "new_layers", "matched", "all", "embeddings", "norms", "head")
 _TERM = r"[a-z_]+|/[^/]+/"
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
+CorpusShare = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1, there would be no conversations
 AverageDecay = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -48,6 +49,7 @@ class Train(Section):
 
     sequence_length: Positive  # tokens
     global_batch: Positive  # sequences per optimizer step, over all ranks
+    corpus_fraction: Annotated[CorpusShare, NotInKeyIf(0.0)]  # of the sequences, from the corpus; sft only
     steps: Positive | None  # exactly one of steps and epochs
     epochs: PositiveFloat | None
     learning_rate: PositiveFloat  # at the peak; of the new layers if base_learning_rate is set

@@ -144,7 +144,7 @@ class DocumentPacker:
         used = self._pending_tokens
         self._pending.append(np.full(self._length - used, self._padding, np.uint32))
         ids, starts = self._joined()
-        positions, mask = _positions_and_mask(starts[None])
+        positions, mask = positions_and_mask(starts[None])
         mask[0, used:] = 0
         self._writer.append(ids[None], positions, mask)
         self._pending, self._pending_tokens = [], 0
@@ -155,7 +155,7 @@ class DocumentPacker:
             return
         ids, starts = self._joined()
         blocks = ids[:full].reshape(-1, self._length)
-        self._writer.append(blocks, *_positions_and_mask(starts[:full].reshape(-1, self._length)))
+        self._writer.append(blocks, *positions_and_mask(starts[:full].reshape(-1, self._length)))
         rest, rest_starts = ids[full:], np.flatnonzero(starts[full:])
         self._continued = bool(len(rest)) and not starts[full]
         self._pending = [piece for piece in np.split(rest, rest_starts) if len(piece)]
@@ -171,7 +171,7 @@ class DocumentPacker:
         return ids, starts[:-1]
 
 
-def _positions_and_mask(starts: npt.NDArray[np.bool_]) -> tuple[Ids, Mask]:
+def positions_and_mask(starts: npt.NDArray[np.bool_]) -> tuple[Ids, Mask]:
     """Returns position ids and loss mask for the starts of documents. All have the shape [blocks, sequence_length]."""
     starts = starts.copy()
     starts[:, 0] = True  # a block's first token has no predecessor in the block

@@ -5,7 +5,8 @@
       │      tokenize ──────┴──────────┘        │
       └─────────┴───────────┴──────────┴─▶ evaluate
 
-If layers are ranked on training text, ``expand`` depends on ``tokenize`` as well.
+If layers are ranked on training text, ``expand`` depends on ``tokenize`` as well, and ``sft`` on both datasets if
+``corpus_fraction`` is set.
 
 Nothing is read or built here, and no expansion method is known by name.
 """
@@ -140,7 +141,8 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
         _add_expand(graph, run, inputs, {"load": "load", "data": "tokenize/corpus"})
     graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
     graph.add("pretrain", _with_snapshots(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
-    graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions"})
+    corpus_too = {"corpus": "tokenize/corpus"} if run.sft.corpus_fraction else {}
+    graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions", **corpus_too})
     own_tasks = {f"task/{name}": content for name, content in inputs.tasks.items()}
     for target in sorted(run.evaluate.models(), key=lambda target: target.order):
         parents = {"model": target.stage, "corpus": "tokenize/corpus"}

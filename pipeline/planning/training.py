@@ -99,6 +99,8 @@ def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
     if data.artifact.is_complete():
         dataset = read_json(data.artifact.path / "dataset.json")
         supervised = dataset["supervised_tokens"]["train"] / max(1, dataset["tokens"]["train"])
+        # Every token of the corpus is a target, but for the first of a document.
+        supervised += train.corpus_fraction * (1.0 - supervised)
         return Amount(total_steps(train, dataset["blocks"]["train"]), supervised)
     if train.steps is None and expected is None:
         return Amount(None, 1.0)

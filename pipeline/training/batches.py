@@ -2,7 +2,7 @@
 
 The blocks of a tokenize artifact are memory-mapped. The blocks of optimizer step s are a pure function of (seed, s):
 epoch e visits all blocks in the order of permutation (seed, e). Therefore any number of ranks sees the same global
-batches, and resuming at any step is as cheap as starting.
+batches, and resuming at any step is as cheap as starting. Blocks of a corpus can be mixed into those of conversations.
 
 A background thread reads the next step's batches of this rank while the current step is computed. It also finds
 documents and targets, whose numbers depend on the data: found on a GPU, the host would wait for it to read them.
@@ -15,16 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.config.data import SPLITS, Split
-from pipeline.data.blocks import open_blocks
+from pipeline.data.blocks import open_blocks, positions_and_mask
 from pipeline.training.attention import document_bounds
 
 Indices = npt.NDArray[np.int64]
+Rows = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]  # token ids, position ids, loss mask
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ class TokenBlocks:
     """One split of a tokenize artifact, memory-mapped."""
 
     @classmethod
+    def trained(cls, directory: Path, corpus: Path | None, fraction: float) -> TokenBlocks:
+        """Opens what a stage trains on.
+
+        Args:
+            directory: the stage's own data.
+            corpus: documents to mix in, in blocks that are as long or a multiple of it; None for none.
+            fraction: of the sequences that are blocks of the corpus.
+        """
+        blocks = cls(directory, "train")
+        if corpus is None:
+            return blocks
+        return MixedBlocks(blocks, CutBlocks(corpus, "train", blocks.sequence_length), fraction)
+
+    @classmethod
     def evaluated(cls, directory: Path) -> dict[Split, TokenBlocks]:
         """Opens all splits of an artifact that are not trained on. The held-out one comes first."""
         splits = (split for split in SPLITS if split != "train")
@@ -96,10 +112,22 @@ class TokenBlocks:
         arrays = open_blocks(directory, split)
         self._input_ids, self._position_ids = arrays["input_ids"], arrays["position_ids"]
         self._loss_mask = arrays["loss_mask"]
-        self.sequence_length = int(self._input_ids.shape[1])
 
     def __len__(self) -> int:
         return int(self._input_ids.shape[0])
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per block."""
+        return int(self._input_ids.shape[1])
+
+    def rows(self, indices: Indices) -> Rows:
+        """Returns the token ids, position ids and loss mask of the blocks at ``indices``, each [batch, sequence]."""
+        return self._input_ids[indices], self._position_ids[indices], self._loss_mask[indices]
+
+    def of_step(self, seed: int, step: int, size: int) -> Indices:
+        """Returns the indices of the blocks of an optimizer step, see ``global_batch``."""
+        return global_batch(seed, step, len(self), size)
 
     def batch(self, indices: Indices, repeated: npt.NDArray[np.bool_] | None = None) -> MicroBatch:
         """Returns the blocks at ``indices`` on the CPU.
@@ -108,10 +136,9 @@ class TokenBlocks:
             indices: [batch].
             repeated: [batch], True for blocks that have been counted already and get no targets here.
         """
-        ids, positions = (
-            torch.from_numpy(array[indices].astype(np.int64)) for array in (self._input_ids, self._position_ids)
-        )
-        loss_mask = torch.from_numpy(self._loss_mask[indices].astype(np.bool_))
+        input_ids, position_ids, mask = self.rows(indices)
+        ids, positions = (torch.from_numpy(array.astype(np.int64)) for array in (input_ids, position_ids))
+        loss_mask = torch.from_numpy(mask.astype(np.bool_))
         if repeated is not None:
             loss_mask[torch.from_numpy(repeated)] = False
         return MicroBatch(ids, positions, TokenIndices.of(ids, positions, loss_mask), int(loss_mask.sum()))
@@ -121,19 +148,100 @@ class TokenBlocks:
         return int(np.count_nonzero(self._loss_mask[indices]))
 
 
+class CutBlocks(TokenBlocks):
+    """Blocks of documents, cut into shorter ones.
+
+    Args:
+        directory: a tokenize artifact.
+        split: one of its splits.
+        length: tokens per block, a divisor of the artifact's.
+    """
+
+    def __init__(self, directory: Path, split: Split, length: int) -> None:
+        super().__init__(directory, split)
+        assert self.sequence_length % length == 0, (self.sequence_length, length)
+        # These reshape the mapping, and read nothing.
+        self._input_ids, self._position_ids, self._loss_mask = (
+            array.reshape(-1, length) for array in (self._input_ids, self._position_ids, self._loss_mask)
+        )
+
+    def rows(self, indices: Indices) -> Rows:
+        """Returns the arrays of some blocks, in which the rest of a document that was cut is a document of its own."""
+        ids, positions, loss_mask = super().rows(indices)
+        positions, predictable = positions_and_mask(positions == 0)
+        return ids, positions, loss_mask * predictable
+
+
+class MixedBlocks(TokenBlocks):
+    """Blocks of conversations, and of a corpus that is mixed into them. The indices of the latter follow the others.
+
+    Args:
+        conversations: the stage's own blocks.
+        corpus: blocks of the same length.
+        fraction: of the sequences of a step that are blocks of the corpus.
+    """
+
+    def __init__(self, conversations: TokenBlocks, corpus: TokenBlocks, fraction: float) -> None:
+        assert conversations.sequence_length == corpus.sequence_length
+        self._conversations, self._corpus, self._fraction = conversations, corpus, fraction
+
+    def __len__(self) -> int:
+        return len(self._conversations) + len(self._corpus)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per block."""
+        return self._conversations.sequence_length
+
+    def of_step(self, seed: int, step: int, size: int) -> Indices:
+        """Returns the indices of the blocks of an optimizer step, see ``global_batch``."""
+        return global_batch(seed, step, len(self._conversations), size, len(self._corpus), self._fraction)
+
+    def rows(self, indices: Indices) -> Rows:
+        """Returns the arrays of some blocks, in the order of ``indices``."""
+        first = len(self._conversations)
+        is_corpus = indices >= first
+        parts = self._conversations.rows(indices[~is_corpus]), self._corpus.rows(indices[is_corpus] - first)
+        places = np.argsort(np.concatenate([np.flatnonzero(~is_corpus), np.flatnonzero(is_corpus)]))
+        ids, positions, loss_mask = (np.concatenate(arrays)[places] for arrays in zip(*parts, strict=True))
+        return ids, positions, loss_mask
+
+
 # ------------------------------------------------------------------------------------------- order
 
-
-@lru_cache(maxsize=2)  # a global batch touches at most two epochs unless the dataset is tiny
-def _permutation(seed: int, epoch: int, blocks: int) -> Indices:
-    return np.random.default_rng([seed, epoch]).permutation(blocks)
+CORPUS_ORDER = 1  # sets the order of the corpus in sft apart from the one in which pretrain saw it
 
 
-def global_batch(seed: int, step: int, blocks: int, size: int) -> Indices:
-    """Returns the block indices of optimizer step ``step`` (from 1), in order, over all ranks: [size]."""
-    positions = np.arange((step - 1) * size, step * size)
+@lru_cache(maxsize=4)  # a global batch touches at most two epochs of each kind unless the dataset is tiny
+def _permutation(seed: tuple[int, ...], epoch: int, blocks: int) -> Indices:
+    return np.random.default_rng([*seed, epoch]).permutation(blocks)
+
+
+def _in_order(seed: tuple[int, ...], positions: Indices, blocks: int) -> Indices:
+    """Returns the blocks at some positions of an endless sequence of epochs."""
     epochs, offsets = np.divmod(positions, blocks)
-    return np.array([_permutation(seed, int(e), blocks)[o] for e, o in zip(epochs, offsets, strict=True)])
+    return np.array([_permutation(seed, int(e), blocks)[o] for e, o in zip(epochs, offsets, strict=True)], np.int64)
+
+
+def global_batch(seed: int, step: int, blocks: int, size: int, corpus: int = 0, fraction: float = 0.0) -> Indices:
+    """Returns the block indices of optimizer step ``step`` (from 1), in order, over all ranks: [size].
+
+    Args:
+        seed: of the order.
+        step: the optimizer step.
+        blocks: how many blocks there are.
+        size: sequences per step.
+        corpus: blocks of a corpus, whose indices follow those of the others; see ``MixedBlocks``.
+        fraction: of the sequences that are blocks of the corpus, exact to within one sequence after every step.
+    """
+    positions = np.arange((step - 1) * size, step * size)
+    before = np.floor(positions * fraction).astype(np.int64)  # sequences from the corpus before each position
+    is_corpus = np.floor((positions + 1) * fraction).astype(np.int64) > before
+    indices = np.empty(size, np.int64)
+    indices[~is_corpus] = _in_order((seed,), (positions - before)[~is_corpus], blocks)
+    if corpus:
+        indices[is_corpus] = blocks + _in_order((seed, CORPUS_ORDER), before[is_corpus], corpus)
+    return indices
 
 
 def micro_batches(indices: Indices, micro_batch: int, rank: int, ranks: int) -> Iterator[Indices]:

@@ -58,6 +58,11 @@ class RankContext:
         return self.task.parents["data"]
 
     @property
+    def corpus_dir(self) -> Path | None:
+        """The token blocks to mix in, if there are any."""
+        return self.task.parents.get("corpus")
+
+    @property
     def checkpoints(self) -> Path:
         """Where checkpoints are saved while the stage runs."""
         return self.task.out / CHECKPOINTS

@@ -29,7 +29,6 @@ from pipeline.training.batches import (
     StepReader,
     TokenBlocks,
     evenly_spaced,
-    global_batch,
     micro_batches,
 )
 from pipeline.training.gradients import TOTAL, GradientNorms
@@ -120,7 +119,7 @@ class Loop:
 
     def _shares(self, step: int) -> list[Indices]:
         """Returns the blocks of this rank's micro-batches for a step."""
-        indices = global_batch(self.seed, step, len(self.blocks), self.train.global_batch)
+        indices = self.blocks.of_step(self.seed, step, self.train.global_batch)
         return list(
             micro_batches(indices, self.train.micro_batch, distributed.get_rank(), distributed.get_world_size())
         )

@@ -53,13 +53,13 @@ def damaged_snapshots(directories: Sequence[Path], device: torch.device) -> list
 
 
 def identity(
-    model_dir: Path, data_dir: Path, settings: Train, seed: int, device: torch.device, read_weights: bool
+    model_dir: Path, data_dirs: Sequence[Path], settings: Train, seed: int, device: torch.device, read_weights: bool
 ) -> dict[str, Any]:
     """Returns what a checkpoint belongs to. Collective.
 
     Args:
         model_dir: the model to train.
-        data_dir: the token blocks to train on.
+        data_dirs: the token blocks to train on, and those to mix in.
         settings: the stage's settings.
         seed: the stage's seed.
         device: for the broadcast.
@@ -69,7 +69,8 @@ def identity(
     hashes = torch.zeros(2, 32, dtype=torch.uint8, device=device)  # two SHA-256 digests of 32 bytes
     if distributed.get_rank() == 0:  # the model may be large, so only one rank hashes it
         model = content_hash(model_dir, "*.safetensors", trust_manifest=not read_weights)
-        data = content_hash(data_dir, "*.npy", trust_manifest=True)
+        several = [content_hash(directory, "*.npy", trust_manifest=True) for directory in data_dirs]
+        data = several[0] if len(several) == 1 else hashlib.sha256("\n".join(several).encode()).hexdigest()
         hashes.copy_(torch.tensor([list(bytes.fromhex(digest)) for digest in (model, data)], dtype=torch.uint8))
     wait_for_all("hashing the model")
     distributed.broadcast(hashes, src=0)

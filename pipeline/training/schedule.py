@@ -9,11 +9,16 @@ from pipeline.config import Train
 
 
 def total_steps(train: Train, blocks: int) -> int:
-    """Returns the number of optimizer steps: ``steps``, or the full global batches in ``epochs``, but at least one."""
+    """Returns the number of optimizer steps: ``steps``, or the full global batches in ``epochs``, but at least one.
+
+    Args:
+        train: the stage's settings.
+        blocks: of the stage's own data. Blocks of the corpus that ``corpus_fraction`` adds do not count in ``epochs``.
+    """
     if train.steps is not None:
         return train.steps
     assert train.epochs is not None  # the settings require exactly one of the two
-    return max(1, int(train.epochs * blocks / train.global_batch))
+    return max(1, int(train.epochs * blocks / (train.global_batch * (1.0 - train.corpus_fraction))))
 
 
 def evaluation_steps(train: Train, steps: int) -> dict[int, float]:

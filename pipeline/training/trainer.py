@@ -103,7 +103,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             train=context.settings,
             seed=context.task.seed,
             steps=parts.steps,
-            blocks=TokenBlocks(context.data_dir, "train"),
+            blocks=TokenBlocks.trained(context.data_dir, context.corpus_dir, context.settings.corpus_fraction),
             evaluated=TokenBlocks.evaluated(context.data_dir),
             engine=parts.engine,
             gradients=parts.gradients,
@@ -193,7 +193,12 @@ def _start_or_resume(context: RankContext, parts: _TrainerParts) -> tuple[Progre
     found, notes = resume.newest_checkpoint(context.checkpoints, context.device)
     task = context.task
     identity = resume.identity(
-        context.model_dir, context.data_dir, context.settings, task.seed, context.device, read_weights=found is not None
+        context.model_dir,
+        [context.data_dir, *([] if context.corpus_dir is None else [context.corpus_dir])],
+        context.settings,
+        task.seed,
+        context.device,
+        read_weights=found is not None,
     )
     if found is None:
         _load_base_weights(context, parts.optimizer_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,35 @@ from torch.nn.functional import cross_entropy
 from pipeline.config import Train
 
 
-def naive_batches(blocks_dir: Path, train: Train) -> Iterator[list[torch.Tensor]]:
+def naive_batches(blocks_dir: Path, train: Train, corpus_dir: Path | None = None) -> Iterator[list[torch.Tensor]]:
     """Yields token ids, positions and loss mask of the global batch of every step, for the seed 0."""
-    arrays = [np.load(blocks_dir / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
+    own = _naive_sequences(blocks_dir, [0], train.sequence_length)
+    corpus = iter(()) if corpus_dir is None else _naive_sequences(corpus_dir, [0, 1], train.sequence_length)
     assert train.steps is not None
-    epochs = range(train.steps * train.global_batch)
-    order = np.concatenate([np.random.default_rng([0, epoch]).permutation(len(arrays[0])) for epoch in epochs])
-    for step in range(train.steps):
-        chosen = order[step * train.global_batch : (step + 1) * train.global_batch]
-        yield [torch.from_numpy(array[chosen].astype(np.int64)) for array in arrays]
+    taken, from_corpus = 0, 0
+    for _ in range(train.steps):
+        batch = []
+        for _ in range(train.global_batch):
+            taken += 1
+            is_corpus = from_corpus < int(train.corpus_fraction * taken)
+            from_corpus += is_corpus
+            batch.append(next(corpus if is_corpus else own))
+        yield [torch.tensor(array) for array in zip(*batch, strict=True)]
+
+
+def _naive_sequences(directory: Path, seed: list[int], length: int) -> Iterator[list[list[int]]]:
+    """Yields token ids, positions and loss mask of one sequence after another, epoch after epoch."""
+    arrays = [np.load(directory / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
+    sequences = []
+    for block in zip(*(array.tolist() for array in arrays), strict=True):
+        for start in range(0, len(block[0]), length):
+            ids, positions, mask = (values[start : start + length] for values in block)
+            rest = next((i for i, position in enumerate(positions) if position == 0), length)
+            positions[:rest] = range(rest)  # the rest of a document that was cut
+            sequences.append([ids, positions, [0, *mask[1:]]])
+    for epoch in itertools.count():
+        for index in np.random.default_rng([*seed, epoch]).permutation(len(sequences)):
+            yield sequences[index]
 
 
 def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

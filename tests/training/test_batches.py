@@ -103,10 +103,20 @@ def test_a_step_is_read_while_the_previous_one_is_computed(tmp_path: Path, monke
 
 
 def test_a_rank_reads_only_its_own_blocks(tmp_path: Path):
-    loop = Mock(seed=0, blocks=range(10), train=train_settings(global_batch=4, micro_batch=1))
+    blocks = TokenBlocks(write_blocks(tmp_path, blocks=10, length=16), "train")
+    loop = Mock(seed=0, blocks=blocks, train=train_settings(global_batch=4, micro_batch=1))
     with patch.multiple("torch.distributed", get_rank=lambda: 1, get_world_size=lambda: 2):
         shares = Loop._shares(loop, 3)
     assert np.concatenate(shares).tolist() == global_batch(0, 3, 10, 4)[1::2].tolist()
+
+
+def test_blocks_of_a_corpus_get_their_share_after_every_step_and_keep_the_order_of_the_others():
+    mixed = np.concatenate([global_batch(7, step, 10, 4, corpus=6, fraction=0.3) for step in range(1, 11)])
+    is_corpus = mixed >= 10
+    assert np.cumsum(is_corpus).tolist() == [int(0.3 * taken) for taken in range(1, 41)]
+    alone = np.concatenate([global_batch(7, step, 10, 4) for step in range(1, 11)])
+    assert mixed[~is_corpus].tolist() == alone[: 40 - 12].tolist()
+    assert sorted(mixed[is_corpus]) == sorted([*range(10, 16)] * 2)
 
 
 def test_an_error_while_reading_ahead_reaches_the_step_that_needs_the_blocks(tmp_path: Path):

@@ -67,6 +67,11 @@ def test_epochs_are_converted_to_full_global_batches(epochs: float, steps: int):
     assert total_steps(train_settings(steps=None, epochs=epochs, global_batch=8), blocks=101) == steps
 
 
+def test_blocks_of_the_corpus_do_not_count_in_epochs():
+    train = train_settings(steps=None, epochs=2.0, global_batch=8, corpus_fraction=0.5)
+    assert total_steps(train, blocks=100) == 50
+
+
 def test_evaluation_fractions_are_converted_to_steps():
     train = train_settings(evaluate_at=[0.0, 0.2, 0.5, 1.0])
     assert evaluation_steps(train, 20) == {0: 0.0, 4: 0.2, 10: 0.5, 20: 1.0}

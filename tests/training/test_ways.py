@@ -27,7 +27,7 @@ from pipeline.config import Train
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases
 from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
-from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings
+from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings, write_blocks
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -35,6 +35,7 @@ STEPS, STOP_AFTER = 6, 3
 HEADS, GROUPS, SIZE, UNITS = 3, 1, 8, 40
 WAYS: dict[str, dict[str, Any]] = {
     "words": {"trainable": "new_layers+embeddings+norms"},
+    "corpus": {"corpus_fraction": 0.3},
     "rates and averages": {
         "trainable": "all", "base_learning_rate": 2.5e-4, "role_learning_rates": {"q": 2.0, "gate": 3.0, "o": 0.5},
         "ema_decay": 0.8, "snapshot_at": [0.5],
@@ -74,13 +75,14 @@ def muon(ranks: int, zero: int, precision: str = "float32") -> Case:
 
 CASES = [
     Case("words", 2, 2),
+    Case("corpus", 2, 2),
     *(averaged(ranks, zero) for ranks, zero in ((1, 0), (2, 1), (2, 2), (2, 3))),
     *(muon(ranks, zero) for ranks, zero in ((1, 0), (2, 1), (2, 2))),
     averaged(2, 1, "bfloat16"),
     muon(2, 1, "bfloat16"),
     muon(2, 2, "bfloat16"),
 ]
-INTERRUPTED = [averaged(2, 2), averaged(2, 3), muon(2, 2), muon(2, 1, "bfloat16")]
+INTERRUPTED = [Case("corpus", 2, 2), averaged(2, 2), averaged(2, 3), muon(2, 2), muon(2, 1, "bfloat16")]
 ELASTIC = [averaged(1, 0), muon(1, 0)]  # resumed from two ranks at ZeRO 2
 
 
@@ -102,12 +104,24 @@ def fused_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
 
 
 @pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks that are twice as long as those that they are mixed into, and contain other tokens."""
+    text = np.random.default_rng(5).integers(3, VOCABULARY, 7 * 64).tolist()
+    return write_blocks(tmp_path_factory.mktemp("corpus"), blocks=5, held_out=2, length=64, text=text)
+
+
+@pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks, fused_dir: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    make_task: MakeTask,
+    forked_ranks: ForkedRanks,
+    fused_dir: Path,
+    corpus_dir: Path,
 ) -> Runs[Case]:
     def make(case: Case, out: Path | None) -> StageTask:
         task = make_task(case.settings(), case.ranks, out)
-        return replace(task, parents={**task.parents, "model": fused_dir})
+        corpus = {"corpus": corpus_dir} if case.settings().corpus_fraction else {}
+        return replace(task, parents={**task.parents, "model": fused_dir, **corpus})
 
     return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 
@@ -143,8 +157,10 @@ def roles_and_rows(name: str) -> dict[str, slice]:
 
 
 @pytest.fixture(scope="module", params=list(WAYS))
-def reference(request: pytest.FixtureRequest, fused_dir: Path, blocks_dir: Path) -> tuple[str, Reference]:
-    return request.param, naive_training(Case(request.param, 1, 0).settings(), fused_dir, blocks_dir)
+def reference(
+    request: pytest.FixtureRequest, fused_dir: Path, blocks_dir: Path, corpus_dir: Path
+) -> tuple[str, Reference]:
+    return request.param, naive_training(Case(request.param, 1, 0).settings(), fused_dir, blocks_dir, corpus_dir)
 
 
 class NaiveMuon(torch.optim.Optimizer):
@@ -170,7 +186,7 @@ def trains(trainable: str, name: str, is_new: bool) -> bool:
     return trainable == "all" or (is_new if trainable == "auto" else re.search(trainable, name) is not None)
 
 
-def naive_training(train: Train, model_dir: Path, blocks_dir: Path) -> Reference:
+def naive_training(train: Train, model_dir: Path, blocks_dir: Path, corpus_dir: Path) -> Reference:
     """Trains with a plain float32 loop."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
     parts: list[Part] = []
@@ -195,7 +211,7 @@ def naive_training(train: Train, model_dir: Path, blocks_dir: Path) -> Reference
     if matrices:
         optimizers.append(NaiveMuon(matrices, {}))
     losses, weights = [], [{name: parameter.detach().clone() for name, parameter in model.named_parameters()}]
-    for step, batch in enumerate(naive_batches(blocks_dir, train), start=1):
+    for step, batch in enumerate(naive_batches(blocks_dir, train, corpus_dir), start=1):
         loss = naive_loss(model, *batch)
         model.zero_grad()
         loss.backward()
@@ -259,8 +275,8 @@ def test_training_json_records_the_rates_of_parts(runs: Runs) -> None:
     assert "model.layers.1.mlp.down_proj.weight" not in multiples
 
 
-def test_snapshots_are_averages_too(runs: Runs, fused_dir: Path, blocks_dir: Path) -> None:
-    expected = naive_training(averaged(1, 0).settings(), fused_dir, blocks_dir).weights
+def test_snapshots_are_averages_too(runs: Runs, fused_dir: Path, blocks_dir: Path, corpus_dir: Path) -> None:
+    expected = naive_training(averaged(1, 0).settings(), fused_dir, blocks_dir, corpus_dir).weights
     for case in (averaged(2, 2), averaged(2, 3)):
         snapshot = load_file(runs.straight[case].out / "on_the_way" / "50" / "model.safetensors")
         assert snapshot.keys() == expected[0].keys()
