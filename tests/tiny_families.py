@@ -48,7 +48,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A model whose parameters all differ from their defaults, norm scales, biases, sinks and routers included."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS[family], **changes})
+    config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS.get(family, {}), **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model)
     return model

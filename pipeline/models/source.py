@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +19,8 @@ from pipeline.errors import UserError, one_line
 from pipeline.files import MAX_NESTING, is_nested_deeper
 from pipeline.models import hub
 from pipeline.models.config_json import check_config, custom_classes
-from pipeline.models.families import num_experts
 from pipeline.models.gguf import read_metadata
-from pipeline.models.weight_files import INDEX, SINGLE, check_file, check_names, find_weights, read_header
+from pipeline.models.weight_files import INDEX, check_file, check_names, find_weights
 
 PACKAGE_PREFIX = "package:"
 SENTENCEPIECE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -34,7 +32,6 @@ SIDE_FILES = (  # files of a model directory besides config and weights, copied 
     *VOCABULARIES, "merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
     CHAT_TEMPLATE, PROCESSOR_TEMPLATE, "generation_config.json",
 )  # fmt: skip
-SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a tensor that belongs to one expert
 
 
 @dataclass(frozen=True)
@@ -173,8 +170,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
 
     Returns:
         The content of config.json, or for a GGUF file the entries that determine sizes and limits. Entries are added:
-        ``custom_classes`` that the model's own code defines, and ``separate_experts`` for a model whose experts are
-        stored one by one; for a GGUF file, ``has_chat_template``.
+        ``custom_classes`` that the model's own code defines; for a GGUF file, ``has_chat_template``.
 
     Raises:
         UserError: the files are not those of a causal language model.
@@ -195,11 +191,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
     if source.directory is not None and "generation_config.json" in source.names:
         _json_of(source, "generation_config.json", keep)  # it is read when training ends
     tokenizer_config = _json_of(source, TOKENIZER_CONFIG, keep) if TOKENIZER_CONFIG in source.names else {}
-    added = {
-        "custom_classes": custom_classes(config, tokenizer_config),
-        "separate_experts": num_experts(config) > 0 and any(map(SINGLE_EXPERT.search, _stored_names(source, keep))),
-    }
-    return {**config, **added}
+    return {**config, "custom_classes": custom_classes(config, tokenizer_config)}
 
 
 def check_shape(model: Model, config: Mapping[str, Any]) -> None:
@@ -284,14 +276,6 @@ def _content_of(source: ModelSource, name: str, keep: bool) -> bytes:
         return local_file(source, name).read_bytes()
     assert source.repo is not None and source.commit is not None
     return hub.read_file(source.repo, source.commit, name)
-
-
-def _stored_names(source: ModelSource, keep: bool) -> Iterable[str]:
-    """Returns the names of the weights, if they can be read without the weights: not for a single file on the Hub."""
-    if INDEX in source.names:
-        index: dict[str, str] = _json_of(source, INDEX, keep)["weight_map"]
-        return index
-    return () if source.directory is None else read_header(source.directory / SINGLE)[0]
 
 
 def _parse_json(content: bytes, where: object) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from pipeline.planning.prepared import PreparedRun, attempt, unwritable
 from pipeline.tracking import login_fault, wandb_mode
 from pipeline.training.job import snapshot_dir
 from pipeline.training.rates import requested_multiples
-from pipeline.training.selection import no_matrix_error, split_parameter_error
+from pipeline.training.selection import no_matrix_error
 from pipeline.training.validate import context_length_faults, training_faults
 
 NOTHING_FITS = "Use more devices (launch.processes, launch.nodes) or larger ones: no other setting makes it fit."
@@ -240,11 +240,6 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
     )
     if train.optimizer == "muon" and not any(trained.linear_maps):
         yield no_matrix_error(section)
-    if not config.get("separate_experts", False):
-        return
-    # transformers holds all experts of a layer as one parameter, which cannot be written back as single tensors.
-    if experts := sorted(trained.names & trained.shape.experts):
-        yield split_parameter_error(section, experts[0])
 
 
 def _memory(section: str, prepared: PreparedRun) -> Faults:

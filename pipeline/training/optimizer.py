@@ -21,6 +21,7 @@ from pipeline.config import Train
 from pipeline.files import read_json
 from pipeline.models.families import Role, family_for
 from pipeline.models.reading import EXPANSION_FILE, ModelDirectory
+from pipeline.models.stored_parameters import StoredParameters
 from pipeline.training import rates
 from pipeline.training.freeze import full_shape, layer_of_parameter, new_layers, roles_of_parameters
 from pipeline.training.muon import Fragment, muon_step
@@ -73,7 +74,7 @@ def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_di
     }
     if not scales:
         return {}
-    stored, roles = ModelDirectory(model_dir).tensors(), roles_of_parameters(model)
+    stored, roles = StoredParameters(ModelDirectory(model_dir)), roles_of_parameters(model)
     inputs = {
         (layers[name], role.block): full_shape(parameter)[-1]
         for name, parameter in model.named_parameters()
@@ -82,7 +83,7 @@ def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_di
     return {
         name: math.sqrt(inputs[layers[name], trained[name].block])
         for name, silent in scales.items()
-        if (stored[name] == silent).all()
+        if (stored.read(name) == silent).all()
     }
 
 

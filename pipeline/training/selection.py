@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -22,7 +22,8 @@ def select_parameters(section: str, trainable: str, shape: Shape, expansion: Map
     if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. ``matched`` selects
     the new layers, or if there are none, as many layers of the base where a method would have inserted them.
     ``embeddings``, ``norms`` and ``head`` select these of the full model. A regular expression may match any part of a
-    parameter name.
+    parameter name in memory, where all experts of a layer are one parameter. Tensors that gradients do not reach are
+    never selected.
 
     Args:
         section: "pretrain" or "sft", for the messages.
@@ -34,7 +35,7 @@ def select_parameters(section: str, trainable: str, shape: Shape, expansion: Map
         UserError: a term is wrong, or selects no parameter.
     """
     check_terms(section, trainable)
-    layers = {name: layer for name, layer, _ in shape.tensors()}
+    layers = shape.learned()
     chosen: set[str] = set()
     for term in trainable_terms(trainable):
         match term:
@@ -49,8 +50,8 @@ def select_parameters(section: str, trainable: str, shape: Shape, expansion: Map
             case _ if term in BY_EXPANSION:
                 chosen |= _by_expansion(section, term, layers, expansion)
             case _:
-                chosen |= _matching(section, trainable, term, layers)
-    return chosen
+                chosen |= _matching(section, trainable, term, layers, shape.experts)
+    return chosen & layers.keys()
 
 
 def layers_at_learning_rate(trainable: str, expansion: Mapping[str, Any]) -> set[int]:
@@ -94,11 +95,15 @@ def _near(terms: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(near)}? " if near else ""
 
 
-def _matching(section: str, trainable: str, term: str, layers: Mapping[str, int | None]) -> set[str]:
+def _matching(
+    section: str, trainable: str, term: str, layers: Mapping[str, int | None], experts: Collection[str]
+) -> set[str]:
     pattern = re.compile(term[1:-1])
     chosen = {name for name in layers if pattern.search(name)}
     if not chosen:
         example = next(name for name, layer in layers.items() if layer is not None)
+        if experts:
+            example += f", and all experts of a layer are one parameter, such as {min(experts)}"
         raise UserError(
             setting=f"{section}.trainable",
             value=trainable,
@@ -115,16 +120,6 @@ def no_matrix_error(section: str) -> UserError:
         value="muon",
         rule="Muon updates the matrices of decoder layers, and none of them trains",
         remedy=f"Set {section}.optimizer=adamw, or change {section}.trainable.",
-    )
-
-
-def split_parameter_error(section: str, parameter: str) -> UserError:
-    """Returns the error for a parameter that is stored as several tensors, as the experts of most mixtures are."""
-    return UserError(
-        setting=f"{section}.trainable",
-        value=parameter,
-        rule="this parameter is assembled from several stored tensors, and such parameters cannot be trained yet",
-        remedy=f"Set {section}.trainable to a regular expression that excludes it, such as self_attn.",
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from pipeline.files import fsync_directory, is_intact, seal
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.stored_parameters import StoredParameters
 from pipeline.models.writing import ShardWriter
 from pipeline.training.job import snapshot_dir
 
@@ -23,22 +24,23 @@ SNAPSHOT_SEAL = ".snapshot.sha256"  # hashes of its files, until the training is
 
 
 def save_snapshot(
-    directory: Path, base: ModelDirectory, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
+    directory: Path, base: StoredParameters, names: Iterable[str], weights: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
     """Writes trained weights to ``directory``. An existing snapshot is removed once its replacement is complete.
 
     Args:
         directory: the snapshot's directory.
-        base: the model being trained. Weights are cast to its dtypes.
-        names: of all trained weights.
+        base: the model being trained. Weights are written as it stores them, in its dtypes.
+        names: of all trained parameters, in memory.
         weights: pairs of name and tensor, consumed one at a time.
     """
     partial = partial_snapshot(directory)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with ShardWriter(partial, {name: base.specs[name] for name in names}) as writer:
-        for name, weight in weights:
-            writer.write(name, weight.to(base.specs[name].dtype))
+    with ShardWriter(partial, {name: base.specs[name] for each in names for name in base.names(each)}) as writer:
+        for parameter, weight in weights:
+            for name in base.names(parameter):
+                writer.write(name, base.part(parameter, name, weight))
     seal(partial / SNAPSHOT_SEAL, partial.glob("*.safetensors*"))
     fsync_directory(partial)
     # An existing snapshot is of an earlier attempt at the same steps, and holds the same weights.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -22,6 +22,7 @@ from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.models.flops import TrainingFlops
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.stored_parameters import StoredParameters
 from pipeline.tracking import METRICS_FILE, Tracker
 from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
@@ -38,7 +39,6 @@ from pipeline.training.optimizer_state import OptimizerState
 from pipeline.training.precision import resolve_precision
 from pipeline.training.process_group import enter, wait_for_all
 from pipeline.training.schedule import total_steps
-from pipeline.training.selection import split_parameter_error
 from pipeline.training.snapshots import partial_snapshot, save_snapshot
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises if the host has no memory left
@@ -152,7 +152,6 @@ def _prepare(context: RankContext) -> _TrainerParts:
     model = load_model(context)
     freeze.freeze_others(model, freeze.select_trainable(section, settings.trainable, model, context.model_dir))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_stored_as_one_tensor(section, trained, context.model_dir)
     # These read the model's parameters before DeepSpeed flattens and partitions them.
     groups = group_parameters(model, context.model_dir)
     multiples = learning_rate_multiples(section, model, settings, context.model_dir)
@@ -168,17 +167,6 @@ def _prepare(context: RankContext) -> _TrainerParts:
         gradients=GradientNorms(engine, groups),
         steps=total_steps(settings, len(TokenBlocks(context.data_dir, "train"))),
     )
-
-
-def _check_stored_as_one_tensor(section: str, trained: Collection[str], model_dir: Path) -> None:
-    """Checks that every trained parameter is stored as one tensor, since master weights are read by name.
-
-    Raises:
-        UserError: a parameter is assembled from several tensors on loading, as the experts of most mixtures are.
-    """
-    assembled = sorted(set(trained) - ModelDirectory(model_dir).specs.keys())
-    if assembled:
-        raise split_parameter_error(section, assembled[0])
 
 
 # ------------------------------------------------------------------------------- starting and resuming
@@ -214,7 +202,7 @@ def _start_or_resume(context: RankContext, parts: _TrainerParts) -> tuple[Progre
 
 def _load_base_weights(context: RankContext, optimizer_state: OptimizerState) -> None:
     """Loads the master weights from the model's files: the compute weights may have been rounded to bfloat16."""
-    base = ModelDirectory(context.model_dir)
+    base = StoredParameters(ModelDirectory(context.model_dir))
     for name in optimizer_state.names():
         optimizer_state.write_initial(name, base.read(name))
 
@@ -289,7 +277,7 @@ def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fracti
     if context.rank == 0:
         directory = snapshot_dir(context.task.out, fraction)
         with checkpoint.report_full_disk(partial_snapshot(directory), f"the snapshot at {fraction:g} of the steps"):
-            save_snapshot(directory, ModelDirectory(context.model_dir), names, weights)
+            save_snapshot(directory, StoredParameters(ModelDirectory(context.model_dir)), names, weights)
     else:
         deque(weights, maxlen=0)  # consumes the generator: reading is collective, so every rank must read
     wait_for_all("saving a snapshot")

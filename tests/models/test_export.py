@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.files import write_json
 from pipeline.models.export import export_with_replaced
+from pipeline.models.reading import ModelDirectory
+from pipeline.models.stored_parameters import StoredParameters
 from tests.tiny_families import TINY_CONFIGS, save_tiny
 
 
@@ -52,12 +54,14 @@ def test_tensors_that_the_base_does_not_have_are_rejected(
 
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)
-def test_trained_parameters_are_written_under_their_stored_names(
+def test_parameters_are_read_as_transformers_loads_them_and_written_under_their_stored_names(
     family: str, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     base, out = save_tiny(family, tmp_path / "base", tiny_tokenizer), tmp_path / "out"
     out.mkdir()
     model = AutoModelForCausalLM.from_pretrained(base)
+    stored = StoredParameters(ModelDirectory(base))
+    assert all(torch.equal(stored.read(name), parameter) for name, parameter in model.named_parameters())
     trained = {name: p.detach() + 1 for name, p in model.named_parameters() if "layers.1." in name}
     export_with_replaced(base, out, trained)
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
@@ -65,6 +69,24 @@ def test_trained_parameters_are_written_under_their_stored_names(
     assert all(torch.equal(after[name], tensor + ("layers.1." in name)) for name, tensor in before.items())
     again = AutoModelForCausalLM.from_pretrained(out)
     assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in trained.items())
+
+
+def test_parts_of_several_dtypes_are_read_in_the_widest_and_written_in_their_own(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    base, out = save_tiny("qwen3_moe", tmp_path / "base", tiny_tokenizer), tmp_path / "out"
+    out.mkdir()
+    weights = load_file(base / "model.safetensors")
+    narrow = "model.layers.1.mlp.experts.2.down_proj.weight"
+    weights[narrow] = weights[narrow].bfloat16()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    parameter = "model.layers.1.mlp.experts.down_proj"
+    value = StoredParameters(ModelDirectory(base)).read(parameter)
+    assert value.dtype == torch.float32 and torch.equal(value[2], weights[narrow].float())
+    export_with_replaced(base, out, {parameter: value + 1})
+    after = load_file(out / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in weights.items()}
+    assert torch.equal(after[narrow], (weights[narrow].float() + 1).bfloat16())
 
 
 def test_a_head_is_written_under_the_name_it_is_stored_with(tiny_tokenizer: Any, tmp_path: Path) -> None:

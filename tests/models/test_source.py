@@ -149,22 +149,6 @@ def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
     assert not [path for path in hub.requests if path.endswith(".safetensors")]  # no weights were downloaded
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("expert", ["0.w1", "gate_up_proj"])
-def test_the_index_shows_whether_experts_are_stored_one_by_one(
-    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expert: str, keep: bool
-) -> None:
-    mixture = tmp_path / "mixture"
-    shutil.copytree(tiny_llama_dir, mixture)
-    config = json.loads((mixture / "config.json").read_text())
-    (mixture / "config.json").write_text(json.dumps({**config, "num_local_experts": 8}))
-    (mixture / "model.safetensors").rename(mixture / "model-1-of-1.safetensors")
-    names = {"weight_map": {f"model.layers.0.mlp.experts.{expert}.weight": "model-1-of-1.safetensors"}}
-    (mixture / "model.safetensors.index.json").write_text(json.dumps(names))
-    with serve(mixture, tmp_path / "cache", monkeypatch):
-        assert config_of(resolve(model_at(REPO)), keep=keep)["separate_experts"] == (expert == "0.w1")
-
-
 def test_a_hub_model_with_pickled_weights_is_rejected_before_it_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,7 +23,6 @@ from pipeline.models import hub
 from pipeline.planning import prepare
 from pipeline.planning.checks import refuse_blocked
 from tests.fake_hub import COMMIT, REPO, serve
-from tests.tiny_families import save_tiny
 from tests.training.small import write_blocks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -369,18 +367,3 @@ def test_a_plan_takes_less_than_ten_seconds_if_no_name_server_answers(
     assert time.monotonic() - started < 10
     assert waiting + time.process_time() - worked < 10
     assert {"model.path", "data.corpus.path", "data.instructions.path", "evaluate.tasks"} <= set(_blockers(output))
-
-
-def test_training_experts_that_are_stored_separately_is_a_blocker(
-    plan: Plan, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
-    """Experts in the published format cannot be trained. In the format of transformers, or left out, they are fine."""
-    published = save_tiny("mixtral", tmp_path / "published", tiny_tokenizer)
-    stacked = save_tiny("mixtral", tmp_path / "stacked", tiny_tokenizer, save_original_format=False)
-    without = ["pretrain.trainable=self_attn", "sft.trainable=self_attn"]
-    at_fault = [
-        {"pretrain.trainable", "sft.trainable"}
-        & _blockers(plan("lesa_llama3", "expand.new_layers=2", "expand.position=top", *arguments)).keys()
-        for arguments in ([f"model.path={published}"], [f"model.path={published}", *without], [f"model.path={stacked}"])
-    ]
-    assert at_fault == [{"pretrain.trainable", "sft.trainable"}, set(), set()]

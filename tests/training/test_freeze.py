@@ -116,6 +116,15 @@ def test_a_plus_sign_in_a_regular_expression_keeps_its_meaning(model: nn.Module,
     assert freeze.select_trainable("pretrain", "e+mbed", model, grown_dir) == {"model.embed_tokens.weight"}
 
 
+def test_a_pattern_matches_names_in_memory_where_all_experts_of_a_layer_are_one_parameter(tmp_path: Path):
+    model = tiny_model("mixtral")
+    chosen = freeze.select_trainable("pretrain", r"layers\.1\.mlp\.experts", model, tmp_path)
+    assert chosen == {f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    with pytest.raises(UserError) as error:
+        freeze.select_trainable("pretrain", r"experts\.2\.w1", model, tmp_path)  # a name on disk
+    assert "one parameter, such as model.layers.0.mlp.experts.down_proj" in error.value.remedy
+
+
 @pytest.mark.parametrize("trainable, method", [("no_such_parameter", "copy"), ("new_layers", "none")])
 def test_training_nothing_is_refused(tmp_path: Path, grown_dir: Path, model: nn.Module, trainable: str, method: str):
     directory = expansion(tmp_path, grown_dir, method, set())

@@ -7,18 +7,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.stored_parameters import StoredParameters
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import materialize_snapshot, save_snapshot
 
 TRAINED = "model.layers.1.mlp.down_proj.weight"
 
 
-def changed(base: ModelDirectory, value: float) -> torch.Tensor:
+def changed(base: StoredParameters, value: float) -> torch.Tensor:
     return base.read(TRAINED) + value
 
 
 def test_a_snapshot_is_the_finished_model_with_earlier_weights(grown_dir: Path, tmp_path: Path):
-    base, artifact = ModelDirectory(grown_dir), tmp_path / "artifact"
+    base, artifact = StoredParameters(ModelDirectory(grown_dir)), tmp_path / "artifact"
     artifact.mkdir()
     for fraction, value in ((0.2, 2.0), (0.125, 1.25)):
         save_snapshot(snapshot_dir(artifact, fraction), base, [TRAINED], iter([(TRAINED, changed(base, value))]))
@@ -39,7 +40,7 @@ def test_a_snapshot_is_the_finished_model_with_earlier_weights(grown_dir: Path, 
 
 def test_an_existing_snapshot_stays_until_its_replacement_is_complete(grown_dir: Path, tmp_path: Path):
     """Otherwise a kill while saving it again, after resuming at the same step, would leave a run that cannot resume."""
-    base, place = ModelDirectory(grown_dir), snapshot_dir(tmp_path, 0.4)
+    base, place = StoredParameters(ModelDirectory(grown_dir)), snapshot_dir(tmp_path, 0.4)
     save_snapshot(place, base, [TRAINED], iter([(TRAINED, changed(base, 1.0))]))
 
     def killed():
@@ -52,7 +53,7 @@ def test_an_existing_snapshot_stays_until_its_replacement_is_complete(grown_dir:
 
 
 def test_saving_again_replaces_the_partial_snapshot_of_a_killed_attempt(grown_dir: Path, tmp_path: Path):
-    base, place = ModelDirectory(grown_dir), snapshot_dir(tmp_path, 0.4)
+    base, place = StoredParameters(ModelDirectory(grown_dir)), snapshot_dir(tmp_path, 0.4)
     for value in (1.0, 2.0):
         partial = place.with_name(f".{place.name}.partial")
         partial.mkdir(parents=True)

@@ -6,10 +6,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.machine import Machine
-from pipeline.training.trainer import _check_stored_as_one_tensor
 from pipeline.training.validate import training_faults, validate_data
 from tests.plain_settings import cpu_launch
-from tests.tiny_families import tiny_model
 from tests.training.small import train_settings, write_blocks
 
 MACHINE = Machine(cores=2, gpus=0)
@@ -104,12 +102,3 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(tmp_path: Path):
     data = write_blocks(tmp_path / "data")
     with pytest.raises(UserError, match="vocabulary has only 100"):
         validate_data("pretrain", train_settings(), data, write_model(tmp_path / "model", vocab_size=100))
-
-
-def test_experts_stored_as_separate_tensors_cannot_be_trained_yet(tmp_path: Path):
-    mixture = tiny_model("mixtral")
-    mixture.save_pretrained(tmp_path)
-    trained = dict(mixture.named_parameters())
-    with pytest.raises(UserError, match=r"pretrain.trainable = .*experts.*several stored tensors.*self_attn"):
-        _check_stored_as_one_tensor("pretrain", trained, tmp_path)
-    _check_stored_as_one_tensor("pretrain", [name for name in trained if "self_attn" in name], tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -25,6 +25,8 @@ class Inference:
         ignored: patterns of stored names that transformers does not load.
         not_silenced: why no parameters make a layer pass on its input unchanged; empty if there are such parameters.
         not_trained: why the training stages cannot train the model; empty if they can.
+        fixed: names, within layers or outside of them, of stored tensors that gradients do not reach, such as the
+            biases with which DeepSeek-V3 balances its experts.
     """
 
     kinds: tuple[Parameters, ...]
@@ -35,6 +37,7 @@ class Inference:
     ignored: tuple[str, ...] = ()
     not_silenced: str = ""
     not_trained: str = ""
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,45 @@ class Family:
         if split is None or not isinstance(entry, Fused):
             return set()
         return {self.tensor_name(split[0], name) for name, _, _ in entry.places(split[1], self.with_defaults(config))}
+
+    def stored_parts(
+        self, parameter: str, config: Config, stored: Collection[str]
+    ) -> list[tuple[str, Place | None]] | None:
+        """The tensors of a checkpoint that hold a parameter, with their places in it.
+
+        Args:
+            parameter: its full name in memory.
+            config: the content of config.json.
+            stored: the names of all tensors of the checkpoint.
+
+        Returns:
+            Full names on disk. A parameter that is stored as one tensor, perhaps under another name, is that tensor
+            without a place. None if the checkpoint does not have the parameter.
+        """
+        split = self.split(parameter)
+        renamed = self.stored_names.get(parameter, parameter)
+        if split is not None:
+            renamed = self.tensor_name(split[0], self.stored_names.get(split[1], split[1]))
+        for name in (parameter, renamed):
+            if name in stored:
+                return [(name, None)]
+        entry = None if split is None else self._entry_of_layer(*split, config)
+        if split is None or not isinstance(entry, Fused):
+            return None
+        places = entry.places(split[1], self.with_defaults(config))
+        parts: list[tuple[str, Place | None]] = [(self.tensor_name(split[0], name), place) for name, _, place in places]
+        return parts if all(name in stored for name, _ in parts) else None
+
+    def shape_of_fused(self, parameter: str, config: Config) -> tuple[int, ...]:
+        """The shape in memory of a parameter of a layer that may be stored in parts."""
+        split = self.split(parameter)
+        assert split is not None
+        entry = self._entry_of_layer(*split, config)
+        assert isinstance(entry, Fused)
+        return entry.shapes(split[1], self.with_defaults(config))[split[1]]
+
+    def _entry_of_layer(self, layer: int, name: str, config: Config) -> Parameter | Fused | None:
+        return self.parameters(self.with_defaults(config), layer).get(name)
 
     # ------------------------------------------------------------------- roles
 

@@ -19,7 +19,7 @@ from pipeline.models.families.parameters import Config, Fused, Parameter, Parame
 from pipeline.models.families.table import FAMILIES, family_of
 from pipeline.models.families.tensors import Role
 
-NOT_IN_CONFIG = ("custom_classes", "separate_experts", "has_chat_template", "auto_map", "quantization_config")
+NOT_IN_CONFIG = ("custom_classes", "has_chat_template", "auto_map", "quantization_config")
 INFERRED = "inferred"  # in logs and manifests
 
 
@@ -76,7 +76,7 @@ def family_from_json(values: Mapping[str, Any]) -> Family:
     """The inverse of ``family_to_json``, for an inferred family."""
     inference = dict(values["inference"])
     inference["kinds"] = tuple(_parameters(kind) for kind in inference["kinds"])
-    inference["kind_of"], inference["ignored"] = tuple(inference["kind_of"]), tuple(inference["ignored"])
+    inference |= {name: tuple(inference[name]) for name in ("kind_of", "ignored", "fixed")}
     for name in ("before", "after"):
         inference[name] = {tensor: tuple(shape) for tensor, shape in inference[name].items()}
     return Family(**{**values, "derived": tuple(values["derived"]), "inference": Inference(**inference)})

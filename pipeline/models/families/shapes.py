@@ -87,6 +87,7 @@ class Shape:
     inferred: bool = False  # from the model's modules, since its family has no row
     not_silenced: str = ""  # why a new layer cannot keep the logits; empty if it can
     not_trained: str = ""  # why the training stages cannot train the model; empty if they can
+    fixed: frozenset[str] = frozenset()  # names, within layers or outside, of tensors that gradients do not reach
 
     @property
     def parameters(self) -> int:
@@ -149,6 +150,15 @@ class Shape:
             yield from ((prefix + name, index, shape) for name, shape in layer.tensors.items())
         yield from ((name, None, shape) for name, shape in self.after.items())
 
+    def learned(self) -> dict[str, int | None]:
+        """Layer (None outside the layers) by full name of every tensor that can be trained, from input to output."""
+        found = {}
+        for name, layer, _ in self.tensors():
+            inside = name if layer is None else name.removeprefix(self.layer_prefix.format(layer=layer))
+            if inside not in self.fixed:
+                found[name] = layer
+        return found
+
 
 def shape_of(config: Config) -> Shape:
     """The model that a config.json describes.
@@ -184,6 +194,7 @@ def _shape(family: Family, config: Config) -> Shape:
         inferred=family.inference is not None,
         not_silenced="" if family.inference is None else family.inference.not_silenced,
         not_trained="" if family.inference is None else family.inference.not_trained,
+        fixed=frozenset() if family.inference is None else frozenset(family.inference.fixed),
     )
 
 

@@ -419,9 +419,16 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
         stored_names=dict(layout.renamed),
         derived=("self_attn.rotary_emb.inv_freq", *sorted(unsaved)),
         inference=Inference(
-            kinds, kind_of, before, after, f"{base}." if has_prefix else "", ignored,
+            kinds, kind_of, before, after, f"{base}." if has_prefix else "", ignored, fixed=_fixed(real),
         ),
     )  # fmt: skip
+
+
+def _fixed(real: Decoder) -> tuple[str, ...]:
+    """The names, within layers or outside of them, of buffers and of parameters that are built without a gradient."""
+    outside = {n: t for n, t in real.model.state_dict(keep_vars=True).items() if not _layer_name(real, n)}
+    groups = [outside, *(layer.state_dict(keep_vars=True) for layer in real.layers)]
+    return tuple(sorted({name for group in groups for name, tensor in group.items() if not tensor.requires_grad}))
 
 
 def _defaults(config: Any, tied: bool) -> dict[str, Any]:
