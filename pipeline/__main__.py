@@ -1,4 +1,4 @@
-"""The command line: settings composed by Hydra and validated by pydantic, then run, plan, submit, status or verify.
+"""The command line: settings composed by Hydra and validated by pydantic, then what ``action`` says.
 
 This is the only module that imports hydra or omegaconf. It uses Hydra's compose API rather than its launcher, which
 changes the working directory, writes its own files, and starts the first job of a sweep before it validates the others.
@@ -176,7 +176,7 @@ def compose_jobs(overrides: list[str], multirun: bool, config_dir: Path | None) 
         raise no_experiment(folders)
     _check_quoting(overrides)
     overrides = [f"++{item}" if FREE_DICTIONARY.match(item) else item for item in overrides]
-    overrides = _choose_external_method(overrides)
+    overrides = [_listed(item) for item in _choose_external_method(overrides)]
     try:
         jobs = _split_sweep(overrides) if multirun else [(overrides, "")]
         return [Job(_compose(job, suffix, folders), sweep=suffix != "") for job, suffix in jobs]
@@ -203,6 +203,12 @@ def _choose_external_method(overrides: list[str]) -> list[str]:
         return overrides
     overrides = [f"++{item}" if item.startswith("expand.module=") else item for item in overrides]
     return overrides if chosen else ["expand=external", *overrides]
+
+
+def _listed(override: str) -> str:
+    """Returns ``compare=load,sft`` as ``compare=[load,sft]``. It names models to compare, and is never swept over."""
+    key, _, value = override.partition("=")
+    return f"compare=[{value}]" if key == "compare" and "," in value and not value.startswith("[") else override
 
 
 def _check_quoting(overrides: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Carry out a command whose settings are valid: what ``action`` says, from ``run`` to ``clean``."""
+"""Carry out a command whose settings are valid: what ``action`` says, from ``run`` to ``chat``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from pipeline.config import Settings
+from pipeline.config import MODEL_TARGETS, Settings
+from pipeline.driver.chat import chat
 from pipeline.driver.clean import clean
 from pipeline.driver.graph import Node, lineage, make_report
 from pipeline.driver.requeue import counted_restarts
 from pipeline.driver.run import link, record_keys, run_graph
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
+from pipeline.driver.target import FinishedModel, finished_models, requested_targets
 from pipeline.driver.verify import verify
 from pipeline.errors import UserError
 from pipeline.files import disk_errors_as_user_errors, read_record
@@ -52,6 +54,9 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
         for output_dir in dict.fromkeys(job.settings.output_dir for job in jobs):
             clean(Path(output_dir), jobs[0].settings.confirm, console)
         return
+    if action == "chat":
+        chat(jobs[0].settings, _finished_models(jobs))
+        return
     prepared = prepare([job.settings for job in jobs])
     if action == "plan":
         _plan_all(prepared, sweep, console)
@@ -67,6 +72,19 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
             _submit_all(prepared, sweep, console)
         else:
             run_prepared(prepared, sweep, console)
+
+
+def _finished_models(jobs: Sequence[Job]) -> list[FinishedModel]:
+    """Return the models that a command is about. Inputs of the run are looked up only if one is a stage's."""
+    run = jobs[0].settings
+    if jobs[0].sweep:
+        raise UserError(setting="action", value=run.action, rule="it is about one run", remedy="Leave out --multirun.")
+    setting, names = requested_targets(run)
+    if set(names).isdisjoint(MODEL_TARGETS):
+        return finished_models(run, names, setting, {})
+    (prepared,) = prepare([run])
+    refuse_blocked(prepared, INPUT_CHECKS)
+    return finished_models(prepared.run, names, setting, prepared.nodes)
 
 
 def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "pipeline"
 # From top to bottom: a package may import from those after it, never from those before it.
 PACKAGES = [
     "__main__", "study", "command", "planning", "driver", "stages", "estimates", "report", "evaluation", "training",
-    "expansion", "data", "models", "tracking", "progress", "artifacts", "launch", "config", "files", "errors",
+    "expansion", "chat", "data", "models", "tracking", "progress", "artifacts", "launch", "config", "files", "errors",
 ]  # fmt: skip
 DRIVER = {
     "__main__", "study", "command", "planning", "driver", "estimates", "artifacts", "launch", "config", "files",

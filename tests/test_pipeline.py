@@ -26,7 +26,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARING = pytest.mark.xdist_group("outputs")  # one pytest worker runs these tests, so that they share artifacts
 
 
-def start(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = ()) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = (), stdin: int | None = None
+) -> subprocess.Popen[str]:
     """Starts the pipeline in its own process with captured output. ``path`` precedes the repository in PYTHONPATH."""
     environment = {
         **os.environ,
@@ -36,7 +38,7 @@ def start(*arguments: str, cwd: Path, threads: int = 1, path: Sequence[Path] = (
     }
     command = [sys.executable, "-m", "pipeline", *arguments]
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=cwd, env=environment, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -133,6 +135,19 @@ def test_status_and_plan_change_nothing(shrunk: list[str], tmp_path: Path) -> No
         assert status == EXIT_DONE, output
         assert "pretrain" in output
     assert not list((tmp_path / "outputs").rglob("manifest.json"))
+
+
+@SHARING
+def test_chat_answers_questions_from_a_pipe(shrunk: list[str], finished: str, outputs: Path) -> None:
+    """With the models of a finished run, and the same again from their directories."""
+    command = ["+experiment=quickstart", *shrunk, "action=chat", "chat.max_new_tokens=4"]
+    shown = []
+    for compared in ("load,sft", "outputs/quickstart/load,outputs/quickstart/sft"):
+        process = start(*command, f"compare={compared}", cwd=outputs, stdin=subprocess.PIPE)
+        shown.append(process.communicate("What is an item?\n/reset\nWhy?\n/exit\n")[0])
+        assert process.returncode == EXIT_DONE, shown
+    assert "you> What is an item?" in shown[0] and "load> " in shown[0] and shown[0].count("sft> ") == 2
+    assert shown[1] == shown[0]
 
 
 @SHARING

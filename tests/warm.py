@@ -36,7 +36,7 @@ VARIABLE = "PIPELINE_TEST_PYTHON"  # holds the client's path in a run's processe
 REAL = sys.executable
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "pipeline", "pipeline.stages", "pipeline.training.worker", "tests.training.forked",
+    "pipeline", "pipeline.chat", "pipeline.stages", "pipeline.training.worker", "tests.training.forked",
     "tests.training.many_tasks", "tests.study.one_worker",
 )  # fmt: skip
 FIXED = ("OMP_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", "PYTHONHASHSEED")
@@ -220,7 +220,7 @@ def _run(arguments: list[str]) -> int:
     """Does what ``python -m MODULE ...`` does, and returns the exit status."""
     _, module, *rest = arguments
     for name in (module, f"{module}.__main__"):
-        if name != "pipeline" and name != "pipeline.stages":
+        if name not in ("pipeline", "pipeline.chat", "pipeline.stages"):
             sys.modules.pop(name, None)
     sys.argv = [module, *rest]
     sys.modules["__main__"] = types.ModuleType("__main__")

@@ -11,18 +11,19 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from pipeline.config.actions import Chat
 from pipeline.config.data import Data, Source, Split, Tokenize
 from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateSnapshot, Report, Target
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import METHODS, AnyExpand, Expand
 from pipeline.config.model import Model
-from pipeline.config.section import NotInKey, OutputDir, RunName, Section, Seed
+from pipeline.config.section import Line, NotInKey, OutputDir, RunName, Section, Seed
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
     "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand",
-    "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey", "Report", "Resources",
-    "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize", "Tracking", "Train",
+    "Chat", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey", "Report",
+    "Resources", "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize", "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
@@ -36,9 +37,12 @@ class Settings(Section):
     seed: Seed
     output_dir: OutputDir
     group_writable: bool  # let the group write to everything that is created, for an output_dir of several users
-    action: Literal["run", "plan", "submit", "status", "verify", "clean"]
+    action: Literal["run", "plan", "submit", "status", "verify", "clean", "chat"]
     dry_run: bool  # with action=submit: print the batch scripts and write nothing
     confirm: bool  # with action=clean: remove what is listed otherwise
+    target: Line  # with action=chat: a stage, or a model directory
+    compare: list[Line]  # with action=chat: several of them instead, which answer the same questions
+    chat: Chat
     stages: list[StageName]
     force: list[StageName]
     model: Model
@@ -68,9 +72,14 @@ class Settings(Section):
         return not {"evaluate", "report"}.isdisjoint(self.stages)
 
     @property
+    def only_names_artifacts(self) -> bool:
+        """Whether the command is about artifacts that exist, so that nothing that would build them is looked up."""
+        return self.action in ("status", "verify", "chat")
+
+    @property
     def is_read_only(self) -> bool:
         """Whether the command must not change any file."""
-        return self.action in ("plan", "status", "verify") or (self.action == "submit" and self.dry_run)
+        return self.action in ("plan", "status", "verify", "chat") or (self.action == "submit" and self.dry_run)
 
 
 STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {

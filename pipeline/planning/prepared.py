@@ -194,7 +194,7 @@ def _unwritable(output_dir: str, why: str) -> UserError:
 
 def _look_up(run: Settings) -> FoundInputs:
     """Look up everything that the chosen stages read, all at once."""
-    only_keys = run.action in ("status", "verify")  # they name the artifacts and build none
+    only_keys = run.only_names_artifacts
     find_model = _find_source if only_keys else _find_source_and_config
     asked: dict[str, Callable[[], Any]] = {"model": lambda: find_model(run)}
     if run.reads_data:

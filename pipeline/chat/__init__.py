@@ -1,0 +1,1 @@
+"""``action=chat``: conversations with finished models in the terminal, in a process of its own."""

@@ -1,0 +1,82 @@
+"""Talks to models: ``python -m pipeline.chat REQUEST.json OUTCOME.json``, in the terminal of the driver.
+
+The request is ``{"models": {name: directory}, "chat": settings, "launch": settings}``. The outcome file has the form of
+those of stages (see ``pipeline.stages.__main__``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.config import Launch
+from pipeline.config.actions import Chat
+from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.files import read_json, write_json
+from pipeline.launch.child import ORPHANED
+
+WATCH_SECONDS = 1.0  # between two checks that the driver is alive
+
+
+def main(request_file: Path, outcome_file: Path) -> int:
+    """Runs the conversation, writes the outcome file and returns the exit code."""
+    try:
+        _run(read_json(request_file))
+    except UserError as error:
+        write_json(outcome_file, {"status": "refused", **error.parts()})
+        return EXIT_REQUEST
+    write_json(outcome_file, {"status": "done"})
+    return EXIT_DONE
+
+
+def _run(request: dict[str, Any]) -> None:
+    # Imported here, so that the process watches its parent before it does anything that takes time.
+    import torch
+    from transformers.utils import logging
+
+    from pipeline.chat.model import ChatModel
+    from pipeline.chat.terminal import COMMANDS, converse, questions
+    from pipeline.launch.environment import create_code_caches
+    from pipeline.launch.machine import detect_machine, place
+
+    create_code_caches()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    launch = Launch.model_validate_json(json.dumps(request["launch"]))
+    placement = place(launch.model_copy(update={"processes": 1}), detect_machine())
+    torch.set_num_threads(placement.threads)
+    settings = Chat.model_validate_json(json.dumps(request["chat"]))
+    console = Console(highlight=False, soft_wrap=True)
+    models = [
+        ChatModel(name, Path(directory), placement.device, settings) for name, directory in request["models"].items()
+    ]
+    console.print(f"{', '.join(model.name for model in models)}: {COMMANDS}", markup=False)
+    converse(models, questions(), console)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent dies. Its standard input is the user's, and cannot tell."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    try:
+        status = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except KeyboardInterrupt:  # while the models are loaded
+        status = 130
+    sys.exit(status)

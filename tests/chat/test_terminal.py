@@ -1,0 +1,119 @@
+"""Conversations in the terminal: answers of a naive greedy search, with a history, commands and several models."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.chat.model import ChatModel, ContextFull
+from pipeline.chat.terminal import converse
+from pipeline.config.actions import Chat
+from pipeline.errors import UserError, printable
+
+GREEDY = Chat(max_new_tokens=8, temperature=0.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def directory(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a random head in place of its embeddings, which would make it repeat the last token."""
+    directory = tmp_path_factory.mktemp("talkative") / "model"
+    shutil.copytree(tiny_llama_dir, directory)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, tie_word_embeddings=False)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> ChatModel:
+    return ChatModel("sft", directory, "cpu", GREEDY)
+
+
+def _naive(directory: Path, turns: Sequence[str]) -> str:
+    """The most probable continuation after the turns of a conversation, token by token without a cache."""
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    roles = ("user", "assistant")
+    text = "".join(f"<|im_start|>{roles[i % 2]}\n{turn}<|im_end|>\n" for i, turn in enumerate(turns))
+    ids = tokenizer(text + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    answer: list[int] = []
+    while len(answer) < GREEDY.max_new_tokens and tokenizer.eos_token_id not in answer:
+        with torch.no_grad():
+            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+    decoded: str = tokenizer.decode(answer, skip_special_tokens=True)
+    return decoded
+
+
+def _shown(models: Sequence[ChatModel], lines: Iterable[str]) -> str:
+    console = Console(file=io.StringIO(), soft_wrap=True, width=120)
+    converse(models, lines, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _turn(name: str, answer: str) -> str:
+    return f"{name}> {printable(answer)}\n"
+
+
+def test_answers_are_those_of_a_naive_search_and_depend_on_the_turns_before(model: ChatModel, directory: Path) -> None:
+    parts: list[str] = []
+    first = model.answer([{"role": "user", "content": "What is an item?"}], parts.append)
+    assert first == _naive(directory, ["What is an item?"]) == "".join(parts)
+    second = _naive(directory, ["What is an item?", first, "Why?"])
+    assert second != _naive(directory, ["Why?"])
+    shown = _shown([model], ["What is an item?\n", "\n", "Why?"])
+    assert shown == _turn("sft", first) + _turn("sft", second)
+
+
+def test_reset_forgets_and_exit_ends(model: ChatModel) -> None:
+    after_reset = _shown([model], ["Hello", "/reset", "Why?", "/exit", "Unread"])
+    assert after_reset.endswith(_shown([model], ["Why?"]))
+    assert after_reset.count("sft> ") == 2 and "a new conversation" in after_reset
+    assert "there is no command /quit; /reset begins" in _shown([model], ["/quit"])
+
+
+def test_models_are_compared_each_with_its_own_answers(model: ChatModel, directory: Path) -> None:
+    other = ChatModel("load", directory, "cpu", GREEDY)
+    with torch.no_grad():
+        other._model.model.layers[1].mlp.down_proj.weight.mul_(-3)
+    expected, histories = "", {"load": [], "sft": []}
+    for question in ("What is an item?", "Why?"):
+        for each in (other, model):
+            history = histories[each.name]
+            history.append({"role": "user", "content": question})
+            history.append({"role": "assistant", "content": each.answer(history)})
+            expected += _turn(each.name, history[-1]["content"])
+    assert histories["load"] != histories["sft"]
+    assert _shown([other, model], ["What is an item?", "Why?"]) == expected
+
+
+def test_sampled_answers_repeat_with_the_same_seed(directory: Path) -> None:
+    def answer(seed: int) -> str:
+        settings = Chat(max_new_tokens=8, temperature=2.0, seed=seed)
+        return ChatModel("sft", directory, "cpu", settings).answer([{"role": "user", "content": "Hello"}])
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_a_conversation_longer_than_the_context_is_not_answered(model: ChatModel) -> None:
+    with pytest.raises(ContextFull, match="the model reads at most 256"):
+        model.answer([{"role": "user", "content": "container " * 300}])
+    shown = _shown([model], ["container " * 300, "Why?"])
+    assert "/reset begins a new conversation" in shown
+    assert shown.endswith(_shown([model], ["Why?"]))
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+    with pytest.raises(UserError, match="target = sft: transformers cannot load the model"):
+        ChatModel("sft", tmp_path, "cpu", GREEDY)
