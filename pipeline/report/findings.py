@@ -12,14 +12,16 @@ from pipeline.report.metrics import (
     TARGET_NAMES,
     base_metric,
     count,
+    duration,
     is_share,
     number,
     preferred,
+    scientific,
     significant,
     task_name,
 )
 from pipeline.report.results import Result
-from pipeline.report.runs import RunArtifacts, labels
+from pipeline.report.runs import RunArtifacts, labels, seconds_by_stage
 from pipeline.report.scores import Scores
 from pipeline.report.significance import LEVEL
 
@@ -64,19 +66,58 @@ def headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
 
 def _run_headline(run: RunArtifacts, scores: Scores) -> str:
     last = final_target(scores, [run])
-    differences = [
-        difference
-        for task_metric in primary_metrics(scores)
-        if (difference := _difference(scores, run.name, "load", last, task_metric)) is not None
-    ]
+    differences = _differences(scores, run.name, "load", last)
     texts = [d for d in differences if base_metric(d.metric) in PERPLEXITIES]
     others = [outcome(d) for d in differences if base_metric(d.metric) not in PERPLEXITIES]
     # If no text was scored, the training loop's own held-out loss takes its place.
     sentences = [_text_sentence(run, last, d) for d in texts] or _curve_sentence(run)
     if others:
         sentences.append(f"From base to {TARGET_NAMES[last]}: {'; '.join(others)}.")
+    if last != "sft":  # tuning may lose on documents what it gains on questions
+        tuned = [outcome(difference) for difference in _differences(scores, run.name, "load", "sft")]
+        sentences += [f"From base to {TARGET_NAMES['sft']}: {'; '.join(tuned)}."] if tuned else []
     growth = escape(_growth(run))
-    return " ".join([f"{growth[0].upper()}{growth[1:]}.", *sentences])
+    return " ".join([f"{growth[0].upper()}{growth[1:]}.", *sentences, *_cost_sentence(run)])
+
+
+def _cost_sentence(run: RunArtifacts) -> list[str]:
+    seconds = sum(seconds_by_stage(run).values())
+    flops = sum(training["flops"] for stage in ("pretrain", "sft") if (training := run.training(stage)))
+    if not flops:
+        return []
+    return [f"All stages took {duration(seconds)}, and training {scientific(flops)} FLOPs."]
+
+
+def next_steps(run: RunArtifacts, scores: Scores) -> list[str]:
+    """Returns what to try after a run, judged by its scores on text: sentences with the settings to change."""
+    found = []
+    pretrained, tuned = (_text_verdicts(scores, run.name, "load", after) for after in ("pretrain", "sft"))
+    if pretrained and Verdict.BETTER not in pretrained:
+        found.append(
+            "Pre-training did not improve held-out text: tune `pretrain.learning_rate` (`scripts/study`), or train on "
+            "more tokens."
+        )
+    if Verdict.WORSE in tuned or Verdict.WORSE in _text_verdicts(scores, run.name, "pretrain", "sft"):
+        mixed = (run.manifest("sft") or {}).get("settings", {}).get("corpus_fraction", 0.0) > 0.0
+        means = "a lower `sft.learning_rate`" if mixed else "`sft.corpus_fraction=0.2` or a lower `sft.learning_rate`"
+        found.append(f"Tuning lost on held-out text: try {means}.")
+    if run.new_layers() and run.training("pretrain"):
+        found.append(
+            "Growing is worth it only if it beats the base trained as long: run `expand=none` with the same settings "
+            "(in a sweep such as `--multirun expand=...,none`)."
+        )
+    return found
+
+
+def _text_verdicts(scores: Scores, run: str, before: str, after: str) -> set[Verdict]:
+    found = _differences(scores, run, before, after)
+    return {difference.verdict for difference in found if base_metric(difference.metric) in PERPLEXITIES}
+
+
+def _differences(scores: Scores, run: str, before: str, after: str) -> list[Difference]:
+    """Returns the difference in the main metric of every task that was scored with both models."""
+    found = (_difference(scores, run, before, after, task_metric) for task_metric in primary_metrics(scores))
+    return [difference for difference in found if difference is not None]
 
 
 def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
-STYLE_FILE = Path(__file__).with_name("style.css")
+STYLE_FILE, SCRIPT_FILE = (Path(__file__).with_name(name) for name in ("style.css", "sort.js"))
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -27,6 +27,8 @@ PAGE = """<!DOCTYPE html>
 <body>
 <main>
 {body}</main>
+<script>
+{script}</script>
 </body>
 </html>
 """
@@ -114,8 +116,15 @@ def render(markdown: str, title: str, directory: Path) -> str:
         title: the title of the browser window.
         directory: the directory of the images.
     """
-    body = _parser(directory).render(markdown)
-    return PAGE.format(title=escape_html(title), style=STYLE_FILE.read_text(), body=body)
+    body = _keep_together(_parser(directory).render(markdown))
+    style, script = STYLE_FILE.read_text(), SCRIPT_FILE.read_text()
+    return PAGE.format(title=escape_html(title), style=style, body=body, script=script)
+
+
+def _keep_together(body: str) -> str:
+    """Replaces spaces inside numbers by ones at which no line breaks, such as those around ±."""
+    spaced = re.sub(r" (?=[±%▲▼≈→])|(?<=[±→]) ", "\N{NO-BREAK SPACE}", body)
+    return re.sub(r"(?<=\d) (?=(?:s|min|h|GiB|points)\b)", "\N{NO-BREAK SPACE}", spaced)
 
 
 def _parser(directory: Path) -> MarkdownIt:
@@ -126,9 +135,9 @@ def _parser(directory: Path) -> MarkdownIt:
         if file.name != tokens[index].attrs["src"] or file.is_symlink() or not file.is_file():
             return alt  # only what is beside the report belongs to it
         data = base64.b64encode(file.read_bytes()).decode()
-        return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        return f'<span class="wide" style="display:block"><img alt="{alt}" src="data:image/png;base64,{data}"></span>'
 
-    # Wide tables scroll inside a container instead of stretching the page.
+    # Wide tables and images scroll inside a container instead of stretching the page.
     def table_open(_: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
         return '<div class="wide"><table>\n'
 

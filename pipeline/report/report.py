@@ -54,6 +54,7 @@ def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str
     blocks = [
         f"# {escape(title(runs))}",
         f"> {headline(runs, scores)}",
+        *sections.next_steps(runs, scores),
         *sections.leaders(runs, scores),
         *sections.score_tables(runs, scores, figures),
         *sections.training(runs, figures),

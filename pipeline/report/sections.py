@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json
-from pipeline.report import tables
+from pipeline.report import findings, tables
 from pipeline.report.curves import Curve, curves
 from pipeline.report.findings import final_target, lead_findings
 from pipeline.report.markup import Table, bold, bullets, code, code_span, escape, image, table
@@ -32,6 +32,12 @@ def leaders(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     target = final_target(scores, runs)
     found = lead_findings(scores, runs, target)
     return [f"## Best method per task ({TARGET_NAMES[target]} models)", bullets(found)] if found else []
+
+
+def next_steps(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
+    """For one run, lists what to try next."""
+    found = findings.next_steps(runs[0], scores) if len(runs) == 1 else []
+    return ["What to try next:", bullets(found)] if found else []
 
 
 def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[str, str]) -> list[str]:
