@@ -88,7 +88,7 @@ def _cost_sentence(run: RunArtifacts) -> list[str]:
     return [f"All stages took {duration(seconds)}, and training {scientific(flops)} FLOPs."]
 
 
-def next_steps(run: RunArtifacts, scores: Scores) -> list[str]:
+def suggestions(run: RunArtifacts, scores: Scores) -> list[str]:
     """Returns what to try after a run, judged by its scores on text: sentences with the settings to change."""
     found = []
     pretrained, tuned = (_text_verdicts(scores, run.name, "load", after) for after in ("pretrain", "sft"))

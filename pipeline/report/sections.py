@@ -36,7 +36,7 @@ def leaders(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
 
 def next_steps(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
     """For one run, lists what to try next."""
-    found = findings.next_steps(runs[0], scores) if len(runs) == 1 else []
+    found = findings.suggestions(runs[0], scores) if len(runs) == 1 else []
     return ["What to try next:", bullets(found)] if found else []
 
 

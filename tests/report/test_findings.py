@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import MODEL_TARGETS
-from pipeline.report.findings import caveats, final_target, headline, lead_findings, next_steps, title
+from pipeline.report.findings import caveats, final_target, headline, lead_findings, suggestions, title
 from pipeline.report.results import collect_results
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
@@ -29,15 +29,15 @@ def test_the_headline_of_one_run_states_its_scores(tmp_path: Path) -> None:
         "Expanded from 6 to 8 layers with LESA. Pre-training on 1,000 tokens lowered word perplexity on held-out "
         "corpus text by 24.0 % relative to the base model (35.00 → 26.60). From base to pre-trained: multiple-choice "
         "questions about the standard library 40.0 % → 47.0 % (+7.0 points, better); general-English minimal pairs "
-        "81.4 % → 80.9 % (−0.5 points, within noise). From base to tuned: held-out corpus text, word perplexity 35.00 → "
-        "27.00 (−22.9 %, better); multiple-choice questions about the standard library 40.0 % → 46.0 % (+6.0 points, "
+        "81.4 % → 80.9 % (−0.5 points, within noise). From base to tuned: held-out corpus text, word perplexity 35.00 "
+        "→ 27.00 (−22.9 %, better); multiple-choice questions about the standard library 40.0 % → 46.0 % (+6.0 points, "
         "better); general-English minimal pairs 81.4 % → 80.6 % (−0.8 points, within noise). All stages took "
         "3 min 34 s, and training 2.0×10¹² FLOPs."
     )
 
 
 def _next_steps(run: RunArtifacts) -> str:
-    return " ".join(next_steps(run, Scores(collect_results([run]))))
+    return " ".join(suggestions(run, Scores(collect_results([run]))))
 
 
 def test_what_to_try_next_follows_from_the_scores(tmp_path: Path) -> None:
