@@ -1,0 +1,71 @@
+"""``scripts/setup --check``: what a machine has, and what training on it would lack."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.driver.run import package_versions
+from pipeline.launch.machine import detect_machine
+from scripts.machine import Finding, findings, main
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without programs, GPUs or a network, whose hardware is detected anew."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("CUDA_VISIBLE_DEVICES", "CXX", "CC", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for function in (detect_machine, package_versions):
+        function.cache_clear()
+    yield
+    for function in (detect_machine, package_versions):
+        function.cache_clear()
+
+
+def _found(what: str) -> Finding:
+    return next(finding for finding in findings() if finding.what == what)
+
+
+def test_a_machine_with_all_packages_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert f"torch {importlib.metadata.version('torch')}" in printed
+    assert "offline (HF_HUB_OFFLINE)" in printed
+
+
+def test_what_compilation_lacks_is_named_with_a_remedy() -> None:
+    compilation = _found("torch.compile")
+    assert "g++ was not found" in compilation.found and compilation.remedy is not None
+    assert _found("Slurm").found.startswith("none")
+
+
+def test_gpus_that_torch_cannot_use(tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA H100" || echo "NVIDIA H100, 81559 MiB, 570.1"\n'
+    )
+    program.chmod(0o755)
+    gpus = _found("GPUs")
+    assert gpus.found == "NVIDIA H100, 81559 MiB, 570.1"
+    if detect_machine().gpus:
+        assert gpus.remedy is None
+    else:
+        assert gpus.remedy is not None and gpus.remedy.startswith("torch is a build for CPUs")
+
+
+def test_a_missing_package_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    version = importlib.metadata.version
+
+    def without_deepspeed(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_deepspeed)
+    assert main() == 1
+    assert "deepspeed: it is required, but not installed" in capsys.readouterr().out
