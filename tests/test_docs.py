@@ -93,5 +93,6 @@ def test_links_lead_to_existing_files() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    lines = README.read_text().splitlines()
-    assert len(lines) <= 250
+    text = README.read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 1500
+    assert all(len(line) <= 120 for line in text.splitlines())
