@@ -1,4 +1,4 @@
-"""The recipe of the container image: its files exist, its scripts parse, and it installs what ``scripts/setup`` does."""
+"""The recipe of the container image: its files exist, its scripts parse, and it installs what setup installs."""
 
 from __future__ import annotations
 
