@@ -151,6 +151,20 @@ def test_chat_answers_questions_from_a_pipe(shrunk: list[str], finished: str, ou
 
 
 @SHARING
+def test_every_model_answers_the_same_questions_in_the_report(shrunk: list[str], finished: str, outputs: Path) -> None:
+    """Only the answers and the report are built, and the scores are as before."""
+    command = ["+experiment=quickstart", *shrunk, "evaluate.sample_answers=2"]
+    status, output = run(*command, cwd=outputs)
+    assert status == EXIT_DONE, output
+    assert re.findall(r"build +(\S+)", output) == ["evaluate/answers", "report"]
+    folder = outputs / "outputs" / "quickstart" / "evaluate" / "answers" / "answers"
+    asked = {file.stem: [answer["question"] for answer in read_json(file)] for file in folder.glob("*.json")}
+    assert set(asked) == {"load", "expand", "pretrain", "sft"} and len(set(map(tuple, asked.values()))) == 1
+    report = (outputs / "outputs" / "quickstart" / "report" / "report.md").read_text()
+    assert all(report.count(f"**{question}**") == 1 for question in asked["load"])
+
+
+@SHARING
 def test_a_sweep_shares_artifacts_and_has_one_report(shrunk: list[str], outputs: Path) -> None:
     command = ["--multirun", "+experiment=quickstart", "expand=copy,none", *shrunk, "name=sweep"]
     status, output = run(*command, cwd=outputs)

@@ -96,7 +96,7 @@ def shrinking_overrides(model: Path, corpus: Path, chats: Path) -> list[str]:
         "data=files", f"data.corpus.path={corpus}", f"data.instructions.path={chats}",
         "data.held_out_fraction=0.2", "expand.new_layers=2",
         *(f"{stage}.{name}={value}" for stage in ("pretrain", "sft") for name, value in sizes.items()),
-        "evaluate=bundled", "evaluate.tasks=[held_out_text]", "evaluate.limit=4",
+        "evaluate=bundled", "evaluate.tasks=[held_out_text]", "evaluate.limit=4", "evaluate.sample_answers=0",
         "tracking=disabled", "launch.processes=1", "launch.threads=1",
     ]  # fmt: skip
 

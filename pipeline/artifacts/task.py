@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.config import STAGE_SETTINGS, Launch, Section, Tracking
 
 SAME_LOGITS = "same_logits"  # role of the scores of a model that has the same logits; see ``stages/evaluate.py``
+ANSWERS, ANSWERS_FOLDER = "evaluate/answers", "answers"  # a node of evaluate, and where it writes a file per model
 Metrics = dict[str, Any]  # JSON values, recorded in manifest.json under "metrics"
 
 

@@ -55,7 +55,8 @@ def _run(request: dict[str, Any]) -> None:
     settings = Chat.model_validate_json(json.dumps(request["chat"]))
     console = Console(highlight=False, soft_wrap=True)
     models = [
-        ChatModel(name, Path(directory), placement.device, settings) for name, directory in request["models"].items()
+        ChatModel.load(name, Path(directory), placement.device, settings)
+        for name, directory in request["models"].items()
     ]
     console.print(f"{', '.join(model.name for model in models)}: {COMMANDS}", markup=False)
     converse(models, questions(), console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,25 +22,64 @@ class ContextFull(Exception):
     """A conversation leaves no room for an answer. The message says how long it is."""
 
 
+@dataclass(frozen=True)
+class Generated:
+    """An answer, and whether the model ended it, rather than ``max_new_tokens``."""
+
+    text: str
+    ended: bool
+
+
 class ChatModel:
     """A finished model with its tokenizer and chat template.
 
     Args:
         name: how the user refers to it.
-        directory: a Hugging Face model directory.
-        device: where it computes: on a CPU in float32, on a GPU in bfloat16.
+        model: a causal language model of transformers. Its generation config is changed.
+        tokenizer: its tokenizer.
         settings: how it answers.
-
-    Raises:
-        UserError: transformers cannot load the model.
+        template: the chat template; by default the tokenizer's.
+        stop: tokens that end an answer, besides those of the model's generation config.
     """
 
-    def __init__(self, name: str, directory: Path, device: Literal["cpu", "cuda"], settings: Chat) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        settings: Chat,
+        template: str | None = None,
+        stop: Sequence[int] = (),
+    ) -> None:
         self.name = name
-        self._settings = settings
+        self._model, self._tokenizer, self._settings, self._template = model, tokenizer, settings, template
+        config = model.generation_config
+        if settings.temperature == 0:  # transformers warns of settings that have no effect
+            for setting in SAMPLING:
+                setattr(config, setting, None)
+        own = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+        self._stop = [*dict.fromkeys([*(own if isinstance(own, list) else [] if own is None else [own]), *stop])]
+        self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(self._stop), 0)
+
+    @classmethod
+    def load(
+        cls, name: str, directory: Path, device: Literal["cpu", "cuda"], settings: Chat,
+        template: str | None = None, stop: Sequence[int] = (),
+    ) -> ChatModel:  # fmt: skip
+        """Loads a model: on a CPU in float32, on a GPU in bfloat16.
+
+        Args:
+            name: how the user refers to it.
+            directory: a Hugging Face model directory.
+            device: where it computes.
+            settings, template, stop: as for the class.
+
+        Raises:
+            UserError: transformers cannot load it.
+        """
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-            model = load_complete(directory, torch.bfloat16 if device == "cuda" else torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            model: Any = load_complete(directory, torch.bfloat16 if device == "cuda" else torch.float32)
         except (OSError, ValueError, IncompleteModelError) as error:
             raise UserError(
                 setting="target",
@@ -47,10 +87,7 @@ class ChatModel:
                 rule=f"transformers cannot load the model ({one_line(error)})",
                 remedy="Choose another model, or build this one again.",
             ) from error
-        self._model: Any = model.to(device)
-        if settings.temperature == 0:  # transformers warns of settings that have no effect
-            for setting in SAMPLING:
-                setattr(self._model.generation_config, setting, None)
+        return cls(name, model.to(device), tokenizer, settings, template, stop)
 
     def answer(self, messages: _Messages, show: Callable[[str], object] = lambda text: None) -> str:
         """Returns the next turn of a conversation.
@@ -62,23 +99,47 @@ class ChatModel:
         Raises:
             ContextFull: the conversation is as long as the longest text that the model can read.
         """
-        prompt = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self._model.device)
-        length = prompt["input_ids"].shape[1]
-        sampled = self._settings.temperature > 0
         torch.manual_seed(self._settings.seed + len(messages))  # the same for all models that are compared
+        return self._generate([messages], _Streamer(self._tokenizer, show))[0].text
+
+    def answer_all(self, conversations: Sequence[_Messages]) -> list[Generated]:
+        """Returns the next turns of several conversations, which are generated together.
+
+        Raises:
+            ContextFull: one of the conversations is too long.
+        """
+        torch.manual_seed(self._settings.seed)
+        return self._generate(conversations, None)
+
+    def _generate(self, conversations: Sequence[_Messages], streamer: TextStreamer | None) -> list[Generated]:
+        prompts = [self._prompt(messages) for messages in conversations]
+        length = max(map(len, prompts))
+        ids_BT = torch.tensor([[self._padding] * (length - len(prompt)) + prompt for prompt in prompts])
+        mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        sampled = self._settings.temperature > 0
         with torch.inference_mode():
-            generated = self._model.generate(
-                **prompt,
+            generated_BT = self._model.generate(
+                input_ids=ids_BT.to(self._model.device),
+                attention_mask=mask_BT.to(self._model.device),
                 max_new_tokens=min(self._settings.max_new_tokens, self._room(length)),
                 do_sample=sampled,
                 **({"temperature": self._settings.temperature} if sampled else {}),
-                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
-                streamer=_Streamer(self._tokenizer, show),
+                eos_token_id=self._stop or None,
+                pad_token_id=self._padding,
+                streamer=streamer,
             )
-        answer: str = self._tokenizer.decode(generated[0, length:], skip_special_tokens=True)
-        return answer
+        return [self._until_stop(row[length:].tolist()) for row in generated_BT]
+
+    def _prompt(self, messages: _Messages) -> list[int]:
+        text = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+        )
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        return ids
+
+    def _until_stop(self, ids: list[int]) -> Generated:
+        end = next((place for place, token in enumerate(ids) if token in self._stop), None)
+        return Generated(self._tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
 
     def _room(self, length: int) -> int:
         """Returns how many tokens fit behind a prompt of ``length`` tokens."""

@@ -13,7 +13,15 @@ from pydantic import TypeAdapter
 
 from pipeline.config.actions import Chat
 from pipeline.config.data import Data, Source, Split, Tokenize
-from pipeline.config.evaluation import MODEL_TARGETS, TRAINING_STAGES, Evaluate, EvaluateSnapshot, Report, Target
+from pipeline.config.evaluation import (
+    MODEL_TARGETS,
+    TRAINING_STAGES,
+    Answers,
+    Evaluate,
+    EvaluateSnapshot,
+    Report,
+    Target,
+)
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import METHODS, AnyExpand, Expand
 from pipeline.config.model import Model
@@ -21,9 +29,9 @@ from pipeline.config.section import Line, NotInKey, OutputDir, RunName, Section,
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
-    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "AnyExpand",
-    "Chat", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey", "Report",
-    "Resources", "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize", "Tracking", "Train",
+    "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "Answers",
+    "AnyExpand", "Chat", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey",
+    "Report", "Resources", "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize", "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
@@ -88,6 +96,6 @@ STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {
     "tokenize": TypeAdapter(Tokenize),
     "pretrain": TypeAdapter(Train),
     "sft": TypeAdapter(Train),
-    "evaluate": TypeAdapter(EvaluateSnapshot | Evaluate),
+    "evaluate": TypeAdapter(EvaluateSnapshot | Evaluate | Answers),
     "report": TypeAdapter(Report),
 }

@@ -31,6 +31,7 @@ class Evaluate(Section):
     prompt_format: Literal["plain", "chat"]  # shared by all targets
     dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
     batch_size: Annotated[Positive, NotInKey]  # sequences; fewer where they are long
+    sample_answers: Annotated[NonNegative, NotInKey]  # questions that every model answers for the report
     rescore: Annotated[bool, NotInKey]  # score a model even if its logits are proved to be those of a scored one
 
     @field_validator("targets")
@@ -48,6 +49,12 @@ class EvaluateSnapshot(Evaluate):
     """Scores a snapshot that training kept. ``driver/graph.py`` derives it from ``evaluate``."""
 
     fraction: Fraction  # of the training stage's steps
+
+
+class Answers(Section):
+    """Lets all finished models answer the same questions of held-out conversations, for readers of the report."""
+
+    questions: Positive
 
 
 class Report(Section):

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.artifacts.store import Artifact, make_key
-from pipeline.artifacts.task import SAME_LOGITS
+from pipeline.artifacts.task import ANSWERS, ANSWERS_FOLDER, SAME_LOGITS
 from pipeline.config import (
+    Answers,
     Evaluate,
     EvaluateSnapshot,
     Report,
@@ -94,6 +95,8 @@ def expected_files(node: Node) -> tuple[str, ...]:
     """Return patterns of the files that an artifact contains."""
     if isinstance(node.settings, Train) and not node.settings.save_model:
         return _METRICS
+    if isinstance(node.settings, Answers):
+        return (f"{ANSWERS_FOLDER}/*.json",)
     return STAGES[node.stage].files
 
 
@@ -150,6 +153,11 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     base, expanded = (graph.nodes.get(Target(stage).role) for stage in ("load", "expand"))
     if base and expanded and run.expansion.keeps_logits and not run.evaluate.rescore:
         graph.nodes[expanded.name] = replace(expanded, reuses={SAME_LOGITS: base})
+    if run.evaluate.sample_answers:
+        # Not part of the scores, so that the base is not scored again when the conversations change.
+        models = {target.stage: target.stage for target in run.evaluate.models() if target.fraction is None}
+        parents = {**models, "conversations": "tokenize/instructions"}
+        graph.add(ANSWERS, Answers(questions=run.evaluate.sample_answers), parents)
     report = make_report(run, [(run, graph.nodes)])
     graph.nodes["report"] = report
     return graph.nodes

@@ -57,6 +57,7 @@ def compose(runs: Sequence[RunArtifacts], scores: Scores, figures: dict[str, str
         *sections.next_steps(runs, scores),
         *sections.leaders(runs, scores),
         *sections.score_tables(runs, scores, figures),
+        *sections.answers(runs),
         *sections.training(runs, figures),
         *sections.layer_origins(runs, figures),
         *sections.cost(runs, figures),

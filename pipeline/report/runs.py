@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifacts.task import ANSWERS, ANSWERS_FOLDER
 from pipeline.config import MODEL_TARGETS, Target
 from pipeline.evaluation.scores import Samples
 from pipeline.expansion.layer_plan import recorded_gaps
@@ -21,7 +22,7 @@ from pipeline.tracking import METRICS_FILE, read_metrics
 
 ARTIFACT_ROLES = (
     "load", "expand", "tokenize/corpus", "tokenize/instructions", "pretrain", "sft",
-    "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft",
+    "evaluate/load", "evaluate/expand", "evaluate/pretrain", "evaluate/sft", ANSWERS,
 )  # fmt: skip
 
 
@@ -60,9 +61,15 @@ class RunArtifacts:
             found.setdefault(scored["task"], scored["samples"])
         return found
 
+    def answers(self, target: str) -> list[dict[str, Any]]:
+        """Returns what one model answered to questions of held-out conversations; empty if it was asked none."""
+        directory = self.directories.get(ANSWERS)
+        file = None if directory is None else directory / ANSWERS_FOLDER / f"{target}.json"
+        return read_json(file) if file is not None and file.is_file() else []
+
     def scored_targets(self) -> list[str]:
         """Returns the models that were scored, from base to tuned, snapshots included."""
-        named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/")]
+        named = [Target.of_role(role) for role in self.directories if role.startswith("evaluate/") and role != ANSWERS]
         return list(map(str, sorted(named, key=lambda target: target.order)))
 
     def training(self, stage: str) -> dict[str, Any] | None:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import printable
 from pipeline.files import read_json
 from pipeline.report import findings, tables
 from pipeline.report.curves import Curve, curves
 from pipeline.report.findings import final_target, lead_findings
 from pipeline.report.markup import Table, bold, bullets, code, code_span, escape, image, table
-from pipeline.report.metrics import TARGET_NAMES, duration, number
+from pipeline.report.metrics import TARGET_NAMES, duration, number, target_name
 from pipeline.report.runs import RunArtifacts, labels, layouts, roles, seconds_by_stage, title_of
 from pipeline.report.scores import Scores
 
@@ -72,6 +73,34 @@ def _reused_note(target: str, other: str) -> str:
         f"The {TARGET_NAMES[target]} model was not scored itself: its logits equal those of the {TARGET_NAMES[other]} "
         "model, so their scores are equal too (`evaluate.rescore=true` scores it as well)."
     )
+
+
+def answers(runs: Sequence[RunArtifacts]) -> list[str]:
+    """Shows what every model answered to the same questions of held-out conversations. The models of a sweep that are
+    shared by all runs are shown once.
+    """
+    spoken: dict[str, dict[tuple[str, str], None]] = {}  # by question: who, and what
+    for run in runs:
+        for target in run.scored_targets():
+            model = (
+                target_name(target)
+                if len(runs) == 1 or target == "load"
+                else f"{labels(runs)[run.name]}, {target_name(target)}"
+            )
+            for entry in run.answers(target):
+                speakers = spoken.setdefault(entry["question"], {("in the data", entry["reference"]): None})
+                speakers[(model, entry["answer"] + ("" if entry["ended"] else " …"))] = None
+    if not spoken:
+        return []
+    note = (
+        "Questions of held-out conversations, with the most probable answer of every model (greedy search). An answer "
+        "that ends with … was cut off. A few answers show how a model writes, not how good it is."
+    )
+    blocks = ["## The same questions, answered by every model", note]
+    for question, speakers in spoken.items():
+        rows = [[escape(model), escape(printable(answer))] for model, answer in speakers]
+        blocks += [bold(escape(printable(question))), table(Table(["model", "answer"], rows, text_columns=2))]
+    return blocks
 
 
 def training(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.task import SAME_LOGITS, Metrics, StageTask
-from pipeline.config import Evaluate, EvaluateSnapshot
+from pipeline.artifacts.task import ANSWERS_FOLDER, SAME_LOGITS, Metrics, StageTask
+from pipeline.config import MODEL_TARGETS, Answers, Evaluate, EvaluateSnapshot
+from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.harness import ScoringJob, score
-from pipeline.files import read_json, write_json
+from pipeline.files import is_intact, read_json, seal, write_json
 from pipeline.launch.machine import detect_machine, place
 from pipeline.training.snapshots import materialize_snapshot
 
@@ -17,7 +18,7 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def run(task: StageTask) -> Metrics:
-    """Writes ``tasks/<task>.json`` for every task, and ``evaluation.json``.
+    """Writes ``tasks/<task>.json`` for every task, and ``evaluation.json``. For ``Answers``, see ``_answer``.
 
     Tasks that an interrupted attempt completed are not scored again. If the expand stage found the model's logits to be
     exactly the base's, and the base has been scored, nothing is scored at all.
@@ -26,6 +27,8 @@ def run(task: StageTask) -> Metrics:
         UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
     """
     settings = task.settings
+    if isinstance(settings, Answers):
+        return _answer(task, settings)
     assert isinstance(settings, Evaluate)
     model = task.parents["model"]
     if SAME_LOGITS in task.parents and _keeps_logits(model):
@@ -40,6 +43,22 @@ def run(task: StageTask) -> Metrics:
         shutil.rmtree(model)
     write_json(task.out / EVALUATION_FILE, evaluation)
     return _metrics(evaluation)
+
+
+def _answer(task: StageTask, settings: Answers) -> Metrics:
+    """Writes ``answers/<stage>.json`` for every model that an interrupted attempt has not completed."""
+    placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
+    folder = task.out / ANSWERS_FOLDER
+    folder.mkdir(exist_ok=True)
+    for stage in MODEL_TARGETS:
+        file, record = folder / f"{stage}.json", folder / f".{stage}.sha256"
+        if stage in task.parents and not is_intact(record):
+            answers = answer_questions(
+                task.parents[stage], task.parents["conversations"], settings.questions, placement
+            )
+            write_json(file, answers)
+            seal(record, [file])
+    return {"questions": settings.questions}
 
 
 def _keeps_logits(model: Path) -> bool:

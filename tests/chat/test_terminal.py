@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.chat.model import ChatModel, ContextFull
+from pipeline.chat.model import ChatModel, ContextFull, Generated
 from pipeline.chat.terminal import converse
 from pipeline.config.actions import Chat
 from pipeline.errors import UserError, printable
@@ -37,10 +37,10 @@ def directory(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def model(directory: Path) -> ChatModel:
-    return ChatModel("sft", directory, "cpu", GREEDY)
+    return ChatModel.load("sft", directory, "cpu", GREEDY)
 
 
-def _naive(directory: Path, turns: Sequence[str]) -> str:
+def _naive_ids(directory: Path, turns: Sequence[str]) -> list[int]:
     """The most probable continuation after the turns of a conversation, token by token without a cache."""
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
     roles = ("user", "assistant")
@@ -50,7 +50,12 @@ def _naive(directory: Path, turns: Sequence[str]) -> str:
     while len(answer) < GREEDY.max_new_tokens and tokenizer.eos_token_id not in answer:
         with torch.no_grad():
             answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
-    decoded: str = tokenizer.decode(answer, skip_special_tokens=True)
+    return answer
+
+
+def _naive(directory: Path, turns: Sequence[str]) -> str:
+    ids = _naive_ids(directory, turns)
+    decoded: str = AutoTokenizer.from_pretrained(directory).decode(ids, skip_special_tokens=True)
     return decoded
 
 
@@ -83,7 +88,7 @@ def test_reset_forgets_and_exit_ends(model: ChatModel) -> None:
 
 
 def test_models_are_compared_each_with_its_own_answers(model: ChatModel, directory: Path) -> None:
-    other = ChatModel("load", directory, "cpu", GREEDY)
+    other = ChatModel.load("load", directory, "cpu", GREEDY)
     with torch.no_grad():
         other._model.model.layers[1].mlp.down_proj.weight.mul_(-3)
     expected, histories = "", {"load": [], "sft": []}
@@ -97,10 +102,28 @@ def test_models_are_compared_each_with_its_own_answers(model: ChatModel, directo
     assert _shown([other, model], ["What is an item?", "Why?"]) == expected
 
 
+def test_answers_that_are_generated_together_are_those_of_each_alone(model: ChatModel) -> None:
+    """Questions of different lengths are padded on the left."""
+    conversations = [[{"role": "user", "content": text}] for text in ("What is an item?", "Why?", "def add(a, b):")]
+    together = model.answer_all(conversations)
+    assert [answer.text for answer in together] == [model.answer(each) for each in conversations]
+    assert len({answer.text for answer in together}) == 3
+
+
+def test_an_answer_ends_at_a_token_of_the_conversations(model: ChatModel, directory: Path) -> None:
+    """A base model does not stop there by itself."""
+    ids = _naive_ids(directory, ["Why?"])
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    stopping = ChatModel("load", model._model, tokenizer, GREEDY, stop=[ids[4]])
+    question = [[{"role": "user", "content": "Why?"}]]
+    assert stopping.answer_all(question) == [Generated(tokenizer.decode(ids[: ids.index(ids[4])]), ended=True)]
+    assert model.answer_all(question) == [Generated(tokenizer.decode(ids), ended=False)]
+
+
 def test_sampled_answers_repeat_with_the_same_seed(directory: Path) -> None:
     def answer(seed: int) -> str:
         settings = Chat(max_new_tokens=8, temperature=2.0, seed=seed)
-        return ChatModel("sft", directory, "cpu", settings).answer([{"role": "user", "content": "Hello"}])
+        return ChatModel.load("sft", directory, "cpu", settings).answer([{"role": "user", "content": "Hello"}])
 
     assert answer(1) == answer(1) != answer(2)
 
@@ -116,4 +139,4 @@ def test_a_conversation_longer_than_the_context_is_not_answered(model: ChatModel
 def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(UserError, match="target = sft: transformers cannot load the model"):
-        ChatModel("sft", tmp_path, "cpu", GREEDY)
+        ChatModel.load("sft", tmp_path, "cpu", GREEDY)

@@ -27,8 +27,26 @@ def _changed(*overrides: str) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-AFTER_EXPAND = {"expand", "pretrain", "sft", "evaluate/expand", "evaluate/pretrain", "evaluate/sft", "report"}
-AFTER_SFT = {"sft", "evaluate/sft", "report"}
+def test_answers_depend_on_conversations_and_scores_do_not() -> None:
+    asking = _keys("evaluate.sample_answers=3")
+    silent = _keys("evaluate.sample_answers=0")
+    assert {name for name in asking if asking[name] != silent.get(name)} == {"evaluate/answers", "report"}
+    tuned_otherwise = _keys("evaluate.sample_answers=3", "sft.sequence_length=128")
+    changed = {name for name in asking if asking[name] != tuned_otherwise[name]}
+    assert changed == {"tokenize/instructions", "sft", "evaluate/sft", "evaluate/answers", "report"}
+
+
+AFTER_EXPAND = {
+    "expand",
+    "pretrain",
+    "sft",
+    "evaluate/expand",
+    "evaluate/pretrain",
+    "evaluate/sft",
+    "evaluate/answers",
+    "report",
+}
+AFTER_SFT = {"sft", "evaluate/sft", "evaluate/answers", "report"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 def _evaluate(*tasks: str, include_path: str | None = None) -> Evaluate:
     values: dict[str, Any] = {"targets": ["load"], "num_fewshot": None, "limit": None}
-    values |= {"include_path": include_path, "held_out_characters": 1000, "batch_size": 1, "rescore": False}
+    values |= {
+        "include_path": include_path,
+        "held_out_characters": 1000,
+        "batch_size": 1,
+        "rescore": False,
+        "sample_answers": 0,
+    }
     return Evaluate(tasks=list(tasks), **values, prompt_format="plain", dtype="auto")
 
 

@@ -34,6 +34,7 @@ def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
         dtype="auto",
         batch_size=32,
         rescore=False,
+        sample_answers=0,
     )
     placement = Placement(device="cpu", processes=1, threads=detect_machine().cores)
     (row,) = score(ScoringJob("evaluate/load", model, out, out, placement), settings)["rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -194,3 +195,31 @@ def test_text_from_manifests_cannot_become_markup(tmp_path: Path) -> None:
         assert "<h1>head" not in page and "<em>a</em>" not in page and "<h1>" in page
         assert page.count("<h1>") == 1
         assert text.count("# head") > 3  # nothing is left out
+
+
+def test_the_answers_of_all_models_stand_beside_those_of_the_data(tmp_path: Path) -> None:
+    """In a sweep, the base answers once. What a model writes is text, not Markdown."""
+    runs = [finished_run(tmp_path, name, name) for name in ("lesa", "copy")]
+    for run in runs:
+        directory = tmp_path / run.name / "evaluate" / "answers"
+        for target in ("load", "sft"):
+            said = "from the base" if target == "load" else f"**{run.name}** | <b>"
+            answer = {
+                "question": "What is a list?",
+                "reference": "A sequence.",
+                "answer": said,
+                "ended": target == "load",
+            }
+            write(directory / "answers" / f"{target}.json", [answer])
+        shutil.copy(tmp_path / "shared" / "load" / "manifest.json", directory)
+        dict.__setitem__(run.directories, "evaluate/answers", directory)  # type: ignore[arg-type]
+    text = _write(runs, tmp_path / "out")
+    section = text.partition("## The same questions, answered by every model")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| ([^-].+?) +\| (.+?) +\|$", section, re.MULTILINE)
+    assert cells == [
+        ("model", "answer"),
+        ("in the data", "A sequence."),
+        ("base", "from the base"),
+        ("LESA, tuned", r"\*\*lesa\*\* \| \<b\> …"),
+        ("copying, tuned", r"\*\*copy\*\* \| \<b\> …"),
+    ]
