@@ -1,4 +1,4 @@
-"""Carry out a command whose settings are valid: what ``action`` says, from ``run`` to ``chat``."""
+"""Carry out a command whose settings are valid: what ``action`` says, from ``run`` to ``export``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_
 from pipeline.driver.target import FinishedModel, finished_models, requested_targets
 from pipeline.driver.verify import verify
 from pipeline.errors import UserError
+from pipeline.export import export_model
 from pipeline.files import disk_errors_as_user_errors, read_record
 from pipeline.launch.slurm import require_slurm
 from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, print_plan, refuse_blocked
@@ -54,8 +55,12 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
         for output_dir in dict.fromkeys(job.settings.output_dir for job in jobs):
             clean(Path(output_dir), jobs[0].settings.confirm, console)
         return
-    if action == "chat":
-        chat(jobs[0].settings, _finished_models(jobs))
+    if action in ("chat", "export"):
+        models, nodes = _finished_models(jobs)
+        if action == "chat":
+            chat(jobs[0].settings, models)
+        else:
+            export_model(jobs[0].settings, models[0], nodes, console)
         return
     prepared = prepare([job.settings for job in jobs])
     if action == "plan":
@@ -74,17 +79,20 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
             run_prepared(prepared, sweep, console)
 
 
-def _finished_models(jobs: Sequence[Job]) -> list[FinishedModel]:
-    """Return the models that a command is about. Inputs of the run are looked up only if one is a stage's."""
+def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[str, Node]]:
+    """Return the models that a command is about, and the run's graph.
+
+    The graph is empty, and inputs of the run are not looked up, if no model is a stage's.
+    """
     run = jobs[0].settings
     if jobs[0].sweep:
         raise UserError(setting="action", value=run.action, rule="it is about one run", remedy="Leave out --multirun.")
     setting, names = requested_targets(run)
     if set(names).isdisjoint(MODEL_TARGETS):
-        return finished_models(run, names, setting, {})
+        return finished_models(run, names, setting, {}), {}
     (prepared,) = prepare([run])
     refuse_blocked(prepared, INPUT_CHECKS)
-    return finished_models(prepared.run, names, setting, prepared.nodes)
+    return finished_models(prepared.run, names, setting, prepared.nodes), prepared.nodes
 
 
 def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:

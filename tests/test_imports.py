@@ -17,12 +17,13 @@ PACKAGE = REPOSITORY / "pipeline"
 
 # From top to bottom: a package may import from those after it, never from those before it.
 PACKAGES = [
-    "__main__", "study", "command", "planning", "driver", "stages", "estimates", "report", "evaluation", "training",
-    "expansion", "chat", "data", "models", "tracking", "progress", "artifacts", "launch", "config", "files", "errors",
+    "__main__", "study", "command", "export", "planning", "driver", "stages", "estimates", "report", "evaluation",
+    "training", "expansion", "chat", "data", "models", "tracking", "progress", "artifacts", "launch", "config",
+    "files", "errors",
 ]  # fmt: skip
 DRIVER = {
-    "__main__", "study", "command", "planning", "driver", "estimates", "artifacts", "launch", "config", "files",
-    "errors",
+    "__main__", "study", "command", "export", "planning", "driver", "estimates", "artifacts", "launch", "config",
+    "files", "errors",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerate"}
 OWNERS = {

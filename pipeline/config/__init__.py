@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from pipeline.config.actions import Chat
+from pipeline.config.actions import Chat, Export
 from pipeline.config.data import Data, Source, Split, Tokenize
 from pipeline.config.evaluation import (
     MODEL_TARGETS,
@@ -30,8 +30,9 @@ from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
     "METHODS", "MODEL_TARGETS", "STAGE_NAMES", "STAGE_SETTINGS", "TRAINING_STAGES", "Answers",
-    "AnyExpand", "Chat", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Launch", "Model", "NotInKey",
-    "Report", "Resources", "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize", "Tracking", "Train",
+    "AnyExpand", "Chat", "Data", "DeepSpeed", "Evaluate", "EvaluateSnapshot", "Expand", "Export", "Launch", "Model",
+    "NotInKey", "Report", "Resources", "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize",
+    "Tracking", "Train",
 ]  # fmt: skip
 
 STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
@@ -45,12 +46,13 @@ class Settings(Section):
     seed: Seed
     output_dir: OutputDir
     group_writable: bool  # let the group write to everything that is created, for an output_dir of several users
-    action: Literal["run", "plan", "submit", "status", "verify", "clean", "chat"]
-    dry_run: bool  # with action=submit: print the batch scripts and write nothing
+    action: Literal["run", "plan", "submit", "status", "verify", "clean", "chat", "export"]
+    dry_run: bool  # with action=submit or export: say what would be submitted or written, and change nothing
     confirm: bool  # with action=clean: remove what is listed otherwise
-    target: Line  # with action=chat: a stage, or a model directory
+    target: Line  # with action=chat or export: a stage, or a model directory
     compare: list[Line]  # with action=chat: several of them instead, which answer the same questions
     chat: Chat
+    export: Export
     stages: list[StageName]
     force: list[StageName]
     model: Model
@@ -82,12 +84,14 @@ class Settings(Section):
     @property
     def only_names_artifacts(self) -> bool:
         """Whether the command is about artifacts that exist, so that nothing that would build them is looked up."""
-        return self.action in ("status", "verify", "chat")
+        return self.action in ("status", "verify", "chat", "export")
 
     @property
     def is_read_only(self) -> bool:
-        """Whether the command must not change any file."""
-        return self.action in ("plan", "status", "verify", "chat") or (self.action == "submit" and self.dry_run)
+        """Whether the command must not change any file of the runs."""
+        return self.action in ("plan", "status", "verify", "chat", "export") or (
+            self.action == "submit" and self.dry_run
+        )
 
 
 STAGE_SETTINGS: dict[str, TypeAdapter[Any]] = {

@@ -12,7 +12,7 @@ MAX_NAME_BYTES = 255  # of a file or directory, on all common file systems
 MAX_PATH_BYTES = 4095  # on Linux
 # Entries of <output_dir>, and of <output_dir>/<name>, that are not runs.
 RESERVED_FIRST = ("artifacts",)
-RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report", "slurm", "wandb")
+RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report", "slurm", "wandb", "export")
 
 
 class NotInKey:

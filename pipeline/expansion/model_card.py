@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.store import MANIFEST
 from pipeline.files import read_json, sha256_file
+from pipeline.models.source import PACKAGE_PREFIX
 from pipeline.models.weight_files import find_weights
 
 
@@ -20,11 +21,27 @@ def model_card(expansion: Mapping[str, Any], base: Path) -> str:
         base: the directory that was expanded. Its manifest, if it has one, names the model's source.
     """
     model = _manifest(base).get("settings", {})
+    return "\n".join([*card_header(model, [expansion["method"]]), "", *_body(expansion, model)]) + "\n"
+
+
+def card_header(model: Mapping[str, Any], tags: Sequence[str]) -> list[str]:
+    """Returns the metadata that the Hub reads from a card.
+
+    Args:
+        model: the settings of the base model.
+        tags: besides the one of all models of this project.
+    """
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if model.get("revision"):  # otherwise it is a local directory, whose name is of no use to others
         header.append(f"base_model: {json.dumps(model['path'])}")
-    header += ["tags:", "- depth-growth", f"- {expansion['method']}", "---", ""]
-    return "\n".join([*header, *_body(expansion, model)]) + "\n"
+    return [*header, "tags:", "- depth-growth", *(f"- {tag}" for tag in tags), "---"]
+
+
+def base_name(model: Mapping[str, Any]) -> str | None:
+    """Returns what others can find the base model by; None for a local directory."""
+    if not model.get("revision") and not str(model.get("path", "")).startswith(PACKAGE_PREFIX):
+        return None
+    return " ".join(str(model[part]) for part in ("path", "gguf_file", "revision") if model.get(part))
 
 
 def base_weights(base: Path) -> dict[str, str]:
@@ -41,12 +58,11 @@ def _manifest(base: Path) -> dict[str, Any]:
 
 
 def _body(expansion: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    source = " ".join(str(model[part]) for part in ("path", "gguf_file", "revision") if model.get(part))
     new = [layer for layer in expansion["layers"] if layer["new"]]
     return [
         f"# {expansion['num_base_layers']} layers grown to {expansion['num_layers']} by {expansion['method']}",
         "",
-        f"- Base: {source or 'a local model directory'}",
+        f"- Base: {base_name(model) or 'a local model directory'}",
         f"- Method: {expansion['source']}",
         f"- New layers: {', '.join(str(layer['layer']) for layer in new) or 'none'}",
         f"- Seed: {expansion['seed']}",

@@ -43,6 +43,16 @@ def test_a_base_without_a_manifest_is_identified_by_its_weights(base: Path) -> N
     assert "base_model" not in card
 
 
+def test_the_path_of_a_local_base_is_not_named(base: Path) -> None:
+    settings = {"path": "/home/someone/model", "revision": None, "gguf_file": None}
+    write_json(base / "manifest.json", {"settings": settings, "files": {}})
+    card = model_card(EXPANSION | {"seed": 0, "base": base_weights(base)}, base)
+    assert "- Base: a local model directory" in card and "/home" not in card
+    settings = {"path": "package:tiny_model", "revision": None, "gguf_file": "tiny.gguf"}
+    write_json(base / "manifest.json", {"settings": settings, "files": {}})
+    assert "- Base: package:tiny_model tiny.gguf" in model_card(EXPANSION | {"seed": 0, "base": {}}, base)
+
+
 def test_source_and_hashes_are_taken_from_the_manifest(base: Path) -> None:
     files = {"model.safetensors": {"bytes": 7, "sha256": "abc"}}
     settings = {"path": "meta-llama/Llama-3.2-1B", "revision": "0123456", "gguf_file": None}

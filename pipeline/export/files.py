@@ -1,0 +1,32 @@
+"""The files of a model that are of use elsewhere: config, weights, tokenizer, chat template, and where layers are from.
+
+Manifests, logs and metrics stay behind, and so do the paths that configs of transformers can contain.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.files import read_json, write_json
+from pipeline.models.source import SIDE_FILES
+from pipeline.models.weight_files import INDEX, find_weights
+
+EXPORTED = ("config.json", INDEX, *SIDE_FILES, "expansion.json", "README.md")
+PATH_ENTRIES = ("_name_or_path", "name_or_path")  # where transformers loaded a model or tokenizer from
+
+
+def stage_files(model: Path, folder: Path) -> None:
+    """Fills a folder with links to the files of a model, and with copies of those that name a path.
+
+    Args:
+        model: the model directory.
+        folder: is created if it does not exist.
+    """
+    folder.mkdir(exist_ok=True)
+    for file in [*find_weights(model), *(model / name for name in EXPORTED if (model / name).is_file())]:
+        place = folder / file.name
+        content = read_json(file) if file.name.endswith("config.json") else {}
+        if set(PATH_ENTRIES) & set(content):
+            write_json(place, {name: value for name, value in content.items() if name not in PATH_ENTRIES})
+        else:
+            place.symlink_to(file.resolve())
