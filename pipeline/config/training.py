@@ -66,6 +66,7 @@ class Train(Section):
     epsilon: PositiveFloat
     ema_decay: Annotated[AverageDecay | None, NotInKeyIf(None)]  # per step, of averages of the weights; null: none
     max_grad_norm: PositiveFloat
+    router_aux_loss: Annotated[NonNegativeFloat | None, NotInKeyIf(None)]  # its weight; null: the model config's
     trainable: str  # words of TRAINABLE_WORDS and /regular expressions/ joined by +, or one regular expression
     precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32
     evaluate_at: list[Fraction]  # fractions of the steps at which to compute the held-out loss

@@ -238,6 +238,14 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
             section, train, family_for(config), config, layers, trained.names, trained.at_learning_rate
         )
     )
+    roles = map(family_for(config).role_of, trained.names)
+    if train.router_aux_loss and not any(role is not None and role.name == "router" for role in roles):
+        yield UserError(
+            setting=f"{section}.router_aux_loss",
+            value=train.router_aux_loss,
+            rule="it balances the routers of mixtures of experts, and no router trains",
+            remedy=f"Set {section}.router_aux_loss=null, or change {section}.trainable.",
+        )
     if train.optimizer == "muon" and not any(trained.linear_maps):
         yield no_matrix_error(section)
 

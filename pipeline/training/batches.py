@@ -65,12 +65,14 @@ class MicroBatch:
         position_ids: [batch, sequence].
         indices: of targets, each of which is predicted from the token before it in the same document.
         supervised: how many tokens are targets.
+        real: [batch, sequence], False for padding; see ``real_tokens``.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     indices: TokenIndices
     supervised: int
+    real: torch.Tensor
 
     def pinned(self) -> MicroBatch:
         """Returns a copy in page-locked memory, from which GPUs copy without the host waiting."""
@@ -81,8 +83,16 @@ class MicroBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        ids, positions = function(self.input_ids), function(self.position_ids)
-        return replace(self, input_ids=ids, position_ids=positions, indices=self.indices.map(function))
+        ids, positions, real = (function(each) for each in (self.input_ids, self.position_ids, self.real))
+        return replace(self, input_ids=ids, position_ids=positions, indices=self.indices.map(function), real=real)
+
+
+def real_tokens(position_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Returns which tokens are not padding, ``[batch, sequence]``: padding is a last document without a target."""
+    index = torch.arange(position_ids.shape[1])
+    last = torch.where(position_ids == 0, index, 0).amax(dim=1, keepdim=True)  # where the last document begins
+    in_last = index >= last
+    return ~in_last | (in_last & loss_mask).any(dim=1, keepdim=True)
 
 
 class TokenBlocks:
@@ -141,7 +151,8 @@ class TokenBlocks:
         loss_mask = torch.from_numpy(mask.astype(np.bool_))
         if repeated is not None:
             loss_mask[torch.from_numpy(repeated)] = False
-        return MicroBatch(ids, positions, TokenIndices.of(ids, positions, loss_mask), int(loss_mask.sum()))
+        real = real_tokens(positions, loss_mask)
+        return MicroBatch(ids, positions, TokenIndices.of(ids, positions, loss_mask), int(loss_mask.sum()), real)
 
     def supervised_tokens(self, indices: Indices) -> int:
         """Returns how many tokens of these blocks are targets."""

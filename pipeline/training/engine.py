@@ -155,6 +155,8 @@ def _compile_layers(model: PreTrainedModel) -> None:
     """Compiles the layers one by one. Layers share compiled variants: frozen or not, reached by gradients or not."""
     torch._dynamo.config.recompile_limit = 32  # all layers count towards it, in training and in evaluation
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise dynamo would silently fall back to eager
+    # Routers store what they observe (see Routing). Recomputing a layer need not store it again.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in decoder_layers(model):
         layer.compile(dynamic=False)
 

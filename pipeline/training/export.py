@@ -29,6 +29,7 @@ from pipeline.training.loop import SPIKE_DEVIATIONS, Progress
 from pipeline.training.mfu import Peak
 from pipeline.training.optimizer import AVERAGE
 from pipeline.training.precision import Precision
+from pipeline.training.routing import COLLAPSED_SHARE, COLLAPSED_STEPS
 
 CHECKED_TOKENS = 8
 # Mean difference of a token's loss, by whether a dtype of 16 bits is involved. Kernels sum in different orders.
@@ -96,7 +97,7 @@ def export_trained_model(
             "seconds": progress.save_seconds,
             "bytes": sum(path.stat().st_size for path in last.path.iterdir()),
         },
-        "warnings": _spike_warnings(progress),
+        "warnings": [*_spike_warnings(progress), *_collapse_warnings(progress)],
         **memory,
     }
     out = context.task.out
@@ -170,6 +171,17 @@ def _spike_warnings(progress: Progress) -> list[str]:
     return [
         f"the loss spiked at {len(progress.spikes)} step(s), exceeding the mean by more than {SPIKE_DEVIATIONS:g} "
         f"standard deviations: {steps}"
+    ]
+
+
+def _collapse_warnings(progress: Progress) -> list[str]:
+    if not progress.collapsed_routers:
+        return []
+    layers = ", ".join(f"{layer} (step {step})" for layer, step in progress.collapsed_routers.items())
+    return [
+        f"the routers of {len(progress.collapsed_routers)} layer(s) collapsed: in {COLLAPSED_STEPS} consecutive steps, "
+        f"as few experts as a token is routed to got at least {COLLAPSED_SHARE:.0%} of all tokens in layers {layers}; "
+        "a larger router_aux_loss spreads them"
     ]
 
 

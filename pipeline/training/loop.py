@@ -35,6 +35,7 @@ from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import LR_MULTIPLE
 from pipeline.training.process_group import enter
+from pipeline.training.routing import COLLAPSED_STEPS, RouterStatistics, Routing
 from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
 
 Status = Literal["done", "stopped"]
@@ -58,6 +59,8 @@ class Progress:
     loss: float | None = None  # of the last step
     recent_losses: list[float] = field(default_factory=list)  # the window for detecting spikes, oldest first
     spikes: list[dict[str, float]] = field(default_factory=list)
+    concentrated_steps: dict[str, int] = field(default_factory=dict)  # up to now, by layer whose router may collapse
+    collapsed_routers: dict[str, int] = field(default_factory=dict)  # the step at which each was found, by layer
     saves: int = 0  # checkpoints, including the one being saved
     save_seconds: float = 0.0  # of earlier checkpoints
     held_out: list[dict[str, float]] = field(default_factory=list)  # the loss of every evaluated split by ``LOSS_OF``
@@ -78,6 +81,7 @@ class Loop:
         save: saves a checkpoint of the current progress. Collective.
         save_snapshot: saves the current model as the snapshot at a fraction of the steps. Collective.
         tracker: receives the metrics; None on all ranks but the first.
+        routing: of a mixture of experts; None for other models.
     """
 
     section: str
@@ -96,6 +100,7 @@ class Loop:
     save: Callable[[Progress], None]
     save_snapshot: Callable[[float], None]
     tracker: Tracker | None
+    routing: Routing | None = None
 
     def run(self) -> Status:
         """Trains until the last step or a stop request. A checkpoint is saved in both cases.
@@ -135,15 +140,16 @@ class Loop:
             group["lr"] = rate * group[LR_MULTIPLE]
         enter(f"reading the batches of step {step}")
         batches = reader.read(step)
-        # The number stays on the device: to read it here, the host would wait for the previous optimizer step.
-        counted = self._on_device([sum(batch.supervised for batch in batches)])
+        # The numbers stay on the device: to read them here, the host would wait for the previous optimizer step.
+        real = sum(int(batch.real.sum()) for batch in batches)
+        counted = self._on_device([sum(batch.supervised for batch in batches), real])
         distributed.all_reduce(counted)
         total = self._accumulate(batches, counted.clamp(min=1.0))
         enter(f"adding the losses of step {step}")
         # The stop requests travel with the loss, which saves a collective per step.
-        summed = torch.cat([total, self._on_device([float(self.wants_stop())])])
-        distributed.all_reduce(summed)
-        loss_sum, stops, supervised = torch.cat([summed, counted]).tolist()
+        summed = torch.cat([counted, self._on_device([float(self.wants_stop())]), total])
+        distributed.all_reduce(summed[2:])
+        supervised, tokens, stops, loss_sum, *routed = summed.tolist()
         loss, stop = loss_sum / max(1, supervised), stops > 0
         # Both checks come before the optimizer step: a non-finite gradient would overwrite good weights.
         self._check_finite(loss, "loss", step)
@@ -154,7 +160,7 @@ class Loop:
         self.engine.step()
         seconds = time.perf_counter() - started
         flops = self._update_progress(step, loss, int(supervised), seconds)
-        self._log_step(loss, rate, norms, flops, seconds)
+        self._log_step(loss, rate, norms, flops, seconds, self._routing_metrics(routed, tokens))
         return stop
 
     def _accumulate(self, batches: Sequence[MicroBatch], count: torch.Tensor) -> torch.Tensor:
@@ -162,16 +168,18 @@ class Loop:
 
         Args:
             batches: the micro-batches.
-            count: [1] in float64: the number of supervised tokens in the global batch.
+            count: [2] in float64: the numbers of supervised and of real tokens in the global batch.
 
         Returns:
-            The summed loss of this rank, [1] in float64.
+            The sums of this rank, in float64: of the loss, then of what is observed of routers.
         """
-        factor = (distributed.get_world_size() / count).squeeze()
+        factor, factor_of_real = distributed.get_world_size() / count
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for number, batch in enumerate((batch.on(self.device) for batch in batches), start=1):
             where = f"micro-batch {number} of step {self.progress.step + 1}"
             enter(f"in the forward pass of {where}")
+            if self.routing is not None:
+                self.routing.prepare(batch.real, factor_of_real)
             loss = self.engine(batch.input_ids, batch.position_ids, indices=batch.indices)
             enter(f"in the backward pass of {where}")
             # DeepSpeed averages gradients over ranks, but the sum is needed: the loss is already divided by the number
@@ -180,7 +188,10 @@ class Loop:
             self.engine.backward(loss * factor.to(loss.dtype), scale_wrt_gas=False)
             if number < len(batches):
                 self.engine.step()  # before the last micro-batch this only advances DeepSpeed's counter
-            total += loss.detach()
+            sums = loss.detach().double()[None]
+            if self.routing is not None:
+                sums = torch.cat([sums, self.routing.observed()])
+            total = total + sums
         return total
 
     def _check_finite(self, value: float, what: str, step: int) -> None:
@@ -206,7 +217,35 @@ class Loop:
         progress.seconds += seconds
         return flops
 
-    def _log_step(self, loss: float, rate: float, norms: dict[str, float], flops: int, seconds: float) -> None:
+    def _routing_metrics(self, sums: list[float], tokens: float) -> dict[str, float]:
+        """Returns what is logged of the routers in a step, and records those that have collapsed."""
+        if self.routing is None:
+            return {}
+        metrics = {"router_aux_loss": self.routing.loss(sums, tokens)}
+        for layer, found in self.routing.statistics(sums, tokens).items():
+            metrics[f"expert_load_max/{layer}"], metrics[f"expert_load_min/{layer}"] = max(found.load), min(found.load)
+            metrics[f"router_entropy/{layer}"] = found.entropy
+            self._record_collapse(str(layer), found)
+        return metrics
+
+    def _record_collapse(self, layer: str, found: RouterStatistics) -> None:
+        progress = self.progress
+        if not found.is_concentrated:
+            progress.concentrated_steps.pop(layer, None)
+            return
+        steps = progress.concentrated_steps[layer] = progress.concentrated_steps.get(layer, 0) + 1
+        if steps == COLLAPSED_STEPS:
+            progress.collapsed_routers.setdefault(layer, progress.step)
+
+    def _log_step(
+        self,
+        loss: float,
+        rate: float,
+        norms: dict[str, float],
+        flops: int,
+        seconds: float,
+        routing: dict[str, float],
+    ) -> None:
         if self.tracker is None:
             return
         spiked = any(spike["step"] == self.progress.step for spike in self.progress.spikes)
@@ -217,6 +256,7 @@ class Loop:
             "tokens_per_second": self.train.global_batch * self.blocks.sequence_length / seconds,
             "mfu": flops / seconds / self.peak.rate,
             "memory_bytes": memory_in_use(self.device),
+            **routing,
             **({"loss_spike": 1} if spiked else {}),
         }
         self.tracker.log({**metrics, **self._cost()}, step=self.progress.step)

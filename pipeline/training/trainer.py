@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import distributed
+from transformers import PreTrainedModel
 
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Split, Train
@@ -38,6 +39,7 @@ from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
 from pipeline.training.precision import resolve_precision
 from pipeline.training.process_group import enter, wait_for_all
+from pipeline.training.routing import Routing, coefficient_of, routers_of
 from pipeline.training.schedule import total_steps
 from pipeline.training.snapshots import partial_snapshot, save_snapshot
 
@@ -115,6 +117,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             save=lambda current: _save_checkpoint(context, parts.optimizer_state, identity, current),
             save_snapshot=lambda fraction: _save_snapshot(context, parts.optimizer_state, fraction),
             tracker=tracker,
+            routing=parts.routing,
         )
         status = loop.run()
     if status == "done":
@@ -144,6 +147,7 @@ class _TrainerParts:
     optimizer_state: OptimizerState
     gradients: GradientNorms
     steps: int
+    routing: Routing | None
 
 
 def _prepare(context: RankContext) -> _TrainerParts:
@@ -158,6 +162,7 @@ def _prepare(context: RankContext) -> _TrainerParts:
     matrices = matrices_of(section, model, settings)
     table, flops = freeze.parameter_table(model, multiples), training_flops(model, settings.sequence_length)
     flops = replace(flops, update=update_flops(model, matrices))
+    routing = _observe_routers(context, model)
     engine = start_engine(context, model, multiples, matrices)
     return _TrainerParts(
         table=table,
@@ -166,7 +171,32 @@ def _prepare(context: RankContext) -> _TrainerParts:
         optimizer_state=OptimizerState(engine, trained, multiples, matrices),
         gradients=GradientNorms(engine, groups),
         steps=total_steps(settings, len(TokenBlocks(context.data_dir, "train"))),
+        routing=routing,
     )
+
+
+def _observe_routers(context: RankContext, model: PreTrainedModel) -> Routing | None:
+    """Prepares the routers of a mixture of experts, whose parameters have been frozen as needed.
+
+    If no layer is new, all routers that train are reported.
+
+    Raises:
+        UserError: ``router_aux_loss`` is set, and transformers does not record what the routers of this family choose.
+    """
+    setting, config = context.settings.router_aux_loss, model.config
+    routers = routers_of(model, freeze.decoder_layers(model))
+    if not routers:
+        if setting:
+            raise UserError(
+                setting=f"{context.task.name}.router_aux_loss",
+                value=setting,
+                rule=f"transformers does not record what the routers of the family {config.model_type} choose",
+                remedy=f"Set {context.task.name}.router_aux_loss=null.",
+            )
+        return None
+    coefficient = coefficient_of(setting, config.get_text_config())
+    print(f"router_aux_loss: {coefficient:g} ({context.task.name}.router_aux_loss={setting})", flush=True)
+    return Routing(routers, coefficient, freeze.new_layers(context.model_dir) or {*routers})
 
 
 # ------------------------------------------------------------------------------- starting and resuming

@@ -68,6 +68,7 @@ def test_settings_that_cannot_change_numbers_change_no_key(override: str) -> Non
     [
         ("sft.learning_rate=1e-5", AFTER_SFT),
         ("sft.corpus_fraction=0.1", AFTER_SFT),
+        ("sft.router_aux_loss=0.0", AFTER_SFT),
         ("data.chat_template=plain", {"tokenize/instructions", *AFTER_SFT}),
         ("sft.deepspeed.overrides={gradient_clipping: 0.1}", AFTER_SFT),
         ("expand=average", AFTER_EXPAND),

@@ -55,6 +55,30 @@ def naive_loss(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tenso
     return (tokens * mask[:, 1:].flatten()).sum() / mask[:, 1:].sum()
 
 
+def naive_balance_loss(
+    router_logits: list[torch.Tensor], per_token: int, positions: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Returns the load-balancing loss of some routers, sequence by sequence, over tokens that are not padding.
+
+    Args:
+        router_logits: of every router, [batch * sequence, experts].
+        per_token: experts per token, those with the largest logits.
+        positions: [batch, sequence].
+        mask: [batch, sequence], of the targets.
+    """
+    total, tokens = torch.zeros(()), 0
+    for sequence, (places, targets) in enumerate(zip(positions.tolist(), mask.tolist(), strict=True)):
+        last = len(places) - 1 - places[::-1].index(0)
+        real = range(len(places) if any(targets[last:]) else last)
+        tokens += len(real)
+        for logits in router_logits:
+            own = logits.view(len(positions), -1, logits.shape[-1])[sequence, list(real)]
+            counts = torch.bincount(own.topk(per_token, dim=1).indices.flatten(), minlength=logits.shape[-1])
+            balance = (counts / max(1, len(real)) * own.softmax(dim=1).sum(dim=0)).sum() * logits.shape[-1]
+            total = total + balance / len(router_logits)
+    return total / tokens
+
+
 def naive_rate(step: int, steps: int, warmup: int) -> float:
     """Returns 1e-3 after a linear warm-up, then a cosine decay to a tenth."""
     if step <= warmup:

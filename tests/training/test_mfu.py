@@ -9,6 +9,7 @@ from pipeline.training import mfu
 from pipeline.training.batches import TokenIndices
 from pipeline.training.freeze import freeze_others
 from pipeline.training.loss import SummedLoss
+from tests.tiny_families import tiny_model
 
 BATCH, LENGTH = 2, 24
 
@@ -43,6 +44,20 @@ def test_memory_in_use_grows_with_an_allocation():
     before = mfu.memory_in_use(torch.device("cpu"))
     held = torch.ones(2**24)
     assert mfu.memory_in_use(torch.device("cpu")) - before > 0.9 * held.nbytes
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_flops_count_the_experts_that_a_token_is_routed_to(family: str):
+    model = tiny_model(family).train()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    ids, positions = torch.randint(0, 384, (BATCH, LENGTH)), torch.arange(LENGTH).expand(BATCH, LENGTH)
+    with FlopCounterMode(display=False) as counter:
+        SummedLoss(model)(ids, positions, TokenIndices.of(ids, positions, positions > 0)).backward()
+    with FlopCounterMode(display=False) as angles:
+        model.base_model.rotary_emb(torch.zeros(BATCH, 1), positions)
+    expected = counter.get_total_flops() - angles.get_total_flops()
+    assert mfu.training_flops(model, LENGTH).of_tokens(BATCH * LENGTH, BATCH * (LENGTH - 1)) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
+from pipeline.models.decoding import packed_mask
 from tests.tiny_families import tiny_model
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases
-from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
+from tests.training.naive_loop import naive_balance_loss, naive_batches, naive_loss, naive_rate
 from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -58,6 +59,7 @@ class Case:
     zero: int = 2
     stacked: bool = False  # stored as transformers holds it
     trainable: str = "new_layers"
+    balance: float | None = None
 
     def settings(self) -> Train:
         # By default ZeRO 3 does not partition tensors as small as these.
@@ -65,11 +67,11 @@ class Case:
         deepspeed = {"zero_stage": self.zero, "overrides": overrides}
         return train_settings(
             steps=STEPS, micro_batch=2, warmup_fraction=0.0, trainable=self.trainable, snapshot_at=[0.5],
-            evaluate_at=[], deepspeed=deepspeed,
+            evaluate_at=[], deepspeed=deepspeed, router_aux_loss=self.balance,
         )  # fmt: skip
 
 
-APART, STACKED = Case("qwen2_moe", trainable="all"), Case("mixtral", stacked=True)
+APART, STACKED = Case("qwen2_moe", trainable="all", balance=0.5), Case("mixtral", stacked=True, balance=0.5)
 MATRIX = [
     replace(case, ranks=ranks, zero=zero)
     for case in (APART, STACKED)
@@ -113,9 +115,22 @@ def runs(
     return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 
 
+def naive_balance(
+    model: PreTrainedModel, case: Case, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Returns the load-balancing loss of the routers that train."""
+    own_mask = packed_mask(model, positions)
+    output = model.model(input_ids=ids, position_ids=positions, attention_mask=own_mask, output_router_logits=True)
+    sparse = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    logits = dict(zip(sparse, output.router_logits, strict=True))
+    trained = sparse if case.trainable == "all" else [layer for layer in sparse if layer in NEW_LAYERS]
+    return naive_balance_loss([logits[i] for i in trained], model.config.num_experts_per_tok, positions, mask)
+
+
 def naive_losses(case: Case, model_dir: Path, blocks_dir: Path) -> list[float]:
     """Trains with a plain float32 loop on transformers' model, and returns the losses of all steps."""
     train = case.settings()
+    assert case.balance is not None
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
@@ -135,7 +150,7 @@ def naive_losses(case: Case, model_dir: Path, blocks_dir: Path) -> list[float]:
     for step, batch in enumerate(naive_batches(blocks_dir, train), start=1):
         loss = naive_loss(model, *batch)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + case.balance * naive_balance(model, case, *batch)).backward()
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = naive_rate(step, STEPS, 0)
@@ -153,6 +168,17 @@ def test_losses_equal_those_of_a_plain_loop(
         assert logged(runs.straight[each], "loss") == pytest.approx(expected, rel=2e-6), each
     for each in (each for each in ELASTIC if each.family == case.family):
         assert logged(runs.elastic[each], "loss") == pytest.approx(expected, rel=2e-6), each
+
+
+def test_router_metrics_are_those_of_the_global_batch(runs: Runs[Case]) -> None:
+    base = runs.straight[replace(STACKED, zero=0)]
+    names = [f"{name}/{i}" for i in NEW_LAYERS for name in ("expert_load_max", "expert_load_min", "router_entropy")]
+    for case in (case for case in MATRIX if case.family == STACKED.family):
+        for name in (*names, "router_aux_loss"):
+            assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
+    assert all(1.0 < value < 1.5 for value in logged(base, "expert_load_max/1"))  # of 3 experts, 2 per token
+    assert all(0.5 < value <= 1.0 for value in logged(base, "router_entropy/3"))
+    assert not logged(base, "router_entropy/0")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -27,7 +27,7 @@ POSITIONS = torch.cat([torch.arange(length) for length in (9, 1, 22, 32)]).view(
 def batch() -> MicroBatch:
     ids = torch.arange(64).view(2, 32)
     indices = TokenIndices.of(ids, POSITIONS, POSITIONS > 0)
-    return MicroBatch(ids, POSITIONS, indices, len(indices.targets))
+    return MicroBatch(ids, POSITIONS, indices, len(indices.targets), torch.ones_like(ids, dtype=torch.bool))
 
 
 def test_the_counter_notices_waits():
