@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pipeline.config import MODEL_TARGETS, Settings
 from pipeline.driver.chat import chat
 from pipeline.driver.clean import clean
 from pipeline.driver.graph import Node, lineage, make_report
+from pipeline.driver.notify import notified
 from pipeline.driver.requeue import counted_restarts
 from pipeline.driver.run import link, record_keys, run_graph
 from pipeline.driver.status import print_status
@@ -25,10 +28,12 @@ from pipeline.driver.verify import verify
 from pipeline.errors import UserError
 from pipeline.export import export_model
 from pipeline.files import disk_errors_as_user_errors, read_record
-from pipeline.launch.slurm import require_slurm
+from pipeline.launch.slurm import job_of, require_slurm
 from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, print_plan, refuse_blocked
 from pipeline.report.closing import closing_table
-from pipeline.tracking import wandb_mode
+from pipeline.trackers import wandb_mode
+
+STATUS_SECONDS = 5.0  # between two looks at the status
 
 
 @dataclass(frozen=True)
@@ -65,18 +70,27 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
     prepared = prepare([job.settings for job in jobs])
     if action == "plan":
         _plan_all(prepared, sweep, console)
-    elif action in ("status", "verify"):
-        inspect = print_status if action == "status" else verify
-        for job in prepared:
-            refuse_blocked(job, INPUT_CHECKS)
-            inspect(job.run, job.nodes, console)
+        return
+    if action in ("status", "verify"):
+        _inspect_all(prepared, console)
+        return
+    for job in prepared:
+        refuse_blocked(job)
+    if action == "submit":
+        _submit_all(prepared, sweep, console)
     else:
-        for job in prepared:
-            refuse_blocked(job)
-        if action == "submit":
-            _submit_all(prepared, sweep, console)
-        else:
-            run_prepared(prepared, sweep, console)
+        run_prepared(prepared, sweep, console)
+
+
+def _inspect_all(jobs: Sequence[PreparedRun], console: Console) -> None:
+    for job in jobs:
+        refuse_blocked(job, INPUT_CHECKS)
+    if jobs[0].run.action == "status" and jobs[0].run.watch:
+        _watch(jobs, console)
+        return
+    inspect = print_status if jobs[0].run.action == "status" else verify
+    for job in jobs:
+        inspect(job.run, job.nodes, console)
 
 
 def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[str, Node]]:
@@ -93,6 +107,18 @@ def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[
     (prepared,) = prepare([run])
     refuse_blocked(prepared, INPUT_CHECKS)
     return finished_models(prepared.run, names, setting, prepared.nodes), prepared.nodes
+
+
+def _watch(jobs: Sequence[PreparedRun], console: Console) -> None:
+    """Repeat the status until every artifact is there, or until Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            console.clear()  # does nothing where the output is no terminal
+            for job in jobs:
+                print_status(job.run, job.nodes, console)
+            if all(node.artifact.is_complete() for job in jobs for node in job.selected.values()):
+                return
+            time.sleep(STATUS_SECONDS)
 
 
 def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
@@ -177,6 +203,7 @@ def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> 
     """Build what is missing of runs that passed all checks; for a sweep, also the report on all of them."""
     first = jobs[0].run
     with (
+        notified(*_ending(jobs, sweep)),
         disk_errors_as_user_errors(Path(first.output_dir)),
         counted_restarts(first, [node for job in jobs for node in job.selected.values()]),
     ):
@@ -184,6 +211,18 @@ def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> 
             _run(job, console)
         if sweep:
             _report_sweep(jobs, console)
+
+
+def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | None]:
+    """Return the settings of a run or sweep, and what its end leaves: the report, or without one the directory.
+
+    A batch job that does not build the report is a part of a run.
+    """
+    run = _sweep_report(jobs)[0] if sweep else jobs[0].run
+    place = Path(run.output_dir) / run.name
+    if sweep or "report" in jobs[0].selected:
+        return run, place / "report" / "report.md"
+    return run, place if job_of(os.environ) is None else None
 
 
 def _run(job: PreparedRun, console: Console) -> None:

@@ -21,7 +21,7 @@ from pipeline.driver.run import package_versions
 from pipeline.errors import UserError
 from pipeline.launch.environment import code_cache_faults, missing_for_compilation
 from pipeline.launch.machine import detect_machine
-from pipeline.tracking import login_fault
+from pipeline.trackers import login_fault
 from pipeline.training.precision import BFLOAT16_FLAGS, cpu_flags
 
 HUB = ("huggingface.co", 443)

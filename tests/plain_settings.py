@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipeline.config import Launch, Model
+from pipeline.config import Launch, Model, Tracking
+
+NO_TRACKING = Tracking(backend="none", log_model=False, notify=None, wandb="disabled", project="tests", entity=None)
 
 
 def cpu_launch(processes: int = 1, threads: int | Literal["auto"] = 1) -> Launch:

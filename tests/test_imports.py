@@ -18,8 +18,8 @@ PACKAGE = REPOSITORY / "pipeline"
 # From top to bottom: a package may import from those after it, never from those before it.
 PACKAGES = [
     "__main__", "study", "command", "export", "planning", "driver", "stages", "estimates", "report", "evaluation",
-    "training", "expansion", "chat", "data", "models", "tracking", "progress", "artifacts", "launch", "config",
-    "files", "errors",
+    "training", "expansion", "chat", "data", "models", "tracking", "trackers", "progress", "artifacts", "launch",
+    "config", "files", "errors",
 ]  # fmt: skip
 DRIVER = {
     "__main__", "study", "command", "export", "planning", "driver", "estimates", "artifacts", "launch", "config",
@@ -29,7 +29,9 @@ HEAVY = {"torch", "transformers", "deepspeed", "lm_eval", "datasets", "accelerat
 OWNERS = {
     "hydra": "pipeline/__main__.py",
     "omegaconf": "pipeline/__main__.py",
-    "wandb": "pipeline/tracking.py",
+    "wandb": "pipeline/trackers.py",
+    "tensorboard": "pipeline/trackers.py",
+    "mlflow": "pipeline/trackers.py",
     "lm_eval": "pipeline/evaluation/",
     "deepspeed": "pipeline/training/",
     "matplotlib": "pipeline/report/",
@@ -125,7 +127,8 @@ NEWER_STANDARD_LIBRARY = {"compression"}
 def test_imported_packages_are_declared_and_pinned() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     required, extras = project["dependencies"], project["optional-dependencies"]
-    product, optional = _distributions(required), _distributions(extras["pot"])
+    own = [line for name, extra in extras.items() if name != "dev" for line in extra]
+    product, optional = _distributions(required), _distributions(own)
     assert _undeclared(FILES, product | optional) == set()
     others = [file for folder in ("scripts", "tests") for file in (REPOSITORY / folder).rglob("*.py")]
     assert _undeclared(others, product | optional | _distributions(extras["dev"])) == set()

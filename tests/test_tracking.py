@@ -5,19 +5,36 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.image import imsave
 
 from pipeline.artifacts.task import TrackingTarget
 from pipeline.config import Tracking
-from pipeline.tracking import Tracker, login_fault, wandb_mode
+from pipeline.trackers import login_fault, not_installed, wandb_mode
+from pipeline.tracking import Tracker
 
 
-def _target(tmp_path: Path, wandb: str = "disabled") -> TrackingTarget:
-    settings = Tracking.model_validate({"wandb": wandb, "project": "depth-growth", "entity": None})
+def _target(tmp_path: Path, wandb: str = "disabled", **changes: object) -> TrackingTarget:
+    values = {"backend": "wandb", "log_model": False, "notify": None, "project": "depth-growth", "entity": None}
+    settings = Tracking.model_validate({**values, "wandb": wandb, **changes})
     return TrackingTarget(settings, "quickstart", "pretrain", "0123456789abcdef", tmp_path / "runs")
+
+
+def _picture(tmp_path: Path) -> Path:
+    file = tmp_path / "loss.png"
+    imsave(file, np.zeros((2, 3, 4)))
+    return file
+
+
+def _weights(tmp_path: Path) -> Path:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"the weights")
+    return file
 
 
 def _lines(tmp_path: Path) -> list[dict[str, float]]:
@@ -37,6 +54,8 @@ def test_offline_files_contain_metrics_settings_and_group(tmp_path: Path, monkey
         tracker.log({"loss": 2.5}, step=1)
         tracker.log({"loss": 1.5}, step=7)
         tracker.table("results", ["metric", "value"], [["perplexity", 9.0]])
+        tracker.images([_picture(tmp_path)])
+        tracker.model("quickstart-sft", [_weights(tmp_path)])
     (file,) = (tmp_path / "runs").rglob("*.wandb")
     records = _read_with_wandb(file)
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
@@ -44,7 +63,14 @@ def test_offline_files_contain_metrics_settings_and_group(tmp_path: Path, monkey
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert (run["run_group"], run["job_type"], run["run_id"]) == ("quickstart", "pretrain", "0123456789abcdef")
     assert run["config"]["update"]["learning_rate"] == 0.001
+    shown = {key for item in history for key in item}
+    assert any(key.startswith("results") for key in shown) and any(key.startswith("plots/loss") for key in shown)
+    (artifact,) = [record["artifact"] for record in records if record.get("artifact", {}).get("type") == "model"]
+    assert artifact["name"] == "quickstart-sft"
+    (content,) = artifact["manifest"]["contents"]
+    assert content["ref"] == (tmp_path / "model.safetensors").as_uri()  # a reference, and not the weights
     texts = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert not any(b"the weights" in text for text in texts)
     assert not any(b"a" * 40 in text for text in texts), "the API key is in W&B's files"
 
 
@@ -106,3 +132,67 @@ def test_disabled_tracking_does_not_start_wandb(tmp_path: Path) -> None:
         tracker.table("results", ["a"], [[1]])
         tracker.summary({"a": 1})
     assert not (tmp_path / "runs").exists()
+
+
+def _log_twice(tmp_path: Path, backend: str) -> None:
+    """A stage that is killed after step 3 and resumes after step 2."""
+    target = _target(tmp_path, backend=backend)
+    with suppress(KeyboardInterrupt), Tracker(target, tmp_path, {"learning_rate": 0.001}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log({"loss": 4.0 - step}, step=step)
+        raise KeyboardInterrupt
+    with Tracker(target, tmp_path, {"learning_rate": 0.001}, resume_after=2) as tracker:
+        tracker.log({"loss": 1.5}, step=3)
+        tracker.table("results", ["metric", "value"], [["perplexity", 9.0]])
+        tracker.summary({"best": 1.5})
+        tracker.images([_picture(tmp_path)])
+        tracker.model("quickstart-sft", [_weights(tmp_path)])
+
+
+def test_tensorboard_shows_one_curve_with_tables_and_plots(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _log_twice(tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "runs" / "tensorboard" / "pretrain"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 2.0), (3, 1.5)]
+    (image,) = events.Images("plots/loss")
+    assert image.encoded_image_string == (tmp_path / "loss.png").read_bytes() and (image.width, image.height) == (3, 2)
+    texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert "| perplexity | 9.0 |" in texts["results/text_summary"]
+    assert '"learning_rate": 0.001' in texts["settings/text_summary"]
+    assert str(tmp_path / "model.safetensors") in texts["models/quickstart-sft/text_summary"]
+
+
+@pytest.mark.parametrize("uploads", [False, True])
+def test_mlflow_continues_the_run_of_the_same_artifact(
+    uploads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    _log_twice(tmp_path, "mlflow")
+    if uploads:
+        with Tracker(_target(tmp_path, backend="mlflow", log_model=True), tmp_path, {}, resume_after=3) as tracker:
+            tracker.model("quickstart-sft", [_weights(tmp_path)])
+    client = MlflowClient(tracking_uri=(tmp_path / "runs" / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("depth-growth")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name, run.data.params) == (
+        "FINISHED", "quickstart/pretrain", {"learning_rate": "0.001"},
+    )  # fmt: skip
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")][-1] == (3, 1.5)
+    stored = tmp_path / "runs" / "mlruns"
+    files = {path.name: path for path in stored.rglob("artifacts/**/*") if path.is_file()}
+    assert json.loads(files["results.json"].read_text())["data"] == [["perplexity", 9.0]]
+    assert files["loss.png"].read_bytes() == (tmp_path / "loss.png").read_bytes()
+    assert ("model.safetensors" in files) == uploads and "quickstart-sft.json" in files
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("wandb", "tensorboard", "mlflow", "none"):
+        assert not_installed(_target(tmp_path, backend=backend).settings) is None
+    monkeypatch.setattr("pipeline.trackers.find_spec", lambda name: None)
+    fault = not_installed(_target(tmp_path, backend="mlflow").settings)
+    assert fault is not None and fault.setting == "tracking.backend" and "pip install mlflow-skinny" in fault.remedy

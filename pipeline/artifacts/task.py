@@ -29,7 +29,7 @@ class TrackingTarget:
     group: str  # the pipeline run, for example "quickstart"
     job_type: str  # the stage, for example "pretrain" or "evaluate/sft"
     run_id: str  # the same for all attempts at one artifact
-    wandb_dir: Path  # for the files of W&B
+    directory: Path  # of the run, for the files of the tracker
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def task_to_json(task: StageTask) -> dict[str, Any]:
             "group": task.tracking.group,
             "job_type": task.tracking.job_type,
             "run_id": task.tracking.run_id,
-            "wandb_dir": str(task.tracking.wandb_dir),
+            "directory": str(task.tracking.directory),
         },
     }
 
@@ -79,6 +79,6 @@ def task_from_json(value: Mapping[str, Any]) -> StageTask:
             group=tracking["group"],
             job_type=tracking["job_type"],
             run_id=tracking["run_id"],
-            wandb_dir=Path(tracking["wandb_dir"]),
+            directory=Path(tracking["directory"]),
         ),
     )

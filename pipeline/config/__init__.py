@@ -47,6 +47,7 @@ class Settings(Section):
     output_dir: OutputDir
     group_writable: bool  # let the group write to everything that is created, for an output_dir of several users
     action: Literal["run", "plan", "submit", "status", "verify", "clean", "chat", "export"]
+    watch: bool  # with action=status: repeat it until everything is there
     dry_run: bool  # with action=submit or export: say what would be submitted or written, and change nothing
     confirm: bool  # with action=clean: remove what is listed otherwise
     target: Line  # with action=chat or export: a stage, or a model directory

@@ -78,10 +78,13 @@ def _project(name: str) -> str:
 
 
 class Tracking(Section):
-    """Logging to Weights & Biases. Metrics are always written to a JSONL file in the artifact as well."""
+    """Logging to an experiment tracker. Metrics are always written to a JSONL file in the artifact as well."""
 
+    backend: Literal["wandb", "tensorboard", "mlflow", "none"]
+    log_model: bool  # upload the models with the report, instead of recording where they are
+    notify: Line | None  # a command that is run with outcome and report path when a run has ended or failed
     wandb: Literal["offline", "online", "disabled"]  # WANDB_MODE and WANDB_DISABLED can change it
-    project: Annotated[Line, Field(max_length=128), AfterValidator(_project)]
+    project: Annotated[Line, Field(max_length=128), AfterValidator(_project)]  # W&B's project, MLflow's experiment
     entity: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None  # a user or team; null: W&B's default
 
 

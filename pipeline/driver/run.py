@@ -146,7 +146,7 @@ def make_task(run: Settings, node: Node) -> StageTask:
             group=run.name,
             job_type=node.name,
             run_id=node.artifact.key[:16],
-            wandb_dir=Path(run.output_dir).absolute() / run.name,
+            directory=Path(run.output_dir).absolute() / run.name,
         ),
     )
 

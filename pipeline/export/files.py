@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.files import read_json, write_json
-from pipeline.models.source import SIDE_FILES
-from pipeline.models.weight_files import INDEX, find_weights
+from pipeline.models.source import model_files
 
-EXPORTED = ("config.json", INDEX, *SIDE_FILES, "expansion.json", "README.md")
+ADDED = ("expansion.json", "README.md")
 PATH_ENTRIES = ("_name_or_path", "name_or_path")  # where transformers loaded a model or tokenizer from
 
 
@@ -23,7 +22,7 @@ def stage_files(model: Path, folder: Path) -> None:
         folder: is created if it does not exist.
     """
     folder.mkdir(exist_ok=True)
-    for file in [*find_weights(model), *(model / name for name in EXPORTED if (model / name).is_file())]:
+    for file in [*model_files(model), *(model / name for name in ADDED if (model / name).is_file())]:
         place = folder / file.name
         content = read_json(file) if file.name.endswith("config.json") else {}
         if set(PATH_ENTRIES) & set(content):

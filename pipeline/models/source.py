@@ -86,6 +86,12 @@ def resolve(model: Model) -> ModelSource:
     return _on_hub(model)
 
 
+def model_files(directory: Path) -> list[Path]:
+    """Returns the files of a model directory that loading reads: config, weights, tokenizer and chat template."""
+    others = [directory / name for name in ("config.json", INDEX, *SIDE_FILES)]
+    return [*find_weights(directory), *(file for file in others if file.is_file())]
+
+
 def wanted_files(model: Model) -> list[str]:
     """Returns patterns of the files that loading needs, with remote code only if the settings ask for it."""
     if model.gguf_file is not None:

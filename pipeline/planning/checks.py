@@ -21,6 +21,7 @@ from pipeline.config.execution import GPUS
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
 from pipeline.driver.graph import Node
+from pipeline.driver.notify import notification
 from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
@@ -32,7 +33,7 @@ from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
-from pipeline.tracking import login_fault, wandb_mode
+from pipeline.trackers import login_fault, not_installed, wandb_mode
 from pipeline.training.job import snapshot_dir
 from pipeline.training.rates import requested_multiples
 from pipeline.training.selection import no_matrix_error
@@ -392,6 +393,15 @@ def _login(prepared: PreparedRun) -> Faults:
         yield fault
 
 
+def _tracker(prepared: PreparedRun) -> Faults:
+    """The client of the tracker is installed, and the command of ``tracking.notify`` exists."""
+    tracking = prepared.run.tracking
+    if (fault := not_installed(tracking)) is not None:
+        yield fault
+    if tracking.notify is not None:
+        yield from _raised_by(lambda: notification(tracking.notify or ""))
+
+
 def _disk(prepared: PreparedRun) -> Faults:
     needed, free = disk_needed(prepared).total, free_bytes(prepared.run.output_dir)
     if free < needed:
@@ -461,5 +471,6 @@ CHECKS = (
     Check(partial(_data, "instructions"), stops=("tokenize/instructions",), needs="instructions"),
     Check(_chat_template, stops=("tokenize/instructions",), needs="shape"),
     Check(_login, stops=STAGE_NAMES),
+    Check(_tracker, stops=STAGE_NAMES),
     Check(_disk, stops=STAGE_NAMES, needs="sizes"),
 )

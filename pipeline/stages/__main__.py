@@ -21,6 +21,7 @@ from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.files import disk_errors_as_user_errors, read_json, write_json
 from pipeline.launch.child import end_with_parent, redirect_output
 from pipeline.launch.environment import create_code_caches
+from pipeline.models.source import model_files
 from pipeline.progress import set_stream
 from pipeline.tracking import Tracker
 
@@ -54,9 +55,12 @@ def _run_stage(task: StageTask) -> Metrics:
     with Tracker(task.tracking, task.out, task.settings.model_dump(mode="json")) as tracker:
         metrics: Metrics = function(task)
         tracker.log(_flatten_numbers(metrics), step=0)
-        if "table" in metrics:  # only shown in W&B, not recorded in the manifest
-            table = metrics.pop("table")
+        # Tables, plots and models are only for the tracker, and not recorded in the manifest.
+        if (table := metrics.pop("table", None)) is not None:
             tracker.table("results", table["columns"], table["rows"])
+        tracker.images([Path(image) for image in metrics.pop("images", [])])
+        for name, directory in metrics.pop("models", {}).items():
+            tracker.model(name, model_files(Path(directory)))
     return metrics
 
 

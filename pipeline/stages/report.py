@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from pipeline.artifacts.task import Metrics, StageTask
-from pipeline.config import Report
+from pipeline.config import MODEL_TARGETS, Report
 from pipeline.report import RunArtifacts, write_report
 from pipeline.report.results import Result
 
@@ -21,7 +21,19 @@ def run(task: StageTask) -> Metrics:
     runs = [RunArtifacts(name, method, directories(task.parents, name)) for name, method in settings.runs.items()]
     results = write_report(runs, task.out)
     table = {"columns": list(Result.__annotations__), "rows": [list(result.values()) for result in results]}
-    return {"runs": len(runs), "rows": len(results), "table": table}
+    images = [str(file) for file in sorted(task.out.glob("*.png"))]
+    return {"runs": len(runs), "rows": len(results), "table": table, "images": images, "models": _models(runs)}
+
+
+def _models(runs: Sequence[RunArtifacts]) -> dict[str, str]:
+    """Returns the directories of the models by name, those that several runs share once."""
+    found = {
+        run.directories[stage]: f"{run.name}-{stage}"
+        for run in runs
+        for stage in MODEL_TARGETS
+        if stage in run.directories and (run.directories[stage] / "config.json").is_file()
+    }
+    return {name: str(directory) for directory, name in found.items()}
 
 
 def directories(parents: Mapping[str, Path], run: str) -> dict[str, Path]:

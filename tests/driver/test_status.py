@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.__main__ import compose_jobs
+from pipeline.__main__ import compose_jobs, main
 from pipeline.config import Settings
 from pipeline.driver.graph import Inputs, Node, build_graph
 from pipeline.driver.run import FAILURE_FILE
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import slurm_dir
+from pipeline.errors import EXIT_DONE
 from pipeline.files import write_json
 from pipeline.launch import slurm
 from pipeline.launch.slurm import JobInfo
@@ -98,3 +99,21 @@ def test_a_job_that_was_submitted_with_other_settings_is_not_shown(run: Run, mon
     entry = {"job": 12, "key": "another", "log": "x"}
     write_json(slurm_dir(run[0]) / "jobs.json", {"pretrain": entry})
     assert "job" not in _line(run, "pretrain")
+
+
+def test_watching_repeats_the_status_until_it_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.command.time.sleep", sleep)
+    command = ["+experiment=quickstart", f"output_dir={tmp_path}", "action=status", "watch=true"]
+    assert main([*command, "stages=[load]"]) == EXIT_DONE
+    assert capsys.readouterr().out.count("absent   load") == 3
+    assert main([*command, "stages=[]"]) == EXIT_DONE  # everything is there
+    assert len(waits) == 3

@@ -12,11 +12,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
-from pipeline.config import Source, Tokenize, Tracking
+from pipeline.config import Source, Tokenize
 from pipeline.data.python_docs import instruction_pairs
 from pipeline.data.templates import PLAIN_TEMPLATE
 from pipeline.stages import tokenize
-from tests.plain_settings import cpu_launch
+from tests.plain_settings import NO_TRACKING, cpu_launch
 
 LENGTH = 512
 SPLITS = ("train", "held_out")
@@ -61,7 +61,7 @@ def dataset(request: pytest.FixtureRequest, smollm2_dir: Path, tmp_path_factory:
         forgetting=None, validation_fraction=0.0, max_forgetting_tokens=None, chat_template=request.param,
         system_messages="keep", max_dropped=0.5, max_record_bytes=2**28,
     )  # fmt: skip
-    tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "g", "tokenize", "i", out)
+    tracking = TrackingTarget(NO_TRACKING, "g", "tokenize", "i", out)
     launch = cpu_launch()
     tokenize.run(StageTask("tokenize/instructions", settings, {"load": smollm2_dir}, out, 0, launch, tracking))
     return out

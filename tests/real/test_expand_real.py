@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget
-from pipeline.config import AnyExpand, Tracking
+from pipeline.config import AnyExpand
 from pipeline.expansion.lesa_predictions import prepare_role
 from pipeline.expansion.method import LayerWeights, Workspace
 from pipeline.expansion.methods.lesa import Lesa
@@ -23,7 +23,7 @@ from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
 from pipeline.stages import expand
 from tests.naive import fused_layer, predicted_matrix, relative_difference, sinkhorn_in_logs, svd_factors
-from tests.plain_settings import cpu_launch
+from tests.plain_settings import NO_TRACKING, cpu_launch
 
 MODULES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -47,7 +47,7 @@ def _layer(directory: Path, layer: int) -> LayerWeights:
 
 def _expand(base: Path, settings: AnyExpand, out: Path) -> Metrics:
     launch = cpu_launch(threads="auto")
-    tracking = Tracking(wandb="disabled", project="test", entity=None)
+    tracking = NO_TRACKING
     target = TrackingTarget(tracking, "test", "expand", "test", out / "wandb")
     return expand.run(StageTask("expand", settings, {"load": base}, out, 0, launch, target))
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
-from pipeline.config import Launch, Section, Tracking
+from pipeline.config import Launch, Section
+from tests.plain_settings import NO_TRACKING
 
 
 def make_task(
@@ -14,7 +15,7 @@ def make_task(
 ) -> StageTask:
     """Returns a task of the given stage that writes to ``out``, which is created."""
     out.mkdir(parents=True, exist_ok=True)
-    tracking = Tracking(wandb="disabled", project="tests", entity=None)
-    target = TrackingTarget(tracking, group="test", job_type=name, run_id="test", wandb_dir=out)
+    tracking = NO_TRACKING
+    target = TrackingTarget(tracking, group="test", job_type=name, run_id="test", directory=out)
     launch = Launch.model_construct(device="cpu", processes=1, threads=1)
     return StageTask(name, settings, parents or {}, out, seed, launch, target)

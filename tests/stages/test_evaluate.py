@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.artifacts.task import SAME_LOGITS, StageTask, TrackingTarget, task_from_json, task_to_json
-from pipeline.config import Evaluate, EvaluateSnapshot, Tracking
+from pipeline.config import Evaluate, EvaluateSnapshot
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
@@ -25,7 +25,7 @@ from pipeline.stages import evaluate
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import save_snapshot
 from tests.evaluation.custom_tasks import write_custom_tasks
-from tests.plain_settings import cpu_launch
+from tests.plain_settings import NO_TRACKING, cpu_launch
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
     }  # fmt: skip
     out.mkdir(exist_ok=True)
     launch = cpu_launch(processes=2)
-    tracking = TrackingTarget(Tracking(wandb="disabled", project="p", entity=None), "group", "evaluate/load", "id", out)
+    tracking = TrackingTarget(NO_TRACKING, "group", "evaluate/load", "id", out)
     settings = Evaluate(**{**values, **changes})
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)
 

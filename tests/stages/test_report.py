@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
-from pipeline.config import Report, Tracking
+from pipeline.config import Report
 from pipeline.report.runs import RunArtifacts
 from pipeline.stages.report import directories, run
-from tests.plain_settings import cpu_launch
+from tests.plain_settings import NO_TRACKING, cpu_launch
 from tests.report.finished_runs import finished_run
 
 
 def _task(root: Path, runs: list[RunArtifacts]) -> StageTask:
     out = root / "report.partial"
     out.mkdir()
-    tracking = Tracking(wandb="disabled", project="p", entity=None)
+    tracking = NO_TRACKING
     return StageTask(
         name="report",
         settings=Report(runs={run.name: run.method for run in runs}),

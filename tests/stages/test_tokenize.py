@@ -12,13 +12,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
-from pipeline.config import Source, Tokenize, Tracking
+from pipeline.config import Source, Tokenize
 from pipeline.data import python_docs
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.stages import tokenize
-from tests.plain_settings import cpu_launch
+from tests.plain_settings import NO_TRACKING, cpu_launch
 
 SPLITS = ("train", "held_out")
 
@@ -45,9 +45,7 @@ def _task(model: Path, out: Path, purpose: Any, path: Path | None, **changes: An
     settings = Tokenize(**{"purpose": purpose, "sources": [source], **values, **changes})
     out.mkdir(exist_ok=True)
     launch = cpu_launch()
-    tracking = TrackingTarget(
-        Tracking(wandb="disabled", project="p", entity=None), "group", f"tokenize/{purpose}", "id", out
-    )
+    tracking = TrackingTarget(NO_TRACKING, "group", f"tokenize/{purpose}", "id", out)
     return StageTask(f"tokenize/{purpose}", settings, {"load": model}, out, 0, launch, tracking)
 
 

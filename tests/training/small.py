@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 
 from pipeline.artifacts.task import StageTask, TrackingTarget
-from pipeline.config import Tracking, Train
-from tests.plain_settings import cpu_launch
+from pipeline.config import Train
+from tests.plain_settings import NO_TRACKING, cpu_launch
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VOCABULARY = 384
@@ -86,7 +86,7 @@ def _save(path: Path, values: np.ndarray, dtype: type) -> None:
 
 def training_task(settings: Train, model: Path, data: Path, out: Path, processes: int = 1) -> StageTask:
     """Creates a pretrain task on CPU workers that writes to ``out``."""
-    tracking = Tracking(wandb="disabled", project="test", entity=None)
+    tracking = NO_TRACKING
     return StageTask(
         name="pretrain",
         settings=settings,
