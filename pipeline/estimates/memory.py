@@ -8,6 +8,7 @@ f the MLP's units, S the sequence length and c the bytes of a number in compute:
                           repeated for every head, except by document on CPUs (on GPUs torch 2.11 repeats them
                           there too); with sdpa also c·S  the mask
     MLP                   3·c·f  gate, its activation and up (1 without a gate), and c·f their product if weights train
+    k experts per token   c·k·h  their outputs, and c·k·h their inputs, which are sorted by expert, if weights train
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores only its input, c·h,
 and one layer at a time stores everything. The gradients of the current layer take as much as it stores. What a ZeRO
@@ -173,6 +174,7 @@ def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[s
     trains = any("norm" not in name for name in names)
     norms = sum(name.endswith("norm.weight") and size == (shape.hidden_size,) for name, size in layer.tensors.items())
     mlp = width * units * ((3 if layer.is_gated else 1) + trains)
+    mlp += width * layer.experts_per_token * shape.hidden_size * (1 + trains)
     return setup.tokens * (norms * shape.hidden_size * (WIDE + 2 * width * trains) + _attention(shape, setup) + mlp)
 
 

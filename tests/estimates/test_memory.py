@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.config import AnyExpand
 from pipeline.estimates import (
@@ -21,6 +22,7 @@ from pipeline.estimates import (
 )
 from pipeline.expansion.method import method_of
 from pipeline.models.families import Shape, shape_of
+from tests.tiny_families import tiny_model
 from tests.training.small import train_settings
 
 LLAMA3_8B = {
@@ -77,6 +79,37 @@ def test_averages_take_four_bytes_more_per_parameter_in_memory_and_checkpoints()
         for has_averages in (True, False)
     )  # fmt: skip
     assert (with_averages, without) == (3 * 16 * trained.parameters, 3 * 12 * trained.parameters)
+
+
+@pytest.mark.parametrize(
+    "family, entries",
+    [
+        ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 448}),
+        ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48}),
+        ("qwen2_moe", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 88,
+                       "shared_expert_intermediate_size": 352}),
+    ],
+)  # fmt: skip
+def test_what_a_layer_with_experts_stores_is_what_autograd_saves(family: str, entries: dict[str, int]) -> None:
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    model = tiny_model(family, num_hidden_layers=1, **{**sizes, **entries}).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    tokens = torch.arange(128)[None]
+    hidden = torch.randn(1, 128, 128, requires_grad=True)
+    angles = model.base_model.rotary_emb(hidden, tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model.layers[0](hidden, position_embeddings=angles, attention_mask=None, position_ids=tokens)
+    expected = sum(storage.nbytes() for place, storage in saved.items() if place not in weights)
+    trained = trained_part("pretrain", "all", shape_of(model.config.to_dict()), {})
+    setup = Setup(train_settings(sequence_length=128, micro_batch=1), "float32", 1, on_gpu=True)
+    # The gradients of the only layer take as much as it stores.
+    assert memory_of(trained, setup).activations / 2 == pytest.approx(expected, rel=0.1)
 
 
 def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:

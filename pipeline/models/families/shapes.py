@@ -51,6 +51,11 @@ class LayerShape:
         """Number of parameters that one token uses."""
         return int(sum(map(self._active_entries, self.tensors)))
 
+    @property
+    def experts_per_token(self) -> int:
+        """The experts that a token is routed to. 0 in a dense layer."""
+        return int(max((self.tensors[name][0] for name in self.experts), default=0) * self.expert_share)
+
     def mlp_units(self, hidden_size: int) -> int:
         """The intermediate size of the MLP, or the sum over the experts that one token is routed to."""
         return int(sum(map(self._active_entries, self.mlp_outputs)) / hidden_size)
