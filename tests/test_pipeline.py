@@ -138,6 +138,19 @@ def test_status_and_plan_change_nothing(shrunk: list[str], tmp_path: Path) -> No
 
 
 @SHARING
+def test_a_dry_run_of_an_upload_lists_the_model_and_its_card(
+    shrunk: list[str], finished: str, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(outputs)
+    command = ["+experiment=quickstart", *shrunk, "action=export", "export.repository=me/deeper", "dry_run=true"]
+    for target in ("load", "sft"):
+        assert main([*command, f"target={target}"]) == EXIT_DONE
+        listed = set(re.findall(r" bytes  (\S+)", capsys.readouterr().out))
+        assert listed >= {"README.md", "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+        assert ("expansion.json" in listed) == (target == "sft") and "manifest.json" not in listed
+
+
+@SHARING
 def test_chat_answers_questions_from_a_pipe(shrunk: list[str], finished: str, outputs: Path) -> None:
     """With the models of a finished run, and the same again from their directories."""
     command = ["+experiment=quickstart", *shrunk, "action=chat", "chat.max_new_tokens=4"]

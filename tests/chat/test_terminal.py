@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_models_are_compared_each_with_its_own_answers(model: ChatModel, directo
             expected += _turn(each.name, history[-1]["content"])
     assert histories["load"] != histories["sft"]
     assert _shown([other, model], ["What is an item?", "Why?"]) == expected
+
+
+def test_a_terminal_shows_several_models_in_columns(model: ChatModel, directory: Path) -> None:
+    other = ChatModel.load("load", directory, "cpu", GREEDY)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    converse([other, model], ["What is an item?"], console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert [line for line in lines if line.count("load") == 1 and line.count("sft") == 1]
+    word = max(re.findall(r"\w+", model.answer([{"role": "user", "content": "What is an item?"}]), re.ASCII), key=len)
+    assert [line for line in lines if line.count(word) == 2], (word, lines[-6:])
 
 
 def test_answers_that_are_generated_together_are_those_of_each_alone(model: ChatModel) -> None:
