@@ -422,7 +422,6 @@ def test_online_tracking_without_a_login(
         ("pretrain.base_learning_rate", ["pretrain.base_learning_rate=1e-4"]),
         ("pretrain.router_aux_loss", ["pretrain.router_aux_loss=0.01"]),  # of a dense model
         ("pretrain.corpus_fraction", ["pretrain.corpus_fraction=0.1"]),
-        ("sft.corpus_fraction", ["sft.corpus_fraction=0.1", "sft.sequence_length=48"]),
         ("launch.device", ["launch.device=cuda"]),
         ("sft.deepspeed.overrides", ["sft.deepspeed.overrides={optimizer: {type: SGD}}"]),
     ],

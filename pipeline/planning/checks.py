@@ -198,22 +198,14 @@ def _training(section: str, prepared: PreparedRun) -> Faults:
     yield from training_faults(section, getattr(run, section), run.launch, context, machine, submitted)
 
 
-def _corpus_share(section: str, prepared: PreparedRun) -> Faults:
-    """Only sft mixes blocks of the corpus into its own data, whose length must divide theirs."""
-    pretrain, sft = prepared.run.pretrain, prepared.run.sft
-    if section == "pretrain" and pretrain.corpus_fraction:
+def _corpus_share(prepared: PreparedRun) -> Faults:
+    """Only sft mixes blocks of the corpus into its own data."""
+    if prepared.run.pretrain.corpus_fraction:
         yield UserError(
             setting="pretrain.corpus_fraction",
-            value=pretrain.corpus_fraction,
+            value=prepared.run.pretrain.corpus_fraction,
             rule="pretrain trains on the corpus alone",
             remedy="Set pretrain.corpus_fraction=0.0, or give the corpus several sources with weights.",
-        )
-    if section == "sft" and sft.corpus_fraction and pretrain.sequence_length % sft.sequence_length:
-        yield UserError(
-            setting="sft.corpus_fraction",
-            value=sft.corpus_fraction,
-            rule=f"blocks of {pretrain.sequence_length} tokens cannot be cut into blocks of {sft.sequence_length}",
-            remedy=f"Set sft.sequence_length to {pretrain.sequence_length} or a divisor of it.",
         )
 
 
@@ -458,8 +450,7 @@ CHECKS = (
     Check(partial(_trainable, "sft"), stops=("sft",), needs="sizes"),
     Check(partial(_training, "pretrain"), stops=("pretrain",)),
     Check(partial(_training, "sft"), stops=("sft",)),
-    Check(partial(_corpus_share, "pretrain"), stops=("pretrain",)),
-    Check(partial(_corpus_share, "sft"), stops=("sft",)),
+    Check(_corpus_share, stops=("pretrain",)),
     Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),

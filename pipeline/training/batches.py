@@ -104,13 +104,13 @@ class TokenBlocks:
 
         Args:
             directory: the stage's own data.
-            corpus: documents to mix in, in blocks that are as long or a multiple of it; None for none.
+            corpus: documents to mix in, in blocks of any length; None for none.
             fraction: of the sequences that are blocks of the corpus.
         """
         blocks = cls(directory, "train")
         if corpus is None:
             return blocks
-        return MixedBlocks(blocks, CutBlocks(corpus, "train", blocks.sequence_length), fraction)
+        return MixedBlocks(blocks, ResizedBlocks(corpus, "train", blocks.sequence_length), fraction)
 
     @classmethod
     def evaluated(cls, directory: Path) -> dict[Split, TokenBlocks]:
@@ -159,21 +159,22 @@ class TokenBlocks:
         return int(np.count_nonzero(self._loss_mask[indices]))
 
 
-class CutBlocks(TokenBlocks):
-    """Blocks of documents, cut into shorter ones.
+class ResizedBlocks(TokenBlocks):
+    """The tokens of blocks of documents, in blocks of another length. Those that do not fill the last one are left out.
 
     Args:
         directory: a tokenize artifact.
         split: one of its splits.
-        length: tokens per block, a divisor of the artifact's.
+        length: tokens per block.
     """
 
     def __init__(self, directory: Path, split: Split, length: int) -> None:
         super().__init__(directory, split)
-        assert self.sequence_length % length == 0, (self.sequence_length, length)
+        tokens = len(self) * self.sequence_length // length * length
         # These reshape the mapping, and read nothing.
         self._input_ids, self._position_ids, self._loss_mask = (
-            array.reshape(-1, length) for array in (self._input_ids, self._position_ids, self._loss_mask)
+            array.reshape(-1)[:tokens].reshape(-1, length)
+            for array in (self._input_ids, self._position_ids, self._loss_mask)
         )
 
     def rows(self, indices: Indices) -> Rows:
@@ -245,6 +246,7 @@ def global_batch(seed: int, step: int, blocks: int, size: int, corpus: int = 0, 
         corpus: blocks of a corpus, whose indices follow those of the others; see ``MixedBlocks``.
         fraction: of the sequences that are blocks of the corpus, exact to within one sequence after every step.
     """
+    assert corpus > 0 or fraction == 0.0
     positions = np.arange((step - 1) * size, step * size)
     before = np.floor(positions * fraction).astype(np.int64)  # sequences from the corpus before each position
     is_corpus = np.floor((positions + 1) * fraction).astype(np.int64) > before

@@ -20,7 +20,7 @@ from pipeline.launch.workers import run_workers
 from pipeline.progress import ProgressBar, progress
 from pipeline.tracking import METRICS_FILE, parse_metrics
 from pipeline.training.schedule import total_steps
-from pipeline.training.validate import validate_data
+from pipeline.training.validate import validate_corpus, validate_data
 
 WORKER = "pipeline.training.worker"
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # in the artifact; checkpoints are removed once training is done
@@ -69,6 +69,8 @@ def _run_workers(task: StageTask) -> None:
     settings = task.settings
     assert isinstance(settings, Train)
     validate_data(task.name, settings, task.parents["data"], task.parents["model"])
+    if "corpus" in task.parents:
+        validate_corpus(task.name, settings, task.parents["corpus"])
     logs = task.out / LOGS
     logs.mkdir(parents=True, exist_ok=True)
     (logs / START_FILE).unlink(missing_ok=True)  # of an earlier attempt

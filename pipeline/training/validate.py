@@ -222,3 +222,20 @@ def validate_data(section: str, train: Train, data_dir: Path, model_dir: Path) -
             rule=f"the model's vocabulary has only {vocabulary}",
             remedy="Use the tokenizer that was trained with the model.",
         )
+
+
+def validate_corpus(section: str, train: Train, corpus_dir: Path) -> None:
+    """Checks that the corpus that is mixed in fills at least one sequence.
+
+    Raises:
+        UserError: it does not.
+    """
+    data = read_json(corpus_dir / "dataset.json")
+    tokens = data["blocks"]["train"] * data["sequence_length"]
+    if tokens < train.sequence_length:
+        raise UserError(
+            setting=f"{section}.corpus_fraction",
+            value=train.corpus_fraction,
+            rule=f"data.corpus has {tokens} training tokens, and a sequence has {train.sequence_length}",
+            remedy=f"Provide more data, or set {section}.corpus_fraction=0.0.",
+        )

@@ -34,12 +34,12 @@ def _naive_sequences(directory: Path, seed: list[int], length: int) -> Iterator[
     """Yields token ids, positions and loss mask of one sequence after another, epoch after epoch."""
     arrays = [np.load(directory / f"train.{name}.npy") for name in ("input_ids", "position_ids", "loss_mask")]
     sequences = []
-    for block in zip(*(array.tolist() for array in arrays), strict=True):
-        for start in range(0, len(block[0]), length):
-            ids, positions, mask = (values[start : start + length] for values in block)
-            rest = next((i for i, position in enumerate(positions) if position == 0), length)
-            positions[:rest] = range(rest)  # the rest of a document that was cut
-            sequences.append([ids, positions, [0, *mask[1:]]])
+    flat = [array.flatten().tolist() for array in arrays]
+    for start in range(0, len(flat[0]) - length + 1, length):
+        ids, positions, mask = (values[start : start + length] for values in flat)
+        rest = next((i for i, position in enumerate(positions) if position == 0), length)
+        positions[:rest] = range(rest)  # the rest of a document that was cut
+        sequences.append([ids, positions, [0, *mask[1:]]])
     for epoch in itertools.count():
         for index in np.random.default_rng([*seed, epoch]).permutation(len(sequences)):
             yield sequences[index]

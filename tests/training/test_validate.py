@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.machine import Machine
-from pipeline.training.validate import training_faults, validate_data
+from pipeline.training.validate import training_faults, validate_corpus, validate_data
 from tests.plain_settings import cpu_launch
 from tests.training.small import train_settings, write_blocks
 
@@ -102,3 +102,10 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(tmp_path: Path):
     data = write_blocks(tmp_path / "data")
     with pytest.raises(UserError, match="vocabulary has only 100"):
         validate_data("pretrain", train_settings(), data, write_model(tmp_path / "model", vocab_size=100))
+
+
+def test_a_corpus_that_does_not_fill_a_sequence_is_refused(tmp_path: Path) -> None:
+    corpus = write_blocks(tmp_path / "corpus", blocks=3, length=16)
+    validate_corpus("sft", train_settings(sequence_length=48, corpus_fraction=0.5), corpus)
+    with pytest.raises(UserError, match="48 training tokens, and a sequence has 49"):
+        validate_corpus("sft", train_settings(sequence_length=49, corpus_fraction=0.5), corpus)

@@ -105,9 +105,9 @@ def fused_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
 
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blocks that are twice as long as those that they are mixed into, and contain other tokens."""
-    text = np.random.default_rng(5).integers(3, VOCABULARY, 7 * 64).tolist()
-    return write_blocks(tmp_path_factory.mktemp("corpus"), blocks=5, held_out=2, length=64, text=text)
+    """Blocks of another length than those that they are mixed into, with other tokens."""
+    text = np.random.default_rng(5).integers(3, VOCABULARY, 9 * 40).tolist()
+    return write_blocks(tmp_path_factory.mktemp("corpus"), blocks=7, held_out=2, length=40, text=text)
 
 
 @pytest.fixture(scope="module")
