@@ -21,6 +21,7 @@ from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import read_json, write_json
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.stored_parameters import StoredParameters
 from pipeline.stages import evaluate
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import save_snapshot
@@ -224,7 +225,7 @@ def test_a_snapshot_is_scored_as_it_was_and_leaves_no_copy(tiny_llama_dir: Path,
     base, name = ModelDirectory(tiny_llama_dir), "model.layers.1.mlp.down_proj.weight"
     artifact = tmp_path / "artifact"
     artifact.mkdir()
-    save_snapshot(snapshot_dir(artifact, 0.2), base, [name], iter([(name, base.read(name))]))
+    save_snapshot(snapshot_dir(artifact, 0.2), StoredParameters(base), [name], iter([(name, base.read(name))]))
     export_with_replaced(tiny_llama_dir, artifact, {name: base.read(name) * 50})
     plain = _task(tiny_llama_dir, corpus, tmp_path / "plain", tasks=["held_out_text"])
     task = _task(artifact, corpus, tmp_path / "way", tasks=["held_out_text"])
