@@ -22,6 +22,7 @@ from pipeline.models.weight_files import INDEX
 from pipeline.models.writing import ShardWriter
 from pipeline.stages import tokenize
 from pipeline.training import checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter
 from tests.stages.test_tokenize import _task
 from tests.training.test_checkpoint import DictOptimizerState
 
@@ -102,7 +103,9 @@ def _save(directory: Path, step: int) -> None:
     log.write_text("".join(f'{{"step": {number}}}\n' for number in range(1, step + 1)))
     place = directory / "checkpoints"
     state = {"progress": {"step": step}}
-    checkpoint.save(place, step, DictOptimizerState(step), state, True, keep=1, shard_bytes=200, files=[log])
+    writer = CheckpointWriter(place, DictOptimizerState(step), keep=1)
+    writer.save(step, state, [log])
+    writer.finish()
 
 
 def _newest_checkpoint(directory: Path) -> Files:

@@ -24,7 +24,7 @@ from pipeline.config import Train
 from pipeline.estimates.sizes import Trained
 from pipeline.models.families import LayerShape, Shape
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
-from pipeline.training.precision import BYTES, Precision, chunk_rows
+from pipeline.training.precision import AVERAGE_BYTES, BYTES, CHECKPOINT_BYTES, Precision, chunk_rows
 
 WIDE = 4  # bytes of a float32
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default number of parameters that stay gathered
@@ -86,6 +86,7 @@ class Memory:
     activations: int
     logits: int  # with the loss and the gradient of the head
     buckets: int
+    staging: int  # what a rank writes of a checkpoint; in the host's memory, so that it only counts on CPUs
 
     @property
     def total(self) -> int:
@@ -102,6 +103,7 @@ def memory_of(trained: Trained, setup: Setup) -> Memory:
         activations=_activations(trained, setup),
         logits=_logits(trained, setup),
         buckets=_buckets(trained, setup),
+        staging=_staging(trained, setup),
     )
 
 
@@ -154,6 +156,13 @@ def _buckets(trained: Trained, setup: Setup) -> int:
     # is copied to float32, which takes as much.
     doubled = zero.get("overlap_comm", False) and zero["stage"] < 3
     return WIDE * bucket * (2 if doubled else 1)
+
+
+def _staging(trained: Trained, setup: Setup) -> int:
+    if setup.on_gpu:
+        return 0
+    averages = AVERAGE_BYTES if setup.train.ema_decay is not None else 0
+    return trained.parameters * (CHECKPOINT_BYTES + averages) // setup.ranks
 
 
 # ------------------------------------------------------------------------ stored between forward and backward

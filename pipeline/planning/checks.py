@@ -5,6 +5,7 @@ No check reads weights: of the model, only its config and the headers of its wei
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
+from pipeline.planning.training import plan_training
 from pipeline.trackers import login_fault, not_installed, wandb_mode
 from pipeline.training.job import snapshot_dir
 from pipeline.training.rates import requested_multiples
@@ -261,6 +263,22 @@ def _memory(section: str, prepared: PreparedRun) -> Faults:
         )
 
 
+def _signal(section: str, prepared: PreparedRun) -> Faults:
+    """By estimate, a batch job that Slurm is about to end has time to save."""
+    if prepared.run.action != "submit":  # a plan shows it beside the hours, since it may be of a run without Slurm
+        return
+    plan, signal_seconds = plan_training(prepared, section), prepared.run.slurm.signal_seconds
+    if plan is None or plan.stop_seconds <= signal_seconds:
+        return
+    yield UserError(
+        setting="slurm.signal_seconds",
+        value=signal_seconds,
+        rule=f"{section} takes about {plan.stop_seconds:.0f} seconds to finish a step, a checkpoint that is being "
+        f"written and the last one ({gib(plan.checkpoint_bytes)} each), and Slurm would kill it before",
+        remedy=f"Set slurm.signal_seconds={math.ceil(plan.stop_seconds / 60 + 1) * 60}.",
+    )
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -453,6 +471,8 @@ CHECKS = (
     Check(_corpus_share, stops=("pretrain",)),
     Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),
+    Check(partial(_signal, "pretrain"), stops=("pretrain",), needs="sizes"),
+    Check(partial(_signal, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
     Check(_saved, stops=("sft", "evaluate")),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),

@@ -20,6 +20,7 @@ MOST_NAMES = 4
 COMPONENTS = {
     "weights": "weights", "gradients": "gradients, float32", "optimizer": "optimizer state, float32",
     "activations": "activations", "logits": "logits and loss", "buckets": "reduction buckets",
+    "staging": "copy for checkpoints",
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_model(plan, console)
     _print_stages(plan, console)
     if plan.training:
-        _print_training(plan.training, console)
+        _print_training(plan, console)
     _print_disk(plan, console)
     _print_blockers(plan, console)
 
@@ -85,14 +86,16 @@ ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
     ("FLOPs", lambda plan: _or_not_yet(plan.flops, "{}")),
     ("devices", lambda plan: f"{plan.setup.ranks} × {_device(plan)}"),
     ("hours", lambda plan: _hours(plan)),
+    ("checkpoint", lambda plan: f"{gib(plan.checkpoint_bytes)}, written in {plan.write_seconds:.3g} s"),
 )
 
 
-def _print_training(plans: Iterable[TrainingPlan], console: Console) -> None:
-    plans = list(plans)
+def _print_training(plan: Plan, console: Console) -> None:
+    plans, signal_seconds = plan.training, plan.run.slurm.signal_seconds
     table = _table("", "training", *(plan.section for plan in plans))
     for name, value in ROWS:
         table.add_row("", name, *map(value, plans))
+    table.add_row("", "seconds to stop", *(_stopping(each, signal_seconds) for each in plans))
     table.add_section()
     table.add_row("", "memory per device", *map(_engine, plans))
     for field in fields(Memory):
@@ -117,6 +120,11 @@ def _hours(plan: TrainingPlan) -> str:
     if plan.hours is None:
         return NOT_YET
     return f"{plan.hours:.3g} at {plan.launch.utilization:.0%} of {plan.gpu.bfloat16_tflops:.0f} TFLOP/s each"
+
+
+def _stopping(plan: TrainingPlan, signal_seconds: int) -> str:
+    shown = f"{plan.stop_seconds:.3g}"
+    return shown if plan.stop_seconds <= signal_seconds else f"{shown}, more than slurm.signal_seconds={signal_seconds}"
 
 
 def _device(plan: TrainingPlan) -> str:

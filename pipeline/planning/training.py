@@ -8,7 +8,17 @@ from pipeline.config import Data, Launch, Train
 from pipeline.config.execution import GPUS, Gpu
 from pipeline.data import sources
 from pipeline.driver.graph import Node
-from pipeline.estimates import Memory, Setup, Trained, largest_micro_batch, memory_of, usable
+from pipeline.estimates import (
+    Memory,
+    Setup,
+    Trained,
+    TrainingOutputs,
+    largest_micro_batch,
+    memory_of,
+    stop_seconds,
+    usable,
+    write_seconds,
+)
 from pipeline.files import read_json
 from pipeline.planning.prepared import PreparedRun
 from pipeline.training.schedule import total_steps
@@ -47,6 +57,7 @@ class TrainingPlan:
     setup: Setup
     amount: Amount
     launch: Launch
+    nodes: int
     memory: Memory
     largest_micro_batch: int | None
 
@@ -70,10 +81,30 @@ class TrainingPlan:
     @property
     def hours(self) -> float | None:
         """Duration on all devices together at ``launch.utilization``."""
-        if self.gpu is None or self.flops is None or self.launch.utilization == 0:
+        seconds = self.step_seconds
+        return None if seconds is None or self.amount.steps is None else self.amount.steps * seconds / 3600
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Duration of an optimizer step at ``launch.utilization``."""
+        if self.gpu is None or self.launch.utilization == 0:
             return None
-        flops_per_second = self.setup.ranks * self.gpu.bfloat16_tflops * 1e12 * self.launch.utilization
-        return self.flops / flops_per_second / 3600
+        return self.step_flops / (self.setup.ranks * self.gpu.bfloat16_tflops * 1e12 * self.launch.utilization)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of one checkpoint."""
+        return TrainingOutputs(self.trained.parameters, 1, 0, self.setup.train.ema_decay is not None).checkpoint_bytes
+
+    @property
+    def write_seconds(self) -> float:
+        """How long a checkpoint is written in the background."""
+        return write_seconds(self.checkpoint_bytes, self.nodes)
+
+    @property
+    def stop_seconds(self) -> float:
+        """The longest time from a signal to the end of training, without the step if its duration is not known."""
+        return stop_seconds(self.checkpoint_bytes, self.nodes, self.step_seconds or 0.0)
 
 
 def plan_training(prepared: PreparedRun, section: str) -> TrainingPlan | None:
@@ -86,7 +117,8 @@ def plan_training(prepared: PreparedRun, section: str) -> TrainingPlan | None:
     amount = amount_of(train, prepared.nodes[f"tokenize/{purpose}"], expected)
     gpu = GPUS.get(launch.device)
     largest = None if gpu is None else largest_micro_batch(trained, setup, usable(gpu.memory_gib * 2**30))
-    return TrainingPlan(section, trained, setup, amount, launch, memory_of(trained, setup), largest)
+    nodes = prepared.machine(section).nodes
+    return TrainingPlan(section, trained, setup, amount, launch, nodes, memory_of(trained, setup), largest)
 
 
 def amount_of(train: Train, data: Node, expected: int | None) -> Amount:

@@ -1,44 +1,29 @@
 """Checkpoints of a training stage: trained master weights, their moments, and progress. No pickle.
 
-A checkpoint is a directory ``step-00000100`` of safetensors shards, a copy of the metrics log and ``state.json``. The
-latter lists every file with its hash, the progress, and what the checkpoint belongs to (base model and data by hash,
-settings, seed). Frozen weights are not saved. Tensors are stored in full under the model's names, so a checkpoint can
-be loaded with any number of ranks and any ZeRO stage. The directory is renamed to its final name after all of its
-content has been flushed to disk, so a checkpoint is either complete or absent.
+A checkpoint is a directory ``step-00000100`` with one safetensors file per rank that saved it, a copy of the metrics
+log and ``state.json``. The latter lists every file with its hash, the progress, and what the checkpoint belongs to
+(base model and data by hash, settings, seed). Frozen weights are not saved. Every file contains the elements that its
+rank owned, under the model's names, and ``state.json`` says where they belong. Full tensors are assembled from them on
+reading, so a checkpoint can be loaded with any number of ranks and any ZeRO stage. ``checkpoint_writer`` writes it.
 
 The data order and the random numbers need no state, since both are functions of (seed, step).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from pipeline.errors import TrainingFailure
-from pipeline.files import (
-    DISK_FULL_ERRNOS,
-    disk_errno,
-    free_bytes,
-    fsync,
-    fsync_directory,
-    read_json,
-    sha256_file,
-    sha256_json,
-    write_json,
-)
+from pipeline.files import read_json, sha256_file, sha256_json
 from pipeline.tracking import METRICS_FILE
 from pipeline.training.optimizer_state import OptimizerState
 
-SHARD_BYTES = 2**30
 STATE_FILE = "state.json"
 
 
@@ -54,7 +39,7 @@ class Checkpoint:
         return int(self.path.name.removeprefix("step-"))
 
     def content(self) -> dict[str, Any]:
-        """Returns ``state.json``: progress, identity, shard hashes, and the shard of every parameter."""
+        """Returns ``state.json``: progress, identity, hashes of all files, and where every parameter is stored."""
         content: dict[str, Any] = read_json(self.path / STATE_FILE)
         return content
 
@@ -84,25 +69,43 @@ class Checkpoint:
 
 
 class CheckpointTensors(Mapping[str, torch.Tensor]):
-    """One float32 tensor of every trained parameter in a checkpoint. Only the one being accessed is in memory."""
+    """One float32 tensor of every trained parameter in a checkpoint. Only the one being accessed is in memory.
 
-    def __init__(self, directory: Path, shard_of: Mapping[str, str], key: str = "weight") -> None:
-        self._directory, self._shard_of, self._key = directory, shard_of, key
+    Args:
+        directory: of the checkpoint.
+        places: where each parameter is stored: its shape and its parts, as ``checkpoint_writer.Parts`` has them, or
+            the file with the full tensors, in checkpoints of earlier versions.
+        key: which tensor of the optimizer state.
+    """
+
+    def __init__(self, directory: Path, places: Mapping[str, Any], key: str = "weight") -> None:
+        self._directory, self._places, self._key = directory, places, key
+        self._files: dict[str, Any] = {}
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """Returns a parameter's weight, moment or average; ``key`` is one of ``OptimizerState.keys``."""
-        with safe_open(self._directory / self._shard_of[name], framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(f"{key}.{name}")
+        place = self._places[name]
+        if isinstance(place, str):
+            return self._stored(place, f"{key}.{name}")
+        value = torch.empty(math.prod(place["shape"]))
+        for file, start, elements in place["parts"]:
+            value[start : start + elements] = self._stored(file, f"{key}.{name}")
+        return value.view(place["shape"])
+
+    def _stored(self, file: str, entry: str) -> torch.Tensor:
+        if file not in self._files:
+            self._files[file] = safe_open(self._directory / file, framework="pt")
+        tensor: torch.Tensor = self._files[file].get_tensor(entry)
         return tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, self._key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shard_of)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return len(self._places)
 
 
 def directory_name(step: int) -> str:
@@ -128,130 +131,3 @@ def restore(checkpoint: Checkpoint, optimizer_state: OptimizerState) -> None:
         for key in optimizer_state.keys(name):
             optimizer_state.write(name, key, tensors.read(name, key))
     optimizer_state.set_step(checkpoint.step)
-
-
-# ------------------------------------------------------------------------------------------- saving
-
-
-def save(
-    directory: Path,
-    step: int,
-    optimizer_state: OptimizerState,
-    state: Mapping[str, Any],
-    is_writer: bool,
-    keep: int,
-    shard_bytes: int = SHARD_BYTES,
-    files: Iterable[Path] = (),
-) -> int:
-    """Saves a checkpoint and removes old ones. Collective: all ranks read the state, and one of them writes it.
-
-    Args:
-        directory: where checkpoints are saved.
-        step: the optimizer step that has just been taken.
-        state: JSON values to be stored in ``state.json`` beside "shards", "tensors" and "files".
-        is_writer: whether this rank writes.
-        keep: how many of the newest checkpoints to keep, this one included.
-        shard_bytes: a shard is written once it holds this many bytes, which bounds the memory used.
-        files: small files to be copied into the checkpoint by the rank that writes.
-
-    Returns:
-        The checkpoint's size in bytes; 0 on ranks that do not write.
-
-    Raises:
-        TrainingFailure: the disk is full, or a value to be saved is not finite. Earlier checkpoints are intact.
-    """
-    final = directory / directory_name(step)
-    partial = final.with_name(f"{final.name}.partial")
-    if not is_writer:
-        _write_shards(partial, optimizer_state, is_writer, shard_bytes)
-        return 0
-    with report_full_disk(partial, f"the checkpoint of step {step}"):
-        for stale in directory.glob("step-*.partial"):  # of attempts that were killed while saving
-            shutil.rmtree(stale, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # training only repeats a step if that step's checkpoint is damaged
-        partial.mkdir(parents=True)
-        shard_of, shards = _write_shards(partial, optimizer_state, is_writer, shard_bytes)
-        copied = {path.name: sha256_file(shutil.copyfile(path, partial / path.name)) for path in files}
-        content = {**state, "shards": shards, "tensors": shard_of, "files": copied}
-        write_json(partial / STATE_FILE, {**content, "sha256": sha256_json(content)})
-        fsync_directory(partial)
-    os.replace(partial, final)
-    fsync(directory)  # makes the rename itself durable before older checkpoints are removed
-    _remove_old(final, keep)
-    return sum(path.stat().st_size for path in final.iterdir())
-
-
-def _write_shards(
-    directory: Path, optimizer_state: OptimizerState, is_writer: bool, shard_bytes: int
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the shard of every parameter and the hash of every shard."""
-    shard_of: dict[str, str] = {}
-    shards: dict[str, str] = {}
-    pending: dict[str, torch.Tensor] = {}
-
-    def write_pending() -> None:
-        name = f"{len(shards):05d}.safetensors"
-        shards[name] = ""  # other ranks only count the shards
-        if is_writer:
-            save_file(pending, directory / name)
-            shards[name] = sha256_file(directory / name)
-        pending.clear()
-
-    for parameter in optimizer_state.names():
-        for key in optimizer_state.keys(parameter):
-            value = optimizer_state.read(parameter, key)
-            _check_finite(value, parameter, key)
-            # Other ranks take part in reading, which is collective, but need not hold what they read.
-            pending[f"{key}.{parameter}"] = value if is_writer else value.new_empty(0)
-        # Shards end between parameters, so a parameter's weight and moments are always in one file.
-        shard_of[parameter] = f"{len(shards):05d}.safetensors"
-        if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes:
-            write_pending()
-    if pending:
-        write_pending()
-    return shard_of, shards
-
-
-def _check_finite(value: torch.Tensor, parameter: str, key: str) -> None:
-    # All ranks read the same value, so they all raise at the same tensor and none is left waiting in a collective.
-    if not torch.isfinite(value).all():
-        raise TrainingFailure(
-            f"the last step produced a non-finite {key} of {parameter}; it was not saved, and the last checkpoint is "
-            "intact. Lower learning_rate or max_grad_norm, or raise warmup_fraction."
-        )
-
-
-def _remove_old(latest: Path, keep: int) -> None:
-    """Removes all checkpoints but ``latest`` and the ``keep - 1`` before it.
-
-    Checkpoints of later steps are removed too. Training resumed before them because they were damaged.
-    """
-    found = sorted(latest.parent.glob("step-????????"))
-    end = found.index(latest) + 1
-    for path in (*found[: max(0, end - keep)], *found[end:]):
-        shutil.rmtree(path)
-
-
-@contextmanager
-def report_full_disk(partial: Path, what: str) -> Iterator[None]:
-    """Replaces the errors of a full or failing disk by one message, and removes the partly written directory.
-
-    Args:
-        partial: the directory being written.
-        what: its content, for the message.
-
-    Raises:
-        TrainingFailure: a disk, quota or file size limit was reached, or the disk fails.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if (number := disk_errno(error)) is None:
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingFailure(
-            f"{what} could not be saved in {partial.parent}: {error}. Earlier checkpoints are intact; "
-            f"{free_bytes(partial.parent) / 2**20:,.0f} MiB are free there. "
-            f"{'Free some space' if number in DISK_FULL_ERRNOS else 'Check the disk'} and repeat "
-            "the same command; it resumes from the last checkpoint."
-        ) from error

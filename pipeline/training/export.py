@@ -95,6 +95,7 @@ def export_trained_model(
             "saved": progress.saves,
             # If the run was killed after its last checkpoint, the seconds of that one are not included.
             "seconds": progress.save_seconds,
+            "stall_seconds": progress.stall_seconds,
             "bytes": sum(path.stat().st_size for path in last.path.iterdir()),
         },
         "warnings": [*_spike_warnings(progress), *_collapse_warnings(progress)],

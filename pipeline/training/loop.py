@@ -62,7 +62,8 @@ class Progress:
     concentrated_steps: dict[str, int] = field(default_factory=dict)  # up to now, by layer whose router may collapse
     collapsed_routers: dict[str, int] = field(default_factory=dict)  # the step at which each was found, by layer
     saves: int = 0  # checkpoints, including the one being saved
-    save_seconds: float = 0.0  # of earlier checkpoints
+    save_seconds: float = 0.0  # of earlier checkpoints, until they were complete
+    stall_seconds: float = 0.0  # for which training waited for them
     held_out: list[dict[str, float]] = field(default_factory=list)  # the loss of every evaluated split by ``LOSS_OF``
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Loop:
         section: "pretrain" or "sft", for messages.
         evaluated: the splits whose loss is computed, the held-out one first.
         wants_stop: called once per step. If it returns True on any rank, all ranks stop after that step.
-        save: saves a checkpoint of the current progress. Collective.
+        save: saves a checkpoint of the current progress, which is written while training continues. Collective.
         save_snapshot: saves the current model as the snapshot at a fraction of the steps. Collective.
         tracker: receives the metrics; None on all ranks but the first.
         routing: of a mixture of experts; None for other models.

@@ -7,6 +7,7 @@ which DeepSpeed updates from the master weights only in a step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -77,6 +80,10 @@ class OptimizerState:
         """Returns the keys of what a checkpoint saves of a parameter."""
         return ("weight", *(MUON_STATE if name in self._matrices else ADAMW_STATE), *self._averages)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a trained parameter."""
+        return tuple(full_shape(self._parameters[name]))
+
     def write_initial(self, name: str, weight: torch.Tensor) -> None:
         """Sets a weight, and its average to the same value. Collective, like ``write``."""
         for key in ("weight", *self._averages):
@@ -94,14 +101,44 @@ class OptimizerState:
         """
         parameter = self._parameters[name]
         if self._zero0:
-            # Parameters are float32 at ZeRO 0 (see deepspeed_config), so they are their own master weights.
-            value = parameter.data if key == "weight" else self._engine.optimizer.state[parameter][key]
+            value = self._whole(parameter, key)
         elif key == "weight":
             value = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, key)
         assert value is not None and value.dtype == torch.float32, (name, key)
         return value.detach().cpu()
+
+    def owned(self, name: str, key: StateKey) -> tuple[int, torch.Tensor]:
+        """Returns the elements of a tensor that this rank saves. The elements of all ranks together are the tensor.
+
+        Not collective. The elements are not copied, so the next optimizer step changes them.
+
+        Returns:
+            The index of the first element in the flattened tensor, and the elements, [elements], possibly none.
+        """
+        parameter: Any = self._parameters[name]
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self._zero0:  # every rank has all of them
+            value = self._whole(parameter, key).flatten()
+            start, end = value.numel() * rank // ranks, value.numel() * (rank + 1) // ranks
+            return start, value[start:end]
+        if self._zero3:
+            weight = key == "weight"
+            value = safe_get_local_fp32_param(parameter) if weight else safe_get_local_optimizer_state(parameter, key)
+            elements = math.prod(full_shape(parameter))
+            start = min(parameter.ds_tensor.ds_numel * rank, elements)
+            return start, value.detach()[: elements - start]  # without the padding
+        fragment = parameter._hp_mapping
+        if fragment is None:  # the parameter is outside this rank's partition
+            return 0, torch.empty(0, device=parameter.device)
+        elements = fragment.get_hp_fragment(None if key == "weight" else key)
+        return fragment.lp_fragment_address.start, elements.detach()
+
+    def _whole(self, parameter: nn.Parameter, key: StateKey) -> torch.Tensor:
+        """Returns a tensor at ZeRO 0. Parameters are float32 there (see deepspeed_config): they are the weights."""
+        value = parameter if key == "weight" else self._engine.optimizer.state[parameter][key]
+        return value.detach()
 
     def write(self, name: str, key: StateKey, value: torch.Tensor) -> None:
         """Sets a full tensor. A weight is also written to the compute weights, in their dtype.
@@ -111,8 +148,7 @@ class OptimizerState:
         parameter = self._parameters[name]
         value = value.to(self._engine.device, torch.float32)
         if self._zero0:
-            target = parameter.data if key == "weight" else self._engine.optimizer.state[parameter][key]
-            target.copy_(value)
+            self._whole(parameter, key).copy_(value)
         elif self._zero3:
             self._write_partition(parameter, key, value)
         elif key == "weight":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from pipeline.tracking import METRICS_FILE, Tracker
 from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter, report_full_disk
 from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine
 from pipeline.training.export import export_trained_model, exported_key
 from pipeline.training.gradients import GradientNorms, group_parameters
@@ -95,7 +97,11 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
     parts = _prepare(context)
     progress, identity, notes = _start_or_resume(context, parts)
     peak = peak_of(context.device, context.precision)
-    with _tracker(context, progress) as tracker:
+    timeout = context.task.launch.collective_timeout_seconds
+    writer = CheckpointWriter(
+        context.checkpoints, parts.optimizer_state, context.settings.keep_checkpoints, context.device, timeout
+    )
+    with writer, _tracker(context, progress) as tracker:
         # The tracker has just dropped the log's lines after the checkpoint. The driver reads the log only once it has
         # seen this announcement.
         if context.rank == 0:
@@ -113,13 +119,15 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             peak=peak,
             device=context.device,
             progress=progress,
-            wants_stop=wants_stop,
-            save=lambda current: _save_checkpoint(context, parts.optimizer_state, identity, current),
+            # A stop saves, and that raises what went wrong while the previous checkpoint was written.
+            wants_stop=lambda: writer.has_failed or wants_stop(),
+            save=lambda current: _save_checkpoint(context, writer, identity, current),
             save_snapshot=lambda fraction: _save_snapshot(context, parts.optimizer_state, fraction),
             tracker=tracker,
             routing=parts.routing,
         )
         status = loop.run()
+        _finish_checkpoint(writer, progress)
     if status == "done":
         losses = _use_averages(context.settings, parts.optimizer_state, loop)
         enter("exporting the model", is_alone=True)
@@ -278,24 +286,25 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
 
 
 def _save_checkpoint(
-    context: RankContext, optimizer_state: OptimizerState, identity: dict[str, Any], progress: Progress
+    context: RankContext, writer: CheckpointWriter, identity: dict[str, Any], progress: Progress
 ) -> None:
     enter("saving a checkpoint", is_alone=True)
+    started = time.perf_counter()
+    progress.save_seconds += writer.finish()
     progress.saves += 1
     # "spread" is the name that existing checkpoints use.
     state = {"identity": identity, "progress": progress.to_json(), "spread": _summation_settings(context)}
+    writer.save(progress.step, state, files=[context.task.out / METRICS_FILE])
+    progress.stall_seconds += time.perf_counter() - started
+
+
+def _finish_checkpoint(writer: CheckpointWriter, progress: Progress) -> None:
+    """Waits until the last checkpoint is complete. Collective."""
+    enter("writing the last checkpoint", is_alone=True)
     started = time.perf_counter()
-    checkpoint.save(
-        context.checkpoints,
-        progress.step,
-        optimizer_state,
-        state,
-        is_writer=context.rank == 0,
-        keep=context.settings.keep_checkpoints,
-        files=[context.task.out / METRICS_FILE],
-    )
-    wait_for_all("saving a checkpoint")
-    progress.save_seconds += time.perf_counter() - started
+    progress.save_seconds += writer.finish()
+    wait_for_all("writing the last checkpoint")
+    progress.stall_seconds += time.perf_counter() - started
 
 
 def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fraction: float) -> None:
@@ -306,7 +315,8 @@ def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fracti
     weights = ((name, optimizer_state.read(name, key)) for name in names)
     if context.rank == 0:
         directory = snapshot_dir(context.task.out, fraction)
-        with checkpoint.report_full_disk(partial_snapshot(directory), f"the snapshot at {fraction:g} of the steps"):
+        partial, what = partial_snapshot(directory), f"the snapshot at {fraction:g} of the steps"
+        with report_full_disk(partial.parent, what, lambda: shutil.rmtree(partial, ignore_errors=True)):
             save_snapshot(directory, StoredParameters(ModelDirectory(context.model_dir)), names, weights)
     else:
         deque(weights, maxlen=0)  # consumes the generator: reading is collective, so every rank must read

@@ -18,10 +18,10 @@ import pytest
 
 from pipeline.__main__ import compose_jobs, main
 from pipeline.driver.graph import lineage
-from pipeline.errors import EXIT_DONE, EXIT_REQUEST
+from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.models import hub
 from pipeline.planning import prepare
-from pipeline.planning.checks import refuse_blocked
+from pipeline.planning.checks import find_blockers, refuse_blocked
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.training.small import write_blocks
 
@@ -112,6 +112,8 @@ def test_the_training_of_lesa_in_numbers(plan: Plan) -> None:
     assert "3.49B of 11.52B, 30.3 %" in output
     assert re.search(r"steps +6,000", output) and re.search(r"tokens per step +131,072", output)
     assert re.search(r"tokens +786 M", output)
+    assert re.search(r"checkpoint +39.0 GiB, written in 83.8 s", output)  # 12 bytes per parameter at 0.5 GB/s
+    assert re.search(r"seconds to stop +169 ", output)  # two of them and a step
     assert "sizes from model.shape" in output
 
 
@@ -241,6 +243,25 @@ def test_a_batch_job_is_checked_with_only_the_nodes_that_it_needs(
         needed = lineage([node])
         needs = {name: each for name, each in prepared.nodes.items() if each.artifact.key in needed}
         refuse_blocked(replace(prepared, nodes=needs))
+
+
+def test_a_signal_that_comes_too_late_is_shown_and_refused_for_batch_jobs(plan: Plan) -> None:
+    everything = ("pretrain.trainable=all", "launch.nodes=1")
+    output = plan("lesa_llama3", *everything)
+    assert re.search(r"seconds to stop +553, more than slurm.signal_seconds=300 +168", output)
+    assert "slurm.signal_seconds" not in _blockers(output)  # it may be the plan of a run without Slurm
+
+    def fault(*more: str) -> UserError | None:
+        command = ["+experiment=lesa_llama3", *everything, "action=submit", "dry_run=true", *more]
+        (prepared,) = prepare([compose_jobs(command, False, None)[0].settings])
+        found = [blocker.fault for blocker in find_blockers(prepared)]
+        return next((each for each in found if each.setting == "slurm.signal_seconds"), None)
+
+    refused = fault()
+    assert refused is not None and refused.rule.startswith("pretrain takes about 553 seconds")
+    assert refused.remedy == "Set slurm.signal_seconds=660."
+    assert fault("slurm.signal_seconds=660") is None
+    assert fault("slurm.pretrain.nodes=2") is None  # each writes half
 
 
 def test_stages_show_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

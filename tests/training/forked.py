@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -176,7 +177,9 @@ def _fork(request: dict[str, Any], rank: int, rendezvous: Path) -> int:
 def _child(request: dict[str, Any], rank: int) -> int:
     """Runs a request on one rank.
 
-    The request has either ``plan`` and ``logs``, or ``task_file`` and optionally ``die_at_file_event`` and ``limits``.
+    The request has either ``plan`` and ``logs``, or ``task_file`` and optionally ``die_at_file_event``, ``limits`` (of
+    ``limited_rank``, or of all) and ``slow_checkpoints``: the seconds that the threads that write checkpoints sleep
+    before they open a file.
     """
     from pipeline.launch.child import end_with_parent
     from pipeline.training import worker
@@ -191,12 +194,15 @@ def _child(request: dict[str, Any], rank: int) -> int:
         for entry in request["plan"]:
             run(entry)
         return 0
-    for name, limit in request.get("limits", {}).items():
+    limits = request.get("limits", {}) if rank == request.get("limited_rank", rank) else {}
+    for name, limit in limits.items():
         import resource
 
         resource.setrlimit(getattr(resource, name), (limit, limit))
     if rank == 0 and "die_at_file_event" in request:
         sys.addaudithook(_dying_hook(request["die_at_file_event"]))
+    if "slow_checkpoints" in request:
+        sys.addaudithook(_sleeping_hook(request["slow_checkpoints"]))
     return worker.main(Path(request["task_file"]), logs)
 
 
@@ -215,6 +221,17 @@ def _dying_hook(last: int) -> Callable[[str, tuple[Any, ...]], None]:
             seen += 1
             if seen == last:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def _sleeping_hook(seconds: float) -> Callable[[str, tuple[Any, ...]], None]:
+    """Returns an audit hook that delays the opening of files of checkpoints being written."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and is_partial_checkpoint(str(arguments[0])):
+            assert threading.current_thread() is not threading.main_thread()
+            time.sleep(seconds)
 
     return hook
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts.task import StageTask
+from pipeline.artifacts.task import StageTask, task_to_json
 from pipeline.errors import EXIT_REQUEST
 from pipeline.files import read_json, sha256_json, write_json
 from pipeline.launch.failure import rank_log
@@ -28,7 +28,7 @@ from tests.training.small import logged, train_settings
 pytestmark = pytest.mark.xdist_group("distributed")
 
 RANKS, SAVE_EVERY = 2, 3
-FILE_EVENTS_PER_SAVE = 12  # directories made, files opened and renamed; one more if a partial one is removed first
+FILE_EVENTS_PER_SAVE = 8  # directories made, files opened and renamed; more with two ranks, or a partial one before
 FIRST_INSIDE = 3  # before this event the partial directory may not exist yet
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "grad_norm/rest", "held_out_loss", "tokens", "flops")
 MakeTask = Callable[..., StageTask]
@@ -140,6 +140,52 @@ def test_a_full_disk_is_reported_and_no_saved_state_is_lost(make_task: MakeTask,
     assert saved_step(cut) == before
     assert forked_ranks.work(cut).wait() == {0: 0}
     assert logged(cut, "loss") == logged(straight, "loss")
+
+
+def test_training_that_continues_does_not_change_the_checkpoint_being_written(
+    make_task: MakeTask, forked_ranks: ForkedRanks, tmp_path: Path
+):
+    """The oracle is a run that ends after the same step, whose state nothing can change any more."""
+    settings = train_settings(steps=6, checkpoint_every_steps=2, keep_checkpoints=3, evaluate_at=[])
+    stopped, slow = make_task(settings, RANKS), make_task(settings, RANKS)
+    forked_ranks.run_plan(RANKS, [{"task": task_to_json(stopped), "stop_after": 2}], tmp_path)
+    assert set(forked_ranks.work(slow, slow_checkpoints=0.2).wait().values()) == {0}
+    ours, theirs = (checkpoint.Checkpoint(task.out / CHECKPOINTS / "step-00000002") for task in (slow, stopped))
+    assert ours.fault() is None
+    assert ours.content()["shards"] == theirs.content()["shards"]  # the hashes of both ranks' files
+    assert ours.content()["tensors"] == theirs.content()["tensors"]
+    progress = [found.content()["progress"] for found in (ours, theirs)]
+    assert progress[0].keys() == progress[1].keys()
+    assert all(progress[0][name] == progress[1][name] for name in progress[0] if "seconds" not in name)
+    seconds = read_json(slow.out / TRAINING_FILE)["checkpoints"]
+    assert seconds["seconds"] > 3 * 5 * 0.2 and seconds["saved"] == 3
+
+
+def test_a_stop_request_while_a_checkpoint_is_written_ends_with_a_complete_one(
+    make_task: MakeTask, forked_ranks: ForkedRanks
+):
+    task = make_task(train_settings(steps=200, checkpoint_every_steps=2), RANKS)
+    launch = forked_ranks.work(task, slow_checkpoints=0.1)
+    partial = task.out / CHECKPOINTS / "step-00000002.partial"
+    while not partial.exists() or last_step(task) <= 2:
+        time.sleep(0.001)
+    assert partial.exists()
+    launch.kill(1, signal.SIGTERM)
+    assert set(launch.wait().values()) == {0}
+    assert read_json(task.out / LOGS / OUTCOME_FILE) == {"status": "stopped"}
+    assert saved_step(task) == last_step(task)
+    assert not list((task.out / CHECKPOINTS).glob("*.partial"))
+
+
+def test_a_rank_that_cannot_write_its_part_ends_the_job_with_the_reason(make_task: MakeTask, forked_ranks: ForkedRanks):
+    task = make_task(train_settings(steps=6, checkpoint_every_steps=2), RANKS)
+    limits = {"RLIMIT_FSIZE": 50_000}
+    assert forked_ranks.work(task, limits=limits, limited_rank=1).wait()[1] == 1
+    outcome = read_json(task.out / LOGS / OUTCOME_FILE)
+    assert outcome["rank"] == 1 and outcome["explained"]
+    assert "the checkpoint of step 2 could not be saved" in outcome["cause"] and "Free some space" in outcome["cause"]
+    assert saved_step(task) == 0
+    assert set(forked_ranks.work(task).wait().values()) == {0}
 
 
 def test_a_disk_that_is_full_while_logging_is_reported(make_task: MakeTask, forked_ranks: ForkedRanks):
