@@ -38,7 +38,7 @@ ChunkLoss = Callable[[torch.Tensor, torch.Tensor, LogitTransform, bool], tuple[t
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the sum over tokens of -log softmax(x_NH w_VHᵀ)[target].
+    """Computes the sum over tokens of -log softmax(x_NH w_VHᵀ + b_V)[target].
 
     The forward pass computes the gradients as well, while a chunk's logits exist. The backward pass only scales them by
     the incoming gradient, which is a scalar, in place. It can therefore run only once.
@@ -49,39 +49,44 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         x_NH: torch.Tensor,
         w_VH: torch.Tensor,
+        b_V: torch.Tensor | None,
         targets_N: torch.Tensor,
         transform: LogitTransform,
         training: bool,
         chunk_loss: ChunkLoss,
     ) -> torch.Tensor:
-        needs_x, needs_w = (training and needed for needed in ctx.needs_input_grad[:2])
+        needs_x, needs_w, needs_b = (training and needed for needed in ctx.needs_input_grad[:3])
         dx_NH = torch.empty_like(x_NH) if needs_x else None
         # The weight's gradient is summed over chunks, which bfloat16 would round each time.
         dw_VH = torch.zeros_like(w_VH, dtype=_accumulation_dtype(w_VH.dtype)) if needs_w else None
+        db_V = torch.zeros_like(b_V, dtype=_accumulation_dtype(b_V.dtype)) if needs_b and b_V is not None else None
         total = torch.zeros((), dtype=_accumulation_dtype(x_NH.dtype), device=x_NH.device)
         size = chunk_rows(x_NH.device.type, w_VH.shape[0], transform.softcap is not None)
         for start in range(0, x_NH.shape[0], size):
             x, targets = x_NH[start : start + size], targets_N[start : start + size]
-            loss, dlogits = chunk_loss(linear(x, w_VH), targets, transform, needs_x or needs_w)
+            loss, dlogits = chunk_loss(linear(x, w_VH, b_V), targets, transform, needs_x or needs_w or needs_b)
             total += loss
             if dlogits is None:
                 continue
+            if db_V is not None:
+                db_V += dlogits.sum(dim=0)
             dlogits = dlogits.to(x.dtype)  # the products below run in the dtype of compute
             if dx_NH is not None:
                 dx_NH[start : start + size] = dlogits @ w_VH
             if dw_VH is not None:
                 _add_product(dw_VH, dlogits.T, x)
-        ctx.save_for_backward(dx_NH, dw_VH)
+        ctx.save_for_backward(dx_NH, dw_VH, db_V)
         ctx.weight_dtype = w_VH.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grad_outputs
-        dx_NH, dw_VH = ctx.saved_tensors
+        dx_NH, dw_VH, db_V = ctx.saved_tensors
         dx = None if dx_NH is None else dx_NH.mul_(grad.to(dx_NH.dtype))
         dw = None if dw_VH is None else dw_VH.mul_(grad).to(ctx.weight_dtype)
-        return dx, dw, None, None, None, None
+        db = None if db_V is None else db_V.mul_(grad).to(ctx.weight_dtype)
+        return dx, dw, db, None, None, None, None
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -155,15 +160,16 @@ def chunked_cross_entropy(
     targets_N: torch.Tensor,
     transform: LogitTransform | None = None,
     chunk_loss: ChunkLoss = loss_and_gradient,
+    b_V: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the summed cross entropy of N tokens, a scalar in float32 (float64 for float64 input).
 
-    Its value and gradients equal those of ``cross_entropy(x_NH @ w_VH.T, targets_N, reduction="sum")``.
+    Its value and gradients equal those of ``cross_entropy(linear(x_NH, w_VH, b_V), targets_N, reduction="sum")``.
     """
     # Inside a Function's forward, gradients are always disabled, and ``needs_input_grad`` ignores ``no_grad``.
     training = torch.is_grad_enabled()
     transform = transform or LogitTransform()
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(x_NH, w_VH, targets_N, transform, training, chunk_loss)
+    total: torch.Tensor = _ChunkedCrossEntropy.apply(x_NH, w_VH, b_V, targets_N, transform, training, chunk_loss)
     return total
 
 
@@ -195,7 +201,6 @@ class SummedLoss(nn.Module):
         self._attention = config._attn_implementation
         self._windows = window_sizes(model.config)
         self._autocast = autocast
-        assert model.get_output_embeddings().bias is None
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, indices: TokenIndices) -> torch.Tensor:
         """Returns the summed loss, a scalar.
@@ -220,7 +225,8 @@ class SummedLoss(nn.Module):
         with torch.autocast(input_ids.device.type, dtype=self._autocast) if is_cast else nullcontext():
             output = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keywords)
             x_NH = output.last_hidden_state.flatten(0, 1).index_select(0, indices.predicting)
-            weight = self.model.get_output_embeddings().weight
+            head = self.model.get_output_embeddings()
+            weight, bias = head.weight, getattr(head, "bias", None)
             if self._float32_products:
-                x_NH, weight = x_NH.float(), weight.float()
-            return chunked_cross_entropy(x_NH, weight, indices.targets, self._transform, self._chunk_loss)
+                x_NH, weight, bias = x_NH.float(), weight.float(), None if bias is None else bias.float()
+            return chunked_cross_entropy(x_NH, weight, indices.targets, self._transform, self._chunk_loss, bias)

@@ -46,7 +46,7 @@ def select_parameters(section: str, trainable: str, shape: Shape, expansion: Map
             case "norms":
                 chosen |= shape.norms
             case "head":
-                chosen.add(shape.head)
+                chosen |= {shape.head, *shape.head_bias}
             case _ if term in BY_EXPANSION:
                 chosen |= _by_expansion(section, term, layers, expansion)
             case _:

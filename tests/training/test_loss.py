@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pipeline.models.families import shape_of
 from pipeline.training.attention import DOCUMENTS
 from pipeline.training.batches import TokenIndices
 from pipeline.training.loss import (
@@ -21,13 +22,16 @@ from pipeline.training.loss import (
     loss_and_gradient,
 )
 from pipeline.training.precision import chunk_rows
+from pipeline.training.selection import select_parameters
+from tests.tiny_families import tiny_model
+from tests.training.naive_loop import naive_loss
 
 N, H, V = 37, 12, 51
 
 
-def plain(x_NH, w_VH, targets_N, transform: LogitTransform):
+def plain(x_NH, w_VH, targets_N, transform: LogitTransform, b_V=None):
     """The textbook computation: all logits at once, differentiated by torch."""
-    logits = x_NH @ w_VH.T * transform.scale
+    logits = (x_NH @ w_VH.T + (0 if b_V is None else b_V)) * transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     return cross_entropy(logits, targets_N, reduction="sum")
@@ -66,6 +70,39 @@ def check_equals_plain(transform: LogitTransform, chunk_loss: ChunkLoss) -> None
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("trained", ["xwb", "x", "b"])
+def test_a_head_with_a_bias_equals_plain_in_float64(small_chunks: None, trained: str):
+    torch.manual_seed(0)
+    targets, transform, results = torch.randint(0, V, (N,)), LogitTransform(0.5, 4.0), []
+    drawn = {"x": torch.randn(N, H).double(), "w": torch.randn(V, H).double(), "b": torch.randn(V).double()}
+    for function in (chunked_cross_entropy, plain):
+        x, w, b = (tensor.clone().requires_grad_(name in trained) for name, tensor in drawn.items())
+        value = function(x, w, targets, transform, b_V=b)
+        (value * 0.37).backward()
+        results.append([value, *(leaf.grad for leaf in (x, w, b) if leaf.requires_grad)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_bias_of_a_models_head_is_used_and_trained():
+    model = tiny_model("phi")
+    ids, positions = torch.randint(0, 384, (2, 24)), torch.arange(24).expand(2, 24)
+    losses = []
+    for summed in (True, False):
+        model.zero_grad()
+        if summed:
+            loss = SummedLoss(model)(ids, positions, TokenIndices.of(ids, positions, positions > 0)) / (2 * 23)
+        else:
+            loss = naive_loss(model, ids, positions, positions > 0)
+        loss.backward()
+        losses.append((loss.detach(), model.lm_head.bias.grad.clone(), model.model.embed_tokens.weight.grad.clone()))
+    for ours, theirs in zip(*losses, strict=True):
+        assert theirs.abs().max() > 0 and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    chosen = select_parameters("pretrain", "head", shape_of(model.config.to_dict()), {})
+    assert chosen == {"lm_head.weight", "lm_head.bias"}
+    assert not any(name.startswith("lm_head") for name in shape_of(model.config.to_dict()).norms)
+
+
 def test_a_frozen_head_gets_no_gradient_and_float32_is_accurate(small_chunks: None):
     torch.manual_seed(0)
     x, w, targets = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
@@ -84,7 +121,7 @@ def test_without_supervised_tokens_loss_and_gradient_are_zero():
 def test_logits_are_computed_in_chunks(small_chunks: None, monkeypatch: pytest.MonkeyPatch):
     rows = []
 
-    def spy(x, w):
+    def spy(x, w, b):
         rows.append(x.shape[0])
         return x @ w.T
 

@@ -117,6 +117,11 @@ class Shape:
         return matrices[-1]
 
     @property
+    def head_bias(self) -> frozenset[str]:
+        """The name of the head's bias, if it has one."""
+        return frozenset({self.head.removesuffix("weight") + "bias"} & self.after.keys())
+
+    @property
     def embeddings(self) -> frozenset[str]:
         """Full names of the embeddings of tokens, and of positions if they are learned."""
         return frozenset(name for name, shape in self.before.items() if len(shape) > 1)
@@ -125,6 +130,7 @@ class Shape:
     def norms(self) -> frozenset[str]:
         """Full names of the scales and shifts of all norms, inside and outside of the layers."""
         outside = {name for names in (self.before, self.after) for name, shape in names.items() if len(shape) == 1}
+        outside -= self.head_bias
         prefixes = [self.layer_prefix.format(layer=index) for index in range(len(self.layers))]
         inside = (prefix + name for prefix, layer in zip(prefixes, self.layers, strict=True) for name in layer.norms)
         return frozenset({*outside, *inside})

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import one_line
@@ -145,12 +146,12 @@ def _check_cache(model: PreTrainedModel) -> None:
 def why_not_trained(model: PreTrainedModel) -> str:
     """Returns why the training stages cannot train a model; empty if they can.
 
-    They compute the logits from the last hidden state and the head's matrix, and pack several documents into a block,
-    with positions that restart at every document.
+    They compute the logits from the last hidden state, the head's matrix and its bias, and pack several documents into
+    a block, with positions that restart at every document.
     """
     head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        return "its head is not a single matrix"
+    if head is None:
+        return "it has no head"
     tokens = tokens_for(model)
     half = tokens.shape[1] // 2
     positions = torch.arange(half)[None]
@@ -167,7 +168,7 @@ def why_not_trained(model: PreTrainedModel) -> str:
     if difference(alone.last_hidden_state, packed.last_hidden_state[:, half:]) > PACKING_TOLERANCE:
         return "documents that are packed into one block would not be separated"
     transform = LogitTransform.from_config(model.config)
-    logits = transform.scale * (alone.last_hidden_state @ head.weight.T)
+    logits = transform.scale * linear(alone.last_hidden_state, head.weight, getattr(head, "bias", None))
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     expected = model(tokens[:, half:], position_ids=positions, use_cache=False).logits
