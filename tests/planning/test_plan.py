@@ -196,7 +196,7 @@ def test_existing_artifacts_are_cached_and_their_token_blocks_are_counted(
     output = capsys.readouterr().out
     assert {name for name, state in _states(output).items() if state == "cached"} == there
     assert _states(output)["pretrain"] == "to do"
-    assert re.search(r"steps +3 +20 *$", output, re.MULTILINE)  # 2 epochs of 40 blocks, 4 a step
+    assert re.search(r"steps +3 +26 *$", output, re.MULTILINE)  # 2 epochs of 40 blocks, 3 per step and 1 of the corpus
     assert _hash_of(tmp_path) == before
     assert main([*command, "force=[load]", "action=plan"]) == EXIT_DONE
     assert set(_states(capsys.readouterr().out).values()) == {"to do"}
