@@ -137,7 +137,7 @@ class CheckpointWriter:
         def write() -> None:
             ready()
             own = partial / _file_name(self._rank)
-            with report_full_disk(self._directory, what, lambda: _remove(own)):
+            with report_full_disk(self._directory, what, lambda: self._remove(own)):
                 if self._rank != 0:
                     partial.mkdir(exist_ok=True)  # on network file systems it may not be visible yet
                 record = {"sha256": _write_tensors(own, parts, values), "parts": [vars(part) for part in parts]}
@@ -215,6 +215,16 @@ class CheckpointWriter:
         return copied.synchronize
 
     # --------------------------------------------------------------------------- in the background
+
+    def _remove(self, file: Path) -> None:
+        """Removes what this rank has written, and on rank 0 the directory if the others have not written to it yet.
+
+        Another rank may remove nothing else: rank 0 may be about to write to the directory.
+        """
+        file.unlink(missing_ok=True)
+        if self._rank == 0:
+            with suppress(OSError):
+                file.parent.rmdir()
 
     def _commit(
         self, partial: Path, own: dict[str, Any], state: Mapping[str, Any], copied: Mapping[str, bytes]
@@ -346,13 +356,6 @@ def _write(path: Path, contents: Iterable[bytes | memoryview]) -> str:
                     chunk = chunk[stream.write(chunk) :]
         os.fsync(stream.fileno())
     return digest.hexdigest()
-
-
-def _remove(file: Path) -> None:
-    """Removes what a rank has written, and the directory if no other rank has written to it."""
-    file.unlink(missing_ok=True)
-    with suppress(OSError):
-        file.parent.rmdir()
 
 
 def _remove_old(latest: Path, keep: int) -> None:
