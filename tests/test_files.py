@@ -18,6 +18,7 @@ import torch
 from pipeline.__main__ import main
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.driver import run as driver
+from pipeline.driver.parallel import MachineShare
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.files import (
     disk_errors_as_user_errors,
@@ -176,11 +177,11 @@ def test_disk_that_fills_up_during_a_stage(
     expand = disk / "artifacts" / "expand"
     execute = driver._execute
 
-    def fill_and_execute(task: StageTask) -> Metrics:
+    def fill_and_execute(task: StageTask, share: MachineShare) -> Metrics:
         if task.name == "expand":
             with open(disk / "other", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - MEBIBYTE // 8)
-        return execute(task)
+        return execute(task, share)
 
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_execute", fill_and_execute)

@@ -91,6 +91,25 @@ def test_reused_scores_are_those_of_scoring_the_model_itself(shrunk: list[str], 
     assert samples() == reused != []
 
 
+@SHARING
+def test_models_that_are_scored_at_the_same_time_have_the_same_scores(
+    shrunk: list[str], finished: str, outputs: Path
+) -> None:
+    evaluations = outputs / "outputs" / "quickstart" / "evaluate"
+
+    def results() -> dict[str, object]:
+        files = sorted(evaluations.glob("*/tasks/*.json"))
+        kept = ("rows", "samples", "first_tokens")
+        return {str(file.relative_to(evaluations)): [read_json(file)[name] for name in kept] for file in files}
+
+    one_by_one = results()
+    command = ["+experiment=quickstart", *shrunk, "stages=[evaluate]", "force=[evaluate]", "evaluate.processes=2"]
+    status, output = run(*command, cwd=outputs)
+    assert status == EXIT_DONE, output
+    assert re.search(r"build +evaluate/(\w+) (?:(?!done).)*build +evaluate/(?!\1)", output, re.DOTALL), output
+    assert results() == one_by_one and {name.partition("/")[0] for name in one_by_one} >= {"load", "pretrain", "sft"}
+
+
 @pytest.mark.parametrize("experiment", list_experiments([CONF]))
 def test_every_experiment_can_be_planned_on_other_inputs(
     experiment: str, shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.artifacts.store import begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
 from pipeline.config import Settings
 from pipeline.driver.graph import STAGES, Node, expected_files, forced, select_nodes
+from pipeline.driver.parallel import MachineShare, batches, build_all, shares_of
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_record, remove_abandoned, temporary_path, write_json
 from pipeline.launch.environment import child_environment
@@ -38,7 +40,7 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
     """Build the selected nodes of a run.
 
     Returns:
-        Seconds by node name, 0.0 for artifacts that existed.
+        Seconds by node name, in the order in which they ended, 0.0 for artifacts that existed.
 
     Raises:
         UserError: a stage rejected its input.
@@ -50,10 +52,15 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
     for directory in {(Path(run.output_dir) / run.name / name).parent for name in selected}:
         remove_abandoned(directory)
     redo = forced(selected, run.force)
-    seconds = {}
-    for name, node in selected.items():
-        seconds[name] = _provide(run, node, name in redo, console)
+    seconds: dict[str, float] = {}
+
+    def provide(node: Node, share: MachineShare) -> None:
+        seconds[node.name] = _provide(run, node, node.name in redo, share, console)
         link(run, node)
+
+    for batch in batches(selected):
+        missing = sum(node.name in redo or not node.artifact.is_complete() for node in batch)
+        build_all(batch, shares_of(run, missing), provide)
     return seconds
 
 
@@ -83,7 +90,7 @@ def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
     return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
 
 
-def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
+def _provide(run: Settings, node: Node, redo: bool, share: MachineShare, console: Console) -> float:
     """Build an artifact under its lock unless it exists. Returns the seconds that took."""
     if not redo and node.artifact.is_complete():
         console.print(f"  [green]there[/]  {node.name:<24} {node.artifact.key[:12]}")
@@ -101,10 +108,10 @@ def _provide(run: Settings, node: Node, redo: bool, console: Console) -> float:
             node.artifact.invalidate()
         if node.artifact.is_complete():  # built by the process that held the lock
             return 0.0
-        return _build(run, node, lock, console)
+        return _build(run, node, lock, share, console)
 
 
-def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
+def _build(run: Settings, node: Node, lock: Lock, share: MachineShare, console: Console) -> float:
     partial = node.artifact.partial
     failure, resumed = partial / FAILURE_FILE, partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
@@ -115,7 +122,7 @@ def _build(run: Settings, node: Node, lock: Lock, console: Console) -> float:
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
     started = time.monotonic()
     try:
-        metrics = _execute(make_task(run, node))
+        metrics = _execute(replace(make_task(run, node), launch=share.launch), share)
     except WorkersFailed as error:
         lock.confirm()  # the loss of the lock explains the failure, and the directory is another process's now
         failure.write_text(f"{error}\n")
@@ -151,30 +158,24 @@ def make_task(run: Settings, node: Node) -> StageTask:
     )
 
 
-def _execute(task: StageTask) -> Metrics:
+def _execute(task: StageTask, share: MachineShare) -> Metrics:
     stage = task.name.partition("/")[0]
     if STAGES[stage].own_process:
-        return _execute_in_process(task)
+        return _execute_in_process(task, share)
     metrics: Metrics = importlib.import_module(f"pipeline.stages.{stage}").run(task)
     return metrics
 
 
-def _execute_in_process(task: StageTask) -> Metrics:
-    """Run ``python -m pipeline.stages`` and read its outcome. Its standard input is a pipe, which ends it if we die."""
+def _execute_in_process(task: StageTask, share: MachineShare) -> Metrics:
+    """Run ``python -m pipeline.stages`` and read its outcome."""
     logs = task.out / "logs"  # not a temporary directory, because the stage may run on another node
     logs.mkdir(parents=True, exist_ok=True)
     task_file, outcome_file = logs / "task.json", logs / OUTCOME_FILE
     outcome_file.unlink(missing_ok=True)
     write_json(task_file, task_to_json(task))
     command = [*first_node_prefix(), sys.executable, "-m", "pipeline.stages", str(task_file), str(outcome_file)]
-    environment = {**child_environment(task.launch, os.environ), "TOKENIZERS_PARALLELISM": "true"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
-    try:
-        status = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    environment = {**child_environment(task.launch, os.environ), "TOKENIZERS_PARALLELISM": "true", **share.variables}
+    status = share.processes.run(command, environment)
     outcome = load_outcome(logs)
     raise_refusal(outcome)
     if outcome["status"] != "done":

@@ -83,6 +83,7 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
         _check_chat_template(lm, job, settings)
         for task in missing:
             lm.start(f"{job.name} {task}")
+            print(f"{job.name}: scoring {task}", flush=True)  # in the log, whose end the message of a failure has
             write_json(files[task], _score_task(task, loaded.pop(task), lm, settings))
             seal(seals[task], [files[task]])
     scored = {task: read_json(file) for task, file in files.items()}

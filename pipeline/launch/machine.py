@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Literal
 
-from pipeline.config import Launch
+from pipeline.config import Evaluate, Launch
 from pipeline.errors import UserError
 from pipeline.launch.slurm import current_allocation
 
@@ -72,6 +72,25 @@ def requested_placement(launch: Launch, machine: Machine) -> Placement:
     processes = launch.processes if launch.processes != "auto" else default_processes
     threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // processes)
     return Placement(device, processes, threads, machine.nodes)
+
+
+def evaluation_processes(evaluate: Evaluate, launch: Launch, machine: Machine) -> int:
+    """Returns how many models are evaluated at the same time: one per GPU, and by default one on CPUs.
+
+    Raises:
+        UserError: more than the machine has GPUs.
+    """
+    placement = requested_placement(launch, machine)
+    if evaluate.processes == "auto":
+        return placement.processes if placement.device == "cuda" else 1
+    if placement.device == "cuda" and evaluate.processes > max(1, machine.gpus):
+        raise UserError(
+            setting="evaluate.processes",
+            value=evaluate.processes,
+            rule=f"each process uses one GPU, and {machine.gpus} are available",
+            remedy="Set evaluate.processes=auto.",
+        )
+    return evaluate.processes
 
 
 @cache
@@ -151,6 +170,12 @@ def _torch_has_cuda() -> bool:
     spec = importlib.util.find_spec("torch")  # locates the package without importing it
     folders = (spec.submodule_search_locations or []) if spec else []
     return any(Path(folder, "lib").glob("libtorch_cuda*") for folder in folders)
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Returns the names by which ``CUDA_VISIBLE_DEVICES`` selects each of the visible GPUs of this machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(count)] if visible is None else visible.split(",")[:count]
 
 
 def _count_visible_gpus(prefix: list[str]) -> int:

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
+from pipeline.launch.machine import evaluation_processes
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
@@ -297,6 +298,12 @@ def _snapshots(prepared: PreparedRun) -> Faults:
             )
 
 
+def _evaluation_processes(prepared: PreparedRun) -> Faults:
+    """The machine has a GPU for every model that is to be scored at the same time."""
+    run = prepared.run
+    yield from _raised_by(lambda: evaluation_processes(run.evaluate, run.launch, prepared.machine("evaluate")))
+
+
 def _saved(prepared: PreparedRun) -> Faults:
     """Every training stage whose model a later stage reads saves it."""
     for node in prepared.missing.values():
@@ -474,6 +481,7 @@ CHECKS = (
     Check(partial(_signal, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_signal, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
+    Check(_evaluation_processes, stops=("evaluate",)),
     Check(_saved, stops=("sft", "evaluate")),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),
     Check(partial(_data, "corpus"), stops=("tokenize/corpus",), needs="corpus"),

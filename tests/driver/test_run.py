@@ -12,6 +12,7 @@ from rich.console import Console
 from pipeline.__main__ import compose_jobs
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.driver.graph import Inputs, build_graph
+from pipeline.driver.parallel import MachineShare
 from pipeline.driver.run import run_graph
 from pipeline.errors import WorkersFailed
 
@@ -26,11 +27,11 @@ def test_the_time_between_a_failed_attempt_and_the_next_is_not_counted(
     settings = compose_jobs(command, False, None)[0].settings
     nodes = build_graph(settings, Inputs("m", "c", "i", "p"))
 
-    def fail(task: StageTask) -> Metrics:
+    def fail(task: StageTask, share: MachineShare) -> Metrics:
         (task.out / "weights").write_text("some")
         raise WorkersFailed("killed")
 
-    def succeed(task: StageTask) -> Metrics:
+    def succeed(task: StageTask, share: MachineShare) -> Metrics:
         for name in ("config.json", "model.safetensors"):
             (task.out / name).write_text("content")
         return {}

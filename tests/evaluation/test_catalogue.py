@@ -27,6 +27,7 @@ def _evaluate(*tasks: str, include_path: str | None = None) -> Evaluate:
         "batch_size": 1,
         "rescore": False,
         "sample_answers": 0,
+        "processes": "auto",
     }
     return Evaluate(tasks=list(tasks), **values, prompt_format="plain", dtype="auto")
 

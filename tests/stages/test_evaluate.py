@@ -52,6 +52,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
         "tasks": list(BUNDLED), "include_path": None, "targets": ["load"], "num_fewshot": None, "limit": 12,
         "held_out_characters": 4000, "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
         "rescore": False, "sample_answers": 0,
+        "processes": "auto",
     }  # fmt: skip
     out.mkdir(exist_ok=True)
     launch = cpu_launch(processes=2)
