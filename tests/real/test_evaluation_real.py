@@ -34,6 +34,8 @@ def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
         dtype="auto",
         batch_size=32,
         rescore=False,
+        processes="auto",
+        sample_answers=0,
         sample_answers=0,
     )
     placement = Placement(device="cpu", processes=1, threads=detect_machine().cores)
