@@ -1,7 +1,8 @@
 """Prints what this machine has and what is missing for training on it:   scripts/setup --check
 
-Nothing is installed or changed. The exit code is 1 if something that every run needs is missing. What a particular run
-needs, such as memory, data and disk space, is what ``action=plan`` checks.
+This program changes nothing, but ``scripts/setup`` first creates ``.venv`` if it is missing or outdated. The exit code
+is 1 if something that every run needs is missing. What a particular run needs, such as memory, data and disk space, is
+what ``action=plan`` checks.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 
 from pipeline.driver.run import package_versions
 from pipeline.errors import UserError
@@ -24,7 +28,6 @@ from pipeline.launch.machine import detect_machine
 from pipeline.trackers import login_fault
 from pipeline.training.precision import BFLOAT16_FLAGS, cpu_flags
 
-HUB = ("huggingface.co", 443)
 HUB_SECONDS = 3.0
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_NEEDED = 2**30  # bytes per GPU, for NCCL's and the data loader's buffers
@@ -110,11 +113,12 @@ def _slurm() -> Finding:
 
 
 def _hub() -> Finding:
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
+    if constants.HF_HUB_OFFLINE:
         return Finding(
             "Hugging Face Hub", "offline (HF_HUB_OFFLINE): models and data come from its cache or from files"
         )
-    with suppress(OSError), socket.create_connection(HUB, timeout=HUB_SECONDS):
+    with suppress(OSError, HTTPError):
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
         return Finding("Hugging Face Hub", "reachable")
     remedy = "use local directories, or fill its cache elsewhere and set HF_HUB_OFFLINE=1 (docs/cluster.md)"
     return Finding("Hugging Face Hub", "not reachable", remedy)

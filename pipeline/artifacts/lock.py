@@ -127,12 +127,13 @@ class Lock:
     me: Holder
 
     @contextmanager
-    def held(self, on_wait: Callable[[str], None]) -> Iterator[bool]:
+    def held(self, on_wait: Callable[[str], None], before_look: Callable[[], None] = lambda: None) -> Iterator[bool]:
         """Acquires the lock, waiting if another process holds it, and releases it at the end.
 
         Args:
             on_wait: called once for each other holder, with a message that says who it is and whether it is alive, and
                 once more if the lock is taken over from it later.
+            before_look: called before every further look at the lock. It ends the wait by raising an exception.
 
         Yields:
             Whether the lock was taken over from a process on another machine. It is considered dead, but if it was only
@@ -142,7 +143,7 @@ class Lock:
             UserError: the directory contains files that no lock creates.
         """
         self._create()
-        taken_over = self._acquire(on_wait)
+        taken_over = self._acquire(on_wait, before_look)
         ended = threading.Event()
         heartbeat = threading.Thread(target=self._send_heartbeats, args=(ended,), name="lock-heartbeat", daemon=True)
         heartbeat.start()
@@ -226,7 +227,7 @@ class Lock:
             return False
         return True
 
-    def _acquire(self, on_wait: Callable[[str], None]) -> bool:
+    def _acquire(self, on_wait: Callable[[str], None], before_look: Callable[[], None]) -> bool:
         watch: _Watch | None = None
         looks = 0
         # If NFS loses the reply to a successful rename, it repeats the rename, which then fails. So also check whether
@@ -249,6 +250,7 @@ class Lock:
                     return holder.host != self.me.host
                 continue
             time.sleep(LOCK_POLL_SECONDS)
+            before_look()
         return False
 
     def _repair(self, looks: int, on_wait: Callable[[str], None]) -> None:

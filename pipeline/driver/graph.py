@@ -153,9 +153,9 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     base, expanded = (graph.nodes.get(Target(stage).role) for stage in ("load", "expand"))
     if base and expanded and run.expansion.keeps_logits and not run.evaluate.rescore:
         graph.nodes[expanded.name] = replace(expanded, reuses={SAME_LOGITS: base})
-    if run.evaluate.sample_answers:
+    models = {target.stage: target.stage for target in run.evaluate.models() if target.fraction is None}
+    if run.evaluate.sample_answers and models:
         # Not part of the scores, so that the base is not scored again when the conversations change.
-        models = {target.stage: target.stage for target in run.evaluate.models() if target.fraction is None}
         parents = {**models, "conversations": "tokenize/instructions"}
         graph.add(ANSWERS, Answers(questions=run.evaluate.sample_answers), parents)
     report = make_report(run, [(run, graph.nodes)])

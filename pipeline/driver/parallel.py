@@ -30,8 +30,7 @@ class StageProcesses:
             Stopped: ``end`` was called before the command ended.
         """
         with self._lock:
-            if self._ended:
-                raise Stopped("another stage has failed")
+            self.check()
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
             self._running.add(process)
         try:
@@ -42,9 +41,13 @@ class StageProcesses:
             raise
         finally:
             self._running.discard(process)
+        self.check()
+        return status
+
+    def check(self) -> None:
+        """Raises ``Stopped`` if ``end`` was called."""
         if self._ended:
             raise Stopped("another stage has failed")
-        return status
 
     def end(self) -> None:
         """Ends all processes, and starts no more."""
@@ -74,6 +77,9 @@ def shares_of(run: Settings, targets: int) -> list[MachineShare]:
 
     Args:
         targets: how many models there are to score. More shares are not made.
+
+    Raises:
+        UserError: ``evaluate.processes`` exceeds the number of GPUs.
     """
     if targets > 1 and not first_node_prefix():  # srun would let the steps of one job wait for each other
         machine = detect_machine()

@@ -100,7 +100,7 @@ def _provide(run: Settings, node: Node, redo: bool, share: MachineShare, console
         console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")
 
     lock = node.artifact.lock()
-    with lock.held(report_wait) as taken_over:
+    with lock.held(report_wait, share.processes.check) as taken_over:
         node.artifact.tidy()
         if taken_over:
             node.artifact.mark_shared()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from pipeline.chat.model import ChatModel
+from pipeline.chat.model import ChatModel, ContextFull
 from pipeline.config.actions import Chat
 from pipeline.data.dataset import HELD_OUT_FILE
+from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.launch.machine import Placement
 from pipeline.models.source import CHAT_TEMPLATE
@@ -33,6 +34,9 @@ def answer_questions(model: Path, conversations: Path, count: int, placement: Pl
 
     Returns:
         For each question ``{"question", "reference", "answer", "ended"}``.
+
+    Raises:
+        UserError: a question does not fit into the model's context.
     """
     chosen = _questions(conversations / HELD_OUT_FILE, count)
     if not chosen:
@@ -41,7 +45,15 @@ def answer_questions(model: Path, conversations: Path, count: int, placement: Pl
     template = conversations / CHAT_TEMPLATE
     end = read_json(conversations / "dataset.json")["end_of_turn"]
     chat = ChatModel.load(model.name, model, placement.device, GREEDY, template.read_text(), stop=[end])
-    answers = chat.answer_all([[{"role": "user", "content": question}] for question, _ in chosen])
+    try:
+        answers = chat.answer_all([[{"role": "user", "content": question}] for question, _ in chosen])
+    except ContextFull as error:
+        raise UserError(
+            setting="evaluate.sample_answers",
+            value=count,
+            rule=f"with the chat template, {error}",
+            remedy="Set evaluate.sample_answers=0.",
+        ) from error
     return [
         {"question": question, "reference": reference, "answer": answer.text, "ended": answer.ended}
         for (question, reference), answer in zip(chosen, answers, strict=True)

@@ -76,9 +76,7 @@ def _reused_note(target: str, other: str) -> str:
 
 
 def answers(runs: Sequence[RunArtifacts]) -> list[str]:
-    """Shows what every model answered to the same questions of held-out conversations. The models of a sweep that are
-    shared by all runs are shown once.
-    """
+    """Shows what every model answered to the same questions of held-out conversations. A sweep shows the base once."""
     spoken: dict[str, dict[tuple[str, str], None]] = {}  # by question: who, and what
     for run in runs:
         for target in run.scored_targets():

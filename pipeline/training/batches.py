@@ -178,7 +178,7 @@ class ResizedBlocks(TokenBlocks):
         )
 
     def rows(self, indices: Indices) -> Rows:
-        """Returns the arrays of some blocks, in which the rest of a document that was cut is a document of its own."""
+        """Returns the arrays [batch, sequence] of some blocks. The rest of a cut document is one of its own."""
         ids, positions, loss_mask = super().rows(indices)
         positions, predictable = positions_and_mask(positions == 0)
         return ids, positions, loss_mask * predictable
@@ -210,7 +210,7 @@ class MixedBlocks(TokenBlocks):
         return global_batch(seed, step, len(self._conversations), size, len(self._corpus), self._fraction)
 
     def rows(self, indices: Indices) -> Rows:
-        """Returns the arrays of some blocks, in the order of ``indices``."""
+        """Returns the arrays [batch, sequence] of some blocks, in the order of ``indices``."""
         first = len(self._conversations)
         is_corpus = indices >= first
         parts = self._conversations.rows(indices[~is_corpus]), self._corpus.rows(indices[is_corpus] - first)
@@ -221,7 +221,7 @@ class MixedBlocks(TokenBlocks):
 
 # ------------------------------------------------------------------------------------------- order
 
-CORPUS_ORDER = 1  # sets the order of the corpus in sft apart from the one in which pretrain saw it
+CORPUS_ORDER = 1  # makes the order of the corpus in sft differ from that in pretrain
 
 
 @lru_cache(maxsize=4)  # a global batch touches at most two epochs of each kind unless the dataset is tiny

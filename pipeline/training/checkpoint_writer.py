@@ -118,6 +118,7 @@ class CheckpointWriter:
         Raises:
             TrainingFailure: a value is not finite, or the disk is full, perhaps while the previous checkpoint was
                 written. Earlier checkpoints are intact.
+            Exception: any other error while the previous checkpoint was written.
         """
         started = time.perf_counter()
         self.finish()
@@ -135,6 +136,8 @@ class CheckpointWriter:
         assert values is not None
 
         def write() -> None:
+            if self._device.type == "cuda":  # a thread begins on the first GPU, and would create a context there
+                torch.cuda.set_device(self._device)
             ready()
             own = partial / _file_name(self._rank)
             with report_full_disk(self._directory, what, lambda: self._remove(own)):
@@ -158,6 +161,7 @@ class CheckpointWriter:
 
         Raises:
             TrainingFailure: the disk is full.
+            Exception: any other error of the thread.
         """
         running, self._running = self._running, None
         if running is None:
@@ -184,7 +188,8 @@ class CheckpointWriter:
                 start, values = self._state.owned(name, key)
                 parts.append(Part(name, key, start, len(values)))
                 # Both are NaN if any value is. On CPUs this takes a fraction of the time of isfinite.
-                extremes.append(torch.stack(torch.aminmax(values)) if len(values) else values.new_zeros(2))
+                extreme = torch.stack(torch.aminmax(values)) if len(values) else values.new_zeros(2)
+                extremes.append(extreme.to(self._device))  # with an offloaded optimizer, values are on the host
         is_bad = ~torch.isfinite(torch.stack(extremes)).all(1)
         first = torch.where(is_bad.any(), is_bad.int().argmax(), len(parts)).to(self._device)
         if self._ranks > 1:  # the lists of all ranks have the same names and keys, so all raise the same error

@@ -222,7 +222,7 @@ class Loop:
         """Returns what is logged of the routers in a step, and records those that have collapsed."""
         if self.routing is None:
             return {}
-        metrics = {"router_aux_loss": self.routing.loss(sums, tokens)}
+        metrics = {"router_aux_loss": self.routing.loss(sums, tokens)} if self.routing.has_loss else {}
         for layer, found in self.routing.statistics(sums, tokens).items():
             metrics[f"expert_load_max/{layer}"], metrics[f"expert_load_min/{layer}"] = max(found.load), min(found.load)
             metrics[f"router_entropy/{layer}"] = found.entropy

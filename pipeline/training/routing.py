@@ -114,6 +114,11 @@ class Routing:
             router.is_balanced = coefficient > 0 and layer in self._trained
             router.register_forward_hook(_observe)
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether a router trains, so that there is a load-balancing loss."""
+        return bool(self._trained)
+
     def prepare(self, real: Tensor, factor: Tensor) -> None:
         """Sets what the next forward pass needs.
 

@@ -186,7 +186,7 @@ def _prepare(context: RankContext) -> _TrainerParts:
 def _observe_routers(context: RankContext, model: PreTrainedModel) -> Routing | None:
     """Prepares the routers of a mixture of experts, whose parameters have been frozen as needed.
 
-    If no layer is new, all routers that train are reported.
+    If no new layer has a router, all routers are reported.
 
     Raises:
         UserError: ``router_aux_loss`` is set, and transformers does not record what the routers of this family choose.
@@ -201,10 +201,15 @@ def _observe_routers(context: RankContext, model: PreTrainedModel) -> Routing | 
                 rule=f"transformers does not record what the routers of the family {config.model_type} choose",
                 remedy=f"Set {context.task.name}.router_aux_loss=null.",
             )
+        if coefficient_of(None, config.get_text_config()):
+            print(
+                f"router_aux_loss: 0, since transformers does not record the routers of {config.model_type}", flush=True
+            )
         return None
     coefficient = coefficient_of(setting, config.get_text_config())
     print(f"router_aux_loss: {coefficient:g} ({context.task.name}.router_aux_loss={setting})", flush=True)
-    return Routing(routers, coefficient, freeze.new_layers(context.model_dir) or {*routers})
+    new = freeze.new_layers(context.model_dir) & routers.keys()
+    return Routing(routers, coefficient, new or {*routers})
 
 
 # ------------------------------------------------------------------------------- starting and resuming

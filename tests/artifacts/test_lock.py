@@ -57,6 +57,19 @@ def _process(directory: Path, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
+def test_a_wait_can_be_ended(tmp_path: Path) -> None:
+    messages: list[str] = []
+
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    other = replace(FAR, job=None)
+    held = _held_by(other, tmp_path / "lock")
+    with pytest.raises(KeyboardInterrupt), held.held(messages.append, end):
+        pass
+    assert len(messages) == 1 and (tmp_path / "lock" / other.name).exists()
+
+
 def test_second_builder_waits_and_reports_for_whom(tmp_path: Path) -> None:
     process = _process(tmp_path / "lock", 5.0)
     messages: list[str] = []

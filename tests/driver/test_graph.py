@@ -176,3 +176,8 @@ def test_evaluating_a_snapshot_adds_a_node_and_changes_no_other_key() -> None:
     nodes = build_graph(_settings(way), INPUTS)
     assert nodes["evaluate/pretrain-at-20"].parents["model"] is nodes["pretrain"]
     assert nodes["pretrain"].settings.snapshot_at == [0.2, 0.4] and nodes["sft"].settings.snapshot_at == []
+
+
+def test_snapshots_alone_are_not_asked_questions() -> None:
+    assert "evaluate/answers" in _keys()
+    assert "evaluate/answers" not in _keys("evaluate.targets=[pretrain@50%]")

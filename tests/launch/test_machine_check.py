@@ -17,7 +17,7 @@ from scripts.machine import Finding, findings, main
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without programs, GPUs or a network, whose hardware is detected anew."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("CUDA_VISIBLE_DEVICES", "CXX", "CC", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     for function in (detect_machine, package_versions):

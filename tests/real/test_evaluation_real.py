@@ -36,7 +36,6 @@ def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
         rescore=False,
         processes="auto",
         sample_answers=0,
-        sample_answers=0,
     )
     placement = Placement(device="cpu", processes=1, threads=detect_machine().cores)
     (row,) = score(ScoringJob("evaluate/load", model, out, out, placement), settings)["rows"]
