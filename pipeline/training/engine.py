@@ -86,8 +86,8 @@ def start_distributed(timeout: timedelta, log_dir: Path) -> torch.device:
     # belongs to a thread and is inherited by threads started later, so it comes before the first tensor.
     torch.set_flush_denormal(True)
     initialize_vector_math()
-    # Otherwise DeepSpeed would probe the compiler for all of its operators, and compile a shared-memory collective, which
-    # only its inference engine uses.
+    # Otherwise DeepSpeed would probe the compiler for all of its operators, and compile a shared-memory collective
+    # that only its inference engine uses.
     deepspeed.ops.__compatible_ops__ = {}
     on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")

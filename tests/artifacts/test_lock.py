@@ -63,7 +63,7 @@ def test_a_wait_can_be_ended(tmp_path: Path) -> None:
     def end() -> None:
         raise KeyboardInterrupt
 
-    other = replace(FAR, job=None)
+    other = replace(FAR, job=0, cluster="")
     held = _held_by(other, tmp_path / "lock")
     with pytest.raises(KeyboardInterrupt), held.held(messages.append, end):
         pass
