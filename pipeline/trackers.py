@@ -9,6 +9,7 @@ import json
 import os
 import re
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,10 @@ def start_client(target: TrackingTarget, config: Mapping[str, Any], resume_after
     Args:
         target: the settings, and what the run is called.
         config: the stage's settings.
-        resume_after: the last step of an earlier attempt that counts.
+        resume_after: the last step of an earlier attempt that counts; None if none does.
+
+    Raises:
+        UserError: ``WANDB_MODE`` is not a valid mode.
     """
     backend = target.settings.backend
     if backend == "tensorboard":
@@ -89,7 +93,7 @@ def wandb_mode(tracking: Tracking) -> Mode:
     """Returns the mode of W&B: ``WANDB_MODE`` overrides ``tracking.wandb``, except that it cannot enable W&B.
 
     Raises:
-        UserError: ``WANDB_MODE`` is no mode.
+        UserError: ``WANDB_MODE`` is not a valid mode.
     """
     if (
         tracking.backend != "wandb"
@@ -192,14 +196,17 @@ class _Wandb:
 
 
 class _Tensorboard:
-    """Each stage is one directory below ``<output_dir>/<name>/tensorboard``."""
+    """Each stage is one directory, ``<output_dir>/<name>/tensorboard/<stage>/<key of its artifact>``.
+
+    With other settings, a stage has another key and therefore a curve of its own.
+    """
 
     def __init__(self, target: TrackingTarget, config: Mapping[str, Any], resume_after: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # Steps of an earlier attempt that are repeated would otherwise be shown twice.
-        purge = None if resume_after is None else resume_after + 1
-        place = target.directory / "tensorboard" / target.job_type
+        purge = 0 if resume_after is None else resume_after + 1
+        place = target.directory / "tensorboard" / target.job_type / target.run_id
         self._writer: Any = SummaryWriter(str(place), purge_step=purge)
         self._writer.add_text("settings", f"```json\n{json.dumps(dict(config), indent=1)}\n```")
 
@@ -237,30 +244,52 @@ class _Tensorboard:
 class _Mlflow:
     """Each stage is one run of the experiment ``tracking.project``.
 
-    Without ``MLFLOW_TRACKING_URI``, runs are stored in ``<output_dir>/<name>/mlruns``.
+    Without ``MLFLOW_TRACKING_URI``, runs are stored in ``<output_dir>/<name>/mlruns``. MLflow repeats a failed request;
+    an error that remains ends the stage.
     """
 
     def __init__(self, target: TrackingTarget, config: Mapping[str, Any]) -> None:
         # The store in files needs neither a server nor a database. MLflow asks whoever uses it to say so.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         local = (target.directory / "mlruns").as_uri()
         self._client: Any = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or local)
-        found = self._client.get_experiment_by_name(target.settings.project)
-        experiment = found.experiment_id if found else self._client.create_experiment(target.settings.project)
+        experiment = self._experiment(target.settings.project)
         earlier = self._client.search_runs([experiment], f"tags.{RUN_TAG} = '{target.run_id}'")
         name = f"{target.group}/{target.job_type}"
         tags = {RUN_TAG: target.run_id, "group": target.group, "job_type": target.job_type}
         run = earlier[0] if earlier else self._client.create_run(experiment, run_name=name, tags=tags)
         self._run_id = run.info.run_id
-        self._client.set_terminated(self._run_id, "RUNNING")
-        for parameter, value in config.items() if not earlier else ():
-            self._client.log_param(self._run_id, parameter, json.dumps(value)[:MAX_PARAMETER_CHARACTERS])
+        self._client.update_run(self._run_id, status="RUNNING")
+        # Values cannot be changed, and an attempt that was killed may have logged only some of them or none.
+        missing = {name: json.dumps(value) for name, value in config.items() if name not in run.data.params}
+        parameters = [Param(name, value[:MAX_PARAMETER_CHARACTERS]) for name, value in missing.items()]
+        self._client.log_batch(self._run_id, params=parameters)
+
+    def _experiment(self, name: str) -> str:
+        """Returns the id of an experiment, which is created if it does not exist."""
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:  # not because another stage that runs at the same time has created it
+                    raise
+        return str(found.experiment_id)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._client.log_metric(self._run_id, name, value, step=step)
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000  # in milliseconds
+        # MLflow rejects other characters, such as the parentheses of lm-eval's "exact_match (strict-match)".
+        accepted = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in metrics.items()}
+        batch = [Metric(name, value, now, step) for name, value in accepted.items()]
+        self._client.log_batch(self._run_id, metrics=batch)  # in one request
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         # Of the form that MLflow shows as a table: log_table writes the same, but needs pandas.

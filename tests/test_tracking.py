@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from pipeline.artifacts.task import TrackingTarget
 from pipeline.config import Tracking
 from pipeline.trackers import login_fault, not_installed, wandb_mode
 from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def _target(tmp_path: Path, wandb: str = "disabled", **changes: object) -> TrackingTarget:
@@ -153,7 +157,7 @@ def test_tensorboard_shows_one_curve_with_tables_and_plots(tmp_path: Path) -> No
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _log_twice(tmp_path, "tensorboard")
-    events = EventAccumulator(str(tmp_path / "runs" / "tensorboard" / "pretrain"))
+    events = EventAccumulator(str(tmp_path / "runs" / "tensorboard" / "pretrain" / "0123456789abcdef"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 2.0), (3, 1.5)]
     (image,) = events.Images("plots/loss")
@@ -164,30 +168,93 @@ def test_tensorboard_shows_one_curve_with_tables_and_plots(tmp_path: Path) -> No
     assert str(tmp_path / "model.safetensors") in texts["models/quickstart-sft/text_summary"]
 
 
-@pytest.mark.parametrize("uploads", [False, True])
-def test_mlflow_continues_the_run_of_the_same_artifact(
-    uploads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_shows_no_step_of_an_attempt_without_a_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    target = _target(tmp_path, backend="tensorboard")
+    for losses in ({0: 5.0, 1: 4.0, 2: 3.0}, {0: 5.5, 1: 4.5}):  # the first attempt is killed before its checkpoint
+        with Tracker(target, tmp_path, {}) as tracker:
+            for step, loss in losses.items():
+                tracker.log({"loss": loss}, step=step)
+    with Tracker(
+        replace(target, run_id="f" * 16), tmp_path, {}
+    ) as tracker:  # other settings, and therefore another key
+        tracker.log({"loss": 9.0}, step=1)
+    curves = {}
+    for place in (tmp_path / "runs" / "tensorboard" / "pretrain").iterdir():
+        events = EventAccumulator(str(place))
+        events.Reload()
+        curves[place.name] = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert curves == {target.run_id: [(0, 5.5), (1, 4.5)], "f" * 16: [(1, 9.0)]}
+
+
+@pytest.fixture
+def local_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """A client of the store in files that ``_target`` logs to."""
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return MlflowClient(tracking_uri=(tmp_path / "runs" / "mlruns").as_uri())
+
+
+@pytest.mark.parametrize("uploads", [False, True])
+def test_mlflow_continues_the_run_of_the_same_artifact(
+    uploads: bool, tmp_path: Path, local_mlflow: MlflowClient
+) -> None:
     _log_twice(tmp_path, "mlflow")
     if uploads:
         with Tracker(_target(tmp_path, backend="mlflow", log_model=True), tmp_path, {}, resume_after=3) as tracker:
             tracker.model("quickstart-sft", [_weights(tmp_path)])
-    client = MlflowClient(tracking_uri=(tmp_path / "runs" / "mlruns").as_uri())
-    experiment = client.get_experiment_by_name("depth-growth")
-    (run,) = client.search_runs([experiment.experiment_id])
+    experiment = local_mlflow.get_experiment_by_name("depth-growth")
+    (run,) = local_mlflow.search_runs([experiment.experiment_id])
     assert (run.info.status, run.info.run_name, run.data.params) == (
         "FINISHED", "quickstart/pretrain", {"learning_rate": "0.001"},
     )  # fmt: skip
-    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")][-1] == (3, 1.5)
+    assert [(m.step, m.value) for m in local_mlflow.get_metric_history(run.info.run_id, "loss")][-1] == (3, 1.5)
     stored = tmp_path / "runs" / "mlruns"
     files = {path.name: path for path in stored.rglob("artifacts/**/*") if path.is_file()}
     assert json.loads(files["results.json"].read_text())["data"] == [["perplexity", 9.0]]
     assert files["loss.png"].read_bytes() == (tmp_path / "loss.png").read_bytes()
     assert ("model.safetensors" in files) == uploads and "quickstart-sft.json" in files
+
+
+def test_mlflow_gets_metrics_whose_names_it_would_reject(tmp_path: Path, local_mlflow: MlflowClient) -> None:
+    with Tracker(_target(tmp_path, backend="mlflow"), tmp_path, {}) as tracker:
+        tracker.log({"sft/gsm8k/exact_match (strict-match)": 0.25, "loss": 2.0}, step=3)
+    experiment = local_mlflow.get_experiment_by_name("depth-growth")
+    (run,) = local_mlflow.search_runs([experiment.experiment_id])
+    assert run.data.metrics == {"sft/gsm8k/exact_match _strict-match_": 0.25, "loss": 2.0}
+    assert _lines(tmp_path) == [{"step": 3, "sft/gsm8k/exact_match (strict-match)": 0.25, "loss": 2.0}]
+
+
+def test_mlflow_completes_the_run_of_an_attempt_that_was_killed_while_it_started(
+    tmp_path: Path, local_mlflow: MlflowClient
+) -> None:
+    experiment = local_mlflow.create_experiment("depth-growth")
+    run_id = local_mlflow.create_run(experiment, tags={"depth_growth_run": "0123456789abcdef"}).info.run_id
+    local_mlflow.log_param(run_id, "workers", "1")
+    with Tracker(_target(tmp_path, backend="mlflow"), tmp_path, {"workers": 2, "learning_rate": 0.001}):
+        run = local_mlflow.get_run(run_id)
+        assert (run.info.status, run.info.end_time) == ("RUNNING", None)
+        assert run.data.params == {"workers": "1", "learning_rate": "0.001"}  # MLflow refuses to change a value
+    assert local_mlflow.get_run(run_id).info.status == "FINISHED"
+
+
+def test_mlflow_uses_an_experiment_that_another_stage_creates_at_the_same_time(
+    tmp_path: Path, local_mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = type(local_mlflow).create_experiment
+
+    def created_before(client: MlflowClient, name: str) -> str:
+        create(local_mlflow, name)
+        return str(create(client, name))
+
+    monkeypatch.setattr(type(local_mlflow), "create_experiment", created_before)
+    with Tracker(_target(tmp_path, backend="mlflow"), tmp_path, {}) as tracker:
+        tracker.log({"loss": 2.0}, step=1)
+    experiment = local_mlflow.get_experiment_by_name("depth-growth")
+    assert len(local_mlflow.search_runs([experiment.experiment_id])) == 1
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
