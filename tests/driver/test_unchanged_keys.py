@@ -7,7 +7,9 @@ stage in ``driver/graph.py`` and updates both. The quickstart had other values t
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -49,14 +51,34 @@ def _split(arguments: str) -> list[str]:
     return parts
 
 
-def test_a_finished_run_is_still_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Extracts the finished run into the current directory, and returns its command line."""
     with tarfile.open(Path(__file__).with_name("finished_run.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    assert main(_as_then((tmp_path / "arguments.txt").read_text().split())) == 0
+    return _as_then((tmp_path / "arguments.txt").read_text().split())
+
+
+def test_a_finished_run_is_still_complete(finished_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(finished_run) == 0
     printed = capsys.readouterr().out
     assert "everything is there" in printed
     assert printed.count(" there ") == 6
     assert "build" not in printed and "resume" not in printed
+
+
+def test_an_export_changes_no_file_of_the_run(finished_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The expanded model has a card of its own, which the card for the Hub replaces only in the upload."""
+    before = _hashes(Path("outputs/artifacts"))
+    export = ["action=export", "target=expand", "export.repository=someone/deeper", "dry_run=true"]
+    assert main([*finished_run, *export]) == 0
+    (uploaded,) = re.findall(r"([\d,]+) bytes  README.md", capsys.readouterr().out)
+    (own,) = Path("outputs/artifacts/expand").glob("*/README.md")
+    assert int(uploaded.replace(",", "")) > own.stat().st_size  # the card for the Hub also has the scores
+    assert _hashes(Path("outputs/artifacts")) == before
+
+
+def _hashes(directory: Path) -> dict[Path, str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.__main__ import main
+from pipeline.__main__ import compose_jobs, main
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST
 from pipeline.export.card import card_of
+from pipeline.export.gguf import convert
 from pipeline.files import read_json, write_json
 from tests.report.finished_runs import finished_run
 
@@ -224,3 +225,28 @@ def test_a_failed_conversion_shows_why_and_leaves_no_file(
     message = capsys.readouterr().err
     assert "converter ended with exit status 1" in message and "Model Unheard is not supported" in message
     assert "'--outtype', 'f32'" in message and list(out.parent.iterdir()) == []
+
+
+def test_relative_paths_of_the_converter_and_the_model_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tools").mkdir()
+    Path("tools/convert_hf_to_gguf.py").write_text("import sys\nopen(sys.argv[3], 'w').write(sys.argv[1])")
+    arguments = ["export.format=gguf", "export.converter=tools/convert_hf_to_gguf.py", f"output_dir={tmp_path}/o"]
+    assert _export(Path("model"), *arguments) == EXIT_DONE
+    (written,) = tmp_path.glob("o/**/*.gguf")
+    assert written == tmp_path / "o" / "quickstart" / "export" / "model-auto.gguf"  # not named after the run
+    assert Path(written.read_text()).name == "model"
+
+
+def test_an_interrupted_conversion_leaves_no_file(model: Path, tmp_path: Path) -> None:
+    converter, out = tmp_path / "convert_hf_to_gguf.py", tmp_path / "out" / "model.gguf"
+    converter.write_text(
+        "import os, signal, sys, time\nopen(sys.argv[3], 'w').write('half')\n"
+        "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"
+    )
+    run = compose_jobs(["+experiment=quickstart"], False, None)[0].settings
+    with pytest.raises(KeyboardInterrupt):
+        convert(converter, model, out, run)
+    assert list(out.parent.iterdir()) == []
