@@ -73,16 +73,16 @@ ON_GPU = (
 TINY = "--shape tiny --new-layers 2 --sequence-length 64 --document-tokens 16 --global-batch 4 --steps 2"
 ON_CPU = (
     Step(
-        "tiny", "Training a tiny model, compared with the Trainer", 240, "pretrain",
+        "tiny", "Training a tiny model, compared with the Trainer", 480, "pretrain",
         f"--tables trainer attention {TINY} --our-micro-batch 4 --micro-batches 4 --repeats 1 --no-compile",
     ),
-    Step("numbers", "Losses, resuming and attention", 240, "gpu_checks", "cpu"),
-    Step("loss", "The loss by rows per chunk", 60, "gpu_loss", "cpu --hidden 64 --vocabulary 1000 --tokens 64"),
+    Step("numbers", "Losses, resuming and attention", 480, "gpu_checks", "cpu"),
+    Step("loss", "The loss by rows per chunk", 240, "gpu_loss", "cpu --hidden 64 --vocabulary 1000 --tokens 64"),
     Step(
-        "algebra", "Linear algebra of expansion methods", 60, "gpu_algebra",
+        "algebra", "Linear algebra of expansion methods", 240, "gpu_algebra",
         "cpu --layers 4 --shape 96 32 --transport 64",
     ),
-    Step("checkpoint", "Checkpoints of a tiny model", 120, "checkpoint", "--shape tiny --new-layers 2 --steps 1"),
+    Step("checkpoint", "Checkpoints of a tiny model", 480, "checkpoint", "--shape tiny --new-layers 2 --steps 1"),
 )  # fmt: skip
 
 
