@@ -20,7 +20,7 @@ def notification(command: str) -> list[str]:
     """Returns the words of ``tracking.notify``.
 
     Raises:
-        UserError: it is no command, or its program does not exist.
+        UserError: it is not a valid command, or its program does not exist.
     """
     try:
         words = shlex.split(command)
@@ -62,8 +62,8 @@ def _notify(run: Settings, outcome: str, path: Path) -> None:
     """Runs the command. Its failure is reported and changes nothing else."""
     if run.tracking.notify is None:
         return
-    command = [*notification(run.tracking.notify), outcome, str(path.absolute())]
     try:
+        command = [*notification(run.tracking.notify), outcome, str(path.absolute())]
         subprocess.run(command, stdin=subprocess.DEVNULL, timeout=NOTIFY_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, UserError) as error:  # also if the program has been removed meanwhile
         print(f"tracking.notify failed: {one_line(error)}", file=sys.stderr)

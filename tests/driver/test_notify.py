@@ -58,6 +58,15 @@ def test_a_failing_command_is_reported_and_changes_nothing(
     assert "tracking.notify failed" in capsys.readouterr().err
 
 
+def test_a_command_that_has_vanished_does_not_hide_why_the_run_failed(
+    run: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tell").unlink()
+    with pytest.raises(WorkersFailed, match="killed"), notified(run, None):
+        raise WorkersFailed("killed")
+    assert "tracking.notify failed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["no-such-program-4711", "'unclosed", sys.executable + "-missing"])
 def test_a_command_that_does_not_exist_is_refused_before_anything_starts(
     command: str, shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
