@@ -7,6 +7,7 @@ traceback is printed, and the exit code is 1.
 from __future__ import annotations
 
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_INTERRUPTED = 130  # of the process that chats, after Ctrl-C while it loads the models
 
 
 class UserError(Exception):

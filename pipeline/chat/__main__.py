@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pipeline.config import Launch
 from pipeline.config.actions import Chat
-from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, UserError
 from pipeline.files import read_json, write_json
 from pipeline.launch.child import ORPHANED
 
@@ -79,5 +79,5 @@ if __name__ == "__main__":
     try:
         status = main(Path(sys.argv[1]), Path(sys.argv[2]))
     except KeyboardInterrupt:  # while the models are loaded
-        status = 130
+        status = EXIT_INTERRUPTED
     sys.exit(status)

@@ -11,14 +11,12 @@ from tempfile import TemporaryDirectory
 
 from pipeline.config import Settings
 from pipeline.driver.target import FinishedModel
-from pipeline.errors import UserError, WorkersFailed
+from pipeline.errors import EXIT_INTERRUPTED, UserError, WorkersFailed
 from pipeline.files import write_json
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit
 from pipeline.launch.workers import OUTCOME_FILE, load_outcome, raise_refusal
 from pipeline.models.source import chat_template_of
-
-STOPPED_BY_USER = 130  # exit status of the process after Ctrl-C while it loads the models
 
 
 def chat(run: Settings, models: list[FinishedModel]) -> None:
@@ -39,7 +37,7 @@ def chat(run: Settings, models: list[FinishedModel]) -> None:
         status = _wait([sys.executable, "-m", "pipeline.chat", str(request), str(Path(folder, OUTCOME_FILE))], run)
         outcome = load_outcome(Path(folder))
     raise_refusal(outcome)
-    if outcome["status"] != "done" and status != STOPPED_BY_USER:
+    if outcome["status"] != "done" and status != EXIT_INTERRUPTED:
         raise WorkersFailed(f"the chat {describe_exit(status)}")
 
 

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.config import MODEL_TARGETS
 from pipeline.expansion.model_card import base_name, card_header
+from pipeline.planning.training import PURPOSE_OF
 from pipeline.report.differences import paired_differences
 from pipeline.report.markup import bullets, code, table
 from pipeline.report.metrics import TARGET_NAMES
@@ -17,9 +19,7 @@ from pipeline.report.scores import Scores
 from pipeline.report.sections import LEGEND
 from pipeline.report.tables import score_table
 
-DATA = {"pretrain": "tokenize/corpus", "sft": "tokenize/instructions"}
 VERBS = {"pretrain": "Continued pre-training", "sft": "Instruction tuning"}
-ORDER = ("load", "expand", "pretrain", "sft")
 
 
 def card_of(run: RunArtifacts, target: str, repository: str) -> str:
@@ -59,7 +59,7 @@ def _facts(
             f"new layers: {new} ({expansion['source']})"
         )
     for stage, verb in VERBS.items():
-        done = run.training(stage) if ORDER.index(stage) <= ORDER.index(target) else None
+        done = run.training(stage) if MODEL_TARGETS.index(stage) <= MODEL_TARGETS.index(target) else None
         if done is not None:
             yield (
                 f"{verb} on {_sources(run, stage)}: {done['steps']:,} steps, {done['tokens']:,} tokens, "
@@ -70,7 +70,7 @@ def _facts(
 
 def _sources(run: RunArtifacts, stage: str) -> str:
     """Names the data that others can find; of local files only that they are local."""
-    data = run.read(DATA[stage], "dataset.json")
+    data = run.read(f"tokenize/{PURPOSE_OF[stage]}", "dataset.json")
     names = [_source(source) for source in data["sources"]] if data else []
     return ", ".join(dict.fromkeys(names)) or "data that is not recorded"
 
