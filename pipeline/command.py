@@ -113,7 +113,7 @@ def _watch(jobs: Sequence[PreparedRun], console: Console) -> None:
     """Repeat the status until every artifact is there, or until Ctrl-C."""
     with suppress(KeyboardInterrupt):
         while True:
-            console.clear()  # does nothing where the output is no terminal
+            console.clear()  # has no effect if the output is not a terminal
             for job in jobs:
                 print_status(job.run, job.nodes, console)
             if all(node.artifact.is_complete() for job in jobs for node in job.selected.values()):

@@ -55,7 +55,8 @@ def finished_models(
         nodes: the graph; empty if no stage is named.
 
     Raises:
-        UserError: the model of a stage has not been built or saved, or a directory holds no complete model.
+        UserError: the model of a stage has not been built or saved, or a directory does not contain a complete
+            model.
     """
     return [_finished_model(run, name, setting, nodes) for name in names]
 
@@ -98,7 +99,7 @@ def _unknown(setting: str, name: str) -> UserError:
         is_snapshot = False
     stages = ", ".join(MODEL_TARGETS)
     if is_snapshot:
-        rule = "a snapshot holds only the weights that were trained, and is no complete model"
+        rule = "a snapshot holds only the trained weights and is not a complete model"
     else:
         rule = f"it must be one of {stages}, or a model directory, and there is no such directory"
     remedy = f"Set {setting} to one of {stages}, or to a directory."

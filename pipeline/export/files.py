@@ -1,6 +1,6 @@
-"""The files of a model that are of use elsewhere: config, weights, tokenizer, chat template, and where layers are from.
+"""The files of a model to publish: config, weights, tokenizer, chat template, and where layers are from.
 
-Manifests, logs and metrics stay behind, and so do the paths that configs of transformers can contain.
+Manifests, logs and metrics are left out, and so are local paths in transformers' configs.
 """
 
 from __future__ import annotations

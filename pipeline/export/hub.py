@@ -12,7 +12,7 @@ def check_access() -> None:
     """Checks that the Hub may be used, and that there is a login.
 
     Raises:
-        UserError: neither is so.
+        UserError: the Hub is disabled by HF_HUB_OFFLINE, or there is no login.
     """
     from huggingface_hub import constants, get_token
 
@@ -20,14 +20,14 @@ def check_access() -> None:
         raise UserError(
             setting="HF_HUB_OFFLINE",
             value="1",
-            rule="an upload needs the Hugging Face Hub, and this environment variable forbids to use it",
+            rule="an upload needs the Hugging Face Hub, but this environment variable disables it",
             remedy="Unset it, or add dry_run=true to see what would be uploaded.",
         )
     if get_token() is None:
         raise UserError(
             setting="export.format",
             value="hub",
-            rule="there is no login of the Hugging Face Hub on this machine",
+            rule="you are not logged in to the Hugging Face Hub on this machine",
             remedy="Run 'hf auth login' or set HF_TOKEN, with a token that may write.",
         )
 

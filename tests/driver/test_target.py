@@ -23,7 +23,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["target=stf"], "target = stf", "Did you mean sft?"),
         (["target=missing/directory"], "target = missing/directory", "to a directory"),
-        (["target=pretrain@20%"], "target = pretrain@20%", "holds only the weights that were trained"),
+        (["target=pretrain@20%"], "target = pretrain@20%", "holds only the trained weights"),
         (["compare=load,stf"], "compare = stf", "Did you mean sft?"),
         (["--multirun", "expand=copy,average"], "action = chat", "Leave out --multirun"),
         (["chat.temperature=-1"], "chat.temperature = -1", "greater than or equal to 0"),
