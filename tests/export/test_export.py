@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -247,6 +248,10 @@ def test_an_interrupted_conversion_leaves_no_file(model: Path, tmp_path: Path) -
         "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"
     )
     run = compose_jobs(["+experiment=quickstart"], False, None)[0].settings
-    with pytest.raises(KeyboardInterrupt):
-        convert(converter, model, out, run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert(converter, model, out, run)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(out.parent.iterdir()) == []

@@ -18,7 +18,7 @@ from tests.test_pipeline import run
 
 FEWER = [
     "pretrain.steps=6", "pretrain.global_batch=4", "pretrain.sequence_length=256", "pretrain.held_out_blocks=4",
-    "pretrain.evaluate_at=[0.0,1.0]", "sft.steps=24", "sft.held_out_blocks=4", "evaluate.limit=16",
+    "pretrain.evaluate_at=[0.0,1.0]", "sft.steps=36", "sft.held_out_blocks=4", "evaluate.limit=16",
 ]  # fmt: skip
 MEMORY_LIMIT = 10 * 2**30
 PROMPTS, LONGEST_ANSWER = 32, 256  # tokens; the prompts' own answers are all shorter
