@@ -7,10 +7,7 @@ those of stages (see ``pipeline.stages.__main__``).
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,7 @@ from pipeline.config import Launch
 from pipeline.config.actions import Chat
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, UserError
 from pipeline.files import read_json, write_json
-from pipeline.launch.child import ORPHANED
-
-WATCH_SECONDS = 1.0  # between two checks that the driver is alive
+from pipeline.launch.child import end_with_parent
 
 
 def main(request_file: Path, outcome_file: Path) -> int:
@@ -44,13 +39,13 @@ def _run(request: dict[str, Any]) -> None:
     from pipeline.chat.model import ChatModel
     from pipeline.chat.terminal import COMMANDS, converse, questions
     from pipeline.launch.environment import create_code_caches
-    from pipeline.launch.machine import detect_machine, place
+    from pipeline.launch.machine import place_one_process
 
     create_code_caches()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     launch = Launch.model_validate_json(json.dumps(request["launch"]))
-    placement = place(launch.model_copy(update={"processes": 1}), detect_machine())
+    placement = place_one_process(launch)
     torch.set_num_threads(placement.threads)
     settings = Chat.model_validate_json(json.dumps(request["chat"]))
     console = Console(highlight=False, soft_wrap=True)
@@ -62,20 +57,8 @@ def _run(request: dict[str, Any]) -> None:
     converse(models, questions(), console)
 
 
-def _end_with_parent() -> None:
-    """Ends this process when its parent dies. Its standard input is the user's, and cannot tell."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
-        os._exit(ORPHANED)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
-
-
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent(has_pipe=False)  # standard input is the user's
     try:
         status = main(Path(sys.argv[1]), Path(sys.argv[2]))
     except KeyboardInterrupt:  # while the models are loaded

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer, TextStreamer
 from pipeline.config.actions import Chat
 from pipeline.errors import UserError, one_line
 from pipeline.models.built import IncompleteModelError, load_complete
+from pipeline.models.tensors import DTYPES, dtype_of
 
 _Messages = Sequence[Mapping[str, str]]
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # settings that a greedy search does not have
 
 
 class ContextFull(Exception):
-    """A conversation leaves no room for an answer. The message says how long it is."""
+    """A conversation fills the model's context, so that no answer can be generated. The message gives its length."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ChatModel:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-            model: Any = load_complete(directory, torch.bfloat16 if device == "cuda" else torch.float32)
+            model: Any = load_complete(directory, DTYPES[dtype_of("auto", device)])
         except (OSError, ValueError, IncompleteModelError) as error:
             raise UserError(
                 setting="target",
@@ -121,7 +122,7 @@ class ChatModel:
             generated_BT = self._model.generate(
                 input_ids=ids_BT.to(self._model.device),
                 attention_mask=mask_BT.to(self._model.device),
-                max_new_tokens=min(self._settings.max_new_tokens, self._room(length)),
+                max_new_tokens=min(self._settings.max_new_tokens, self._remaining_context(length)),
                 do_sample=sampled,
                 **({"temperature": self._settings.temperature} if sampled else {}),
                 eos_token_id=self._stop or None,
@@ -141,8 +142,8 @@ class ChatModel:
         end = next((place for place, token in enumerate(ids) if token in self._stop), None)
         return Generated(self._tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
 
-    def _room(self, length: int) -> int:
-        """Returns how many tokens fit behind a prompt of ``length`` tokens."""
+    def _remaining_context(self, length: int) -> int:
+        """Returns how many tokens can follow a prompt of ``length`` tokens in the model's context."""
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or length + 2**31
         if length >= limit:
             raise ContextFull(f"the conversation has {length:,} tokens, and the model reads at most {limit:,}")

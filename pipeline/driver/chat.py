@@ -13,6 +13,7 @@ from pipeline.config import Settings
 from pipeline.driver.target import FinishedModel
 from pipeline.errors import EXIT_INTERRUPTED, UserError, WorkersFailed
 from pipeline.files import write_json
+from pipeline.launch.child import wait_or_terminate
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit
 from pipeline.launch.workers import OUTCOME_FILE, load_outcome, raise_refusal
@@ -52,11 +53,7 @@ def _wait(command: list[str], run: Settings) -> int:
     process = subprocess.Popen(command, env=child_environment(run.launch, os.environ))
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+        return wait_or_terminate(process)
     finally:
         signal.signal(signal.SIGINT, previous)
 

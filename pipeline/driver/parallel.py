@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pipeline.config import Evaluate, Launch, Settings
 from pipeline.driver.graph import Node
 from pipeline.errors import Stopped
+from pipeline.launch.child import wait_or_terminate
 from pipeline.launch.machine import Machine, detect_machine, evaluation_processes, first_node_prefix, visible_gpus
 
 
@@ -34,11 +35,7 @@ class StageProcesses:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
             self._running.add(process)
         try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+            status = wait_or_terminate(process)
         finally:
             self._running.discard(process)
         self.check()

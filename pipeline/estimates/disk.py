@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.models.families import Shape
-from pipeline.training.precision import AVERAGE_BYTES, CHECKPOINT_BYTES
+from pipeline.training.precision import checkpoint_bytes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_BYTES = 9  # per token of a block: two uint32 and one uint8
@@ -40,7 +40,7 @@ class TrainingOutputs:
     @property
     def checkpoint_bytes(self) -> int:
         """The size of one checkpoint."""
-        return self.parameters * (CHECKPOINT_BYTES + AVERAGE_BYTES * self.has_averages)
+        return checkpoint_bytes(self.parameters, self.has_averages)
 
 
 def disk_of(

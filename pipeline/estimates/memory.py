@@ -24,7 +24,7 @@ from pipeline.config import Train
 from pipeline.estimates.sizes import Trained
 from pipeline.models.families import LayerShape, Shape
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
-from pipeline.training.precision import AVERAGE_BYTES, BYTES, CHECKPOINT_BYTES, Precision, chunk_rows
+from pipeline.training.precision import BYTES, Precision, checkpoint_bytes, chunk_rows
 
 WIDE = 4  # bytes of a float32
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default number of parameters that stay gathered
@@ -161,8 +161,7 @@ def _buckets(trained: Trained, setup: Setup) -> int:
 def _staging(trained: Trained, setup: Setup) -> int:
     if setup.on_gpu:
         return 0
-    averages = AVERAGE_BYTES if setup.train.ema_decay is not None else 0
-    return trained.parameters * (CHECKPOINT_BYTES + averages) // setup.ranks
+    return checkpoint_bytes(trained.parameters, setup.train.ema_decay is not None) // setup.ranks
 
 
 # ------------------------------------------------------------------------ stored between forward and backward

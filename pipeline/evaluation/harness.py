@@ -32,7 +32,7 @@ from pipeline.evaluation.scores import by_source, kept_samples, scores_of, text_
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import is_intact, read_json, seal, write_json
 from pipeline.launch.machine import Placement
-from pipeline.models.tensors import DTYPES
+from pipeline.models.tensors import DTYPES, dtype_of
 from pipeline.models.vector_math import initialize_vector_math
 
 BUNDLED_TASK_FILES = Path(__file__).parent / "tasks"
@@ -96,13 +96,6 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
         "seconds": {task: result["seconds"] for task, result in scored.items()},
         "lm_eval": importlib.metadata.version("lm-eval"),
     }
-
-
-def dtype_of(dtype: str, device: str) -> str:
-    """Resolves ``auto``: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is slower without hardware support."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device == "cuda" else "float32"
 
 
 def _score_task(name: str, loaded: Any, lm: LanguageModel, settings: Evaluate) -> dict[str, Any]:

@@ -8,29 +8,42 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 ORPHANED = 70  # exit status of a process whose parent died
+PARENT_POLL_SECONDS = 1.0
 BLOCKED_SIGNALS = (signal.SIGUSR1,)  # not SIGTERM, which ends a process that is still starting
 STACK_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads; ends a process that is still starting
 
 
-def end_with_parent() -> None:
+def end_with_parent(has_pipe: bool = True) -> None:
     """Exits this process as soon as its parent dies, even if the parent is killed with ``kill -9``.
 
-    Standard input must be a pipe that the parent holds open and never writes to. The kernel closes it when the parent
-    dies, and the read below returns. All ranks have the same pipe, so all of them exit.
     Call this once, before any slow import.
+
+    Args:
+        has_pipe: whether standard input is a pipe that the parent holds open and never writes to. The kernel closes it
+            when the parent dies, and a read returns at once. All ranks have the same pipe, so all of them exit.
+            Without it, this process looks every ``PARENT_POLL_SECONDS`` whether it has the same parent as now.
     """
-    threading.Thread(target=_exit_at_end_of_input, name="end-with-parent", daemon=True).start()
+    watch = _exit_at_end_of_input if has_pipe else partial(_exit_without, os.getppid())
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def _exit_at_end_of_input() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass  # nothing is ever sent; only the end of the stream matters
     os._exit(ORPHANED)  # not sys.exit: the main thread may be blocked in a collective that never returns
+
+
+def _exit_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(ORPHANED)
 
 
 def write_stacks_on_signal() -> None:
@@ -64,6 +77,16 @@ def block_signals_in_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def wait_or_terminate(process: subprocess.Popen[bytes]) -> int:
+    """Waits for a process and returns its exit status. If this process is interrupted, the other one ends first."""
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def close_pipes(process: subprocess.Popen[bytes]) -> None:

@@ -65,6 +65,15 @@ def place(launch: Launch, machine: Machine) -> Placement:
     return placement
 
 
+def place_one_process(launch: Launch) -> Placement:
+    """Resolves the settings for a single process on this machine, whatever ``launch.processes`` says.
+
+    Raises:
+        UserError: the settings ask for a GPU, and the machine has none.
+    """
+    return place(launch.model_copy(update={"processes": 1}), detect_machine())
+
+
 def requested_placement(launch: Launch, machine: Machine) -> Placement:
     """Returns the placement that the settings ask for, even if the machine does not have that many GPUs."""
     device = launch.kind if launch.kind != "auto" else "cuda" if machine.gpus else "cpu"

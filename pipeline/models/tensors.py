@@ -35,6 +35,13 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
+def dtype_of(dtype: str, device: str) -> str:
+    """Resolves ``auto`` for inference: bfloat16 on a GPU, float32 on a CPU, where bfloat16 needs hardware support."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether every element is finite, with memory for only one chunk of the tensor."""
     return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.flatten().split(FINITE_CHUNK))

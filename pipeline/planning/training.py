@@ -12,7 +12,6 @@ from pipeline.estimates import (
     Memory,
     Setup,
     Trained,
-    TrainingOutputs,
     largest_micro_batch,
     memory_of,
     stop_seconds,
@@ -21,6 +20,7 @@ from pipeline.estimates import (
 )
 from pipeline.files import read_json
 from pipeline.planning.prepared import PreparedRun
+from pipeline.training.precision import checkpoint_bytes
 from pipeline.training.schedule import total_steps
 
 PURPOSE_OF: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructions"}  # what each stage trains on
@@ -94,7 +94,7 @@ class TrainingPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """The size of one checkpoint."""
-        return TrainingOutputs(self.trained.parameters, 1, 0, self.setup.train.ema_decay is not None).checkpoint_bytes
+        return checkpoint_bytes(self.trained.parameters, self.setup.train.ema_decay is not None)
 
     @property
     def write_seconds(self) -> float:

@@ -33,6 +33,11 @@ def resolve_precision(
     return "bfloat16" if native else "float32"
 
 
+def checkpoint_bytes(parameters: int, has_averages: bool) -> int:
+    """Returns the size of a checkpoint of this many trained parameters. Muon, which has one moment, needs less."""
+    return parameters * (CHECKPOINT_BYTES + AVERAGE_BYTES * has_averages)
+
+
 def chunk_rows(device_type: str, vocabulary: int, is_capped: bool = False) -> int:
     """Returns for how many tokens the loss computes logits at once.
 
