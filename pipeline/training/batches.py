@@ -156,7 +156,8 @@ class TokenBlocks:
 
     def supervised_tokens(self, indices: Indices) -> int:
         """Returns how many tokens of these blocks are targets."""
-        return int(np.count_nonzero(self._loss_mask[indices]))
+        _, _, loss_mask = self.rows(indices)
+        return int(np.count_nonzero(loss_mask))
 
 
 class ResizedBlocks(TokenBlocks):
