@@ -11,7 +11,7 @@ from pipeline.config import MODEL_TARGETS, Answers, Evaluate, EvaluateSnapshot
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.harness import ScoringJob, score
 from pipeline.files import is_intact, read_json, seal, write_json
-from pipeline.launch.machine import detect_machine, place
+from pipeline.launch.machine import place_one_process
 from pipeline.training.snapshots import materialize_snapshot
 
 EVALUATION_FILE = "evaluation.json"
@@ -37,7 +37,7 @@ def run(task: StageTask) -> Metrics:
         # A snapshot holds only the trained weights. The complete model is removed after it has been scored.
         model = task.out / "model"
         materialize_snapshot(task.parents["model"], settings.fraction, model)
-    placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
+    placement = place_one_process(task.launch)
     evaluation = score(ScoringJob(task.name, model, task.parents["corpus"], task.out, placement), settings)
     if model != task.parents["model"]:
         shutil.rmtree(model)
@@ -46,18 +46,24 @@ def run(task: StageTask) -> Metrics:
 
 
 def _answer(task: StageTask, settings: Answers) -> Metrics:
-    """Writes ``answers/<stage>.json`` for every model that an interrupted attempt has not completed."""
-    placement = place(task.launch.model_copy(update={"processes": 1}), detect_machine())
+    """Writes ``answers/<stage>.json`` for every model that an interrupted attempt has not completed.
+
+    An expanded model with exactly the base's logits gives the base's answers, which are not generated again.
+    """
+    placement = place_one_process(task.launch)
     folder = task.out / ANSWERS_FOLDER
     folder.mkdir(exist_ok=True)
     for stage in MODEL_TARGETS:
         file, record = folder / f"{stage}.json", folder / f".{stage}.sha256"
-        if stage in task.parents and not is_intact(record):
-            answers = answer_questions(
-                task.parents[stage], task.parents["conversations"], settings.questions, placement
-            )
-            write_json(file, answers)
-            seal(record, [file])
+        if stage not in task.parents or is_intact(record):
+            continue
+        model = task.parents[stage]
+        if stage == "expand" and "load" in task.parents and _keeps_logits(model):
+            answers = read_json(folder / "load.json")
+        else:
+            answers = answer_questions(model, task.parents["conversations"], settings.questions, placement)
+        write_json(file, answers)
+        seal(record, [file])
     return {"questions": settings.questions}
 
 
