@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.models.weight_files import read_header
 
 REPO = "organization/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -41,7 +45,8 @@ class FakeHub:
             f"/api/models/{REPO}/revision/main",
             f"/api/models/{REPO}/revision/{COMMIT}",
         ):
-            return _json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self._names()]})
+            siblings = [{"rfilename": name} for name in self._names()]
+            return _json({"id": REPO, "sha": COMMIT, "siblings": siblings, "safetensors": self._elements()})
         if path == f"/api/models/{REPO}/tree/{COMMIT}":
             return _json([self._tree_entry(name) for name in self._names()])
         prefix = f"/{REPO}/resolve/{COMMIT}/"
@@ -55,6 +60,14 @@ class FakeHub:
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.directory.iterdir() if path.is_file())
+
+    def _elements(self) -> dict[str, Any] | None:
+        """What the Hub says about the weights: the number of elements by dtype."""
+        elements: Counter[str] = Counter()
+        for path in self.directory.glob("*.safetensors"):
+            for entry in read_header(path)[0].values():
+                elements[entry.dtype] += math.prod(entry.shape)
+        return {"parameters": elements, "total": elements.total()} if elements else None
 
     def _tree_entry(self, name: str) -> dict[str, Any]:
         content = (self.directory / name).read_bytes()

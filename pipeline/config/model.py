@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pipeline.config.section import Dtype, FilePath, NotInKey, Section
 
@@ -14,7 +14,7 @@ class Model(Section):
     revision: str | None  # hub only: branch, tag or commit
     gguf_file: FilePath | None  # a GGUF file within path, dequantized on load
     package: str | None  # the pip requirement that provides package:NAME, for the error message
-    dtype: Dtype  # of the artifact's weights
+    dtype: Dtype | Literal["auto"]  # of the artifact's weights. auto: that of most of the checkpoint's weights
     trust_remote_code: bool
     # Entries of config.json that determine the sizes. A plan uses them if that file cannot be read, and loading rejects
     # a model whose config differs.

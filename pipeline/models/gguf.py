@@ -7,7 +7,10 @@ read the vocabulary. This one skips it and takes milliseconds.
 from __future__ import annotations
 
 import struct
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +18,7 @@ from pipeline.errors import UserError
 
 _NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_FLOAT_TYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}  # of tensors
 MAX_STRING_BYTES = 2**26  # chat templates are the longest
 _FAMILIES = {"gemma3": "gemma3_text"}  # by architecture, where transformers names the text model differently
 _CONFIG_KEYS = {
@@ -36,10 +40,12 @@ class Metadata:
     Attributes:
         values: metadata by key, with the length of an array in place of the array.
         tensor_names: in the order of the file.
+        elements: the number of elements of all tensors by type. Types of quantized tensors are numbers.
     """
 
     values: dict[str, Any]
     tensor_names: tuple[str, ...]
+    elements: Mapping[str, int]
 
     def config(self) -> dict[str, Any]:
         """Returns the config.json entries that determine sizes and limits, plus ``has_chat_template``."""
@@ -72,7 +78,12 @@ def read_metadata(path: Path) -> Metadata:
                 raise _unreadable(path, "this is not a GGUF file of version 2 or 3")
             tensors, entries = _number(stream, "Q"), _number(stream, "Q")
             values = {_string(stream): _value(stream, _number(stream, "I")) for _ in range(entries)}
-            return Metadata(values, tuple(_tensor_name(stream) for _ in range(tensors)))
+            names, elements = [], Counter[str]()
+            for _ in range(tensors):
+                name, type_, count = _tensor(stream)
+                names.append(name)
+                elements[type_] += count
+            return Metadata(values, tuple(names), elements)
         except (struct.error, ValueError, OverflowError, KeyError, RecursionError) as error:
             raise _unreadable(path, "the file is truncated or damaged") from error
 
@@ -116,8 +127,9 @@ def _skip_array(stream: BinaryIO) -> int:
     return length
 
 
-def _tensor_name(stream: BinaryIO) -> str:
+def _tensor(stream: BinaryIO) -> tuple[str, str, int]:
+    """Returns the name, the type and the number of elements of a tensor."""
     name = _string(stream)
-    dimensions = _number(stream, "I")
-    stream.seek(8 * dimensions + 4 + 8, 1)  # dimensions, type, offset
-    return name
+    dimensions = [_number(stream, "Q") for _ in range(_number(stream, "I"))]
+    type_, _offset = _number(stream, "I"), _number(stream, "Q")
+    return name, _FLOAT_TYPES.get(type_, str(type_)), prod(dimensions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,11 +28,13 @@ class HubModel:
         commit: the commit that the revision refers to.
         directory: the snapshot in the Hub's cache, if only the cache may be used.
         names: names of its files, or only of the cached ones if only the cache may be used.
+        elements: the number of elements of its safetensors by dtype. None if the Hub does not say it.
     """
 
     commit: str
     directory: Path | None
     names: tuple[str, ...]
+    elements: Mapping[str, int] | None = None
 
 
 def is_repo_id(path: str) -> bool:
@@ -60,7 +62,9 @@ def find(repo: str, revision: str | None, patterns: Sequence[str]) -> HubModel:
         return HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS)
 
     info = _with_user_errors(repo, revision, lambda: with_timeout(ask))
-    return HubModel(info.sha, None, tuple(file.rfilename for file in info.siblings))
+    stored = info.safetensors
+    elements = None if stored is None else stored.parameters
+    return HubModel(info.sha, None, tuple(file.rfilename for file in info.siblings), elements)
 
 
 def _find_in_cache(repo: str, revision: str | None, patterns: Sequence[str]) -> HubModel:

@@ -45,6 +45,7 @@ class ModelSource:
         gguf_file: the name of the GGUF file within the directory or repository.
         names: names of all files in the directory or repository.
         files: the local files that determine what is loaded, for hashing. Empty for a Hub model.
+        elements: the number of elements of the weights by dtype, if the Hub says it.
     """
 
     kind: Literal["directory", "package", "hub"]
@@ -54,6 +55,7 @@ class ModelSource:
     gguf_file: str | None = None
     names: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    elements: Mapping[str, int] | None = None
 
     @property
     def identity(self) -> str | None:
@@ -107,7 +109,9 @@ def _on_hub(model: Model) -> ModelSource:
         _check_tokenizer(found.names, model.path)
     else:
         _check_gguf(model.gguf_file, found.names, model.path)
-    return ModelSource("hub", found.directory, model.path, found.commit, model.gguf_file, found.names)
+    return ModelSource(
+        "hub", found.directory, model.path, found.commit, model.gguf_file, found.names, elements=found.elements
+    )
 
 
 def _package_directory(model: Model) -> Path:

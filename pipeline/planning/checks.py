@@ -32,6 +32,7 @@ from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.machine import evaluation_processes
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_stored, family_for, shape_of
+from pipeline.models.own_dtype import known_elements, with_own_dtype
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import read_headers, refuse_quantized
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
@@ -125,8 +126,10 @@ def _input(name: str, prepared: PreparedRun) -> Faults:
 
 
 def _model(prepared: PreparedRun) -> Faults:
-    model, config = prepared.run.model, prepared.inputs.config
+    model, config, source = prepared.run.model, prepared.inputs.config, prepared.inputs.source
     yield from _raised_by(lambda: refuse_code(model, config))
+    if source is not None:
+        yield from _raised_by(lambda: with_own_dtype(model, known_elements(source)))
     yield from _raised_by(lambda: refuse_quantized(config, model.path))
     yield from _raised_by(lambda: check_shape(model, config))
     unsupported = list(_raised_by(lambda: family_for(config)))

@@ -30,6 +30,7 @@ from pipeline.files import let_group_write, nearest_existing, no_access, read_js
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
 from pipeline.models.families import Shape, family_for, shape_of
+from pipeline.models.own_dtype import known_elements, with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
@@ -42,7 +43,7 @@ class FoundInputs:
     """What was found of a run's inputs.
 
     Attributes:
-        model, data: the run's settings, with branches and tags resolved to commits.
+        model, data: the run's settings, with branches and tags resolved to commits, and the checkpoint's own dtype.
         source: where the model is; None if it was not found.
         config: the model's config, or the entries of ``model.shape``; empty if neither is known.
         config_from: the origin of ``config``, for the user.
@@ -216,6 +217,9 @@ def _look_up(run: Settings) -> FoundInputs:
     model, source = run.model, found.source
     if source is not None and source.commit is not None:
         model = model.model_copy(update={"revision": source.commit})
+    if source is not None:
+        # A failure is reported by the checks, which try again if the dtype is still open.
+        model = attempt(lambda: with_own_dtype(model, known_elements(source)))[0] or model
     pinned: dict[str, Any] = {name: answers[name][0] for name in PURPOSES if name in asked and name not in failures}
     data = run.data.model_copy(update=pinned)
     config, config_from = (found.config, _place(source)) if found.config and source else _second_best_config(run.model)

@@ -7,6 +7,7 @@ dequantizes it. Nothing is unpickled, and no code of the model runs.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.models import hub
 from pipeline.models.built import build_on_meta, is_tied, weight_faults
 from pipeline.models.config_json import depth_of
 from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
+from pipeline.models.own_dtype import stored_elements, with_own_dtype
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
@@ -41,12 +43,14 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(model, Model)
     source = resolve(model)
     directory = _fetch(source, model)
+    model = with_own_dtype(model, stored_elements(directory, source.gguf_file))
     config = config_of(source)
     refuse_code(model, config)
     check_shape(model, config)
     if source.gguf_file is None:
-        copy_safetensors(directory, task.out, model)
+        warnings = copy_safetensors(directory, task.out, model)
     else:
+        warnings = []
         unpack_gguf(directory, source.gguf_file, task.out, model)
     written = ModelDirectory(task.out)
     return {
@@ -54,18 +58,18 @@ def run(task: StageTask) -> Metrics:
         "commit": source.commit,
         "model_type": written.config["model_type"],
         "num_hidden_layers": depth_of(written.config),
-        **_inferred(written.config),
+        **_inferred(written.config, warnings),
         "parameters": sum(spec.numel for spec in written.specs.values()),
         "dtype": model.dtype,
     }
 
 
-def _inferred(config: dict[str, Any]) -> Metrics:
-    """Says for the manifest and the log that a model's family has no row. Empty if it has one."""
+def _inferred(config: dict[str, Any], warnings: list[str]) -> Metrics:
+    """Says for the manifest and the log that a model's family has no row, among other warnings. Empty if none."""
     if family_for(config).inference is None:
-        return {}
+        return {"warnings": warnings} if warnings else {}
     told = f"the family {config['model_type']} has no row in the table of families: roles are inferred from its modules"
-    return {"family": INFERRED, "warnings": [told]}
+    return {"family": INFERRED, "warnings": [told, *warnings]}
 
 
 def _fetch(source: ModelSource, model: Model) -> Path:
@@ -75,7 +79,7 @@ def _fetch(source: ModelSource, model: Model) -> Path:
     return hub.fetch_snapshot(source.repo, source.commit, wanted_files(model))
 
 
-def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
+def copy_safetensors(directory: Path, out: Path, model: Model) -> list[str]:
     """Casts a safetensors directory tensor by tensor, and copies its other files.
 
     Everything that headers, config and tokenizer show is checked before the first weight is read.
@@ -84,6 +88,9 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
         directory: the model to read.
         out: an existing directory.
         model: the settings, for the dtype and for remote code.
+
+    Returns:
+        A warning if some weights are rounded.
 
     Raises:
         UserError: the weights are quantized, not finite, or not those of the config's model; or the tokenizer does not
@@ -103,6 +110,17 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> None:
         for name, spec in specs.items():
             writer.write(name, _cast(name, base.read(sources[name]), spec, model))
             bar.advance(1, note=name)
+    return _rounding(Counter(base.specs[stored].dtype for stored in sources.values()), model)
+
+
+def _rounding(tensors: Counter[torch.dtype], model: Model) -> list[str]:
+    """Returns a warning for every dtype, of ``tensors`` stored in it, that ``model.dtype`` cannot hold exactly."""
+    written = DTYPES[model.dtype]
+    return [
+        f"{count} tensors are stored in {str(dtype).removeprefix('torch.')} and rounded to {model.dtype}"
+        for dtype, count in tensors.items()
+        if dtype.is_floating_point and torch.promote_types(dtype, written) != written
+    ]
 
 
 def _check_tokenizer(out: Path, model: Model) -> None:

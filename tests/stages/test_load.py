@@ -78,6 +78,17 @@ def test_a_directory_is_cast_and_copied(run: Load, tiny_llama_dir: Path, out: Pa
     assert (metrics["num_hidden_layers"], metrics["model_type"], metrics["dtype"]) == (4, "llama", dtype)
 
 
+def test_the_dtype_of_most_weights_is_kept_and_rounding_others_is_a_warning(run: Load, model: Path, out: Path) -> None:
+    before = load_file(model / "model.safetensors")
+    metrics = run(model, dtype="auto")
+    assert (metrics["dtype"], "warnings" in metrics) == ("float32", False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(out / "model.safetensors").items())
+    _change_weights(model, **{name: tensor.bfloat16() for name, tensor in before.items() if tensor.ndim == 2})
+    metrics = run(model, dtype="auto")
+    assert metrics["warnings"] == ["9 tensors are stored in float32 and rounded to bfloat16"]
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_shards_are_read_by_their_index(run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path) -> None:
     sharded = tmp_path / "sharded"
     AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(sharded, max_shard_size="40KB")
