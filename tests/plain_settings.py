@@ -24,6 +24,7 @@ def model_at(path: object, **changes: object) -> Model:
         "gguf_file": None,
         "package": None,
         "dtype": "float32",
+        "dequantize": False,
         "trust_remote_code": False,
         "shape": None,
     }

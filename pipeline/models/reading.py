@@ -33,6 +33,8 @@ class ModelDirectory:
         UserError: the directory does not hold a complete safetensors model, or a tensor has a packed dtype.
     """
 
+    dtypes = SAFETENSORS_DTYPES  # that may be read, by their names in headers
+
     def __init__(self, path: Path, files: Iterable[Path] | None = None) -> None:
         self.path = path
         self.specs: dict[str, TensorSpec] = {}
@@ -41,14 +43,14 @@ class ModelDirectory:
         shards = read_headers(path) if files is None else {shard: read_header(shard) for shard in files}
         for shard, (entries, first) in shards.items():
             for name, entry in entries.items():
-                if entry.dtype not in SAFETENSORS_DTYPES:
+                if entry.dtype not in self.dtypes:
                     raise UserError(
                         setting="model.path",
                         value=path,
                         rule=f"{name} has the packed dtype {entry.dtype}, which is not supported",
                         remedy="Set model.path to the unquantized model, in bfloat16, float16 or float32.",
                     )
-                self.specs[name] = TensorSpec(SAFETENSORS_DTYPES[entry.dtype], entry.shape)
+                self.specs[name] = TensorSpec(self.dtypes[entry.dtype], entry.shape)
                 self._places[name] = StoredBytes(shard, first + entry.begin)
 
     @property

@@ -48,6 +48,9 @@ class StoredBytes:
     offset: int
 
 
+Headers = Mapping[Path, tuple[Mapping[str, TensorEntry], int]]  # of files: tensors, and offset of the first one
+
+
 def find_weights(directory: Path) -> tuple[Path, ...]:
     """Returns the safetensors files of a model directory, sorted by name.
 
@@ -255,24 +258,6 @@ def _gguf_remedy(names: Collection[str]) -> str:
     if gguf:
         return f"Set model.gguf_file={gguf[0]} to read the existing GGUF file."
     return "Set model.path to a directory written by save_pretrained, or to the ID of a model on the Hugging Face Hub."
-
-
-def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
-    """Checks that the weights of a model are not quantized.
-
-    Args:
-        config: the content of its config.json.
-        where: the model, for the message.
-
-    Raises:
-        UserError: they are.
-    """
-    if config.get("quantization_config"):
-        raise _invalid(
-            where,
-            "its weights are quantized, and new layers can only be made from unquantized ones",
-            "Set model.path to the unquantized model. GGUF is the only quantized format that can be dequantized here.",
-        )
 
 
 def _invalid(where: object, rule: str, remedy: str) -> UserError:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from os.path import isdir, islink, lexists
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
@@ -33,8 +33,9 @@ from pipeline.launch.machine import evaluation_processes
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.own_dtype import known_elements, with_own_dtype
+from pipeline.models.quantization import FP8, block_size, check_quantization, is_fp8, scales_of, without_scales
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
-from pipeline.models.weight_files import read_headers, refuse_quantized
+from pipeline.models.weight_files import Headers, read_headers
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
 from pipeline.planning.training import plan_training
 from pipeline.trackers import login_fault, not_installed, wandb_mode
@@ -130,7 +131,7 @@ def _model(prepared: PreparedRun) -> Faults:
     yield from _raised_by(lambda: refuse_code(model, config))
     if source is not None:
         yield from _raised_by(lambda: with_own_dtype(model, known_elements(source)))
-    yield from _raised_by(lambda: refuse_quantized(config, model.path))
+    yield from _raised_by(lambda: check_quantization(config, model))
     yield from _raised_by(lambda: check_shape(model, config))
     unsupported = list(_raised_by(lambda: family_for(config)))
     yield from unsupported or _raised_by(lambda: shape_of(config))
@@ -145,8 +146,15 @@ def _weights(prepared: PreparedRun) -> Faults:
     if fault is not None:
         yield fault
     if headers is not None and prepared.shape is not None:
-        stored = {name: entry.shape for entries, _ in headers.values() for name, entry in entries.items()}
-        yield from _raised_by(lambda: check_stored(config, stored, prepared.run.model.path))
+        yield from _raised_by(lambda: _check_headers(config, headers, prepared.run.model.path))
+
+
+def _check_headers(config: Mapping[str, Any], headers: Headers, where: str) -> None:
+    entries = {name: entry for tensors, _ in headers.values() for name, entry in tensors.items()}
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    if is_fp8(config):
+        scales_of([name for name in entries if entries[name].dtype == FP8], shapes, block_size(config), where)
+    check_stored(config, {name: shapes[name] for name in without_scales(shapes, config)}, where)
 
 
 def _layers(prepared: PreparedRun) -> Faults:

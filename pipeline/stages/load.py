@@ -1,7 +1,7 @@
 """The load stage: converts a Hub model, a local directory or a GGUF file into a safetensors directory of one dtype.
 
-Safetensors are cast tensor by tensor. Only a GGUF file is loaded into memory as a complete model, because transformers
-dequantizes it. Nothing is unpickled, and no code of the model runs.
+Safetensors are dequantized and cast tensor by tensor. Only a GGUF file is loaded into memory as a complete model,
+because transformers dequantizes it. Nothing is unpickled, and no code of the model runs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Model
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.models import hub
 from pipeline.models.built import build_on_meta, is_tied, weight_faults
 from pipeline.models.config_json import depth_of
 from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
+from pipeline.models.fp8 import Fp8Directory
 from pipeline.models.own_dtype import stored_elements, with_own_dtype
+from pipeline.models.quantization import check_quantization, is_fp8
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
-from pipeline.models.weight_files import check_file, refuse_quantized
+from pipeline.models.weight_files import check_file
 from pipeline.models.writing import ShardWriter, remove_weights
 from pipeline.progress import progress
 
@@ -93,12 +95,13 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> list[str]:
         A warning if some weights are rounded.
 
     Raises:
-        UserError: the weights are quantized, not finite, or not those of the config's model; or the tokenizer does not
-            fit the model.
+        UserError: the weights are quantized and may not be dequantized, are not finite, or are not those of the
+            config's model; or the tokenizer does not fit the model.
     """
-    base = ModelDirectory(directory)
-    refuse_quantized(base.config, model.path)
-    write_json(out / "config.json", _clean_config(base.config, model))
+    config = read_json(directory / "config.json")
+    check_quantization(config, model)
+    base = Fp8Directory(directory) if is_fp8(config) else ModelDirectory(directory)
+    write_json(out / "config.json", _clean_config(config, model))
     copy_side_files(directory, out)
     if model.trust_remote_code:
         for code in directory.glob("*.py"):
@@ -119,7 +122,7 @@ def _rounding(tensors: Counter[torch.dtype], model: Model) -> list[str]:
     return [
         f"{count} tensors are stored in {str(dtype).removeprefix('torch.')} and rounded to {model.dtype}"
         for dtype, count in tensors.items()
-        if dtype.is_floating_point and torch.promote_types(dtype, written) != written
+        if dtype.is_floating_point and dtype.itemsize > 1 and torch.promote_types(dtype, written) != written
     ]
 
 
@@ -205,11 +208,11 @@ def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str
 
 
 def _clean_config(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    """Returns the config with the dtype of the written weights, and without entries about its origin and its use.
+    """Returns the config with the dtype of the written weights, and without its origin, its use and quantization.
 
     The implementation of attention is chosen where the model is loaded, and a saved choice may not be installed there.
     """
-    dropped = {"_name_or_path", "torch_dtype", "attn_implementation", "_attn_implementation"} | (
+    dropped = {"_name_or_path", "torch_dtype", "attn_implementation", "_attn_implementation", "quantization_config"} | (
         set() if model.trust_remote_code else {"auto_map"}
     )
     return {**{name: value for name, value in config.items() if name not in dropped}, "dtype": model.dtype}

@@ -20,8 +20,8 @@ from pipeline.files import read_json, write_json
 from pipeline.models.built import build_on_meta, is_tied
 from pipeline.models.families import family_for, shape_of
 from pipeline.models.layer_config import explicit_config, rebuild_config
+from pipeline.models.quantization import check_quantization
 from pipeline.models.source import ModelSource, config_of, refuse_code
-from pipeline.models.weight_files import refuse_quantized
 from tests.fuzz.limits import examples, outcome
 from tests.fuzz.strategies import damaged, encoded, literals, object_text, plain
 from tests.plain_settings import model_at
@@ -78,7 +78,7 @@ def _read(source: ModelSource) -> dict[str, Any]:
     """What the plan and the load stage do with a config, in their order."""
     config = config_of(source)
     refuse_code(model_at(source.directory), config)
-    refuse_quantized(config, source.directory)
+    check_quantization(config, model_at(source.directory))
     family_for(config)
     shape_of(config)
     assert source.directory is not None

@@ -61,6 +61,10 @@ def test_a_gguf_file_keeps_its_dtype_unless_it_is_quantized(
     assert _own_dtype(tmp_path / "tiny.gguf") == dtype
 
 
+def test_fp8_becomes_bfloat16() -> None:
+    assert with_own_dtype(model_at("any", dtype="auto"), {"F32": 3, "F8_E4M3": 9}).dtype == "bfloat16"
+
+
 def test_the_hub_says_it_before_anything_is_downloaded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
