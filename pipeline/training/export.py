@@ -70,12 +70,21 @@ def export_trained_model(
     losses = token_losses(engine, context.device)
     if context.rank != 0:
         return
-    last = Checkpoint(context.checkpoints / directory_name(progress.step))
     if context.settings.save_model:
-        export_with_replaced(context.model_dir, context.task.out, last.tensors(exported_key(context.settings)))
+        trained = _last_checkpoint(context, progress).tensors(exported_key(context.settings))
+        export_with_replaced(context.model_dir, context.task.out, trained)
         copy_chat_files(context.data_dir, context.task.out)
         check_export(context.task.out, losses, context.precision)
-    summary = {
+    summary = _summary(context, table, progress, peak) | _averages(context.settings, losses_of_averages) | memory
+    out = context.task.out
+    fsync_directory(out)  # the driver removes the checkpoints as soon as training.json exists
+    write_json(out / TRAINING_FILE, summary)
+    seal(out / TRAINING_SEAL, _finished_files(out))
+
+
+def _summary(context: RankContext, table: list[ParameterRow], progress: Progress, peak: Peak) -> dict[str, Any]:
+    """Returns the content of ``training.json`` as far as it does not depend on averages and memory."""
+    return {
         "steps": progress.step,
         "tokens": progress.tokens,
         "flops": progress.flops,
@@ -88,7 +97,6 @@ def export_trained_model(
         "learning_rate_multiples": {r.name: r.learning_rate_multiple for r in table if r.learning_rate_multiple != 1},
         "final_loss": progress.loss,
         "held_out": progress.held_out,
-        **_averages(context.settings, losses_of_averages),
         "mfu": progress.flops / progress.seconds / peak.rate,
         "peak_flops_per_second": {"rate": peak.rate, "source": peak.source},
         "checkpoints": {
@@ -96,15 +104,14 @@ def export_trained_model(
             # If the run was killed after its last checkpoint, the seconds of that one are not included.
             "seconds": progress.save_seconds,
             "stall_seconds": progress.stall_seconds,
-            "bytes": sum(path.stat().st_size for path in last.path.iterdir()),
+            "bytes": sum(path.stat().st_size for path in _last_checkpoint(context, progress).path.iterdir()),
         },
         "warnings": [*_spike_warnings(progress), *_collapse_warnings(progress)],
-        **memory,
     }
-    out = context.task.out
-    fsync_directory(out)  # the driver removes the checkpoints as soon as training.json exists
-    write_json(out / TRAINING_FILE, summary)
-    seal(out / TRAINING_SEAL, _finished_files(out))
+
+
+def _last_checkpoint(context: RankContext, progress: Progress) -> Checkpoint:
+    return Checkpoint(context.checkpoints / directory_name(progress.step))
 
 
 def _finished_files(out: Path) -> Iterator[Path]:
