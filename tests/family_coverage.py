@@ -126,6 +126,7 @@ def check_family(family: str, work: Path, tokenizer: Any, settings: Callable[...
         gguf_file=None,
         package=None,
         dtype="float32",
+        dequantize=False,
         trust_remote_code=False,
         shape=None,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.files import read_json
 from pipeline.models.families import Place, family_of
@@ -47,8 +47,12 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A model whose parameters all differ from their defaults, norm scales, biases, sinks and routers included."""
+    return randomized_model(AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS.get(family, {}), **changes}))
+
+
+def randomized_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a config, as ``tiny_model``."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **TINY_CONFIGS.get(family, {}), **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model)
     return model

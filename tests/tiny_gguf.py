@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,14 @@ GEMMA3_NAMES = {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
+METADATA = {  # keys of the architecture by entries of config.json
+    "head_dim": "attention.key_length", "sliding_window": "attention.sliding_window",
+    "layer_norm_eps": "attention.layer_norm_epsilon", "norm_epsilon": "attention.layer_norm_epsilon",
+    "num_experts": "expert_count", "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}  # fmt: skip
+ADDED_TO_ONE = ("gemma2",)
 
 
 def write_gemma3_gguf(model: Path, path: Path) -> None:
@@ -30,15 +39,7 @@ def write_gemma3_gguf(model: Path, path: Path) -> None:
     writer.add_key_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
     writer.add_sliding_window(config["sliding_window"])
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(index) for index in range(len(tokens))])
-    writer.add_token_types([3] * len(special) + [6] * 256 + [1] * (len(tokens) - len(special) - 256))
-    writer.add_bos_token_id(2)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(3)
+    _add_sentencepiece(writer)
     for name, tensor in load_file(model / "model.safetensors").items():
         # llama.cpp stores 1 + w where transformers scales by 1 + w.
         writer.add_tensor(_rename(name, GEMMA3_NAMES), tensor + 1 if "norm" in name else tensor)
@@ -62,6 +63,45 @@ def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType)
     _finish(writer)
 
 
+def write_family_gguf(model: Path, path: Path, architecture: str) -> None:
+    """Converts a directory of any family that needs none of the above, with names from the gguf package.
+
+    Experts of a layer are stacked, scales of norms that are added to one are stored with it, and a matrix with one row
+    is a vector.
+    """
+    config = json.loads((model / "config.json").read_text())
+    writer = _writer(path, architecture, config)
+    for name, key in METADATA.items():
+        if config.get(name) is not None:
+            add = writer.add_float32 if isinstance(config[name], float) else writer.add_uint32
+            add(f"{architecture}.{key}", config[name])
+    rope = config.get("rope_parameters", {})
+    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
+    writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
+    if architecture == "gemma2":
+        _add_sentencepiece(writer)
+    else:
+        _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text()), "{{ messages[0].content }}")
+    (arch,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    tensors: dict[str, list[np.ndarray]] = {}
+    for name, tensor in sorted(load_file(model / "model.safetensors").items(), key=_natural):
+        stem, _, suffix = re.sub(r"experts\.\d+\.", "experts.", name).rpartition(".")
+        tensors.setdefault(f"{names.get_name(stem)}.{suffix}", []).append(
+            tensor + 1 if architecture in ADDED_TO_ONE and "norm" in name else tensor
+        )
+    for name, parts in tensors.items():
+        tensor = np.stack(parts) if "exps" in name else parts[0]
+        writer.add_tensor(name, tensor[0] if tensor.shape[0] == 1 else tensor)
+    _finish(writer)
+
+
+def _natural(item: tuple[str, np.ndarray]) -> list[str | int]:
+    """A key to sort names by, with their numbers as numbers."""
+    return [int(part) if part.isdigit() else part for part in item[0].split(".")]
+
+
 def _writer(path: Path, architecture: str, config: dict) -> gguf.GGUFWriter:
     """Returns a writer with the sizes that all architectures have."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -71,7 +111,8 @@ def _writer(path: Path, architecture: str, config: dict) -> gguf.GGUFWriter:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     return writer
 
@@ -94,7 +135,21 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, template: str) -> N
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(vocabulary["<|im_start|>"])
     writer.add_eos_token_id(vocabulary["<|im_end|>"])
+    writer.add_pad_token_id(vocabulary["<|im_end|>"])
     writer.add_chat_template(template)
+
+
+def _add_sentencepiece(writer: gguf.GGUFWriter) -> None:
+    """A SentencePiece vocabulary of bytes and ASCII."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(len(tokens))])
+    writer.add_token_types([3] * len(special) + [6] * 256 + [1] * (len(tokens) - len(special) - 256))
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
 
 
 def _rename(name: str, names: dict[str, str] = NAMES) -> str:

@@ -20,7 +20,15 @@ _NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 _STRING, _ARRAY = 8, 9
 _FLOAT_TYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}  # of tensors
 MAX_STRING_BYTES = 2**26  # chat templates are the longest
-_FAMILIES = {"gemma3": "gemma3_text"}  # by architecture, where transformers names the text model differently
+# Families by architecture: those of the language models in GGUF_CONFIG_MAPPING (transformers.integrations.ggml) and in
+# GGUF_CONFIG_ARCHS (transformers.integrations.gguf), as load_gguf_checkpoint names them. The driver imports neither.
+ARCHITECTURES = {
+    **{name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "starcoder2", "stablelm")},
+    **{name: name for name in ("gpt2", "falcon", "bloom", "mamba", "nemotron", "deci", "lfm2")},
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
+    "minimax-m2": "minimax_m2", "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
+}  # fmt: skip
+SCALED_ROTATION = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _CONFIG_KEYS = {
     "num_hidden_layers": "block_count",
     "max_position_embeddings": "context_length",
@@ -30,7 +38,17 @@ _CONFIG_KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "vocab_size": "vocab_size",
+    "sliding_window": "attention.sliding_window",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
+# Entries that transformers does not read from the files of every architecture.
+UNREAD = (
+    "vocab_size", "head_dim", "sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,16 +72,41 @@ class Metadata:
         config["vocab_size"] = config["vocab_size"] or self.values.get("tokenizer.ggml.tokens")
         return {
             **{name: value for name, value in config.items() if value is not None},
-            "model_type": _FAMILIES.get(str(architecture), architecture),
+            "model_type": ARCHITECTURES.get(str(architecture), architecture),
             "tie_word_embeddings": "output.weight" not in self.tensor_names,
             "has_chat_template": "tokenizer.chat_template" in self.values,
         }
 
-    def ignored_rope_scaling(self) -> float | None:
-        """Returns the factor by which rotary positions are scaled, which transformers does not apply, or None."""
-        architecture = self.values.get("general.architecture")
-        factor = self.values.get(f"{architecture}.rope.scaling.factor", 1.0)
-        return None if factor == 1.0 else float(factor)
+    @property
+    def rotary(self) -> dict[str, float]:
+        """What the file says about rotary positions, as entries of ``rope_parameters``."""
+        architecture, config = self.values.get("general.architecture"), self.config()
+        base, rotated = (self.values.get(f"{architecture}.rope.{key}") for key in ("freq_base", "dimension_count"))
+        stated = {} if base is None else {"rope_theta": base}
+        if rotated is not None and config.get("num_attention_heads"):
+            size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+            stated["partial_rotary_factor"] = rotated / size
+        return stated
+
+    def check(self, where: object) -> None:
+        """Checks that transformers reads everything that determines what the model computes.
+
+        Raises:
+            UserError: it does not.
+        """
+        architecture = str(self.values.get("general.architecture"))
+        if architecture not in ARCHITECTURES:
+            rule = f"transformers does not read GGUF files of the architecture {architecture}"
+        elif architecture == "llama" and self.values.get("llama.expert_count"):
+            rule = "it is a mixture of experts of the architecture llama, whose experts transformers does not read"
+        elif (factor := self.values.get(f"{architecture}.rope.scaling.factor", 1.0)) != 1.0:
+            rule = f"it scales rotary positions (rope.scaling.factor {factor:g}), which transformers does not read"
+        elif scaled := sorted(set(SCALED_ROTATION) & set(self.tensor_names)):
+            rule = f"it scales rotary positions ({scaled[0]}), which transformers does not read"
+        else:
+            return
+        remedy = "Use the model's safetensors, for example from the Hugging Face Hub."
+        raise UserError(setting="model.gguf_file", value=where, rule=rule, remedy=remedy)
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -187,13 +187,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
     """
     if source.gguf_file is not None:
         metadata = read_metadata(local_file(source, source.gguf_file))
-        if (factor := metadata.ignored_rope_scaling()) is not None:
-            raise UserError(
-                setting="model.gguf_file",
-                value=source.gguf_file,
-                rule=f"it scales rotary positions (rope.scaling.factor {factor:g}), which transformers does not read",
-                remedy="Use the model's safetensors, for example from the Hugging Face Hub.",
-            )
+        metadata.check(source.gguf_file)
         check_config(metadata.config(), source.gguf_file)
         return metadata.config()
     config = _json_of(source, "config.json", keep)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Model
@@ -25,6 +25,7 @@ from pipeline.models.built import build_on_meta, is_tied, weight_faults
 from pipeline.models.config_json import depth_of
 from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
 from pipeline.models.fp8 import Fp8Directory
+from pipeline.models.gguf import UNREAD, Metadata, read_metadata
 from pipeline.models.own_dtype import stored_elements, with_own_dtype
 from pipeline.models.quantization import check_quantization, is_fp8
 from pipeline.models.reading import ModelDirectory, copy_side_files
@@ -228,14 +229,18 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         model: the settings, for the dtype.
 
     Raises:
-        UserError: a tensor is missing or not finite, or the tokenizer does not fit the model.
+        UserError: a tensor is missing, is not read or is not finite, or the tokenizer does not fit the model.
     """
-    AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(out)
+    metadata = read_metadata(directory / gguf_file)
+    config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
+    _complete(config, metadata)
+    config.save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
     tokenizer.save_pretrained(out)
     _check_tokenizer(out, model)
     unpacked, report = AutoModelForCausalLM.from_pretrained(
         directory,
+        config=config,
         gguf_file=gguf_file,
         dtype=DTYPES[model.dtype],
         quantization_config=GgufConfig(dequantize=True),  # without it, some GGUF types stay packed
@@ -249,6 +254,7 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
             rule=f"it lacks {', '.join(missing[:3])}, which {type(unpacked).__name__} has",
             remedy="Download the file again, or set model.gguf_file to another one.",
         )
+    _check_number_of_weights(unpacked, metadata, gguf_file)
     for name, parameter in unpacked.named_parameters():
         assert type(parameter.data) is torch.Tensor and parameter.dtype == DTYPES[model.dtype], f"{name} is packed"
         if not is_finite(parameter.detach()):
@@ -257,3 +263,30 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         del unpacked.config.quantization_config  # the weights are plain now, and saving would try to pack them
     remove_weights(out)
     unpacked.save_pretrained(out)
+
+
+def _complete(config: PreTrainedConfig, metadata: Metadata) -> None:
+    """Sets what a GGUF file says about its model but transformers does not read, which would be the class's default."""
+    stated = {name: value for name, value in metadata.config().items() if name in UNREAD and hasattr(config, name)}
+    rotary, rope = metadata.rotary, getattr(config, "rope_parameters", None) or {}
+    config.update({**stated, "rope_parameters": {**rope, **{name: rotary[name] for name in rotary if name in rope}}})
+
+
+def _check_number_of_weights(unpacked: PreTrainedModel, metadata: Metadata, gguf_file: str) -> None:
+    """Checks that every weight of a GGUF file is in the model. transformers ignores tensors that it does not know.
+
+    Raises:
+        UserError: it is not.
+    """
+    stored = sum(metadata.elements.values())
+    if is_tied(unpacked) and "output.weight" in metadata.tensor_names:  # the head of falcon and bloom
+        stored -= unpacked.get_input_embeddings().weight.numel()
+    distinct = {tensor.data_ptr(): tensor.numel() for tensor in unpacked.state_dict().values()}
+    read = sum(distinct.values())
+    if stored > read:
+        raise UserError(
+            setting="model.gguf_file",
+            value=gguf_file,
+            rule=f"it has {stored:,} weights, but {type(unpacked).__name__} as transformers builds it only {read:,}",
+            remedy="Use the model's safetensors, for example from the Hugging Face Hub.",
+        )

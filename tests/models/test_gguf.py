@@ -9,8 +9,6 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.models.gguf import read_metadata
-from pipeline.models.source import config_of, resolve
-from tests.plain_settings import model_at
 from tests.tiny_gguf import write_gguf
 
 
@@ -45,16 +43,6 @@ def test_damaged_files_are_rejected_without_allocating(gguf_file: Path, tmp_path
         (tmp_path / "huge.gguf").write_bytes(content[:offset] + huge + content[offset + 8 :])
         with pytest.raises(UserError, match="truncated or damaged"):
             read_metadata(tmp_path / "huge.gguf")
-
-
-def test_rope_scaling_that_transformers_does_not_read_is_rejected(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "scaled.gguf", "gemma3")
-    writer.add_rope_scaling_factor(8.0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(UserError, match="rope.scaling.factor 8"):
-        config_of(resolve(model_at(tmp_path / "scaled.gguf")))
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 500, 2000])
