@@ -45,6 +45,7 @@ from pipeline.config.messages import (
 )
 from pipeline.config.secrets import HIDDEN, refuse_secret_overrides, refuse_secrets
 from pipeline.config.section import MAX_NAME_BYTES
+from pipeline.config.untuned import leave_out_tuning
 from pipeline.driver.requeue import requeue_this_job
 from pipeline.errors import (
     EXIT_DONE,
@@ -272,7 +273,20 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
     refuse_secrets(values)
     if suffix:
         values["name"] = f"{values['name']}/{suffix}"
-    return validate_settings(values)
+    return leave_out_tuning(validate_settings(values), _given(overrides))
+
+
+def _given(overrides: list[str]) -> set[str]:
+    """Returns the dotted names of the settings on the command line, also of those within ``sft={steps: 3}``."""
+    names: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        value = override.value()
+        names |= {override.key_or_group, *(f"{override.key_or_group}.{name}" for name in _names_in(value))}
+    return names
+
+
+def _names_in(value: object) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, dict) else []
 
 
 def _refuse_method_key(overrides: list[str]) -> None:

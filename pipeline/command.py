@@ -226,7 +226,7 @@ def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | 
 
 
 def _run(job: PreparedRun, console: Console) -> None:
-    console.print(f"[bold]{job.run.name}[/]  {job.run.expand.method}, seed {job.run.seed}")
+    console.print(f"[bold]{job.run.name}[/]  {job.run.summary}")
     seconds = run_graph(job.run, job.nodes, console)
     if any(seconds.values()):
         _print_seconds(seconds, console)

@@ -197,6 +197,28 @@ def test_every_model_answers_the_same_questions_in_the_report(shrunk: list[str],
 
 
 @SHARING
+def test_a_run_without_conversations_ends_with_the_pre_trained_model(
+    shrunk: list[str], finished: str, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its artifacts but the report are those of the run that tunes."""
+    command = ["+experiment=quickstart", *shrunk, "data.instructions=null", "name=plain"]
+    status, output = run(*command, cwd=outputs)
+    assert status == EXIT_DONE, output
+    assert re.findall(r"build +(\S+)", output) == ["report"]
+    assert "without instruction tuning" in output and "tuned" not in output
+    linked = {path.name for path in (outputs / "outputs" / "plain").iterdir()}
+    assert linked == {"load", "expand", "tokenize", "pretrain", "evaluate", "report", "keys.json"}
+    report = (outputs / "outputs" / "plain" / "report" / "report.md").read_text()
+    assert "Pre-training on " in report and "tuned" not in report
+    assert "sft" not in report.partition("## Reproduction")[0]
+    monkeypatch.chdir(outputs)
+    assert main([*command, "action=status"]) == EXIT_DONE
+    assert "pretrain" in (shown := capsys.readouterr().out) and "sft" not in shown and "absent" not in shown
+    assert main([*command, "action=export", "export.repository=me/deeper", "dry_run=true"]) == EXIT_DONE
+    assert {"README.md", "model.safetensors", "expansion.json"} <= set(capsys.readouterr().out.split())
+
+
+@SHARING
 def test_a_sweep_shares_artifacts_and_has_one_report(shrunk: list[str], outputs: Path) -> None:
     command = ["--multirun", "+experiment=quickstart", "expand=copy,none", *shrunk, "name=sweep"]
     status, output = run(*command, cwd=outputs)

@@ -376,6 +376,15 @@ def test_a_template_that_renders_no_conversation(
     assert "data.instructions.path" in message and "must begin with '<think>" in message
 
 
+@pytest.mark.parametrize(
+    "override", ["evaluate.targets=[load,sft]", "stages=[sft]", "evaluate.sample_answers=2", "sft.corpus_fraction=0.2"]
+)
+def test_tuning_without_conversations(base: Arguments, override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, *base, "data.instructions=null", override)
+    setting = override.partition("=")[0]
+    assert message.startswith(f"{setting} = ") and "data.instructions=null" in message and message.count(" = ") == 1
+
+
 @pytest.mark.parametrize("setting", ["data.corpus.path", "data.instructions.path", "model.path"])
 def test_an_empty_path_is_not_the_current_directory(
     setting: str, base: Arguments, capsys: pytest.CaptureFixture[str]

@@ -50,7 +50,7 @@ class Settings(Section):
     watch: bool  # with action=status: repeat it until everything is there
     dry_run: bool  # with action=submit or export: say what would be submitted or written, and change nothing
     confirm: bool  # with action=clean: remove what is listed otherwise
-    target: Line  # with action=chat or export: a stage, or a model directory
+    target: Line | None  # with action=chat or export: a stage or a model directory; null: the last training stage
     compare: list[Line]  # with action=chat: several of them instead, which answer the same questions
     chat: Chat
     export: Export
@@ -67,6 +67,22 @@ class Settings(Section):
     slurm: Slurm
 
     @property
+    def tunes(self) -> bool:
+        """Whether the run has conversations, and with them instruction tuning."""
+        return self.data.instructions is not None
+
+    @property
+    def training_stages(self) -> tuple[str, ...]:
+        """The stages of the run that train a model, in order."""
+        return TRAINING_STAGES if self.tunes else ("pretrain",)
+
+    @property
+    def summary(self) -> str:
+        """What distinguishes the run from others, for the first line of its plan and its output."""
+        untuned = "" if self.tunes else ", without instruction tuning (data.instructions=null)"
+        return f"{self.expand.method}, seed {self.seed}{untuned}"
+
+    @property
     def reads_data(self) -> bool:
         """Whether a chosen stage depends on the corpus or the instructions."""
         return not set(self.stages) <= ({"load"} if self.expansion.ranked_position else {"load", "expand"})
@@ -74,7 +90,7 @@ class Settings(Section):
     @property
     def expansion(self) -> Expand:
         """The settings of expand, which depend on whether a training stage trains ``matched`` layers."""
-        matched = "matched" in (*self.pretrain.trainable_terms, *self.sft.trainable_terms)
+        matched = any("matched" in getattr(self, stage).trainable_terms for stage in self.training_stages)
         return self.expand.with_matched_layers() if matched else self.expand
 
     @property

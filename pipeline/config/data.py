@@ -46,7 +46,7 @@ class Data(Section):
     """Documents for continued pre-training, conversations for instruction tuning, and the held-out part of both."""
 
     corpus: Sources  # one source, or a list that is mixed by weight
-    instructions: Sources
+    instructions: Sources | None  # null: no instruction tuning
     forgetting: Sources | None  # documents of another kind, never trained on, on which the loss is measured
     held_out_fraction: Fraction  # of documents, chosen by hash; python_docs is split by module instead
     validation_fraction: Fraction  # of documents that are not held out, chosen by hash, to select settings by
@@ -59,7 +59,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_held_out(self) -> Data:
-        kinds = {source.kind for source in (*self.corpus, *self.instructions)}
+        kinds = {source.kind for source in (*self.corpus, *(self.instructions or ()))}
         if self.held_out_fraction == 0 and kinds != {"python_docs"}:
             raise ValueError("held_out_fraction must be above 0; only python_docs has its own held-out split")
         if self.held_out_fraction + self.validation_fraction >= 1:

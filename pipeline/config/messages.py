@@ -62,6 +62,8 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
         if key in RENAMED:
             values = [item.partition("=")[2] for item in overrides if item.partition("=")[0] == key]
             return _renamed(key, values[-1] if values else "...")
+        if key.startswith("data.") and key in known_keys():
+            return _within_null(key)
         return _unknown_key(key)
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, _, value = ambiguous.group(1).partition("=")
@@ -140,7 +142,10 @@ def unknown_option(argument: str) -> UserError:
 def not_given(key: str) -> UserError:
     """Returns the error for a setting without a value."""
     key = re.sub(r"\[(\d+)\]", r".\1", key)  # a list item as it is written on the command line
-    return UserError(setting=key, value="(not given)", rule="it must be set", remedy=f"Add {key}=... to the command.")
+    remedy = f"Add {key}=... to the command."
+    if key.startswith("data.instructions."):
+        remedy += " Without conversations, set data.instructions=null, which leaves out instruction tuning."
+    return UserError(setting=key, value="(not given)", rule="it must be set", remedy=remedy)
 
 
 def not_a_number(overrides: list[str]) -> UserError:
@@ -169,6 +174,16 @@ def _unknown_key(key: str) -> UserError:
         value="(unknown)",
         rule="there is no such setting",
         remedy=did_you_mean(key, known_keys()) + "See conf/config.yaml and the other files in conf/.",
+    )
+
+
+def _within_null(key: str) -> UserError:
+    source = key.rpartition(".")[0]
+    return UserError(
+        setting=key,
+        value="(no source)",
+        rule=f"{source} is null, so that it has no settings",
+        remedy=f"Set all settings of the source at once: '{source}={{kind: files, path: ..., ...}}' (docs/data.md).",
     )
 
 
@@ -259,6 +274,13 @@ def known_keys() -> list[str]:
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for inner in (field.annotation, *get_args(field.annotation)):  # a section, or the items of a list of sections
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from _keys_of(inner, f"{prefix}{name}.")
+        for inner in _sections_in(field.annotation):
+            yield from _keys_of(inner, f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    """Finds the section, or the items of a list of sections, that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)

@@ -29,7 +29,7 @@ def chat(run: Settings, models: list[FinishedModel]) -> None:
     """
     for model in models:
         if not chat_template_of(model.source, keep=False)[0]:
-            raise _no_template(model)
+            raise _no_template(model, run)
     with TemporaryDirectory(prefix="chat-") as folder:
         request = Path(folder, "request.json")
         directories = {name: str(model.directory.absolute()) for name, model in _labels(models).items()}
@@ -58,10 +58,11 @@ def _wait(command: list[str], run: Settings) -> int:
         signal.signal(signal.SIGINT, previous)
 
 
-def _no_template(model: FinishedModel) -> UserError:
+def _no_template(model: FinishedModel, run: Settings) -> UserError:
+    use_tuned = "Set target=sft" if run.tunes else "Set data.instructions to conversations, and target=sft"
     return UserError(
         setting=model.setting,
         value=model.name,
         rule="the model has no chat template, so it does not know how turns of a conversation are written",
-        remedy="Set target=sft: a tuned model has the template of the conversations that it was tuned on.",
+        remedy=f"{use_tuned}: a tuned model has the template of the conversations that it was tuned on.",
     )

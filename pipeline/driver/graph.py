@@ -6,7 +6,7 @@
       └─────────┴───────────┴──────────┴─▶ evaluate
 
 If layers are ranked on training text, ``expand`` depends on ``tokenize`` as well, and ``sft`` on both datasets if
-``corpus_fraction`` is set.
+``corpus_fraction`` is set. With ``data.instructions=null``, there are neither conversations to tokenize nor ``sft``.
 
 Nothing is read or built here, and no expansion method is known by name.
 """
@@ -67,7 +67,7 @@ class Inputs:
 
     model: str
     corpus: str
-    instructions: str
+    instructions: str | None  # None: the run has none
     forgetting: str | None = field(default=None, kw_only=True)
     interpreter: str  # bundled questions are generated from this Python's documentation
     tasks: Mapping[str, str] = field(default_factory=dict)  # custom tasks of evaluate.tasks: name -> content
@@ -135,26 +135,32 @@ def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
     """Create all nodes of a run, parents first. ``evaluate.targets`` decides which models are scored."""
     graph = _Builder(run)
     graph.add("load", run.model, {}, model=inputs.model)
-    corpus, instructions = _tokenize_settings(run)
     if run.expansion.ranked_position is None:
         _add_expand(graph, run, inputs, {"load": "load"})
     texts = {"corpus": inputs.corpus} | ({} if inputs.forgetting is None else {"forgetting": inputs.forgetting})
-    graph.add("tokenize/corpus", corpus, {"load": "load"}, **texts)
+    graph.add("tokenize/corpus", _corpus_settings(run), {"load": "load"}, **texts)
     if run.expansion.ranked_position is not None:
         _add_expand(graph, run, inputs, {"load": "load", "data": "tokenize/corpus"})
-    graph.add("tokenize/instructions", instructions, {"load": "load"}, instructions=inputs.instructions)
+    conversations = _instruction_settings(run)
+    if conversations is not None:
+        assert inputs.instructions is not None, "looked up if the run has them"
+        graph.add("tokenize/instructions", conversations, {"load": "load"}, instructions=inputs.instructions)
     graph.add("pretrain", _with_snapshots(run, "pretrain"), {"model": "expand", "data": "tokenize/corpus"})
-    corpus_too = {"corpus": "tokenize/corpus"} if run.sft.corpus_fraction else {}
-    graph.add("sft", _with_snapshots(run, "sft"), {"model": "pretrain", "data": "tokenize/instructions", **corpus_too})
+    if conversations is not None:
+        parents = {"model": "pretrain", "data": "tokenize/instructions"}
+        corpus_too = {"corpus": "tokenize/corpus"} if run.sft.corpus_fraction else {}
+        graph.add("sft", _with_snapshots(run, "sft"), {**parents, **corpus_too})
     own_tasks = {f"task/{name}": content for name, content in inputs.tasks.items()}
-    for target in sorted(run.evaluate.models(), key=lambda target: target.order):
+    # The checks refuse a target whose stage the run lacks.
+    scored = [target for target in run.evaluate.models() if target.stage in graph.nodes]
+    for target in sorted(scored, key=lambda target: target.order):
         parents = {"model": target.stage, "corpus": "tokenize/corpus"}
         graph.add(target.role, _evaluate_settings(run, target), parents, interpreter=inputs.interpreter, **own_tasks)
     base, expanded = (graph.nodes.get(Target(stage).role) for stage in ("load", "expand"))
     if base and expanded and run.expansion.keeps_logits and not run.evaluate.rescore:
         graph.nodes[expanded.name] = replace(expanded, reuses={SAME_LOGITS: base})
-    models = {target.stage: target.stage for target in run.evaluate.models() if target.fraction is None}
-    if run.evaluate.sample_answers and models:
+    models = {target.stage: target.stage for target in scored if target.fraction is None}
+    if run.evaluate.sample_answers and models and conversations is not None:
         # Not part of the scores, so that the base is not scored again when the conversations change.
         parents = {**models, "conversations": "tokenize/instructions"}
         graph.add(ANSWERS, Answers(questions=run.evaluate.sample_answers), parents)
@@ -186,9 +192,9 @@ def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Nod
     return make_node(first, "report", STAGES["report"], settings, parents, {})
 
 
-def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
-    """Collect the settings that matter to each tokenize node from ``data`` and the training sections."""
-    corpus = Tokenize(
+def _corpus_settings(run: Settings) -> Tokenize:
+    """Collect the settings that matter to the corpus from ``data`` and ``pretrain``."""
+    return Tokenize(
         purpose="corpus",
         sources=_weighted(run.data.corpus),
         sequence_length=run.pretrain.sequence_length,
@@ -203,7 +209,13 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         max_dropped=run.data.max_dropped,
         max_record_bytes=run.data.max_record_bytes,
     )
-    instructions = Tokenize(
+
+
+def _instruction_settings(run: Settings) -> Tokenize | None:
+    """Collect the settings that matter to the conversations from ``data`` and ``sft``; None if there are none."""
+    if run.data.instructions is None:
+        return None
+    return Tokenize(
         purpose="instructions",
         sources=_weighted(run.data.instructions),
         sequence_length=run.sft.sequence_length,
@@ -217,7 +229,6 @@ def _tokenize_settings(run: Settings) -> tuple[Tokenize, Tokenize]:
         max_dropped=run.data.max_dropped,
         max_record_bytes=run.data.max_record_bytes,
     )
-    return corpus, instructions
 
 
 def _weighted(sources: list[Source]) -> list[Source]:

@@ -36,7 +36,9 @@ def requested_targets(run: Settings) -> tuple[str, list[str]]:
     Raises:
         UserError: there is no such target.
     """
-    setting, names = ("compare", run.compare) if run.action == "chat" and run.compare else ("target", [run.target])
+    setting, names = "target", [run.target or run.training_stages[-1]]
+    if run.action == "chat" and run.compare:
+        setting, names = "compare", run.compare
     for name in names:
         if name not in MODEL_TARGETS and not os.path.isdir(os.path.expanduser(name)):
             raise _unknown(setting, name)

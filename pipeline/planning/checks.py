@@ -19,6 +19,7 @@ from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target, Train
 from pipeline.config.execution import GPUS
+from pipeline.config.untuned import tuning_requests
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
 from pipeline.driver.graph import Node
@@ -179,6 +180,17 @@ def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
     yield from _raised_by(lambda: sources.check_sources(several, purpose, data.max_record_bytes))
 
 
+def _tuning(prepared: PreparedRun) -> Faults:
+    """A run without conversations is asked for nothing that needs them."""
+    for setting, value in tuning_requests(prepared.run):
+        yield UserError(
+            setting=setting,
+            value=value,
+            rule="it needs conversations, and data.instructions=null leaves out instruction tuning",
+            remedy="Leave it out of the command, or set data.instructions to conversations.",
+        )
+
+
 def _block_length(section: str, prepared: PreparedRun) -> Faults:
     yield from context_length_faults(section, getattr(prepared.run, section), prepared.context_length)
 
@@ -199,7 +211,7 @@ def _check_template(source: ModelSource, prepared: PreparedRun) -> None:
     template, tokens = chat_template_of(source, keep=not prepared.run.is_read_only)
     data = prepared.run.data
     readable = "instructions" not in prepared.inputs.failures
-    first = sources.first_conversations(data.instructions, data.max_record_bytes) if readable else {}
+    first = sources.first_conversations(data.instructions or [], data.max_record_bytes) if readable else {}
     check_template(default_template(template), tokens, first, folds=data.system_messages == "fold")
 
 
@@ -468,6 +480,7 @@ INPUT_CHECKS = (
     Check(partial(_input, "forgetting"), stops=("tokenize/corpus",)),
     Check(partial(_input, "instructions"), stops=("tokenize/instructions",)),
     Check(partial(_input, "evaluate"), stops=("evaluate",)),
+    Check(_tuning, stops=STAGE_NAMES, always=True),
 )
 CHECKS = (
     Check(_output_dir, stops=STAGE_NAMES),

@@ -237,7 +237,7 @@ def _identify(
     )
     # One after another, because all of them update the same file of remembered fingerprints.
     texts = [purpose for purpose in PURPOSES if getattr(run.data, purpose) is not None]
-    identities = dict.fromkeys(("model", *texts), UNKNOWN)
+    identities: dict[str, Any] = {"instructions": None, **dict.fromkeys(("model", *texts), UNKNOWN)}
     if source is not None:
         identities["model"] = source.identity or fingerprints.of_files(source.files)
     for purpose in PURPOSES:

@@ -26,7 +26,7 @@ COMPONENTS = {
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan of one run, with the blockers last, where they are most visible."""
-    console.print(f"[bold]{plan.run.name}[/]  {plan.run.expand.method}, seed {plan.run.seed}")
+    console.print(f"[bold]{plan.run.name}[/]  {plan.run.summary}")
     _print_model(plan, console)
     _print_stages(plan, console)
     if plan.training:

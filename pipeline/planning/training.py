@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config import Data, Launch, Train
+from pipeline.config import Data, Launch, Source, Train
 from pipeline.config.execution import GPUS, Gpu
 from pipeline.data import sources
 from pipeline.driver.graph import Node
@@ -141,7 +141,7 @@ def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
 
 def expected_tokens(data: Data, purpose: sources.Purpose) -> int | None:
     """Estimate the number of tokens of a dataset from the sizes of its files; None if they are not all files."""
-    several = data.corpus if purpose == "corpus" else data.instructions
+    several: list[Source] = getattr(data, purpose)
     limit = data.max_corpus_tokens if purpose == "corpus" else None
     tokens = None
     if all(source.kind == "files" for source in several):

@@ -141,6 +141,24 @@ def test_stages_are_selected_with_their_dependencies() -> None:
     assert list(select_nodes(nodes, ["report"])) == list(nodes)
 
 
+def test_a_run_without_conversations_neither_tokenizes_nor_tunes() -> None:
+    """What remains has the same keys, so that it is shared with runs that tune."""
+    without = Inputs(model="m", corpus="c", instructions=None, interpreter="p")
+    tuned, untuned = _keys(), _keys("data.instructions=null", inputs=without)
+    assert set(tuned) - set(untuned) == {"tokenize/instructions", "sft", "evaluate/sft", "evaluate/answers"}
+    assert {name for name in untuned if untuned[name] != tuned[name]} == {"report"}
+    ignored = ("expand=none", "sft.trainable=matched", "data.instructions=null")
+    assert _keys(*ignored, inputs=without)["expand"] == _keys("expand=none")["expand"]
+
+
+def test_only_models_that_are_scored_are_trained() -> None:
+    stages, targets = "stages=[load,expand,tokenize,pretrain,evaluate]", "evaluate.targets=[load,pretrain]"
+    run = _settings(stages, targets)
+    selected = select_nodes(build_graph(run, INPUTS), run.stages)
+    assert {"pretrain", "evaluate/pretrain", "evaluate/answers"} <= set(selected)
+    assert {"sft", "evaluate/sft", "report"}.isdisjoint(selected)
+
+
 def test_force_rebuilds_a_stage_and_its_dependents() -> None:
     nodes = build_graph(_settings(), INPUTS)
     assert forced(nodes, ["expand"]) == AFTER_EXPAND

@@ -62,6 +62,16 @@ def test_a_sweep_shares_jobs_and_ends_with_one_report(tmp_path: Path) -> None:
     assert len(job_task(jobs[-1])["sweep"]) == 3
 
 
+def test_a_sweep_without_conversations_has_no_job_that_tunes(tmp_path: Path) -> None:
+    runs = _runs(tmp_path, "expand=copy,none", "data.instructions=null", multirun=True)
+    whole = runs[0][0].model_copy(update={"name": "quickstart", "stages": ["report"]})
+    jobs = stage_jobs(runs, (whole, {"report": make_report(whole, runs)}))
+    names = [job.node.name for job in jobs]
+    assert names.count("pretrain") == 2 and {"tokenize/instructions", "sft", "evaluate/sft"}.isdisjoint(names)
+    for job in jobs:
+        assert Settings.model_validate_json(json.dumps(job_task(job)["run"])).data.instructions is None
+
+
 def test_the_task_of_a_job_holds_its_settings_without_force(tmp_path: Path) -> None:
     ((run, nodes),) = _runs(tmp_path, "force=[expand]", "action=submit")
     _finish(nodes["load"])

@@ -42,6 +42,8 @@ def test_a_model_that_is_not_built_yet_is_refused(
     message = _refused(capsys, *shrunk, f"output_dir={tmp_path}/outputs", "action=chat")
     assert message.startswith("target = sft") and "action=run and stages=[sft]" in message
     assert not (tmp_path / "outputs").exists()
+    message = _refused(capsys, *shrunk, f"output_dir={tmp_path}/outputs", "data.instructions=null", "action=chat")
+    assert message.startswith("target = pretrain") and "action=run and stages=[pretrain]" in message
 
 
 def test_a_directory_that_cannot_answer_is_refused(
@@ -51,6 +53,8 @@ def test_a_directory_that_cannot_answer_is_refused(
     (model / "chat_template.jinja").unlink()
     message = _refused(capsys, "action=chat", f"target={model}")
     assert message.startswith(f"target = {model}") and "no chat template" in message and "target=sft" in message
+    message = _refused(capsys, "data.instructions=null", "action=chat", f"target={model}")
+    assert "Set data.instructions to conversations" in message
     (model / "model.safetensors").unlink()
     message = _refused(capsys, "action=chat", f"compare=[{tiny_llama_dir},{model}]")
     assert message.startswith(f"compare = {model}") and "neither model.safetensors" in message

@@ -286,6 +286,16 @@ def test_data_that_no_chosen_stage_reads_block_nothing(
     assert "data.corpus.path" in _blockers(plan("lesa_llama3", "stages=[tokenize]"))
 
 
+def test_the_quickstart_can_do_without_instruction_tuning(plan: Plan) -> None:
+    output = plan("quickstart", "data.instructions=null")
+    assert output.startswith("quickstart  llama_pro, seed 0, without instruction tuning (data.instructions=null)")
+    assert set(_states(output)) == {
+        "load", "expand", "tokenize/corpus", "pretrain", "evaluate/load", "evaluate/expand", "evaluate/pretrain",
+        "report",
+    }  # fmt: skip
+    assert "no blockers found" in output
+
+
 def test_a_missing_chat_template_blocks_tuning(
     plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -294,6 +304,8 @@ def test_a_missing_chat_template_blocks_tuning(
     output = plan("quickstart", *shrunk, f"model.path={tmp_path / 'model'}", "data.chat_template=model")
     assert set(_blockers(output)) == {"data.chat_template"}
     assert _states(output)["tokenize/corpus"] == "to do"
+    arguments = [f"model.path={tmp_path / 'model'}", "data.chat_template=model", "data.instructions=null"]
+    assert _blockers(plan("quickstart", *shrunk, *arguments)) == {}
 
 
 def test_a_gated_model_on_the_hub_is_a_blocker(
