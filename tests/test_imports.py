@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "pipeline"
 PACKAGES = [
     "__main__", "study", "command", "export", "planning", "driver", "stages", "estimates", "report", "evaluation",
     "training", "expansion", "chat", "data", "models", "tracking", "trackers", "progress", "artifacts", "launch",
-    "config", "files", "errors",
+    "config", "files", "standard_errors", "errors",
 ]  # fmt: skip
 DRIVER = {
     "__main__", "study", "command", "export", "planning", "driver", "estimates", "artifacts", "launch", "config",

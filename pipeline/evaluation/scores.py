@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any, NotRequired, TypedDict
 
 from pipeline.files import sha256_json
+from pipeline.standard_errors import ratio_influences, standard_error
 
 # A sample is the value of one document: a number, or (log likelihood in nats, length in words or bytes).
 Sample = Any
@@ -195,36 +196,16 @@ def value_of(metric: str, samples: Sequence[Sample]) -> float:
 def influences(metric: str, samples: Sequence[Sample]) -> list[float]:
     """Returns how much each document moves the score to first order: its empirical influence over n.
 
-    Influences sum to zero. For a mean m they are (xᵢ - m)/n. For the rate r = -Σ log p / Σ length, a ratio of two sums
-    over documents, they are (-log pᵢ - r·lengthᵢ)/Σ length, and exp(r) times that for a perplexity exp(r).
+    For a mean m they are (xᵢ - m)/n. For a rate -Σ log p / Σ length, see ``ratio_influences``. Those on a perplexity
+    exp(r) are exp(r) times those on its rate r.
     """
     if not _is_rate(metric):
         mean = value_of(metric, samples)
         return [(sample - mean) / len(samples) for sample in samples]
     items = _with_lengths(metric, samples)
-    total, rate = sum(length for _, length in items), _rate(items)
-    scale = 1 / math.log(2) if LENGTH_WEIGHTED.get(metric) == "bits" else math.exp(rate)
-    return [scale * (-loglikelihood - rate * length) / total for loglikelihood, length in items]
-
-
-def standard_error(influences: Sequence[float], clusters: Sequence[str] | None = None) -> float | None:
-    """Returns the standard error of a score, given its influences ψᵢ: sqrt(n/(n-1) Σ ψᵢ²).
-
-    Given the differences of two scores' influences on the same documents, it is the standard error of their difference.
-    For a mean this is the sample standard deviation over √n. None for fewer than two documents.
-
-    Args:
-        influences: of every document; see above.
-        clusters: the cluster of every document. The influences of a cluster are added up first, and n is the number of
-            clusters.
-    """
-    if clusters is not None:
-        sums: dict[str, float] = {}
-        for cluster, influence in zip(clusters, influences, strict=True):
-            sums[cluster] = sums.get(cluster, 0.0) + influence
-        influences = list(sums.values())
-    n = len(influences)
-    return math.sqrt(n / (n - 1) * sum(influence**2 for influence in influences)) if n > 1 else None
+    scale = 1 / math.log(2) if LENGTH_WEIGHTED.get(metric) == "bits" else math.exp(_rate(items))
+    moved = ratio_influences([-loglikelihood for loglikelihood, _ in items], [length for _, length in items])
+    return [scale * influence for influence in moved]
 
 
 def _is_rate(metric: str) -> bool:

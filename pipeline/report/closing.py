@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from pipeline.files import read_json
-from pipeline.report.differences import MARKS, PAIRED_FILE, Verdict
+from pipeline.report.differences import MARKS, PAIRED_FILE, Verdict, by_chance
 from pipeline.report.metrics import TARGET_NAMES, with_error
 from pipeline.report.results import RESULTS_FILE, Result
 from pipeline.report.scores import Scores
@@ -27,24 +27,37 @@ def closing_table(report: Path) -> RichTable:
     scores = Scores(results, read_json(report / PAIRED_FILE))
     runs = list(dict.fromkeys(result["run"] for result in results))
     targets = [target for target in TARGET_NAMES if any(target in scores.targets(run) for run in runs)]
+    lines = {
+        (run, task_metric): [scores.get(run, target, task_metric) for target in targets]
+        for task_metric in scores.task_metrics()
+        for run in runs
+    }
+    judged = by_chance(verdict for line in lines.values() for verdict in _verdicts(scores, line))
     table = RichTable(
         caption="± one standard error; compared with the base over pairs of documents: ▲ better ▼ worse ≈ within noise"
+        + (f"; {judged}" if judged else "")
     )
     for head in (*(["run"] if len(runs) > 1 else []), "task", "metric"):
         table.add_column(head, no_wrap=True)
     for target in targets:
         table.add_column(TARGET_NAMES[target], justify="right", no_wrap=True)
-    for task_metric in scores.task_metrics():
-        for run in runs:
-            line = [scores.get(run, target, task_metric) for target in targets]
-            names = [run, *task_metric] if len(runs) > 1 else list(task_metric)
-            table.add_row(*map(escape, names), *_cells(scores, line))
+    for (run, task_metric), line in lines.items():
+        names = [run, *task_metric] if len(runs) > 1 else list(task_metric)
+        table.add_row(*map(escape, names), *_cells(scores, line))
     return table
 
 
+def _base(line: Sequence[Result | None]) -> Result | None:
+    return line[0] if line[0] is not None and line[0]["target"] == "load" else None
+
+
+def _verdicts(scores: Scores, line: Sequence[Result | None]) -> list[Verdict]:
+    base = _base(line)
+    return [] if base is None else [scores.difference(base, each).verdict for each in line[1:] if each is not None]
+
+
 def _cells(scores: Scores, line: Sequence[Result | None]) -> list[str]:
-    base = line[0] if line[0] is not None and line[0]["target"] == "load" else None
-    best = scores.best(line)
+    base, best = _base(line), scores.best(line)
     return ["–" if each is None else _cell(each, scores.mark(base, each), each is best) for each in line]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from pipeline.report.runs import RunArtifacts, labels
+from pipeline.training.block_losses import BlockLosses
 
 LARGEST_EXPONENT = 700.0  # math.exp overflows above 709
 
@@ -37,6 +38,24 @@ class Curve:
         """The last measurement."""
         return self.points[-1]
 
+    @property
+    def change(self) -> LossChange | None:
+        """The last loss minus the first; None if its standard error is not known."""
+        before, after = block_losses(self.first), block_losses(self.last)
+        if before is None or after is None:
+            return None
+        stderr = after.change_stderr(before)
+        return None if stderr is None else LossChange(after.mean - before.mean, stderr, len(after.losses))
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """The difference of two losses of one run with its standard error over pairs of the same ``blocks``."""
+
+    value: float
+    stderr: float
+    blocks: int
+
 
 def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
     """Returns the curve of every run that has at least two measurements in the stage."""
@@ -62,7 +81,12 @@ def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
     return None
 
 
-def perplexity(point: dict[str, Any]) -> float:
+def block_losses(point: Mapping[str, Any]) -> BlockLosses | None:
+    """Returns the loss of a measurement by block; None for a training by an earlier version, which recorded none."""
+    return BlockLosses(**point["blocks"]["loss"]) if "blocks" in point else None
+
+
+def perplexity(point: Mapping[str, Any]) -> float:
     """Returns exp of the mean loss per token, in the model's own tokens; capped where a float would overflow."""
     return math.exp(min(point["loss"], LARGEST_EXPONENT))
 

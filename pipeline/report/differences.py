@@ -19,11 +19,12 @@ from functools import partial
 from itertools import combinations
 from typing import Any, NotRequired, TypedDict
 
-from pipeline.evaluation.scores import Samples, influences, is_sample, standard_error, value_of
+from pipeline.evaluation.scores import Samples, influences, is_sample, value_of
 from pipeline.report.metrics import direction, is_ratio_scale, relative_change, signed
 from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts
-from pipeline.report.significance import critical_value
+from pipeline.report.significance import critical_value, expected_by_chance
+from pipeline.standard_errors import standard_error
 
 PAIRED_FILE = "paired_differences.json"
 ROUNDING = 1e-6  # relative; another order of summation makes no difference, however small its standard error
@@ -118,6 +119,15 @@ class Difference:
     def mark(self) -> str:
         """▲ better, ▼ worse, ≈ within noise, = the same value; empty if nothing can be said."""
         return MARKS.get(self.verdict, "")
+
+
+def by_chance(verdicts: Iterable[Verdict]) -> str:
+    """Returns, for example, ``9 of 24 count, and about 1.2 would by chance alone``; empty if none could count."""
+    judged = [verdict for verdict in verdicts if verdict not in (Verdict.SAME, Verdict.UNKNOWN)]
+    counted = sum(verdict is not Verdict.NOISE for verdict in judged)
+    if not judged:
+        return ""
+    return f"{counted} of {len(judged)} count, and about {expected_by_chance(len(judged))} would by chance alone"
 
 
 def _hypot(errors: Sequence[float | None]) -> float | None:

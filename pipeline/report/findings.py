@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.report.curves import base_loss, curves, perplexity
-from pipeline.report.differences import Difference, Verdict, leader
+from pipeline.report.curves import LossChange, base_loss, curves, perplexity
+from pipeline.report.differences import Difference, Verdict, by_chance, leader
 from pipeline.report.markup import escape
 from pipeline.report.metrics import (
     PERPLEXITIES,
@@ -19,11 +19,13 @@ from pipeline.report.metrics import (
     scientific,
     significant,
     task_name,
+    with_error,
 )
 from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts, labels, seconds_by_stage
 from pipeline.report.scores import Scores
-from pipeline.report.significance import LEVEL
+from pipeline.report.significance import expected_by_chance
+from pipeline.report.tables import STEPS
 
 SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns about the scale
 
@@ -148,11 +150,19 @@ def _curve_sentence(run: RunArtifacts) -> list[str]:
     training, found = run.training("pretrain"), curves([run], "pretrain")
     if training is None or not found:
         return []
-    before, after = perplexity(found[0].first), perplexity(found[0].last)
+    (curve,) = found
+    before, after = perplexity(curve.first), perplexity(curve.last)
+    loss = "" if curve.change is None else f"; the loss {loss_change(curve.change)}"
     return [
         f"Pre-training on {count(training['tokens'])} tokens changed the expanded model's perplexity on held-out "
-        f"blocks of the corpus from {significant(before)} to {significant(after)}."
+        f"blocks of the corpus from {significant(before)} to {significant(after)}{loss}."
     ]
+
+
+def loss_change(change: LossChange) -> str:
+    """Returns, for example, ``fell by 0.149 ± 0.012, paired over 16 blocks``."""
+    verb = "fell" if change.value < 0 else "rose"
+    return f"{verb} by {with_error('loss', abs(change.value), change.stderr)}, paired over {change.blocks} blocks"
 
 
 def _difference(scores: Scores, run: str, before: str, after: str, task_metric: tuple[str, str]) -> Difference | None:
@@ -216,6 +226,46 @@ def _lead_sentence(scores: Scores, first: Result, line: Sequence[Result | None],
     return f"{ahead}, but within noise of {', '.join(map(escape, rivals))}."
 
 
+# --------------------------------------------------------------------------------------- comparisons
+
+
+def number_of_comparisons(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
+    """Returns sentences on how many differences the tables of scores judge, and how many would count by chance."""
+    judged = by_chance(verdict for run in runs for verdict in _verdicts(scores, run.name, with_steps=len(runs) == 1))
+    found = []
+    if judged:
+        which = "from the base and between stages" if len(runs) == 1 else "from the base"
+        found.append(
+            f"Of all differences {which}, {judged}; each is judged alone, without a correction for their number."
+        )
+    rows = _rows_with_a_leader(runs, scores) if len(runs) > 1 else 0
+    if rows:
+        found.append(
+            "Differences from the best of several methods are judged by Tukey's studentized range, since the best is "
+            f"chosen after looking: in about {expected_by_chance(rows)} of {rows} rows, one or more would count by "
+            "chance alone."
+        )
+    return found
+
+
+def _verdicts(scores: Scores, run: str, with_steps: bool) -> Iterator[Verdict]:
+    """Yields the verdicts on all models of a run compared with the base, and those on the steps between stages."""
+    pairs = [("load", target) for target in scores.all_targets(run) if target != "load"]
+    if with_steps:
+        pairs += [step for step in STEPS if step not in pairs]
+    for task_metric in scores.task_metrics():
+        for before, after in pairs:
+            first, second = scores.get(run, before, task_metric), scores.get(run, after, task_metric)
+            if first is not None and second is not None:
+                yield scores.difference(first, second).verdict
+
+
+def _rows_with_a_leader(runs: Sequence[RunArtifacts], scores: Scores) -> int:
+    target = final_target(scores, runs)
+    lines = ([scores.get(run.name, target, task_metric) for run in runs] for task_metric in scores.task_metrics())
+    return sum(leader(line) is not None for line in lines)
+
+
 # ------------------------------------------------------------------------------------------- caveats
 
 
@@ -227,7 +277,6 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
         "documents) and at least six documents changed. Both models are scored on the same documents, so the standard "
         "error is taken over pairs of them, or over clusters where documents name theirs, and can be far smaller than "
         "the errors of the two scores. Perplexities are compared by the logarithm of their ratio.",
-        _number_of_comparisons(runs, scores),
         *_unpaired_caveats(scores),
         *_data_caveats(runs),
         *_size_caveats(runs),
@@ -235,31 +284,6 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
         *_comparison_caveats(runs),
         *_evaluation_caveats(runs, scores),
     ]
-
-
-def _number_of_comparisons(runs: Sequence[RunArtifacts], scores: Scores) -> str:
-    """Says how many comparisons there are, and how many of them would count without any effect."""
-    verdicts = [verdict for run in runs for verdict in _verdicts_against_base(scores, run.name)]
-    counted = sum(verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.CHANGED) for verdict in verdicts)
-    text = (
-        f"{counted} of {len(verdicts)} comparisons with the base count; about {LEVEL * len(verdicts):.1f} would "
-        "without any real effect."
-    )
-    if len(runs) < 3:
-        return text
-    return (
-        f"{text} Differences from the best of several methods are judged by Tukey's studentized range, since the best "
-        "is chosen after looking: for each task, one of them counts without a real effect in one of twenty cases."
-    )
-
-
-def _verdicts_against_base(scores: Scores, run: str) -> Iterator[Verdict]:
-    for task_metric in scores.task_metrics():
-        base = scores.get(run, "load", task_metric)
-        for target in scores.all_targets(run):
-            result = scores.get(run, target, task_metric)
-            if base is not None and result is not None and target != "load":
-                yield scores.difference(base, result).verdict
 
 
 def _seed_caveat(runs: Sequence[RunArtifacts]) -> str:
@@ -301,21 +325,29 @@ def _size_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
 
 def _held_out_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
     found = []
-    sizes = {
-        (manifest["settings"]["held_out_blocks"], manifest["settings"]["sequence_length"])
+    measured = {
+        (manifest["settings"]["held_out_blocks"], manifest["settings"]["sequence_length"], _has_loss_errors(run))
         for run in runs
         if (manifest := run.manifest("pretrain"))
     }
-    for blocks, length in sorted(sizes):
-        found.append(
-            f"The held-out loss is a mean over at most {blocks} blocks of {length} tokens and has no standard error."
+    for blocks, length, has_errors in sorted(measured):
+        error = (
+            ". Its standard error is over these blocks, and too small if several of them are parts of one document"
+            if has_errors
+            else " and has no standard error"
         )
+        found.append(f"The held-out loss is a mean over at most {blocks} blocks of {length} tokens{error}.")
     if any(run.training("sft") for run in runs):
         found.append(
             "The held-out loss during instruction tuning is measured on conversations and cannot be compared with the "
             "loss on the corpus."
         )
     return found
+
+
+def _has_loss_errors(run: RunArtifacts) -> bool:
+    points = (run.training("pretrain") or {"held_out": []})["held_out"]
+    return any(point.get("loss_stderr") is not None for point in points)
 
 
 def _comparison_caveats(runs: Sequence[RunArtifacts]) -> list[str]:

@@ -9,7 +9,7 @@ conversations, which are not comparable with each other, and come with the token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
 from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
@@ -22,7 +22,10 @@ COST_TASK = "cost"
 
 
 class Result(TypedDict):
-    """One number. ``stderr`` is one standard error over the task's ``n`` documents; both are null where unknown."""
+    """One number. ``stderr`` is one standard error over the task's ``n`` documents; both are null where unknown.
+
+    For held-out losses and their perplexities, n is the number of blocks.
+    """
 
     run: str
     method: str
@@ -59,8 +62,18 @@ def _held_out_losses(run: RunArtifacts) -> Iterator[Result]:
             target = str(Target(stage, point["fraction"]))
             values = {"loss": point["loss"], "perplexity": perplexity(point)}
             values |= {metric: point[metric] for metric in ("tokens", "flops", "seconds")}
+            errors, blocks = _loss_errors(point)
             for metric, value in values.items():
-                yield _result(run, target, CURVE_TASKS[stage], metric, value)
+                n = blocks if metric in errors else None
+                yield _result(run, target, CURVE_TASKS[stage], metric, value, errors.get(metric), n)
+
+
+def _loss_errors(point: Mapping[str, Any]) -> tuple[dict[str, float], int]:
+    """Returns the standard errors of a held-out loss and its perplexity, if known, and the number of blocks."""
+    stderr = point.get("loss_stderr")
+    if stderr is None:
+        return {}, 0
+    return {"loss": stderr, "perplexity": perplexity(point) * stderr}, len(point["blocks"]["loss"]["losses"])
 
 
 def _costs(run: RunArtifacts) -> Iterator[Result]:

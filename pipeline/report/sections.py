@@ -11,7 +11,7 @@ from pipeline.errors import printable
 from pipeline.files import read_json
 from pipeline.report import findings, tables
 from pipeline.report.curves import Curve, curves
-from pipeline.report.findings import final_target, lead_findings
+from pipeline.report.findings import final_target, lead_findings, loss_change, number_of_comparisons
 from pipeline.report.markup import Table, bold, bullets, code, code_span, escape, image, table
 from pipeline.report.metrics import TARGET_NAMES, duration, number, target_name
 from pipeline.report.runs import RunArtifacts, labels, layouts, roles, seconds_by_stage, title_of
@@ -46,7 +46,8 @@ def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[
     if not scores.task_metrics():
         return []
     blocks = ["## Scores", *_picture(figures, "scores")]
-    legend = " ".join([LEGEND, *(_reused_note(*names) for names in scores.reused())])
+    notes = [_reused_note(*names) for names in scores.reused()]
+    legend = " ".join([LEGEND, *notes, *number_of_comparisons(runs, scores)])
     if len(runs) == 1:
         blocks += [table(tables.score_table(scores, runs[0].name)), legend]
         changes = ["### Change per stage", table(tables.difference_table(scores, runs[0].name))]
@@ -111,18 +112,31 @@ def training(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[s
         blocks += ["## Training", table(tables.training_table(runs)), *_picture(figures, "training_loss")]
     tuned = curves(runs, "sft")
     if tuned:
-        blocks += ["Held-out loss on conversations during instruction tuning:", table(tables.curve_table(tuned))]
+        blocks += ["Held-out loss on conversations during instruction tuning:", *_measurements(tuned)]
     return blocks
 
 
 def _curve_blocks(found: Sequence[Curve]) -> list[str]:
-    blocks = [table(tables.curve_table(found)), "Loss in nats per token, perplexity in parentheses."]
+    blocks = _measurements(found)
     if len(found) > 1:
         blocks += [
             "### At equal budgets",
             table(tables.budget_table(found)),
             "Interpolated linearly between measurements. Each budget is the largest that every run reaches.",
         ]
+    return blocks
+
+
+def _measurements(found: Sequence[Curve]) -> list[str]:
+    """Shows the losses of some curves, and what training changed."""
+    blocks = [table(tables.curve_table(found)), "Loss in nats per token, perplexity in parentheses."]
+    changes = [f"{escape(curve.label)}, {loss_change(curve.change)}" for curve in found if curve.change is not None]
+    if changes:
+        blocks[1] = (
+            "Loss in nats per token ± one standard error over blocks, perplexity in parentheses. All measurements are "
+            "on the same blocks, so the error of a difference is usually far smaller than those of the two losses. "
+            f"From the first to the last measurement: {'; '.join(changes)}."
+        )
     return blocks
 
 

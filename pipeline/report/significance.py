@@ -32,6 +32,11 @@ def critical_value(contenders: int = 2, degrees_of_freedom: int | None = None) -
     return _with_estimated_error(large, max(1, degrees_of_freedom))
 
 
+def expected_by_chance(judged: int) -> str:
+    """Returns how many of several differences count on average if there is no real effect, as text."""
+    return f"{round(LEVEL * judged, 2):g}"
+
+
 def _range_quantile(contenders: int) -> float:
     """Returns the range of independent standard normal numbers that is exceeded at ``LEVEL``."""
     low, high = 0.0, 20.0

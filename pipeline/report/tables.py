@@ -146,9 +146,15 @@ def curve_table(found: Sequence[Curve]) -> Table:
     for fraction in fractions:
         points = [next((p for p in curve.points if p["fraction"] == fraction), None) for curve in found]
         tokens = max(point["tokens"] for point in points if point is not None)
-        cells = [f"{p['loss']:.3f} ({significant(perplexity(p))})" if p is not None else MISSING for p in points]
+        cells = [MISSING if point is None else _loss_cell(point) for point in points]
         rows.append([f"{100 * fraction:g} %", count(tokens), *cells])
     return Table(["trained", "tokens", *(escape(curve.label) for curve in found)], rows, text_columns=1)
+
+
+def _loss_cell(point: dict[str, Any]) -> str:
+    stderr = point.get("loss_stderr")
+    error = "" if stderr is None else f" ± {stderr:.3f}"
+    return f"{point['loss']:.3f}{error} ({significant(perplexity(point))})"
 
 
 def budget_table(found: Sequence[Curve]) -> Table:

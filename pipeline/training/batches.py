@@ -154,10 +154,11 @@ class TokenBlocks:
         real = real_tokens(positions, loss_mask)
         return MicroBatch(ids, positions, TokenIndices.of(ids, positions, loss_mask), int(loss_mask.sum()), real)
 
-    def supervised_tokens(self, indices: Indices) -> int:
-        """Returns how many tokens of these blocks are targets."""
+    def supervised_tokens(self, indices: Indices) -> list[int]:
+        """Returns how many tokens of each of these blocks are targets."""
         _, _, loss_mask = self.rows(indices)
-        return int(np.count_nonzero(loss_mask))
+        counts: list[int] = np.count_nonzero(loss_mask, axis=1).tolist()
+        return counts
 
 
 class ResizedBlocks(TokenBlocks):

@@ -31,6 +31,7 @@ from pipeline.training.batches import (
     evenly_spaced,
     micro_batches,
 )
+from pipeline.training.block_losses import BlockLosses
 from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import LR_MULTIPLE
@@ -64,7 +65,7 @@ class Progress:
     saves: int = 0  # checkpoints, including the one being saved
     save_seconds: float = 0.0  # of earlier checkpoints, until they were complete
     stall_seconds: float = 0.0  # for which training waited for them
-    held_out: list[dict[str, float]] = field(default_factory=list)  # the loss of every evaluated split by ``LOSS_OF``
+    held_out: list[dict[str, Any]] = field(default_factory=list)  # of every evaluated split by ``LOSS_OF``
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values. ``Progress(**values)`` is the inverse."""
@@ -280,25 +281,35 @@ class Loop:
         # After resuming, the loss at the checkpoint's step may already be on record.
         if fraction is None or any(entry["step"] == step for entry in self.progress.held_out):
             return
-        losses = {split: self._evaluate(split, step) for split in self.evaluated}
-        by_name = {LOSS_OF[split]: loss for split, loss in losses.items()}
-        self.progress.held_out.append({"fraction": fraction, "step": step, **by_name, **self._cost()})
+        found = {split: self._evaluate(split, step) for split in self.evaluated}
+        self.progress.held_out.append(
+            {
+                "fraction": fraction,
+                "step": step,
+                **{LOSS_OF[split]: blocks.mean for split, blocks in found.items()},
+                **{f"{LOSS_OF[split]}_stderr": blocks.stderr for split, blocks in found.items()},
+                **self._cost(),
+                "blocks": {LOSS_OF[split]: asdict(blocks) for split, blocks in found.items()},
+            }
+        )
         if self.tracker is not None:
-            metrics = {f"{split}_loss": loss for split, loss in losses.items()}
+            metrics = {f"{split}_loss": blocks.mean for split, blocks in found.items()}
             # exp overflows above 709.
-            metrics |= {f"{split}_perplexity": math.exp(min(loss, 700.0)) for split, loss in losses.items()}
+            metrics |= {f"{split}_perplexity": math.exp(min(blocks.mean, 700.0)) for split, blocks in found.items()}
+            errors = {f"{split}_loss_stderr": blocks.stderr for split, blocks in found.items()}
+            metrics |= {name: stderr for name, stderr in errors.items() if stderr is not None}
             self.tracker.log({**metrics, **self._cost()}, step=step)
 
-    def _evaluate(self, split: Split, step: int) -> float:
+    def _evaluate(self, split: Split, step: int) -> BlockLosses:
         name = f"{split.replace('_', '-')} loss"
         enter(f"computing the {name} after step {step}")
-        loss = self.loss_on(self.evaluated[split])
-        self._check_finite(loss, name, step or 1)
-        return loss
+        found = self.losses_on(self.evaluated[split])
+        self._check_finite(found.mean, name, step or 1)
+        return found
 
     @torch.no_grad()
-    def loss_on(self, blocks: TokenBlocks) -> float:
-        """Returns the mean loss per supervised token on at most ``held_out_blocks`` blocks, the same every time."""
+    def losses_on(self, blocks: TokenBlocks) -> BlockLosses:
+        """Returns the losses of at most ``held_out_blocks`` blocks, the same every time."""
         ranks, rank = distributed.get_world_size(), distributed.get_rank()
         indices = evenly_spaced(len(blocks), self.train.held_out_blocks)
         round_size = ranks * self.train.micro_batch
@@ -306,14 +317,15 @@ class Loop:
         # and the repeated ones are masked.
         padded = np.resize(indices, -(-len(indices) // round_size) * round_size)
         positions = np.arange(len(padded))
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        losses = torch.zeros(len(padded), dtype=torch.float64, device=self.device)
         self.engine.eval()
         for share in micro_batches(positions, self.train.micro_batch, rank, ranks):
             batch = blocks.batch(padded[share], repeated=share >= len(indices)).on(self.device)
-            total += self.engine(batch.input_ids, batch.position_ids, indices=batch.indices)
+            found = self.engine(batch.input_ids, batch.position_ids, indices=batch.indices, by_sequence=True)
+            losses[share[0] : share[-1] + 1] = found
         self.engine.train()
-        distributed.all_reduce(total)
-        return total.item() / max(1, blocks.supervised_tokens(indices))
+        distributed.all_reduce(losses)  # every rank has zeros for the blocks of the others
+        return BlockLosses(losses[: len(indices)].tolist(), blocks.supervised_tokens(indices))
 
     def _on_device(self, values: Sequence[float]) -> torch.Tensor:
         # From page-locked memory. Otherwise the host would wait until the device has done all that was asked before.

@@ -65,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x_NH.shape[0], size):
             x, targets = x_NH[start : start + size], targets_N[start : start + size]
             loss, dlogits = chunk_loss(linear(x, w_VH, b_V), targets, transform, needs_x or needs_w or needs_b)
-            total += loss
+            total += loss.sum()
             if dlogits is None:
                 continue
             if db_V is not None:
@@ -119,7 +119,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, needs_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the summed loss of one chunk, and its gradient with respect to the head's output.
+    """Returns the loss of every token of one chunk, [n], and the gradient of their sum by the head's output.
 
     Args:
         logits: the head's output [n, V]. It is overwritten: the softmax and the gradient are computed in its memory.
@@ -139,7 +139,7 @@ def loss_and_gradient(
     picked = logits.gather(1, targets[:, None])  # a copy, since exp_ overwrites the logits
     exponentials = logits.exp_()
     sums = exponentials.sum(dim=1, keepdim=True)
-    loss = (sums.log() - picked).sum()
+    loss = (sums.log() - picked).squeeze(1)
     if not needs_gradient:
         return loss, None
     # d loss / d logits = scale * (softmax - one_hot(target)), times the slope of the soft cap.
@@ -173,6 +173,24 @@ def chunked_cross_entropy(
     return total
 
 
+@torch.no_grad()
+def cross_entropies(
+    x_NH: torch.Tensor,
+    w_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    transform: LogitTransform,
+    chunk_loss: ChunkLoss,
+    b_V: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns the cross entropy of each of N tokens, [N], computed in the chunks of ``chunked_cross_entropy``."""
+    losses_N = torch.empty(len(targets_N), dtype=_accumulation_dtype(x_NH.dtype), device=x_NH.device)
+    size = chunk_rows(x_NH.device.type, w_VH.shape[0], transform.softcap is not None)
+    for start in range(0, len(targets_N), size):
+        chunk = slice(start, start + size)
+        losses_N[chunk], _ = chunk_loss(linear(x_NH[chunk], w_VH, b_V), targets_N[chunk], transform, False)
+    return losses_N
+
+
 class SummedLoss(nn.Module):
     """A causal language model whose output is the summed loss of its supervised tokens.
 
@@ -202,13 +220,16 @@ class SummedLoss(nn.Module):
         self._windows = window_sizes(model.config)
         self._autocast = autocast
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, indices: TokenIndices) -> torch.Tensor:
-        """Returns the summed loss, a scalar.
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, indices: TokenIndices, by_sequence: bool = False
+    ) -> torch.Tensor:
+        """Returns the summed loss, a scalar, or that of every sequence, [batch] in float64.
 
         Args:
             input_ids: [batch, sequence].
             position_ids: [batch, sequence]. Positions restart at 0 in every document.
             indices: of targets and documents. Computed from a mask on a GPU, they would make the host wait for it.
+            by_sequence: sum over each sequence alone. There are no gradients then.
         """
         # Attention by document needs no mask and receives the bounds of documents instead, and flex_attention pairs of
         # blocks.
@@ -229,4 +250,10 @@ class SummedLoss(nn.Module):
             weight, bias = head.weight, getattr(head, "bias", None)
             if self._float32_products:
                 x_NH, weight, bias = x_NH.float(), weight.float(), None if bias is None else bias.float()
-            return chunked_cross_entropy(x_NH, weight, indices.targets, self._transform, self._chunk_loss, bias)
+            arguments = (x_NH, weight, indices.targets, self._transform, self._chunk_loss, bias)
+            if not by_sequence:
+                return chunked_cross_entropy(*arguments)
+            # Not index_add, whose order of summation varies on GPUs.
+            losses = torch.zeros(input_ids.numel(), dtype=torch.float64, device=input_ids.device)
+            losses[indices.predicting] = cross_entropies(*arguments).double()
+            return losses.view(input_ids.shape).sum(dim=1)

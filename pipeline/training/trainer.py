@@ -142,7 +142,9 @@ def _use_averages(settings: Train, optimizer_state: OptimizerState, loop: Loop) 
     enter("replacing the weights by their averages", is_alone=True)
     optimizer_state.use_averages()
     enter("computing the losses of the averages")
-    return {split: loop.loss_on(blocks) for split, blocks in loop.evaluated.items()} if settings.evaluate_at else {}
+    if not settings.evaluate_at:
+        return {}
+    return {split: loop.losses_on(blocks).mean for split, blocks in loop.evaluated.items()}
 
 
 @dataclass(frozen=True)

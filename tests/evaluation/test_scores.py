@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.scores import influences, kept_samples, scores_of, standard_error, value_of
+from pipeline.evaluation.scores import influences, kept_samples, scores_of, value_of
+from pipeline.standard_errors import standard_error
 
 
 def _documents(count: int) -> list[tuple[float, int]]:

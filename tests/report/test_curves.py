@@ -8,7 +8,8 @@ import numpy
 import pytest
 
 from pipeline.report.curves import base_loss, common_budget, curves, loss_at
-from tests.report.finished_runs import finished_run, write
+from pipeline.training.block_losses import BlockLosses
+from tests.report.finished_runs import MEASURED_BLOCKS, finished_run, write
 
 
 def test_the_common_budget_is_the_smallest_final_one_and_losses_are_interpolated(tmp_path: Path) -> None:
@@ -42,3 +43,15 @@ def test_the_base_loss_is_the_first_loss_of_a_run_whose_expansion_keeps_the_logi
     assert base_loss([changed]) is None
     assert base_loss([changed, same]) == 3.4
     assert base_loss([finished_run(tmp_path, "c", "llama_pro", stages=["load", "pretrain"])]) is None
+
+
+def test_the_change_of_a_curve_is_paired_over_blocks(tmp_path: Path) -> None:
+    (curve,) = curves([finished_run(tmp_path, blocks=MEASURED_BLOCKS)], "pretrain")
+    change = curve.change
+    assert (change.value, change.stderr, change.blocks) == (pytest.approx(-1.0), pytest.approx(0.1), 2)
+
+
+def test_the_change_has_no_error_without_recorded_blocks_or_with_one(tmp_path: Path) -> None:
+    one = [BlockLosses([30.0], [10]), BlockLosses([20.0], [10])]
+    runs = [finished_run(tmp_path, "earlier version"), finished_run(tmp_path, "one block", blocks=one)]
+    assert [curve.change for curve in curves(runs, "pretrain")] == [None, None]

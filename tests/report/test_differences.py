@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.scores import influences, standard_error
+from pipeline.evaluation.scores import influences
 from pipeline.report.differences import Difference, PairedDifference, Verdict, direction_of, leader
 from pipeline.report.results import Result
 from pipeline.report.scores import Scores
 from pipeline.report.significance import critical_value
+from pipeline.standard_errors import standard_error
 
 
 def _row(value: float, stderr: float | None = 0.01, metric: str = "acc", run: str = "r") -> Result:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import MODEL_TARGETS
-from pipeline.report.findings import caveats, final_target, headline, lead_findings, suggestions, title
+from pipeline.report.findings import (
+    caveats,
+    final_target,
+    headline,
+    lead_findings,
+    number_of_comparisons,
+    suggestions,
+    title,
+)
 from pipeline.report.results import collect_results
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
-from tests.report.finished_runs import SCORES, finished_run
+from tests.report.finished_runs import MEASURED_BLOCKS, SCORES, finished_run
 
 
 def _headline(*runs: RunArtifacts) -> str:
@@ -83,6 +91,35 @@ def test_without_scores_the_headline_uses_the_held_out_loss_of_training(tmp_path
     assert "changed the expanded model's perplexity on held-out blocks of the corpus from 54.60 to 20.09" in text
 
 
+def test_the_change_of_the_held_out_loss_has_an_error_over_pairs_of_blocks(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, stages=["load", "expand", "pretrain"], blocks=MEASURED_BLOCKS)
+    assert "from 20.09 to 7.389; the loss fell by 1.00 ± 0.10, paired over 2 blocks." in _headline(run)
+    worse = finished_run(tmp_path, "worse", stages=["load", "expand", "pretrain"], blocks=MEASURED_BLOCKS[::-1])
+    assert "the loss rose by 1.00 ± 0.10" in _headline(worse)
+
+
+def test_the_number_of_comparisons_counts_every_judged_difference(tmp_path: Path) -> None:
+    """Three scores: nine differences from the base, and from stage to stage six that are not among them."""
+    run = finished_run(tmp_path)
+    assert number_of_comparisons([run], Scores(collect_results([run]))) == [
+        "Of all differences from the base and between stages, 9 of 15 count, and about 0.75 would by chance alone; "
+        "each is judged alone, without a correction for their number."
+    ]
+    same = {**SCORES, ("other", "acc"): (10, 0.1, dict.fromkeys(MODEL_TARGETS, 0.5))}
+    silent = {("other", "acc"): (10, None, SCORES["minimal_pairs", "acc"][2])}
+    run = finished_run(tmp_path, "same", scores=same)  # what is the same cannot count, nor what has no error
+    assert "9 of 15 count" in number_of_comparisons([run], Scores(collect_results([run])))[0]
+    run = finished_run(tmp_path, "silent", scores=silent)
+    assert number_of_comparisons([run], Scores(collect_results([run]))) == []
+
+
+def test_a_sweep_says_in_how_many_rows_a_lead_would_count_by_chance(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, method, method) for method in ("lesa", "copy", "solar")]
+    against_base, lead = number_of_comparisons(runs, Scores(collect_results(runs)))
+    assert against_base.startswith("Of all differences from the base, 18 of 27 count, and about 1.35 would by chance")
+    assert "Tukey's studentized range" in lead and "about 0.15 of 3 rows" in lead
+
+
 def test_without_training_the_change_is_attributed_to_the_expansion(tmp_path: Path) -> None:
     run = finished_run(tmp_path, stages=["load", "expand", "evaluate/load", "evaluate/expand"])
     assert "Expansion raised word perplexity on held-out corpus text by 42.9 %" in _headline(run)
@@ -143,8 +180,12 @@ def test_a_sweep_ranks_held_out_losses_and_states_the_loss_of_the_base(tmp_path:
 def test_caveats_of_a_small_run_state_seed_tokens_and_held_out_blocks(tmp_path: Path) -> None:
     run = finished_run(tmp_path, seed=7)
     text = " ".join(caveats([run], Scores(collect_results([run]))))
-    assert "(seed 7)" in text and "1,000 tokens" in text and "4 blocks of 64 tokens" in text
+    assert "(seed 7)" in text and "1,000 tokens" in text
+    assert "4 blocks of 64 tokens and has no standard error." in text  # it is from an earlier version
     assert "learning rate" not in text
+    run = finished_run(tmp_path, blocks=MEASURED_BLOCKS)
+    text = " ".join(caveats([run], Scores(collect_results([run]))))
+    assert "4 blocks of 64 tokens. Its standard error is over these blocks" in text
 
 
 def test_a_sweep_warns_if_its_runs_train_different_numbers_of_parameters(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pipeline.report import write_report
 from pipeline.report.results import collect_results
 from pipeline.report.scores import Scores
 from pipeline.report.tables import artifact_table, score_table
-from tests.report.finished_runs import SCORES, STAGES, finished_run
+from tests.report.finished_runs import MEASURED_BLOCKS, SCORES, STAGES, finished_run
 
 FIELDS = ["run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better", "scores_of"]
 
@@ -52,6 +52,15 @@ def test_held_out_losses_come_with_perplexity_tokens_flops_and_seconds(tmp_path:
     }  # fmt: skip
     targets = {row["target"] for row in rows if row["task"] == "held_out_loss"}
     assert targets == {"pretrain@0%", "pretrain@50%", "pretrain@100%"}
+
+
+def test_held_out_losses_and_perplexities_have_standard_errors_over_blocks(tmp_path: Path) -> None:
+    rows = collect_results([finished_run(tmp_path, blocks=MEASURED_BLOCKS)])
+    for target, loss, stderr in (("pretrain@0%", 3.0, 0.3), ("pretrain@100%", 2.0, 0.2), ("sft@100%", 2.0, 0.2)):
+        found = {row["metric"]: (row["stderr"], row["n"]) for row in rows if row["target"] == target}
+        assert found["loss"] == (pytest.approx(stderr), 2)
+        assert found["perplexity"] == (pytest.approx(math.exp(loss) * stderr), 2)
+        assert found["tokens"] == (None, None)
 
 
 def test_losses_on_conversations_and_on_the_corpus_are_different_tasks(tmp_path: Path) -> None:

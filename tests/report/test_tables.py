@@ -9,7 +9,7 @@ from pipeline.report.curves import curves
 from pipeline.report.markup import Table
 from pipeline.report.results import collect_results
 from pipeline.report.scores import Scores
-from tests.report.finished_runs import SCORES, finished_run
+from tests.report.finished_runs import MEASURED_BLOCKS, SCORES, finished_run
 
 
 def _cells(content: Table, row: int) -> dict[str, str]:
@@ -98,6 +98,16 @@ def test_curves_by_fraction_and_at_equal_budgets(tmp_path: Path) -> None:
     budget = tables.budget_table(found)
     assert list(budget.columns) == ["method", "at 1,000 tokens", "at 1.0×10¹² FLOPs", "at 10.0 s"]
     assert list(budget.rows[1]) == ["copying", "3.000", "3.000", "4.000"]
+
+
+def test_held_out_losses_have_standard_errors_where_blocks_were_recorded(tmp_path: Path) -> None:
+    runs = [
+        finished_run(tmp_path, "a", "lesa", blocks=MEASURED_BLOCKS),
+        finished_run(tmp_path, "b", "copy", losses=[3.0, 2.0]),
+    ]
+    assert _cells(tables.curve_table(curves(runs, "pretrain")), 1) == {
+        "trained": "100 %", "tokens": "1,000", "LESA": "2.000 ± 0.200 (7.389)", "copying": "2.000 (7.389)",
+    }  # fmt: skip
 
 
 def test_the_training_table_shows_parameters_data_compute_and_speed(tmp_path: Path) -> None:

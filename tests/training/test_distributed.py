@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -180,6 +181,27 @@ def test_held_out_loss_and_counters_agree(runs: Runs):
     for case in float32_cases("auto"):
         for name in ("held_out_loss", "learning_rate", "tokens", "flops"):
             assert logged(runs.straight[case], name) == pytest.approx(logged(base, name), rel=1e-4), (case, name)
+
+
+def test_the_losses_of_held_out_blocks_equal_those_of_a_plain_model(runs: Runs, grown_dir: Path, blocks_dir: Path):
+    """Before training, in every block, for all numbers of ranks and micro-batches, which three blocks do not fill."""
+    arrays = [
+        np.load(blocks_dir / f"held_out.{name}.npy")[[0, 1, 3]] for name in ("input_ids", "position_ids", "loss_mask")
+    ]
+    model = AutoModelForCausalLM.from_pretrained(grown_dir, dtype=torch.float32, attn_implementation="eager")
+    batches = [[torch.from_numpy(row[None].astype(np.int64)) for row in rows] for rows in zip(*arrays, strict=True)]
+    targets = [int(mask.sum()) for _, _, mask in batches]
+    with torch.no_grad():
+        expected = [naive_loss(model, *batch).item() * count for batch, count in zip(batches, targets, strict=True)]
+    for case in float32_cases("auto"):
+        entries = json.loads((runs.straight[case].out / "training.json").read_text())["held_out"]
+        assert entries[0]["blocks"]["loss"] == {"losses": pytest.approx(expected, rel=1e-5), "targets": targets}, case
+        for entry in entries:
+            losses = np.array(entry["blocks"]["loss"]["losses"])
+            assert entry["loss"] == pytest.approx(losses.sum() / sum(targets))
+            residuals = losses - entry["loss"] * np.array(targets)
+            assert entry["loss_stderr"] == pytest.approx((3 / 2 * (residuals**2).sum()) ** 0.5 / sum(targets))
+        assert logged(runs.straight[case], "held_out_loss_stderr") == [entry["loss_stderr"] for entry in entries]
 
 
 def test_the_loss_of_every_split_is_computed_alike(runs: Runs):

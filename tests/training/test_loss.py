@@ -193,6 +193,19 @@ def test_only_tokens_in_the_loss_mask_are_targets(tiny_llama: nn.Module):
     assert torch.allclose(sum(single), together, rtol=1e-12)
 
 
+def test_the_loss_by_sequence_is_that_of_each_sequence_alone(small_chunks: None, tiny_llama: nn.Module):
+    random = torch.Generator().manual_seed(3)
+    ids, positions = torch.randint(0, 384, (3, 12), generator=random), torch.arange(12).expand(3, 12)
+    mask = (positions > 0) & (torch.rand(3, 12, generator=random) < 0.5)
+    mask[1] = False
+    model = SummedLoss(tiny_llama)
+    found = model(ids, positions, TokenIndices.of(ids, positions, mask), by_sequence=True)
+    rows = [slice(row, row + 1) for row in range(3)]
+    alone = [model(ids[row], positions[row], TokenIndices.of(ids[row], positions[row], mask[row])) for row in rows]
+    assert found.dtype == torch.float64 and not found.requires_grad and found[1] == 0
+    assert torch.allclose(found, torch.stack(alone), rtol=1e-12)
+
+
 # ----------------------------------------------------------------------- below the lowest trainable layer
 
 
