@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from pipeline.stages import expand, load
 from tests.stages.one_task import make_task
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "families.md"
+WIDTH = 120  # of the lines of the documentation
 BEGIN, END = "<!-- scripts/families writes this table -->", "<!-- end of the table -->"
 DEPTH = 4
 # Entries that the default config of a family lacks or has with values that its own model rejects, and depths at which
@@ -116,7 +118,7 @@ def check_family(family: str, work: Path, tokenizer: Any, settings: Callable[...
     try:
         model = tiny_model(family)
     except Exception as error:  # noqa: BLE001 - default configs of some families cannot be built
-        return Coverage(family, "refused", f"no small model can be built and run: {one_line(error)[:120]}")
+        return Coverage(family, "refused", f"no small model: {one_line(error)[:120]}")
     base = work / "base"
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -233,8 +235,14 @@ def table(found: Sequence[Coverage]) -> str:
     for each in found:
         kinds = f"{each.kinds} kinds of layers" if each.kinds > 1 else ""
         note = "; ".join(filter(None, (kinds, each.note.replace("|", "/"))))
-        lines.append(f"| {each.family} | {each.how} | {note} |")
+        lines.append(_row(each.family, each.how, note))
     return "\n".join(lines)
+
+
+def _row(family: str, how: str, note: str) -> str:
+    """Returns a row of at most ``WIDTH`` characters, for which a long note is cut after a word."""
+    start, end = f"| {family} | {how} | ", " |"
+    return f"{start}{textwrap.shorten(note, WIDTH - len(start + end), placeholder=' …')}{end}"
 
 
 def main() -> None:

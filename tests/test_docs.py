@@ -95,4 +95,8 @@ def test_links_lead_to_existing_files() -> None:
 def test_the_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 200 and len(text.split()) <= 1500
-    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_is_longer_than_120_characters(page: Path) -> None:
+    assert not [line for line in page.read_text().splitlines() if len(line) > 120]
