@@ -71,7 +71,8 @@ class Train(Section):
     precision: Literal["auto", "bfloat16", "float32"]  # of compute; master weights are float32
     evaluate_at: list[Fraction]  # fractions of the steps at which to compute the held-out loss
     held_out_blocks: Positive  # blocks of sequence_length tokens for the held-out loss
-    micro_batch: Annotated[Positive, NotInKey]  # sequences per rank and forward pass
+    micro_batch: Annotated[Positive, NotInKey]  # sequences per rank, or group of ranks, and forward pass
+    sequence_parallel: Annotated[Positive, NotInKey]  # ranks that share each sequence
     snapshot_at: Annotated[list[Fraction], NotInKey]  # fractions of the steps at which to save snapshots
     checkpoint_every_steps: Annotated[Positive, NotInKey]
     keep_checkpoints: Annotated[Positive, NotInKey]  # number of the newest checkpoints to keep

@@ -34,12 +34,12 @@ def usable(memory: float) -> int:
 
 
 def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
-    """Find the largest micro-batch that fits and divides a device's share of the global batch; 0 if none fits.
+    """Find the largest micro-batch that fits and divides a group's share of the global batch; 0 if none fits.
 
     Args:
         memory: bytes per device that training can use.
     """
-    share = max(1, setup.train.global_batch // setup.ranks)
+    share = max(1, setup.train.global_batch // setup.groups)
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
     fitting = (size for size in sizes if memory_of(trained, setup.with_train(micro_batch=size)).total <= memory)
     return next(fitting, 0)

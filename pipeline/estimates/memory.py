@@ -10,6 +10,9 @@ f the MLP's units, S the sequence length and c the bytes of a number in compute:
     MLP                   3·c·f  gate, its activation and up (1 without a gate), and c·f their product if weights train
     k experts per token   c·k·h  their outputs, and c·k·h their inputs, which are sorted by expert, if weights train
 
+Ranks that share sequences divide the tokens. Their attention stores keys and values of at least one head per rank, and
+its output once more if weights train, c·a, since before it is exchanged it is that of other tokens.
+
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores only its input, c·h,
 and one layer at a time stores everything. The gradients of the current layer take as much as it stores. What a ZeRO
 stage partitions is divided by the number of devices.
@@ -58,8 +61,13 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Tokens per micro-batch."""
-        return self.train.micro_batch * self.train.sequence_length
+        """Tokens per micro-batch that one rank computes."""
+        return self.train.micro_batch * self.train.sequence_length // self.train.sequence_parallel
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that share sequences."""
+        return self.ranks // self.train.sequence_parallel
 
     @property
     def width(self) -> int:
@@ -183,16 +191,18 @@ def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[s
     norms = sum(name.endswith("norm.weight") and size == (shape.hidden_size,) for name, size in layer.tensors.items())
     mlp = width * units * ((3 if layer.is_gated else 1) + trains)
     mlp += width * layer.experts_per_token * shape.hidden_size * (1 + trains)
-    return setup.tokens * (norms * shape.hidden_size * (WIDE + 2 * width * trains) + _attention(shape, setup) + mlp)
+    attention = _attention(shape, setup, trains)
+    return setup.tokens * (norms * shape.hidden_size * (WIDE + 2 * width * trains) + attention + mlp)
 
 
-def _attention(shape: Shape, setup: Setup) -> int:
+def _attention(shape: Shape, setup: Setup, trains: bool) -> int:
     """Bytes per token that the attention of one layer stores."""
-    queries = shape.heads * shape.head_size
+    queries, parts = shape.heads * shape.head_size, setup.train.sequence_parallel
     without_mask = setup.train.attention in ("auto", "documents", "flex")
-    keys = shape.key_size if without_mask and not setup.on_gpu else queries
+    keys = max(shape.key_size, parts * shape.head_size) if without_mask and not setup.on_gpu else queries
     mask = 0 if without_mask else setup.width * setup.train.sequence_length
-    return setup.width * 2 * (queries + keys) + WIDE * shape.heads + mask
+    exchanged = queries if parts > 1 and trains else 0
+    return setup.width * (2 * (queries + keys) + exchanged) + WIDE * shape.heads + mask
 
 
 def _logits(trained: Trained, setup: Setup) -> int:

@@ -43,7 +43,7 @@ from pipeline.trackers import login_fault, not_installed, wandb_mode
 from pipeline.training.job import snapshot_dir
 from pipeline.training.rates import requested_multiples
 from pipeline.training.selection import no_matrix_error
-from pipeline.training.validate import context_length_faults, training_faults
+from pipeline.training.validate import context_length_faults, shared_model_faults, training_faults
 
 NOTHING_FITS = "Use more devices (launch.processes, launch.nodes) or larger ones: no other setting makes it fit."
 Faults = Iterator[UserError]
@@ -222,6 +222,12 @@ def _training(section: str, prepared: PreparedRun) -> Faults:
     run, context = prepared.run, prepared.context_length
     machine, submitted = prepared.machine(section), run.action == "submit"
     yield from training_faults(section, getattr(run, section), run.launch, context, machine, submitted)
+
+
+def _shared_sequences(section: str, prepared: PreparedRun) -> Faults:
+    """Ranks can share the sequences of this model, if they are to."""
+    assert prepared.shape is not None
+    yield from shared_model_faults(section, getattr(prepared.run, section), prepared.shape, prepared.inputs.config)
 
 
 def _corpus_share(prepared: PreparedRun) -> Faults:
@@ -499,6 +505,8 @@ CHECKS = (
     Check(partial(_trainable, "sft"), stops=("sft",), needs="sizes"),
     Check(partial(_training, "pretrain"), stops=("pretrain",)),
     Check(partial(_training, "sft"), stops=("sft",)),
+    Check(partial(_shared_sequences, "pretrain"), stops=("pretrain",), needs="shape"),
+    Check(partial(_shared_sequences, "sft"), stops=("sft",), needs="shape"),
     Check(_corpus_share, stops=("pretrain",)),
     Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),

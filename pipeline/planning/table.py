@@ -136,8 +136,9 @@ def _engine(plan: TrainingPlan) -> str:
     recomputed = ", activation checkpointing" if train.activation_checkpointing else ""
     optimizer = ", Muon" if train.optimizer == "muon" else ""
     averages = ", averages" if train.ema_decay is not None else ""
+    shared = f", {train.sequence_parallel} ranks per sequence" if train.sequence_parallel > 1 else ""
     shown = f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}"
-    return f"{shown}{recomputed}{optimizer}{averages}"
+    return f"{shown}{shared}{recomputed}{optimizer}{averages}"
 
 
 def _total(plan: TrainingPlan) -> str:

@@ -8,6 +8,9 @@ without one, whose cost is quadratic in the lengths of documents rather than of 
 - ``flex``: ``torch.nn.attention.flex_attention`` receives the pairs of blocks of 128 queries and keys that see each
   other. It supports sliding windows, capped scores and attention sinks too. On CPUs it has no backward pass.
 
+Only these two can be computed by ranks that share sequences (``share_sequences``): a mask over all pairs of tokens of a
+long sequence would not fit.
+
 Shape symbols: B batch, S sequence, H query heads, G key and value heads, D head size, N documents.
 """
 
@@ -32,6 +35,7 @@ from pipeline.errors import UserError
 from pipeline.launch.environment import missing_for_compilation
 from pipeline.models.families import FAMILIES
 from pipeline.training.precision import Precision
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
 # The names of ``attend_by_document`` and ``attend_by_block`` in transformers' registry.
 DOCUMENTS: Literal["documents"] = "documents"
@@ -39,6 +43,7 @@ FLEX: Literal["flex"] = "flex"
 # Keyword arguments that a model's forward passes on to its attention function.
 BOUNDS_KEYWORD, FLOAT32_KEYWORD, MASKS_KEYWORD = "document_bounds", "float32_products", "block_masks"
 Attention = Literal["documents", "flex", "sdpa", "eager"]
+AttentionFunction = Callable[..., tuple[torch.Tensor, None]]  # with the signature that transformers expects
 # Whether several query heads may share a key head, which torch 2.11 does not support.
 VARLEN_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 LARGEST_HEAD = 256  # of the flash kernels on GPUs
@@ -54,7 +59,8 @@ def resolve_attention(
     """Resolves ``auto``: by document, or else with flex_attention on GPUs, or else the fastest masked attention.
 
     Raises:
-        UserError: an attention without a mask is requested, and the model or the device does not support it.
+        UserError: an attention without a mask is requested, or needed to share sequences, and the model or the device
+            does not support it.
     """
     unsupported_scores = _unsupported_scores(config)
     obstacles: dict[Attention, str | None] = {
@@ -64,6 +70,14 @@ def resolve_attention(
     masked: Attention = "sdpa" if unsupported_scores is None else "eager"
     if train.attention == "auto":
         chosen = next((name for name, obstacle in obstacles.items() if obstacle is None), masked)
+        if chosen == masked and train.sequence_parallel > 1:
+            raise UserError(
+                setting=f"{section}.sequence_parallel",
+                value=train.sequence_parallel,
+                rule="ranks can only share sequences if attention needs no mask: "
+                + "; ".join(f"{name} is not available, since {obstacle}" for name, obstacle in obstacles.items()),
+                remedy=f"Set {section}.sequence_parallel=1.",
+            )
         if chosen == masked and device.type == "cuda":
             print(f"attention compares all pairs of tokens, since flex_attention does not work: {obstacles[FLEX]}")
         return chosen
@@ -202,6 +216,36 @@ def _on_gpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Ten
     )
     assert isinstance(out, torch.Tensor)
     return out.view(batch, length, heads, size)
+
+
+# ---------------------------------------------------------------------------------- shared sequences
+
+
+def share_sequences(group: SequenceGroup) -> None:
+    """Makes attention without a mask compute with all ranks of a group, from now on in this process.
+
+    The functions keep their names, since models are built, and inputs prepared, by these names.
+    """
+    for name, attend in ((DOCUMENTS, attend_by_document), (FLEX, attend_by_block)):
+        AttentionInterface.register(name, attend if group == ALONE else _by_heads(attend, group))
+
+
+def _by_heads(attend: AttentionFunction, group: SequenceGroup) -> AttentionFunction:
+    """Returns an attention function whose inputs are a part of the tokens, and that computes a part of the heads."""
+
+    def attend_together(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        query, key = query.to(value.dtype), key.to(value.dtype)  # as ``attend`` does, but before they are exchanged
+        sinks: torch.Tensor | None = others.get("s_aux")
+        if sinks is not None:
+            others["s_aux"] = sinks.chunk(group.ranks)[group.rank]
+        if BOUNDS_KEYWORD not in others and MASKS_KEYWORD not in others:  # see ``attend_by_document``
+            others["position_ids"] = group.gather(others["position_ids"])
+        out, _ = attend(module, *map(group.to_heads, (query, key, value)), mask, **others)
+        return group.to_tokens(out), None
+
+    return attend_together
 
 
 # ---------------------------------------------------------------------------------------------- flex

@@ -24,6 +24,7 @@ import torch
 from pipeline.config.data import SPLITS, Split
 from pipeline.data.blocks import open_blocks, positions_and_mask
 from pipeline.training.attention import document_bounds
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
 Indices = npt.NDArray[np.int64]
 Rows = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]  # token ids, position ids, loss mask
@@ -51,6 +52,13 @@ class TokenIndices:
         places = in_loss.flatten().nonzero().flatten()
         return cls(places - 1, input_ids.flatten()[places], document_bounds(position_ids))
 
+    def part(self, sequence: SequenceGroup, length: int) -> TokenIndices:
+        """Returns those targets that this rank predicts, from its part of sequences of ``length`` tokens."""
+        own = length // sequence.ranks
+        rows, places = self.predicting // length, self.predicting % length - own * sequence.rank
+        is_own = (places >= 0) & (places < own)
+        return TokenIndices((rows * own + places)[is_own], self.targets[is_own], self.bounds)
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenIndices:
         """Returns a copy with a function applied to every tensor."""
         return TokenIndices(function(self.predicting), function(self.targets), function(self.bounds))
@@ -58,14 +66,14 @@ class TokenIndices:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences for one forward pass.
+    """Sequences for one forward pass, or this rank's part of their tokens if ranks share sequences.
 
     Attributes:
-        input_ids: [batch, sequence].
-        position_ids: [batch, sequence].
+        input_ids: [batch, tokens].
+        position_ids: [batch, sequence], of all tokens of the sequences: they determine which of them attention sees.
         indices: of targets, each of which is predicted from the token before it in the same document.
         supervised: how many tokens are targets.
-        real: [batch, sequence], False for padding; see ``real_tokens``.
+        real: [batch, tokens], False for padding; see ``real_tokens``.
     """
 
     input_ids: torch.Tensor
@@ -73,6 +81,21 @@ class MicroBatch:
     indices: TokenIndices
     supervised: int
     real: torch.Tensor
+
+    def part(self, sequence: SequenceGroup) -> MicroBatch:
+        """Returns the part of the tokens that this rank computes.
+
+        The first rank of a group counts the targets of all, so that their number does not depend on the ranks.
+        """
+        if sequence == ALONE:
+            return self
+        return replace(
+            self,
+            input_ids=sequence.part(self.input_ids).contiguous(),
+            indices=self.indices.part(sequence, self.input_ids.shape[1]),
+            supervised=self.supervised if sequence.rank == 0 else 0,
+            real=sequence.part(self.real).contiguous(),
+        )
 
     def pinned(self) -> MicroBatch:
         """Returns a copy in page-locked memory, from which GPUs copy without the host waiting."""
@@ -260,10 +283,16 @@ def global_batch(seed: int, step: int, blocks: int, size: int, corpus: int = 0, 
 
 
 def micro_batches(indices: Indices, micro_batch: int, rank: int, ranks: int) -> Iterator[Indices]:
-    """Yields this rank's share of a global batch, in pieces of [micro_batch].
+    """Yields the share of a rank, or of a group of ranks that share sequences, of a global batch.
 
-    All ranks get equally many pieces: ``ranks * micro_batch`` divides the global batch, which is checked before the
-    stage starts.
+    The pieces are [micro_batch], and all ranks get equally many: ``ranks * micro_batch`` divides the global batch,
+    which is checked before the stage starts.
+
+    Args:
+        indices: the blocks of the global batch.
+        micro_batch: sequences per piece.
+        rank: the number of the rank or group.
+        ranks: how many ranks or groups there are.
     """
     assert len(indices) % (ranks * micro_batch) == 0, (len(indices), ranks, micro_batch)
     yield from indices.reshape(-1, ranks, micro_batch)[:, rank]
@@ -286,12 +315,19 @@ class StepReader:
         shares: returns the indices of this rank's micro-batches for a step.
         last: the last step.
         device: where the micro-batches will be used.
+        sequence: the ranks that share sequences with this one.
     """
 
     def __init__(
-        self, blocks: TokenBlocks, shares: Callable[[int], Sequence[Indices]], last: int, device: torch.device
+        self,
+        blocks: TokenBlocks,
+        shares: Callable[[int], Sequence[Indices]],
+        last: int,
+        device: torch.device,
+        sequence: SequenceGroup = ALONE,
     ) -> None:
         self._blocks, self._shares, self._last, self._device = blocks, shares, last, device
+        self._sequence = sequence
         self._thread = ThreadPoolExecutor(1, "read-ahead", initializer=self._use_device)
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -310,7 +346,7 @@ class StepReader:
         return batches
 
     def _read(self, step: int) -> list[MicroBatch]:
-        batches = [self._blocks.batch(share) for share in self._shares(step)]
+        batches = [self._blocks.batch(share).part(self._sequence) for share in self._shares(step)]
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def _use_device(self) -> None:

@@ -152,11 +152,12 @@ def deepspeed_config(
             has an effect, but the order of sums would change.
         largest_layer: parameters of the model's largest decoder layer, for buckets of size ``auto`` on GPUs.
     """
-    settings = train.deepspeed
+    settings, parts = train.deepspeed, train.sequence_parallel
     config: dict[str, Any] = {
-        "train_batch_size": train.global_batch,
+        # To DeepSpeed, all ranks are data-parallel, and parts of sequences are sequences.
+        "train_batch_size": train.global_batch * parts,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * ranks),
+        "gradient_accumulation_steps": train.global_batch * parts // (train.micro_batch * ranks),
         "gradient_clipping": train.max_grad_norm,
         # The loop checks the gradient norm before every step, so DeepSpeed need not look for overflows as well.
         "bf16": {"enabled": uses_bfloat16_parameters(train, precision), "check_grad_overflow": False},

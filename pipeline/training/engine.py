@@ -23,7 +23,7 @@ from pipeline.files import read_json
 from pipeline.models.families import shape_of
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math
-from pipeline.training.attention import avoid_cudnn_attention, resolve_attention
+from pipeline.training.attention import avoid_cudnn_attention, resolve_attention, share_sequences
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.float32_products import use_float32_products
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
@@ -33,11 +33,12 @@ from pipeline.training.optimizer import make_optimizer, parameter_groups
 from pipeline.training.precision import Precision
 from pipeline.training.process_group import enter, join_process_group, limit_collectives
 from pipeline.training.rates import Multiple
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """A training stage on one rank: its task, device and precision."""
+    """A training stage on one rank: its task, device, precision and the ranks that share sequences with it."""
 
     task: StageTask
     settings: Train
@@ -46,6 +47,7 @@ class RankContext:
     precision: Precision
     rank: int
     ranks: int
+    sequence: SequenceGroup = ALONE
 
     @property
     def model_dir(self) -> Path:
@@ -113,6 +115,7 @@ def load_model(context: RankContext) -> PreTrainedModel:
     attention = resolve_attention(section, train, model_config, precision, context.device)
     print(f"attention: {attention} ({section}.attention={train.attention})", flush=True)
     avoid_cudnn_attention(attention, context.device)
+    share_sequences(context.sequence)
     zero3 = HfDeepSpeedConfig(dict(config)) if config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[precision] if uses_bfloat16_parameters(train, precision) else torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -145,7 +148,8 @@ def start_engine(
         _compile_layers(model)
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
-    module = SummedLoss(model, torch.bfloat16 if needs_autocast else None, compiles, train.float32_products)
+    autocast = torch.bfloat16 if needs_autocast else None
+    module = SummedLoss(model, autocast, compiles, train.float32_products, context.sequence)
     optimizer = make_optimizer(parameter_groups(model, train, multiples, matrices), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))

@@ -30,6 +30,7 @@ from pipeline.training.mfu import Peak
 from pipeline.training.optimizer import AVERAGE
 from pipeline.training.precision import Precision
 from pipeline.training.routing import COLLAPSED_SHARE, COLLAPSED_STEPS
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
 CHECKED_TOKENS = 8
 # Mean difference of a token's loss, by whether a dtype of 16 bits is involved. Kernels sum in different orders.
@@ -67,7 +68,7 @@ def export_trained_model(
     """
     memory = _peak_memory(context)
     engine.eval()
-    losses = token_losses(engine, context.device)
+    losses = token_losses(engine, context.device, context.sequence)
     if context.rank != 0:
         return
     if context.settings.save_model:
@@ -123,17 +124,25 @@ def _finished_files(out: Path) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def token_losses(model: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
+def token_losses(
+    model: Callable[..., torch.Tensor], device: torch.device, sequence: SequenceGroup = ALONE
+) -> torch.Tensor:
     """Returns the cross entropy of a few tokens, ``[tokens]`` in float32 on the CPU. Collective at ZeRO 3.
 
     Args:
         model: an engine or module that computes ``SummedLoss``.
         device: its device.
+        sequence: the ranks that share sequences. Collective if there are several.
     """
-    ids = torch.arange(CHECKED_TOKENS + 1, device=device)[None]
-    targets = [TokenIndices.of(ids, ids, ids == target) for target in range(1, CHECKED_TOKENS + 1)]
+    # Ranks get equally many tokens. Those after the last target change nothing.
+    length = -(-(CHECKED_TOKENS + 1) // sequence.ranks) * sequence.ranks
+    ids, positions = (torch.arange(length, device=device)[None] for _ in range(2))
+    ids = ids % (CHECKED_TOKENS + 1)
+    targets = [TokenIndices.of(ids, positions, positions == target) for target in range(1, CHECKED_TOKENS + 1)]
+    own, parts = sequence.part(ids), [indices.part(sequence, length) for indices in targets]
     with torch.compiler.set_stance("force_eager"):  # compiling the layers for this length would take longer
-        return torch.stack([model(ids, ids, indices).float().cpu() for indices in targets])
+        losses = torch.stack([model(own, positions, indices).float() for indices in parts])
+    return sequence.sum(losses).cpu()
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from pipeline.training.optimizer import LR_MULTIPLE
 from pipeline.training.process_group import enter
 from pipeline.training.routing import COLLAPSED_STEPS, RouterStatistics, Routing
 from pipeline.training.schedule import evaluation_steps, fractions_at, learning_rate
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
 Status = Literal["done", "stopped"]
 
@@ -84,6 +85,7 @@ class Loop:
         save_snapshot: saves the current model as the snapshot at a fraction of the steps. Collective.
         tracker: receives the metrics; None on all ranks but the first.
         routing: of a mixture of experts; None for other models.
+        sequence: the ranks that share sequences with this one.
     """
 
     section: str
@@ -103,6 +105,7 @@ class Loop:
     save_snapshot: Callable[[float], None]
     tracker: Tracker | None
     routing: Routing | None = None
+    sequence: SequenceGroup = ALONE
 
     def run(self) -> Status:
         """Trains until the last step or a stop request. A checkpoint is saved in both cases.
@@ -111,7 +114,7 @@ class Loop:
             Diverged: a loss or gradient norm is not finite.
         """
         self._evaluate_and_snapshot()
-        with StepReader(self.blocks, self._shares, self.steps, self.device) as reader:
+        with StepReader(self.blocks, self._shares, self.steps, self.device, self.sequence) as reader:
             while self.progress.step < self.steps:
                 stop = self._step(reader)
                 self._evaluate_and_snapshot()
@@ -127,9 +130,7 @@ class Loop:
     def _shares(self, step: int) -> list[Indices]:
         """Returns the blocks of this rank's micro-batches for a step."""
         indices = self.blocks.of_step(self.seed, step, self.train.global_batch)
-        return list(
-            micro_batches(indices, self.train.micro_batch, distributed.get_rank(), distributed.get_world_size())
-        )
+        return list(micro_batches(indices, self.train.micro_batch, *self.sequence.place()))
 
     def _step(self, reader: StepReader) -> bool:
         """Takes one optimizer step. Returns whether any rank wants to stop after it."""
@@ -310,21 +311,21 @@ class Loop:
     @torch.no_grad()
     def losses_on(self, blocks: TokenBlocks) -> BlockLosses:
         """Returns the losses of at most ``held_out_blocks`` blocks, the same every time."""
-        ranks, rank = distributed.get_world_size(), distributed.get_rank()
+        group, groups = self.sequence.place()
         indices = evenly_spaced(len(blocks), self.train.held_out_blocks)
-        round_size = ranks * self.train.micro_batch
+        round_size = groups * self.train.micro_batch
         # At ZeRO 3 all ranks must run the same number of forward passes. Blocks are repeated to fill the last round,
         # and the repeated ones are masked.
         padded = np.resize(indices, -(-len(indices) // round_size) * round_size)
         positions = np.arange(len(padded))
         losses = torch.zeros(len(padded), dtype=torch.float64, device=self.device)
         self.engine.eval()
-        for share in micro_batches(positions, self.train.micro_batch, rank, ranks):
-            batch = blocks.batch(padded[share], repeated=share >= len(indices)).on(self.device)
+        for share in micro_batches(positions, self.train.micro_batch, group, groups):
+            batch = blocks.batch(padded[share], repeated=share >= len(indices)).part(self.sequence).on(self.device)
             found = self.engine(batch.input_ids, batch.position_ids, indices=batch.indices, by_sequence=True)
             losses[share[0] : share[-1] + 1] = found
         self.engine.train()
-        distributed.all_reduce(losses)  # every rank has zeros for the blocks of the others
+        distributed.all_reduce(losses)  # every rank has zeros for the targets of the others
         return BlockLosses(losses[: len(indices)].tolist(), blocks.supervised_tokens(indices))
 
     def _on_device(self, values: Sequence[float]) -> torch.Tensor:

@@ -33,6 +33,7 @@ from pipeline.training.attention import (
 )
 from pipeline.training.batches import TokenIndices
 from pipeline.training.precision import chunk_rows
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, LogitTransform, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -200,6 +201,7 @@ class SummedLoss(nn.Module):
         compiled: whether the model's layers are compiled. The loss of a chunk is then compiled too.
         float32_products: compute the products of the head and of attention on the float32 units; see
             ``pipeline.training.float32_products``.
+        sequence: the ranks that share sequences with this one. The output is then the loss of this rank's targets.
     """
 
     def __init__(
@@ -208,6 +210,7 @@ class SummedLoss(nn.Module):
         autocast: torch.dtype | None = None,
         compiled: bool = False,
         float32_products: bool = False,
+        sequence: SequenceGroup = ALONE,
     ) -> None:
         super().__init__()
         self.model = model
@@ -219,6 +222,7 @@ class SummedLoss(nn.Module):
         self._attention = config._attn_implementation
         self._windows = window_sizes(model.config)
         self._autocast = autocast
+        self._sequence = sequence
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, indices: TokenIndices, by_sequence: bool = False
@@ -226,7 +230,7 @@ class SummedLoss(nn.Module):
         """Returns the summed loss, a scalar, or that of every sequence, [batch] in float64.
 
         Args:
-            input_ids: [batch, sequence].
+            input_ids: [batch, tokens], the sequences or this rank's part of them.
             position_ids: [batch, sequence]. Positions restart at 0 in every document.
             indices: of targets and documents. Computed from a mask on a GPU, they would make the host wait for it.
             by_sequence: sum over each sequence alone. There are no gradients then.
@@ -244,7 +248,8 @@ class SummedLoss(nn.Module):
             keywords["attention_mask"] = packed_mask(self.model, position_ids)
         is_cast = self._autocast is not None
         with torch.autocast(input_ids.device.type, dtype=self._autocast) if is_cast else nullcontext():
-            output = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keywords)
+            own = self._sequence.part(position_ids)
+            output = self.model.base_model(input_ids=input_ids, position_ids=own, use_cache=False, **keywords)
             x_NH = output.last_hidden_state.flatten(0, 1).index_select(0, indices.predicting)
             head = self.model.get_output_embeddings()
             weight, bias = head.weight, getattr(head, "bias", None)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.training.sequence_parallel import ALONE, SequenceGroup
+
 # Names of the weight of the loss in configs.
 AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha")
 # A router has collapsed if the busiest k experts got at least ``COLLAPSED_SHARE`` of the assignments in each of
@@ -98,10 +100,18 @@ class Routing:
         routers: of the layers that have one, by layer.
         coefficient: the weight of the loss.
         reported: the layers to log.
+        sequence: the ranks that share sequences with this one.
     """
 
-    def __init__(self, routers: Mapping[int, nn.Module], coefficient: float, reported: Collection[int]) -> None:
+    def __init__(
+        self,
+        routers: Mapping[int, nn.Module],
+        coefficient: float,
+        reported: Collection[int],
+        sequence: SequenceGroup = ALONE,
+    ) -> None:
         self.coefficient = coefficient
+        self._sequence = sequence
         self._trained = [layer for layer, router in routers.items() if _trains(router)]
         self._reported = [layer for layer in routers if layer in reported]
         self._observed = [layer for layer in routers if layer in {*self._trained, *self._reported}]
@@ -167,8 +177,9 @@ class Routing:
         assigned = mask_BS.repeat_interleave(experts_TK.shape[-1], dim=1)
         counts_BE = assigned.new_zeros(batch, experts).scatter_add_(1, experts_TK.reshape(batch, -1), assigned)
         sums_BE = (probabilities_TE.reshape(batch, -1, experts) * mask_BS[..., None]).sum(dim=1)
-        tokens_B1 = mask_BS.sum(dim=1, keepdim=True).clamp(min=1.0)
-        loss = experts * (counts_BE * sums_BE / tokens_B1).sum()
+        # f is that of the whole sequence. P is a sum over tokens, and so are the loss and its gradient.
+        of_sequence = self._sequence.sum(torch.cat([counts_BE, mask_BS.sum(dim=1, keepdim=True)], dim=1))
+        loss = experts * (of_sequence[:, :-1] * sums_BE / of_sequence[:, -1:].clamp(min=1.0)).sum()
         with torch.no_grad():
             entropy = torch.special.entr(probabilities_TE).sum(dim=-1) @ mask_BS.flatten()
             router.observed = torch.cat([counts_BE.sum(dim=0), entropy[None], loss.detach()[None]])

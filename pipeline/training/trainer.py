@@ -43,6 +43,7 @@ from pipeline.training.precision import resolve_precision
 from pipeline.training.process_group import enter, wait_for_all
 from pipeline.training.routing import Routing, coefficient_of, routers_of
 from pipeline.training.schedule import total_steps
+from pipeline.training.sequence_parallel import SequenceGroup
 from pipeline.training.snapshots import partial_snapshot, save_snapshot
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the RuntimeError that torch raises if the host has no memory left
@@ -70,7 +71,8 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = resolve_precision(settings.precision, device.type, native)
-    context = RankContext(task, settings, log_dir, device, precision, rank, ranks)
+    sequence = SequenceGroup.of_this_rank(settings.sequence_parallel)
+    context = RankContext(task, settings, log_dir, device, precision, rank, ranks, sequence)
     with report_out_of_memory(), disk_errors_as_user_errors(task.out):
         status = _train(context, wants_stop)
     wait_for_all("exporting the model")
@@ -125,6 +127,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             save_snapshot=lambda fraction: _save_snapshot(context, parts.optimizer_state, fraction),
             tracker=tracker,
             routing=parts.routing,
+            sequence=context.sequence,
         )
         status = loop.run()
         _finish_checkpoint(writer, progress)
@@ -211,7 +214,7 @@ def _observe_routers(context: RankContext, model: PreTrainedModel) -> Routing | 
     coefficient = coefficient_of(setting, config.get_text_config())
     print(f"router_aux_loss: {coefficient:g} ({context.task.name}.router_aux_loss={setting})", flush=True)
     new = freeze.new_layers(context.model_dir) & routers.keys()
-    return Routing(routers, coefficient, new or {*routers})
+    return Routing(routers, coefficient, new or {*routers}, context.sequence)
 
 
 # ------------------------------------------------------------------------------- starting and resuming
@@ -273,7 +276,7 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
 
     If all of it is the same, a resumed run is bitwise identical to an uninterrupted one.
     """
-    settings = context.settings
+    settings, shared = context.settings, context.settings.sequence_parallel
     return {
         "device": context.device.type,
         "precision": context.precision,
@@ -286,6 +289,7 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
         "attention": settings.attention,
         "compile": settings.compiles(context.device.type),
         "float32_products": settings.float32_products,
+        **({"sequence_parallel": shared} if shared > 1 else {}),  # earlier checkpoints do not have it
     }
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Launch, Train
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.launch.environment import code_cache_faults, missing_for_compilation
 from pipeline.launch.machine import Machine, place, requested_placement
-from pipeline.models.families import role_names
+from pipeline.models.families import Shape, role_names
+from pipeline.models.families.parameters import Config
 from pipeline.training.deepspeed_config import override_faults
 from pipeline.training.selection import check_terms
 
@@ -40,8 +43,11 @@ def training_faults(
         yield error
         placement = requested_placement(launch, machine)  # so that the other faults are reported as well
     yield from context_length_faults(section, train, context_length)
-    if train.global_batch % (placement.ranks * train.micro_batch):
-        yield _indivisible(section, train, placement.ranks)
+    unshared = list(_shared_sequences(section, train, placement.ranks))
+    yield from unshared
+    groups = placement.ranks // (1 if unshared else train.sequence_parallel)
+    if train.global_batch % (groups * train.micro_batch):
+        yield _indivisible(section, train, groups)
     if train.deepspeed.offload_parameters and train.deepspeed.zero_stage != 3:
         yield UserError(
             setting=f"{section}.deepspeed.offload_parameters",
@@ -79,6 +85,66 @@ def context_length_faults(section: str, train: Train, context_length: int | None
             rule=f"the model's context is limited to {context_length} tokens",
             remedy=f"Set {section}.sequence_length={context_length} or less.",
         )
+
+
+def _shared_sequences(section: str, train: Train, ranks: int) -> Iterator[UserError]:
+    parts, setting = train.sequence_parallel, f"{section}.sequence_parallel"
+    if ranks % parts:
+        rule = f"it must divide the number of processes, which is {ranks}"
+    elif train.sequence_length % parts:
+        rule = f"it must divide sequence_length={train.sequence_length}"
+    elif parts > 1 and train.attention in ("sdpa", "eager"):
+        rule = f"ranks cannot share sequences with attention={train.attention}, whose mask is as long as a sequence"
+        yield UserError(setting=setting, value=parts, rule=rule, remedy=f"Set {section}.attention=auto.")
+        return
+    else:
+        return
+    common = math.gcd(ranks, train.sequence_length)
+    divisors = [str(size) for size in range(1, common + 1) if common % size == 0]
+    yield UserError(setting=setting, value=parts, rule=rule, remedy=f"Set {setting}=" + " or ".join(divisors) + ".")
+
+
+def shared_model_faults(section: str, train: Train, shape: Shape, config: Config) -> Iterator[UserError]:
+    """Yields what in a model prevents ranks from sharing its sequences.
+
+    Args:
+        section: "pretrain" or "sft", for the messages.
+        train: the stage's settings.
+        shape: of the model.
+        config: its config.json.
+    """
+    if train.sequence_parallel == 1:
+        return
+    setting, remedy = f"{section}.sequence_parallel", f"Set {section}.sequence_parallel=1."
+    # transformers chooses the frequencies by the largest position that the rank sees.
+    if kinds := _rope_types(config) & {"dynamic", "longrope"}:
+        rule = f"the model's rotary embeddings (rope_type {kinds.pop()}) depend on the longest document of all ranks"
+        yield UserError(setting=setting, value=train.sequence_parallel, rule=rule, remedy=remedy)
+    if shape.inferred:
+        rule = "the model's family has no row in the table of families, so that its attention is not known"
+        yield UserError(setting=setting, value=train.sequence_parallel, rule=rule, remedy=remedy)
+    heads, key_heads = shape.heads, max(1, shape.key_size // shape.head_size)
+    possible = [ranks for ranks in range(1, heads + 1) if _can_divide(heads, key_heads, ranks)]
+    if train.sequence_parallel not in possible:
+        yield UserError(
+            setting=setting,
+            value=train.sequence_parallel,
+            rule=f"the ranks divide the model's {heads} query heads and {key_heads} key heads among them, or repeat "
+            "key heads equally often",
+            remedy=f"Set {setting}=" + " or ".join(map(str, possible)) + ".",
+        )
+
+
+def _can_divide(heads: int, key_heads: int, ranks: int) -> bool:
+    return heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0)
+
+
+def _rope_types(config: Config) -> set[Any]:
+    """Returns the kinds of rotary embeddings in a config, which may have one for each kind of layer."""
+    text = config.get("text_config") or config
+    entries = [text.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    entries += [value for entry in entries for value in entry.values() if isinstance(value, dict)]
+    return {entry.get("rope_type", entry.get("type")) for entry in entries}
 
 
 def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
@@ -127,7 +193,8 @@ def _muon(section: str, train: Train) -> Iterator[UserError]:
 
 def less_memory(section: str, train: Train, processes: int) -> str:
     """Suggests settings that save memory and are not used yet. None of them changes the numbers."""
-    smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (processes * size) == 0]
+    groups = processes // train.sequence_parallel
+    smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (groups * size) == 0]
     deepspeed, shards = train.deepspeed, train.optimizer != "muon"
     wanted = {
         f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
@@ -174,18 +241,20 @@ def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
         )
 
 
-def _indivisible(section: str, train: Train, processes: int) -> UserError:
-    per_process, rest = divmod(train.global_batch, processes)
+def _indivisible(section: str, train: Train, groups: int) -> UserError:
+    per_group, rest = divmod(train.global_batch, groups)
+    shared = train.sequence_parallel
     if rest == 0:
-        divisors = [size for size in range(1, per_process + 1) if per_process % size == 0]
+        divisors = [size for size in range(1, per_group + 1) if per_group % size == 0]
         remedy = f"Set {section}.micro_batch=" + " or ".join(str(size) for size in divisors[-3:]) + "."
     else:
-        nearest = max(1, round(train.global_batch / processes)) * processes
+        nearest = max(1, round(train.global_batch / groups)) * groups
         remedy = f"Set {section}.global_batch={nearest} or another launch.processes."
     return UserError(
         setting=f"{section}.global_batch",
         value=train.global_batch,
-        rule=f"it must be a multiple of {processes} process(es) times micro_batch={train.micro_batch}",
+        rule=f"it must be a multiple of {groups} {'process(es)' if shared == 1 else f'group(s) of {shared} processes'} "
+        f"times micro_batch={train.micro_batch}",
         remedy=remedy,
     )
 

@@ -134,6 +134,17 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(che
         assert memory_of(trained, setup).activations < memory_of(trained, _setup()).activations / 2
 
 
+def test_ranks_that_share_sequences_divide_activations_but_not_weights() -> None:
+    trained = _trained()
+    alone, shared = (memory_of(trained, _setup(ranks=8, sequence_parallel=parts)) for parts in (1, 4))
+    exchanged = len(NEW) * 2 * 4 * 2048 // 4 * 4096  # the outputs of attention in the trained layers, in bfloat16
+    current = exchanged // len(NEW)  # and the gradients of one layer
+    assert shared.activations == alone.activations // 4 + exchanged + current
+    assert shared.logits < alone.logits
+    for part in ("weights", "gradients", "optimizer", "buckets"):
+        assert getattr(shared, part) == getattr(alone, part)
+
+
 def test_training_everything_stores_more_than_training_the_top() -> None:
     top, whole = (memory_of(_trained(trainable=choice), _setup()) for choice in ("auto", "all"))
     for part in ("gradients", "optimizer", "activations", "logits"):

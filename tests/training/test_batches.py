@@ -16,6 +16,7 @@ from pipeline.training.batches import (
     micro_batches,
 )
 from pipeline.training.loop import Loop
+from pipeline.training.sequence_parallel import SequenceGroup
 from tests.training.small import train_settings, write_blocks
 
 CPU = torch.device("cpu")
@@ -86,6 +87,24 @@ def test_repeated_blocks_have_no_targets(tmp_path: Path):
     assert batch.indices.predicting.max() < 16
 
 
+def test_ranks_that_share_sequences_have_all_tokens_and_targets_once(tmp_path: Path):
+    whole = TokenBlocks(write_blocks(tmp_path, blocks=6, length=16, ragged=True), "train").batch(np.array([4, 1]))
+    parts = [whole.part(SequenceGroup(rank, 4)) for rank in range(4)]
+    assert torch.equal(torch.cat([part.input_ids for part in parts], dim=1), whole.input_ids)
+    assert torch.equal(torch.cat([part.real for part in parts], dim=1), whole.real)
+    assert sum(part.supervised for part in parts) == whole.supervised
+    found = set()
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.position_ids, whole.position_ids)
+        assert torch.equal(part.indices.bounds, whole.indices.bounds)
+        for place, target in zip(part.indices.predicting.tolist(), part.indices.targets.tolist(), strict=True):
+            row, own = divmod(place, 4)
+            found.add((row * 16 + rank * 4 + own, target))
+    pairs = zip(whole.indices.predicting.tolist(), whole.indices.targets.tolist(), strict=True)
+    assert found == set(pairs) and len(found) == sum(len(part.indices.targets) for part in parts)
+    assert whole.part(SequenceGroup()) is whole
+
+
 def test_a_step_is_read_while_the_previous_one_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     blocks = TokenBlocks(write_blocks(tmp_path, blocks=6, length=16), "train")
     read: list[tuple[str, list[int]]] = []
@@ -105,7 +124,7 @@ def test_a_step_is_read_while_the_previous_one_is_computed(tmp_path: Path, monke
 
 def test_a_rank_reads_only_its_own_blocks(tmp_path: Path):
     blocks = TokenBlocks(write_blocks(tmp_path, blocks=10, length=16), "train")
-    loop = Mock(seed=0, blocks=blocks, train=train_settings(global_batch=4, micro_batch=1))
+    loop = Mock(seed=0, blocks=blocks, train=train_settings(global_batch=4, micro_batch=1), sequence=SequenceGroup())
     with patch.multiple("torch.distributed", get_rank=lambda: 1, get_world_size=lambda: 2):
         shares = Loop._shares(loop, 3)
     assert np.concatenate(shares).tolist() == global_batch(0, 3, 10, 4)[1::2].tolist()

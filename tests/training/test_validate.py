@@ -6,11 +6,16 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.launch.machine import Machine
-from pipeline.training.validate import training_faults, validate_corpus, validate_data
+from pipeline.models.families import shape_of
+from pipeline.training.validate import shared_model_faults, training_faults, validate_corpus, validate_data
 from tests.plain_settings import cpu_launch
 from tests.training.small import train_settings, write_blocks
 
 MACHINE = Machine(cores=2, gpus=0)
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 64, "head_dim": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384,
+}  # fmt: skip
 
 
 def validate(*arguments: Any) -> None:
@@ -36,6 +41,9 @@ def test_valid_settings_have_no_faults():
         ({"float32_products": True, "deepspeed": {"zero_stage": 0}}, 1, "float32_products", "float32_products=false"),
         ({"compile": True, "deepspeed": {"zero_stage": 3}}, 1, "compile", "zero_stage=2"),
         ({"role_learning_rates": {"o_proj": 2.0}}, 1, "role_learning_rates", "{o: 2.0, down: 2.0}"),
+        ({"sequence_parallel": 3}, 2, "sequence_parallel", "sequence_parallel=1 or 2"),
+        ({"sequence_parallel": 3, "global_batch": 6}, 6, "sequence_parallel", "sequence_parallel=1 or 2"),
+        ({"sequence_parallel": 2, "attention": "sdpa"}, 2, "sequence_parallel", "attention=auto"),
     ],
 )
 def test_invalid_settings_are_refused_with_a_remedy(changes: dict, processes: int, setting: str, remedy: str):
@@ -50,6 +58,38 @@ def test_the_ranks_of_all_nodes_count_towards_the_batch():
     validate("pretrain", train_settings(global_batch=4, micro_batch=1), cpu_launch(2), 32, two_nodes)
     with pytest.raises(UserError, match="4 process"):
         validate("pretrain", train_settings(global_batch=6, micro_batch=1), cpu_launch(2), 32, two_nodes)
+
+
+def test_ranks_that_share_sequences_count_once_towards_the_batch():
+    validate("pretrain", train_settings(global_batch=2, sequence_parallel=2), cpu_launch(4), 32, MACHINE)
+    with pytest.raises(UserError, match=r"3 group\(s\) of 2 processes times micro_batch=1"):
+        validate("pretrain", train_settings(global_batch=4, sequence_parallel=2), cpu_launch(6), 32, MACHINE)
+
+
+@pytest.mark.parametrize(
+    "heads, key_heads, ranks, possible",
+    [
+        (32, 8, 16, None),  # key heads are repeated
+        (32, 8, 3, "1 or 2 or 4 or 8 or 16 or 32"),
+        (12, 3, 2, "1 or 3 or 6 or 12"),
+        (4, 4, 8, "1 or 2 or 4"),
+    ],
+)
+def test_ranks_that_share_sequences_divide_the_heads(heads: int, key_heads: int, ranks: int, possible: str | None):
+    config = {**LLAMA, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    faults = list(shared_model_faults("pretrain", train_settings(sequence_parallel=ranks), shape_of(config), config))
+    remedies = [] if possible is None else [f"Set pretrain.sequence_parallel={possible}."]
+    assert [fault.remedy for fault in faults] == remedies
+    assert all(f"{heads} query heads and {key_heads} key heads" in fault.rule for fault in faults)
+
+
+def test_rotary_embeddings_that_depend_on_the_longest_document_are_refused_only_for_shared_sequences():
+    for entries in ({"rope_scaling": {"type": "longrope"}}, {"rope_parameters": {"full": {"rope_type": "dynamic"}}}):
+        config = {**LLAMA, **entries}
+        for ranks, expected in ((1, []), (2, ["Set pretrain.sequence_parallel=1."])):
+            settings = train_settings(sequence_parallel=ranks)
+            faults = list(shared_model_faults("pretrain", settings, shape_of(config), config))
+            assert [fault.remedy for fault in faults] == expected
 
 
 def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):
