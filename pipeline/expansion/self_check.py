@@ -152,7 +152,7 @@ def _check_logits(logits: Tensor, expected: Tensor | None) -> float | None:
 
 def _check_cache(model: PreTrainedModel, prompts: Tensor) -> float:
     """Returns the difference between cached and uncached decoding."""
-    found = cache_difference(model, prompts % model.config.vocab_size)
+    found = cache_difference(model, prompts % model.config.get_text_config().vocab_size)
     _require(found <= CACHE_TOLERANCE, f"cached decoding differs from uncached by {found:.2g}")
     return found
 
@@ -165,8 +165,11 @@ def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreT
 
 
 def _narrow_twin(directory: Path) -> PreTrainedModel:
-    """Returns a narrow random float32 model with the config, the kinds of layers and the depth of the directory's."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    """Returns a narrow random float32 model with the config, the kinds of layers and the depth of the directory's.
+
+    Of a model that reads images, it is the language model alone.
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, size in NARROW.items():
         if isinstance(getattr(config, name, None), int):

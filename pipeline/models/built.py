@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError, one_line
+from pipeline.files import read_json
+from pipeline.models.config_json import is_nested
 from pipeline.models.tensors import TensorSpec
 
 MAX_NAMED = 3  # tensors in a message
@@ -40,7 +42,7 @@ def build_on_meta(directory: Path, where: object = None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            built: PreTrainedModel = _auto_class(directory).from_config(config, trust_remote_code=False)
     except Exception as error:  # config classes raise whatever a wrong entry leads to
         raise UserError(
             setting="model.path",
@@ -49,6 +51,11 @@ def build_on_meta(directory: Path, where: object = None) -> PreTrainedModel:
             remedy="Correct its config.json, or download it again.",
         ) from error
     return built
+
+
+def _auto_class(directory: Path) -> Any:
+    """Returns the Auto class of a directory's model. Around a language model there may be one that reads images."""
+    return AutoModelForImageTextToText if is_nested(read_json(directory / "config.json")) else AutoModelForCausalLM
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -130,7 +137,7 @@ def load_complete(directory: Path, dtype: Any, **placement: Any) -> PreTrainedMo
         IncompleteModelError: a parameter would be random, a stored tensor is not used, or the head is not tied although
             the config ties it.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = _auto_class(directory).from_pretrained(
         directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **placement
     )
     model: PreTrainedModel

@@ -31,11 +31,47 @@ def depth_name(config: Mapping[str, Any]) -> str | None:
     return next((name for name in DEPTH_NAMES if config.get(name) is not None), None)
 
 
+# Entries of Qwen2.5-VL's published configs that are not those of its language model.
+_OF_OUTER = (
+    "architectures", "dtype", "image_token_id", "quantization_config", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "video_token_id", "vision_config", "vision_end_token_id", "vision_start_token_id",
+    "vision_token_id",
+)  # fmt: skip
+
+
+def as_nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with the entries of a language model inside the model in ``text_config``.
+
+    Qwen2.5-VL was published without it, and transformers writes it.
+    """
+    if config.get("model_type") != "qwen2_5_vl" or "text_config" in config:
+        return dict(config)
+    outer = {name: value for name, value in config.items() if name in _OF_OUTER}
+    inner = {name: value for name, value in config.items() if name not in _OF_OUTER}
+    return {**outer, "model_type": "qwen2_5_vl", "text_config": {**inner, "model_type": "qwen2_5_vl_text"}}
+
+
+def is_nested(config: Mapping[str, Any]) -> bool:
+    """Returns whether a model is a language model inside another one, which has a config of its own for it."""
+    return depth_name(config) is None and isinstance(config.get("text_config"), Mapping)
+
+
+def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a model's language model, which is the model itself unless it is nested."""
+    return dict(config["text_config"] if is_nested(config) else config)
+
+
+def with_language_config(config: Mapping[str, Any], language: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with another config of its language model. The inverse of ``language_config``."""
+    return {**config, "text_config": dict(language)} if is_nested(config) else dict(language)
+
+
 def depth_of(config: Mapping[str, Any]) -> int:
     """Returns the number of layers of a config that ``check_config`` accepts."""
-    name = depth_name(config)
+    language = language_config(config)
+    name = depth_name(language)
     assert name is not None
-    return int(config[name])
+    return int(language[name])
 
 
 def check_config(config: Mapping[str, Any], where: object) -> None:
@@ -48,12 +84,10 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     Raises:
         UserError: an entry is missing, has another type than transformers accepts, or is out of range.
     """
-    if depth_name(config) is None:
-        rule = "its config.json has no num_hidden_layers, so it is not a plain causal language model"
-        raise _invalid(where, rule, "Set model.path to a decoder-only language model.")
-    if not isinstance(config.get("model_type"), str):
-        rule = "its config.json has no model_type, which names the model's family"
-        raise _invalid(where, rule, 'Add the entry, for example "model_type": "llama".')
+    _check_family(config, where)
+    if is_nested(config):
+        check_config({**config["text_config"], "text_config": None}, f"{where}, text_config")
+        return
     for name, (smallest, largest) in INTEGERS.items():
         if (value := config.get(name)) is None:
             continue
@@ -67,6 +101,15 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     experts = {config[name] for name in EXPERTS if config.get(name) is not None}
     if len(experts) > 1:
         raise _wrong(where, EXPERTS[0], config[EXPERTS[0]], f"equal to {EXPERTS[1]}, since both name the same number")
+
+
+def _check_family(config: Mapping[str, Any], where: object) -> None:
+    if depth_name(config) is None and not is_nested(config):
+        rule = "its config.json has no num_hidden_layers, so it is not a plain causal language model"
+        raise _invalid(where, rule, "Set model.path to a decoder-only language model.")
+    if not isinstance(config.get("model_type"), str):
+        rule = "its config.json has no model_type, which names the model's family"
+        raise _invalid(where, rule, 'Add the entry, for example "model_type": "llama".')
 
 
 def _check_token_ids(config: Mapping[str, Any], name: str, where: object) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from pipeline.files import read_json
-from pipeline.models.config_json import DEPTH_NAMES, depth_of
+from pipeline.models.config_json import DEPTH_NAMES, depth_of, is_nested, language_config, with_language_config
 
 INDEX_LISTS = (  # lists of layer indices
     "attn_layer_indices", "full_attn_idxs", "local_layer_ids", "mlp_only_layers", "moe_layers", "rope_scaling_layers",
@@ -28,24 +28,26 @@ NOT_PER_LAYER = ("architectures",)  # lists that have one entry per layer only b
 def explicit_config(directory: Path) -> dict[str, Any]:
     """Returns the config.json of a model directory, including the per-layer entries that its config class derives."""
     config, derived = _written_and_derived(directory)
-    layers = depth_of(config)
+    language, layers = language_config(config), depth_of(config)
     missing = {
         name: value
         for name, value in derived.items()
-        if config.get(name) is None and (_is_per_layer(name, value, layers) or (name in INDEX_LISTS and value))
+        if language.get(name) is None and (_is_per_layer(name, value, layers) or (name in INDEX_LISTS and value))
     }
-    return {**config, **missing}
+    return with_language_config(config, {**language, **missing})
 
 
 def complete_config(directory: Path) -> dict[str, Any]:
-    """Returns the config.json of a model directory with the defaults of its config class."""
+    """Returns the config of the language model in a directory with the defaults of its config class."""
     config, derived = _written_and_derived(directory)
-    return {**derived, **config}
+    return {**derived, **language_config(config)}
 
 
 def _written_and_derived(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the content of config.json, and what the config class makes of that of the language model."""
+    written = read_json(directory / "config.json")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    return read_json(directory / "config.json"), config.to_dict()
+    return written, (config.text_config if is_nested(written) else config).to_dict()
 
 
 def _is_per_layer(name: str, value: object, num_layers: int) -> bool:
@@ -65,6 +67,8 @@ def rebuild_config(config: dict[str, Any], sources: Sequence[int]) -> dict[str, 
         config: of the other model, with its per-layer entries written out. It is not modified.
         sources: one layer of the other model per layer of the new one.
     """
+    if is_nested(config):
+        return with_language_config(config, rebuild_config(language_config(config), sources))
     old_layers = depth_of(config)
     rebuilt = dict(config)
     for name, value in config.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.models.source import SIDE_FILES
+from pipeline.models.source import side_files
 from pipeline.models.tensors import SAFETENSORS_DTYPES, TensorSpec
 from pipeline.models.weight_files import StoredBytes, read_header, read_headers
 
@@ -91,7 +91,7 @@ class _LazyTensors(Mapping[str, Tensor]):
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies the tokenizer, chat template and generation config byte for byte."""
-    for name in SIDE_FILES:
+    """Copies tokenizer, chat template, generation config and, of a model that reads images, its processor."""
+    for name in side_files(source):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

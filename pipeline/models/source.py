@@ -18,7 +18,7 @@ from pipeline.config import Model
 from pipeline.errors import UserError, one_line
 from pipeline.files import MAX_NESTING, is_nested_deeper
 from pipeline.models import hub
-from pipeline.models.config_json import check_config, custom_classes
+from pipeline.models.config_json import as_nested, check_config, custom_classes, is_nested
 from pipeline.models.gguf import read_metadata
 from pipeline.models.weight_files import INDEX, check_file, check_names, find_weights
 
@@ -32,6 +32,11 @@ SIDE_FILES = (  # files of a model directory besides config and weights, copied 
     *VOCABULARIES, "merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
     CHAT_TEMPLATE, PROCESSOR_TEMPLATE, "generation_config.json",
 )  # fmt: skip
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)  # of nested ones
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def resolve(model: Model) -> ModelSource:
 
 def model_files(directory: Path) -> list[Path]:
     """Returns the files of a model directory that loading reads: config, weights, tokenizer and chat template."""
-    others = [directory / name for name in ("config.json", INDEX, *SIDE_FILES)]
+    others = [directory / name for name in ("config.json", INDEX, *side_files(directory))]
     return [*find_weights(directory), *(file for file in others if file.is_file())]
 
 
@@ -99,7 +104,7 @@ def wanted_files(model: Model) -> list[str]:
     if model.gguf_file is not None:
         return [model.gguf_file]
     code = ["*.py"] if model.trust_remote_code else []
-    return ["config.json", "model*.safetensors", INDEX, *SIDE_FILES, *code]
+    return ["config.json", "model*.safetensors", INDEX, *SIDE_FILES, *PROCESSOR_FILES, *code]
 
 
 def _on_hub(model: Model) -> ModelSource:
@@ -135,10 +140,20 @@ def _local(kind: Literal["directory", "package"], directory: Path, gguf_file: st
         return ModelSource(kind, directory, gguf_file=gguf_file, names=names, files=(directory / gguf_file,))
     weights = find_weights(directory)
     _check_tokenizer(names, directory)
-    others = [name for name in ("config.json", INDEX, *SIDE_FILES) if name in names]
+    others = [name for name in ("config.json", INDEX, *side_files(directory)) if name in names]
     for name in others:
         check_file(directory, name)
     return ModelSource(kind, directory, names=names, files=(*weights, *(directory / name for name in others)))
+
+
+def side_files(directory: Path) -> tuple[str, ...]:
+    """Returns the names of the files that a model may have besides config and weights."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):  # refused where it is read
+        return SIDE_FILES
+    is_outer = isinstance(config, dict) and is_nested(as_nested(config))
+    return (*SIDE_FILES, *PROCESSOR_FILES) if is_outer else SIDE_FILES
 
 
 def _check_tokenizer(names: Collection[str], where: object) -> None:
@@ -190,7 +205,7 @@ def config_of(source: ModelSource, keep: bool = True) -> dict[str, Any]:
         metadata.check(source.gguf_file)
         check_config(metadata.config(), source.gguf_file)
         return metadata.config()
-    config = _json_of(source, "config.json", keep)
+    config = as_nested(_json_of(source, "config.json", keep))
     check_config(config, source.repo or source.directory)
     if source.directory is not None and "generation_config.json" in source.names:
         _json_of(source, "generation_config.json", keep)  # it is read when training ends

@@ -32,6 +32,7 @@ from pipeline.files import free_bytes, gib, insufficient_space, may_write, neare
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.machine import evaluation_processes
 from pipeline.launch.slurm import current_allocation, job_of
+from pipeline.models.config_json import is_nested
 from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.own_dtype import known_elements, with_own_dtype
 from pipeline.models.quantization import FP8, block_size, check_quantization, is_fp8, scales_of, without_scales
@@ -327,6 +328,17 @@ def _snapshots(prepared: PreparedRun) -> Faults:
             )
 
 
+def _scored_alone(prepared: PreparedRun) -> Faults:
+    """The model is not a language model inside another one."""
+    if is_nested(prepared.inputs.config):
+        yield UserError(
+            setting="evaluate.targets",
+            value=prepared.run.model.path,
+            rule="a language model inside another model is not evaluated",
+            remedy="Set stages=[expand], and evaluate the expanded model with another program.",
+        )
+
+
 def _evaluation_processes(prepared: PreparedRun) -> Faults:
     """The machine has a GPU for every model that is to be scored at the same time."""
     run = prepared.run
@@ -513,6 +525,7 @@ CHECKS = (
     Check(partial(_signal, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_signal, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
+    Check(_scored_alone, stops=("evaluate",), needs="config"),
     Check(_evaluation_processes, stops=("evaluate",)),
     Check(_saved, stops=("sft", "evaluate")),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),

@@ -22,10 +22,11 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.models import hub
 from pipeline.models.built import build_on_meta, is_tied, weight_faults
-from pipeline.models.config_json import depth_of
+from pipeline.models.config_json import as_nested, depth_of, is_nested, with_language_config
 from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
 from pipeline.models.fp8 import Fp8Directory
 from pipeline.models.gguf import UNREAD, Metadata, read_metadata
+from pipeline.models.layer_config import complete_config
 from pipeline.models.own_dtype import stored_elements, with_own_dtype
 from pipeline.models.quantization import check_quantization, is_fp8
 from pipeline.models.reading import ModelDirectory, copy_side_files
@@ -99,16 +100,18 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> list[str]:
         UserError: the weights are quantized and may not be dequantized, are not finite, or are not those of the
             config's model; or the tokenizer does not fit the model.
     """
-    config = read_json(directory / "config.json")
+    config = as_nested(read_json(directory / "config.json"))
     check_quantization(config, model)
     base = Fp8Directory(directory) if is_fp8(config) else ModelDirectory(directory)
     write_json(out / "config.json", _clean_config(config, model))
+    if is_nested(config):  # such a config may leave out even the size of the vocabulary
+        write_json(out / "config.json", with_language_config(read_json(out / "config.json"), complete_config(out)))
     copy_side_files(directory, out)
     if model.trust_remote_code:
         for code in directory.glob("*.py"):
             check_file(directory, code.name)
             shutil.copyfile(code, out / code.name)
-    sources = _weights_to_write(base, out, model)
+    sources = _weights_to_write(base, config, out, model)
     specs = {name: _cast_spec(base.specs[stored], model) for name, stored in sources.items()}
     with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
         for name, spec in specs.items():
@@ -168,7 +171,7 @@ def _not_finite(name: str, model: Model) -> UserError:
     )
 
 
-def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str, str]:
+def _weights_to_write(base: ModelDirectory, config: dict[str, Any], out: Path, model: Model) -> dict[str, str]:
     """Decides which tensors the artifact consists of, by the model that transformers builds from its config.
 
     Derived buffers are left out, and so is a head that is tied to the embeddings and equal to them. If a tied model
@@ -176,6 +179,7 @@ def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str
 
     Args:
         base: the model to read.
+        config: its config.
         out: the directory with its cleaned config.json.
         model: the settings, for messages.
 
@@ -185,10 +189,10 @@ def _weights_to_write(base: ModelDirectory, out: Path, model: Model) -> dict[str
     Raises:
         UserError: the weights are not those of the config's model, or the tokenizer does not fit it.
     """
-    family = family_for(base.config)
+    family = family_for(config)
     built = build_on_meta(out, model.path)
     _check_tokenizer(out, model)
-    check_stored(base.config, {name: spec.shape for name, spec in base.specs.items()}, model.path)
+    check_stored(config, {name: spec.shape for name, spec in base.specs.items()}, model.path)
     sources = {name: stored for name, stored in family.stored_as(base.specs).items() if not family.is_derived(name)}
     if is_tied(built) and family.stored_lm_head in sources:
         head = sources.pop(family.stored_lm_head)
@@ -216,7 +220,14 @@ def _clean_config(config: dict[str, Any], model: Model) -> dict[str, Any]:
     dropped = {"_name_or_path", "torch_dtype", "attn_implementation", "_attn_implementation", "quantization_config"} | (
         set() if model.trust_remote_code else {"auto_map"}
     )
-    return {**{name: value for name, value in config.items() if name not in dropped}, "dtype": model.dtype}
+    kept = {name: value for name, value in config.items() if name not in dropped}
+    parts = {name: _clean_config(value, model) for name, value in kept.items() if _is_config(value)}
+    return {**kept, **parts, "dtype": model.dtype}
+
+
+def _is_config(value: object) -> bool:
+    """Returns whether an entry is the config of a model inside the model."""
+    return isinstance(value, dict) and "model_type" in value
 
 
 def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pipeline.errors import UserError
+from pipeline.models.config_json import is_nested
+from pipeline.models.families.nested import inner_config, prefix_of
 from pipeline.models.families.parameters import Config, Fused, Parameter, Parameters, num_experts
 from pipeline.models.families.tensors import LayerTensor, Place, Role
 
@@ -56,6 +58,7 @@ class Family:
         stored_names: by name in memory, names on disk of tensors that transformers renames when it loads a model.
         derived: buffers within a layer that old checkpoints contain although they follow from the config.
         inference: what only a family without a row has, whose other columns are inferred from its modules.
+        outer: the family of the model around a nested language model. All names are then those on disk.
     """
 
     layer: Parameters = field(repr=False)
@@ -70,6 +73,30 @@ class Family:
     stored_names: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     inference: Inference | None = None
+    outer: str = ""
+
+    def inside(self, config: Config) -> Family:
+        """The family with the names that its tensors have on disk inside an outer model.
+
+        Args:
+            config: of the outer model.
+
+        Raises:
+            UserError: the family of the outer model is not known.
+        """
+        prefix = prefix_of(config)
+        names = {name: prefix + getattr(self, name) for name in ("layer_prefix", "embeddings", "final_norm", "lm_head")}
+        # Other names, those of a layer's tensors, are relative to the layer.
+        head = {names["lm_head"]: prefix + self.stored_lm_head} if self.lm_head in self.stored_names else {}
+        stored_names = {name: on_disk for name, on_disk in self.stored_names.items() if name != self.lm_head}
+        inference = self.inference
+        if inference is not None:
+            before, after = (
+                {prefix + name: shape for name, shape in each.items()} for each in (inference.before, inference.after)
+            )
+            inference = replace(inference, before=before, after=after, base_prefix="")
+        family = replace(self, **names, stored_names={**stored_names, **head}, inference=inference)
+        return replace(family, outer=str(config["model_type"]))
 
     # ------------------------------------------------------------------ config
 
@@ -78,7 +105,8 @@ class Family:
 
         A null ``num_key_value_heads`` is not a default: every head then has its own keys and values.
         """
-        given = {name: value for name, value in config.items() if value is not None or name == "num_key_value_heads"}
+        own = inner_config(config) if is_nested(config) else config
+        given = {name: value for name, value in own.items() if value is not None or name == "num_key_value_heads"}
         return {**self.defaults, **given}
 
     def parameters(self, config: Config, layer: int) -> Parameters:
@@ -115,12 +143,23 @@ class Family:
         split = self.split(tensor_name)
         return None if split is None else split[0]
 
+    def has(self, stored: str) -> bool:
+        """Whether a tensor on disk belongs to the language model, and not to a model around it."""
+        return not self.outer or stored.startswith((self.layer_prefix.partition("layers.")[0], self.stored_lm_head))
+
+    @property
+    def not_trained(self) -> str:
+        """Why the training stages cannot train the model. Empty if they can."""
+        if self.outer:
+            return f"it is the language model inside a model of the family {self.outer}"
+        return "" if self.inference is None else self.inference.not_trained
+
     def is_derived(self, tensor_name: str) -> bool:
         """Whether a tensor holds nothing that was learned, so that it need not be kept."""
         split = self.split(tensor_name)
         if split is not None and split[1] in self.derived:
             return True
-        if self.inference is None or self._is_in_model(tensor_name):
+        if self.inference is None or self._is_in_model(tensor_name) or not self.has(tensor_name):
             return False
         return any(re.search(each, tensor_name) for each in self.inference.ignored)
 

@@ -14,7 +14,9 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.models.config_json import is_nested
 from pipeline.models.families.family import Family, Inference
+from pipeline.models.families.nested import inner_config
 from pipeline.models.families.parameters import Config, Fused, Parameter, Parameters
 from pipeline.models.families.table import FAMILIES, family_of
 from pipeline.models.families.tensors import Role
@@ -32,6 +34,8 @@ def family_for(config: Config) -> Family:
     Raises:
         UserError: the family has no row, and cannot be inferred.
     """
+    if is_nested(config):
+        return family_for(inner_config(config)).inside(config)
     model_type = config.get("model_type")
     if model_type in FAMILIES:
         return family_of(model_type)

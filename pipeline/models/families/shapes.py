@@ -204,7 +204,7 @@ def _shape(family: Family, config: Config) -> Shape:
         vocab_size=vocabulary,
         inferred=family.inference is not None,
         not_silenced="" if family.inference is None else family.inference.not_silenced,
-        not_trained="" if family.inference is None else family.inference.not_trained,
+        not_trained=family.not_trained,
         fixed=frozenset() if family.inference is None else frozenset(family.inference.fixed),
     )
 
@@ -263,7 +263,7 @@ def check_stored(config: Config, stored: Shapes, where: object) -> None:
         UserError: tensors are missing, or are not in the model, or have another shape.
     """
     family = family_for(config)
-    stored = {name: stored[on_disk] for name, on_disk in family.stored_as(stored).items()}
+    stored = {name: stored[on_disk] for name, on_disk in family.stored_as(stored).items() if family.has(name)}
     expected = {name: shape for name, _, shape in shape_of(config).tensors()}
     tied = {} if family.lm_head in expected else {family.lm_head: family.embeddings}
     found: dict[str, set[str]] = {}  # names on disk by name in memory

@@ -121,6 +121,12 @@ GPT_OSS: Parameters = {
 
 TIED = {"tie_word_embeddings": True}
 
+# Published configs of models with images leave all of these out.
+GEMMA3_DEFAULTS = {
+    **TIED, "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+}  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA),
     "mistral": Family(LLAMA, defaults={"num_key_value_heads": 8}),
@@ -136,9 +142,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**TIED, "head_dim": 256, "num_key_value_heads": 16},
     ),
     "gemma2": Family(GEMMA2, defaults={**TIED, "head_dim": 256, "num_key_value_heads": 4}),
-    "gemma3_text": Family(
-        {**GEMMA2, **query_key_norms(offset=1.0)}, defaults={**TIED, "head_dim": 256, "num_key_value_heads": 4}
-    ),
+    "gemma3_text": Family({**GEMMA2, **query_key_norms(offset=1.0)}, defaults=GEMMA3_DEFAULTS),
     "phi3": Family(PHI3),
     "olmo2": Family(OLMO2),
     "gpt_neox": Family(
