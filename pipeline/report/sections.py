@@ -130,12 +130,14 @@ def _curve_blocks(found: Sequence[Curve]) -> list[str]:
 def _measurements(found: Sequence[Curve]) -> list[str]:
     """Shows the losses of some curves, and what training changed."""
     blocks = [table(tables.curve_table(found)), "Loss in nats per token, perplexity in parentheses."]
-    changes = [f"{escape(curve.label)}, {loss_change(curve.change)}" for curve in found if curve.change is not None]
+    changes = [
+        f"the loss of {escape(curve.label)} {loss_change(curve.change)}" for curve in found if curve.change is not None
+    ]
     if changes:
         blocks[1] = (
             "Loss in nats per token ± one standard error over blocks, perplexity in parentheses. All measurements are "
             "on the same blocks, so the error of a difference is usually far smaller than those of the two losses. "
-            f"From the first to the last measurement: {'; '.join(changes)}."
+            f"From the first to the last measurement, {'; '.join(changes)}."
         )
     return blocks
 

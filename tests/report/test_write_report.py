@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.files import read_json
 from pipeline.report import RunArtifacts, write_report
-from tests.report.finished_runs import STAGES, finished_run, write
+from tests.report.finished_runs import MEASURED_BLOCKS, STAGES, finished_run, write
 
 ALL_PLOTS = {"scores.png", "held_out_loss.png", "training_loss.png", "layers.png", "seconds.png"}
 TEXTS = {"report.md", "report.html", "results.json", "paired_differences.json"}
@@ -57,6 +57,16 @@ def test_one_run_has_every_section(report: Path) -> None:
     ]  # fmt: skip
     assert "4 ← 3+4, 6 ← 4+5" in text.replace("**", "")
     assert "commit `" + "0" * 40 + "`; torch 2.13.0" in text
+
+
+def test_the_change_of_held_out_losses_is_below_their_table(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / "runs", method, method, blocks=MEASURED_BLOCKS) for method in ("lesa", "copy")]
+    text = _write(runs, tmp_path / "out")
+    changes = (
+        "From the first to the last measurement, the loss of LESA fell by 1.00 ± 0.10, paired over 2 blocks; the loss "
+        "of copying fell by 1.00 ± 0.10, paired over 2 blocks."
+    )
+    assert text.count(changes) == 2  # in pre-training and in tuning
 
 
 def test_the_returned_results_are_those_of_results_json(tmp_path: Path) -> None:
