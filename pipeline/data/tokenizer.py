@@ -57,7 +57,10 @@ class TextTokenizer:
         # Multimodal models nest the configuration of the language model.
         self.vocab_size = int((config if "vocab_size" in config else config["text_config"])["vocab_size"])
         if not self.inner.is_fast:
-            raise _unsuitable(directory, "its tokenizer has no fast implementation (there is no tokenizer.json)")
+            name = type(self.inner).__name__
+            raise _unsuitable(
+                directory, f"its tokenizer, {name}, is only implemented in Python, without a tokenizer.json"
+            )
         if self.inner.eos_token_id is None:
             raise _unsuitable(directory, "its tokenizer has no end-of-sequence token")
         largest = max(self.inner.get_vocab().values())

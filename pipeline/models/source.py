@@ -20,11 +20,10 @@ from pipeline.files import MAX_NESTING, is_nested_deeper
 from pipeline.models import hub
 from pipeline.models.config_json import as_nested, check_config, custom_classes, is_nested
 from pipeline.models.gguf import read_metadata
+from pipeline.models.tokenizer_files import VOCABULARIES, check_tokenizer_files
 from pipeline.models.weight_files import INDEX, check_file, check_names, find_weights
 
 PACKAGE_PREFIX = "package:"
-SENTENCEPIECE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_MODELS)  # a tokenizer has at least one
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models; transformers' tokenizer does not read it
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -111,7 +110,7 @@ def _on_hub(model: Model) -> ModelSource:
     found = hub.find(model.path, model.revision, wanted_files(model))
     if model.gguf_file is None:
         check_names(found.names, model.path)
-        _check_tokenizer(found.names, model.path)
+        check_tokenizer_files(found.names, model.path)
     else:
         _check_gguf(model.gguf_file, found.names, model.path)
     return ModelSource(
@@ -139,7 +138,7 @@ def _local(kind: Literal["directory", "package"], directory: Path, gguf_file: st
         _check_gguf(gguf_file, names, directory)
         return ModelSource(kind, directory, gguf_file=gguf_file, names=names, files=(directory / gguf_file,))
     weights = find_weights(directory)
-    _check_tokenizer(names, directory)
+    check_tokenizer_files(names, directory, directory)
     others = [name for name in ("config.json", INDEX, *side_files(directory)) if name in names]
     for name in others:
         check_file(directory, name)
@@ -154,24 +153,6 @@ def side_files(directory: Path) -> tuple[str, ...]:
         return SIDE_FILES
     is_outer = isinstance(config, dict) and is_nested(as_nested(config))
     return (*SIDE_FILES, *PROCESSOR_FILES) if is_outer else SIDE_FILES
-
-
-def _check_tokenizer(names: Collection[str], where: object) -> None:
-    if not set(VOCABULARIES) & set(names):
-        raise UserError(
-            setting="model.path",
-            value=where,
-            rule="the model has no tokenizer",
-            remedy="Save its tokenizer to the same directory: tokenizer.save_pretrained(PATH).",
-        )
-    if set(VOCABULARIES) & set(names) <= set(SENTENCEPIECE_MODELS) and find_spec("sentencepiece") is None:
-        raise UserError(
-            setting="model.path",
-            value=where,
-            rule="its tokenizer is only stored as a SentencePiece model, and the package sentencepiece is missing",
-            remedy="Run: pip install sentencepiece; or convert it to a tokenizer.json where that package is installed: "
-            "AutoTokenizer.from_pretrained(PATH).save_pretrained(PATH).",
-        )
 
 
 def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:

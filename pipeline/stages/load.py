@@ -32,6 +32,7 @@ from pipeline.models.quantization import check_quantization, is_fp8
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
+from pipeline.models.tokenizer_files import check_tokenizer_files
 from pipeline.models.weight_files import check_file
 from pipeline.models.writing import ShardWriter, remove_weights
 from pipeline.progress import progress
@@ -136,6 +137,7 @@ def _check_tokenizer(out: Path, model: Model) -> None:
     Raises:
         UserError: it cannot be loaded, or does not fit the model.
     """
+    check_tokenizer_files([file.name for file in out.iterdir()], model.path, out)  # those of a Hub model as well
     try:
         TextTokenizer(out)
     except UserError as error:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
-from pipeline.models import source as source_module
+from pipeline.models import tokenizer_files
 from pipeline.models.source import chat_template_of, config_of, resolve
 from tests.fake_hub import COMMIT, REPO, FakeHub, serve
 from tests.plain_settings import model_at
@@ -133,11 +134,41 @@ def test_a_sentencepiece_tokenizer_needs_its_package(
 ) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "tokenizer.json").rename(model / "tokenizer.model")
-    monkeypatch.setattr(source_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="only stored as a SentencePiece model.*pip install sentencepiece"):
         resolve(model_at(model))
-    monkeypatch.setattr(source_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: object())
     assert resolve(model_at(model)).files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("tekken.json", b"{}", "only stored as tekken.json, a format of Mistral's own library"),
+        ("qwen.tiktoken", b"IQ== 0\nIg== 1\n", r"the format of tiktoken \(qwen.tiktoken\)"),
+        ("tiktoken.model", b"IQ== 0\nIg== 1\n", r"the format of tiktoken \(tiktoken.model\)"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", r"the format of tiktoken \(tokenizer.model\)"),
+        ("README.md", b"", "the model has no tokenizer"),
+    ],
+)
+def test_tokenizers_that_transformers_does_not_read_are_refused_with_the_reason(
+    tiny_llama_dir: Path, tmp_path: Path, name: str, content: bytes, rule: str
+) -> None:
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    (model / name).write_bytes(content)
+    assert resolve(model_at(model)).files  # beside a tokenizer.json, they do not matter
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=f"model.path = .*{rule}.* to the same directory"):
+        resolve(model_at(model))
+
+
+def test_a_tokenizer_that_is_only_implemented_in_python_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 384}')
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b</w>": 1, "<unk>": 2}')
+    (tmp_path / "merges.txt").write_text("#version\na b</w>\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    with pytest.raises(UserError, match="CTRLTokenizer, is only implemented in Python"):
+        TextTokenizer(tmp_path)
 
 
 def test_a_hub_model_is_pinned_to_its_commit(hub: FakeHub) -> None:
