@@ -36,6 +36,7 @@ class DeepSpeed(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], NotInKey]
     offload_optimizer: Annotated[bool, NotInKey]  # from ZeRO 1 on
     offload_parameters: Annotated[bool, NotInKey]  # ZeRO 3 only
+    hpz_partition_size: Annotated[Positive, NotInKey]  # ranks that hold a second copy of all parameters; ZeRO 3 only
     reduce_bucket_size: Annotated[Positive | Literal["auto"], NotInKey]  # elements; auto: one layer on GPUs
     allgather_bucket_size: Annotated[Positive | Literal["auto"], NotInKey]  # elements; ZeRO 1 and 2
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], NotInKeyIf("float32")]  # of sums of gradients over ranks

@@ -15,7 +15,8 @@ its output once more if weights train, c·a, since before it is exchanged it is 
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores only its input, c·h,
 and one layer at a time stores everything. The gradients of the current layer take as much as it stores. What a ZeRO
-stage partitions is divided by the number of devices.
+stage partitions is divided by the number of devices. At ZeRO 3, the second copy of the parameters that hpZ keeps is
+divided by ``hpz_partition_size``.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ def _weights(trained: Trained, setup: Setup) -> int:
     live = setup.zero.get("stage3_max_live_parameters", ZERO3_LIVE)
     live += setup.zero.get("stage3_prefetch_bucket_size", ZERO3_PREFETCH)
     gathered = min(trained.shape.parameters, live) * setup.weight_width
-    return gathered + (0 if "offload_param" in setup.zero else total // setup.ranks)
+    if "offload_param" in setup.zero:
+        return gathered
+    copy = setup.zero.get("zero_hpz_partition_size", 1)  # ranks that hold the second copy of hpZ
+    return gathered + total // setup.ranks + (total // copy if copy > 1 else 0)
 
 
 def _cast_copies(trained: Trained, setup: Setup) -> int:

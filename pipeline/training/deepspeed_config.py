@@ -42,7 +42,7 @@ OVERRIDES: dict[str, Any] = {
         **dict.fromkeys((
             "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
             "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
-            "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size",
+            "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
         ), int),
         "offload_param": {**_OFFLOAD, "buffer_size": int, "max_in_cpu": int},
         "offload_optimizer": {
@@ -78,6 +78,7 @@ DETERMINED = {
     "bf16.enabled": "precision",
     "torch_autocast": "precision",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.zero_hpz_partition_size": "deepspeed.hpz_partition_size",
     "activation_checkpointing": "activation_checkpointing",
     "compile": "compile",
 }
@@ -195,6 +196,8 @@ def _zero(settings: DeepSpeed, on_gpu: bool, largest_layer: int) -> dict[str, An
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    if settings.hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = settings.hpz_partition_size
     return zero
 
 

@@ -62,6 +62,7 @@ def training_faults(
             rule="the optimizer can only be offloaded from ZeRO 1 on, and zero_stage is 0",
             remedy=f"Set {section}.deepspeed.zero_stage=2 or {section}.deepspeed.offload_optimizer=false.",
         )
+    yield from _second_copy(section, train, placement.processes)
     try:
         check_terms(section, train.trainable)
     except UserError as error:
@@ -74,6 +75,19 @@ def training_faults(
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
     yield from _compilation(section, train, placement.device, compiles_here)
     yield from _products(section, train, placement.device)
+
+
+def _second_copy(section: str, train: Train, processes: int) -> Iterator[UserError]:
+    size, stage = train.deepspeed.hpz_partition_size, train.deepspeed.zero_stage
+    setting = f"{section}.deepspeed.hpz_partition_size"
+    if size > 1 and stage != 3:
+        rule = f"only ZeRO 3 partitions parameters, and zero_stage is {stage}"
+        remedy = f"Set {section}.deepspeed.zero_stage=3 or {setting}=1."
+        yield UserError(setting=setting, value=size, rule=rule, remedy=remedy)
+    elif processes % size:
+        divisors = [str(ranks) for ranks in range(1, processes + 1) if processes % ranks == 0]
+        rule = f"it must divide the number of processes per node, which is {processes}"
+        yield UserError(setting=setting, value=size, rule=rule, remedy=f"Set {setting}=" + " or ".join(divisors) + ".")
 
 
 def context_length_faults(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:

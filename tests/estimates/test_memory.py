@@ -57,6 +57,13 @@ def test_each_zero_stage_partitions_what_deepspeed_documents() -> None:
     assert shares[0].weights == trained.shape.parameters * 4 + copies
 
 
+def test_the_second_copy_of_hpz_is_divided_by_its_own_number_of_ranks() -> None:
+    trained, setup = _trained(), _setup(ranks=16, stage=3)
+    deepspeed = setup.train.deepspeed.model_copy(update={"hpz_partition_size": 8})
+    more = memory_of(trained, setup.with_train(deepspeed=deepspeed)).weights - memory_of(trained, setup).weights
+    assert more == trained.shape.parameters * 2 // 8
+
+
 def test_tensors_with_several_rates_take_eight_bytes_more_per_parameter() -> None:
     """The multiples, and the old weights during a step. Llama's tensors have one role each, and Phi-3's several."""
     rates = {"role_learning_rates": {"q": 2.0}}

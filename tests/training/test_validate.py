@@ -41,6 +41,13 @@ def test_valid_settings_have_no_faults():
         ({"float32_products": True, "deepspeed": {"zero_stage": 0}}, 1, "float32_products", "float32_products=false"),
         ({"compile": True, "deepspeed": {"zero_stage": 3}}, 1, "compile", "zero_stage=2"),
         ({"role_learning_rates": {"o_proj": 2.0}}, 1, "role_learning_rates", "{o: 2.0, down: 2.0}"),
+        ({"deepspeed": {"hpz_partition_size": 2}}, 2, "deepspeed.hpz_partition_size", "zero_stage=3"),
+        (
+            {"deepspeed": {"hpz_partition_size": 4, "zero_stage": 3}},
+            2,
+            "deepspeed.hpz_partition_size",
+            "hpz_partition_size=1 or 2",
+        ),
         ({"sequence_parallel": 3}, 2, "sequence_parallel", "sequence_parallel=1 or 2"),
         ({"sequence_parallel": 3, "global_batch": 6}, 6, "sequence_parallel", "sequence_parallel=1 or 2"),
         ({"sequence_parallel": 2, "attention": "sdpa"}, 2, "sequence_parallel", "attention=auto"),
