@@ -97,7 +97,7 @@ class Launch(Section):
     threads: Positive | Literal["auto"]  # CPU threads per process; auto: cores / processes
     collective_timeout_seconds: Positive  # after which a rank that the others wait for is taken to be stuck
     wait_policy: Literal["passive", "active"]  # of idle CPU threads: sleep, or spin, which slows down other programs
-    utilization: Fraction  # share of the peak FLOP/s that training reaches (MFU), to estimate hours in action=plan
+    utilization: Fraction | Literal["auto"]  # share of the peak that training reaches, for the hours in action=plan
 
     @field_validator("device")
     @classmethod

@@ -16,6 +16,7 @@ from pipeline.estimates import (
     memory_of,
     stop_seconds,
     usable,
+    utilization_of,
     write_seconds,
 )
 from pipeline.files import read_json
@@ -80,16 +81,22 @@ class TrainingPlan:
 
     @property
     def hours(self) -> float | None:
-        """Duration on all devices together at ``launch.utilization``."""
+        """Duration on all devices together at ``utilization``."""
         seconds = self.step_seconds
         return None if seconds is None or self.amount.steps is None else self.amount.steps * seconds / 3600
 
     @property
+    def utilization(self) -> float:
+        """``launch.utilization``, estimated from the settings if it is ``auto``."""
+        setting = self.launch.utilization
+        return utilization_of(self.trained, self.setup) if setting == "auto" else setting
+
+    @property
     def step_seconds(self) -> float | None:
-        """Duration of an optimizer step at ``launch.utilization``."""
-        if self.gpu is None or self.launch.utilization == 0:
+        """Duration of an optimizer step at ``utilization``."""
+        if self.gpu is None or self.utilization == 0:
             return None
-        return self.step_flops / (self.setup.ranks * self.gpu.bfloat16_tflops * 1e12 * self.launch.utilization)
+        return self.step_flops / (self.setup.ranks * self.gpu.bfloat16_tflops * 1e12 * self.utilization)
 
     @property
     def checkpoint_bytes(self) -> int:

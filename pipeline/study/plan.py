@@ -126,9 +126,9 @@ def _speed(progress: StudyProgress) -> tuple[float | None, str]:
         speed = speeds[len(speeds) // 2]
         return speed, f"at {speed:.3g} FLOP/s, the median of {len(speeds)} finished runs"
     plan = progress.trials.plan(progress.rung_trials(study.reference, 0, study.rates_of(study.reference)[0])[0])
-    if plan is not None and plan.gpu is not None and plan.launch.utilization:
-        speed = plan.setup.ranks * plan.gpu.bfloat16_tflops * 1e12 * plan.launch.utilization
-        return speed, f"at {plan.launch.utilization:.0%} of {plan.launch.device}"
+    if plan is not None and plan.gpu is not None and plan.utilization:
+        speed = plan.setup.ranks * plan.gpu.bfloat16_tflops * 1e12 * plan.utilization
+        return speed, f"at {plan.utilization:.0%} of {plan.launch.device}"
     return None, "are known after the first run; or set study.flops_per_second"
 
 

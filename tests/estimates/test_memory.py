@@ -18,6 +18,7 @@ from pipeline.estimates import (
     disk_of,
     memory_of,
     trained_part,
+    utilization_of,
     when_out_of_memory,
 )
 from pipeline.expansion.method import method_of
@@ -252,3 +253,14 @@ def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more(
     assert trained.total == trained.artifacts["pretrain"] + trained.checkpoints
     small = shape_of({**LLAMA3_8B, "hidden_size": 1024, "intermediate_size": 4096})
     assert lesa.scratch_bytes(small) == 0  # in memory
+
+
+def test_utilization_follows_from_the_settings() -> None:
+    trained = _trained(trainable="all")
+    assert utilization_of(trained, _setup()) == 0.50
+    assert utilization_of(trained, _setup(compile=False)) == 0.45
+    assert utilization_of(trained, _setup(stage=3)) == 0.42
+    assert utilization_of(trained, _setup(attention="sdpa")) == pytest.approx(0.85 * 0.50)
+    # If all layers train, a third of the operations without the head, which is not repeated, is the forward pass.
+    assert utilization_of(trained, _setup(activation_checkpointing=True)) == pytest.approx(0.50 * 3 / 4, rel=0.02)
+    assert utilization_of(_trained(), _setup(activation_checkpointing=True)) > 0.45  # four layers of 32 are repeated
