@@ -141,13 +141,15 @@ def _hours(flops: float | None, speed: float | None) -> str:
 
 
 def _print_blockers(progress: StudyProgress, console: Console) -> None:
-    found: dict[str, None] = {}
+    found: dict[str, list[str]] = {}  # the contenders by fault
     for name in progress.study.contenders:
         rate = progress.study.rates_of(name)[0]
         for prepared in progress.trials.prepare(progress.rung_trials(name, 0, rate)[:1]):
-            found |= {f"{name}: {blocker.fault}": None for blocker in find_blockers(prepared)}
-    for line in found:
-        console.print(f"  {line}", style="red", markup=False)
+            for blocker in find_blockers(prepared):
+                found.setdefault(str(blocker.fault), []).append(name)
+    for fault, names in found.items():
+        where = "every contender" if len(names) == len(progress.study.contenders) else ", ".join(names)
+        console.print(f"  {where}: {fault}", style="red", markup=False)
     if not found:
         console.print("  no blockers found")
 

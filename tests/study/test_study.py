@@ -195,6 +195,13 @@ def test_a_plan_prints_the_cost_and_changes_nothing(place: Workplace, capsys: py
     assert not (place.directory / "outputs").exists()
 
 
+def test_a_plan_prints_a_blocker_once_for_all_contenders(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    place.write()
+    assert place.run("action=plan", "data.corpus.path=/none.jsonl") == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert printed.count("/none.jsonl") == 1 and "every contender: data.corpus.path = /none.jsonl" in printed
+
+
 @pytest.mark.parametrize(
     ("changes", "further", "expected"),
     [
