@@ -96,9 +96,12 @@ class Train(Section):
         return trainable_terms(self.trainable)
 
     def compiles(self, device: str) -> bool:
-        """Returns whether layers are compiled on "cpu" or "cuda". ``auto`` compiles on GPUs where it is possible."""
+        """Returns whether layers are compiled on "cpu" or "cuda".
+
+        ``auto`` compiles on GPUs where it is possible, but not collectives within layers, which is untested.
+        """
         if self.compile == "auto":
-            return device == "cuda" and self.deepspeed.zero_stage < 3
+            return device == "cuda" and self.deepspeed.zero_stage < 3 and self.sequence_parallel == 1
         return self.compile
 
     def with_snapshots_at(self, fractions: Iterable[float]) -> Train:

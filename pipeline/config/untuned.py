@@ -1,7 +1,8 @@
 """Runs without conversations, and hence without instruction tuning: ``data.instructions=null``.
 
-Every experiment can be run in this way: what configuration files ask of tuning is left out. On the command line, such a
-request contradicts ``data.instructions=null``, and ``planning/checks.py`` refuses it.
+Every experiment can be run in this way: settings in configuration files that need tuning are ignored, unless nothing
+would be left of a list. ``planning/checks.py`` refuses those, and settings on the command line that contradict
+``data.instructions=null``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def _without_sft(names: list[str]) -> list[str]:
     return [name for name in names if name.partition("@")[0] != "sft"]
 
 
-# Settings that can ask for what only a run with conversations has, and what is left of their values without it.
+# Settings that can need conversations, and what is left of their values without these.
 _LEFT: dict[str, Callable[[Any], Any]] = {
     "target": lambda target: None if target == "sft" else target,
     "compare": _without_sft,
@@ -31,16 +32,17 @@ _LEFT: dict[str, Callable[[Any], Any]] = {
 
 
 def leave_out_tuning(run: Settings, given: Collection[str]) -> Settings:
-    """Returns the settings of a run. If it does not tune, they ask nothing of tuning.
+    """Returns the settings of a run. If it does not tune, those in files that need tuning are changed.
 
     Args:
         run: the settings as composed.
         given: dotted names of the settings on the command line, which stay as they are.
     """
     for name, _ in tuning_requests(run):
-        if name not in given:
+        left = _LEFT[name](_value(run, name))
+        if name not in given and left != []:
             section, _, field = name.rpartition(".")
-            changed = {field: _LEFT[name](_value(run, name))}
+            changed = {field: left}
             if section:
                 changed = {section: _value(run, section).model_copy(update=changed)}
             run = run.model_copy(update=changed)
@@ -48,7 +50,7 @@ def leave_out_tuning(run: Settings, given: Collection[str]) -> Settings:
 
 
 def tuning_requests(run: Settings) -> Iterator[tuple[str, Any]]:
-    """Yields the settings of a run without tuning that ask for it, each with its value, or with the items that ask."""
+    """Yields the settings of a run without tuning that need it, each with its value, or with the items that need it."""
     if run.tunes:
         return
     for name, left_of in _LEFT.items():

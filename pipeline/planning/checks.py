@@ -182,7 +182,7 @@ def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
 
 
 def _tuning(prepared: PreparedRun) -> Faults:
-    """A run without conversations is asked for nothing that needs them."""
+    """Nothing that needs conversations is requested of a run without them."""
     for setting, value in tuning_requests(prepared.run):
         yield UserError(
             setting=setting,

@@ -43,6 +43,11 @@ class Verdict(StrEnum):
     SAME = "the same"  # up to rounding
     UNKNOWN = "no standard error"
 
+    @property
+    def could_count(self) -> bool:
+        """Whether chance alone could have made the difference count."""
+        return self not in (Verdict.SAME, Verdict.UNKNOWN)
+
 
 MARKS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOISE: "≈", Verdict.SAME: "="}
 
@@ -123,7 +128,7 @@ class Difference:
 
 def by_chance(verdicts: Iterable[Verdict]) -> str:
     """Returns, for example, ``9 of 24 count, and about 1.2 would by chance alone``; empty if none could count."""
-    judged = [verdict for verdict in verdicts if verdict not in (Verdict.SAME, Verdict.UNKNOWN)]
+    judged = [verdict for verdict in verdicts if verdict.could_count]
     counted = sum(verdict is not Verdict.NOISE for verdict in judged)
     if not judged:
         return ""

@@ -261,9 +261,16 @@ def _verdicts(scores: Scores, run: str, with_steps: bool) -> Iterator[Verdict]:
 
 
 def _rows_with_a_leader(runs: Sequence[RunArtifacts], scores: Scores) -> int:
+    """Counts the rows in which at least one difference from the best method can be judged."""
     target = final_target(scores, runs)
     lines = ([scores.get(run.name, target, task_metric) for run in runs] for task_metric in scores.task_metrics())
-    return sum(leader(line) is not None for line in lines)
+    return sum(_is_judged(scores, line) for line in lines)
+
+
+def _is_judged(scores: Scores, line: Sequence[Result | None]) -> bool:
+    best = leader(line)
+    others = [result for result in line if result is not None and result is not best]
+    return best is not None and any(scores.difference(best, other).verdict.could_count for other in others)
 
 
 # ------------------------------------------------------------------------------------------- caveats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,8 @@ def _second_copy(section: str, train: Train, processes: int) -> Iterator[UserErr
         remedy = f"Set {section}.deepspeed.zero_stage=3 or {setting}=1."
         yield UserError(setting=setting, value=size, rule=rule, remedy=remedy)
     elif processes % size:
-        divisors = [str(ranks) for ranks in range(1, processes + 1) if processes % ranks == 0]
         rule = f"it must divide the number of processes per node, which is {processes}"
-        yield UserError(setting=setting, value=size, rule=rule, remedy=f"Set {setting}=" + " or ".join(divisors) + ".")
+        yield UserError(setting=setting, value=size, rule=rule, remedy=_set_to(setting, _divisors(processes)))
 
 
 def context_length_faults(section: str, train: Train, context_length: int | None) -> Iterator[UserError]:
@@ -113,9 +112,16 @@ def _shared_sequences(section: str, train: Train, ranks: int) -> Iterator[UserEr
         return
     else:
         return
-    common = math.gcd(ranks, train.sequence_length)
-    divisors = [str(size) for size in range(1, common + 1) if common % size == 0]
-    yield UserError(setting=setting, value=parts, rule=rule, remedy=f"Set {setting}=" + " or ".join(divisors) + ".")
+    possible = _divisors(math.gcd(ranks, train.sequence_length))
+    yield UserError(setting=setting, value=parts, rule=rule, remedy=_set_to(setting, possible))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _set_to(setting: str, values: Iterable[int]) -> str:
+    return f"Set {setting}=" + " or ".join(map(str, values)) + "."
 
 
 def shared_model_faults(section: str, train: Train, shape: Shape, config: Config) -> Iterator[UserError]:
@@ -145,7 +151,7 @@ def shared_model_faults(section: str, train: Train, shape: Shape, config: Config
             value=train.sequence_parallel,
             rule=f"the ranks divide the model's {heads} query heads and {key_heads} key heads among them, or repeat "
             "key heads equally often",
-            remedy=f"Set {setting}=" + " or ".join(map(str, possible)) + ".",
+            remedy=_set_to(setting, possible),
         )
 
 
@@ -259,8 +265,7 @@ def _indivisible(section: str, train: Train, groups: int) -> UserError:
     per_group, rest = divmod(train.global_batch, groups)
     shared = train.sequence_parallel
     if rest == 0:
-        divisors = [size for size in range(1, per_group + 1) if per_group % size == 0]
-        remedy = f"Set {section}.micro_batch=" + " or ".join(str(size) for size in divisors[-3:]) + "."
+        remedy = _set_to(f"{section}.micro_batch", _divisors(per_group)[-3:])
     else:
         nearest = max(1, round(train.global_batch / groups)) * groups
         remedy = f"Set {section}.global_batch={nearest} or another launch.processes."

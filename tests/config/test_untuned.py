@@ -44,6 +44,13 @@ def test_what_an_experiment_of_ones_own_asks_of_tuning_is_left_out(mine: Path) -
     assert (run.target, run.evaluate.sample_answers, run.sft.corpus_fraction) == (None, 0, 0.0)
 
 
+def test_an_experiment_that_only_tunes_is_not_reduced_to_nothing(mine: Path) -> None:
+    with (mine / "experiment" / "mine.yaml").open("a") as file:
+        file.write("stages: [sft]\ncompare: [sft]\n")
+    run = _compose("+experiment=mine", config_dir=mine)
+    assert list(tuning_requests(run)) == [("compare", "sft"), ("stages", "sft")]
+
+
 def test_without_conversations_all_other_settings_are_the_same() -> None:
     tuned, untuned = _compose("+experiment=quickstart").model_dump(), _compose(*WITHOUT).model_dump()
     for run in (tuned, untuned):

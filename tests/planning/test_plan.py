@@ -400,3 +400,8 @@ def test_a_plan_takes_less_than_ten_seconds_if_no_name_server_answers(
     assert time.monotonic() - started < 10
     assert waiting + time.process_time() - worked < 10
     assert {"model.path", "data.corpus.path", "data.instructions.path", "evaluate.tasks"} <= set(_blockers(output))
+
+
+def test_more_ranks_per_sequence_than_ranks_are_one_blocker(plan: Plan) -> None:
+    printed = plan("quickstart", "launch.device=h100_80gb", "launch.processes=1", "pretrain.sequence_parallel=8")
+    assert "pretrain.sequence_parallel = 8: it must divide the number of processes, which is 1" in printed
