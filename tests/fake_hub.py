@@ -26,12 +26,14 @@ class FakeHub:
 
     Attributes:
         requests: the paths of all requests.
+        reports_elements: whether the Hub reports the number of weights by dtype, as it does for most models.
         refusal: an error code of the Hub, such as ``GatedRepo``, that answers every request.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.requests: list[str] = []
+        self.reports_elements = True
         self.refusal: str | None = None
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
@@ -45,8 +47,9 @@ class FakeHub:
             f"/api/models/{REPO}/revision/main",
             f"/api/models/{REPO}/revision/{COMMIT}",
         ):
+            elements = self._elements() if self.reports_elements else None
             siblings = [{"rfilename": name} for name in self._names()]
-            return _json({"id": REPO, "sha": COMMIT, "siblings": siblings, "safetensors": self._elements()})
+            return _json({"id": REPO, "sha": COMMIT, "siblings": siblings, "safetensors": elements})
         if path == f"/api/models/{REPO}/tree/{COMMIT}":
             return _json([self._tree_entry(name) for name in self._names()])
         prefix = f"/{REPO}/resolve/{COMMIT}/"
@@ -62,7 +65,7 @@ class FakeHub:
         return sorted(path.name for path in self.directory.iterdir() if path.is_file())
 
     def _elements(self) -> dict[str, Any] | None:
-        """What the Hub says about the weights: the number of elements by dtype."""
+        """What the Hub reports about the weights: the number of elements by dtype."""
         elements: Counter[str] = Counter()
         for path in self.directory.glob("*.safetensors"):
             for entry in read_header(path)[0].values():

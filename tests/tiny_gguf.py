@@ -71,6 +71,8 @@ def write_family_gguf(model: Path, path: Path, architecture: str) -> None:
     """
     config = json.loads((model / "config.json").read_text())
     writer = _writer(path, architecture, config)
+    if architecture == "phi3":  # the converter writes 0 for a model without a window
+        config["sliding_window"] = config["sliding_window"] or 0
     for name, key in METADATA.items():
         if config.get(name) is not None:
             add = writer.add_float32 if isinstance(config[name], float) else writer.add_uint32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.models.families import Shape
 from pipeline.training.precision import checkpoint_bytes
 
-# "auto" where only the files tell: not more than these bytes.
+# "auto": an upper bound, since the dtype is only known from the files.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 TOKEN_BYTES = 9  # per token of a block: two uint32 and one uint8
 SMALL = 20 * 2**20  # allowance per artifact for tokenizer, logs, scores and plots

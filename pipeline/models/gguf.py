@@ -24,10 +24,14 @@ MAX_STRING_BYTES = 2**26  # chat templates are the longest
 # GGUF_CONFIG_ARCHS (transformers.integrations.gguf), as load_gguf_checkpoint names them. The driver imports neither.
 ARCHITECTURES = {
     **{name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "starcoder2", "stablelm")},
-    **{name: name for name in ("gpt2", "falcon", "bloom", "mamba", "nemotron", "deci", "lfm2")},
-    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
+    **{name: name for name in ("gpt2", "bloom", "mamba", "nemotron", "deci", "lfm2")},
+    "gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
     "minimax-m2": "minimax_m2", "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
 }  # fmt: skip
+MISREAD = {  # architectures in the same tables whose models would be wrong
+    "falcon": "llama.cpp reorders its fused attention weights, and transformers does not undo that",
+    "gemma4": "its sliding and full attention layers differ in head size, and only one size is read",
+}
 SCALED_ROTATION = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _CONFIG_KEYS = {
     "num_hidden_layers": "block_count",
@@ -56,22 +60,28 @@ class Metadata:
     """The part of a GGUF file before its weights.
 
     Attributes:
-        values: metadata by key, with the length of an array in place of the array.
+        values: metadata by key. Of arrays, only those of the tokenizer, each as its length.
         tensor_names: in the order of the file.
-        elements: the number of elements of all tensors by type. Types of quantized tensors are numbers.
+        tensors: the number of tensors by type. Types of quantized tensors are numbers.
+        elements: the number of elements of all tensors by type.
     """
 
     values: dict[str, Any]
     tensor_names: tuple[str, ...]
+    tensors: Mapping[str, int]
     elements: Mapping[str, int]
 
     def config(self) -> dict[str, Any]:
-        """Returns the config.json entries that determine sizes and limits, plus ``has_chat_template``."""
+        """Returns the config.json entries that determine sizes and limits, plus ``has_chat_template``.
+
+        llama.cpp's converter writes 0 for what a model does not have, such as a sliding window. transformers would
+        take 0 for the size of the window.
+        """
         architecture = self.values.get("general.architecture")
         config = {name: self.values.get(f"{architecture}.{key}") for name, key in _CONFIG_KEYS.items()}
         config["vocab_size"] = config["vocab_size"] or self.values.get("tokenizer.ggml.tokens")
         return {
-            **{name: value for name, value in config.items() if value is not None},
+            **{name: value for name, value in config.items() if value},
             "model_type": ARCHITECTURES.get(str(architecture), architecture),
             "tie_word_embeddings": "output.weight" not in self.tensor_names,
             "has_chat_template": "tokenizer.chat_template" in self.values,
@@ -95,7 +105,9 @@ class Metadata:
             UserError: it does not.
         """
         architecture = str(self.values.get("general.architecture"))
-        if architecture not in ARCHITECTURES:
+        if architecture in MISREAD:
+            rule = f"files of the architecture {architecture} are not supported: {MISREAD[architecture]}"
+        elif architecture not in ARCHITECTURES:
             rule = f"transformers does not read GGUF files of the architecture {architecture}"
         elif architecture == "llama" and self.values.get("llama.expert_count"):
             rule = "it is a mixture of experts of the architecture llama, whose experts transformers does not read"
@@ -120,13 +132,19 @@ def read_metadata(path: Path) -> Metadata:
             if stream.read(4) != b"GGUF" or _number(stream, "I") not in (2, 3):
                 raise _unreadable(path, "this is not a GGUF file of version 2 or 3")
             tensors, entries = _number(stream, "Q"), _number(stream, "Q")
-            values = {_string(stream): _value(stream, _number(stream, "I")) for _ in range(entries)}
-            names, elements = [], Counter[str]()
+            values = {}
+            for _ in range(entries):
+                key, kind = _string(stream), _number(stream, "I")
+                value = _value(stream, kind)
+                if kind != _ARRAY or key.startswith("tokenizer."):
+                    values[key] = value
+            names, number_of, elements = [], Counter[str](), Counter[str]()
             for _ in range(tensors):
                 name, type_, count = _tensor(stream)
                 names.append(name)
+                number_of[type_] += 1
                 elements[type_] += count
-            return Metadata(values, tuple(names), elements)
+            return Metadata(values, tuple(names), number_of, elements)
         except (struct.error, ValueError, OverflowError, KeyError, RecursionError) as error:
             raise _unreadable(path, "the file is truncated or damaged") from error
 

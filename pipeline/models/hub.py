@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
 TIMEOUT_SECONDS = 6.0
+PARALLEL_REQUESTS = 16
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _Result = TypeVar("_Result")
 
@@ -28,7 +32,7 @@ class HubModel:
         commit: the commit that the revision refers to.
         directory: the snapshot in the Hub's cache, if only the cache may be used.
         names: names of its files, or only of the cached ones if only the cache may be used.
-        elements: the number of elements of its safetensors by dtype. None if the Hub does not say it.
+        elements: the number of elements of its safetensors by dtype. None if the Hub does not report it.
     """
 
     commit: str
@@ -117,6 +121,26 @@ def read_file(repo: str, commit: str, name: str) -> bytes:
     return answer
 
 
+def read_elements(repo: str, commit: str, files: Collection[str]) -> Mapping[str, int]:
+    """Returns the number of elements of safetensors files by dtype. Reads only their headers, not through the cache.
+
+    Raises:
+        UserError: they cannot be read within seconds.
+    """
+    from huggingface_hub import HfApi
+
+    read = partial(HfApi().parse_safetensors_file_metadata, repo, revision=commit, timeout=TIMEOUT_SECONDS)
+
+    def ask() -> Counter[str]:
+        elements: Counter[str] = Counter()
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            for header in pool.map(read, files):
+                elements.update(header.parameter_count)
+        return elements
+
+    return _with_user_errors(repo, commit, lambda: with_timeout(ask))
+
+
 def cached_file(repo: str, revision: str | None, name: str) -> Path | None:
     """Returns the path of a file in the Hub's cache, or None if it is not cached."""
     from huggingface_hub import constants, try_to_load_from_cache
@@ -176,6 +200,9 @@ def _with_user_errors(repo: str, revision: str | None, call: Callable[[], _Resul
     except errors.EntryNotFoundError as error:
         remedy = "Set model.path or model.revision to another model or revision."
         raise _unavailable(repo, f"a file is missing ({error})", remedy) from error
+    except errors.SafetensorsParsingError as error:
+        remedy = "Set model.path or model.revision to another model or revision."
+        raise _unavailable(repo, f"a safetensors header is invalid ({error})", remedy) from error
     except (errors.HTTPError, TimeoutError) as error:  # the base class of all transport errors and of the errors above
         raise _unreachable(repo, error) from error
 

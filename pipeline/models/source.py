@@ -49,7 +49,7 @@ class ModelSource:
         gguf_file: the name of the GGUF file within the directory or repository.
         names: names of all files in the directory or repository.
         files: the local files that determine what is loaded, for hashing. Empty for a Hub model.
-        elements: the number of elements of the weights by dtype, if the Hub says it.
+        elements: the number of elements of the weights by dtype. None if the Hub does not report it.
     """
 
     kind: Literal["directory", "package", "hub"]

@@ -34,7 +34,6 @@ from pipeline.launch.machine import evaluation_processes
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.config_json import is_nested
 from pipeline.models.families import check_stored, family_for, shape_of
-from pipeline.models.own_dtype import known_elements, with_own_dtype
 from pipeline.models.quantization import FP8, block_size, check_quantization, is_fp8, scales_of, without_scales
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
 from pipeline.models.weight_files import Headers, read_headers
@@ -129,10 +128,8 @@ def _input(name: str, prepared: PreparedRun) -> Faults:
 
 
 def _model(prepared: PreparedRun) -> Faults:
-    model, config, source = prepared.run.model, prepared.inputs.config, prepared.inputs.source
+    model, config = prepared.run.model, prepared.inputs.config
     yield from _raised_by(lambda: refuse_code(model, config))
-    if source is not None:
-        yield from _raised_by(lambda: with_own_dtype(model, known_elements(source)))
     yield from _raised_by(lambda: check_quantization(config, model))
     yield from _raised_by(lambda: check_shape(model, config))
     unsupported = list(_raised_by(lambda: family_for(config)))

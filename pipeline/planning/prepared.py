@@ -30,7 +30,7 @@ from pipeline.files import let_group_write, nearest_existing, no_access, read_js
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
 from pipeline.models.families import Shape, family_for, shape_of
-from pipeline.models.own_dtype import known_elements, with_own_dtype
+from pipeline.models.own_dtype import with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
@@ -218,8 +218,10 @@ def _look_up(run: Settings) -> FoundInputs:
     if source is not None and source.commit is not None:
         model = model.model_copy(update={"revision": source.commit})
     if source is not None:
-        # A failure is reported by the checks, which try again if the dtype is still open.
-        model = attempt(lambda: with_own_dtype(model, known_elements(source)))[0] or model
+        settled, failure = attempt(lambda: with_own_dtype(model, source))
+        model = settled or model
+        if failure is not None:
+            failures.setdefault("model", failure)
     pinned: dict[str, Any] = {name: answers[name][0] for name in PURPOSES if name in asked and name not in failures}
     data = run.data.model_copy(update=pinned)
     config, config_from = (found.config, _place(source)) if found.config and source else _second_best_config(run.model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from pipeline.models.families import INFERRED, check_stored, family_for, weights
 from pipeline.models.fp8 import Fp8Directory
 from pipeline.models.gguf import UNREAD, Metadata, read_metadata
 from pipeline.models.layer_config import complete_config
-from pipeline.models.own_dtype import stored_elements, with_own_dtype
+from pipeline.models.own_dtype import with_own_dtype
 from pipeline.models.quantization import check_quantization, is_fp8
 from pipeline.models.reading import ModelDirectory, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
-from pipeline.models.tensors import DTYPES, TensorSpec, is_finite
+from pipeline.models.tensors import DTYPES, SAFETENSORS_DTYPES, TensorSpec, is_finite
 from pipeline.models.tokenizer_files import check_tokenizer_files
 from pipeline.models.weight_files import check_file
 from pipeline.models.writing import ShardWriter, remove_weights
@@ -48,15 +49,14 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(model, Model)
     source = resolve(model)
     directory = _fetch(source, model)
-    model = with_own_dtype(model, stored_elements(directory, source.gguf_file))
+    model = with_own_dtype(model, source, directory)
     config = config_of(source)
     refuse_code(model, config)
     check_shape(model, config)
     if source.gguf_file is None:
         warnings = copy_safetensors(directory, task.out, model)
     else:
-        warnings = []
-        unpack_gguf(directory, source.gguf_file, task.out, model)
+        warnings = unpack_gguf(directory, source.gguf_file, task.out, model)
     written = ModelDirectory(task.out)
     return {
         "source": source.identity or source.kind,
@@ -121,7 +121,7 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> list[str]:
     return _rounding(Counter(base.specs[stored].dtype for stored in sources.values()), model)
 
 
-def _rounding(tensors: Counter[torch.dtype], model: Model) -> list[str]:
+def _rounding(tensors: Mapping[torch.dtype, int], model: Model) -> list[str]:
     """Returns a warning for every dtype, of ``tensors`` stored in it, that ``model.dtype`` cannot hold exactly."""
     written = DTYPES[model.dtype]
     return [
@@ -232,7 +232,7 @@ def _is_config(value: object) -> bool:
     return isinstance(value, dict) and "model_type" in value
 
 
-def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> None:
+def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> list[str]:
     """Dequantizes a GGUF file with transformers, with the complete model in memory in ``model.dtype``.
 
     Args:
@@ -240,6 +240,9 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         gguf_file: its name.
         out: an existing directory.
         model: the settings, for the dtype.
+
+    Returns:
+        A warning if some weights are rounded. Quantized ones do not count.
 
     Raises:
         UserError: a tensor is missing, is not read or is not finite, or the tokenizer does not fit the model.
@@ -276,6 +279,8 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> Non
         del unpacked.config.quantization_config  # the weights are plain now, and saving would try to pack them
     remove_weights(out)
     unpacked.save_pretrained(out)
+    plain = {SAFETENSORS_DTYPES[name]: n for name, n in metadata.tensors.items() if name in SAFETENSORS_DTYPES}
+    return _rounding(plain, model)
 
 
 def _complete(config: PreTrainedConfig, metadata: Metadata) -> None:

@@ -36,6 +36,20 @@ def test_the_config_has_the_entries_that_sizes_follow_from(gguf_file: Path) -> N
     }  # fmt: skip
 
 
+def test_entries_with_one_value_per_layer_and_zeros_are_left_out_of_the_config(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "lfm2")
+    writer.add_block_count(4)
+    writer.add_head_count_kv([0, 0, 2, 0])
+    writer.add_sliding_window(0)
+    writer.add_token_list(["a", "b", "c"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    config = read_metadata(tmp_path / "model.gguf").config()
+    assert (config["num_hidden_layers"], config["vocab_size"]) == (4, 3)
+    assert not {"num_key_value_heads", "sliding_window"} & set(config)
+
+
 def test_damaged_files_are_rejected_without_allocating(gguf_file: Path, tmp_path: Path) -> None:
     content = gguf_file.read_bytes()
     huge = (2**62).to_bytes(8, "little")

@@ -296,7 +296,8 @@ def test_a_gguf_file_is_written_in_the_requested_dtype(
     run: Load, tiny_llama_dir: Path, tmp_path: Path, out: Path
 ) -> None:
     write_gguf(tiny_llama_dir, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
-    run(tmp_path / "tiny.gguf", dtype="bfloat16")
+    metrics = run(tmp_path / "tiny.gguf", dtype="bfloat16")
+    assert metrics["warnings"] == ["9 tensors are stored in float32 and rounded to bfloat16"]
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
 
 
