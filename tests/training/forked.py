@@ -94,7 +94,7 @@ class ForkedRanks:
         """Stops the server."""
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=10)
+        self._server.wait(timeout=60)
 
 
 # ---------------------------------------------------------------------------------------- the server
