@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,20 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.grid(axis="both")
 
 
+def spaced_labels(rates: Sequence[float], share: float = 0.08) -> list[str]:
+    """Returns the labels of ascending rates on a logarithmic axis.
+
+    A rate that is closer to the last label than a share of the axis has none.
+    """
+    labels: list[str] = []
+    last = 0.0
+    for rate in rates:
+        is_apart = not last or math.log(rate / last) > share * math.log(rates[-1] / rates[0])
+        labels.append(f"{rate:g}" if is_apart else "")
+        last = rate if is_apart else last
+    return labels
+
+
 def draw_rates(
     losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float], numbers: Mapping[str, int], path: Path
 ) -> None:
@@ -99,7 +114,7 @@ def draw_rates(
         axes.set_xscale("log")
         # The style turns off mathtext, in which the default formatter writes powers of ten.
         trained = sorted({rate for by_rate in losses.values() for rate in by_rate})
-        axes.set_xticks(trained, [f"{rate:g}" for rate in trained])
+        axes.set_xticks(trained, spaced_labels(trained))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title("validation loss above that of the chosen rate")
         axes.set_xlabel("learning rate")

@@ -9,6 +9,7 @@ from pipeline.config import METHODS
 from pipeline.expansion.methods import built_in_method
 from pipeline.report.plot_style import colors, spread
 from pipeline.report.runs import RunArtifacts
+from pipeline.report.study_plots import spaced_labels
 
 
 def test_labels_keep_their_order_a_minimum_gap_and_the_limits() -> None:
@@ -29,6 +30,12 @@ def test_labels_that_do_not_touch_do_not_move() -> None:
 def test_touching_labels_move_apart_around_their_center() -> None:
     low, high = spread([0.50, 0.52], gap=0.1, low=0.0, high=1.0)
     assert abs((low + high) / 2 - 0.51) < 1e-12 and abs(high - low - 0.1) < 1e-12
+
+
+def test_learning_rates_that_would_overlap_have_no_label() -> None:
+    rates = [5e-5, 1e-4, 2e-4, 2.5e-4, 4e-4, 5e-4, 1e-3, 4e-3]
+    assert spaced_labels(rates) == ["5e-05", "0.0001", "0.0002", "", "0.0004", "", "0.001", "0.004"]
+    assert spaced_labels([1e-3]) == ["0.001"]
 
 
 def test_every_method_has_its_own_color_in_all_plots() -> None:
