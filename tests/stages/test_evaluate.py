@@ -91,7 +91,7 @@ def test_a_model_with_exactly_the_same_logits_has_the_scores_of_the_other(
     task = _task(tmp_path / "model", corpus, tmp_path / "out", tasks=["held_out_text"])
     task = replace(task, parents={**task.parents, SAME_LOGITS: scored.out})
     if difference:
-        with pytest.raises(ValueError, match="Unrecognized model"):
+        with pytest.raises(FileNotFoundError, match="config.json"):
             evaluate.run(task)
         return
     assert evaluate.run(task)["scores"] == expected["scores"]
