@@ -273,7 +273,8 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
     refuse_secrets(values)
     if suffix:
         values["name"] = f"{values['name']}/{suffix}"
-    return leave_out_tuning(validate_settings(values), _given(overrides))
+    run = validate_settings(values)
+    return run if run.tunes else leave_out_tuning(run, _given(overrides))
 
 
 def _given(overrides: list[str]) -> set[str]:

@@ -95,6 +95,10 @@ class Train(Section):
         """The words and regular expressions of ``trainable``, see ``trainable_terms``."""
         return trainable_terms(self.trainable)
 
+    def groups_of(self, ranks: int) -> int:
+        """Returns how many groups share sequences; 1 if there are too few ranks for one, which a check refuses."""
+        return max(1, ranks // self.sequence_parallel)
+
     def compiles(self, device: str) -> bool:
         """Returns whether layers are compiled on "cpu" or "cuda".
 

@@ -67,8 +67,8 @@ class Setup:
 
     @property
     def groups(self) -> int:
-        """Groups of ranks that share sequences; 1 if there are too few ranks, which a check refuses."""
-        return max(1, self.ranks // self.train.sequence_parallel)
+        """Groups of ranks that share sequences."""
+        return self.train.groups_of(self.ranks)
 
     @property
     def width(self) -> int:

@@ -31,11 +31,8 @@ SIDE_FILES = (  # files of a model directory besides config and weights, copied 
     *VOCABULARIES, "merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
     CHAT_TEMPLATE, PROCESSOR_TEMPLATE, "generation_config.json",
 )  # fmt: skip
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)  # of nested ones
+# Of language models inside models that read images.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True)

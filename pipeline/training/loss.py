@@ -11,7 +11,7 @@ Shape suffixes: N supervised tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -62,9 +62,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dw_VH = torch.zeros_like(w_VH, dtype=_accumulation_dtype(w_VH.dtype)) if needs_w else None
         db_V = torch.zeros_like(b_V, dtype=_accumulation_dtype(b_V.dtype)) if needs_b and b_V is not None else None
         total = torch.zeros((), dtype=_accumulation_dtype(x_NH.dtype), device=x_NH.device)
-        size = chunk_rows(x_NH.device.type, w_VH.shape[0], transform.softcap is not None)
-        for start in range(0, x_NH.shape[0], size):
-            x, targets = x_NH[start : start + size], targets_N[start : start + size]
+        for chunk in _chunks(x_NH, w_VH, transform):
+            x, targets = x_NH[chunk], targets_N[chunk]
             loss, dlogits = chunk_loss(linear(x, w_VH, b_V), targets, transform, needs_x or needs_w or needs_b)
             total += loss.sum()
             if dlogits is None:
@@ -73,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 db_V += dlogits.sum(dim=0)
             dlogits = dlogits.to(x.dtype)  # the products below run in the dtype of compute
             if dx_NH is not None:
-                dx_NH[start : start + size] = dlogits @ w_VH
+                dx_NH[chunk] = dlogits @ w_VH
             if dw_VH is not None:
                 _add_product(dw_VH, dlogits.T, x)
         ctx.save_for_backward(dx_NH, dw_VH, db_V)
@@ -111,6 +110,13 @@ def _adds_to_float32(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _chunks(x_NH: torch.Tensor, w_VH: torch.Tensor, transform: LogitTransform) -> Iterator[slice]:
+    """Yields the rows of the tokens whose logits are in memory at once."""
+    size = chunk_rows(x_NH.device.type, w_VH.shape[0], transform.softcap is not None)
+    for start in range(0, x_NH.shape[0], size):
+        yield slice(start, start + size)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -185,9 +191,7 @@ def cross_entropies(
 ) -> torch.Tensor:
     """Returns the cross entropy of each of N tokens, [N], computed in the chunks of ``chunked_cross_entropy``."""
     losses_N = torch.empty(len(targets_N), dtype=_accumulation_dtype(x_NH.dtype), device=x_NH.device)
-    size = chunk_rows(x_NH.device.type, w_VH.shape[0], transform.softcap is not None)
-    for start in range(0, len(targets_N), size):
-        chunk = slice(start, start + size)
+    for chunk in _chunks(x_NH, w_VH, transform):
         losses_N[chunk], _ = chunk_loss(linear(x_NH[chunk], w_VH, b_V), targets_N[chunk], transform, False)
     return losses_N
 

@@ -48,20 +48,7 @@ def training_faults(
     groups = placement.ranks // (1 if unshared else train.sequence_parallel)
     if train.global_batch % (groups * train.micro_batch):
         yield _indivisible(section, train, groups)
-    if train.deepspeed.offload_parameters and train.deepspeed.zero_stage != 3:
-        yield UserError(
-            setting=f"{section}.deepspeed.offload_parameters",
-            value="true",
-            rule=f"only ZeRO 3 can offload parameters, and zero_stage is {train.deepspeed.zero_stage}",
-            remedy=f"Set {section}.deepspeed.zero_stage=3 or {section}.deepspeed.offload_parameters=false.",
-        )
-    if train.deepspeed.offload_optimizer and train.deepspeed.zero_stage == 0:
-        yield UserError(
-            setting=f"{section}.deepspeed.offload_optimizer",
-            value="true",
-            rule="the optimizer can only be offloaded from ZeRO 1 on, and zero_stage is 0",
-            remedy=f"Set {section}.deepspeed.zero_stage=2 or {section}.deepspeed.offload_optimizer=false.",
-        )
+    yield from _offloading(section, train)
     yield from _second_copy(section, train, placement.processes)
     try:
         check_terms(section, train.trainable)
@@ -75,6 +62,24 @@ def training_faults(
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
     yield from _compilation(section, train, placement.device, compiles_here)
     yield from _products(section, train, placement.device)
+
+
+def _offloading(section: str, train: Train) -> Iterator[UserError]:
+    stage = train.deepspeed.zero_stage
+    if train.deepspeed.offload_parameters and stage != 3:
+        yield UserError(
+            setting=f"{section}.deepspeed.offload_parameters",
+            value="true",
+            rule=f"only ZeRO 3 can offload parameters, and zero_stage is {stage}",
+            remedy=f"Set {section}.deepspeed.zero_stage=3 or {section}.deepspeed.offload_parameters=false.",
+        )
+    if train.deepspeed.offload_optimizer and stage == 0:
+        yield UserError(
+            setting=f"{section}.deepspeed.offload_optimizer",
+            value="true",
+            rule="the optimizer can only be offloaded from ZeRO 1 on, and zero_stage is 0",
+            remedy=f"Set {section}.deepspeed.zero_stage=2 or {section}.deepspeed.offload_optimizer=false.",
+        )
 
 
 def _second_copy(section: str, train: Train, processes: int) -> Iterator[UserError]:
@@ -213,7 +218,7 @@ def _muon(section: str, train: Train) -> Iterator[UserError]:
 
 def less_memory(section: str, train: Train, processes: int) -> str:
     """Suggests settings that save memory and are not used yet. None of them changes the numbers."""
-    groups = processes // train.sequence_parallel
+    groups = train.groups_of(processes)
     smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (groups * size) == 0]
     deepspeed, shards = train.deepspeed, train.optimizer != "muon"
     wanted = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from tests.training.forked import ForkedRanks
-from tests.training.small import NEW_LAYERS, VOCABULARY, training_task, write_blocks
+from tests.training.small import VOCABULARY, training_task, write_blocks, write_grown
 
 
 @pytest.fixture(scope="session")
@@ -34,27 +33,22 @@ def grown_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) ->
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("grown") / "model"
-    shutil.copytree(tiny_llama_dir, directory)
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=33, head_dim=8, intermediate_size=64, num_hidden_layers=4,
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True,
         initializer_range=0.2,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    layers = [{"layer": i, "new": i in NEW_LAYERS, "from": [i]} for i in range(4)]
-    expansion = {"method": "copy", "settings": {}, "source": "", "num_base_layers": 2, "num_layers": 4}
-    (directory / "expansion.json").write_text(json.dumps({**expansion, "layers": layers}))
-    return directory
+    return write_grown(tmp_path_factory.mktemp("grown") / "model", tiny_llama_dir, LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="session")
 def make_task(tmp_path_factory: pytest.TempPathFactory, grown_dir: Path, blocks_dir: Path) -> Callable[..., StageTask]:
-    """Creates a pretrain task on the tiny model: ``make_task(settings, processes=2)``."""
+    """Creates a pretrain task on the tiny model, or other parents: ``make_task(settings, processes=2, model=path)``."""
 
-    def make(settings: Train, processes: int = 1, out: Path | None = None) -> StageTask:
-        return training_task(settings, grown_dir, blocks_dir, out or tmp_path_factory.mktemp("out"), processes)
+    def make(settings: Train, processes: int = 1, out: Path | None = None, **parents: Path) -> StageTask:
+        parents = {"model": grown_dir, "data": blocks_dir, **parents}
+        return training_task(settings, out=out or tmp_path_factory.mktemp("out"), processes=processes, **parents)
 
     return make
 

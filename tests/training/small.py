@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,32 @@ def _save(path: Path, values: np.ndarray, dtype: type) -> None:
     array.flush()
 
 
-def training_task(settings: Train, model: Path, data: Path, out: Path, processes: int = 1) -> StageTask:
+def write_grown(directory: Path, tiny_llama_dir: Path, model: Any, **how: Any) -> Path:
+    """Writes a model of 4 layers, of which ``NEW_LAYERS`` are new, with the tokenizer of another directory.
+
+    Args:
+        directory: a new directory, which is returned.
+        tiny_llama_dir: where the tokenizer is.
+        model: of transformers.
+        how: arguments of ``save_pretrained``.
+    """
+    shutil.copytree(tiny_llama_dir, directory)
+    model.save_pretrained(directory, **how)
+    layers = [{"layer": i, "new": i in NEW_LAYERS, "from": [i]} for i in range(4)]
+    expansion = {"method": "copy", "settings": {}, "source": "", "num_base_layers": 2, "num_layers": 4}
+    (directory / "expansion.json").write_text(json.dumps({**expansion, "layers": layers}))
+    return directory
+
+
+def training_task(
+    settings: Train, model: Path, data: Path, out: Path, processes: int = 1, **parents: Path
+) -> StageTask:
     """Creates a pretrain task on CPU workers that writes to ``out``."""
     tracking = NO_TRACKING
     return StageTask(
         name="pretrain",
         settings=settings,
-        parents={"model": model, "data": data},
+        parents={"model": model, "data": data, **parents},
         out=out,
         seed=0,
         launch=cpu_launch(processes),

@@ -6,8 +6,6 @@ One launch per number of ranks runs all cases in sequence. The oracle is a plain
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from tests.tiny_families import tiny_model
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases
 from tests.training.naive_loop import naive_balance_loss, naive_batches, naive_loss, naive_rate
-from tests.training.small import NEW_LAYERS, logged, train_settings
+from tests.training.small import NEW_LAYERS, logged, train_settings, write_grown
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -90,12 +88,9 @@ def model_of(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> 
     def make(case: Case) -> Path:
         key = (case.family, case.stacked)
         if key not in saved:
-            saved[key] = tmp_path_factory.mktemp("mixture") / "model"
-            shutil.copytree(tiny_llama_dir, saved[key])
             model = tiny_model(case.family, **FAMILIES[case.family])
-            model.save_pretrained(saved[key], save_original_format=not case.stacked)
-            layers = [{"layer": i, "new": i in NEW_LAYERS, "from": [i]} for i in range(4)]
-            (saved[key] / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
+            directory = tmp_path_factory.mktemp("mixture") / "model"
+            saved[key] = write_grown(directory, tiny_llama_dir, model, save_original_format=not case.stacked)
         return saved[key]
 
     return make
@@ -109,8 +104,7 @@ def runs(
     model_of: Callable[[Case], Path],
 ) -> Runs[Case]:
     def make(case: Case, out: Path | None) -> StageTask:
-        task = make_task(case.settings(), case.ranks, out)
-        return replace(task, parents={**task.parents, "model": model_of(case)})
+        return make_task(case.settings(), case.ranks, out, model=model_of(case))
 
     return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 

@@ -6,9 +6,8 @@ One launch per number of ranks runs all cases in sequence. The model has fewer k
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases
-from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings
+from tests.training.small import VOCABULARY, logged, train_settings, write_grown
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -87,12 +86,8 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -
     """Random models of 4 layers."""
     directories = {}
     for name, create in MODELS.items():
-        directories[name] = tmp_path_factory.mktemp(name) / "model"
-        shutil.copytree(tiny_llama_dir, directories[name])
         torch.manual_seed(1)
-        create().save_pretrained(directories[name])
-        layers = [{"layer": i, "new": i in NEW_LAYERS, "from": [i]} for i in range(4)]
-        (directories[name] / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
+        directories[name] = write_grown(tmp_path_factory.mktemp(name) / "model", tiny_llama_dir, create())
     return directories
 
 
@@ -104,8 +99,7 @@ def runs(
     model_dirs: dict[str, Path],
 ) -> Runs[Case]:
     def make(case: Case, out: Path | None) -> StageTask:
-        task = make_task(case.settings(), case.ranks, out)
-        return replace(task, parents={**task.parents, "model": model_dirs[case.model]})
+        return make_task(case.settings(), case.ranks, out, model=model_dirs[case.model])
 
     return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 

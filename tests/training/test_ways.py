@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from pipeline.config import Train
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases
 from tests.training.naive_loop import naive_batches, naive_loss, naive_rate
-from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings, write_blocks
+from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings, write_blocks, write_grown
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -89,18 +88,13 @@ ELASTIC = [averaged(1, 0), muon(1, 0)]  # resumed from two ranks at ZeRO 2
 @pytest.fixture(scope="module")
 def fused_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
     """A random Phi-3 of 4 layers, of which 1 and 3 are new."""
-    directory = tmp_path_factory.mktemp("fused") / "model"
-    shutil.copytree(tiny_llama_dir, directory)
     torch.manual_seed(1)
     config = Phi3Config(
         vocab_size=VOCABULARY, hidden_size=HEADS * SIZE, intermediate_size=UNITS, num_hidden_layers=4,
         num_attention_heads=HEADS, num_key_value_heads=GROUPS, max_position_embeddings=256, initializer_range=0.2,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
-    Phi3ForCausalLM(config).save_pretrained(directory)
-    layers = [{"layer": i, "new": i in NEW_LAYERS, "from": [i]} for i in range(4)]
-    (directory / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
-    return directory
+    return write_grown(tmp_path_factory.mktemp("fused") / "model", tiny_llama_dir, Phi3ForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +113,8 @@ def runs(
     corpus_dir: Path,
 ) -> Runs[Case]:
     def make(case: Case, out: Path | None) -> StageTask:
-        task = make_task(case.settings(), case.ranks, out)
         corpus = {"corpus": corpus_dir} if case.settings().corpus_fraction else {}
-        return replace(task, parents={**task.parents, "model": fused_dir, **corpus})
+        return make_task(case.settings(), case.ranks, out, model=fused_dir, **corpus)
 
     return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 
