@@ -102,7 +102,7 @@ class Train(Section):
     def compiles(self, device: str) -> bool:
         """Returns whether layers are compiled on "cpu" or "cuda".
 
-        ``auto`` compiles on GPUs where it is possible, but not collectives within layers, which is untested.
+        ``auto`` compiles on GPUs where it is possible, but not collectives within layers, which is tested on CPUs only.
         """
         if self.compile == "auto":
             return device == "cuda" and self.deepspeed.zero_stage < 3 and self.sequence_parallel == 1

@@ -24,6 +24,7 @@ from pipeline.models.families import shape_of
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math
 from pipeline.training.attention import avoid_cudnn_attention, resolve_attention, share_sequences
+from pipeline.training.compilation import compile_layers
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.float32_products import use_float32_products
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
@@ -145,7 +146,7 @@ def start_engine(
         use_float32_products(decoder_layers(model))
     compiles = train.compiles(context.device.type)
     if compiles:
-        _compile_layers(model)
+        compile_layers(decoder_layers(model))
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     autocast = torch.bfloat16 if needs_autocast else None
@@ -154,16 +155,6 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
     return engine
-
-
-def _compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the layers one by one. Layers share compiled variants: frozen or not, reached by gradients or not."""
-    torch._dynamo.config.recompile_limit = 32  # all layers count towards it, in training and in evaluation
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise dynamo would silently fall back to eager
-    # Routers store what they observe (see Routing). Recomputing a layer need not store it again.
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=False)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

@@ -32,6 +32,7 @@ from pipeline.training.attention import (
     window_sizes,
 )
 from pipeline.training.batches import TokenIndices
+from pipeline.training.compilation import compile_function
 from pipeline.training.precision import chunk_rows
 from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
@@ -157,8 +158,7 @@ def loss_and_gradient(
 
 def compiled_chunk_loss() -> ChunkLoss:
     """Returns ``loss_and_gradient`` compiled, which reads and writes the logits fewer times."""
-    compiled: ChunkLoss = torch.compile(loss_and_gradient, dynamic=True)
-    return compiled
+    return compile_function(loss_and_gradient)
 
 
 def chunked_cross_entropy(

@@ -48,7 +48,13 @@ def run_cases(
     plan += [(task, None) for group in (runs.straight, runs.resumed, runs.elastic) for task in group.values()]
     for ranks in (2, 1, 4):
         entries = [
-            {"task": task_to_json(task), "stop_after": stop} for task, stop in plan if task.launch.processes == ranks
+            {
+                "task": task_to_json(task),
+                "stop_after": stop,
+                "backend": "aot_eager",
+            }  # compiling C++ takes half a minute
+            for task, stop in plan
+            if task.launch.processes == ranks
         ]
         if entries:
             forked_ranks.run_plan(ranks, entries, new_directory("launch"))

@@ -1,7 +1,8 @@
 """Runs several training tasks in sequence in one set of worker processes: ``many_tasks.py PLAN.json``.
 
 Starting workers takes seconds of imports, so tests that compare many runs share them. The plan is a list of
-``{"task": ..., "stop_after": step or null}``. The outcome of every task is written to its logs.
+``{"task": ..., "stop_after": step or null}``, each with the ``backend`` of torch.compile if it is not the default. The
+outcome of every task is written to its logs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE
 
 def run(entry: dict[str, Any]) -> None:
     """Runs one task. It is asked to stop during step ``stop_after``. ``waits``: see ``waits.py``."""
+    from pipeline.training import compilation
     from pipeline.training.trainer import train
 
+    compilation.BACKEND = entry.get("backend", compilation.BACKEND)
     task = task_from_json(entry["task"])
     logs = task.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)

@@ -57,12 +57,14 @@ class Case:
     precision: str = "float32"
     micro_batch: int = 1
     recompute: bool = False
+    compile: bool = False
 
     def settings(self) -> Train:
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         return train_settings(
             steps=STEPS, warmup_fraction=0.0, precision=self.precision, trainable="all", sequence_parallel=self.parts,
-            micro_batch=self.micro_batch, activation_checkpointing=self.recompute,
+            micro_batch=self.micro_batch, activation_checkpointing=self.recompute, compile=self.compile,
+            evaluate_at=[] if self.compile else [0.0, 1.0],  # the held-out loss would be compiled separately
             epsilon=1e-5,  # so that AdamW does not amplify the rounding of gradients that are almost zero
             deepspeed={"zero_stage": self.zero, "overrides": overrides},
         )  # fmt: skip
@@ -73,6 +75,7 @@ CASES = [
     *(Case(2, zero, 2) for zero in (0, 2, 3)),
     *(Case(4, zero, parts) for zero, parts in ((0, 2), (2, 4), (3, 2))),
     Case(2, 2, 2, micro_batch=4, recompute=True),
+    Case(2, 2, 2, micro_batch=2, recompute=True, compile=True),
     Case(1, 0, precision="bfloat16"),
     Case(2, 2, 2, precision="bfloat16"),
     *(Case(ranks, zero, ranks, model) for ranks, zero in ((1, 0), (2, 2)) for model in ("stablelm", "mixtral")),
@@ -115,7 +118,7 @@ SHARED = [case for case in CASES if case.parts > 1]
 @pytest.mark.parametrize("case", [case for case in SHARED if case.precision == "float32"], ids=str)
 def test_losses_norms_and_weights_are_those_of_one_rank(runs: Runs[Case], case: Case) -> None:
     ours, expected = runs.straight[case], runs.straight[alone(case)]
-    for metric in ("loss", "grad_norm", "held_out_loss"):
+    for metric in ("loss", "grad_norm") if case.compile else ("loss", "grad_norm", "held_out_loss"):
         assert logged(ours, metric) == pytest.approx(logged(expected, metric), rel=3e-6), metric
     weights = load_file(expected.out / "model.safetensors")
     for name, weight in load_file(ours.out / "model.safetensors").items():
