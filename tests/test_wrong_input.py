@@ -512,6 +512,17 @@ def test_a_mixture_with_some_dense_layers(
     assert "layers 0 and 1" in message and "differ" in message
 
 
+def test_shared_sequences_of_a_model_with_sliding_windows_on_cpus(
+    base: Arguments, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only flex_attention computes windows without a mask, and it has no backward pass there."""
+    model = save_tiny("mistral", tmp_path / "model", tiny_tokenizer)
+    shared = ("launch.processes=2", "pretrain.sequence_parallel=2", "pretrain.global_batch=2")
+    message = _refused(capsys, *base, f"model.path={model}", *shared)
+    assert message.startswith("pretrain.sequence_parallel = 2") and "sliding window is 8 tokens" in message
+    assert "Set pretrain.sequence_parallel=1." in message
+
+
 def test_the_error_without_an_experiment_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == EXIT_REQUEST
     assert "quickstart" in capsys.readouterr().err

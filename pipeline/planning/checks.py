@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
-from pipeline.launch.machine import evaluation_processes
+from pipeline.launch.machine import evaluation_processes, requested_placement
 from pipeline.launch.slurm import current_allocation, job_of
 from pipeline.models.config_json import is_nested
 from pipeline.models.families import check_stored, family_for, shape_of
@@ -40,6 +40,7 @@ from pipeline.models.weight_files import Headers, read_headers
 from pipeline.planning.prepared import PreparedRun, attempt, unwritable
 from pipeline.planning.training import plan_training
 from pipeline.trackers import login_fault, not_installed, wandb_mode
+from pipeline.training.attention_support import attention_faults
 from pipeline.training.job import snapshot_dir
 from pipeline.training.rates import requested_multiples
 from pipeline.training.selection import no_matrix_error
@@ -226,6 +227,13 @@ def _shared_sequences(section: str, prepared: PreparedRun) -> Faults:
     """Ranks can share the sequences of this model, if they are to."""
     assert prepared.shape is not None
     yield from shared_model_faults(section, getattr(prepared.run, section), prepared.shape, prepared.inputs.config)
+
+
+def _attention(section: str, prepared: PreparedRun) -> Faults:
+    """The attention that the settings ask for can compute this model on the device."""
+    run = prepared.run
+    device = requested_placement(run.launch, prepared.machine(section)).device
+    yield from attention_faults(section, getattr(run, section), prepared.inputs.config, device)
 
 
 def _corpus_share(prepared: PreparedRun) -> Faults:
@@ -516,6 +524,8 @@ CHECKS = (
     Check(partial(_training, "sft"), stops=("sft",)),
     Check(partial(_shared_sequences, "pretrain"), stops=("pretrain",), needs="shape"),
     Check(partial(_shared_sequences, "sft"), stops=("sft",), needs="shape"),
+    Check(partial(_attention, "pretrain"), stops=("pretrain",), needs="config"),
+    Check(partial(_attention, "sft"), stops=("sft",), needs="config"),
     Check(_corpus_share, stops=("pretrain",)),
     Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),

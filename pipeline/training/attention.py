@@ -34,6 +34,12 @@ from pipeline.config import Train
 from pipeline.errors import UserError
 from pipeline.launch.environment import missing_for_compilation
 from pipeline.models.families import FAMILIES
+from pipeline.training.attention_support import (
+    NO_BACKWARD_PASS,
+    UNKNOWN_FAMILY,
+    needs_no_mask,
+    obstacle_to_documents,
+)
 from pipeline.training.precision import Precision
 from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
@@ -62,20 +68,20 @@ def resolve_attention(
         UserError: an attention without a mask is requested, or needed to share sequences, and the model or the device
             does not support it.
     """
-    unsupported_scores = _unsupported_scores(config)
+    text = config.get_text_config()
     obstacles: dict[Attention, str | None] = {
-        DOCUMENTS: unsupported_scores or _obstacle(train, config.get_text_config(), precision, device),
+        DOCUMENTS: obstacle_to_documents(text.to_dict(), train.sequence_length)
+        or _gpu_obstacle(text, precision, device),
         FLEX: _flex_obstacle(config, device),
     }
-    masked: Attention = "sdpa" if unsupported_scores is None else "eager"
+    masked: Attention = "sdpa" if _has_plain_scores(config) else "eager"
     if train.attention == "auto":
         chosen = next((name for name, obstacle in obstacles.items() if obstacle is None), masked)
         if chosen == masked and train.sequence_parallel > 1:
             raise UserError(
                 setting=f"{section}.sequence_parallel",
                 value=train.sequence_parallel,
-                rule="ranks can only share sequences if attention needs no mask: "
-                + "; ".join(f"{name} is not available, since {obstacle}" for name, obstacle in obstacles.items()),
+                rule=needs_no_mask(obstacles),
                 remedy=f"Set {section}.sequence_parallel=1.",
             )
         if chosen == masked and device.type == "cuda":
@@ -95,20 +101,13 @@ def resolve_attention(
 def _flex_obstacle(config: PretrainedConfig, device: torch.device) -> str | None:
     """Returns why flex_attention is not available for a model, or None if it is."""
     if device.type != "cuda":
-        return "on CPUs, flex_attention has no backward pass"
-    if (unknown := _unknown_family(config)) is not None:
-        return unknown
+        return NO_BACKWARD_PASS
+    if config.get_text_config().model_type not in FAMILIES:
+        return UNKNOWN_FAMILY
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flex_attn:
         return "the model's attention is not one that flex_attention computes"
     missing = missing_for_compilation(device.type, os.environ)
     return None if missing is None else missing[0]
-
-
-def _unknown_family(config: PretrainedConfig) -> str | None:
-    """Returns that the model's family has no row, so that its attention is not known, or None if it has one."""
-    if config.get_text_config().model_type in FAMILIES:
-        return None
-    return "the model's family has no row in the table of families"
 
 
 def avoid_cudnn_attention(attention: Attention, device: torch.device) -> None:
@@ -120,26 +119,20 @@ def avoid_cudnn_attention(attention: Attention, device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _unsupported_scores(config: PretrainedConfig) -> str | None:
-    """Returns what the kernels do not support in the model's scores (gemma 2 caps them, gpt-oss adds sinks)."""
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        return "the model caps its attention scores, which the kernels do not support"
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
-        return "the model's attention is not the standard one that the kernels compute"
-    return None
+def _has_plain_scores(config: PretrainedConfig) -> bool:
+    """Returns whether sdpa computes a model's scores: Gemma 2 caps them, gpt-oss adds sinks."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return not capped and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
 
 
-def _obstacle(train: Train, config: Any, precision: Precision, device: torch.device) -> str | None:
-    """Returns why attention by document is not available for a model with standard scores, or None if it is."""
-    if (unknown := _unknown_family(config)) is not None:
-        return unknown
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < train.sequence_length:
-        return f"the model's sliding window is {window} tokens, and blocks have {train.sequence_length}"
-    if device.type == "cuda" and precision != "bfloat16":
+def _gpu_obstacle(config: Any, precision: Precision, device: torch.device) -> str | None:
+    """Returns why attention by document is not available on a GPU, or None if it is."""
+    if device.type != "cuda":
+        return None
+    if precision != "bfloat16":
         return f"on GPUs it requires bfloat16, and precision is {precision}"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if device.type == "cuda" and size > LARGEST_HEAD:
+    if size > LARGEST_HEAD:
         return f"on GPUs, heads may have {LARGEST_HEAD} numbers, and the model's have {size}"
     return None
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from pipeline.errors import UserError
+from pipeline.models.families import FAMILIES
 from pipeline.training.attention import (
     DOCUMENTS,
     FLEX,
@@ -22,6 +30,7 @@ from pipeline.training.attention import (
     document_bounds,
     resolve_attention,
 )
+from pipeline.training.attention_support import obstacle_to_documents
 from pipeline.training.batches import TokenIndices
 from pipeline.training.loss import SummedLoss, loss_and_gradient
 from tests.tiny_families import TINY_CONFIGS, tiny_model
@@ -303,6 +312,17 @@ def test_auto_needs_no_mask_on_cpus_and_gpus():
     large_heads = LlamaConfig(head_dim=512)
     assert resolve_attention("pretrain", auto, large_heads, "bfloat16", CUDA) == FLEX
     assert resolve_attention("pretrain", train_settings(attention="sdpa"), config, "float32", CPU) == "sdpa"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_torch_the_obstacles_are_those_that_transformers_knows(family: str):
+    """A config.json leaves out the entries that equal the class's defaults."""
+    config = AutoConfig.for_model(family)
+    long, short = (obstacle_to_documents({"model_type": family}, length) for length in (2**20, 1))
+    assert long == obstacle_to_documents(config.to_dict(), 2**20)
+    has_window = (getattr(config, "sliding_window", None) or 0) > 1
+    assert (long is not None) == (has_window or short is not None)
+    assert (short is None) == MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
 
 
 @pytest.mark.parametrize("family", TINY_CONFIGS)

@@ -7,6 +7,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.launch.machine import Machine
 from pipeline.models.families import shape_of
+from pipeline.training.attention_support import attention_faults
 from pipeline.training.validate import shared_model_faults, training_faults, validate_corpus, validate_data
 from tests.plain_settings import cpu_launch
 from tests.training.small import train_settings, write_blocks
@@ -97,6 +98,25 @@ def test_rotary_embeddings_that_depend_on_the_longest_document_are_refused_only_
             settings = train_settings(sequence_parallel=ranks)
             faults = list(shared_model_faults("pretrain", settings, shape_of(config), config))
             assert [fault.remedy for fault in faults] == expected
+
+
+@pytest.mark.parametrize(
+    "model, changes, device, setting",
+    [
+        ({"model_type": "llama"}, {"sequence_parallel": 2}, "cpu", None),
+        ({"model_type": "mistral", "sliding_window": 16}, {}, "cpu", None),
+        ({"model_type": "mistral", "sliding_window": 16}, {"sequence_parallel": 2}, "cuda", None),
+        ({"model_type": "mistral", "sliding_window": 16}, {"sequence_parallel": 2}, "cpu", "sequence_parallel"),
+        ({"model_type": "gemma2"}, {"sequence_parallel": 2}, "cpu", "sequence_parallel"),
+        ({"model_type": "gpt_oss"}, {"sequence_parallel": 2, "attention": "documents"}, "cuda", "attention"),
+        ({"model_type": "llama"}, {"attention": "flex"}, "cpu", "attention"),
+    ],
+)
+def test_attention_that_cannot_compute_the_model_is_refused(
+    model: dict[str, Any], changes: dict[str, Any], device: str, setting: str | None
+):
+    faults = list(attention_faults("pretrain", train_settings(**changes), model, device))
+    assert [fault.setting for fault in faults] == ([] if setting is None else [f"pretrain.{setting}"])
 
 
 def test_compiling_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,8 @@ from pipeline.models.families.nested import inner_config, prefix_of
 from pipeline.models.families.parameters import Config, Fused, Parameter, Parameters, num_experts
 from pipeline.models.families.tensors import LayerTensor, Place, Role
 
+MEANINGFUL_NULLS = frozenset({"num_key_value_heads", "sliding_window", "attn_logit_softcapping"})
+
 
 @dataclass(frozen=True)
 class Inference:
@@ -103,10 +105,11 @@ class Family:
     def with_defaults(self, config: Config) -> Config:
         """The config with the family's defaults for entries that are absent or null.
 
-        A null ``num_key_value_heads`` is not a default: every head then has its own keys and values.
+        Some nulls mean something else than the default: that every head has its own keys and values, or that
+        attention has no window or cap.
         """
         own = inner_config(config) if is_nested(config) else config
-        given = {name: value for name, value in own.items() if value is not None or name == "num_key_value_heads"}
+        given = {name: value for name, value in own.items() if value is not None or name in MEANINGFUL_NULLS}
         return {**self.defaults, **given}
 
     def parameters(self, config: Config, layer: int) -> Parameters:

@@ -120,28 +120,41 @@ GPT_OSS: Parameters = {
 # ------------------------------------------------------------------------------------------------ table
 
 TIED = {"tie_word_embeddings": True}
+NO_WINDOW = {"use_sliding_window": False}
 
 # Published configs of models with images leave all of these out.
 GEMMA3_DEFAULTS = {
     **TIED, "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208,
-    "max_position_embeddings": 131_072,
+    "max_position_embeddings": 131_072, "sliding_window": 4096,
 }  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA),
-    "mistral": Family(LLAMA, defaults={"num_key_value_heads": 8}),
+    "mistral": Family(LLAMA, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "granite": Family(LLAMA),
-    "smollm3": Family(LLAMA, defaults={**TIED, "num_key_value_heads": 4}),
+    "smollm3": Family(LLAMA, defaults={**TIED, **NO_WINDOW, "num_key_value_heads": 4}),
     "arcee": Family({**pre_norms(), **attention(), **plain_mlp("mlp.up_proj", "mlp.down_proj", "mlp_bias")}),
     "qwen2": Family(
-        {**pre_norms(), **attention(bias=True, output_bias=False), **gated_mlp()}, defaults={"num_key_value_heads": 32}
+        {**pre_norms(), **attention(bias=True, output_bias=False), **gated_mlp()},
+        defaults={**NO_WINDOW, "num_key_value_heads": 32},
     ),
-    "qwen3": Family({**QWEN3_ATTENTION, **gated_mlp()}, defaults={"head_dim": 128, "num_key_value_heads": 32}),
+    "qwen3": Family(
+        {**QWEN3_ATTENTION, **gated_mlp()}, defaults={**NO_WINDOW, "head_dim": 128, "num_key_value_heads": 32}
+    ),
     "gemma": Family(
         {**pre_norms(offset=1.0), **attention(), **gated_mlp()},
         defaults={**TIED, "head_dim": 256, "num_key_value_heads": 16},
     ),
-    "gemma2": Family(GEMMA2, defaults={**TIED, "head_dim": 256, "num_key_value_heads": 4}),
+    "gemma2": Family(
+        GEMMA2,
+        defaults={
+            **TIED,
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "attn_logit_softcapping": 50.0,
+        },
+    ),
     "gemma3_text": Family({**GEMMA2, **query_key_norms(offset=1.0)}, defaults=GEMMA3_DEFAULTS),
     "phi3": Family(PHI3),
     "olmo2": Family(OLMO2),
@@ -178,13 +191,13 @@ FAMILIES: dict[str, Family] = {
             **gated_mlp("mlp.shared_expert", "shared_expert_intermediate_size"),
             **router("mlp.shared_expert_gate", rows=1, role="shared_expert_gate"),
         },
-        defaults={"qkv_bias": True, "num_key_value_heads": 16},
+        defaults={**NO_WINDOW, "qkv_bias": True, "num_key_value_heads": 16},
     ),
     "qwen3_moe": Family(
         QWEN3_ATTENTION,
         dense=gated_mlp(),
         sparse=experts("moe_intermediate_size"),
-        defaults={"num_key_value_heads": 4},
+        defaults={**NO_WINDOW, "num_key_value_heads": 4},
     ),
     "olmoe": Family(
         {
@@ -194,7 +207,10 @@ FAMILIES: dict[str, Family] = {
             **experts("intermediate_size"),
         }
     ),
-    "gpt_oss": Family(GPT_OSS, defaults={"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8}),
+    "gpt_oss": Family(
+        GPT_OSS,
+        defaults={"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128},
+    ),
 }
 
 
