@@ -83,7 +83,8 @@ def _new_matrices(role: MatrixRole, loss: float, plan: LayerPlan, work: Workspac
         norms.append(float(torch.linalg.vector_norm(predicted)))
         yield NewTensor(layer, role.tensor, svd.left @ predicted)
     # The layers that the predictor learned to predict; the first and the last have only one neighbor.
-    known = torch.stack([torch.linalg.vector_norm(right) for right in svd.right[1:-1]]).square().mean().sqrt()
+    inner = range(1, len(svd.right) - 1)
+    known = torch.stack([torch.linalg.vector_norm(svd.right_of(layer)) for layer in inner]).square().mean().sqrt()
     work.record(
         role.tensor.module,
         rank=svd.rank,
@@ -121,7 +122,7 @@ class MatrixRole:
         remaining = list(plan.new_layers)
 
         def right_at(index: int) -> Tensor:
-            return predicted[index] if index in predicted else self.svd.right[plan.layers[index].base[0]]
+            return predicted[index] if index in predicted else self.svd.right_of(plan.layers[index].base[0])
 
         while remaining:
             planned = remaining.pop(0)
@@ -137,7 +138,7 @@ def prepare_role(base: Sequence[LayerWeights], tensor: LayerTensor, settings: Le
     work.note(f"{tensor.module} decomposition")
     svd = decompose(lambda layer: base[layer][tensor], len(base), work.scratch, settings.standardized)
     seed = role_seed(work.seed, tensor)
-    predictor = Predictor(svd.d_in, settings.hidden_size, seed).to(svd.right.device)
+    predictor = Predictor(svd.d_in, settings.hidden_size, seed).to(svd.left.device)
     return MatrixRole(tensor, seed, svd, predictor)
 
 

@@ -58,8 +58,8 @@ class Predictor(nn.Sequential):
             fresh = torch.randn(linear.weight.shape, generator=generator) * math.sqrt(gain / linear.in_features)
             linear.weight.copy_(fresh)
             linear.bias.zero_()
-        some = samples[torch.randperm(len(samples), generator=generator)[:INITIALIZATION_SAMPLES]].to(rows.device)
-        inputs, target = _inputs_and_target(rows, rank, some)
+        some = samples[torch.randperm(len(samples), generator=generator)[:INITIALIZATION_SAMPLES]]
+        inputs, target = _inputs_and_target(rows, rank, some, last.weight.device)
         first = self(inputs)
         # Subtracting the mean removes what all predictions have in common, so it must come before measuring the scale.
         mean = first.mean(dim=0)
@@ -101,8 +101,8 @@ def train_predictor(
     Batches are gathered from ``right`` itself, so inputs and targets need no additional memory.
 
     Args:
-        predictor: trained in place, on the device of ``right``.
-        right: V of all base layers, ``[layers, rank, d_in]``. May be mapped from a file.
+        predictor: trained in place, on its device.
+        right: V of all base layers, ``[layers, rank, d_in]``. May be mapped from a file, and on another device.
         seed: of the order of the samples.
         note: called after each epoch with the completed steps, the total steps, and the epoch's mean loss.
         directions: the singular directions to learn from, a subset of ``range(rank)``. None for all.
@@ -139,10 +139,11 @@ def _sample_indices(layers: int, rank: int, directions: Tensor | None) -> Tensor
     return (inner + (torch.arange(rank) if directions is None else directions)).flatten()
 
 
-def _inputs_and_target(rows: Tensor, rank: int, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns G's inputs ``[n, 2 d_in]`` and targets ``[n, d_in]`` for some rows of V_i."""
+def _inputs_and_target(rows: Tensor, rank: int, samples: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns G's inputs ``[n, 2 d_in]`` and targets ``[n, d_in]`` for some rows of V_i, on ``device``."""
+    samples = samples.to(rows.device)
     inputs = rows[torch.stack([samples - rank, samples + rank], dim=1)].view(len(samples), 2 * rows.shape[1])
-    return inputs, rows[samples]
+    return inputs.to(device), rows[samples].to(device)
 
 
 def _learning_rate_factor(schedule: str, step: int, total: int) -> float:
@@ -165,10 +166,11 @@ def _epochs(
 ) -> Iterator[list[Tensor]]:
     """Trains, and yields the losses of the steps of each epoch."""
     generator = torch.Generator().manual_seed(seed)
+    device = next(predictor.parameters()).device
     for _ in range(settings.epochs):
         losses = []
         for batch in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
-            inputs, targets = _inputs_and_target(rows, rank, batch.to(rows.device))
+            inputs, targets = _inputs_and_target(rows, rank, batch, device)
             loss = prediction_loss(predictor(inputs), targets, settings.norm_loss_weight, settings.norm_batch)
             optimizer.zero_grad()
             loss.backward()

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have no such limit
 MOST_DIFFERING = 3  # names of tensors in a message
-SCRATCH_ON_DISK_BYTES = 1_000_000_000  # scratch tensors larger than this are on disk, smaller ones in memory
+# Scratch tensors larger than this are on disk, smaller ones in the memory of the device that computes.
+SCRATCH_ON_DISK_BYTES = 1_000_000_000  # of the host
+SCRATCH_ON_DISK_SHARE = 0.5  # of a GPU
 
 NamedPosition = Literal["top", "middle", "bottom", "interleaved"]
 RankedPosition = Literal["least_important", "most_similar"]  # after a ranking of the layers on a probe text
@@ -122,9 +124,17 @@ class Method(Expand):
         """
         return ()
 
-    def scratch_bytes(self, base: Shape) -> int:
-        """Returns the disk space in bytes that ``work.scratch`` needs while a base of this shape is expanded."""
+    def scratch_bytes(self, base: Shape, gpu_memory: int | None = None) -> int:
+        """Returns the disk space in bytes that ``work.scratch`` needs while a base of this shape is expanded.
+
+        Args:
+            gpu_memory: all of the GPU on which the method computes, in bytes; None for the host.
+        """
         return 0
+
+    def gpu_bytes(self, base: Shape, gpu_memory: int) -> int | None:
+        """Estimates the peak memory in bytes on a GPU that has ``gpu_memory``; None where no estimate exists."""
+        return None
 
     def check(self, num_base_layers: int) -> None:
         """Checks that the method can expand a base of this depth. Reads no file.
@@ -303,6 +313,16 @@ def method_of(settings: Expand) -> Method:
 # ----------------------------------------------------------------------------------------- workspace
 
 
+def is_on_disk(size: int, gpu_memory: int | None) -> bool:
+    """Returns whether a scratch tensor of so many bytes is on disk, which changes no number.
+
+    Args:
+        size: of the tensor.
+        gpu_memory: all of the GPU that computes, in bytes; None for the host.
+    """
+    return size > (SCRATCH_ON_DISK_BYTES if gpu_memory is None else SCRATCH_ON_DISK_SHARE * gpu_memory)
+
+
 def in_memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Returns an uninitialized float32 tensor in memory, whatever its size."""
     import torch
@@ -328,7 +348,8 @@ class Workspace:
             may skip these as long as its other results do not depend on that.
         save: saves what has been yielded so far, with ``records``, so that it survives an interruption. For results
             that are expensive to recompute; everything is saved every few seconds anyway.
-        scratch: allocates uninitialized float32 tensors, on disk where they are large.
+        scratch: allocates uninitialized float32 tensors, on disk where they are large. These are tensors of the CPU,
+            whatever the device.
         config: the base's config.json, with the defaults of its config class.
         records: facts for the manifest, by subject.
         warnings: what a user of the expanded model should know.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.method import SCRATCH_ON_DISK_BYTES, LayerWeights, NewTensor, Scratch, Workspace, in_memory
+from pipeline.expansion.method import LayerWeights, NewTensor, Scratch, Workspace, in_memory, is_on_disk
 from pipeline.files import disk_errors_as_user_errors, is_intact, read_record, seal, write_json
 from pipeline.models.families import Family, LayerTensor
 from pipeline.models.layer_config import complete_config
@@ -242,11 +242,15 @@ def _write_new(writer: ShardWriter, names: TensorNames, new: NewTensor) -> None:
 
 
 def scratch_in(directory: Path) -> Scratch:
-    """Returns an allocator that maps large CPU tensors from unnamed files in ``directory``."""
+    """Returns an allocator that maps large tensors from unnamed files in ``directory``, as tensors of the CPU.
+
+    Pages of such a file stay in the host's memory as long as there is space for them.
+    """
 
     def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
         size = torch.Size(shape).numel() * torch.float32.itemsize  # bytes
-        if device.type != "cpu" or size <= SCRATCH_ON_DISK_BYTES:
+        gpu_memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        if not is_on_disk(size, gpu_memory):
             return in_memory(shape, device)
         path = directory / ".scratch"
         try:

@@ -170,6 +170,20 @@ def _expansion(prepared: PreparedRun) -> Faults:
     yield from _raised_by(lambda: prepared.expansion.check(depth))
 
 
+def _expansion_memory(prepared: PreparedRun) -> Faults:
+    """By estimate, the method's linear algebra fits the GPU that ``launch.device`` names."""
+    needed, gpu = prepared.expansion_memory, prepared.expansion_gpu
+    if needed is not None and gpu is not None and needed > usable(gpu):
+        device = prepared.run.launch.device
+        yield UserError(
+            setting="expand.device",
+            value=prepared.run.expand.device,
+            rule=f"the expansion needs about {gib(needed)} of GPU memory, and {device} has {gib(usable(gpu))} "
+            "available",
+            remedy="Set expand.device=cpu.",
+        )
+
+
 # ------------------------------------------------------------------------------------------------------- data
 
 
@@ -491,7 +505,7 @@ def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Di
         for stage, train in prepared.training.items()
         if stage in chosen and (trained := prepared.trained(stage)) is not None
     }
-    scratch = sizes.method.scratch_bytes(sizes.base) if "expand" in chosen else 0
+    scratch = sizes.method.scratch_bytes(sizes.base, prepared.expansion_gpu) if "expand" in chosen else 0
     tokens = {"tokenize/corpus": run.data.max_corpus_tokens or 0}
     return disk_of(chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch)
 
@@ -518,6 +532,7 @@ CHECKS = (
     Check(_weights, stops=("load",)),
     Check(_expansion, stops=("expand",), needs="shape"),
     Check(_layers, stops=("expand",), needs="shape"),
+    Check(_expansion_memory, stops=("expand",), needs="sizes"),
     Check(partial(_trainable, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_trainable, "sft"), stops=("sft",), needs="sizes"),
     Check(partial(_training, "pretrain"), stops=("pretrain",)),

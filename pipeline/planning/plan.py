@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import Settings
-from pipeline.estimates import Disk, Sizes, sizes_of
+from pipeline.estimates import Disk, Sizes, sizes_of, usable
 from pipeline.planning.checks import Blocker, disk_needed, find_blockers
 from pipeline.planning.prepared import PreparedRun
 from pipeline.planning.training import PURPOSE_OF, TrainingPlan, plan_training
@@ -33,12 +33,14 @@ class Plan:
     Attributes:
         config_from: the origin of the model's config, in words.
         sizes: None, like ``disk``, if the base model is not known.
+        expansion: memory in bytes that expanding takes on the GPU, and can take; None if that is not known.
         disk: of the nodes that no earlier job of the sweep builds.
     """
 
     run: Settings
     config_from: str
     sizes: Sizes | None
+    expansion: tuple[int, int] | None
     training: Sequence[TrainingPlan]
     disk: Disk | None
     blockers: Sequence[Blocker]
@@ -70,11 +72,17 @@ def _plan(job: PreparedRun, builder_of: dict[str, str]) -> Plan:
         run=job.run,
         config_from=job.inputs.config_from,
         sizes=job.sizes,
+        expansion=_expansion(job),
         training=[plan for plan in training if plan is not None],
         disk=None if job.sizes is None else disk_needed(job, own),
         blockers=blockers,
         nodes=_planned_nodes(job, blockers, builder_of),
     )
+
+
+def _expansion(job: PreparedRun) -> tuple[int, int] | None:
+    memory, gpu = job.expansion_memory, job.expansion_gpu
+    return (memory, usable(gpu)) if memory is not None and gpu is not None and "expand" in job.missing else None
 
 
 def _merged(blockers: Iterable[Blocker]) -> Iterable[Blocker]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE, Fingerprints, RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source, Train
+from pipeline.config.execution import GPUS
 from pipeline.data import python_docs, sources
 from pipeline.driver.graph import Inputs, Node, build_graph, select_nodes
 from pipeline.driver.run import missing_nodes
@@ -103,6 +104,21 @@ class PreparedRun:
         if method.ranked_position is None or node is None or not node.artifact.is_complete():
             return method
         return method.with_gaps(recorded_gaps(read_json(node.artifact.path / "expansion.json")))
+
+    @property
+    def expansion_gpu(self) -> int | None:
+        """All memory in bytes of the GPU on which the method would compute; None if that is a CPU or not known."""
+        method, gpu = method_of(self.run.expansion), GPUS.get(self.run.launch.device)
+        without = self.run.action == "submit" and self.machine("expand").gpus == 0
+        if gpu is None or not method.uses_gpu or method.device == "cpu" or without:
+            return None
+        return int(gpu.memory_gib * 2**30)
+
+    @property
+    def expansion_memory(self) -> int | None:
+        """The estimated peak memory in bytes on ``expansion_gpu``; None if there is no such GPU or no estimate."""
+        sizes, gpu = self.sizes, self.expansion_gpu
+        return None if sizes is None or gpu is None else sizes.method.gpu_bytes(sizes.base, gpu)
 
     @property
     def training(self) -> dict[str, Train]:

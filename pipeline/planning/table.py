@@ -31,6 +31,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_stages(plan, console)
     if plan.training:
         _print_training(plan, console)
+    _print_expansion(plan, console)
     _print_disk(plan, console)
     _print_blockers(plan, console)
 
@@ -155,6 +156,13 @@ def _largest(plan: TrainingPlan) -> str:
 # -------------------------------------------------------------------------------------- disk and blockers
 
 
+def _print_expansion(plan: Plan, console: Console) -> None:
+    if plan.expansion is None:
+        return
+    needed, available = plan.expansion
+    console.print(f"  expanding takes {gib(needed)} of {gib(available)} of GPU memory")
+
+
 def _print_disk(plan: Plan, console: Console) -> None:
     if plan.disk is None:
         return
@@ -162,6 +170,7 @@ def _print_disk(plan: Plan, console: Console) -> None:
     shown = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     console.print(
         f"  disk {gib(plan.disk.total)}: {shown}, ...; checkpoints while training {gib(plan.disk.checkpoints)}"
+        + (f", scratch space while expanding {gib(plan.disk.scratch)}" if plan.disk.scratch else "")
     )
 
 

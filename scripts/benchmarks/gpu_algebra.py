@@ -41,6 +41,13 @@ def main() -> None:
     size = f"{options.layers} × {options.shape}"
     say(row("decomposition", size, f"{seconds:.2f}", f"{max(errors):.1e} of the norm"))
 
+    started = time.perf_counter()
+    moved = decompose(lambda index: layers[index].to(device), options.layers, lambda shape, _: torch.empty(shape))
+    seconds = time.perf_counter() - started
+    equal = torch.equal(moved.right, parts.right.cpu()) and torch.equal(moved.left, parts.left)
+    say(row("decomposition, V on the host", size, f"{seconds:.2f}", "same bits" if equal else "other bits"))
+    del parts, moved
+
     cost = torch.rand(options.transport, options.transport, device=device)
     started = time.perf_counter()
     solved = sinkhorn_log(cost, 0.06, 100, 1e-9)  # OpT-DeUS's settings

@@ -255,6 +255,21 @@ def test_disk_counts_the_room_that_lesa_works_in_unless_checkpoints_take_more(
     assert lesa.scratch_bytes(small) == 0  # in memory
 
 
+def test_lesa_keeps_its_largest_factor_on_a_gpu_only_if_half_of_it_is_enough(
+    expand_settings: Callable[..., AnyExpand],
+) -> None:
+    lesa, llama_8b = method_of(expand_settings("lesa")), shape_of(LLAMA3_8B)
+    llama_70b = shape_of({**LLAMA3_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80})
+    of_8b, of_70b = 32 * 14336 * 4096 * 4, 80 * 28672 * 8192 * 4
+    large, small = 80 * 2**30, 12 * 2**30
+    assert [lesa.scratch_bytes(llama_8b, memory) for memory in (large, small)] == [0, of_8b]
+    assert lesa.scratch_bytes(llama_70b, large) == of_70b
+    # On the large GPU V of gate or up, beside which there is a copy of [out, out] twice; else the eigendecomposition.
+    assert of_8b + 8 * 14336**2 < lesa.gpu_bytes(llama_8b, large) < of_8b + 10 * 14336**2 + 8 * 14336 * 4096
+    assert lesa.gpu_bytes(llama_70b, large) == 32 * 28672**2
+    assert lesa.gpu_bytes(llama_8b, small) == 32 * 14336**2
+
+
 def test_utilization_follows_from_the_settings() -> None:
     trained = _trained(trainable="all")
     assert utilization_of(trained, _setup()) == 0.50

@@ -10,14 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import AnyExpand
 from pipeline.expansion import lesa_predictions
-from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.lesa_predictor import Predictor, _learning_rate_factor, prediction_loss, train_predictor
+from pipeline.expansion.layer_plan import LayerPlan, insertion_plan
+from pipeline.expansion.lesa_predictor import (
+    Predictor,
+    _epochs,
+    _learning_rate_factor,
+    prediction_loss,
+    train_predictor,
+)
 from pipeline.expansion.method import Workspace
 from pipeline.expansion.methods.lesa import Lesa
-from pipeline.expansion.svd import decompose
+from pipeline.expansion.svd import SharedSVD, decompose
 from pipeline.models.families import LayerTensor, family_of
 from tests.expansion.random_layer import Layers
 from tests.naive import predicted_matrix, svd_factors
@@ -317,6 +324,23 @@ def test_the_factors_of_a_group_are_freed_before_the_next_is_decomposed(
     monkeypatch.setattr(lesa_predictions, "prepare_role", watched)
     _expand(random_layers(4), settings())
     assert len(held) == 7
+
+
+def test_only_the_large_factor_may_be_on_another_device(settings: Callable[..., Lesa]) -> None:
+    """Fake tensors of the meta device in the place of a GPU's: an operation on tensors of two devices raises."""
+    with FakeTensorMode():
+        right, samples = torch.empty(5, 6, 12), torch.arange(6, 24)
+        with torch.device("meta"):
+            predictor, left = Predictor(12, 16, seed=0), torch.empty(20, 6)
+        predictor.initialize_on(right.flatten(0, 1), 6, samples, seed=1)
+        optimizer = torch.optim.SGD(predictor.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        for losses in _epochs(predictor, right.flatten(0, 1), 6, samples, settings(), 0, optimizer, schedule):
+            assert all(loss.device.type == "meta" for loss in losses)
+        q = LayerTensor("self_attn.q_proj.weight", family_of("llama").roles["self_attn.q_proj.weight"])
+        role = lesa_predictions.MatrixRole(q, 0, SharedSVD(left, right), predictor)
+        for _, predicted in role.predict(insertion_plan((1, 1, 4), 5)):
+            assert (left @ predicted).device.type == "meta"
 
 
 def test_variants_are_presets_of_explicit_settings(expand_settings: ExpandSettings) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.config import AnyExpand
-from pipeline.expansion import surgery
+from pipeline.expansion import method, surgery
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, method_of
-from pipeline.expansion.surgery import TensorNames, write_weights
+from pipeline.expansion.surgery import TensorNames, scratch_in, write_weights
 from pipeline.models.families import family_of
 from pipeline.models.reading import ModelDirectory
 
@@ -154,7 +155,7 @@ def test_large_scratch_tensors_are_in_an_unnamed_file(
     in_memory.mkdir(), on_disk.mkdir()
     write_weights(_names(tiny_llama_dir, settings), Watched(settings), CPU, in_memory, seed=0)
 
-    monkeypatch.setattr(surgery, "SCRATCH_ON_DISK_BYTES", 0)
+    monkeypatch.setattr(method, "SCRATCH_ON_DISK_BYTES", 0)
     mapped: list[int] = []
     from_file = torch.from_file
 
@@ -168,3 +169,18 @@ def test_large_scratch_tensors_are_in_an_unnamed_file(
     assert _weights_in(on_disk) == {"model.safetensors"}
     first, second = (load_file(directory / "model.safetensors") for directory in (in_memory, on_disk))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_scratch_tensors_for_a_gpu_are_in_its_memory_up_to_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger ones are tensors of the CPU, whose file has no name."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=800))
+    allocated: list[torch.device] = []
+    monkeypatch.setattr(surgery, "in_memory", lambda shape, device: allocated.append(device))
+    gpu = torch.device("cuda", 0)
+    scratch_in(tmp_path)((10, 10), gpu)
+    assert allocated == [gpu]
+    on_disk = scratch_in(tmp_path)((10, 11), gpu)
+    assert (on_disk.device, on_disk.shape, on_disk.dtype) == (CPU, (10, 11), torch.float32)
+    assert allocated == [gpu] and not list(tmp_path.iterdir())

@@ -352,6 +352,17 @@ def test_settings_that_would_fit_the_memory_are_named(plan: Plan) -> None:
     assert "pretrain.deepspeed.zero_stage=3" in smaller
 
 
+def test_the_memory_and_the_scratch_space_of_an_expansion_are_counted(plan: Plan) -> None:
+    gpu = ("launch.device=rtx4090_24gb", "launch.processes=8")
+    output = plan("lesa_llama3", *gpu)
+    assert "expanding takes 9.0 GiB of 22.1 GiB of GPU memory" in output and "scratch space" not in output
+    output = plan("lesa_llama3", *gpu, "expand.device=cpu")
+    assert "expanding takes" not in output and "scratch space while expanding 7.0 GiB" in output
+    output = plan("lesa_llama3", *gpu, "model.shape.hidden_size=8192", "model.shape.intermediate_size=28672")
+    assert "needs about 24.5 GiB of GPU memory" in _blockers(output)["expand.device"]  # 32 * 28672 ** 2 bytes
+    assert "scratch space while expanding 28.0 GiB" in output
+
+
 def test_a_family_that_cannot_be_expanded_is_a_blocker(plan: Plan, shrunk: list[str], tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "unknown", "num_hidden_layers": 2}')

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.section import Fraction, NonNegativeFloat, Positive, PositiveFloat
 from pipeline.expansion.layer_plan import LayerPlan, PlannedLayer
 from pipeline.expansion.method import (
-    SCRATCH_ON_DISK_BYTES,
     LayerWeights,
     NewTensor,
     Workspace,
     ZeroInitMethod,
+    is_on_disk,
 )
-from pipeline.models.families import LayerTensor, Shape
+from pipeline.models.families import LayerTensor, LinearMap, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,11 +52,23 @@ class Lesa(ZeroInitMethod):
     standardized: bool  # inputs of unit variance, first predictions centered and of the targets' size; else raw
     norms: Literal["layer0", "neighbour", "average"]  # where a new layer's norms and biases come from
 
-    def scratch_bytes(self, base: Shape) -> int:
-        """Returns the size of V of the largest role, ``[layers, out, in]`` in float32, or 0 if V fits in memory."""
-        matrices = (shape for layer in base.layers for shape in layer.tensors.values() if len(shape) == 2)
-        size = max(map(prod, matrices)) * len(base.layers) * 4
-        return size if size > SCRATCH_ON_DISK_BYTES else 0
+    def scratch_bytes(self, base: Shape, gpu_memory: int | None = None) -> int:
+        """Returns the size of V of the largest role, or 0 if V fits in memory."""
+        size = max((_size_of_v(base, matrix) for matrix in _matrices(base)), default=0)
+        return size if is_on_disk(size, gpu_memory) else 0
+
+    def gpu_bytes(self, base: Shape, gpu_memory: int) -> int:
+        """Estimates the peak memory, which is that of the largest eigendecomposition or of V.
+
+        The former holds four float64 matrices ``[out, out]``, as measured on CPUs. Beside V there are U S, its inverse,
+        a layer's matrix and its part of V, in float32. Together, small roles take at most a gigabyte more.
+        """
+        peaks = [0]
+        for matrix in _matrices(base):
+            size, rank = _size_of_v(base, matrix), min(matrix.rows, len(base.layers) * matrix.columns)
+            beside = 4 * (2 * matrix.rows * rank + (matrix.rows + rank) * matrix.columns)
+            peaks += [4 * 8 * matrix.rows**2, beside + (0 if is_on_disk(size, gpu_memory) else size)]
+        return max(peaks)
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
         """Yields borrowed and predicted tensors, with zeroed outputs if ``zero_init``."""
@@ -86,3 +97,12 @@ class Lesa(ZeroInitMethod):
         if self.norms == "layer0":
             return base[0][tensor]
         return torch.stack([base[index][tensor].float() for index in planned.base]).mean(dim=0)
+
+
+def _matrices(base: Shape) -> Iterator[LinearMap]:
+    return (matrix for layer in base.layers for maps in layer.linear_maps.values() for matrix in maps)
+
+
+def _size_of_v(base: Shape, matrix: LinearMap) -> int:
+    """Returns the size in bytes of V of one role, ``[layers, rank, in]`` in float32, where ``rank`` is at most out."""
+    return 4 * len(base.layers) * min(matrix.rows, len(base.layers) * matrix.columns) * matrix.columns
