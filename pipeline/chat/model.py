@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.config.actions import Chat
 from pipeline.errors import UserError, one_line
-from pipeline.models.built import IncompleteModelError, load_complete
+from pipeline.models.built import IncompleteModelError, load_language_model
 from pipeline.models.tensors import DTYPES, dtype_of
 
 _Messages = Sequence[Mapping[str, str]]
@@ -80,7 +80,7 @@ class ChatModel:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-            model: Any = load_complete(directory, DTYPES[dtype_of("auto", device)])
+            model: Any = load_language_model(directory, DTYPES[dtype_of("auto", device)])
         except (OSError, ValueError, IncompleteModelError) as error:
             raise UserError(
                 setting="target",

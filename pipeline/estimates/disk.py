@@ -52,6 +52,7 @@ def disk_of(
     trained: Mapping[str, TrainingOutputs],
     tokens: Mapping[str, int],
     scratch: int = 0,
+    around: int = 0,
 ) -> Disk:
     """Estimate what the missing stages will write.
 
@@ -61,9 +62,11 @@ def disk_of(
         trained: by training stage.
         tokens: the number of tokens by tokenize node, if it is known.
         scratch: what expand needs in addition to its artifact, in bytes.
+        around: the number of parameters of the model around a language model, which every artifact holds as well.
     """
     width = DTYPE_BYTES[dtype]
-    models = {"load": base.parameters, **dict.fromkeys(("expand", "pretrain", "sft"), grown.parameters)}
+    stages = {"load": base, **dict.fromkeys(("expand", "pretrain", "sft"), grown)}
+    models = {stage: shape.parameters + around for stage, shape in stages.items()}
     for stage, outputs in trained.items():
         models[stage] = outputs.model * models[stage] + outputs.snapshots * outputs.parameters
     artifacts = {

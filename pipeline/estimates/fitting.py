@@ -15,7 +15,7 @@ from pipeline.estimates.memory import Setup, memory_of
 from pipeline.estimates.sizes import Trained, trained_part
 from pipeline.files import gib, read_json
 from pipeline.launch.machine import Placement, detect_machine, device_memory, place
-from pipeline.models.families import shape_of
+from pipeline.models.families import inner_config, shape_of
 from pipeline.training.precision import resolve_precision
 from pipeline.training.validate import less_memory
 
@@ -114,7 +114,7 @@ def suggest_settings_that_fit(task: StageTask) -> Iterator[None]:
 def _remedy(task: StageTask) -> str:
     train, model, machine = task.settings, task.parents["model"], detect_machine()
     assert isinstance(train, Train)
-    shape = shape_of(read_json(model / "config.json"))
+    shape = shape_of(inner_config(read_json(model / "config.json")))
     trained = trained_part(task.name, train.trainable, shape, read_json(model / "expansion.json"))
     placement = place(task.launch, machine)
     return when_out_of_memory(task.name, trained, setup_of(train, placement), usable(device_memory(placement)))

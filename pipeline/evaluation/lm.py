@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import added_bos
-from pipeline.models.built import load_complete
+from pipeline.models.built import load_language_model
 from pipeline.progress import ProgressBar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
@@ -39,7 +39,7 @@ class LanguageModel(HFLM):
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: Literal["cpu", "cuda"], batch_size: int) -> None:
-        model: Any = load_complete(directory, dtype)
+        model: Any = load_language_model(directory, dtype)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         # In bfloat16, log likelihoods of answers would be rounded to three digits, and differ by chance or not at all.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.models.built import load_complete
+from pipeline.models.built import load_language_model
 from pipeline.models.inference.decoder import NotUnderstoodError, decoder_of
 
 Form = Callable[[Tensor], Any]  # hidden states -> what a layer returns
@@ -68,7 +68,7 @@ class LayerwiseModel:
     def __init__(self, directory: Path, blocks: Blocks, device: torch.device, fits: bool, work_dir: str) -> None:
         self._device = device
         streamed: dict[str, Any] = {} if fits else {"device_map": {"": "disk"}, "offload_folder": work_dir}
-        self._model: PreTrainedModel = load_complete(directory, torch.float32, **streamed)
+        self._model: PreTrainedModel = load_language_model(directory, torch.float32, **streamed)
         try:
             self._layers = decoder_of(self._model).layers
         except NotUnderstoodError as error:

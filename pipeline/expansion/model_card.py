@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.artifacts.store import MANIFEST
 from pipeline.files import read_json, sha256_file
+from pipeline.models.config_json import is_nested
 from pipeline.models.source import PACKAGE_PREFIX
 from pipeline.models.weight_files import find_weights
 
@@ -21,17 +22,20 @@ def model_card(expansion: Mapping[str, Any], base: Path) -> str:
         base: the directory that was expanded. Its manifest, if it has one, names the model's source.
     """
     model = _manifest(base).get("settings", {})
-    return "\n".join([*card_header(model, [expansion["method"]]), "", *_body(expansion, model)]) + "\n"
+    header = card_header(model, read_json(base / "config.json"), [expansion["method"]])
+    return "\n".join([*header, "", *_body(expansion, model)]) + "\n"
 
 
-def card_header(model: Mapping[str, Any], tags: Sequence[str]) -> list[str]:
+def card_header(model: Mapping[str, Any], config: Mapping[str, Any], tags: Sequence[str]) -> list[str]:
     """Returns the metadata that the Hub reads from a card.
 
     Args:
         model: the settings of the base model.
+        config: of the model, or of its base.
         tags: besides the one of all models of this project.
     """
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    task = "image-text-to-text" if is_nested(config) else "text-generation"
+    header = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     if model.get("revision"):  # otherwise it is a local directory, whose name is of no use to others
         header.append(f"base_model: {json.dumps(model['path'])}")
     return [*header, "tags:", "- depth-growth", *(f"- {tag}" for tag in tags), "---"]

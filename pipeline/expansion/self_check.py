@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline.models.built import IncompleteModelError, load_complete
+from pipeline.models.built import IncompleteModelError, language_config_of, load_complete
 from pipeline.models.decoding import CACHE_TOLERANCE, cache_difference, difference
 from pipeline.models.layer_config import explicit_config
 from pipeline.models.reading import ModelDirectory
@@ -169,7 +169,7 @@ def _narrow_twin(directory: Path) -> PreTrainedModel:
 
     Of a model that reads images, it is the language model alone.
     """
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
+    config = language_config_of(directory)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, size in NARROW.items():
         if isinstance(getattr(config, name, None), int):

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config import MODEL_TARGETS
 from pipeline.expansion.model_card import base_name, card_header
+from pipeline.models.config_json import is_nested
 from pipeline.planning.training import PURPOSE_OF
 from pipeline.report.differences import paired_differences
 from pipeline.report.markup import bullets, code, table
@@ -32,12 +33,13 @@ def card_of(run: RunArtifacts, target: str, repository: str) -> str:
     """
     model = (run.manifest("load") or {"settings": {}})["settings"]
     expansion = run.expansion() if target != "load" else None
+    config = run.read("load", "config.json") or {}
     blocks = [
-        "\n".join(card_header(model, [] if expansion is None else [expansion["method"]])),
+        "\n".join(card_header(model, config, [] if expansion is None else [expansion["method"]])),
         f"# {_title(run, target, repository)}",
         bullets(_facts(run, target, model, expansion)),
         "## How to load it",
-        code(_example(run, target, repository), "python"),
+        code(_example(run, target, repository, config), "python"),
         *_results(run),
         *_citation(expansion),
     ]
@@ -83,12 +85,13 @@ def _source(source: Mapping[str, Any]) -> str:
     return " ".join(str(source[part]) for part in ("path", "config_name", "split", "revision") if source[part])
 
 
-def _example(run: RunArtifacts, target: str, repository: str) -> str:
+def _example(run: RunArtifacts, target: str, repository: str, config: Mapping[str, Any]) -> str:
+    auto_class = "AutoModelForImageTextToText" if is_nested(config) else "AutoModelForCausalLM"
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(repository)})",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(repository)})",
+        f"model = {auto_class}.from_pretrained({json.dumps(repository)})",
     ]
     if not (run.directories[target] / "chat_template.jinja").is_file():
         return "\n".join([*lines, 'prompt = tokenizer("Once upon a time", return_tensors="pt")', *_GENERATE])

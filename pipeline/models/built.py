@@ -1,25 +1,34 @@
-"""Compares a model directory with the model that transformers builds from its config, without reading weights.
+"""Builds and loads the models of directories with transformers, and compares their weights with what it builds.
 
-The model is built on the meta device, and "loaded" from tensors on the meta device that have the names, shapes and
-dtypes in the headers of the weight files. Every rule about names is therefore transformers' own: renamed tensors,
-stacked experts, tied weights, and buffers that may be ignored.
+To compare them without reading weights, the model is built on the meta device, and "loaded" from tensors on the meta
+device that have the names, shapes and dtypes in the headers of the weight files. Every rule about names is therefore
+transformers' own: renamed tensors, stacked experts, tied weights, and buffers that may be ignored.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError, one_line
 from pipeline.files import read_json
-from pipeline.models.config_json import is_nested
+from pipeline.models.config_json import is_nested, with_language_config
+from pipeline.models.families import family_for, inner_config, prefix_of
+from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 
 MAX_NAMED = 3  # tensors in a message
@@ -140,12 +149,65 @@ def load_complete(directory: Path, dtype: Any, **placement: Any) -> PreTrainedMo
     loaded: Any = _auto_class(directory).from_pretrained(
         directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **placement
     )
+    return _checked(directory, loaded)
+
+
+def load_language_model(directory: Path, dtype: Any, **placement: Any) -> PreTrainedModel:
+    """Loads what ``load_complete`` loads, with the same arguments, but not the model around a language model.
+
+    Raises:
+        IncompleteModelError: as by ``load_complete``.
+    """
+    loaded = from_pretrained(directory, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement)
+    return _checked(directory, loaded, _outside(directory))
+
+
+def from_pretrained(directory: Path, **arguments: Any) -> Any:
+    """Loads the causal language model of a directory, which may be inside another model, without checks.
+
+    Args:
+        directory: the model directory.
+        arguments: further ones of ``AutoModelForCausalLM.from_pretrained``.
+    """
+    written = read_json(directory / "config.json")
+    if not is_nested(written):
+        return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, **arguments)
+    mapping = {f"^{re.escape(prefix)}": ""} if (prefix := prefix_of(written)) else None
+    with _quiet():  # it would list all tensors of the model around it
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=language_config_of(directory),
+            key_mapping=mapping,
+            trust_remote_code=False,
+            **arguments,
+        )
+
+
+def language_config_of(directory: Path) -> PreTrainedConfig:
+    """Returns the config of the model that ``from_pretrained`` loads."""
+    written, config = read_json(directory / "config.json"), AutoConfig.from_pretrained(directory)
+    if not is_nested(written):
+        return config
+    return AutoConfig.for_model(**inner_config(with_language_config(written, config.text_config.to_dict())))
+
+
+def _outside(directory: Path) -> set[str]:
+    """Returns the names of the tensors of the model around a language model. Empty if there is none."""
+    written = read_json(directory / "config.json")
+    if not is_nested(written):
+        return set()
+    family = family_for(written)
+    return {name for name in ModelDirectory(directory).specs if not family.has(name)}
+
+
+def _checked(directory: Path, loaded: Any, ignored: Collection[str] = ()) -> PreTrainedModel:
+    """Returns the loaded model if transformers reports no fault, apart from unused tensors that may be ignored."""
     model: PreTrainedModel
-    report: dict[str, object]
+    report: dict[str, Any]
     model, report = loaded
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[fault]:
-            raise IncompleteModelError(f"{directory} loads with {fault} {report[fault]}")
+        if found := set(report[fault]) - set(ignored):
+            raise IncompleteModelError(f"{directory} loads with {fault} {found}")
     if getattr(model.config, "tie_word_embeddings", False) and not is_tied(model):
         raise IncompleteModelError(f"{directory}: the head is not tied to the embeddings")
     return model.eval()

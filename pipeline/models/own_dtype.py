@@ -71,8 +71,15 @@ def _stored_elements(directory: Path, gguf_file: str | None) -> Mapping[str, int
     Raises:
         UserError: the weight files are invalid.
     """
-    if gguf_file is not None:
-        return read_metadata(directory / gguf_file).elements
+    return elements_in(directory) if gguf_file is None else read_metadata(directory / gguf_file).elements
+
+
+def elements_in(directory: Path) -> Mapping[str, int]:
+    """Returns the number of elements by dtype of safetensors on this machine, from the headers of the files.
+
+    Raises:
+        UserError: the weight files are invalid.
+    """
     elements: Counter[str] = Counter()
     for entries, _ in read_headers(directory).values():
         for entry in entries.values():

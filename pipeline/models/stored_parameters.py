@@ -1,7 +1,8 @@
 """A model's parameters as they are in memory, read from a checkpoint that stores some of them in parts.
 
 Transformers stacks the experts of a layer into one parameter and renames some tensors when it loads a model. Training
-knows parameters by their names in memory; what it writes has the names and shapes of the checkpoint.
+knows parameters by their names in memory; what it writes has the names and shapes of the checkpoint. A language model
+inside another model is in memory alone, with the names that it has as a model of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from pipeline.models.families import Family, Place, family_for
+from pipeline.models.families import Family, Place, family_for, prefix_of
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 
@@ -47,7 +48,9 @@ class StoredParameters:
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Returns the shape of a parameter in memory."""
         (first, place), *_ = self._places(parameter).items()
-        return self.specs[first].shape if place is None else self._family.shape_of_fused(parameter, self._config)
+        if place is None:
+            return self.specs[first].shape
+        return self._family.shape_of_fused(self._prefix + parameter, self._config)
 
     def read(self, parameter: str) -> Tensor:
         """Reads a parameter in its shape in memory, and in its stored dtype: the widest one if its parts differ."""
@@ -72,7 +75,7 @@ class StoredParameters:
         if parameter in self.specs:
             return {parameter: None}
         if parameter not in self._parts:
-            parts = self._family.stored_parts(parameter, self._config, self.specs)
+            parts = self._family.stored_parts(self._prefix + parameter, self._config, self.specs)
             if parts is None:
                 raise ValueError(f"{self._directory.path} has no tensor {parameter}")
             self._parts[parameter] = dict(parts)
@@ -81,6 +84,10 @@ class StoredParameters:
     @cached_property
     def _config(self) -> dict[str, object]:
         return self._directory.config
+
+    @cached_property
+    def _prefix(self) -> str:
+        return prefix_of(self._config)
 
     @cached_property
     def _family(self) -> Family:

@@ -32,7 +32,6 @@ from pipeline.files import free_bytes, gib, insufficient_space, may_write, neare
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.machine import evaluation_processes, requested_placement
 from pipeline.launch.slurm import current_allocation, job_of
-from pipeline.models.config_json import is_nested
 from pipeline.models.families import check_stored, family_for, shape_of
 from pipeline.models.quantization import FP8, block_size, check_quantization, is_fp8, scales_of, without_scales
 from pipeline.models.source import ModelSource, chat_template_of, check_shape, refuse_code
@@ -240,14 +239,14 @@ def _training(section: str, prepared: PreparedRun) -> Faults:
 def _shared_sequences(section: str, prepared: PreparedRun) -> Faults:
     """Ranks can share the sequences of this model, if they are to."""
     assert prepared.shape is not None
-    yield from shared_model_faults(section, getattr(prepared.run, section), prepared.shape, prepared.inputs.config)
+    yield from shared_model_faults(section, getattr(prepared.run, section), prepared.shape, prepared.language_config)
 
 
 def _attention(section: str, prepared: PreparedRun) -> Faults:
     """The attention that the settings ask for can compute this model on the device."""
     run = prepared.run
     device = requested_placement(run.launch, prepared.machine(section)).device
-    yield from attention_faults(section, getattr(run, section), prepared.inputs.config, device)
+    yield from attention_faults(section, getattr(run, section), prepared.language_config, device)
 
 
 def _corpus_share(prepared: PreparedRun) -> Faults:
@@ -277,7 +276,7 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
         yield error
     if trained is None:
         return
-    config, layers = prepared.inputs.config, {name: layer for name, layer, _ in trained.shape.tensors()}
+    config, layers = prepared.language_config, {name: layer for name, layer, _ in trained.shape.tensors()}
     yield from _raised_by(
         lambda: requested_multiples(
             section, train, family_for(config), config, layers, trained.names, trained.at_learning_rate
@@ -345,17 +344,6 @@ def _snapshots(prepared: PreparedRun) -> Faults:
                 rule=f"{stage.name} is finished and saved no snapshot there",
                 remedy=f"Leave it out, or train again with force=[{stage.name}].",
             )
-
-
-def _scored_alone(prepared: PreparedRun) -> Faults:
-    """The model is not a language model inside another one."""
-    if is_nested(prepared.inputs.config):
-        yield UserError(
-            setting="evaluate.targets",
-            value=prepared.run.model.path,
-            rule="a language model inside another model is not evaluated",
-            remedy="Set stages=[expand], and evaluate the expanded model with another program.",
-        )
 
 
 def _evaluation_processes(prepared: PreparedRun) -> Faults:
@@ -507,7 +495,7 @@ def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Di
     }
     scratch = sizes.method.scratch_bytes(sizes.base, prepared.expansion_gpu) if "expand" in chosen else 0
     tokens = {"tokenize/corpus": run.data.max_corpus_tokens or 0}
-    return disk_of(chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch)
+    return disk_of(chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch, prepared.around)
 
 
 # What was looked up comes first: without it, most other checks cannot say anything.
@@ -539,15 +527,14 @@ CHECKS = (
     Check(partial(_training, "sft"), stops=("sft",)),
     Check(partial(_shared_sequences, "pretrain"), stops=("pretrain",), needs="shape"),
     Check(partial(_shared_sequences, "sft"), stops=("sft",), needs="shape"),
-    Check(partial(_attention, "pretrain"), stops=("pretrain",), needs="config"),
-    Check(partial(_attention, "sft"), stops=("sft",), needs="config"),
+    Check(partial(_attention, "pretrain"), stops=("pretrain",), needs="shape"),
+    Check(partial(_attention, "sft"), stops=("sft",), needs="shape"),
     Check(_corpus_share, stops=("pretrain",)),
     Check(partial(_memory, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_memory, "sft"), stops=("sft",), needs="sizes"),
     Check(partial(_signal, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_signal, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
-    Check(_scored_alone, stops=("evaluate",), needs="config"),
     Check(_evaluation_processes, stops=("evaluate",)),
     Check(_saved, stops=("sft", "evaluate")),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),

@@ -35,6 +35,7 @@ class Plan:
         sizes: None, like ``disk``, if the base model is not known.
         expansion: memory in bytes that expanding takes on the GPU, and can take; None if that is not known.
         disk: of the nodes that no earlier job of the sweep builds.
+        around: the number of parameters of the model around the language model, if there is one.
     """
 
     run: Settings
@@ -45,6 +46,7 @@ class Plan:
     disk: Disk | None
     blockers: Sequence[Blocker]
     nodes: Sequence[PlannedNode]
+    around: int = 0
 
 
 def make_plans(jobs: Sequence[PreparedRun]) -> list[Plan]:
@@ -77,6 +79,7 @@ def _plan(job: PreparedRun, builder_of: dict[str, str]) -> Plan:
         disk=None if job.sizes is None else disk_needed(job, own),
         blockers=blockers,
         nodes=_planned_nodes(job, blockers, builder_of),
+        around=job.around,
     )
 
 

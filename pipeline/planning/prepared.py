@@ -30,8 +30,9 @@ from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import let_group_write, nearest_existing, no_access, read_json
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
-from pipeline.models.families import Shape, family_for, shape_of
-from pipeline.models.own_dtype import with_own_dtype
+from pipeline.models.config_json import is_nested
+from pipeline.models.families import Shape, family_for, inner_config, shape_of
+from pipeline.models.own_dtype import elements_in, with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
@@ -81,15 +82,33 @@ class PreparedRun:
 
     @cached_property
     def shape(self) -> Shape | None:
-        """The tensors of the base model; None if its config is not known or its family is not supported."""
-        return attempt(lambda: shape_of(self.inputs.config))[0] if self.inputs.config else None
+        """The tensors of the base model; None if its config is not known or its family is not supported.
+
+        Of a model that reads images, they are those of its language model, by their names in training.
+        """
+        return attempt(lambda: shape_of(self.language_config))[0] if self.inputs.config else None
+
+    @property
+    def language_config(self) -> Mapping[str, Any]:
+        """The config of the model that is trained, without that of a model around it."""
+        return inner_config(self.inputs.config)
+
+    @cached_property
+    def around(self) -> int:
+        """The number of parameters of the model around the language model; 0 if there is none, or if not known."""
+        source = self.inputs.source
+        if source is None or self.shape is None or not is_nested(self.inputs.config):
+            return 0
+        directory = source.directory
+        elements = source.elements if directory is None else attempt(lambda: elements_in(directory))[0]
+        return max(0, sum((elements or {}).values()) - self.shape.parameters)
 
     @property
     def context_length(self) -> int | None:
         """The most tokens that the base model can read; None if that is not known or not limited."""
         if self.shape is None:
             return None
-        return family_for(self.inputs.config).with_defaults(self.inputs.config).get("max_position_embeddings")
+        return family_for(self.language_config).with_defaults(self.language_config).get("max_position_embeddings")
 
     @cached_property
     def sizes(self) -> Sizes | None:

@@ -21,7 +21,7 @@ def obstacle_to_documents(config: Config, sequence_length: int) -> str | None:
     """Returns why attention by document cannot compute a model's attention on any device, or None if it can.
 
     Args:
-        config: the model's config.json, or that of the language model in it.
+        config: of the language model.
         sequence_length: tokens per block.
     """
     family = FAMILIES.get(config.get("model_type", ""))
@@ -44,7 +44,7 @@ def attention_faults(section: str, train: Train, config: Config, device: str) ->
     Args:
         section: "pretrain" or "sft", for the messages.
         train: the stage's settings.
-        config: the model's config.json.
+        config: of the language model.
         device: "cpu" or "cuda".
     """
     obstacle = obstacle_to_documents(config, train.sequence_length)

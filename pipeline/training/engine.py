@@ -13,13 +13,14 @@ from typing import Any
 import deepspeed
 import torch
 from torch import distributed
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from pipeline.files import read_json
+from pipeline.models.built import from_pretrained, language_config_of
 from pipeline.models.families import shape_of
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math
@@ -104,6 +105,8 @@ def start_distributed(timeout: timedelta, log_dir: Path) -> torch.device:
 def load_model(context: RankContext) -> PreTrainedModel:
     """Loads the causal language model on the CPU, in the dtype of its parameters during training.
 
+    A model around it is never loaded.
+
     At ZeRO 3 every rank receives its partitions while loading, so no rank ever holds the full model.
 
     Raises:
@@ -112,16 +115,14 @@ def load_model(context: RankContext) -> PreTrainedModel:
     enter("loading the model", is_alone=True)
     config = context.deepspeed_config
     section, train, precision = context.task.name, context.settings, context.precision
-    model_config = AutoConfig.from_pretrained(context.model_dir, trust_remote_code=False)
+    model_config = language_config_of(context.model_dir)
     attention = resolve_attention(section, train, model_config, precision, context.device)
     print(f"attention: {attention} ({section}.attention={train.attention})", flush=True)
     avoid_cudnn_attention(attention, context.device)
     share_sequences(context.sequence)
     zero3 = HfDeepSpeedConfig(dict(config)) if config["zero_optimization"]["stage"] == 3 else None
     dtype = DTYPES[precision] if uses_bfloat16_parameters(train, precision) else torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        context.model_dir, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-    )
+    model: PreTrainedModel = from_pretrained(context.model_dir, dtype=dtype, attn_implementation=attention)
     # transformers holds this config by a weak reference. It must exist while the model is loaded, but no longer, or it
     # would apply to the next model of this process.
     del zero3

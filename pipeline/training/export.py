@@ -17,6 +17,7 @@ from pipeline.artifacts.store import ATTEMPTS_FILE
 from pipeline.config import Split, Train
 from pipeline.files import fsync_directory, read_json, seal, write_json
 from pipeline.models.built import IncompleteModelError, load_complete
+from pipeline.models.config_json import language_config
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.source import CHAT_TEMPLATE
@@ -226,11 +227,16 @@ def copy_chat_files(data_dir: Path, model_dir: Path) -> None:
         _add_stop_token(end, model_dir)
 
 
+def _stop_of_model(config: Mapping[str, Any]) -> Any:
+    own: Any = config.get("eos_token_id")
+    return language_config(config).get("eos_token_id") if own is None else own
+
+
 def _add_stop_token(token: int, model_dir: Path) -> None:
     path = model_dir / GENERATION_CONFIG_FILE
     config = read_json(path) if path.exists() else {}
     # transformers stops at the tokens of generation_config.json, and falls back to those of config.json.
-    known = config.get("eos_token_id", read_json(model_dir / "config.json").get("eos_token_id"))
+    known = config.get("eos_token_id", _stop_of_model(read_json(model_dir / "config.json")))
     stops = known if isinstance(known, list) else [] if known is None else [known]
     if token not in stops:
         write_json(path, {**config, "eos_token_id": [*stops, token]})

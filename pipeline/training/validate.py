@@ -136,7 +136,7 @@ def shared_model_faults(section: str, train: Train, shape: Shape, config: Config
         section: "pretrain" or "sft", for the messages.
         train: the stage's settings.
         shape: of the model.
-        config: its config.json.
+        config: of its language model.
     """
     if train.sequence_parallel == 1:
         return
@@ -166,8 +166,7 @@ def _can_divide(heads: int, key_heads: int, ranks: int) -> bool:
 
 def _rope_types(config: Config) -> set[Any]:
     """Returns the kinds of rotary embeddings in a config, which may have one for each kind of layer."""
-    text = config.get("text_config") or config
-    entries = [text.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    entries = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
     entries += [value for entry in entries for value in entry.values() if isinstance(value, dict)]
     return {entry.get("rope_type", entry.get("type")) for entry in entries}
 

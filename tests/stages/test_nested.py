@@ -20,40 +20,13 @@ from pipeline.files import read_json
 from pipeline.models.families import shape_of
 from pipeline.models.source import config_of, resolve
 from pipeline.planning import prepare
-from pipeline.planning.checks import find_blockers
+from pipeline.planning.plan import Plan, make_plans
 from pipeline.stages import expand, load
 from tests.plain_settings import model_at
 from tests.stages.one_task import make_task
-from tests.tiny_families import SMALL, randomize
+from tests.tiny_nested import CONFIGS, tiny_outer
 
 TOKENS = torch.arange(3, 40)[None]
-VISION = {
-    "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-ROTATION = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gemma3": {
-        "text_config": {"model_type": "gemma3_text", "sliding_window": 8, "layer_types": ["sliding_attention"] * 2
-                        + ["full_attention", "sliding_attention"]},
-        "vision_config": {"model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4,
-    },
-    "mistral3": {
-        "text_config": {"model_type": "mistral"}, "vision_config": {"model_type": "pixtral", "head_dim": 8},
-        "tie_word_embeddings": False,
-    },
-    "qwen2_5_vl": {
-        "text_config": {"model_type": "qwen2_5_vl_text", "rope_parameters": ROTATION, "use_sliding_window": True,
-                        "max_window_layers": 2, "sliding_window": 8},
-        "vision_config": {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]},
-    },
-    "llama4": {
-        "text_config": {"model_type": "llama4_text", "num_local_experts": 2, "interleave_moe_layer_step": 2,
-                        "intermediate_size_mlp": 20, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1, 0]},
-        "vision_config": {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
-    },
-    "llava": {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}},
-}  # fmt: skip
 METHODS = [(family, "llama_pro", "top") for family in CONFIGS]
 METHODS += [("gemma3", "llama_pro", "bottom"), ("mistral3", "average", "bottom"), ("qwen2_5_vl", "opt_deus", "bottom")]
 
@@ -64,15 +37,7 @@ def loaded_of(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> 
 
     def make(family: str) -> Path:
         place = tmp_path_factory.mktemp(family)
-        config = CONFIGS[family]
-        parts = {
-            "text_config": {**SMALL, **config["text_config"]},
-            "vision_config": {**VISION, **config["vision_config"]},
-        }
-        torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **{**config, **parts})).float()
-        randomize(model)
-        model.save_pretrained(place / "original")
+        tiny_outer(family).save_pretrained(place / "original")
         tiny_tokenizer.save_pretrained(place / "original")
         (place / "original" / "preprocessor_config.json").write_text("{}")
         load.run(make_task("load", model_at(place / "original"), place / "load"))
@@ -118,6 +83,7 @@ def test_only_the_layers_of_the_language_model_change(
     assert logits.isfinite().all()
     assert torch.equal(logits, expected) == (method != "average")
     assert (out / "preprocessor_config.json").read_text() == "{}"
+    assert "pipeline_tag: image-text-to-text" in (out / "README.md").read_text()
 
 
 def _is_layer(name: str) -> bool:
@@ -131,19 +97,28 @@ def _model(directory: Path) -> Any:
     return loaded
 
 
-def test_other_stages_refuse_them_by_name(loaded_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_plan_is_of_the_language_model_and_says_which_ones_do_not_train(
+    loaded_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     original = loaded_of("mistral3").parent / "original"
-    faults = _faults(original, tmp_path)
-    assert any("inside a model of the family mistral3" in fault and "stages=[expand]" in fault for fault in faults)
-    assert any("is not evaluated" in fault for fault in faults)
-    assert "inside a model" not in "".join(_faults(original, tmp_path, "stages=[expand]"))
+    plan = _plan(original, tmp_path, "pretrain.trainable=/model.norm/")
+    assert not plan.blockers and plan.sizes is not None and plan.disk is not None
+    stored = load_file(original / "model.safetensors")
+    assert plan.sizes.base.parameters + plan.around == sum(tensor.numel() for tensor in stored.values())
+    assert plan.training[0].trained.names == {"model.norm.weight"}
+
+    llama4 = loaded_of("llama4").parent / "original"
+    refused = [str(blocker.fault) for blocker in _plan(llama4, tmp_path).blockers]
+    assert refused and all("Llama4ForCausalLM is not divided" in fault for fault in refused)
+    assert not _plan(llama4, tmp_path, "stages=[evaluate]", "evaluate.targets=[load,expand]").blockers
 
 
-def _faults(model: Path, output_dir: Path, *arguments: str) -> list[str]:
+def _plan(model: Path, output_dir: Path, *arguments: str) -> Plan:
     command = ["+experiment=quickstart", "model=hub", f"model.path={model}", f"output_dir={output_dir}", *arguments]
-    job = compose_jobs([*command, "action=plan"], False, None)[0]
-    (prepared,) = prepare([job.settings])
-    return [str(blocker.fault) for blocker in find_blockers(prepared)]
+    short = ["expand.new_layers=2", "pretrain.sequence_length=64", "sft.sequence_length=64"]
+    job = compose_jobs([*command, *short, "action=plan"], False, None)[0]
+    (plan,) = make_plans(prepare([job.settings]))
+    return plan
 
 
 def test_a_published_config_without_text_config_is_the_same(loaded_of: Callable[[str], Path], tmp_path: Path) -> None:

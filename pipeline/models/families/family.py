@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pipeline.errors import UserError
-from pipeline.models.config_json import is_nested
 from pipeline.models.families.nested import inner_config, prefix_of
 from pipeline.models.families.parameters import Config, Fused, Parameter, Parameters, num_experts
 from pipeline.models.families.tensors import LayerTensor, Place, Role
@@ -108,7 +107,7 @@ class Family:
         Some nulls mean something else than the default: that every head has its own keys and values, or that
         attention has no window or cap.
         """
-        own = inner_config(config) if is_nested(config) else config
+        own = inner_config(config)
         given = {name: value for name, value in own.items() if value is not None or name in MEANINGFUL_NULLS}
         return {**self.defaults, **given}
 
@@ -153,8 +152,6 @@ class Family:
     @property
     def not_trained(self) -> str:
         """Why the training stages cannot train the model. Empty if they can."""
-        if self.outer:
-            return f"it is the language model inside a model of the family {self.outer}"
         return "" if self.inference is None else self.inference.not_trained
 
     def is_derived(self, tensor_name: str) -> bool:

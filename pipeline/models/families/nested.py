@@ -1,14 +1,17 @@
 """Language models inside other models, such as those that also read images.
 
-Only the layers of the language model are known here. All other tensors are copied, whatever they are.
+Only the language model is known here, and it can be used as a model of its own. All other tensors are copied, whatever
+they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.models.config_json import language_config
+from pipeline.models.config_json import is_nested, language_config
 from pipeline.models.families.parameters import Config
 
 
@@ -39,7 +42,7 @@ SAME_LAYERS = {"qwen2_5_vl_text": "qwen2"}
 
 
 def inner_config(config: Config) -> dict[str, object]:
-    """Returns the config of a nested language model as if it were a model of its own.
+    """Returns the config of a nested language model as if it were a model of its own, and other configs unchanged.
 
     Args:
         config: of the outer model.
@@ -47,15 +50,23 @@ def inner_config(config: Config) -> dict[str, object]:
     Raises:
         UserError: the family of the outer model is not known.
     """
+    if not is_nested(config):
+        return dict(config)
     outer, inner = _outer(config), language_config(config)
     tied = config.get("tie_word_embeddings")
     tied = (outer.tied if tied is None else tied) or (outer.inner_ties and inner.get("tie_word_embeddings"))
     family = inner["model_type"]
-    return {**inner, "model_type": SAME_LAYERS.get(family, family), "tie_word_embeddings": bool(tied)}
+    ropes = {name: _of_text(inner[name]) for name in ("rope_parameters", "rope_scaling") if inner.get(name)}
+    return {**inner, **ropes, "model_type": SAME_LAYERS.get(family, family), "tie_word_embeddings": bool(tied)}
+
+
+def _of_text(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns rotary embeddings without the sections for height and width, which are the same position in a text."""
+    return {name: value for name, value in rope.items() if name != "mrope_section" and value != "mrope"}
 
 
 def prefix_of(config: Config) -> str:
-    """Returns the prefix of the names of the language model's tensors on disk.
+    """Returns the prefix of the names of the language model's tensors on disk; empty if it is not nested.
 
     Args:
         config: of the outer model.
@@ -63,7 +74,7 @@ def prefix_of(config: Config) -> str:
     Raises:
         UserError: the family of the outer model is not known.
     """
-    return _outer(config).prefix
+    return _outer(config).prefix if is_nested(config) else ""
 
 
 def _outer(config: Config) -> Outer:
