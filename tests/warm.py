@@ -36,8 +36,8 @@ VARIABLE = "PIPELINE_TEST_PYTHON"  # holds the client's path in a run's processe
 REAL = sys.executable
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "pipeline", "pipeline.chat", "pipeline.stages", "pipeline.training.worker", "tests.training.forked",
-    "tests.training.many_tasks", "tests.study.one_worker",
+    "pipeline", "pipeline.chat", "pipeline.evaluation.worker", "pipeline.stages", "pipeline.training.worker",
+    "tests.training.forked", "tests.training.many_tasks", "tests.study.one_worker",
 )  # fmt: skip
 FIXED = ("OMP_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", "PYTHONHASHSEED")
 IMPORTED = (

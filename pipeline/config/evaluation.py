@@ -32,7 +32,7 @@ class Evaluate(Section):
     dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
     batch_size: Annotated[Positive, NotInKey]  # sequences; fewer where they are long
     sample_answers: Annotated[NonNegative, NotInKey]  # questions that every model answers for the report
-    processes: Annotated[Positive | Literal["auto"], NotInKey]  # models scored at a time; auto: one per GPU, 1 on CPUs
+    processes: Annotated[Positive | Literal["auto"], NotInKey]  # that score; auto: one per GPU, one on CPUs
     rescore: Annotated[bool, NotInKey]  # score a model even if its logits are proved to be those of a scored one
 
     @field_validator("targets")

@@ -1,4 +1,4 @@
-"""Builds the evaluations of a run at the same time, each on its own share of the machine: a GPU, or some cores."""
+"""Builds the evaluations of a run at the same time, each on its own share of the machine: some GPUs or cores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class MachineShare:
 
     Attributes:
         processes: of the stages that run at the same time.
-        launch: the settings, with the threads of one of them.
+        launch: the settings, with the processes of one of them and the threads of each.
         variables: added to the environment of the stage's process.
     """
 
@@ -69,37 +69,46 @@ class MachineShare:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def shares_of(run: Settings, targets: int) -> list[MachineShare]:
-    """Divides the machine among models that are evaluated at the same time: a GPU each, or a share of the cores.
+def whole_machine(run: Settings) -> MachineShare:
+    """Returns the share of a stage that runs alone, as the settings describe it."""
+    return MachineShare(StageProcesses(), run.launch)
+
+
+def shares_of(run: Settings, models: int) -> list[MachineShare]:
+    """Divides the processes of evaluations among models that are scored at the same time.
+
+    Each process has a GPU, or a share of the cores. Models that get several score one task with all of them.
 
     Args:
-        targets: how many models there are to score. More shares are not made.
+        models: how many there are to score. More shares are not made.
 
     Raises:
         UserError: ``evaluate.processes`` exceeds the number of GPUs.
     """
-    if targets > 1 and not first_node_prefix():  # srun would let the steps of one job wait for each other
-        machine = detect_machine()
-        count = min(targets, evaluation_processes(run.evaluate, run.launch, machine))
-        if count > 1:
-            return _divided(run.launch, machine, count)
-    return [MachineShare(StageProcesses(), run.launch)]
+    if models == 0:
+        return [whole_machine(run)]
+    machine = detect_machine()
+    total = evaluation_processes(run.evaluate, run.launch, machine)
+    if models == 1 or total == 1 or first_node_prefix():  # srun would let the steps of one job wait for each other
+        return [MachineShare(StageProcesses(), run.launch.model_copy(update={"processes": total}))]
+    return _divided(run.launch, machine, total, min(models, total))
 
 
-def _divided(launch: Launch, machine: Machine, count: int) -> list[MachineShare]:
-    threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // count)
+def _divided(launch: Launch, machine: Machine, total: int, count: int) -> list[MachineShare]:
+    """Returns ``count`` shares of ``total`` processes."""
+    threads = launch.threads if launch.threads != "auto" else max(1, machine.cores // total)
     gpus = visible_gpus(machine.gpus) if launch.kind != "cpu" else []
     processes = StageProcesses()
     # Several progress bars would overwrite each other. Without a terminal they are lines.
-    shared = {"TTY_COMPATIBLE": "0"}
-    return [
-        MachineShare(
-            processes,
-            launch.model_copy(update={"threads": threads}),
-            {**shared, "CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else shared,
-        )
-        for index in range(count)
-    ]
+    variables = {"TTY_COMPATIBLE": "0"}
+    shares, first = [], 0
+    for index in range(count):
+        size = total // count + (index < total % count)
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + size])} if gpus else {}
+        changed = launch.model_copy(update={"threads": threads, "processes": size})
+        shares.append(MachineShare(processes, changed, {**variables, **own}))
+        first += size
+    return shares
 
 
 def batches(nodes: Mapping[str, Node]) -> list[list[Node]]:

@@ -20,9 +20,9 @@ from rich.console import Console
 from pipeline.artifacts.lock import Lock
 from pipeline.artifacts.store import begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
-from pipeline.config import Settings
+from pipeline.config import Evaluate, Settings
 from pipeline.driver.graph import STAGES, Node, expected_files, forced, select_nodes
-from pipeline.driver.parallel import MachineShare, batches, build_all, shares_of
+from pipeline.driver.parallel import MachineShare, batches, build_all, shares_of, whole_machine
 from pipeline.errors import UserError, WorkersFailed
 from pipeline.files import read_record, remove_abandoned, temporary_path, write_json
 from pipeline.launch.environment import child_environment
@@ -60,7 +60,8 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
 
     for batch in batches(selected):
         missing = sum(node.name in redo or not node.artifact.is_complete() for node in batch)
-        build_all(batch, shares_of(run, missing), provide)
+        shares = shares_of(run, missing) if isinstance(batch[0].settings, Evaluate) else [whole_machine(run)]
+        build_all(batch, shares, provide)
     return seconds
 
 
@@ -178,6 +179,8 @@ def _execute_in_process(task: StageTask, share: MachineShare) -> Metrics:
     status = share.processes.run(command, environment)
     outcome = load_outcome(logs)
     raise_refusal(outcome)
+    if outcome["status"] == "failed":
+        raise WorkersFailed(f"stage {task.name}: {outcome['cause']}")
     if outcome["status"] != "done":
         raise WorkersFailed(failure_message(f"stage {task.name}: {describe_exit(status)}", logs / "stage.log"))
     metrics: Metrics = outcome["metrics"]

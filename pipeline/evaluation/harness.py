@@ -29,6 +29,7 @@ from pipeline.evaluation.catalogue import BUNDLED, HELD_OUT_TEXT, PREFETCH
 from pipeline.evaluation.custom_tasks import CustomTasks, resolve_data_paths
 from pipeline.evaluation.lm import LanguageModel
 from pipeline.evaluation.scores import by_source, kept_samples, scores_of, text_scores
+from pipeline.evaluation.sharing import ScoringRanks
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import is_intact, read_json, seal, write_json
 from pipeline.launch.machine import Placement
@@ -49,7 +50,7 @@ class ScoringJob:
         model: a Hugging Face directory.
         corpus: the tokenize/corpus artifact, whose held-out text is scored.
         out: the directory that receives ``tasks/`` and ``documents/``.
-        placement: the device and the number of threads. Only one process is used.
+        placement: the device and the number of threads. Processes are started elsewhere.
     """
 
     name: str
@@ -59,38 +60,54 @@ class ScoringJob:
     placement: Placement
 
 
-def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
-    """Scores the tasks that have no result file yet and returns the results of all tasks.
+def score(job: ScoringJob, settings: Evaluate, ranks: ScoringRanks | None = None) -> None:
+    """Scores the tasks that have no result file yet.
 
-    Returns:
-        The contents of ``evaluation.json``: ``rows`` (see ``scores.Score``) and how they were obtained.
+    Args:
+        ranks: the processes that do this together. Rank 0 writes the files.
 
     Raises:
         UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
     """
-    folder = job.out / "tasks"
-    folder.mkdir(exist_ok=True)
-    files = {task: folder / f"{task}.json" for task in settings.tasks}
-    seals = {task: folder / f".{task}.sha256" for task in settings.tasks}
-    missing = [task for task in settings.tasks if not is_intact(seals[task])]
+    ranks = ranks or ScoringRanks()
+    missing = missing_tasks(job, settings)
+    if not missing:
+        return
+    torch.set_num_threads(job.placement.threads)
+    initialize_vector_math()
+    # The data comes first: it may be unreadable, and a model takes longer to load.
+    loaded = _load_tasks(missing, job, settings) if ranks.rank == 0 else {}
+    ranks.wait("loading the tasks")  # which downloads data, and writes the documents of bundled tasks
+    loaded = loaded or _load_tasks(missing, job, settings, writes=False)
     dtype = dtype_of(settings.dtype, job.placement.device)
-    if missing:
-        torch.set_num_threads(job.placement.threads)
-        initialize_vector_math()
-        # The data comes first: it may be unreadable, and a model takes longer to load.
-        loaded = _load_tasks(missing, job, settings)
-        lm = LanguageModel(job.model, DTYPES[dtype], job.placement.device, settings.batch_size)
-        _check_chat_template(lm, job, settings)
-        for task in missing:
-            lm.start(f"{job.name} {task}")
-            print(f"{job.name}: scoring {task}", flush=True)  # in the log, whose end the message of a failure has
-            write_json(files[task], _score_task(task, loaded.pop(task), lm, settings))
-            seal(seals[task], [files[task]])
-    scored = {task: read_json(file) for task, file in files.items()}
+    lm = LanguageModel(job.model, DTYPES[dtype], job.placement.device, settings.batch_size, ranks)
+    _check_chat_template(lm, job, settings)
+    for task in missing:
+        lm.start(f"{job.name} {task}")
+        print(f"{job.name}: scoring {task}", flush=True)  # in the log, whose end the message of a failure has
+        result = _score_task(task, loaded.pop(task), lm, settings, ranks.rank == 0)
+        if result is not None:
+            write_json(_result_file(job, task), result)
+            seal(_seal_of(job, task), [_result_file(job, task)])
+    ranks.wait("scoring")
+
+
+def missing_tasks(job: ScoringJob, settings: Evaluate) -> list[str]:
+    """Returns the tasks that no attempt has completed."""
+    (job.out / "tasks").mkdir(exist_ok=True)
+    return [task for task in settings.tasks if not is_intact(_seal_of(job, task))]
+
+
+def read_evaluation(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
+    """Returns the results of all tasks, which have been scored: the contents of ``evaluation.json``.
+
+    They are ``rows`` (see ``scores.Score``) and how they were obtained.
+    """
+    scored = {task: read_json(_result_file(job, task)) for task in settings.tasks}
     return {
         "rows": [row for result in scored.values() for row in result["rows"]],
         "prompt_format": settings.prompt_format,
-        "dtype": dtype,
+        "dtype": dtype_of(settings.dtype, job.placement.device),
         "device": job.placement.device,
         "first_tokens": [{"task": task, "ids": result["first_tokens"]} for task, result in scored.items()],
         "seconds": {task: result["seconds"] for task, result in scored.items()},
@@ -98,11 +115,22 @@ def score(job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
     }
 
 
-def _score_task(name: str, loaded: Any, lm: LanguageModel, settings: Evaluate) -> dict[str, Any]:
+def _result_file(job: ScoringJob, task: str) -> Path:
+    return job.out / "tasks" / f"{task}.json"
+
+
+def _seal_of(job: ScoringJob, task: str) -> Path:
+    return job.out / "tasks" / f".{task}.sha256"
+
+
+def _score_task(
+    name: str, loaded: Any, lm: LanguageModel, settings: Evaluate, writes: bool = True
+) -> dict[str, Any] | None:
     """Scores one task and returns the contents of its result file.
 
     Args:
         loaded: what ``TaskManager.load`` returned for the task, group or tag.
+        writes: whether this process writes the file. If not, it only takes part in scoring.
     """
     started = time.monotonic()
     # Few-shot examples and bootstrap samples must not depend on which tasks were scored before.
@@ -113,10 +141,12 @@ def _score_task(name: str, loaded: Any, lm: LanguageModel, settings: Evaluate) -
         lm=lm,
         task_dict=loaded,
         limit=settings.limit,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS if writes else 0,
         apply_chat_template=settings.prompt_format == "chat",
     )
-    assert results is not None, "lm-eval returns results on rank 0, and there is only one process"
+    assert results is not None, "lm-eval takes every process for the only one"
+    if not writes:
+        return None
     sources = by_source(name, results) if name == HELD_OUT_TEXT else {}
     # lm-eval reports nothing under the name of a tag, which only stands for its tasks.
     is_tag = name not in {*loaded["tasks"], *loaded["groups"]}
@@ -147,8 +177,12 @@ def _check_chat_template(lm: LanguageModel, job: ScoringJob, settings: Evaluate)
 # ------------------------------------------------------------------------------------- loading tasks
 
 
-def _load_tasks(names: list[str], job: ScoringJob, settings: Evaluate) -> dict[str, Any]:
-    """Loads lm-eval's tasks with their data, by requested name."""
+def _load_tasks(names: list[str], job: ScoringJob, settings: Evaluate, writes: bool = True) -> dict[str, Any]:
+    """Loads lm-eval's tasks with their data, by requested name.
+
+    Args:
+        writes: whether this process writes the documents of bundled tasks.
+    """
     documents = job.out / "documents"
     documents.mkdir(exist_ok=True)
     bundled = TaskManager(
@@ -159,7 +193,8 @@ def _load_tasks(names: list[str], job: ScoringJob, settings: Evaluate) -> dict[s
     loaded = {}
     for name in names:
         if name in BUNDLED:
-            write_documents(name, job.corpus, documents, settings.held_out_characters)
+            if writes:
+                write_documents(name, job.corpus, documents, settings.held_out_characters)
             loaded[name] = bundled.load([name])
         elif name in custom.names:
             loaded[name] = _load_custom(name, others, custom)

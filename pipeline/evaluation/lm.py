@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import added_bos
+from pipeline.evaluation.sharing import BatchTurns, ScoringRanks, own_requests
 from pipeline.models.built import load_language_model
 from pipeline.progress import ProgressBar, progress
 
@@ -29,6 +31,7 @@ class LanguageModel(HFLM):
     Args:
         directory: a Hugging Face model directory.
         batch_size: sequences; long sequences are scored in smaller batches, see ``LOGITS_BYTES``.
+        ranks: the processes that score the model together. All of them get all answers.
 
     Raises:
         IncompleteModelError: the directory does not hold all parameters of the model.
@@ -38,7 +41,14 @@ class LanguageModel(HFLM):
         first_tokens: the first token ids of the first sequence scored since ``start``.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: Literal["cpu", "cuda"], batch_size: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        device: Literal["cpu", "cuda"],
+        batch_size: int,
+        ranks: ScoringRanks | None = None,
+    ) -> None:
         model: Any = load_language_model(directory, dtype)
         model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
@@ -46,8 +56,10 @@ class LanguageModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         self._adds_bos = added_bos(tokenizer) is not None
         self._largest_batch = batch_size
+        self._ranks = ranks or ScoringRanks()
+        self._turns = BatchTurns(self._ranks)
         self._bar: ProgressBar | None = None
-        self._started, self._tokens = 0.0, 0
+        self._started, self._tokens, self._scored = 0.0, 0, 0
         self.start("")
 
     def start(self, label: str) -> None:
@@ -67,17 +79,20 @@ class LanguageModel(HFLM):
         self.add_bos_token: bool | None = False
         longest = max(len(self.tok_encode(request.args[0])) for request in requests)
         self.batch_size_per_gpu = self._fitting_batch(min(longest, self.max_length))
-        with self._progress(len(requests)):
-            answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        answers: list[float] = self._in_turns(super().loglikelihood_rolling, requests)
         self.add_bos_token = None
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generates continuations; see ``lm_eval.api.model.LM.generate_until``."""
         self.batch_size_per_gpu = self._largest_batch  # an earlier task may have reduced it
-        with self._progress(len(requests)):
-            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        answers: list[str] = self._in_turns(super().generate_until, requests)
         return answers
+
+    def _in_turns(self, method: Callable[..., Any], requests: Sequence[Any]) -> Any:
+        self._turns = BatchTurns(self._ranks)
+        with self._progress(len(requests)):
+            return self._turns.run(partial(method, requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -86,8 +101,29 @@ class LanguageModel(HFLM):
             self._check_beginning(context + continuation)
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         self.batch_size_per_gpu = self._fitting_batch(longest)
-        answers: list[Answer] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
-        return answers
+        compute = partial(super()._loglikelihood_tokens, disable_tqdm=True)
+        if override_bs is not None:  # one of the batches of loglikelihood_rolling
+            answers: list[Answer] = self._turns.result_of(partial(compute, requests), [(0.0, False)] * len(requests))
+            return answers
+        own = own_requests(requests, self.batch_size_per_gpu, self._ranks)
+        computed = compute([requests[number] for number in own])
+        parts = self._ranks.gather([[number, *answer] for number, answer in zip(own, computed, strict=True)], "scoring")
+        found = {number: (value, greedy) for part in parts for number, value, greedy in part}
+        return [found[number] for number in range(len(requests))]
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns token ids and mask [batch, sequence] of prompts, whose beginnings are truncated if necessary."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        for row, is_text in zip(ids, mask, strict=True):
+            self._check_beginning(row[is_text.bool()].tolist())
+        kept = slice(-left_truncate_len if left_truncate_len else None, None)
+        return ids[:, kept], mask[:, kept]
 
     def _model_call(self, inps: torch.Tensor, **details: Any) -> torch.Tensor:
         """Returns logits [batch, sequence, vocabulary] for token ids [batch, sequence]."""
@@ -97,12 +133,16 @@ class LanguageModel(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, **details: Any) -> torch.Tensor:
         """Returns token ids [batch, <= max_length], the context [batch, sequence] included."""
-        tokens: torch.Tensor = super()._model_generate(context, max_length, **details)
-        if not self.first_tokens:
-            first = context[0][details["attention_mask"][0].bool()]  # shorter contexts are padded on the left
-            self.first_tokens = first[:FIRST_TOKENS].tolist()
-        self._advance(tokens)
-        return tokens
+        generate = super()._model_generate
+
+        def compute() -> list[list[int]]:
+            tokens: torch.Tensor = generate(context, max_length, **details)
+            self._advance(tokens)
+            ids: list[list[int]] = tokens.tolist()
+            return ids
+
+        # Samples depend on the random numbers that earlier batches have drawn.
+        return torch.tensor(self._turns.result_of(compute, context.tolist(), in_order=bool(details.get("do_sample"))))
 
     def _fitting_batch(self, tokens: int) -> int:
         """Returns how many sequences of ``tokens`` tokens may be scored at once."""
@@ -121,12 +161,15 @@ class LanguageModel(HFLM):
 
     @contextmanager
     def _progress(self, sequences: int) -> Iterator[None]:
-        with progress(self.label, sequences) as self._bar:
-            self._started, self._tokens = time.monotonic(), 0
+        self._ranks.enter(f"scoring {self.label}")
+        with progress(self.label, sequences / self._ranks.count) as self._bar:
+            self._started, self._tokens, self._scored = time.monotonic(), 0, 0
             yield
 
     def _advance(self, tokens: torch.Tensor) -> None:
         """Advances the bar by a batch [batch, sequence]."""
         self._tokens += tokens.numel()
+        self._scored += len(tokens)
+        self._ranks.describe(f"scoring {self.label}, after {self._scored} sequences")
         if self._bar is not None:
             self._bar.advance(len(tokens), tokens_per_second=self._tokens / (time.monotonic() - self._started))

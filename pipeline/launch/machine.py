@@ -84,7 +84,7 @@ def requested_placement(launch: Launch, machine: Machine) -> Placement:
 
 
 def evaluation_processes(evaluate: Evaluate, launch: Launch, machine: Machine) -> int:
-    """Returns how many models are evaluated at the same time: one per GPU, and by default one on CPUs.
+    """Returns how many processes score models at the same time: one per GPU, and by default one on CPUs.
 
     Raises:
         UserError: more than the machine has GPUs.

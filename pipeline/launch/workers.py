@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -82,11 +82,57 @@ def run_workers(
         WorkersFailed: a worker died.
     """
     placement, allocation = place(launch, detect_machine()), current_allocation()
+    nodes = allocation if allocation is not None and allocation.needs_srun else None
+    _clear(log_dir)
+    with _stop_file_on_signal(log_dir / STOP_FILE):
+        status = _launch(module, job_file, launch, placement, nodes, log_dir, on_poll)
+    return _read_outcome(log_dir, status, placement, () if allocation is None else allocation.nodes)
+
+
+def run_local_workers(
+    module: str,
+    job_file: Path,
+    launch: Launch,
+    placement: Placement,
+    log_dir: Path,
+    on_poll: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Runs ``python -m module job_file`` on all ranks of a placement on this machine alone, and waits for them.
+
+    Signals are not handled: if this process ends, the workers end too.
+
+    Args, Returns and Raises are those of ``run_workers``.
+    """
+    _clear(log_dir)
+    status = _launch(module, job_file, launch, placement, None, log_dir, on_poll)
+    return _read_outcome(log_dir, status, placement, ())
+
+
+def _clear(log_dir: Path) -> None:
+    """Removes the files of an earlier attempt."""
     log_dir.mkdir(parents=True, exist_ok=True)
     for name in (STOP_FILE, OUTCOME_FILE, LAUNCHER_LOGS, DEATHS_FILES, RENDEZVOUS_FILES, ALIVE_FILES):
         for stale in log_dir.glob(name):
             stale.unlink(missing_ok=True)
-    nodes = allocation if allocation is not None and allocation.needs_srun else None
+
+
+# ------------------------------------------------------------------------------ running the launcher
+
+
+def _launch(
+    module: str,
+    job_file: Path,
+    launch: Launch,
+    placement: Placement,
+    nodes: Allocation | None,
+    log_dir: Path,
+    on_poll: Callable[[], None],
+) -> int:
+    """Starts the workers, waits for them and returns the launcher's exit status.
+
+    Args:
+        nodes: the job on whose nodes srun starts them; None for this machine.
+    """
     # The name is new for every attempt: a node may have cached a file of the same name on NFS.
     rendezvous = log_dir.absolute() / RENDEZVOUS_FILES.replace("*", uuid4().hex)
     environment = {
@@ -95,22 +141,18 @@ def run_workers(
         RENDEZVOUS_VARIABLE: str(rendezvous),
         ADDRESS_VARIABLE: "127.0.0.1" if nodes is None else node_address(nodes.nodes[0]),
     }
-    with _stop_file_on_signal(log_dir / STOP_FILE):
-        launcher: Ranks | subprocess.Popen[bytes]
-        if nodes is None:
-            launcher = Ranks(module, job_file, environment, placement.processes)
-        else:
-            launcher = _start_srun(srun_command(module, job_file, placement, nodes, log_dir), environment, log_dir)
-        try:
-            _wait(launcher, log_dir, on_poll)
-        finally:
-            _terminate(launcher)
-            for temporary in (rendezvous, *log_dir.glob(ALIVE_FILES)):
-                temporary.unlink(missing_ok=True)
-    return _read_outcome(log_dir, launcher.returncode or 0, placement)
-
-
-# ------------------------------------------------------------------------------ running the launcher
+    launcher: Ranks | subprocess.Popen[bytes]
+    if nodes is None:
+        launcher = Ranks(module, job_file, environment, placement.processes)
+    else:
+        launcher = _start_srun(srun_command(module, job_file, placement, nodes, log_dir), environment, log_dir)
+    try:
+        _wait(launcher, log_dir, on_poll)
+    finally:
+        _terminate(launcher)
+        for temporary in (rendezvous, *log_dir.glob(ALIVE_FILES)):
+            temporary.unlink(missing_ok=True)
+    return launcher.returncode or 0
 
 
 def srun_command(module: str, job_file: Path, placement: Placement, allocation: Allocation, log_dir: Path) -> list[str]:
@@ -201,7 +243,7 @@ def raise_refusal(outcome: Mapping[str, Any]) -> None:
         raise UserError(**{part: outcome[part] for part in ("setting", "value", "rule", "remedy")})
 
 
-def _read_outcome(log_dir: Path, exit_status: int, placement: Placement) -> dict[str, Any]:
+def _read_outcome(log_dir: Path, exit_status: int, placement: Placement, nodes: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the outcome of a finished job, or raises the exception for any other outcome."""
     outcome = load_outcome(log_dir)
     raise_refusal(outcome)
@@ -209,7 +251,5 @@ def _read_outcome(log_dir: Path, exit_status: int, placement: Placement) -> dict
     if outcome["status"] == "stopped" or (outcome["status"] == "done" and (log_dir / STOP_FILE).exists()):
         raise Stopped(f"workers stopped; logs in {log_dir}")
     if outcome["status"] != "done" or exit_status != 0:
-        allocation = current_allocation()
-        nodes = allocation.nodes if allocation is not None else ()
         raise WorkersFailed(explain_workers(log_dir, outcome, exit_status, placement.processes, nodes))
     return outcome

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.task import Metrics, StageTask, task_from_json
-from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
+from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, UserError, WorkersFailed
 from pipeline.files import disk_errors_as_user_errors, read_json, write_json
 from pipeline.launch.child import end_with_parent, redirect_output
 from pipeline.launch.environment import create_code_caches
@@ -29,7 +29,8 @@ from pipeline.tracking import Tracker
 def main(task_file: Path, outcome_file: Path) -> int:
     """Runs the task, writes the outcome file and returns the exit code.
 
-    Exceptions other than ``UserError`` are bugs. They are not caught, and their traceback goes to the stage's log.
+    Exceptions other than ``UserError`` and ``WorkersFailed`` are bugs. They are not caught, and their traceback goes to
+    the stage's log.
     """
     task = task_from_json(read_json(task_file))
     # Output of libraries goes to the log, while progress bars stay on the terminal.
@@ -44,7 +45,11 @@ def main(task_file: Path, outcome_file: Path) -> int:
     except UserError as error:
         write_json(outcome_file, {"status": "refused", **error.parts()})
         return EXIT_REQUEST
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
+    except WorkersFailed as error:
+        write_json(outcome_file, {"status": "failed", "cause": str(error)})
+        return EXIT_FAILED
+    # Of the largest process, since a stage may have started others. Linux reports KiB.
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
     write_json(outcome_file, {"status": "done", "metrics": {"peak_memory_bytes": peak, **metrics}})
     return EXIT_DONE
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.task import ANSWERS_FOLDER, SAME_LOGITS, Metrics, StageTask
 from pipeline.config import MODEL_TARGETS, Answers, Evaluate, EvaluateSnapshot
 from pipeline.evaluation.answers import answer_questions
-from pipeline.evaluation.harness import ScoringJob, score
+from pipeline.evaluation.harness import ScoringJob, missing_tasks, read_evaluation, score
+from pipeline.evaluation.job import score_on_all_ranks
 from pipeline.files import is_intact, read_json, seal, write_json
-from pipeline.launch.machine import place_one_process
+from pipeline.launch.machine import detect_machine, place, place_one_process
 from pipeline.training.snapshots import materialize_snapshot
 
 EVALUATION_FILE = "evaluation.json"
@@ -25,6 +27,7 @@ def run(task: StageTask) -> Metrics:
 
     Raises:
         UserError: a task's data cannot be read, or ``prompt_format=chat`` for a model without a chat template.
+        WorkersFailed: one of several processes has failed.
     """
     settings = task.settings
     if isinstance(settings, Answers):
@@ -37,8 +40,13 @@ def run(task: StageTask) -> Metrics:
         # A snapshot holds only the trained weights. The complete model is removed after it has been scored.
         model = task.out / "model"
         materialize_snapshot(task.parents["model"], settings.fraction, model)
-    placement = place_one_process(task.launch)
-    evaluation = score(ScoringJob(task.name, model, task.parents["corpus"], task.out, placement), settings)
+    placement = place(task.launch, detect_machine())
+    job = ScoringJob(task.name, model, task.parents["corpus"], task.out, placement)
+    if placement.processes > 1 and missing_tasks(job, settings):
+        score_on_all_ranks(replace(task, parents={**task.parents, "model": model}), placement)
+    else:
+        score(job, settings)
+    evaluation = read_evaluation(job, settings)
     if model != task.parents["model"]:
         shutil.rmtree(model)
     write_json(task.out / EVALUATION_FILE, evaluation)

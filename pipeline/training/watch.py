@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -81,6 +81,10 @@ class Watch:
         self._position = TrainingPart(self._position.number + 1, part, is_alone)
         self._entered = time.monotonic()
 
+    def describe(self, part: str) -> None:
+        """Records progress within a part, so that this rank is not taken to be stuck in it."""
+        self._position = replace(self._position, part=part)
+
     def wait_for_all(self, part: str) -> None:
         """Waits until all ranks have called this, however long that takes, unlike a collective.
 
@@ -119,7 +123,7 @@ class Watch:
             self._changed = self._moved = now
         self._looked = now
         if found is not None and found != self._seen:
-            if self._seen is None or found[1].number != self._seen[1].number:
+            if self._seen is None or found[1] != self._seen[1]:
                 self._moved = now
             self._seen, self._changed = found, now
         return None if self._seen is None else self._fault(self._seen[1], now - self._changed, now - self._moved, now)
@@ -130,7 +134,7 @@ class Watch:
         Args:
             other: where it was last.
             silent: seconds since its last sign of life.
-            unmoved: seconds since it was seen to enter that part.
+            unmoved: seconds since it was seen to enter that part, or to move within it.
             now: the current time.
         """
         if silent > self._timeout:

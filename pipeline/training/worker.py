@@ -54,10 +54,19 @@ def main(task_file: Path, log_dir: Path) -> int:
     Raises:
         Exception: a bug. It is recorded first, and its traceback goes to the rank's log.
     """
-    rank = int(os.environ["RANK"])
     stop = StopRequest(log_dir / STOP_FILE)
+    return run_and_record(lambda: _run(task_file, log_dir, stop), log_dir)
+
+
+def run_and_record(function: Callable[[], dict[str, Any]], log_dir: Path) -> int:
+    """Runs a function on this rank, records the outcome that it returns, and returns the exit status.
+
+    Raises:
+        Exception: a bug. It is recorded first, and its traceback goes to the rank's log.
+    """
+    rank = int(os.environ["RANK"])
     try:
-        outcome = _run(task_file, log_dir, stop)
+        outcome = function()
     except UserError as error:
         write_outcome(log_dir, {"status": "refused", **error.parts()})
         return EXIT_REQUEST

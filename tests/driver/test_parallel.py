@@ -1,4 +1,4 @@
-"""Models are scored at the same time, each on its own GPU or share of the cores."""
+"""Models are scored at the same time, each on its own share of the GPUs or cores."""
 
 from __future__ import annotations
 
@@ -100,24 +100,28 @@ def test_after_a_failure_the_others_end(evaluations: list[Node]) -> None:
     assert "evaluate/pretrain" in ended and "evaluate/expand" not in ended
 
 
-def test_each_model_gets_a_gpu_or_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    def divided(machine: Machine, targets: int, *overrides: str) -> list[tuple[str | None, object]]:
+def test_models_share_the_gpus_or_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def divided(machine: Machine, models: int, *overrides: str) -> list[tuple[str | None, object, object]]:
         monkeypatch.setattr(parallel, "detect_machine", lambda: machine)
-        found = shares_of(settings_with(*overrides), targets)
+        found = shares_of(settings_with(*overrides), models)
         assert len({id(share.processes) for share in found}) == 1
-        return [(share.variables.get("CUDA_VISIBLE_DEVICES"), share.launch.threads) for share in found]
+        devices = [share.variables.get("CUDA_VISIBLE_DEVICES") for share in found]
+        return [(gpus, each.launch.processes, each.launch.threads) for gpus, each in zip(devices, found, strict=True)]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     gpus = Machine(cores=64, gpus=8)
-    assert divided(gpus, 4) == [("0", 16), ("1", 16), ("2", 16), ("3", 16)]
-    assert divided(gpus, 1) == [(None, "auto")]
-    assert divided(gpus, 4, "evaluate.processes=2", "launch.threads=3") == [("0", 3), ("1", 3)]
-    assert divided(gpus, 4, "launch.device=cpu") == [(None, "auto")]
+    assert divided(gpus, 4) == [("0,1", 2, 8), ("2,3", 2, 8), ("4,5", 2, 8), ("6,7", 2, 8)]
+    assert divided(gpus, 3) == [("0,1,2", 3, 8), ("3,4,5", 3, 8), ("6,7", 2, 8)]
+    assert divided(gpus, 1) == [(None, 8, "auto")]
+    assert divided(gpus, 0) == [(None, "auto", "auto")]
+    assert divided(gpus, 4, "evaluate.processes=2", "launch.threads=3") == [("0", 1, 3), ("1", 1, 3)]
+    assert divided(gpus, 4, "launch.device=cpu") == [(None, 1, "auto")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab12,7")
-    assert divided(Machine(cores=6, gpus=3), 4) == [("5", 2), ("GPU-ab12", 2), ("7", 2)]
+    assert divided(Machine(cores=6, gpus=3), 4) == [("5", 1, 2), ("GPU-ab12", 1, 2), ("7", 1, 2)]
     cores = Machine(cores=4, gpus=0)
-    assert divided(cores, 4) == [(None, "auto")]  # on CPUs the cores are busy with one model
-    assert divided(cores, 4, "evaluate.processes=2") == [(None, 2), (None, 2)]
+    assert divided(cores, 4) == [(None, 1, "auto")]  # on CPUs the cores are busy with one model
+    assert divided(cores, 4, "evaluate.processes=2") == [(None, 1, 2), (None, 1, 2)]
+    assert divided(cores, 1, "evaluate.processes=2") == [(None, 2, "auto")]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,19 +13,19 @@ import pytest
 
 from pipeline.artifacts.task import SAME_LOGITS, StageTask, TrackingTarget, task_from_json, task_to_json
 from pipeline.config import Evaluate, EvaluateSnapshot
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorkersFailed
 from pipeline.evaluation import harness
 from pipeline.evaluation.catalogue import BUNDLED
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.task_documents import write_documents
-from pipeline.files import read_json, write_json
+from pipeline.files import is_intact, read_json, write_json
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.stored_parameters import StoredParameters
 from pipeline.stages import evaluate
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import save_snapshot
-from tests.evaluation.custom_tasks import write_custom_tasks
+from tests.evaluation.custom_tasks import write_custom_tasks, write_rows
 from tests.plain_settings import NO_TRACKING, cpu_launch
 
 
@@ -47,7 +47,7 @@ def _held_out(directory: Path, texts: dict[str, list[str]]) -> Path:
     return directory
 
 
-def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
+def _task(model: Path, corpus: Path, out: Path, processes: int = 1, **changes: Any) -> StageTask:
     values = {
         "tasks": list(BUNDLED), "include_path": None, "targets": ["load"], "num_fewshot": None, "limit": 12,
         "held_out_characters": 4000, "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
@@ -55,7 +55,7 @@ def _task(model: Path, corpus: Path, out: Path, **changes: Any) -> StageTask:
         "processes": "auto",
     }  # fmt: skip
     out.mkdir(exist_ok=True)
-    launch = cpu_launch(processes=2)
+    launch = cpu_launch(processes)
     tracking = TrackingTarget(NO_TRACKING, "group", "evaluate/load", "id", out)
     settings = Evaluate(**{**values, **changes})
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)
@@ -163,6 +163,53 @@ def test_a_killed_evaluation_loses_at_most_one_task(
     result.write_text(result.read_text().replace('"value": 0', '"value": 8', 1))
     evaluate.run(task)
     assert scored[4:] == ["minimal_pairs"] and read_json(task.out / "evaluation.json")["rows"] == rows
+
+
+SPLIT = """
+task: split
+include: _base.yaml
+dataset_kwargs: {data_files: {test: data/words.jsonl}}
+output_type: generate_until
+doc_to_text: "Repeat: {{word}}"
+doc_to_target: !function failing.target
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+num_fewshot: 2
+metric_list: [{metric: exact_match}]
+"""
+FAILING = """
+import os
+
+def target(document):
+    if os.environ.get("RANK") == "1" and document["word"] == "word 8" and os.path.exists("FAIL"):
+        raise RuntimeError("a metric failed")
+    return document["word"]
+"""
+
+
+def test_two_processes_give_exactly_the_scores_of_one_and_resume_after_a_failure(
+    tiny_llama_dir: Path, corpus: Path, own_tasks: Path, tmp_path: Path
+) -> None:
+    """With random few-shot examples: which ones a document has depends on the documents before it."""
+    (own_tasks / "split.yaml").write_text(SPLIT)
+    fails = tmp_path / "fails"
+    fails.touch()
+    (own_tasks / "failing.py").write_text(FAILING.replace("FAIL", str(fails)))
+    write_rows(own_tasks / "data" / "words.jsonl", [{"word": f"word {number}"} for number in range(9)])
+    names = ["held_out_text", "capitals", "split"]
+    settings = {"tasks": names, "include_path": str(own_tasks), "batch_size": 2}
+    shared = _task(tiny_llama_dir, corpus, tmp_path / "shared", processes=2, **settings)
+    with pytest.raises(WorkersFailed, match=r"rank 1 of 2: RuntimeError: a metric failed(.|\n)*rank-1\.log"):
+        evaluate.run(shared)
+    done = [is_intact(shared.out / "tasks" / f".{name}.sha256") for name in names]
+    assert done == [True, True, False]
+    fails.unlink()
+    metrics = evaluate.run(shared)
+    alone = _task(tiny_llama_dir, corpus, tmp_path / "alone", **settings)
+    assert evaluate.run(alone) == metrics
+    for name in names:
+        first, second = (read_json(task.out / "tasks" / f"{name}.json") for task in (alone, shared))
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert not list(shared.out.rglob("part-*"))
 
 
 def test_scores_are_deterministic(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:

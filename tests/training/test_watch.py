@@ -108,6 +108,19 @@ def test_each_rank_watches_the_next_one(tmp_path: Path) -> None:
     assert json.loads(alive_file(tmp_path, 0).read_text())[1:] == [13, "computing 12", False]
 
 
+def test_a_rank_that_makes_progress_within_a_part_is_not_stuck(tmp_path: Path) -> None:
+    ours, other = (Watch(rank, 2, 10.0, tmp_path) for rank in range(2))
+    for each in (other, ours, ours):
+        each.enter("scoring")
+    start = time.monotonic()
+    for second in range(40):
+        other.describe(f"scoring, after {min(second, 20)} sequences")
+        other.publish()
+        found = ours.look(start + second)
+        assert (found is not None) == (second > 30)
+    assert found == "still scoring, after 20 sequences after 19 seconds"
+
+
 def test_a_rank_that_was_stopped_itself_does_not_blame_the_next_one(tmp_path: Path) -> None:
     """As when Slurm suspends a job: all ranks are silent for as long."""
     ours, other = (Watch(rank, 2, 10.0, tmp_path) for rank in range(2))
