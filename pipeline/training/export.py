@@ -15,6 +15,7 @@ from torch import distributed
 
 from pipeline.artifacts.store import ATTEMPTS_FILE
 from pipeline.config import Split, Train
+from pipeline.data.blocks import open_blocks
 from pipeline.files import fsync_directory, read_json, seal, write_json
 from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.config_json import language_config
@@ -33,7 +34,8 @@ from pipeline.training.precision import Precision
 from pipeline.training.routing import COLLAPSED_SHARE, COLLAPSED_STEPS
 from pipeline.training.sequence_parallel import ALONE, SequenceGroup
 
-CHECKED_TOKENS = 8
+CHECKED_LENGTH = 32  # tokens of the training data on which the exported model is compared with the trained one
+CHECKED_TOKENS = 8  # of these, whose losses are compared
 # Mean difference of a token's loss, by whether a dtype of 16 bits is involved. Kernels sum in different orders.
 LOSS_TOLERANCE = {False: 1e-2, True: 0.5}
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -69,14 +71,15 @@ def export_trained_model(
     """
     memory = _peak_memory(context)
     engine.eval()
-    losses = token_losses(engine, context.device, context.sequence)
+    ids = checked_ids(context.data_dir)
+    losses = token_losses(engine, ids, context.device, context.sequence)
     if context.rank != 0:
         return
     if context.settings.save_model:
         trained = _last_checkpoint(context, progress).tensors(exported_key(context.settings))
         export_with_replaced(context.model_dir, context.task.out, trained)
         copy_chat_files(context.data_dir, context.task.out)
-        check_export(context.task.out, losses, context.precision)
+        check_export(context.task.out, ids, losses, context.precision)
     summary = _summary(context, table, progress, peak) | _averages(context.settings, losses_of_averages) | memory
     out = context.task.out
     fsync_directory(out)  # the driver removes the checkpoints as soon as training.json exists
@@ -124,36 +127,52 @@ def _finished_files(out: Path) -> Iterator[Path]:
             yield path
 
 
+def checked_ids(data_dir: Path) -> torch.Tensor:
+    """Returns the first tokens of the training data, ``[1, <= CHECKED_LENGTH]``.
+
+    On tokens that no text contains in this order, losses are so large that rounding changes them by whole nats.
+    """
+    first = open_blocks(data_dir, "train")["input_ids"][:1, :CHECKED_LENGTH]
+    return torch.from_numpy(first.astype("int64"))
+
+
+def _checked_targets(ids: torch.Tensor) -> list[int]:
+    """Returns the positions of the tokens whose losses are compared: the last one, and others at equal distances."""
+    last = ids.shape[1] - 1
+    return [*range(last, 0, -max(1, last // CHECKED_TOKENS))][:CHECKED_TOKENS]
+
+
 @torch.no_grad()
 def token_losses(
-    model: Callable[..., torch.Tensor], device: torch.device, sequence: SequenceGroup = ALONE
+    model: Callable[..., torch.Tensor], ids: torch.Tensor, device: torch.device, sequence: SequenceGroup = ALONE
 ) -> torch.Tensor:
-    """Returns the cross entropy of a few tokens, ``[tokens]`` in float32 on the CPU. Collective at ZeRO 3.
+    """Returns the cross entropy of a few tokens, ``[targets]`` in float32 on the CPU. Collective at ZeRO 3.
 
     Args:
         model: an engine or module that computes ``SummedLoss``.
-        device: its device.
+        ids: token ids ``[1, tokens]`` on the CPU.
+        device: the model's device.
         sequence: the ranks that share sequences. Collective if there are several.
     """
     # Ranks get equally many tokens. Those after the last target change nothing.
-    length = -(-(CHECKED_TOKENS + 1) // sequence.ranks) * sequence.ranks
-    ids, positions = (torch.arange(length, device=device)[None] for _ in range(2))
-    ids = ids % (CHECKED_TOKENS + 1)
-    targets = [TokenIndices.of(ids, positions, positions == target) for target in range(1, CHECKED_TOKENS + 1)]
-    own, parts = sequence.part(ids), [indices.part(sequence, length) for indices in targets]
+    padded = torch.nn.functional.pad(ids, (0, -ids.shape[1] % sequence.ranks)).to(device)
+    positions = torch.arange(padded.shape[1], device=device)[None]
+    targets = [TokenIndices.of(padded, positions, positions == target) for target in _checked_targets(ids)]
+    own, parts = sequence.part(padded), [indices.part(sequence, padded.shape[1]) for indices in targets]
     with torch.compiler.set_stance("force_eager"):  # compiling the layers for this length would take longer
         losses = torch.stack([model(own, positions, indices).float() for indices in parts])
     return sequence.sum(losses).cpu()
 
 
 @torch.no_grad()
-def check_export(directory: Path, losses: torch.Tensor, precision: Precision) -> None:
+def check_export(directory: Path, ids: torch.Tensor, losses: torch.Tensor, precision: Precision) -> None:
     """Checks that a model which plain transformers loads computes the same as the one that was trained.
 
     Layers are read when they compute, since there may be no memory for a second copy of the model.
 
     Args:
         directory: the exported model.
+        ids: token ids ``[1, tokens]``.
         losses: of the trained model, as returned by ``token_losses``.
         precision: the precision in which they were computed.
 
@@ -164,10 +183,11 @@ def check_export(directory: Path, losses: torch.Tensor, precision: Precision) ->
     rounded = precision == "bfloat16" or dtypes != {torch.float32}
     with TemporaryDirectory(prefix=".check-", dir=directory) as folder:
         model = load_complete(directory, "auto", device_map={"": "disk"}, offload_folder=folder)
-        ids = torch.arange(len(losses) + 1)[None]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = model(ids, use_cache=False).logits[0, :-1].float()
-    difference = float((torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none") - losses).abs().mean())
+            logits = model(ids, use_cache=False).logits[0].float()
+    targets = torch.tensor(_checked_targets(ids))
+    exported = torch.nn.functional.cross_entropy(logits[targets - 1], ids[0, targets], reduction="none")
+    difference = float((exported - losses).abs().mean())
     if not difference <= LOSS_TOLERANCE[rounded]:
         raise IncompleteModelError(
             f"{directory} was written, but the loss of the model that transformers loads from it differs from that of "

@@ -7,32 +7,51 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.data.blocks import BlockWriter
 from pipeline.models.built import IncompleteModelError
-from pipeline.training.export import check_export, copy_chat_files, token_losses
+from pipeline.training.export import check_export, checked_ids, copy_chat_files, token_losses
 from pipeline.training.loss import SummedLoss
 
 
 def test_an_export_that_computes_something_else_is_rejected(tiny_llama_dir: Path, tmp_path: Path) -> None:
     trained = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
-    losses = token_losses(SummedLoss(trained), torch.device("cpu"))
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    losses = token_losses(SummedLoss(trained), ids, torch.device("cpu"))
     export = Path(shutil.copytree(tiny_llama_dir, tmp_path / "export"))
-    check_export(export, losses, "float32")
+    check_export(export, ids, losses, "float32")
     weights = load_file(export / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IncompleteModelError, match="differs from that of the trained model by"):
-        check_export(export, losses, "float32")
+        check_export(export, ids, losses, "float32")
     # The old head of a tied model: transformers then no longer ties it.
     weights = load_file(tiny_llama_dir / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1e-6
     save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IncompleteModelError, match="not tied"):
-        check_export(export, losses, "float32")
+        check_export(export, ids, losses, "float32")
+
+
+@pytest.mark.parametrize(("tokens", "targets"), [(2, [1]), (5, [4, 3, 2, 1]), (32, [31, 28, 25, 22, 19, 16, 13, 10])])
+def test_an_export_is_compared_on_tokens_of_the_training_data(
+    tokens: int, targets: list[int], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    rows = np.arange(5 * tokens, dtype=np.uint32).reshape(5, tokens) % 64
+    with BlockWriter(tmp_path, "train", tokens) as writer:
+        writer.append(rows, np.zeros_like(rows), np.ones_like(rows, dtype=np.uint8))
+    ids = checked_ids(tmp_path)
+    assert ids.tolist() == [rows[0].tolist()]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+    probabilities = model(ids).logits[0].detach().log_softmax(-1)
+    expected = [-probabilities[target - 1, ids[0, target]].item() for target in targets]
+    losses = token_losses(SummedLoss(model), ids, torch.device("cpu"))
+    torch.testing.assert_close(losses, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
