@@ -24,9 +24,8 @@ from huggingface_hub.utils import get_session
 from pipeline.driver.run import package_versions
 from pipeline.errors import UserError
 from pipeline.launch.environment import code_cache_faults, missing_for_compilation
-from pipeline.launch.machine import detect_machine
+from pipeline.launch.machine import bfloat16_flags, detect_machine
 from pipeline.trackers import login_fault
-from pipeline.training.precision import BFLOAT16_FLAGS, cpu_flags
 
 HUB_SECONDS = 3.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -69,7 +68,7 @@ def _packages() -> Finding:
 
 def _hardware() -> Iterator[Finding]:
     machine = detect_machine()
-    native = sorted(BFLOAT16_FLAGS & cpu_flags())
+    native = bfloat16_flags()
     kind = f"bfloat16 with {', '.join(native)}" if native else "no bfloat16 instructions: precision=auto is float32"
     yield Finding("CPU", f"{machine.cores} cores, {kind}")
     driver = _nvidia("name,memory.total,driver_version")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.config.actions import Chat
 from pipeline.errors import UserError, one_line
-from pipeline.models.built import IncompleteModelError, load_language_model
+from pipeline.models.built import IncompleteModelError, load_for_inference
 from pipeline.models.tensors import DTYPES, dtype_of
 
 _Messages = Sequence[Mapping[str, str]]
@@ -67,7 +67,7 @@ class ChatModel:
         cls, name: str, directory: Path, device: Literal["cpu", "cuda"], settings: Chat,
         template: str | None = None, stop: Sequence[int] = (),
     ) -> ChatModel:  # fmt: skip
-        """Loads a model: on a CPU in float32, on a GPU in bfloat16.
+        """Loads a model in the dtype that ``evaluate.dtype=auto`` would choose.
 
         Args:
             name: how the user refers to it.
@@ -80,7 +80,7 @@ class ChatModel:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-            model: Any = load_language_model(directory, DTYPES[dtype_of("auto", device)])
+            model = load_for_inference(directory, DTYPES[dtype_of("auto", device)], device)
         except (OSError, ValueError, IncompleteModelError) as error:
             raise UserError(
                 setting="target",
@@ -88,7 +88,7 @@ class ChatModel:
                 rule=f"transformers cannot load the model ({one_line(error)})",
                 remedy="Choose another model, or build this one again.",
             ) from error
-        return cls(name, model.to(device), tokenizer, settings, template, stop)
+        return cls(name, model, tokenizer, settings, template, stop)
 
     def answer(self, messages: _Messages, show: Callable[[str], object] = lambda text: None) -> str:
         """Returns the next turn of a conversation.

@@ -29,7 +29,7 @@ class Evaluate(Section):
     limit: Positive | None  # documents per task
     held_out_characters: Positive  # of each source's held-out text, for the task held_out_text
     prompt_format: Literal["plain", "chat"]  # shared by all targets
-    dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
+    dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 if the hardware supports it
     batch_size: Annotated[Positive, NotInKey]  # sequences; fewer where they are long
     sample_answers: Annotated[NonNegative, NotInKey]  # questions that every model answers for the report
     processes: Annotated[Positive | Literal["auto"], NotInKey]  # that score; auto: one per GPU, one on CPUs

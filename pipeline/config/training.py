@@ -80,7 +80,7 @@ class Train(Section):
     save_model: Annotated[bool, NotInKeyIf(True)]  # false: only the metrics, which are all that a comparison may need
     activation_checkpointing: Annotated[bool, NotInKey]
     compile: Annotated[bool | Literal["auto"], NotInKey]  # torch.compile for layers and the loss; not at ZeRO 3
-    float32_products: Annotated[bool, NotInKey]  # of bfloat16 operands, on CPUs
+    float32_products: Annotated[bool | Literal["auto"], NotInKey]  # of bfloat16 operands, on CPUs
     attention: Annotated[Literal["auto", "documents", "flex", "sdpa", "eager"], NotInKey]
     deepspeed: DeepSpeed
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import added_bos
 from pipeline.evaluation.sharing import BatchTurns, ScoringRanks, own_requests
-from pipeline.models.built import load_language_model
+from pipeline.models.built import load_for_inference
 from pipeline.progress import ProgressBar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
@@ -49,8 +49,7 @@ class LanguageModel(HFLM):
         batch_size: int,
         ranks: ScoringRanks | None = None,
     ) -> None:
-        model: Any = load_language_model(directory, dtype)
-        model.to(device)
+        model = load_for_inference(directory, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         # In bfloat16, log likelihoods of answers would be rounded to three digits, and differ by chance or not at all.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)

@@ -19,6 +19,7 @@ from pipeline.config import Evaluate, Launch
 from pipeline.errors import UserError
 from pipeline.launch.slurm import current_allocation
 
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 DEVICE_NAME = re.compile(r"\s*(\d+|GPU-[\w-]+|MIG-[\w/-]+)\s*")  # in CUDA_VISIBLE_DEVICES
 
 
@@ -201,3 +202,11 @@ def _count_visible_gpus(prefix: list[str]) -> int:
 
 def _output_on_first_node(command: list[str]) -> str:
     return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=True).stdout
+
+
+def bfloat16_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Returns the instruction sets for bfloat16 that Linux reports for the processor; none on other systems."""
+    if not cpuinfo.is_file():
+        return []
+    flags = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    return sorted(BFLOAT16_FLAGS & set(next(flags, "").partition(":")[2].split()))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -28,6 +28,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.files import read_json
 from pipeline.models.config_json import is_nested, with_language_config
 from pipeline.models.families import family_for, inner_config, prefix_of
+from pipeline.models.matrix_products import prefers_float32_units, use_float32_products
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 
@@ -132,6 +133,24 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
         if had_bar:
             transformers_logging.enable_progress_bar()
+
+
+def load_for_inference(directory: Path, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> PreTrainedModel:
+    """Loads a model that the pipeline has written, to score or generate text.
+
+    Args:
+        directory: the model directory.
+        dtype: of its parameters. Products of bfloat16 are computed on a CPU's float32 units where these are faster.
+        device: where it computes.
+
+    Raises:
+        IncompleteModelError: see ``load_complete``.
+    """
+    model: Any = load_language_model(directory, dtype)
+    if device == "cpu" and dtype == torch.bfloat16 and prefers_float32_units():
+        use_float32_products(model)
+    moved: PreTrainedModel = model.to(device)
+    return moved
 
 
 def load_complete(directory: Path, dtype: Any, **placement: Any) -> PreTrainedModel:

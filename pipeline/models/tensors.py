@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.launch.machine import bfloat16_flags
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by their names in settings
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -36,10 +38,10 @@ class TensorSpec:
 
 
 def dtype_of(dtype: str, device: str) -> str:
-    """Resolves ``auto`` for inference: bfloat16 on a GPU, float32 on a CPU, where bfloat16 needs hardware support."""
+    """Resolves ``auto`` for inference: bfloat16 on a GPU, and on a CPU that has instructions for it, else float32."""
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device == "cuda" else "float32"
+    return "bfloat16" if device == "cuda" or bfloat16_flags() else "float32"
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -388,6 +388,12 @@ def _evaluation_caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[st
         found.append(
             f"The models were scored with different prompt formats ({escape(', '.join(formats))}). Do not compare them."
         )
+    dtypes = sorted({str(evaluation["dtype"]) for evaluation in evaluations})
+    if len(dtypes) > 1:
+        found.append(
+            f"The models were scored in different precisions ({escape(', '.join(dtypes))}), so their differences "
+            "include rounding. `force=[evaluate]` scores all of them again."
+        )
     limits = {m["settings"]["limit"] for run in runs if (m := run.manifest("evaluate/load"))} - {None}
     if limits:
         found.append(f"Only the first {max(limits)} documents of every task were scored.")

@@ -22,12 +22,12 @@ from pipeline.config import Train
 from pipeline.files import read_json
 from pipeline.models.built import from_pretrained, language_config_of
 from pipeline.models.families import shape_of
+from pipeline.models.matrix_products import prefers_float32_units, use_float32_products
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math
 from pipeline.training.attention import avoid_cudnn_attention, resolve_attention, share_sequences
 from pipeline.training.compilation import compile_layers
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
-from pipeline.training.float32_products import use_float32_products
 from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.job import CHECKPOINTS
 from pipeline.training.loss import SummedLoss
@@ -50,6 +50,7 @@ class RankContext:
     rank: int
     ranks: int
     sequence: SequenceGroup = ALONE
+    float32_products: bool = False
 
     @property
     def model_dir(self) -> Path:
@@ -129,6 +130,18 @@ def load_model(context: RankContext) -> PreTrainedModel:
     return model.train()
 
 
+def uses_float32_units(train: Train, device: torch.device, precision: Precision) -> bool:
+    """Returns whether bfloat16 operands are multiplied on a CPU's float32 units. Collective."""
+    if train.float32_products != "auto":
+        return train.float32_products
+    # At ZeRO 0 the parameters are in float32, and at ZeRO 3 hooks of the modules gather them.
+    if precision == "float32" or device.type != "cpu" or train.deepspeed.zero_stage not in (1, 2):
+        return False
+    decision = torch.tensor(int(prefers_float32_units()))
+    distributed.broadcast(decision, src=0)  # otherwise ranks could round differently
+    return bool(decision)
+
+
 def start_engine(
     context: RankContext, model: PreTrainedModel, multiples: Mapping[str, Multiple], matrices: Collection[str]
 ) -> deepspeed.DeepSpeedEngine:
@@ -143,7 +156,7 @@ def start_engine(
     train, precision = context.settings, context.precision
     if train.activation_checkpointing:
         _checkpoint_activations(model)
-    if train.float32_products:
+    if context.float32_products:
         use_float32_products(decoder_layers(model))
     compiles = train.compiles(context.device.type)
     if compiles:
@@ -151,7 +164,7 @@ def start_engine(
     # bfloat16 is either the dtype of the parameters or that of autocast, never both. float32 needs neither.
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     autocast = torch.bfloat16 if needs_autocast else None
-    module = SummedLoss(model, autocast, compiles, train.float32_products, context.sequence)
+    module = SummedLoss(model, autocast, compiles, context.float32_products, context.sequence)
     optimizer = make_optimizer(parameter_groups(model, train, multiples, matrices), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))

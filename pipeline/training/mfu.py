@@ -8,7 +8,6 @@ Elsewhere it is the measured rate of a product of two square matrices, taken on 
 from __future__ import annotations
 
 import resource
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from transformers import PreTrainedModel
 from pipeline.config.execution import bfloat16_peak
 from pipeline.models.families import expert_share
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
+from pipeline.models.matrix_products import matrix_rate
 from pipeline.models.tensors import DTYPES
 from pipeline.training.freeze import decoder_layers, full_shape, lowest_trainable_layer
 from pipeline.training.precision import Precision
 
 MEASURED_SIZE = {"cuda": 8192, "cpu": 1024}  # rows; large enough to saturate the device, small enough to be quick
-MEASURED_SECONDS = 0.5  # some processors take a second for one product in bfloat16
 
 # ---------------------------------------------------------------------------------- FLOPs of the model
 
@@ -84,41 +83,10 @@ def data_sheet_rate(device_name: str, precision: Precision) -> float | None:
     return bfloat16_peak(device_name) if precision == "bfloat16" else None
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
-    """Measures the FLOP/s of one square matrix product, as the best of ``repeats`` runs, or of fewer if it is slow."""
-    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))  # zeros would draw less power
-    seconds: list[float] = []
-    while len(seconds) <= repeats and sum(seconds) < MEASURED_SECONDS:  # the first run is a warm-up
-        synchronize(device)
-        started = time.perf_counter()
-        left @ right
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return float(2 * size**3 / min(seconds))
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has computed everything. CPUs compute immediately."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Measures the best FLOP/s over square products of several sizes, each large enough to saturate the device."""
     sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
     return max(matrix_rate(dtype, device, size, repeats=5) for size in sizes)
-
-
-def slow_bfloat16_note(section: str) -> str | None:
-    """Measures both precisions on this processor, and returns a note for the user if bfloat16 is the slower one."""
-    cpu = torch.device("cpu")
-    bfloat16, float32 = (matrix_rate(dtype, cpu, size=512) / 1e9 for dtype in (torch.bfloat16, torch.float32))
-    if bfloat16 >= float32:
-        return None
-    return (
-        f"bfloat16 matrix products run at {bfloat16:.0f} GFLOP/s on this processor and float32 at {float32:.0f}; "
-        f"{section}.precision=float32 would be faster, as would {section}.float32_products=true in bfloat16"
-    )
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
+
+from pipeline.launch.machine import bfloat16_flags
 
 Precision = Literal["bfloat16", "float32"]  # named as torch's dtypes
 
@@ -14,7 +15,6 @@ CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 GPU_TILE = 128  # rows; GPUs compute products in tiles
 CHECKPOINT_BYTES = 12  # per trained parameter: float32 master weight and two moments
 AVERAGE_BYTES = 4  # per trained parameter, in addition, if averages are kept
-BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 def resolve_precision(
@@ -29,7 +29,7 @@ def resolve_precision(
     """
     if setting != "auto":
         return setting
-    native = gpu_has_bfloat16 if device_type == "cuda" else bool(BFLOAT16_FLAGS & cpu_flags())
+    native = gpu_has_bfloat16 if device_type == "cuda" else bool(bfloat16_flags())
     return "bfloat16" if native else "float32"
 
 
@@ -50,11 +50,3 @@ def chunk_rows(device_type: str, vocabulary: int, is_capped: bool = False) -> in
         return max(1, CHUNK_LOGITS["cpu"] // vocabulary)
     rows = CHUNK_LOGITS["cuda"] // (2 if is_capped else 1) // vocabulary
     return max(1, rows // GPU_TILE) * GPU_TILE
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Returns the instruction set extensions that Linux reports for the processor; empty on other systems."""
-    if not cpuinfo.is_file():
-        return set()
-    flags = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
-    return set(next(flags, "").partition(":")[2].split())

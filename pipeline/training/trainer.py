@@ -23,6 +23,7 @@ from pipeline.errors import TrainingFailure, UserError
 from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
 from pipeline.models.flops import TrainingFlops
+from pipeline.models.matrix_products import prefers_float32_units
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.stored_parameters import StoredParameters
 from pipeline.tracking import METRICS_FILE, Tracker
@@ -30,12 +31,12 @@ from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter, report_full_disk
-from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine
+from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine, uses_float32_units
 from pipeline.training.export import export_trained_model, exported_key
 from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
-from pipeline.training.mfu import peak_of, slow_bfloat16_note, training_flops
+from pipeline.training.mfu import peak_of, training_flops
 from pipeline.training.muon import matrices_of, update_flops
 from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
@@ -72,7 +73,8 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = resolve_precision(settings.precision, device.type, native)
     sequence = SequenceGroup.of_this_rank(settings.sequence_parallel)
-    context = RankContext(task, settings, log_dir, device, precision, rank, ranks, sequence)
+    on_float32_units = uses_float32_units(settings, device, precision)
+    context = RankContext(task, settings, log_dir, device, precision, rank, ranks, sequence, on_float32_units)
     with report_out_of_memory(), disk_errors_as_user_errors(task.out):
         status = _train(context, wants_stop)
     wait_for_all("exporting the model")
@@ -288,7 +290,7 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
         "micro_batch": settings.micro_batch,
         "attention": settings.attention,
         "compile": settings.compiles(context.device.type),
-        "float32_products": settings.float32_products,
+        "float32_products": context.float32_products,
         **({"sequence_parallel": shared} if shared > 1 else {}),  # earlier checkpoints do not have it
     }
 
@@ -339,12 +341,25 @@ def _save_snapshot(context: RankContext, optimizer_state: OptimizerState, fracti
 
 def _announce(context: RankContext, table: list[freeze.ParameterRow], resumed_after: int, notes: list[str]) -> None:
     """Reports what will be trained, in the log and in ``start.json`` for the driver's terminal."""
-    native_on_cpu = context.device.type == "cpu" and not context.settings.float32_products
-    slow = slow_bfloat16_note(context.task.name) if native_on_cpu and context.precision == "bfloat16" else None
-    notes = [*notes, *([] if slow is None else [slow])]
+    notes = [*notes, *_precision_note(context)]
     print(freeze.format_table(table), *notes, sep="\n", flush=True)
     start = {"summary": freeze.format_summary(table), "notes": notes, "resumed_after": resumed_after}
     write_json(context.log_dir / START_FILE, start)
+
+
+def _precision_note(context: RankContext) -> list[str]:
+    """Returns how a CPU computes, where that was left to the pipeline."""
+    settings, section = context.settings, context.task.name
+    if context.device.type != "cpu" or settings.precision == context.precision == "float32":
+        return []
+    if context.precision == "float32":
+        return ["computes in float32: this processor has no instructions for bfloat16"]
+    if context.float32_products:
+        return ["computes in bfloat16, with matrix products on the float32 units, which are faster on this processor"]
+    if prefers_float32_units():  # but these settings, or the user's, rule them out
+        return [f"bfloat16 is slow on this processor: {section}.precision=float32 would be faster, as would "
+                f"{section}.float32_products=auto at ZeRO 1 or 2"]  # fmt: skip
+    return ["computes in bfloat16, for which this processor has fast instructions"]
 
 
 def _tracker(context: RankContext, progress: Progress) -> AbstractContextManager[Tracker | None]:

@@ -256,7 +256,7 @@ def _compilation(section: str, train: Train, device: str, compiles_here: bool) -
 
 
 def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
-    if train.float32_products and (device != "cpu" or train.deepspeed.zero_stage not in (1, 2)):
+    if train.float32_products is True and (device != "cpu" or train.deepspeed.zero_stage not in (1, 2)):
         yield UserError(
             setting=f"{section}.float32_products",
             value="true",

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.expansion.sinkhorn import sinkhorn_log
 from pipeline.expansion.svd import decompose
-from pipeline.training.mfu import synchronize
+from pipeline.models.matrix_products import synchronize
 from scripts.benchmarks.pretrain import row, say
 
 

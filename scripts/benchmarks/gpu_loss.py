@@ -19,9 +19,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from pipeline.models.matrix_products import synchronize
 from pipeline.training import loss
 from pipeline.training.loss import chunked_cross_entropy
-from pipeline.training.mfu import synchronize
 from pipeline.training.precision import chunk_rows
 from scripts.benchmarks.pretrain import row, say
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from pipeline.files import write_json
+from pipeline.models.matrix_products import matrix_rate
 from pipeline.models.tensors import DTYPES
-from pipeline.training.mfu import best_matrix_rate, matrix_rate
+from pipeline.training.mfu import best_matrix_rate
 from pipeline.training.precision import BYTES
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,17 @@ from pipeline.chat.model import ChatModel, ContextFull, Generated
 from pipeline.chat.terminal import converse
 from pipeline.config.actions import Chat
 from pipeline.errors import UserError, printable
+from pipeline.models import tensors
 
 GREEDY = Chat(max_new_tokens=8, temperature=0.0, seed=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32_only() -> Iterator[None]:
+    """Computes in float32 on all processors, in which all ways to compute the same logits agree on the largest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "bfloat16_flags", list)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetNotFoundError
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
 from pipeline.evaluation import harness
+from pipeline.models import tensors
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no way"), DatasetNotFoundError("gone")])
@@ -59,8 +60,14 @@ def test_the_number_of_few_shot_examples(asked: Any, fixed: int | None, given: i
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "expected"),
-    [("auto", "cpu", "float32"), ("auto", "cuda", "bfloat16"), ("bfloat16", "cpu", "bfloat16")],
-)
-def test_the_dtype_does_not_depend_on_the_checkpoint(dtype: str, device: str, expected: str) -> None:
-    assert harness.dtype_of(dtype, device) == expected
+    ("dtype", "device", "flags", "expected"),
+    [
+        ("auto", "cpu", [], "float32"), ("auto", "cpu", ["avx512_bf16"], "bfloat16"), ("auto", "cuda", [], "bfloat16"),
+        ("bfloat16", "cpu", [], "bfloat16"), ("float32", "cuda", [], "float32"),
+    ],
+)  # fmt: skip
+def test_the_dtype_does_not_depend_on_the_checkpoint(
+    dtype: str, device: str, flags: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "bfloat16_flags", lambda: flags)
+    assert tensors.dtype_of(dtype, device) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import MODEL_TARGETS
+from pipeline.files import read_json, write_json
 from pipeline.report.findings import (
     caveats,
     final_target,
@@ -42,6 +43,15 @@ def test_the_headline_of_one_run_states_its_scores(tmp_path: Path) -> None:
         "better); general-English minimal pairs 81.4 % → 80.6 % (−0.8 points, within noise). All stages took "
         "3 min 34 s, and training 2.0×10¹² FLOPs."
     )
+
+
+def test_a_report_says_that_models_were_scored_in_different_precisions(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    results = collect_results([run])
+    assert not any("precision" in caveat for caveat in caveats([run], Scores(results)))
+    file = run.directories["evaluate/sft"] / "evaluation.json"
+    write_json(file, {**read_json(file), "dtype": "bfloat16"})
+    assert any("different precisions (bfloat16, float32)" in caveat for caveat in caveats([run], Scores(results)))
 
 
 def _next_steps(run: RunArtifacts) -> str:

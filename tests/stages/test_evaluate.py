@@ -22,6 +22,7 @@ from pipeline.files import is_intact, read_json, write_json
 from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.stored_parameters import StoredParameters
+from pipeline.models.tensors import dtype_of
 from pipeline.stages import evaluate
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import save_snapshot
@@ -71,7 +72,8 @@ def test_all_bundled_tasks_have_scores_with_standard_errors(tiny_llama_dir: Path
         ("python_docs_mcq", "acc"), ("minimal_pairs", "acc"),
     }  # fmt: skip
     assert all(row["stderr"] > 0 and row["n"] == 12 for row in rows.values())
-    assert (evaluation["prompt_format"], evaluation["dtype"], evaluation["device"]) == ("plain", "float32", "cpu")
+    assert evaluation["dtype"] == dtype_of("auto", "cpu")
+    assert (evaluation["prompt_format"], evaluation["device"]) == ("plain", "cpu")
     assert [first["task"] for first in evaluation["first_tokens"]] == list(BUNDLED)
     assert all(first["ids"] for first in evaluation["first_tokens"])
     assert metrics["table"]["columns"] == ["task", "metric", "value", "stderr", "n"]

@@ -31,15 +31,6 @@ def test_the_measured_rate_is_plausible():
     assert mfu.matrix_rate(torch.float32, torch.device("cpu"), size=64) > 1e6
 
 
-@pytest.mark.parametrize("bfloat16, noted", [(1e11, True), (4e11, False)])
-def test_slow_bfloat16_is_noted_with_a_remedy(monkeypatch: pytest.MonkeyPatch, bfloat16: float, noted: bool):
-    rates = {torch.bfloat16: bfloat16, torch.float32: 2e11}
-    monkeypatch.setattr(mfu, "matrix_rate", lambda dtype, device, size: rates[dtype])
-    note = mfu.slow_bfloat16_note("pretrain")
-    assert (note is not None) == noted
-    assert note is None or "pretrain.precision=float32" in note
-
-
 def test_memory_in_use_grows_with_an_allocation():
     before = mfu.memory_in_use(torch.device("cpu"))
     held = torch.ones(2**24)

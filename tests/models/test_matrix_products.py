@@ -1,4 +1,4 @@
-"""bfloat16 products on the float32 units are as accurate as the native ones."""
+"""bfloat16 products on the float32 units are as accurate as the native ones, and used where they are faster."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pipeline.models import built, matrix_products
+from pipeline.models.matrix_products import use_float32_products
 from pipeline.training.attention import DOCUMENTS
 from pipeline.training.batches import TokenIndices
-from pipeline.training.float32_products import use_float32_products
 from pipeline.training.loss import SummedLoss
 
 
@@ -58,3 +59,28 @@ def test_the_input_of_a_frozen_layer_is_not_saved():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: stored.append(tuple(tensor.shape)) or tensor, id):
         layer(x)
     assert stored == [(40, 96)]
+
+
+@pytest.mark.parametrize("bfloat16, expected", [(1e11, True), (1.9e11, False), (4e11, False)])
+def test_float32_units_are_preferred_where_they_are_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, bfloat16: float, expected: bool
+):
+    rates = {torch.bfloat16: bfloat16, torch.float32: 2e11}
+    monkeypatch.setattr(matrix_products, "matrix_rate", lambda dtype, device, size: rates[dtype])
+    assert matrix_products.prefers_float32_units() == expected
+
+
+@pytest.mark.parametrize("prefers", [False, True])
+def test_inference_computes_products_on_the_preferred_units(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path, prefers: bool
+):
+    monkeypatch.setattr(built, "prefers_float32_units", lambda: prefers)
+    ids = torch.arange(20)[None]
+    model = built.load_for_inference(tiny_llama_dir, torch.bfloat16, "cpu")
+    assert (type(model.get_output_embeddings()) is nn.Linear) != prefers
+    expected = built.load_complete(tiny_llama_dir, torch.float32)(ids).logits
+    logits = model(ids).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=2**-5, atol=2**-5)
+    in_float32 = built.load_for_inference(tiny_llama_dir, torch.float32, "cpu")(ids).logits
+    assert torch.equal(in_float32, expected)
