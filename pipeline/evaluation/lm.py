@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +15,20 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import added_bos
+from pipeline.evaluation.shared_prompts import (
+    Answer,
+    Request,
+    batches_of,
+    can_share_prompts,
+    score_options,
+    shared_prompts_of,
+)
 from pipeline.evaluation.sharing import BatchTurns, ScoringRanks, own_requests
 from pipeline.models.built import load_for_inference
 from pipeline.progress import ProgressBar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time
 FIRST_TOKENS = 8  # of the first request, kept for the record
-
-Request = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation), and the token ids of each
-Answer = tuple[float, bool]  # log likelihood in nats, and whether greedy decoding gives the continuation
 
 
 class LanguageModel(HFLM):
@@ -104,11 +110,30 @@ class LanguageModel(HFLM):
         if override_bs is not None:  # one of the batches of loglikelihood_rolling
             answers: list[Answer] = self._turns.result_of(partial(compute, requests), [(0.0, False)] * len(requests))
             return answers
-        own = own_requests(requests, self.batch_size_per_gpu, self._ranks)
-        computed = compute([requests[number] for number in own])
-        parts = self._ranks.gather([[number, *answer] for number, answer in zip(own, computed, strict=True)], "scoring")
+        computed, others = self._score_shared_prompts(requests)
+        own = [others[n] for n in own_requests([requests[n] for n in others], self.batch_size_per_gpu, self._ranks)]
+        computed.update(zip(own, compute([requests[number] for number in own]), strict=True))
+        parts = self._ranks.gather([[number, *answer] for number, answer in computed.items()], "scoring")
         found = {number: (value, greedy) for part in parts for number, value, greedy in part}
         return [found[number] for number in range(len(requests))]
+
+    def _score_shared_prompts(self, requests: Sequence[Request]) -> tuple[dict[int, Answer], list[int]]:
+        """Scores the requests whose prompt is computed once for several of them, in this process's turns.
+
+        Returns:
+            The answers by the number of the request, and the numbers of the requests that share no prompt.
+        """
+        prompts = shared_prompts_of(requests, self.max_length)
+        if prompts and not can_share_prompts(self.model):
+            prompts = []
+        answers: dict[int, Answer] = {}
+        batches = batches_of(prompts, int(self.batch_size_per_gpu))
+        for batch in islice(batches, self._ranks.rank, None, self._ranks.count):
+            numbers = [number for prompt in batch for number in prompt.numbers]
+            answers.update(zip(numbers, score_options(self.model, batch), strict=True))
+            self._advance(len(numbers), sum(len(each.prompt) + sum(map(len, each.options)) for each in batch))
+        sharing = {number for prompt in prompts for number in prompt.numbers}
+        return answers, [number for number in range(len(requests)) if number not in sharing]
 
     def tok_batch_encode(
         self,
@@ -127,7 +152,7 @@ class LanguageModel(HFLM):
     def _model_call(self, inps: torch.Tensor, **details: Any) -> torch.Tensor:
         """Returns logits [batch, sequence, vocabulary] for token ids [batch, sequence]."""
         logits: torch.Tensor = super()._model_call(inps, **details)
-        self._advance(inps)
+        self._advance(len(inps), inps.numel())
         return logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, **details: Any) -> torch.Tensor:
@@ -136,7 +161,7 @@ class LanguageModel(HFLM):
 
         def compute() -> list[list[int]]:
             tokens: torch.Tensor = generate(context, max_length, **details)
-            self._advance(tokens)
+            self._advance(len(tokens), tokens.numel())
             ids: list[list[int]] = tokens.tolist()
             return ids
 
@@ -165,10 +190,10 @@ class LanguageModel(HFLM):
             self._started, self._tokens, self._scored = time.monotonic(), 0, 0
             yield
 
-    def _advance(self, tokens: torch.Tensor) -> None:
-        """Advances the bar by a batch [batch, sequence]."""
-        self._tokens += tokens.numel()
-        self._scored += len(tokens)
+    def _advance(self, sequences: int, tokens: int) -> None:
+        """Advances the bar by some sequences of that many tokens in all."""
+        self._tokens += tokens
+        self._scored += sequences
         self._ranks.describe(f"scoring {self.label}, after {self._scored} sequences")
         if self._bar is not None:
-            self._bar.advance(len(tokens), tokens_per_second=self._tokens / (time.monotonic() - self._started))
+            self._bar.advance(sequences, tokens_per_second=self._tokens / (time.monotonic() - self._started))
