@@ -221,6 +221,7 @@ def test_a_run_without_conversations_ends_with_the_pre_trained_model(
 @SHARING
 def test_a_sweep_shares_artifacts_and_has_one_report(shrunk: list[str], outputs: Path) -> None:
     command = ["--multirun", "+experiment=quickstart", "expand=copy,none", *shrunk, "name=sweep"]
+    command += ["evaluate.targets=[load,sft]"]
     status, output = run(*command, cwd=outputs)
     assert status == EXIT_DONE, output
     base = outputs / "outputs" / "sweep"

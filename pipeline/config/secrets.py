@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import UserError
@@ -72,8 +73,13 @@ def contains_secret(text: str) -> bool:
         return True
     if any(_is_secret(name, value) for name, value in ASSIGNMENT.findall(text)):
         return True
-    inherited = (value for name, value in os.environ.items() if len(value) >= 8 and _is_secret(name, value))
-    return any(value in text for value in inherited)
+    return any(value in text for value in _inherited(frozenset(os.environ.items())))
+
+
+@lru_cache(maxsize=1)  # hundreds of settings are compared with one environment
+def _inherited(environment: frozenset[tuple[str, str]]) -> list[str]:
+    """The secrets in the environment."""
+    return [value for name, value in environment if len(value) >= 8 and _is_secret(name, value)]
 
 
 def _is_secret(name: str, value: str) -> bool:

@@ -6,7 +6,6 @@ import math
 import random
 
 import pytest
-from scipy.stats import ttest_rel
 
 from pipeline.report.study_plots import pareto_front
 from pipeline.study.statistics import differences, holm, mean_of, paired_p
@@ -14,6 +13,8 @@ from pipeline.study.statistics import differences, holm, mean_of, paired_p
 
 @pytest.mark.parametrize("seeds", [2, 3, 7])
 def test_paired_p_is_that_of_scipy(seeds: int) -> None:
+    from scipy.stats import ttest_rel  # takes a second, which the other worker of pytest need not spend
+
     draw = random.Random(seeds)
     for shift in (0.0, 0.1, 2.0):
         ours = [draw.gauss(shift, 1) for _ in range(seeds)]

@@ -90,29 +90,24 @@ def _base_loss(place: Workplace) -> float:
     return total / count
 
 
-def test_a_finished_study_does_nothing_and_a_new_contender_runs_alone(finished: Workplace) -> None:
-    before = finished.artifacts()
-    losses = finished.results()["rows"]
+def test_a_finished_study_does_nothing(finished: Workplace) -> None:
+    before, losses = finished.artifacts(), finished.results()["rows"]
     assert finished.run() == EXIT_DONE
     assert finished.artifacts() == before and finished.results()["rows"] == losses
-    changed = {"average": ["expand=average"]}
-    finished.write(contenders={**CONTENDERS, **changed})
+
+
+def test_new_contenders_run_alone_and_a_rate_at_which_training_diverges_is_not_chosen(
+    finished: Workplace, one_worker: TrainingWorker
+) -> None:
+    before, expected = finished.artifacts(), finished.results()
+    hot = {"overrides": ["expand=copy"], "learning_rates": [0.001, 1.0e30]}
+    finished.write(contenders={**CONTENDERS, "average": ["expand=average"], "hot": hot})
     try:
         assert finished.run() == EXIT_DONE
         assert before.items() <= finished.artifacts().items()
         rows = finished.results()["rows"]
-        assert [row for row in rows if row["contender"] != "average"] == losses
-        assert len(rows) == 6 / 4 * len(losses)
-    finally:
-        finished.write()
-        assert finished.run() == EXIT_DONE
-
-
-def test_a_rate_at_which_training_diverges_is_not_chosen(finished: Workplace, one_worker: TrainingWorker) -> None:
-    hot = {"overrides": ["expand=copy"], "learning_rates": [0.001, 1.0e30]}
-    finished.write(contenders={**CONTENDERS, "hot": hot})
-    try:
-        assert finished.run() == EXIT_DONE
+        assert [row for row in rows if row["contender"] in CONTENDERS] == expected["rows"]
+        assert len(rows) == 2 * len(expected["rows"])
         losses = {
             row["learning_rate"]: row["validation_loss"]
             for row in finished.results()["tuning"]

@@ -29,7 +29,7 @@ from pipeline.training.job import START_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 3000.0  # seconds for one launch
-GRACE = 10.0  # seconds after one rank has failed until the others are killed, as under a launcher
+GRACE = 10.0  # see ``_child``
 
 
 @dataclass
@@ -111,7 +111,7 @@ def serve() -> None:
         rendezvous = _logs(request) / f"rendezvous-{uuid4().hex}.json"
         pids = [_fork(request, rank, rendezvous) for rank in range(request["ranks"])]
         print(json.dumps({"pids": pids}), flush=True)
-        _reap(pids)
+        _reap(pids, request.get("grace", GRACE))
 
 
 def _measure_small_products() -> None:
@@ -122,7 +122,7 @@ def _measure_small_products() -> None:
     mfu.matrix_rate = lambda dtype, device, size=64, repeats=3: measure(dtype, device, min(size, 64), repeats)
 
 
-def _reap(pids: list[int]) -> None:
+def _reap(pids: list[int], grace: float) -> None:
     """Reports ranks as they end. After a failure, the others get SIGTERM and later SIGKILL, as under the launcher."""
     running, kill_time = set(pids), float("inf")
     while running:
@@ -132,7 +132,7 @@ def _reap(pids: list[int]) -> None:
             code = os.waitstatus_to_exitcode(status)
             print(json.dumps({"rank": pids.index(pid), "status": code}), flush=True)
             if code and kill_time == float("inf"):
-                kill_time = time.monotonic() + GRACE
+                kill_time = time.monotonic() + grace
                 _signal(running, signal.SIGTERM)
             continue
         if time.monotonic() > kill_time:
@@ -179,7 +179,8 @@ def _child(request: dict[str, Any], rank: int) -> int:
 
     The request has either ``plan`` and ``logs``, or ``task_file`` and optionally ``die_at_file_event``, ``limits`` (of
     ``limited_rank``, or of all) and ``slow_checkpoints``: the seconds that the threads that write checkpoints sleep
-    before they open a file.
+    before they open a file. Any request may have ``grace``: seconds after one rank has failed until the others are
+    killed.
     """
     from pipeline.launch.child import end_with_parent
     from pipeline.training import worker

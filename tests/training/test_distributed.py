@@ -28,9 +28,9 @@ from tests.training.small import NEW_LAYERS, logged, train_settings
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one launch of workers serves all cases
 
-STEPS = 6
-WARMUP = 2  # of the steps
-STOP_AFTER = 3
+STEPS = 4
+WARMUP = 1  # of the steps
+STOP_AFTER = 2
 MakeTask = Callable[..., StageTask]
 
 
@@ -60,28 +60,33 @@ class Case:
         )  # fmt: skip
 
 
-# Rounding errors of bfloat16 average out over tokens, so these cases have twice as many.
-EXACT_8, BFLOAT16_2 = Case(1, 2, batch=8), Case(2, 2, "bfloat16", 2, True, batch=8)
-# All ranks, stages and precisions, with recomputation in every second of them: each value of a setting meets each value
-# of every other.
+def case_of(ranks: int, zero: int, precision: str, recompute: bool) -> Case:
+    # Rounding errors of bfloat16 average out over tokens, so these cases have twice as many.
+    return Case(ranks, zero, precision, 2 if recompute else 1, recompute, batch=8 if precision == "bfloat16" else 4)
+
+
+# With two ranks, all stages in both precisions. One rank takes the same code with nothing to exchange, so that one
+# precision per stage is enough. Each value of a setting meets each value of every other.
 MATRIX = [
-    Case(ranks, zero, precision, 2 if recompute else 1, recompute, batch=8 if precision == "bfloat16" else 4)
-    for ranks, zero, precision in itertools.product((1, 2), range(4), ("float32", "bfloat16"))
-    for recompute in [(ranks + zero) % 2 == (precision == "float32")]
+    *(case_of(1, zero, ("float32", "bfloat16")[zero % 2], recompute=zero >= 2) for zero in range(4)),
+    *(
+        case_of(2, zero, precision, recompute=(zero % 2 == 1) == (precision == "bfloat16"))
+        for zero, precision in itertools.product(range(4), ("float32", "bfloat16"))
+    ),
 ]
+EXACT_8 = Case(1, 2, batch=8)
+BFLOAT16_3 = case_of(2, 3, "bfloat16", recompute=True)
 CASES = [
     *MATRIX,
-    Case(1, 0),  # this and the next are compared with others below
-    replace(BFLOAT16_2, zero=3),
     EXACT_8,
     *(Case(2, zero, trainable="all") for zero in (0, 2, 3)),
     *(Case(2, zero, offload=True) for zero in (2, 3)),
     Case(1, 2, micro_batch=4),
-    Case(2, 2, micro_batch=2),
+    Case(2, 2),
 ]
-INTERRUPTED = [replace(BFLOAT16_2, zero=3), Case(2, 0), Case(2, 2, offload=True)]
-# How a checkpoint of two ranks at ZeRO 2 is resumed.
-ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(4, 3), Case(1, 0), replace(BFLOAT16_2, ranks=1, zero=3)]
+INTERRUPTED = [BFLOAT16_3, case_of(2, 0, "float32", recompute=True), Case(2, 2, offload=True)]
+# How a checkpoint of two ranks at ZeRO 2 is resumed. Four ranks at ZeRO 3 are in test_sequence_parallel.py.
+ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(1, 0), replace(BFLOAT16_3, ranks=1)]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +175,7 @@ def test_gradient_norms_by_group_equal_those_of_a_plain_loop(runs: Runs, referen
 
 def test_bfloat16_losses_agree_across_stages_and_ranks(runs: Runs):
     losses = {case: logged(runs.straight[case], "loss") for case in MATRIX if case.precision == "bfloat16"}
-    assert {(case.ranks, case.zero) for case in losses} == set(itertools.product((1, 2), range(4)))
+    assert {case.zero for case in losses if case.ranks == 2} == set(range(4))
     expected = logged(runs.straight[EXACT_8], "loss")
     for case, found in losses.items():
         assert found == pytest.approx(expected, rel=1e-3), case
@@ -228,10 +233,10 @@ def test_frozen_tensors_are_bitwise_unchanged(runs: Runs, grown_dir: Path):
 def test_master_weights_are_loaded_from_the_files_in_float32(runs: Runs, grown_dir: Path):
     """With bfloat16 compute, the exported float32 weights still have digits that bfloat16 cannot represent."""
     base = load_file(grown_dir / "model.safetensors")
-    trained = load_file(runs.straight[BFLOAT16_2].out / "model.safetensors")
+    trained = load_file(runs.straight[BFLOAT16_3].out / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     moved = (trained[name] - base[name]).abs().max()
-    assert moved <= 1.1 * sum(logged(runs.straight[BFLOAT16_2], "learning_rate")) * 1.5
+    assert moved <= 1.1 * sum(logged(runs.straight[BFLOAT16_3], "learning_rate")) * 1.5
     assert not torch.equal(trained[name], trained[name].bfloat16().float())
 
 
@@ -253,7 +258,7 @@ def test_a_checkpoint_resumes_with_other_numbers_of_ranks_and_zero_stages(runs: 
 
 
 def test_training_json_summarizes_the_run(runs: Runs):
-    task = runs.straight[replace(BFLOAT16_2, zero=3)]
+    task = runs.straight[BFLOAT16_3]
     summary = json.loads((task.out / "training.json").read_text())
     assert (summary["steps"], summary["world_size"], summary["zero_stage"]) == (STEPS, 2, 3)
     assert summary["precision"] == "bfloat16"

@@ -125,12 +125,31 @@ def test_interruptions_change_nothing(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_full_disk_is_reported_and_no_saved_state_is_lost(make_task: MakeTask, forked_ranks: ForkedRanks):
-    settings = train_settings(steps=6, checkpoint_every_steps=2)
-    straight, cut = make_task(settings), make_task(settings)
-    forked_ranks.work(straight).wait()
-    first = forked_ranks.work(cut, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE)
-    first.wait()
+@pytest.fixture(scope="module")
+def straight(make_task: MakeTask, forked_ranks: ForkedRanks) -> StageTask:
+    """A finished run of six steps on one rank."""
+    task = make_task(train_settings(steps=6, checkpoint_every_steps=2))
+    assert forked_ranks.work(task).wait() == {0: 0}
+    return task
+
+
+@pytest.fixture(scope="module")
+def killed(make_task: MakeTask, forked_ranks: ForkedRanks) -> StageTask:
+    """The same run, killed while it saved for the second time."""
+    task = make_task(train_settings(steps=6, checkpoint_every_steps=2))
+    assert forked_ranks.work(task, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait() == {0: -signal.SIGKILL}
+    return task
+
+
+@pytest.fixture
+def cut(killed: StageTask, tmp_path: Path) -> StageTask:
+    """A copy of ``killed``."""
+    return replace(killed, out=Path(shutil.copytree(killed.out, tmp_path / "out")))
+
+
+def test_a_full_disk_is_reported_and_no_saved_state_is_lost(
+    straight: StageTask, cut: StageTask, forked_ranks: ForkedRanks
+):
     before = saved_step(cut)
     assert before > 0
     assert forked_ranks.work(cut, limits={"RLIMIT_FSIZE": 50_000}).wait() == {0: 1}
@@ -180,7 +199,7 @@ def test_a_stop_request_while_a_checkpoint_is_written_ends_with_a_complete_one(
 def test_a_rank_that_cannot_write_its_part_ends_the_job_with_the_reason(make_task: MakeTask, forked_ranks: ForkedRanks):
     task = make_task(train_settings(steps=6, checkpoint_every_steps=2), RANKS)
     limits = {"RLIMIT_FSIZE": 50_000}
-    assert forked_ranks.work(task, limits=limits, limited_rank=1).wait()[1] == 1
+    assert forked_ranks.work(task, limits=limits, limited_rank=1, grace=2.0).wait()[1] == 1
     outcome = read_json(task.out / LOGS / OUTCOME_FILE)
     assert outcome["rank"] == 1 and outcome["explained"]
     assert "the checkpoint of step 2 could not be saved" in outcome["cause"] and "Free some space" in outcome["cause"]
@@ -232,12 +251,10 @@ def test_a_damaged_checkpoint_is_reported_and_training_resumes_from_the_one_befo
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "removed"])
-def test_a_damaged_log_is_restored_from_the_checkpoint(make_task: MakeTask, forked_ranks: ForkedRanks, damage: str):
-    settings = train_settings(steps=6, checkpoint_every_steps=2)
-    straight, damaged = make_task(settings), make_task(settings)
-    forked_ranks.work(straight).wait()
-    forked_ranks.work(damaged, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
-    log = damaged.out / "metrics.jsonl"
+def test_a_damaged_log_is_restored_from_the_checkpoint(
+    straight: StageTask, cut: StageTask, forked_ranks: ForkedRanks, damage: str
+):
+    log = cut.out / "metrics.jsonl"
     content = bytearray(log.read_bytes())
     digit = content.index(b'"loss": ') + len(b'"loss": ')
     if damage == "flipped bit":
@@ -245,11 +262,11 @@ def test_a_damaged_log_is_restored_from_the_checkpoint(make_task: MakeTask, fork
     log.write_bytes(content[:digit] if damage == "truncated" else content)
     if damage == "removed":
         log.unlink()
-    assert saved_step(damaged) > 0
-    assert forked_ranks.work(damaged).wait() == {0: 0}
+    assert saved_step(cut) > 0
+    assert forked_ranks.work(cut).wait() == {0: 0}
     for name in COMPARED:
-        assert logged(damaged, name) == logged(straight, name), name
-    assert f"{log} is damaged and is restored from" in rank_log(damaged.out / "logs", 0).read_text()
+        assert logged(cut, name) == logged(straight, name), name
+    assert f"{log} is damaged and is restored from" in rank_log(cut.out / "logs", 0).read_text()
 
 
 def test_a_damaged_snapshot_is_refused_on_resuming(make_task: MakeTask, forked_ranks: ForkedRanks):
@@ -267,18 +284,16 @@ def test_a_damaged_snapshot_is_refused_on_resuming(make_task: MakeTask, forked_r
     assert forked_ranks.work(task).wait() == {0: 0, 1: 0}
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_log_and_is_resumed(make_task: MakeTask, forked_ranks: ForkedRanks):
-    settings = train_settings(steps=6, checkpoint_every_steps=2)
-    straight, earlier = make_task(settings), make_task(settings)
-    forked_ranks.work(straight).wait()
-    forked_ranks.work(earlier, die_at_file_event=FILE_EVENTS_PER_SAVE + FIRST_INSIDE).wait()
-    (saved,) = (earlier.out / CHECKPOINTS).glob("step-????????")
+def test_a_checkpoint_of_an_earlier_version_has_no_log_and_is_resumed(
+    straight: StageTask, cut: StageTask, forked_ranks: ForkedRanks
+):
+    (saved,) = (cut.out / CHECKPOINTS).glob("step-????????")
     state = {key: value for key, value in read_json(saved / "state.json").items() if key not in ("files", "sha256")}
     write_json(saved / "state.json", {**state, "sha256": sha256_json(state)})
     (saved / "metrics.jsonl").unlink()
-    assert forked_ranks.work(earlier).wait() == {0: 0}
-    assert read_json(earlier.out / "logs" / START_FILE)["resumed_after"] > 0
-    assert logged(earlier, "loss") == logged(straight, "loss")
+    assert forked_ranks.work(cut).wait() == {0: 0}
+    assert read_json(cut.out / "logs" / START_FILE)["resumed_after"] > 0
+    assert logged(cut, "loss") == logged(straight, "loss")
 
 
 def test_a_non_finite_loss_ends_training_and_keeps_the_last_good_checkpoint(

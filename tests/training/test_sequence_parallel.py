@@ -73,7 +73,7 @@ class Case:
 CASES = [
     Case(1, 0),
     *(Case(2, zero, 2) for zero in (0, 2, 3)),
-    *(Case(4, zero, parts) for zero, parts in ((0, 2), (2, 4), (3, 2))),
+    *(Case(4, zero, parts) for zero, parts in ((0, 2), (2, 4))),
     Case(2, 2, 2, micro_batch=4, recompute=True),
     Case(2, 2, 2, micro_batch=2, recompute=True, compile=True),
     Case(1, 0, precision="bfloat16"),
@@ -117,7 +117,11 @@ SHARED = [case for case in CASES if case.parts > 1]
 
 @pytest.mark.parametrize("case", [case for case in SHARED if case.precision == "float32"], ids=str)
 def test_losses_norms_and_weights_are_those_of_one_rank(runs: Runs[Case], case: Case) -> None:
-    ours, expected = runs.straight[case], runs.straight[alone(case)]
+    check_agreement(runs, runs.straight[case], case)
+
+
+def check_agreement(runs: Runs[Case], ours: StageTask, case: Case) -> None:
+    expected = runs.straight[alone(case)]
     for metric in ("loss", "grad_norm") if case.compile else ("loss", "grad_norm", "held_out_loss"):
         assert logged(ours, metric) == pytest.approx(logged(expected, metric), rel=3e-6), metric
     weights = load_file(expected.out / "model.safetensors")
@@ -153,5 +157,5 @@ def test_an_interrupted_run_is_bitwise_equal_to_an_uninterrupted_one(runs: Runs[
 
 @pytest.mark.parametrize("case", ELASTIC, ids=str)
 def test_a_run_resumes_with_other_numbers_of_ranks_that_share_sequences(runs: Runs[Case], case: Case) -> None:
-    expected = logged(runs.straight[Case(1, 0)], "loss")
-    assert logged(runs.elastic[case], "loss") == pytest.approx(expected, rel=1e-5)
+    """Four ranks at ZeRO 3 then take the last step."""
+    check_agreement(runs, runs.elastic[case], case)

@@ -30,7 +30,7 @@ from tests.training.small import NEW_LAYERS, VOCABULARY, logged, train_settings,
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-STEPS, STOP_AFTER = 6, 3
+STEPS, STOP_AFTER = 4, 2
 HEADS, GROUPS, SIZE, UNITS = 3, 1, 8, 40
 WAYS: dict[str, dict[str, Any]] = {
     "words": {"trainable": "new_layers+embeddings+norms"},
