@@ -1,9 +1,8 @@
-"""SmolLM2 under DeepSpeed: two ranks at ZeRO 2 and 3 match one rank, and runs on two threads resume bitwise."""
+"""Layers of SmolLM2 under DeepSpeed: two ranks match one rank, and runs on two threads resume bitwise."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,18 +18,18 @@ from pipeline.training.job import TRAINING_FILE
 from tests.plain_settings import cpu_launch
 from tests.training.small import logged, train_settings, training_task, write_blocks
 
-NEW_LAYERS = (24, 28)
+LAYERS, NEW_LAYERS = 4, (2, 3)
 STEPS, LENGTH = 5, 32
 LENGTH_OF_TWO_THREADS = 128
 
 
 @pytest.fixture(scope="module")
 def grown_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model with an ``expansion.json`` that marks two of its layers as new."""
+    """The real model's first four layers, the last two marked as new: real sizes, and little to load and compile."""
     directory = tmp_path_factory.mktemp("grown")
-    for path in smollm2_dir.iterdir():
-        os.link(path, directory / path.name)
-    layers = [{"layer": layer, "new": layer in NEW_LAYERS, "from": [layer]} for layer in range(30)]
+    AutoModelForCausalLM.from_pretrained(smollm2_dir, num_hidden_layers=LAYERS).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(directory)
+    layers = [{"layer": layer, "new": layer in NEW_LAYERS, "from": [layer]} for layer in range(LAYERS)]
     (directory / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
     return directory
 
@@ -83,20 +82,9 @@ def test_frozen_tensors_are_bitwise_unchanged(tasks: dict[tuple[int, int], Stage
 
 
 @pytest.fixture(scope="module")
-def short_dir(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model's first four layers, the last two marked as new: real sizes, and little to compile."""
-    directory = tmp_path_factory.mktemp("short")
-    AutoModelForCausalLM.from_pretrained(smollm2_dir, num_hidden_layers=4).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(directory)
-    layers = [{"layer": layer, "new": layer >= 2, "from": [layer]} for layer in range(4)]
-    (directory / "expansion.json").write_text(json.dumps({"method": "copy", "layers": layers}))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def resumed(short_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[StageTask, StageTask]]:
+def resumed(grown_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[StageTask, StageTask]]:
     """By ``compile``, a run on two threads, and one that was stopped and resumed in another process."""
-    data = blocks(short_dir, tmp_path_factory.mktemp("data"), LENGTH_OF_TWO_THREADS)
+    data = blocks(grown_dir, tmp_path_factory.mktemp("data"), LENGTH_OF_TWO_THREADS)
     made = {}
     for compiled in (False, True):
         # Products in float32, since some processors have none in bfloat16 that end within minutes.
@@ -105,7 +93,7 @@ def resumed(short_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[b
             steps=4, sequence_length=LENGTH_OF_TWO_THREADS, micro_batch=2, compile=compiled, **precision
         )
         straight, stopped = (
-            replace(training_task(settings, short_dir, data, out), launch=cpu_launch(threads=2))
+            replace(training_task(settings, grown_dir, data, out), launch=cpu_launch(threads=2))
             for out in (tmp_path_factory.mktemp("straight"), tmp_path_factory.mktemp("stopped"))
         )
         made[compiled] = straight, stopped
