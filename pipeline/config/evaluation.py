@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import field_validator
 
@@ -26,7 +26,7 @@ class Evaluate(Section):
     include_path: Annotated[FilePath | list[FilePath] | None, NotInKey]
     targets: Annotated[list[str], NotInKey]  # load, expand, pretrain, sft, or a snapshot: pretrain@20%
     num_fewshot: NonNegative | dict[str, NonNegative] | None  # for all tasks, or per task; null: each task's own
-    limit: Positive | None  # documents per task
+    limit: Positive | None  # documents per task, at equal distances in its data
     held_out_characters: Positive  # of each source's held-out text, for the task held_out_text
     prompt_format: Literal["plain", "chat"]  # shared by all targets
     dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 if the hardware supports it
@@ -34,6 +34,11 @@ class Evaluate(Section):
     sample_answers: Annotated[NonNegative, NotInKey]  # questions that every model answers for the report
     processes: Annotated[Positive | Literal["auto"], NotInKey]  # that score; auto: one per GPU, one on CPUs
     rescore: Annotated[bool, NotInKey]  # score a model even if its logits are proved to be those of a scored one
+
+    def key_settings(self) -> dict[str, Any]:
+        """Returns the settings that enter the key. It differs from when ``limit`` meant the first documents."""
+        settings = super().key_settings()
+        return settings if self.limit is None else {**settings, "limited_documents": "at equal distances"}
 
     @field_validator("targets")
     @classmethod

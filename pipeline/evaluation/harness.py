@@ -140,7 +140,7 @@ def _score_task(
     results = evaluate(
         lm=lm,
         task_dict=loaded,
-        limit=settings.limit,
+        samples=documents_within(settings.limit, loaded["tasks"]),
         bootstrap_iters=BOOTSTRAP_ITERATIONS if writes else 0,
         apply_chat_template=settings.prompt_format == "chat",
     )
@@ -162,6 +162,17 @@ def _score_task(
         "seconds": round(time.monotonic() - started, 2),
         "samples": kept_samples({**results["samples"], **sources}, results),
     }
+
+
+def documents_within(limit: int | None, tasks: Mapping[str, Any]) -> dict[str, list[int]] | None:
+    """Returns the numbers of at most ``limit`` documents of every task, at equal distances, or None for all documents.
+
+    lm-eval's own limit takes the first documents, which in many data sets are of one kind or source.
+    """
+    if limit is None:
+        return None
+    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
+    return {name: [n * size // min(limit, size) for n in range(min(limit, size))] for name, size in sizes.items()}
 
 
 def _check_chat_template(lm: LanguageModel, job: ScoringJob, settings: Evaluate) -> None:

@@ -396,7 +396,7 @@ def _evaluation_caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[st
         )
     limits = {m["settings"]["limit"] for run in runs if (m := run.manifest("evaluate/load"))} - {None}
     if limits:
-        found.append(f"Only the first {max(limits)} documents of every task were scored.")
+        found.append(f"At most {max(limits)} documents of every task were scored, at equal distances in its data.")
     for run in runs:
         absent = [TARGET_NAMES[t] for t in TARGET_NAMES if t in run.directories and t not in scores.targets(run.name)]
         if absent:

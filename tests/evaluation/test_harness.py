@@ -71,3 +71,10 @@ def test_the_dtype_does_not_depend_on_the_checkpoint(
 ) -> None:
     monkeypatch.setattr(tensors, "bfloat16_flags", lambda: flags)
     assert tensors.dtype_of(dtype, device) == expected
+
+
+def test_a_limit_takes_documents_at_equal_distances() -> None:
+    tasks = {name: SimpleNamespace(eval_docs=range(size)) for name, size in (("many", 10), ("few", 2), ("none", 0))}
+    found = harness.documents_within(4, tasks)
+    assert found == {"many": [0, 2, 5, 7], "few": [0, 1], "none": []}
+    assert harness.documents_within(None, tasks) is None
