@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,25 @@ def shrinking_overrides(model: Path, corpus: Path, chats: Path) -> list[str]:
 def expand_settings(method: str, **changes: Any) -> AnyExpand:
     """``expand_settings("lesa", new_layers=2, variant="paper")`` returns a method's defaults with some changes."""
     from omegaconf import OmegaConf
-    from pydantic import TypeAdapter
 
-    own = OmegaConf.load(CONF / "expand" / f"{method}.yaml")
-    shared = OmegaConf.load(CONF / "config.yaml")["expand"]
-    composed = OmegaConf.create({"expand": OmegaConf.merge(own, shared, changes)})
+    composed = OmegaConf.create({"expand": OmegaConf.merge(_expand_defaults(method), changes)})
     values: Any = OmegaConf.to_container(composed, resolve=True)
     values["expand"].pop("variants", None)
-    settings: AnyExpand = TypeAdapter(AnyExpand).validate_python(values["expand"])
+    settings: AnyExpand = _expand_type().validate_python(values["expand"])
     return settings
+
+
+@cache
+def _expand_defaults(method: str) -> Any:
+    """Reads the files once for the hundreds of tests that need them."""
+    from omegaconf import OmegaConf
+
+    own = OmegaConf.load(CONF / "expand" / f"{method}.yaml")
+    return OmegaConf.merge(own, OmegaConf.load(CONF / "config.yaml")["expand"])
+
+
+@cache
+def _expand_type() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(AnyExpand)

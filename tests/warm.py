@@ -44,10 +44,7 @@ IMPORTED = (
     "pipeline.__main__", "pipeline.stages.load", "pipeline.stages.expand", "pipeline.stages.tokenize",
     "pipeline.stages.evaluate", "pipeline.stages.report", "pipeline.training.trainer",
     "pipeline.report.plots", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.original_muon",
-    # Libraries import these within functions. Without them here, every rank would spend 0.7 s on their imports.
-    "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.runtime.superoffload.superoffload_stage3", "transformers.pipelines", "PIL.PngImagePlugin",
-    "matplotlib.backends.backend_agg", "setuptools",
+    "transformers.pipelines", "PIL.PngImagePlugin", "setuptools",
 )  # fmt: skip
 REQUEST_BYTES = 1 << 18
 
