@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from pipeline.training.freeze import layer_of_parameter, new_layers, roles_of_parameters
 
 TOTAL, REST = "", "rest"  # all trained parameters; those outside the groups below
+SUMMED = 2**16  # elements; longer sums in float32 lose digits on CPUs, where torch adds them up one after the other
 NORM_GROUPS: Mapping[tuple[str, str], str] = {("attention", "output"): "o_proj", ("mlp", "output"): "down_proj"}
 
 
@@ -54,7 +55,7 @@ class GradientNorms:
         for parameter, group in self._groups.items():
             gradient = self._local_gradient(parameter)
             if gradient is not None:
-                squares[self._names.index(group)] += gradient.float().square().sum(dtype=torch.float64)
+                squares[self._names.index(group)] += _sum_of_squares(gradient)
         if self._partitioned:
             distributed.all_reduce(squares)
         values: list[float] = squares.tolist()
@@ -76,3 +77,9 @@ class GradientNorms:
         # summed once per rank.
         is_full = gradient.numel() == parameter.numel()
         return gradient.narrow(0, own.start, own.numel) if is_full else gradient
+
+
+def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Returns a scalar in float64, without a copy of the gradient."""
+    parts = gradient.flatten().split(SUMMED) if gradient.device.type == "cpu" else [gradient]
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]).double().square().sum()
