@@ -89,6 +89,18 @@ def test_a_model_path_that_does_not_exist(base: Arguments, capsys: pytest.Captur
     assert "model.path = /no/such/directory" in message
 
 
+@pytest.mark.parametrize(
+    "version, rule", [(None, "vLLM is to generate answers, and is not installed"), ("0.33.0", "needs a GPU")]
+)
+def test_vllm_that_cannot_be_used(
+    version: str | None, rule: str, base: Arguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {**run.package_versions(), **({"vllm": version} if version else {})}
+    monkeypatch.setattr("pipeline.planning.checks.package_versions", lambda: versions)
+    message = _refused(capsys, *base, "evaluate.backend=vllm", "launch.device=cpu")
+    assert "evaluate.backend = vllm" in message and rule in message and "pip install vllm" in message
+
+
 def test_a_directory_that_is_not_a_model(base: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, f"model.path={tmp_path}")
     assert "config.json" in message

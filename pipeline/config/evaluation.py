@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import field_validator
 
-from pipeline.config.section import FilePath, Fraction, NonNegative, NotInKey, Positive, Section
+from pipeline.config.section import FilePath, Fraction, NonNegative, NotInKey, NotInKeyIf, Positive, Section
 
 MODEL_TARGETS = ("load", "expand", "pretrain", "sft")
 TRAINING_STAGES = ("pretrain", "sft")
@@ -30,6 +30,7 @@ class Evaluate(Section):
     held_out_characters: Positive  # of each source's held-out text, for the task held_out_text
     prompt_format: Literal["plain", "chat"]  # shared by all targets
     dtype: Literal["auto", "float32", "bfloat16"]  # of the weights; auto: bfloat16 if the hardware supports it
+    backend: Annotated[Literal["hf", "vllm"], NotInKeyIf("hf")]  # what generates text; likelihoods are always by hf
     batch_size: Annotated[Positive, NotInKey]  # sequences; fewer where they are long
     sample_answers: Annotated[NonNegative, NotInKey]  # questions that every model answers for the report
     processes: Annotated[Positive | Literal["auto"], NotInKey]  # that score; auto: one per GPU, one on CPUs

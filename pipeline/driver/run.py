@@ -33,7 +33,7 @@ from pipeline.launch.workers import OUTCOME_FILE, load_outcome, raise_refusal
 KEYS_FILE = "keys.json"  # in a run's directory: the key of every artifact that it needs or needed, by name
 FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt failed
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors")
-RECORDED_IF_INSTALLED = ("pot",)
+RECORDED_IF_INSTALLED = ("pot", "vllm")
 
 
 def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dict[str, float]:

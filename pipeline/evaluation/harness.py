@@ -80,9 +80,15 @@ def score(job: ScoringJob, settings: Evaluate, ranks: ScoringRanks | None = None
     ranks.wait("loading the tasks")  # which downloads data, and writes the documents of bundled tasks
     loaded = loaded or _load_tasks(missing, job, settings, writes=False)
     dtype = dtype_of(settings.dtype, job.placement.device)
-    lm = LanguageModel(job.model, DTYPES[dtype], job.placement.device, settings.batch_size, ranks)
+    if settings.backend == "vllm":
+        # Once no task needs transformers' model any more, vLLM gets its memory.
+        missing.sort(key=lambda name: _share_of_generation(loaded[name]))
+    generates = settings.backend == "vllm" and _share_of_generation(loaded[missing[-1]]) > 0
+    lm = _model_class(generates)(job.model, DTYPES[dtype], job.placement.device, settings.batch_size, ranks)
     _check_chat_template(lm, job, settings)
     for task in missing:
+        if _share_of_generation(loaded[task]) == 1:
+            lm.release_weights()
         lm.start(f"{job.name} {task}")
         print(f"{job.name}: scoring {task}", flush=True)  # in the log, whose end the message of a failure has
         result = _score_task(task, loaded.pop(task), lm, settings, ranks.rank == 0)
@@ -90,6 +96,20 @@ def score(job: ScoringJob, settings: Evaluate, ranks: ScoringRanks | None = None
             write_json(_result_file(job, task), result)
             seal(_seal_of(job, task), [_result_file(job, task)])
     ranks.wait("scoring")
+
+
+def _share_of_generation(loaded: Any) -> float:
+    """Returns the share of a group's tasks that generate text."""
+    kinds = [task.OUTPUT_TYPE == "generate_until" for task in loaded["tasks"].values()]
+    return sum(kinds) / len(kinds)
+
+
+def _model_class(by_vllm: bool) -> type[LanguageModel]:
+    if not by_vllm:
+        return LanguageModel
+    from pipeline.evaluation.vllm import VllmLanguageModel  # which imports vLLM
+
+    return VllmLanguageModel
 
 
 def missing_tasks(job: ScoringJob, settings: Evaluate) -> list[str]:
@@ -150,14 +170,15 @@ def _score_task(
     sources = by_source(name, results) if name == HELD_OUT_TEXT else {}
     # lm-eval reports nothing under the name of a tag, which only stands for its tasks.
     is_tag = name not in {*loaded["tasks"], *loaded["groups"]}
+    rows = [
+        *(row for each in (loaded["tasks"] if is_tag else [name]) for row in scores_of(each, results)),
+        *text_scores(sources),
+    ]
     return {
         "task": name,
         "versions": results["versions"],
         "num_fewshot": results["n-shot"],
-        "rows": [
-            *(row for each in (loaded["tasks"] if is_tag else [name]) for row in scores_of(each, results)),
-            *text_scores(sources),
-        ],
+        "rows": [{**row, "backend": _backend(row["task"], loaded, lm)} for row in rows],
         "first_tokens": lm.first_tokens,
         "seconds": round(time.monotonic() - started, 2),
         "samples": kept_samples({**results["samples"], **sources}, results),
@@ -173,6 +194,13 @@ def documents_within(limit: int | None, tasks: Mapping[str, Any]) -> dict[str, l
         return None
     sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
     return {name: [n * size // min(limit, size) for n in range(min(limit, size))] for name, size in sizes.items()}
+
+
+def _backend(row: str, loaded: Any, lm: LanguageModel) -> str:
+    """Returns the program behind a row, with its version. That of a group is the one of any task with text."""
+    tasks = loaded["tasks"]
+    generates = _share_of_generation({"tasks": {row: tasks[row]}} if row in tasks else loaded) > 0
+    return lm.generating_backend if generates else lm.scoring_backend
 
 
 def _check_chat_template(lm: LanguageModel, job: ScoringJob, settings: Evaluate) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
@@ -66,6 +67,19 @@ class LanguageModel(HFLM):
         self._bar: ProgressBar | None = None
         self._started, self._tokens, self._scored = 0.0, 0, 0
         self.start("")
+
+    @property
+    def scoring_backend(self) -> str:
+        """The program that computes likelihoods, with its version."""
+        return f"hf {transformers.__version__}"
+
+    @property
+    def generating_backend(self) -> str:
+        """The program that generates answers, with its version."""
+        return self.scoring_backend
+
+    def release_weights(self) -> None:
+        """Prepares for tasks that only generate answers."""
 
     def start(self, label: str) -> None:
         """Begins a new task and forgets the first tokens of the previous one."""

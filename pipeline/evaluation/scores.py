@@ -31,6 +31,7 @@ class Score(TypedDict):
     stderr: float | None
     n: int
     higher_is_better: bool | None  # as the task declares; null if it does not, or if the tasks of a group disagree
+    backend: NotRequired[str]  # the program that generated the answers or computed the likelihoods, with its version
 
 
 class Samples(TypedDict):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -352,6 +353,21 @@ def _evaluation_processes(prepared: PreparedRun) -> Faults:
     yield from _raised_by(lambda: evaluation_processes(run.evaluate, run.launch, prepared.machine("evaluate")))
 
 
+def _backend(prepared: PreparedRun) -> Faults:
+    """vLLM is installed and made for the device, if it is to generate answers."""
+    run = prepared.run
+    if run.evaluate.backend != "vllm":
+        return
+    version, rule = package_versions().get("vllm"), None
+    if version is None:
+        rule = f"vLLM is to generate answers, and is not installed for {sys.executable}"
+    elif requested_placement(run.launch, prepared.machine("evaluate")).device == "cpu" and "cpu" not in version:
+        rule = f"this build of vLLM ({version}) needs a GPU"
+    if rule is not None:
+        remedy = "Install one (pip install vllm; it requires a torch of its own), or set evaluate.backend=hf."
+        yield UserError(setting="evaluate.backend", value="vllm", rule=rule, remedy=remedy)
+
+
 def _saved(prepared: PreparedRun) -> Faults:
     """Every training stage whose model a later stage reads saves it."""
     for node in prepared.missing.values():
@@ -536,6 +552,7 @@ CHECKS = (
     Check(partial(_signal, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
     Check(_evaluation_processes, stops=("evaluate",)),
+    Check(_backend, stops=("evaluate",)),
     Check(_saved, stops=("sft", "evaluate")),
     Check(partial(_block_length, "pretrain"), stops=("tokenize/corpus",), needs="shape"),
     Check(partial(_data, "corpus"), stops=("tokenize/corpus",), needs="corpus"),

@@ -37,6 +37,7 @@ class Result(TypedDict):
     n: int | None
     higher_is_better: bool | None  # as the task declares; null if it does not
     scores_of: str | None  # the target that was scored instead, because its logits are the same; null for its own
+    backend: str | None  # what computed a score, such as "hf 5.23.0" or "vllm 0.33.0"; null if that was not recorded
 
 
 def collect_results(runs: Iterable[RunArtifacts]) -> list[Result]:
@@ -51,7 +52,7 @@ def _scores(run: RunArtifacts) -> Iterator[Result]:
             yield _result(
                 run, target, row["task"], row["metric"], row["value"], row["stderr"], row["n"],
                 row.get("higher_is_better"),  # which evaluations by earlier versions do not record
-                evaluation.get("scores_of"),
+                evaluation.get("scores_of"), row.get("backend"),
             )  # fmt: skip
 
 
@@ -92,9 +93,9 @@ def _costs(run: RunArtifacts) -> Iterator[Result]:
 def _result(
     run: RunArtifacts, target: str, task: str, metric: str, value: float,
     stderr: float | None = None, n: int | None = None, higher_is_better: bool | None = None,
-    scores_of: str | None = None,
+    scores_of: str | None = None, backend: str | None = None,
 ) -> Result:  # fmt: skip
     return Result(
         run=run.name, method=run.method, target=target, task=task, metric=metric, value=value, stderr=stderr, n=n,
-        higher_is_better=higher_is_better, scores_of=scores_of,
+        higher_is_better=higher_is_better, scores_of=scores_of, backend=backend,
     )  # fmt: skip

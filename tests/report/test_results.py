@@ -14,7 +14,19 @@ from pipeline.report.scores import Scores
 from pipeline.report.tables import artifact_table, score_table
 from tests.report.finished_runs import MEASURED_BLOCKS, SCORES, STAGES, finished_run
 
-FIELDS = ["run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better", "scores_of"]
+FIELDS = [
+    "run",
+    "method",
+    "target",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "n",
+    "higher_is_better",
+    "scores_of",
+    "backend",
+]
 
 
 def _rows_of(rows: list, task: str, target: str) -> dict[str, float]:
@@ -31,7 +43,8 @@ def test_every_score_of_every_target_is_a_result(tmp_path: Path) -> None:
     rows = collect_results([finished_run(tmp_path, name="q", method="lesa")])
     for (task, metric), (n, stderr, values) in SCORES.items():
         for target, value in values.items():
-            wanted = dict(zip(FIELDS, ["q", "lesa", target, task, metric, value, stderr, n, None, None], strict=True))
+            known = ["q", "lesa", target, task, metric, value, stderr, n, None, None, None]
+            wanted = dict(zip(FIELDS, known, strict=True))
             assert rows.count(wanted) == 1
 
 
@@ -43,6 +56,17 @@ def test_scores_that_are_those_of_another_model_say_so(tmp_path: Path) -> None:
     marked = {(row["target"], row["scores_of"]) for row in rows if row["task"] == "held_out_text"}
     assert marked == {("load", None), ("expand", "load"), ("pretrain", None), ("sft", None)}
     assert "The expanded model was not scored itself" in (tmp_path / "report.md").read_text()
+
+
+def test_scores_say_which_program_computed_them(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    file = run.directories["evaluate/sft"] / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**evaluation, "rows": [{**row, "backend": "vllm 0.33.0"} for row in evaluation["rows"]]})
+    )
+    rows = [row for row in collect_results([run]) if row["stderr"] is not None and "loss" not in row["task"]]
+    assert {(row["target"], row["backend"]) for row in rows} >= {("sft", "vllm 0.33.0"), ("load", None)}
 
 
 def test_held_out_losses_come_with_perplexity_tokens_flops_and_seconds(tmp_path: Path) -> None:

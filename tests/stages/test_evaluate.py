@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from pipeline.artifacts.task import SAME_LOGITS, StageTask, TrackingTarget, task_from_json, task_to_json
 from pipeline.config import Evaluate, EvaluateSnapshot
@@ -52,7 +53,7 @@ def _task(model: Path, corpus: Path, out: Path, processes: int = 1, **changes: A
     values = {
         "tasks": list(BUNDLED), "include_path": None, "targets": ["load"], "num_fewshot": None, "limit": 12,
         "held_out_characters": 4000, "prompt_format": "plain", "dtype": "auto", "batch_size": 8,
-        "rescore": False, "sample_answers": 0,
+        "rescore": False, "backend": "hf", "sample_answers": 0,
         "processes": "auto",
     }  # fmt: skip
     out.mkdir(exist_ok=True)
@@ -74,6 +75,7 @@ def test_all_bundled_tasks_have_scores_with_standard_errors(tiny_llama_dir: Path
     assert all(row["stderr"] > 0 and row["n"] == 12 for row in rows.values())
     assert evaluation["dtype"] == dtype_of("auto", "cpu")
     assert (evaluation["prompt_format"], evaluation["device"]) == ("plain", "cpu")
+    assert {row["backend"] for row in rows.values()} == {f"hf {transformers.__version__}"}
     assert [first["task"] for first in evaluation["first_tokens"]] == list(BUNDLED)
     assert all(first["ids"] for first in evaluation["first_tokens"])
     assert metrics["table"]["columns"] == ["task", "metric", "value", "stderr", "n"]
