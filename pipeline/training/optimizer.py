@@ -2,8 +2,8 @@
 
 Norms and biases are not decayed. Tensors of the base may have their own learning rate, and so may a role, as a multiple
 of the schedule's: after function-preserving surgery, the zero-initialized outputs (``o``, ``down``) are the only
-tensors that change in the first step. The scales of output norms that silence a new layer have their own rate by
-default; see ``_silent_scales``.
+tensors that change in the first step. Where norms silence the blocks of a new layer, they and the projections before
+them have their own rates by default; see ``_silent_blocks``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop mul
 HAS_PARTS = "has_parts"  # key of a parameter group: whether its tensors have one multiple per element
 MATRICES = "matrices"  # key of a parameter group: whether Muon updates it
 AVERAGE: Literal["ema"] = "ema"  # key of the state of all tensors if averages are kept
+SCALE_MULTIPLE = 3.0  # of the learning rate and sqrt(n), of norm scales that silence a block; see _silent_blocks
+OUTPUT_MULTIPLE = 10.0  # of the learning rate, of the projections before these norms
 MULTIPLE: Literal["multiple"] = "multiple"  # key of the state of such tensors: the multiples, in their shape
 
 
@@ -54,17 +56,26 @@ def learning_rate_multiples(section: str, model: PreTrainedModel, train: Train, 
     set_by_user = rates.requested_multiples(
         section, train, family_for(config), config, layer_of_parameter(model), trained, new
     )
-    return {**_silent_scales(model, {n: roles[n] for n in trained if n in roles}, model_dir), **set_by_user}
+    known = {name: roles[name] for name in trained if name in roles}
+    return {**_silent_blocks(model, known, model_dir, train.optimizer), **set_by_user}
 
 
-def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_dir: Path) -> dict[str, float]:
-    """Returns the norm scales that silence a block of a new layer, with their multiples of the learning rate.
+def _silent_blocks(
+    model: PreTrainedModel, trained: Mapping[str, Role], model_dir: Path, optimizer: str
+) -> dict[str, float]:
+    """Returns the multiples of the learning rate in blocks of new layers that are silenced by the scale of a norm.
 
     Where a norm follows the projection of a block (Gemma 2 and 3, OLMo 2), a method that keeps the logits silences that
     norm's scale. In the first step only the scale has a gradient, and AdamW moves it, and so the block's normalized
     output, by the learning rate. A zeroed projection ``[out, n]`` moves each output by the learning rate times a sum
-    over n inputs, which is of the size of sqrt(n). With sqrt(n) times the learning rate, the scale moves the output as
-    fast. Once it is no longer silent, as in the next training stage, it learns like all other parameters.
+    over n inputs: of the size of sqrt(n) if these are unrelated, and of n if they agree. ``SCALE_MULTIPLE`` times
+    sqrt(n) lies between them.
+
+    A zeroed projection consists of what it has learned after the first step. That before the norm is a copy, whose
+    direction changes by the learning rate relative to the size of its elements. It learns at ``OUTPUT_MULTIPLE`` times
+    the rate; Muon, with which this has not been measured, updates it at the plain rate. Both multiples are measured by
+    ``scripts/benchmarks/output_norms.py``. Once the scale is no longer silent, as in the next training stage, a block
+    learns like all others.
     """
     layers, new = layer_of_parameter(model), new_layers(model_dir)
     scales = {
@@ -75,16 +86,20 @@ def _silent_scales(model: PreTrainedModel, trained: Mapping[str, Role], model_di
     if not scales:
         return {}
     stored, roles = StoredParameters(ModelDirectory(model_dir)), roles_of_parameters(model)
-    inputs = {
-        (layers[name], role.block): full_shape(parameter)[-1]
-        for name, parameter in model.named_parameters()
-        if (role := roles.get(name)) is not None and (role.kind, role.side) == ("matrix", "output")
-    }
-    return {
-        name: math.sqrt(inputs[layers[name], trained[name].block])
-        for name, silent in scales.items()
-        if (stored.read(name) == silent).all()
-    }
+    outputs = defaultdict(list)  # the projections of every block
+    inputs = {}  # of the projection
+    for name, parameter in model.named_parameters():
+        if (role := roles.get(name)) is not None and (role.kind, role.side) == ("matrix", "output"):
+            outputs[layers[name], role.block].append(name)
+            inputs[layers[name], role.block] = full_shape(parameter)[-1]
+    multiples = {}
+    for name, silent in scales.items():
+        if (stored.read(name) == silent).all():
+            block = layers[name], trained[name].block
+            multiples[name] = SCALE_MULTIPLE * math.sqrt(inputs[block])
+            if optimizer != "muon":
+                multiples |= {output: OUTPUT_MULTIPLE for output in outputs[block] if output in trained}
+    return multiples
 
 
 def parameter_groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.files import read_json, write_json
 from scripts.benchmarks.processes import Peak, run_module
 
 
+@cache
 def quickstart(*overrides: str) -> Settings:
     """Returns the quickstart's settings with some overrides, without tracking."""
     (job,) = compose_jobs(["experiment=quickstart", "tracking=disabled", *overrides], multirun=False, config_dir=None)

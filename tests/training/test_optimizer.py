@@ -64,10 +64,8 @@ def test_roles_can_have_their_own_learning_rates(model: nn.Module, grown_dir: Pa
 
 
 @pytest.mark.parametrize(("family", "silent"), [("gemma2", -1.0), ("gemma3_text", -1.0), ("olmo2", 0.0)])
-def test_scales_that_silence_a_new_layer_learn_as_fast_as_a_zeroed_projection(
-    family: str, silent: float, tmp_path: Path
-) -> None:
-    """Two scales of layer 1, from projections with so many inputs; none of the base's layers, or of the next stage."""
+def test_blocks_that_norms_silence_learn_at_their_own_rates(family: str, silent: float, tmp_path: Path) -> None:
+    """Two scales of layer 1, and the projections before them; none of the base's layers, or of the next stage."""
     model = tiny_model(family)
     layer = model.model.layers[1]
     scales = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -77,11 +75,15 @@ def test_scales_that_silence_a_new_layer_learn_as_fast_as_a_zeroed_projection(
     model.save_pretrained(tmp_path)
     layers = [{"layer": i, "new": i == 1} for i in range(len(model.model.layers))]
     (tmp_path / "expansion.json").write_text(json.dumps({"layers": layers}))
-    expected = {f"model.layers.1.{scale}.weight": math.sqrt(n) for scale, n in zip(scales, inputs, strict=True)}
+    expected = {f"model.layers.1.{scale}.weight": 3 * math.sqrt(n) for scale, n in zip(scales, inputs, strict=True)}
+    attention, mlp = expected
+    o, down = "model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    muon = learning_rate_multiples("pretrain", model, train_settings(optimizer="muon"), tmp_path)
+    assert muon == pytest.approx(expected)
+    expected |= {o: 10.0, down: 10.0}
     found = learning_rate_multiples("pretrain", model, train_settings(), tmp_path)
     assert found == pytest.approx(expected)
     train = train_settings(role_learning_rates={"mlp_output_norm": 3.0})
-    attention, mlp = expected
     multiples = learning_rate_multiples("pretrain", model, train, tmp_path)
     assert multiples[attention] == found[attention] and multiples[mlp] == 3.0  # the setting takes precedence
     groups = parameter_groups(model, train_settings(), found)
@@ -90,7 +92,7 @@ def test_scales_that_silence_a_new_layer_learn_as_fast_as_a_zeroed_projection(
 
     nn.init.constant_(layer.post_attention_layernorm.weight, silent + 0.01)
     model.save_pretrained(tmp_path)
-    assert set(learning_rate_multiples("pretrain", model, train_settings(), tmp_path)) == {mlp}
+    assert set(learning_rate_multiples("pretrain", model, train_settings(), tmp_path)) == {mlp, down}
     freeze.freeze_others(model, {attention})
     assert learning_rate_multiples("pretrain", model, train_settings(), tmp_path) == {}
 
