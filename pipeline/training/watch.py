@@ -30,6 +30,8 @@ from pipeline.launch.failure import alive_file
 from pipeline.training.worker import write_outcome
 
 LONGEST_INTERVAL = 10.0  # seconds between two signs of life
+# Modules whose lines do not tell what a rank was doing.
+OUTSIDE = (__name__, "pipeline.training.process_group", "pipeline.training.worker")
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.2  # seconds between two looks whether all ranks have arrived
 
 
@@ -188,7 +190,7 @@ def collective_of(frame: FrameType | None) -> str | None:
         module = frame.f_globals.get("__name__", "")
         if name is None and module == "torch.distributed.distributed_c10d":
             name = frame.f_code.co_name
-        if module.startswith("pipeline.training.") and module not in (__name__, "pipeline.training.process_group"):
+        if module.startswith("pipeline.training.") and module not in OUTSIDE:
             place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
             return f"{name or frame.f_code.co_name} at {place}"
         frame = frame.f_back
