@@ -69,7 +69,7 @@ def test_a_run_from_load_to_report(finished: str, outputs: Path) -> None:
     rows = json.loads((report / "results.json").read_text())
     assert {row["target"] for row in rows} >= {"load", "expand", "pretrain", "sft"}
     assert set(rows[0]) == {
-        "run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better", "scores_of",
+        "run", "method", "target", "task", "metric", "value", "stderr", "n", "higher_is_better", "scores_of", "backend",
     }  # fmt: skip
     assert (report / "report.md").exists() and (report / "report.html").exists() and list(report.glob("*.png"))
     assert "seconds by stage" in finished

@@ -91,7 +91,8 @@ def write_chats(path: Path) -> None:
 def shrinking_overrides(model: Path, corpus: Path, chats: Path) -> list[str]:
     """Returns overrides that make any experiment run on tiny inputs within seconds."""
     sizes = {"sequence_length": 64, "global_batch": 4, "micro_batch": 2, "steps": 3, "epochs": "null",
-             "held_out_blocks": 2, "checkpoint_every_steps": 1, "activation_checkpointing": "false"}  # fmt: skip
+             "held_out_blocks": 2, "checkpoint_every_steps": 1, "activation_checkpointing": "false",
+             "precision": "float32"}  # fmt: skip
     return [
         "model=hub", f"model.path={model}", "model.dtype=float32",
         "data=files", f"data.corpus.path={corpus}", f"data.instructions.path={chats}",
