@@ -9,8 +9,6 @@ from typing import Any
 
 from pipeline.artifacts.task import ANSWERS_FOLDER, SAME_LOGITS, Metrics, StageTask
 from pipeline.config import MODEL_TARGETS, Answers, Evaluate, EvaluateSnapshot
-from pipeline.evaluation.answers import answer_questions
-from pipeline.evaluation.harness import ScoringJob, missing_tasks, read_evaluation, score
 from pipeline.evaluation.job import score_on_all_ranks
 from pipeline.files import is_intact, read_json, seal, write_json
 from pipeline.launch.machine import detect_machine, place, place_one_process
@@ -36,6 +34,9 @@ def run(task: StageTask) -> Metrics:
     model = task.parents["model"]
     if SAME_LOGITS in task.parents and _keeps_logits(model):
         return _metrics(_copy_scores(task.parents[SAME_LOGITS], task.out))
+    # lm-eval takes seconds to import, which copied scores do not need.
+    from pipeline.evaluation.harness import ScoringJob, missing_tasks, read_evaluation, score
+
     if isinstance(settings, EvaluateSnapshot):
         # A snapshot holds only the trained weights. The complete model is removed after it has been scored.
         model = task.out / "model"
@@ -58,6 +59,8 @@ def _answer(task: StageTask, settings: Answers) -> Metrics:
 
     An expanded model with exactly the base's logits gives the base's answers, which are not generated again.
     """
+    from pipeline.evaluation.answers import answer_questions
+
     placement = place_one_process(task.launch)
     folder = task.out / ANSWERS_FOLDER
     folder.mkdir(exist_ok=True)
