@@ -54,7 +54,7 @@ def _training(run: Run, *lines: dict[str, float]) -> Node:
 
 def test_running_training_shows_its_latest_metrics_and_the_time_left(run: Run) -> None:
     _training(run, {"step": 5, "loss": 3.0, "seconds": 50.0}, {"step": 6, "loss": 2.5, "seconds": 60.0})
-    assert "step 6 of 12, loss 2.5, 0:01:00 left" in _line(run, "pretrain")
+    assert "step 6 of 8, loss 2.5, 0:00:20 left" in _line(run, "pretrain")
     assert "absent" in _line(run, "sft")
 
 

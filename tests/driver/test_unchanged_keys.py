@@ -21,7 +21,7 @@ from pipeline.driver.graph import Inputs, build_graph
 QUICKSTART_THEN = [
     "pretrain.steps=18", "pretrain.global_batch=8", "pretrain.held_out_blocks=8",
     "pretrain.evaluate_at=[0.0,0.2,0.4,0.6,0.8,1.0]", "sft.corpus_fraction=0.0", "sft.steps=48",
-    "sft.held_out_blocks=8", "pretrain.precision=float32", "sft.precision=float32",
+    "sft.held_out_blocks=8", "sft.trainable=all", "pretrain.precision=float32", "sft.precision=float32",
     "evaluate.held_out_characters=20000", "evaluate.sample_answers=0", "evaluate.limit=null",
 ]  # fmt: skip
 RECORDED = json.loads(Path(__file__).with_name("keys.json").read_text())
