@@ -51,7 +51,8 @@ def test_trainings_on_one_device_agree_and_resume_to_the_bit(measured: dict) -> 
 def test_every_other_step_has_a_table(measured: dict) -> None:
     for name in ("loss", "algebra", "checkpoint"):
         assert all(measured[name])
-    assert all(float(row["error"].split()[0]) < 1e-4 for row in measured["algebra"][0])
+    errors = [row["error"] for row in measured["algebra"][0]]
+    assert all(error == "same bits" or float(error.split()[0]) < 1e-4 for error in errors)
 
 
 def test_a_step_that_fails_or_never_ends_is_reported_with_what_it_printed(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def models(programs: Path, smollm2_dir: Path, tmp_path_factory: pytest.TempPathF
 def _random_base(family: str, with_tokenizer: Path, out: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
     model = tiny_model(
-        family, vocab_size=len(tokenizer), hidden_size=64, head_dim=32, intermediate_size=96, sliding_window=None,
+        family, vocab_size=len(tokenizer), hidden_size=128, head_dim=32, intermediate_size=96, sliding_window=None,
         attention_bias=False, mlp_bias=False,
     )  # fmt: skip
     model.save_pretrained(out)
