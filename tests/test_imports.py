@@ -179,6 +179,17 @@ def _normalized(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
+def test_no_code_of_a_model_is_run() -> None:
+    """transformers otherwise asks a user in a terminal whether to run it."""
+    calls = [(file, node) for file in FILES for node in ast.walk(_tree(file)) if isinstance(node, ast.Call)]
+    loading = [(file, call) for file, call in calls if ast.unparse(call.func).startswith("Auto")]
+    loading = [(file, call) for file, call in loading if ast.unparse(call.func).endswith(".from_pretrained")]
+    assert loading
+    for file, call in loading:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("trust_remote_code") == "False", f"{_name(file)}:{call.lineno}"
+
+
 def test_nothing_pickles() -> None:
     for file in FILES:
         assert not _libraries(file) & PICKLING, file

@@ -60,6 +60,7 @@ class LanguageModel(HFLM):
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         # In bfloat16, log likelihoods of answers would be rounded to three digits, and differ by chance or not at all.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+        self._directory = directory
         self._adds_bos = added_bos(tokenizer) is not None
         self._largest_batch = batch_size
         self._ranks = ranks or ScoringRanks()

@@ -14,9 +14,7 @@ from typing import Any, Literal
 
 # Read by vLLM. The engine runs in this process, since one of its own would survive if this one is killed.
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0")
-os.environ.setdefault(
-    "VLLM_NO_USAGE_STATS", "1"
-)  # it reports the machine and the model's architecture over the network
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # reports of the machine and the architecture over the network
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise all processes use the same cores
 
 import torch
@@ -24,7 +22,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.vllm_causallms import VLLM
 
 from pipeline.evaluation.lm import LOGITS_BYTES, LanguageModel
-from pipeline.evaluation.sharing import ScoringRanks
 
 CPU_CACHE_BYTES = 2 * 2**30  # for keys and values
 GPU_SHARE = 0.9  # of the memory that is free
@@ -41,17 +38,8 @@ class VllmLanguageModel(LanguageModel):
     Args: see ``LanguageModel``.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype,
-        device: Literal["cpu", "cuda"],
-        batch_size: int,
-        ranks: ScoringRanks | None = None,
-    ) -> None:
-        super().__init__(directory, dtype, device, batch_size, ranks)
-        self._directory, self._released = directory, False
-        self._generator: Generator | None = None
+    _generator: Generator | None = None  # started for the first task that needs it
+    _released = False
 
     @property
     def generating_backend(self) -> str:

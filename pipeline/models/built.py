@@ -204,7 +204,8 @@ def from_pretrained(directory: Path, **arguments: Any) -> Any:
 
 def language_config_of(directory: Path) -> PreTrainedConfig:
     """Returns the config of the model that ``from_pretrained`` loads."""
-    written, config = read_json(directory / "config.json"), AutoConfig.from_pretrained(directory)
+    written = read_json(directory / "config.json")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if not is_nested(written):
         return config
     return AutoConfig.for_model(**inner_config(with_language_config(written, config.text_config.to_dict())))
