@@ -8,14 +8,13 @@ are those of a single process.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json, write_json
-from pipeline.training.watch import LONGEST_PAUSE, SHORTEST_PAUSE, Watch
+from pipeline.training.watch import Watch, wait_until
 
 PART_FILES = "part-*.json"
 
@@ -66,7 +65,7 @@ class ScoringRanks:
         files = [self._file(self._exchanges, rank) for rank in range(self.count)]
         write_json(files[self.rank], own)
         for file in files:
-            _wait_for(file)
+            wait_until(file.exists)
         parts = [read_json(file) for file in files]
         # All have read the previous ones: otherwise they would not have written these.
         self._file(self._exchanges - 1, self.rank).unlink(missing_ok=True)
@@ -76,13 +75,6 @@ class ScoringRanks:
 
     def _file(self, exchange: int, rank: int) -> Path:
         return self.folder / PART_FILES.replace("*", f"{exchange}-{rank}")
-
-
-def _wait_for(file: Path) -> None:
-    pause = SHORTEST_PAUSE
-    while not file.exists():
-        time.sleep(pause)
-        pause = min(1.5 * pause, LONGEST_PAUSE)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.job import CHECKPOINTS
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_optimizer, parameter_groups
-from pipeline.training.precision import Precision
+from pipeline.training.precision import Precision, has_float32_units
 from pipeline.training.process_group import enter, join_process_group, limit_collectives
 from pipeline.training.rates import Multiple
 from pipeline.training.sequence_parallel import ALONE, SequenceGroup
@@ -134,8 +134,7 @@ def uses_float32_units(train: Train, device: torch.device, precision: Precision)
     """Returns whether bfloat16 operands are multiplied on a CPU's float32 units. Collective."""
     if train.float32_products != "auto":
         return train.float32_products
-    # At ZeRO 0 the parameters are in float32, and at ZeRO 3 hooks of the modules gather them.
-    if precision == "float32" or device.type != "cpu" or train.deepspeed.zero_stage not in (1, 2):
+    if precision == "float32" or not has_float32_units(device.type, train.deepspeed.zero_stage):
         return False
     decision = torch.tensor(int(prefers_float32_units()))
     distributed.broadcast(decision, src=0)  # otherwise ranks could round differently

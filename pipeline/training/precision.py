@@ -33,6 +33,14 @@ def resolve_precision(
     return "bfloat16" if native else "float32"
 
 
+def has_float32_units(device_type: str, zero_stage: int) -> bool:
+    """Returns whether products of bfloat16 operands can be computed on float32 units: on CPUs, at ZeRO 1 and 2.
+
+    At ZeRO 0 the parameters are in float32, and at ZeRO 3 hooks of the modules gather them.
+    """
+    return device_type == "cpu" and zero_stage in (1, 2)
+
+
 def checkpoint_bytes(parameters: int, has_averages: bool) -> int:
     """Returns the size of a checkpoint of this many trained parameters. Muon, which has one moment, needs less."""
     return parameters * (CHECKPOINT_BYTES + AVERAGE_BYTES * has_averages)

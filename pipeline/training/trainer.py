@@ -40,7 +40,7 @@ from pipeline.training.mfu import peak_of, training_flops
 from pipeline.training.muon import matrices_of, update_flops
 from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
-from pipeline.training.precision import resolve_precision
+from pipeline.training.precision import has_float32_units, resolve_precision
 from pipeline.training.process_group import enter, wait_for_all
 from pipeline.training.routing import Routing, coefficient_of, routers_of
 from pipeline.training.schedule import total_steps
@@ -356,7 +356,8 @@ def _precision_note(context: RankContext) -> list[str]:
         return ["computes in float32: this processor has no instructions for bfloat16"]
     if context.float32_products:
         return ["computes in bfloat16, with matrix products on the float32 units, which are faster on this processor"]
-    if prefers_float32_units():  # but these settings, or the user's, rule them out
+    was_measured = settings.float32_products == "auto" and has_float32_units("cpu", settings.deepspeed.zero_stage)
+    if not was_measured and prefers_float32_units():  # but the settings rule them out
         return [f"bfloat16 is slow on this processor: {section}.precision=float32 would be faster, as would "
                 f"{section}.float32_products=auto at ZeRO 1 or 2"]  # fmt: skip
     return ["computes in bfloat16, for which this processor has fast instructions"]

@@ -16,6 +16,7 @@ from pipeline.launch.machine import Machine, place, requested_placement
 from pipeline.models.families import Shape, role_names
 from pipeline.models.families.parameters import Config
 from pipeline.training.deepspeed_config import override_faults
+from pipeline.training.precision import has_float32_units
 from pipeline.training.selection import check_terms
 
 
@@ -256,7 +257,7 @@ def _compilation(section: str, train: Train, device: str, compiles_here: bool) -
 
 
 def _products(section: str, train: Train, device: str) -> Iterator[UserError]:
-    if train.float32_products is True and (device != "cpu" or train.deepspeed.zero_stage not in (1, 2)):
+    if train.float32_products is True and not has_float32_units(device, train.deepspeed.zero_stage):
         yield UserError(
             setting=f"{section}.float32_products",
             value="true",

@@ -16,8 +16,10 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -33,6 +35,14 @@ LONGEST_INTERVAL = 10.0  # seconds between two signs of life
 # Modules whose lines do not tell what a rank was doing.
 OUTSIDE = (__name__, "pipeline.training.process_group", "pipeline.training.worker")
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.2  # seconds between two looks whether all ranks have arrived
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    """Waits for something that no event announces, by looking again after growing pauses."""
+    pause = SHORTEST_PAUSE
+    while not is_true():
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE)
 
 
 @dataclass(frozen=True)
@@ -99,10 +109,7 @@ class Watch:
         key = f"meeting/{self._meetings}"
         if self._store.add(key, 1) == self._ranks:
             self._store.set(f"{key}/complete", "")
-        pause = SHORTEST_PAUSE
-        while not self._store.check([f"{key}/complete"]):
-            time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_PAUSE)
+        wait_until(partial(self._store.check, [f"{key}/complete"]))
         distributed.barrier()  # so that rank 0 keeps serving the store until all have seen this
 
     # ------------------------------------------------------------------------------------- the thread
