@@ -171,8 +171,9 @@ def _buckets(trained: Trained, setup: Setup) -> int:
 
 
 def _staging(trained: Trained, setup: Setup) -> int:
-    if setup.on_gpu:
-        return 0
+    steps = setup.train.steps
+    if setup.on_gpu or (steps is not None and steps <= setup.train.checkpoint_every_steps):
+        return 0  # the last checkpoint needs no copy
     return checkpoint_bytes(trained.parameters, setup.train.ema_decay is not None) // setup.ranks
 
 

@@ -5,6 +5,9 @@ rank owns of it to host memory. A background thread then writes the copy to the 
 and flushes it to disk. Rank 0's thread waits until all ranks have done so, writes ``state.json`` last, and renames the
 directory to its final name. A checkpoint is therefore either complete or absent.
 
+After the last step nothing changes the state any more, so that on CPUs the last checkpoint is written from the state
+itself: training has its peak memory before.
+
 The threads of different ranks meet through files in the directory, since collectives of two threads would interleave.
 """
 
@@ -21,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -107,13 +110,14 @@ class CheckpointWriter:
         """Whether the background thread has ended with an error, which the next ``finish`` or ``save`` raises."""
         return self._running is not None and self._running.error is not None
 
-    def save(self, step: int, state: Mapping[str, Any], files: Iterable[Path] = ()) -> None:
+    def save(self, step: int, state: Mapping[str, Any], files: Iterable[Path] = (), *, last: bool = False) -> None:
         """Takes a checkpoint, and writes it in the background. Collective.
 
         Args:
             step: the optimizer step that has just been taken.
             state: JSON values to be stored in ``state.json`` beside "shards", "tensors" and "files".
             files: small files of which rank 0 adds a copy.
+            last: whether training ends here. The state must not change before ``finish`` has returned.
 
         Raises:
             TrainingFailure: a value is not finite, or the disk is full, perhaps while the previous checkpoint was
@@ -131,14 +135,11 @@ class CheckpointWriter:
                 self._make_directory(partial)
                 copied = {path.name: path.read_bytes() for path in files}
         parts = self._check_finite()  # no rank passes its collective before rank 0 has made the directory
-        ready = self._copy_state(parts)
-        values = self._copy
-        assert values is not None
+        values = self._read_state(parts) if last and self._device.type == "cpu" else self._copy_state(parts)
 
         def write() -> None:
             if self._device.type == "cuda":  # a thread begins on the first GPU, and would create a context there
                 torch.cuda.set_device(self._device)
-            ready()
             own = partial / _file_name(self._rank)
             with report_full_disk(self._directory, what, lambda: self._remove(own)):
                 if self._rank != 0:
@@ -201,10 +202,16 @@ class CheckpointWriter:
             )
         return [part for part in parts if part.elements]
 
-    def _copy_state(self, parts: list[Part]) -> Callable[[], None]:
-        """Copies the parts to host memory that is kept between checkpoints. Returns a function that waits for that.
+    def _read_state(self, parts: list[Part]) -> Iterator[torch.Tensor]:
+        """Returns the elements of each part, without a copy, and frees the memory for copies."""
+        self._copy = None
+        return (self._state.owned(part.name, part.key)[1] for part in parts)
 
-        On a GPU the copies are only queued. The next optimizer step comes after them in the same stream.
+    def _copy_state(self, parts: list[Part]) -> Iterator[torch.Tensor]:
+        """Copies the parts to host memory that is kept between checkpoints. Returns the elements of each.
+
+        On a GPU the copies are only queued. The next optimizer step comes after them in the same stream, and the
+        iterator waits for them.
         """
         total, begin, on_gpu = sum(part.elements for part in parts), 0, self._device.type == "cuda"
         if self._copy is None or len(self._copy) != total:
@@ -213,11 +220,16 @@ class CheckpointWriter:
             _, values = self._state.owned(part.name, part.key)
             self._copy[begin : begin + part.elements].copy_(values, non_blocking=on_gpu and values.is_cuda)
             begin += part.elements
-        if not on_gpu:
-            return lambda: None
-        copied = torch.cuda.Event()
-        copied.record()
-        return copied.synchronize
+        copied = torch.cuda.Event() if on_gpu else None
+        if copied is not None:
+            copied.record()
+        return self._copied(copied, [part.elements for part in parts])
+
+    def _copied(self, ready: torch.cuda.Event | None, sizes: list[int]) -> Iterator[torch.Tensor]:
+        if ready is not None:
+            ready.synchronize()
+        assert self._copy is not None
+        yield from self._copy.split(sizes)
 
     # --------------------------------------------------------------------------- in the background
 
@@ -329,13 +341,13 @@ def _wait_for(record: Path) -> Any:
     return read_json(record)
 
 
-def _write_tensors(path: Path, parts: Iterable[Part], values: torch.Tensor) -> str:
+def _write_tensors(path: Path, parts: Iterable[Part], values: Iterable[torch.Tensor]) -> str:
     """Writes a safetensors file of one-dimensional float32 tensors. Returns its SHA-256.
 
     Args:
         path: the file.
-        parts: the tensors in the order of their elements.
-        values: all elements, on the CPU.
+        parts: the tensors.
+        values: the elements of each, on the CPU.
     """
     entries: dict[str, Any] = {}
     end = 0
@@ -345,7 +357,8 @@ def _write_tensors(path: Path, parts: Iterable[Part], values: torch.Tensor) -> s
         entries[f"{part.key}.{part.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensors must be aligned
-    return _write(path, [len(header).to_bytes(8, "little") + header, values.view(torch.uint8).numpy().data])
+    contents = (value.view(torch.uint8).numpy().data for value in values)
+    return _write(path, chain([len(header).to_bytes(8, "little") + header], contents))
 
 
 def _write(path: Path, contents: Iterable[bytes | memoryview]) -> str:

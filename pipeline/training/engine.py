@@ -32,7 +32,7 @@ from pipeline.training.freeze import decoder_layers, lowest_trainable_layer
 from pipeline.training.job import CHECKPOINTS
 from pipeline.training.loss import SummedLoss
 from pipeline.training.optimizer import make_optimizer, parameter_groups
-from pipeline.training.precision import Precision, has_float32_units
+from pipeline.training.precision import Precision, has_float32_units, resolve_precision
 from pipeline.training.process_group import enter, join_process_group, limit_collectives
 from pipeline.training.rates import Multiple
 from pipeline.training.sequence_parallel import ALONE, SequenceGroup
@@ -130,15 +130,30 @@ def load_model(context: RankContext) -> PreTrainedModel:
     return model.train()
 
 
-def uses_float32_units(train: Train, device: torch.device, precision: Precision) -> bool:
-    """Returns whether bfloat16 operands are multiplied on a CPU's float32 units. Collective."""
-    if train.float32_products != "auto":
-        return train.float32_products
-    if precision == "float32" or not has_float32_units(device.type, train.deepspeed.zero_stage):
-        return False
+def choose_precision(train: Train, device: torch.device) -> tuple[Precision, bool]:
+    """Resolves ``precision`` and ``float32_products``. On CPUs a measured product decides what is fastest. Collective.
+
+    Returns:
+        The precision, and whether bfloat16 operands are multiplied on a CPU's float32 units.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision, products = resolve_precision(train.precision, device.type, native), train.float32_products
+    if not leaves_units_open(train, precision, device.type):
+        return precision, products is True
     decision = torch.tensor(int(prefers_float32_units()))
     distributed.broadcast(decision, src=0)  # otherwise ranks could round differently
-    return bool(decision)
+    if not decision:
+        return precision, False
+    use_units = products == "auto" and has_float32_units(device.type, train.deepspeed.zero_stage)
+    return (precision, True) if use_units else ("float32", False)
+
+
+def leaves_units_open(train: Train, precision: Precision, device_type: str) -> bool:
+    """Returns whether the settings leave it to a measurement if bfloat16 or float32 units of a CPU compute."""
+    if device_type != "cpu" or precision == "float32" or train.float32_products is True:
+        return False
+    has_units = has_float32_units(device_type, train.deepspeed.zero_stage)
+    return train.precision == "auto" or (train.float32_products == "auto" and has_units)
 
 
 def start_engine(

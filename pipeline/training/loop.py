@@ -81,7 +81,8 @@ class Loop:
         section: "pretrain" or "sft", for messages.
         evaluated: the splits whose loss is computed, the held-out one first.
         wants_stop: called once per step. If it returns True on any rank, all ranks stop after that step.
-        save: saves a checkpoint of the current progress, which is written while training continues. Collective.
+        save: saves a checkpoint of the current progress, which is written while training continues. Collective. The
+            second argument says whether training ends here.
         save_snapshot: saves the current model as the snapshot at a fraction of the steps. Collective.
         tracker: receives the metrics; None on all ranks but the first.
         routing: of a mixture of experts; None for other models.
@@ -101,7 +102,7 @@ class Loop:
     device: torch.device
     progress: Progress
     wants_stop: Callable[[], bool]
-    save: Callable[[Progress], None]
+    save: Callable[[Progress, bool], None]
     save_snapshot: Callable[[float], None]
     tracker: Tracker | None
     routing: Routing | None = None
@@ -120,7 +121,7 @@ class Loop:
                 self._evaluate_and_snapshot()
                 last = self.progress.step == self.steps
                 if stop or last or self.progress.step % self.train.checkpoint_every_steps == 0:
-                    self.save(self.progress)
+                    self.save(self.progress, stop or last)
                 if stop and not last:
                     return "stopped"
         return "done"

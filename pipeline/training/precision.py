@@ -22,6 +22,8 @@ def resolve_precision(
 ) -> Precision:
     """Resolves ``auto`` to bfloat16 on devices with native bfloat16 matrix products, and to float32 elsewhere.
 
+    Where a CPU's bfloat16 instructions turn out to be slow, ``choose_precision`` of the engine decides for float32.
+
     Args:
         setting: ``pretrain.precision`` or ``sft.precision``. Any value other than ``auto`` is returned unchanged.
         device_type: "cpu" or "cuda".

@@ -22,6 +22,7 @@ from pipeline.config import Split, Train
 from pipeline.errors import TrainingFailure, UserError
 from pipeline.files import disk_errors_as_user_errors, write_json
 from pipeline.launch.failure import OUT_OF_MEMORY
+from pipeline.launch.machine import bfloat16_flags
 from pipeline.models.flops import TrainingFlops
 from pipeline.models.matrix_products import prefers_float32_units
 from pipeline.models.reading import ModelDirectory
@@ -31,7 +32,14 @@ from pipeline.training import checkpoint, freeze, resume
 from pipeline.training.batches import TokenBlocks
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter, report_full_disk
-from pipeline.training.engine import RankContext, load_model, start_distributed, start_engine, uses_float32_units
+from pipeline.training.engine import (
+    RankContext,
+    choose_precision,
+    leaves_units_open,
+    load_model,
+    start_distributed,
+    start_engine,
+)
 from pipeline.training.export import export_trained_model, exported_key
 from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import START_FILE, snapshot_dir
@@ -40,7 +48,6 @@ from pipeline.training.mfu import peak_of, training_flops
 from pipeline.training.muon import matrices_of, update_flops
 from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
-from pipeline.training.precision import has_float32_units, resolve_precision
 from pipeline.training.process_group import enter, wait_for_all
 from pipeline.training.routing import Routing, coefficient_of, routers_of
 from pipeline.training.schedule import total_steps
@@ -70,10 +77,8 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     assert isinstance(settings, Train)
     device = start_distributed(timedelta(seconds=task.launch.collective_timeout_seconds), log_dir)
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = resolve_precision(settings.precision, device.type, native)
+    precision, on_float32_units = choose_precision(settings, device)
     sequence = SequenceGroup.of_this_rank(settings.sequence_parallel)
-    on_float32_units = uses_float32_units(settings, device, precision)
     context = RankContext(task, settings, log_dir, device, precision, rank, ranks, sequence, on_float32_units)
     with report_out_of_memory(), disk_errors_as_user_errors(task.out):
         status = _train(context, wants_stop)
@@ -125,7 +130,7 @@ def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
             progress=progress,
             # A stop saves, and that raises what went wrong while the previous checkpoint was written.
             wants_stop=lambda: writer.has_failed or wants_stop(),
-            save=lambda current: _save_checkpoint(context, writer, identity, current),
+            save=lambda current, last: _save_checkpoint(context, writer, identity, current, last),
             save_snapshot=lambda fraction: _save_snapshot(context, parts.optimizer_state, fraction),
             tracker=tracker,
             routing=parts.routing,
@@ -299,7 +304,7 @@ def _summation_settings(context: RankContext) -> dict[str, Any]:
 
 
 def _save_checkpoint(
-    context: RankContext, writer: CheckpointWriter, identity: dict[str, Any], progress: Progress
+    context: RankContext, writer: CheckpointWriter, identity: dict[str, Any], progress: Progress, last: bool
 ) -> None:
     enter("saving a checkpoint", is_alone=True)
     started = time.perf_counter()
@@ -307,7 +312,7 @@ def _save_checkpoint(
     progress.saves += 1
     # "spread" is the name that existing checkpoints use.
     state = {"identity": identity, "progress": progress.to_json(), "spread": _summation_settings(context)}
-    writer.save(progress.step, state, files=[context.task.out / METRICS_FILE])
+    writer.save(progress.step, state, files=[context.task.out / METRICS_FILE], last=last)
     progress.stall_seconds += time.perf_counter() - started
 
 
@@ -353,13 +358,13 @@ def _precision_note(context: RankContext) -> list[str]:
     if context.device.type != "cpu" or settings.precision == context.precision == "float32":
         return []
     if context.precision == "float32":
-        return ["computes in float32: this processor has no instructions for bfloat16"]
+        reason = "its instructions for bfloat16 are slower" if bfloat16_flags() else "it has none for bfloat16"
+        return [f"computes in float32 on this processor, since {reason}"]
     if context.float32_products:
         return ["computes in bfloat16, with matrix products on the float32 units, which are faster on this processor"]
-    was_measured = settings.float32_products == "auto" and has_float32_units("cpu", settings.deepspeed.zero_stage)
-    if not was_measured and prefers_float32_units():  # but the settings rule them out
-        return [f"bfloat16 is slow on this processor: {section}.precision=float32 would be faster, as would "
-                f"{section}.float32_products=auto at ZeRO 1 or 2"]  # fmt: skip
+    if not leaves_units_open(settings, context.precision, "cpu") and prefers_float32_units():
+        return [f"bfloat16 is slow on this processor: {section}.precision=auto and {section}.float32_products=auto "
+                "would be faster"]  # fmt: skip
     return ["computes in bfloat16, for which this processor has fast instructions"]
 
 

@@ -123,8 +123,9 @@ def test_what_a_layer_with_experts_stores_is_what_autograd_saves(family: str, en
 def test_the_copy_for_checkpoints_counts_where_the_device_is_the_host() -> None:
     trained = _trained()
     assert memory_of(trained, _setup(ranks=8)).staging == 0
-    on_cpu = replace(_setup(ranks=8, ema_decay=0.99), on_gpu=False)
+    on_cpu = replace(_setup(ranks=8, ema_decay=0.99, steps=20, checkpoint_every_steps=10), on_gpu=False)
     assert memory_of(trained, on_cpu).staging == 16 * trained.parameters // 8
+    assert memory_of(trained, on_cpu.with_train(checkpoint_every_steps=20)).staging == 0  # only one, at the end
 
 
 def test_frozen_layers_below_the_lowest_trained_one_store_nothing() -> None:

@@ -116,6 +116,21 @@ def test_what_changes_after_the_save_is_not_in_the_checkpoint(tmp_path: Path, mo
     assert (found.path / log.name).read_text() == "1\n"
 
 
+def test_the_last_checkpoint_is_written_without_a_copy_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Apart from that it equals any other, to the bit."""
+    optimizer_state = DictOptimizerState(0.0)
+    for value in optimizer_state.tensors.values():
+        value.normal_()
+    writer = CheckpointWriter(tmp_path, optimizer_state, keep=2)
+    writer.save(1, {})
+    writer.finish()
+    monkeypatch.setattr(checkpoint_writer, "host_memory", pytest.fail)
+    writer.save(2, {}, last=True)
+    writer.finish()
+    copied, read = (sha256_file(tmp_path / f"step-0000000{step}" / "00000.safetensors") for step in (1, 2))
+    assert copied == read and writer._copy is None
+
+
 def test_an_error_of_the_thread_is_raised_by_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*arguments: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

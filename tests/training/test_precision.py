@@ -1,9 +1,13 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import distributed
 
 from pipeline.launch.machine import bfloat16_flags
-from pipeline.training import precision
+from pipeline.training import engine, precision
+from tests.training.small import train_settings
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,29 @@ def test_an_explicit_precision_is_used_as_given(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(precision, "bfloat16_flags", list)
     assert precision.resolve_precision("bfloat16", "cpu") == "bfloat16"
     assert precision.resolve_precision("float32", "cpu") == "float32"
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"zero_stage": 0}, ("float32", False)),
+        ({"zero_stage": 3}, ("float32", False)),
+        ({"zero_stage": 1}, ("bfloat16", True)),
+        ({"zero_stage": 2, "float32_products": False}, ("float32", False)),
+        ({"zero_stage": 2, "precision": "bfloat16"}, ("bfloat16", True)),
+        ({"zero_stage": 0, "precision": "bfloat16"}, ("bfloat16", False)),
+        ({"zero_stage": 2, "precision": "bfloat16", "float32_products": False}, ("bfloat16", False)),
+        ({"zero_stage": 2, "precision": "float32"}, ("float32", False)),
+    ],
+)
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_measurement_decides_what_the_settings_leave_open(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: tuple[str, bool], is_slow: bool
+):
+    monkeypatch.setattr(precision, "bfloat16_flags", lambda: ["avx512_bf16"])
+    monkeypatch.setattr(engine, "prefers_float32_units", lambda: is_slow)
+    monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: None)
+    changes = {"precision": "auto", "float32_products": "auto", **settings}
+    deepspeed = {"zero_stage": changes.pop("zero_stage")}
+    chosen = engine.choose_precision(train_settings(deepspeed=deepspeed, **changes), torch.device("cpu"))
+    assert chosen == (expected if is_slow else (settings.get("precision", "bfloat16"), False))
