@@ -118,8 +118,8 @@ def test_each_heavy_library_has_one_owner() -> None:
         assert not {user for user in users if not user.startswith(owner)}, library
 
 
-# Required, though no module imports them: transformers and lm-eval do.
-USED_BY_OTHERS = {"accelerate", "gguf"}
+# Required, though no module imports them: transformers does.
+USED_BY_OTHERS = {"accelerate"}
 # In the standard library since Python 3.14. Before, backports.zstd provides it.
 NEWER_STANDARD_LIBRARY = {"compression"}
 INSTALLED_BY_A_TEST = {"peft", "trl"}  # tests/real/test_other_programs.py

@@ -1,10 +1,12 @@
-"""Writes a tiny Llama directory as a GGUF file, as the converter of llama.cpp does."""
+"""Writes tiny model directories as GGUF files, as the converter of llama.cpp does."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -28,6 +30,11 @@ METADATA = {  # keys of the architecture by entries of config.json
     "num_experts": "expert_count", "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "use_parallel_residual": "use_parallel_residual",
+}  # fmt: skip
+YARN = {
+    "type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
 }  # fmt: skip
 ADDED_TO_ONE = ("gemma2",)
 
@@ -63,11 +70,13 @@ def write_gguf(model: Path, path: Path, quantization: gguf.GGMLQuantizationType)
     _finish(writer)
 
 
-def write_family_gguf(model: Path, path: Path, architecture: str) -> None:
-    """Converts a directory of any family that needs none of the above, with names from the gguf package.
+def write_family_gguf(
+    model: Path, path: Path, architecture: str, experts: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+) -> None:
+    """Converts a directory of any family, with names from the gguf package.
 
     Experts of a layer are stacked, scales of norms that are added to one are stored with it, and a matrix with one row
-    is a vector.
+    is a vector. Only matrices of experts may be quantized.
     """
     config = json.loads((model / "config.json").read_text())
     writer = _writer(path, architecture, config)
@@ -75,28 +84,59 @@ def write_family_gguf(model: Path, path: Path, architecture: str) -> None:
         config["sliding_window"] = config["sliding_window"] or 0
     for name, key in METADATA.items():
         if config.get(name) is not None:
-            add = writer.add_float32 if isinstance(config[name], float) else writer.add_uint32
-            add(f"{architecture}.{key}", config[name])
+            add_value(writer, f"{architecture}.{key}", config[name])
     rope = config.get("rope_parameters", {})
+    for key, name in YARN.items():
+        if rope.get("rope_type") == "yarn" and name in rope:
+            add_value(writer, f"{architecture}.rope.scaling.{key}", rope[name])
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
     writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
-    if architecture == "gemma2":
+    if architecture in ("gemma2", "llama"):
         _add_sentencepiece(writer)
     else:
         _add_tokenizer(writer, json.loads((model / "tokenizer.json").read_text()), "{{ messages[0].content }}")
     (arch,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     tensors: dict[str, list[np.ndarray]] = {}
-    for name, tensor in sorted(load_file(model / "model.safetensors").items(), key=_natural):
-        stem, _, suffix = re.sub(r"experts\.\d+\.", "experts.", name).rpartition(".")
-        tensors.setdefault(f"{names.get_name(stem)}.{suffix}", []).append(
-            tensor + 1 if architecture in ADDED_TO_ONE and "norm" in name else tensor
-        )
+    for stored, whole in sorted(load_file(model / "model.safetensors").items(), key=_natural):
+        for name, tensor in _converted(stored, whole, architecture, config):
+            stem, _, suffix = re.sub(r"experts\.\d+\.", "experts.", name).rpartition(".")
+            tensors.setdefault(f"{names.get_name(stem)}.{suffix}", []).append(tensor)
     for name, parts in tensors.items():
-        tensor = np.stack(parts) if "exps" in name else parts[0]
-        writer.add_tensor(name, tensor[0] if tensor.shape[0] == 1 else tensor)
+        tensor = np.stack(parts) if "exps" in name and parts[0].ndim < 3 and len(parts) > 1 else parts[0]
+        type_ = experts if name.endswith("exps.weight") else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(tensor[0] if tensor.shape[0] == 1 else tensor, type_), raw_dtype=type_)
     _finish(writer)
+
+
+def _converted(name: str, tensor: np.ndarray, architecture: str, config: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """What the converter makes of a tensor before it names it."""
+    if architecture == "llama":
+        yield name, _permuted(name, tensor, config)
+    elif architecture in ADDED_TO_ONE and "norm" in name:
+        yield name, tensor + 1
+    elif "query_key_value" in name:  # head by head: query, key and value
+        heads = np.split(tensor, 3 * config["num_attention_heads"])
+        yield name, np.concatenate([*heads[0::3], *heads[1::3], *heads[2::3]])
+    elif name.endswith("sinks"):
+        yield f"{name}.weight", tensor
+    elif architecture == "gpt-oss" and "experts" in name:
+        name, suffix = (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
+        rows = tensor if suffix == "bias" else np.ascontiguousarray(tensor.swapaxes(1, 2))  # [experts, out, ...]
+        if "gate_up" in name:  # their rows alternate
+            yield f"{name.replace('gate_up', 'gate')}.{suffix}", np.ascontiguousarray(rows[:, 0::2])
+            yield f"{name.replace('gate_up', 'up')}.{suffix}", np.ascontiguousarray(rows[:, 1::2])
+        else:
+            yield f"{name}.{suffix}", rows
+    else:
+        yield name, tensor
+
+
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Adds an entry of the type that its value has in Python."""
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    {**add, list: writer.add_array}[type(value)](key, value)
 
 
 def _natural(item: tuple[str, np.ndarray]) -> list[str | int]:
@@ -112,7 +152,8 @@ def _writer(path: Path, architecture: str, config: dict) -> gguf.GGUFWriter:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    if "num_key_value_heads" in config:
+        writer.add_head_count_kv(config["num_key_value_heads"])
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])

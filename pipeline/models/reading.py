@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,6 +17,16 @@ from pipeline.models.tensors import SAFETENSORS_DTYPES, TensorSpec
 from pipeline.models.weight_files import StoredBytes, read_header, read_headers
 
 EXPANSION_FILE = "expansion.json"
+
+
+class StoredWeights(Protocol):
+    """The tensors of a checkpoint: dtype and shape by name, and their values one at a time."""
+
+    specs: dict[str, TensorSpec]
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor, perhaps in a wider dtype than the stored one."""
+        ...
 
 
 class ModelDirectory:

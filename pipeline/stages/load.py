@@ -1,7 +1,7 @@
 """The load stage: converts a Hub model, a local directory or a GGUF file into a safetensors directory of one dtype.
 
-Safetensors are dequantized and cast tensor by tensor. Only a GGUF file is loaded into memory as a complete model,
-because transformers dequantizes it. Nothing is unpickled, and no code of the model runs.
+Safetensors are dequantized and cast tensor by tensor. Only a GGUF file that transformers dequantizes is loaded into
+memory as a complete model. Nothing is unpickled, and no code of the model runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.artifacts.task import Metrics, StageTask
 from pipeline.config import Model
@@ -27,10 +36,11 @@ from pipeline.models.config_json import as_nested, depth_of, is_nested, with_lan
 from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
 from pipeline.models.fp8 import Fp8Directory
 from pipeline.models.gguf import UNREAD, Metadata, read_metadata
+from pipeline.models.gguf_weights import GgufWeights
 from pipeline.models.layer_config import complete_config
 from pipeline.models.own_dtype import with_own_dtype
 from pipeline.models.quantization import check_quantization, is_fp8
-from pipeline.models.reading import ModelDirectory, copy_side_files
+from pipeline.models.reading import ModelDirectory, StoredWeights, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, SAFETENSORS_DTYPES, TensorSpec, is_finite
 from pipeline.models.tokenizer_files import check_tokenizer_files
@@ -113,12 +123,17 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> list[str]:
             check_file(directory, code.name)
             shutil.copyfile(code, out / code.name)
     sources = _weights_to_write(base, config, out, model)
+    _write_weights(base, sources, out, model)
+    return _rounding(Counter(base.specs[stored].dtype for stored in sources.values()), model)
+
+
+def _write_weights(base: StoredWeights, sources: Mapping[str, str], out: Path, model: Model) -> None:
+    """Casts and writes tensors, given by their names in ``base`` by those to write, one at a time."""
     specs = {name: _cast_spec(base.specs[stored], model) for name, stored in sources.items()}
     with ShardWriter(out, specs) as writer, progress("load", total=len(specs)) as bar:
         for name, spec in specs.items():
             writer.write(name, _cast(name, base.read(sources[name]), spec, model))
             bar.advance(1, note=name)
-    return _rounding(Counter(base.specs[stored].dtype for stored in sources.values()), model)
 
 
 def _rounding(tensors: Mapping[torch.dtype, int], model: Model) -> list[str]:
@@ -173,7 +188,7 @@ def _not_finite(name: str, model: Model) -> UserError:
     )
 
 
-def _weights_to_write(base: ModelDirectory, config: dict[str, Any], out: Path, model: Model) -> dict[str, str]:
+def _weights_to_write(base: StoredWeights, config: dict[str, Any], out: Path, model: Model) -> dict[str, str]:
     """Decides which tensors the artifact consists of, by the model that transformers builds from its config.
 
     Derived buffers are left out, and so is a head that is tied to the embeddings and equal to them. If a tied model
@@ -233,7 +248,7 @@ def _is_config(value: object) -> bool:
 
 
 def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> list[str]:
-    """Dequantizes a GGUF file with transformers, with the complete model in memory in ``model.dtype``.
+    """Dequantizes a GGUF file: with transformers, with the complete model in memory, or else tensor by tensor.
 
     Args:
         directory: the directory of the file.
@@ -248,6 +263,26 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> lis
         UserError: a tensor is missing, is not read or is not finite, or the tokenizer does not fit the model.
     """
     metadata = read_metadata(directory / gguf_file)
+    plain = {SAFETENSORS_DTYPES[name]: n for name, n in metadata.tensors.items() if name in SAFETENSORS_DTYPES}
+    if metadata.is_read_here:
+        _unpack_here(directory / gguf_file, metadata, out, model)
+    else:
+        _unpack_with_transformers(directory, gguf_file, metadata, out, model)
+    return _rounding(plain, model)
+
+
+def _unpack_here(file: Path, metadata: Metadata, out: Path, model: Model) -> None:
+    config = {name: value for name, value in metadata.config().items() if name != "has_chat_template"}
+    architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[metadata.family]]
+    write_json(out / "config.json", {**config, "architectures": architectures, "dtype": model.dtype})
+    # AutoTokenizer would ask transformers for the config that is in the file.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    tokenizer.save_pretrained(out)
+    weights = GgufWeights(file, metadata)
+    _write_weights(weights, _weights_to_write(weights, config, out, model), out, model)
+
+
+def _unpack_with_transformers(directory: Path, gguf_file: str, metadata: Metadata, out: Path, model: Model) -> None:
     config = AutoConfig.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False)
     _complete(config, metadata)
     config.save_pretrained(out)
@@ -279,8 +314,6 @@ def unpack_gguf(directory: Path, gguf_file: str, out: Path, model: Model) -> lis
         del unpacked.config.quantization_config  # the weights are plain now, and saving would try to pack them
     remove_weights(out)
     unpacked.save_pretrained(out)
-    plain = {SAFETENSORS_DTYPES[name]: n for name, n in metadata.tensors.items() if name in SAFETENSORS_DTYPES}
-    return _rounding(plain, model)
 
 
 def _complete(config: PreTrainedConfig, metadata: Metadata) -> None:
