@@ -1,4 +1,7 @@
-"""Complete runs from load to report on a tiny model, started from the command line as a user does."""
+"""Complete runs from load to report on a tiny model, started from the command line as a user does.
+
+Every process of the first one is monitored: nothing is pickled or unpickled, and no token reaches a file.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,34 @@ from pipeline.__main__ import CONF, main
 from pipeline.config.messages import list_experiments
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.files import read_json, sha256_file
+from tests import warm
 from tests.processes import children, is_gone, kill_tree, listening_addresses, seconds_of_children
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef"}
+
+# Installed as sitecustomize.py, which Python imports at the start of every process, and the warm server before its
+# imports and in every fork.
+MONITOR = """
+import os, pickle, sys, traceback
+
+def forbid(name):
+    def forbidden(*arguments, **details):
+        with open(os.environ["PIPELINE_TEST_PICKLES"], "a") as log:
+            log.write(name + "\\n" + "".join(traceback.format_stack(limit=4)) + "\\n")
+        raise AssertionError(f"{name} was called")
+    return forbidden
+
+pickle.load, pickle.dump = forbid("pickle.load"), forbid("pickle.dump")
+if {"pipeline.stages", "pipeline.training.worker"} & set(sys.orig_argv):
+    import torch
+    torch.load, torch.save = forbid("torch.load"), forbid("torch.save")
+if {"pipeline", "pipeline.training.worker"} & set(sys.orig_argv):
+    pickle.loads = forbid("pickle.loads")
+    sys.addaudithook(lambda event, _: event == "pickle.find_class" and forbid(event)())  # by whatever means
+with open(os.environ["PIPELINE_TEST_PICKLES"] + ".started", "a") as log:
+    log.write(" ".join(sys.orig_argv) + "\\n")
+"""
 SHARING = pytest.mark.xdist_group("outputs")  # one pytest worker runs these tests, so that they share artifacts
 
 
@@ -57,9 +85,22 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(shrunk: list[str], outputs: Path) -> str:
-    """The output of a complete run in ``outputs``."""
-    status, output = run("+experiment=quickstart", *shrunk, cwd=outputs)
+    """The output of a complete run in ``outputs``. A forbidden call would have written the file ``pickles`` there."""
+    (outputs / "site").mkdir()
+    (outputs / "tmp").mkdir()
+    (outputs / "site" / "sitecustomize.py").write_text(MONITOR)
+    client = warm.install(site=outputs / "site" / "sitecustomize.py")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in SECRETS.items():
+            environment.setenv(name, value)
+        environment.setenv("PIPELINE_TEST_PICKLES", str(outputs / "pickles"))
+        environment.setenv("TMPDIR", str(outputs / "tmp"))
+        environment.setattr(sys, "executable", str(client))
+        command = ["+experiment=quickstart", *shrunk, "tracking=offline"]
+        status, output = run(*command, cwd=outputs, path=[outputs / "site"])
     assert status == EXIT_DONE, output
+    (outputs / "terminal.txt").write_text(output)
+    assert not list((outputs / "tmp").iterdir())
     return output
 
 
@@ -73,6 +114,22 @@ def test_a_run_from_load_to_report(finished: str, outputs: Path) -> None:
     }  # fmt: skip
     assert (report / "report.md").exists() and (report / "report.html").exists() and list(report.glob("*.png"))
     assert "seconds by stage" in finished
+
+
+@SHARING
+def test_no_pickle_is_written_or_read(finished: str, outputs: Path) -> None:
+    started = (outputs / "pickles.started").read_text()
+    assert "pipeline.stages" in started and "pipeline.training.worker" in started
+    assert not (outputs / "pickles").exists(), (outputs / "pickles").read_text()
+
+
+@SHARING
+def test_no_token_is_written_to_a_file_or_the_terminal(finished: str, outputs: Path) -> None:
+    files = [path for path in outputs.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
 
 
 @SHARING

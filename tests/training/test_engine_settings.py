@@ -26,8 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offloaded": {"deepspeed": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}},
     "recomputed": {"activation_checkpointing": True, "micro_batch": 2},
     "overridden": {"deepspeed": {"overrides": {"zero_optimization": {"overlap_comm": True}, "steps_per_print": 1}}},
-    # Compiling takes most of this file's time, so there is one variant, without the held-out loss, which would be
-    # compiled separately.
+    # Compiling takes long, so there is one variant, without C++ (tests/real compiles that), and without the held-out
+    # loss, which would be compiled separately.
     "compiled_and_recomputed": {"compile": True, "activation_checkpointing": True, "evaluate_at": []},
 }
 BFLOAT16: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory, make_task: Callable[..., St
         for name, changes in (VARIANTS | BFLOAT16).items()
     }
     directory = tmp_path_factory.mktemp("launch")
-    plan = [{"task": task_to_json(task), "stop_after": None} for task in tasks.values()]
+    plan = [{"task": task_to_json(task), "stop_after": None, "backend": "aot_eager"} for task in tasks.values()]
     (directory / "plan.json").write_text(json.dumps(plan))
     run_workers("tests.training.many_tasks", directory / "plan.json", tasks["default"].launch, directory)
     return {name: logged(task, "loss") for name, task in tasks.items()}
