@@ -38,7 +38,7 @@ def test_an_export_that_computes_something_else_is_rejected(tiny_llama_dir: Path
         check_export(export, ids, losses, "float32")
 
 
-@pytest.mark.parametrize(("tokens", "targets"), [(2, [1]), (5, [4, 3, 2, 1]), (32, [31, 28, 25, 22, 19, 16, 13, 10])])
+@pytest.mark.parametrize(("tokens", "targets"), [(2, [1]), (5, [4, 3, 2, 1]), (32, [31, 24, 17, 10])])
 def test_an_export_is_compared_on_tokens_of_the_training_data(
     tokens: int, targets: list[int], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
