@@ -31,7 +31,7 @@ from pipeline.config import AnyExpand, Model
 from pipeline.errors import UserError, one_line
 from pipeline.files import read_json
 from pipeline.models.config_json import depth_name
-from pipeline.models.families import FAMILIES, family_for
+from pipeline.models.families import family_for
 from pipeline.models.inference.small import small_model
 from pipeline.stages import expand, load
 from tests.stages.one_task import make_task
@@ -114,7 +114,6 @@ def check_family(family: str, work: Path, tokenizer: Any, settings: Callable[...
     Raises:
         FailedError: the expanded model is wrong.
     """
-    how = "row" if family in FAMILIES else "inferred"
     try:
         model = tiny_model(family)
     except Exception as error:  # noqa: BLE001 - default configs of some families cannot be built
@@ -135,6 +134,7 @@ def check_family(family: str, work: Path, tokenizer: Any, settings: Callable[...
     loaded, out = work / "load", work / "expand"
     try:
         row = family_for(read_json(base / "config.json"))
+        how = "row" if row.inference is None else "inferred"
         silenced = row.inference is None or not row.inference.not_silenced
         metrics = [load.run(make_task("load", source, loaded))]
         metrics.append(_expand(loaded, out, "llama_pro" if silenced else "copy", settings))
@@ -187,7 +187,9 @@ def check_expanded(base: Path, path: Path, keeps_logits: bool) -> None:
             _require(configs[1][name] == [value[source] for source in sources], f"{name} is wrong")
     row = family_for(read_json(path / "config.json"))
     new = {layer["layer"] for layer in layers if layer["new"]}
-    trained = {name: p for name, p in deeper.named_parameters() if row.layer_of(name) in new}
+    inside = "model.language_model.", "language_model.model."  # in memory, and in the names of a row
+    parameters = {name.replace(*inside): p for name, p in deeper.named_parameters()}
+    trained = {name: p for name, p in parameters.items() if row.layer_of(name) in new}
     optimizer = torch.optim.AdamW(trained.values(), lr=2e-4)
     loss = deeper(TOKENS, labels=TOKENS, use_cache=False).loss
     loss.backward()

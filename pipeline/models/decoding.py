@@ -49,13 +49,32 @@ def packed_mask(model: PreTrainedModel, position_ids: Tensor) -> Any:
     return create_masks_for_generate(model.config, like_embeddings, None, None, position_ids=position_ids)
 
 
-@torch.inference_mode()
 def cache_difference(model: PreTrainedModel, prompt: Tensor) -> float:
     """Decodes greedily with a cache, then computes the same positions in one forward pass without one.
+
+    A router whose experts are almost tied chooses another one after rounding, so that the logits of a correct mixture
+    can differ by any amount. A difference that is too large is therefore computed again in float64.
+
+    Args:
+        model: in float32. It is the same afterwards.
+        prompt: token ids ``[prompts, tokens]``.
 
     Returns:
         The largest difference of the logits, see ``difference``.
     """
+    found = _cache_difference(model, prompt)
+    if found <= CACHE_TOLERANCE or model.dtype != torch.float32:
+        return found
+    try:
+        return _cache_difference(model.double(), prompt)
+    except (RuntimeError, NotImplementedError):  # some operators have no version in float64
+        return found
+    finally:
+        model.float()
+
+
+@torch.inference_mode()
+def _cache_difference(model: PreTrainedModel, prompt: Tensor) -> float:
     step = model(prompt, use_cache=True)
     cache = next(name for name in CACHES if name in step)
     tokens, cached = prompt, [step.logits[:, -1]]

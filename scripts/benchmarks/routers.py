@@ -13,17 +13,19 @@ seed determines the initial weights and which blocks are trained on. The rules:
                   experts of a layer have no order, so the base computes what it did
     lower router  experts are averaged, or matched and averaged, and the router is the lower neighbor's
 
-The table has the held-out loss after surgery and after training, in nats per token, and of the new layers: the
-busiest expert's and the idlest expert's assignments relative to an even distribution, and the entropy of the router
-relative to the largest. Cells are means over seeds with the standard deviation, loads as first step -> last steps.
+The table has the held-out loss after surgery and after training, in nats per token, the latter also relative to the
+first rule's, and of the new layers: the busiest expert's and the idlest expert's assignments relative to an even
+distribution, and the entropy of the router relative to the largest. Cells are means over seeds with the standard
+deviation, differences with the standard error over pairs of the same seed, loads as first step -> last steps.
 
 Expected before the first run: after surgery, averages of unmatched experts are the worst and copies the best of the
 rules that change the logits; matching improves averages a little, since experts of different layers that were trained
-from scratch have little in common; after training, all rules that zero the outputs differ by less than the seeds.
+from scratch have little in common; after training, all rules that zero the outputs differ by less than the seeds. What
+was measured is in docs/benchmarks.md.
 
-The default takes about 40 minutes on two idle cores, as estimated from a few steps of each size: three seeds of one
-training from scratch (4 minutes) and of eleven expanded models (50 seconds each). An interrupted study continues with
-the same command. ``--tiny`` checks that the program works.
+The default takes about 40 minutes on one core: three seeds of one training from scratch (4 minutes) and of eleven
+expanded models (50 seconds each). An interrupted study continues with the same command. ``--tiny`` checks that the
+program works.
 """
 
 from __future__ import annotations
@@ -276,9 +278,11 @@ def _measures(trained: Path, layers: Sequence[int]) -> list[tuple[float, ...]]:
     ]
 
 
-def row(rule: Rule, results: Sequence[Result]) -> str:
-    """Returns a row of the table."""
+def row(rule: Rule, results: Sequence[Result], reference: Sequence[Result]) -> str:
+    """Returns a row of the table, with differences to the results of another rule for the same seeds."""
     losses = [_spread([getattr(each, name) for each in results]) for name in ("after_surgery", "after_training")]
+    pairs = zip(results, reference, strict=True)
+    losses.append(_difference([mine.after_training - other.after_training for mine, other in pairs]))
     loads = [
         f"{statistics.mean(each.first[i] for each in results):.2f} -> "
         f"{statistics.mean(each.last[i] for each in results):.2f}"
@@ -289,6 +293,11 @@ def row(rule: Rule, results: Sequence[Result]) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def _difference(values: Sequence[float]) -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.4f}{error}" if any(values) else ""
 
 
 def parse() -> argparse.Namespace:
@@ -321,11 +330,12 @@ def main() -> None:
     study, seeds = Study(options), range(options.seeds)
     before = [read_json(study.base(seed) / "training.json")["held_out"][-1]["loss"] for seed in seeds]
     print(f"{options.seeds} seeds, {options.trainable} trained; {machine('torch', 'transformers', 'deepspeed')}\n")
-    print("| rule | loss after surgery | after training | busiest expert | idlest expert | entropy |")
-    print(f"|---|---:|---:|---:|---:|---:|\n| the base | {_spread(before)} | | | | |", flush=True)
-    for rule in RULES:
-        if options.rules is None or rule.name in options.rules:
-            print(row(rule, [study.result(rule, seed) for seed in seeds]), flush=True)
+    rules = [rule for rule in RULES if options.rules is None or rule.name in options.rules]
+    print(f"| rule | loss after surgery | after training | minus {rules[0].name} | busiest expert | idlest | entropy |")
+    print(f"|---|---:|---:|---:|---:|---:|---:|\n| the base | {_spread(before)} | | | | | |", flush=True)
+    reference = [study.result(rules[0], seed) for seed in seeds]
+    for rule in rules:
+        print(row(rule, [study.result(rule, seed) for seed in seeds], reference), flush=True)
 
 
 if __name__ == "__main__":
