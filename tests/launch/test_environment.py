@@ -45,13 +45,6 @@ def test_memory_segments_grow_on_gpus_unless_the_user_has_configured_the_allocat
         assert {value for key, value in environment.items() if "ALLOC_CONF" in key} == {"backend:cudaMallocAsync"}
 
 
-def test_workers_on_cpus_keep_freed_memory_unless_the_environment_decides():
-    cpu = Placement("cpu", 2, 3)
-    assert worker_environment(LAUNCH, cpu, {})["MALLOC_TRIM_THRESHOLD_"] == str(2**36)
-    assert worker_environment(LAUNCH, cpu, {"MALLOC_TRIM_THRESHOLD_": "7"})["MALLOC_TRIM_THRESHOLD_"] == "7"
-    assert "MALLOC_TRIM_THRESHOLD_" not in worker_environment(LAUNCH, Placement("cuda", 2, 3), {})
-
-
 def test_what_compiling_needs_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in ("clang", "mycc") else None)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
