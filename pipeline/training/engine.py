@@ -182,6 +182,9 @@ def start_engine(
     optimizer = make_optimizer(parameter_groups(model, train, multiples, matrices), train)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
+    if context.ranks == 1 and train.deepspeed.zero_stage == 0 and train.deepspeed.reduce_dtype == "float32":
+        # DeepSpeed would copy all gradients to a buffer and back, although there is nothing to add them to.
+        engine.enable_backward_allreduce = False
     return engine
 
 
