@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.artifacts.task import task_from_json
 from pipeline.config import Evaluate
 from pipeline.files import disk_errors_as_user_errors, read_json
-from pipeline.launch.child import end_with_parent, write_stacks_on_signal
+from pipeline.launch.child import end_with_parent, exit_process, write_stacks_on_signal
 from pipeline.launch.environment import create_code_caches
 from pipeline.launch.machine import detect_machine, place, visible_gpus
 from pipeline.launch.workers import LOG_DIR_VARIABLE
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     end_with_parent()
     write_stacks_on_signal()
     logs = Path(os.environ[LOG_DIR_VARIABLE])
-    sys.exit(run_and_record(lambda: score_as_rank(Path(sys.argv[1]), logs), logs))
+    exit_process(run_and_record(lambda: score_as_rank(Path(sys.argv[1]), logs), logs))

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.artifacts.task import Metrics, StageTask, task_from_json
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, UserError, WorkersFailed
 from pipeline.files import disk_errors_as_user_errors, read_json, write_json
-from pipeline.launch.child import end_with_parent, redirect_output
+from pipeline.launch.child import end_with_parent, exit_process, importing, redirect_output
 from pipeline.launch.environment import create_code_caches
 from pipeline.models.source import model_files
 from pipeline.progress import set_stream
@@ -56,7 +56,8 @@ def main(task_file: Path, outcome_file: Path) -> int:
 
 def _run_stage(task: StageTask) -> Metrics:
     stage = task.name.partition("/")[0]
-    function = importlib.import_module(f"pipeline.stages.{stage}").run
+    with importing():
+        function = importlib.import_module(f"pipeline.stages.{stage}").run
     with Tracker(task.tracking, task.out, task.settings.model_dump(mode="json")) as tracker:
         metrics: Metrics = function(task)
         tracker.log(_flatten_numbers(metrics), step=0)
@@ -82,4 +83,4 @@ def _flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, 
 
 if __name__ == "__main__":
     end_with_parent()
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    exit_process(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -16,7 +16,13 @@ from typing import Any
 
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, Diverged, TrainingFailure, UserError
 from pipeline.files import read_json, temporary_path, write_json
-from pipeline.launch.child import BLOCKED_SIGNALS, end_with_parent, write_stacks_on_signal
+from pipeline.launch.child import (
+    BLOCKED_SIGNALS,
+    end_with_parent,
+    exit_process,
+    importing,
+    write_stacks_on_signal,
+)
 from pipeline.launch.environment import create_code_caches
 from pipeline.launch.workers import LOG_DIR_VARIABLE, OUTCOME_FILE, STOP_FILE
 
@@ -85,10 +91,11 @@ def run_and_record(function: Callable[[], dict[str, Any]], log_dir: Path) -> int
 def _run(task_file: Path, log_dir: Path, stop: Callable[[], bool]) -> dict[str, Any]:
     create_code_caches()  # before the imports, one of which would create them with access for others
 
-    from torch import distributed
+    with importing():
+        from torch import distributed
 
-    from pipeline.artifacts.task import task_from_json
-    from pipeline.training.trainer import train
+        from pipeline.artifacts.task import task_from_json
+        from pipeline.training.trainer import train
 
     outcome = train(task_from_json(read_json(task_file)), log_dir, stop)
     distributed.destroy_process_group()
@@ -110,4 +117,4 @@ def write_outcome(log_dir: Path, outcome: dict[str, Any]) -> None:
 if __name__ == "__main__":
     end_with_parent()
     write_stacks_on_signal()
-    sys.exit(main(Path(sys.argv[1]), Path(os.environ[LOG_DIR_VARIABLE])))
+    exit_process(main(Path(sys.argv[1]), Path(os.environ[LOG_DIR_VARIABLE])))
