@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,13 +64,16 @@ class Case:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def run_plan(plan: Sequence[tuple[StageTask, int | None]], device: str, work: Path) -> None:
+def run_plan(
+    plan: Sequence[tuple[StageTask, int | None]], device: str, work: Path, threads: int | Literal["auto"] = "auto"
+) -> None:
     """Runs tasks one after the other in one process, each until a step or to its end."""
     file = work / f"plan-{device}-{len(plan)}.json"
     write_json(file, [{"task": task_to_json(task), "stop_after": stop} for task, stop in plan])
     logs = file.with_suffix("")
     logs.mkdir()
-    run_workers("scripts.benchmarks.gpu_checks", file, one_process(device), logs)
+    launch = one_process(device).model_copy(update={"threads": threads})
+    run_workers("scripts.benchmarks.gpu_checks", file, launch, logs)
 
 
 def worker(plan: Path, log_dir: Path) -> None:

@@ -154,7 +154,7 @@ def _training(settings: Any, parents: dict[str, Path], out: Path) -> StageTask:
 
 def _run(tasks: Sequence[StageTask], logs: Path) -> None:
     logs.mkdir()
-    run_plan([(task, None) for task in tasks], "cpu", logs)
+    run_plan([(task, None) for task in tasks], "cpu", logs, threads=1)  # more would be slower for tensors this small
 
 
 def _expanded(base: Path, out: Path) -> Path:
