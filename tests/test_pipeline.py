@@ -100,7 +100,6 @@ def finished(shrunk: list[str], outputs: Path) -> str:
         status, output = run(*command, cwd=outputs, path=[outputs / "site"])
     assert status == EXIT_DONE, output
     (outputs / "terminal.txt").write_text(output)
-    assert not list((outputs / "tmp").iterdir())
     return output
 
 
@@ -121,6 +120,11 @@ def test_no_pickle_is_written_or_read(finished: str, outputs: Path) -> None:
     started = (outputs / "pickles.started").read_text()
     assert "pipeline.stages" in started and "pipeline.training.worker" in started
     assert not (outputs / "pickles").exists(), (outputs / "pickles").read_text()
+
+
+@SHARING
+def test_no_temporary_file_is_left(finished: str, outputs: Path) -> None:
+    assert not list((outputs / "tmp").iterdir())
 
 
 @SHARING

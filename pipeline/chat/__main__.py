@@ -17,7 +17,7 @@ from pipeline.config import Launch
 from pipeline.config.actions import Chat
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEST, UserError
 from pipeline.files import read_json, write_json
-from pipeline.launch.child import end_with_parent
+from pipeline.launch.child import end_with_parent, exit_process, importing
 
 
 def main(request_file: Path, outcome_file: Path) -> int:
@@ -33,13 +33,14 @@ def main(request_file: Path, outcome_file: Path) -> int:
 
 def _run(request: dict[str, Any]) -> None:
     # Imported here, so that the process watches its parent before it does anything that takes time.
-    import torch
-    from transformers.utils import logging
+    with importing():
+        import torch
+        from transformers.utils import logging
 
-    from pipeline.chat.model import ChatModel
-    from pipeline.chat.terminal import COMMANDS, converse, questions
-    from pipeline.launch.environment import create_code_caches
-    from pipeline.launch.machine import place_one_process
+        from pipeline.chat.model import ChatModel
+        from pipeline.chat.terminal import COMMANDS, converse, questions
+        from pipeline.launch.environment import create_code_caches
+        from pipeline.launch.machine import place_one_process
 
     create_code_caches()
     logging.set_verbosity_error()
@@ -63,4 +64,4 @@ if __name__ == "__main__":
         status = main(Path(sys.argv[1]), Path(sys.argv[2]))
     except KeyboardInterrupt:  # while the models are loaded
         status = EXIT_INTERRUPTED
-    sys.exit(status)
+    exit_process(status)

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.artifacts.task import task_from_json
 from pipeline.config import Evaluate
 from pipeline.files import disk_errors_as_user_errors, read_json
-from pipeline.launch.child import end_with_parent, exit_process, write_stacks_on_signal
+from pipeline.launch.child import end_with_parent, exit_process, importing, write_stacks_on_signal
 from pipeline.launch.environment import create_code_caches
 from pipeline.launch.machine import detect_machine, place, visible_gpus
 from pipeline.launch.workers import LOG_DIR_VARIABLE
@@ -31,9 +31,10 @@ def score_as_rank(task_file: Path, log_dir: Path) -> dict[str, Any]:
     if placement.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(machine.gpus)[rank]
 
-    from pipeline.evaluation.harness import ScoringJob, score
-    from pipeline.evaluation.sharing import ScoringRanks
-    from pipeline.training.watch import Watch
+    with importing():
+        from pipeline.evaluation.harness import ScoringJob, score
+        from pipeline.evaluation.sharing import ScoringRanks
+        from pipeline.training.watch import Watch
 
     assert isinstance(task.settings, Evaluate)
     watch = Watch(rank, count, task.launch.collective_timeout_seconds, log_dir)

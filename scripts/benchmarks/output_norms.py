@@ -92,7 +92,7 @@ def measure(work: Path, families: Sequence[str], base_steps: int, plain: bool = 
     docs = _tokenized(work / "docs", quickstart().data.corpus, random[REFERENCE])
     code = _tokenized(work / "code", [text_files(str(_write_library(work / "library.jsonl")))], random[REFERENCE])
 
-    settings = pretrain_settings(**{**RECIPE, **BASE_RECIPE}, steps=base_steps)
+    settings = pretrain_settings(**RECIPE, **BASE_RECIPE, steps=base_steps)
     bases = {
         family: _training(settings, {"model": random[family], "data": docs}, work / f"{family}-base")
         for family in families
