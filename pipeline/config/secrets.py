@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import UserError
@@ -38,21 +37,29 @@ HARMLESS_NAME = re.compile(r"(?:^|[_.-])(?:file|path|dir|directory|field|name|id
 HARMLESS_VALUE = re.compile(r"\$|`|/|~|(?:[\d.]+|true|false|yes|no|on|off|null|none)$|$", re.IGNORECASE)
 
 
-def refuse_secrets(values: Any, path: str = "") -> None:
+def refuse_secrets(values: Any) -> None:
     """Checks that no setting contains a password or an access token.
 
     Raises:
         UserError: a setting contains one. The message does not repeat it.
     """
+    inherited = _inherited()
+    for path, text in _texts(values, ""):
+        if _has_secret(text, inherited) or _is_secret(path, text):
+            raise _refusal(path)
+
+
+def _texts(values: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yields all texts of nested settings, also their names, each with the dotted name of the setting it is in."""
     if isinstance(values, Mapping):
         for name, value in values.items():
-            refuse_secrets(str(name), path)
-            refuse_secrets(value, f"{path}.{name}" if path else str(name))
+            yield path, str(name)
+            yield from _texts(value, f"{path}.{name}" if path else str(name))
     elif isinstance(values, list):
         for value in values:
-            refuse_secrets(value, path)
-    elif isinstance(values, str) and (contains_secret(values) or _is_secret(path, values)):
-        raise _refusal(path)
+            yield from _texts(value, path)
+    elif isinstance(values, str):
+        yield path, values
 
 
 def refuse_secret_overrides(overrides: Sequence[str]) -> None:
@@ -69,17 +76,20 @@ def refuse_secret_overrides(overrides: Sequence[str]) -> None:
 
 def contains_secret(text: str) -> bool:
     """Whether a text contains a password or an access token, by its format, its name or the environment."""
+    return _has_secret(text, _inherited())
+
+
+def _has_secret(text: str, inherited: Sequence[str]) -> bool:
     if KEY_FORMATS.search(text) or CREDENTIALS.search(text):
         return True
     if any(_is_secret(name, value) for name, value in ASSIGNMENT.findall(text)):
         return True
-    return any(value in text for value in _inherited(frozenset(os.environ.items())))
+    return any(value in text for value in inherited)
 
 
-@lru_cache(maxsize=1)  # hundreds of settings are compared with one environment
-def _inherited(environment: frozenset[tuple[str, str]]) -> list[str]:
+def _inherited() -> list[str]:
     """The secrets in the environment."""
-    return [value for name, value in environment if len(value) >= 8 and _is_secret(name, value)]
+    return [value for name, value in os.environ.items() if len(value) >= 8 and _is_secret(name, value)]
 
 
 def _is_secret(name: str, value: str) -> bool:
