@@ -19,6 +19,7 @@ def pytest_configure() -> None:
     """Creates the replacement for the interpreter in the first process, which shares it with its xdist workers."""
     if warm.VARIABLE not in os.environ:
         os.environ[warm.VARIABLE] = str(warm.install())
+    warm.parse_configuration_once()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +47,11 @@ def pytest_collection_finish() -> None:
         from pipeline.models.vector_math import initialize_vector_math
 
         initialize_vector_math()
+
+
+def pytest_unconfigure() -> None:
+    """Spares pytest's last search for garbage, which takes seconds, what lives until this process ends."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 PAGES = [README, CONTRIBUTING, *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^ *(?:\$ )?(?:scripts/run|scripts/submit|salloc|python -m pipeline) .*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@cache
+def _jobs(overrides: tuple[str, ...], multirun: bool) -> list[Settings]:
+    """The settings of all jobs of a command, which several pages may show."""
+    return [job.settings for job in compose_jobs(list(overrides), multirun, None)]
 
 
 def _commands(page: Path) -> list[list[str]]:
@@ -71,10 +78,10 @@ def example_method(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_compose_and_their_ranks_divide_their_batches(page: Path) -> None:
     for command in _commands(page):
-        for job in compose_jobs(_overrides(command), "--multirun" in command, None):
+        for settings in _jobs(tuple(_overrides(command)), "--multirun" in command):
             for section in ("pretrain", "sft"):
-                train = getattr(job.settings, section)
-                ranks = _ranks(job.settings, section, command)
+                train = getattr(settings, section)
+                ranks = _ranks(settings, section, command)
                 assert train.global_batch % (ranks * train.micro_batch) == 0, (section, command)
 
 

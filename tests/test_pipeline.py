@@ -22,9 +22,9 @@ import pytest
 from pipeline.__main__ import CONF, main
 from pipeline.config.messages import list_experiments
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
-from pipeline.files import read_json, sha256_file
+from pipeline.files import read_json
 from tests import warm
-from tests.processes import children, is_gone, kill_tree, listening_addresses, seconds_of_children
+from tests.processes import children, is_gone, listening_addresses, seconds_of_children
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECRETS = {"HF_TOKEN": "hf_" + "s3cr3t" * 6, "WANDB_API_KEY": "0123456789abcdef" * 2 + "deadbeef"}
@@ -289,32 +289,6 @@ def test_a_sweep_shares_artifacts_and_has_one_report(shrunk: list[str], outputs:
     rows = json.loads((base / "report" / "results.json").read_text())
     assert {row["method"] for row in rows} == {"copy", "none"}
     assert (base / "expand-copy" / "load").resolve() == (base / "expand-none" / "load").resolve()
-
-
-def _weights(run_directory: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted((run_directory / "sft").resolve().glob("*.safetensors"))}
-
-
-def test_run_that_is_killed_repeatedly_gives_the_result_of_an_uninterrupted_run(
-    shrunk: list[str], tmp_path: Path
-) -> None:
-    command = ["+experiment=quickstart", *shrunk, "stages=[sft]"]
-    assert run(*command, "output_dir=uninterrupted", cwd=tmp_path)[0] == EXIT_DONE
-    # The time limit grows, so that the run is killed at different points and finishes in the end on any machine.
-    kills, seconds = 0, 0.3
-    while True:
-        process = start(*command, "output_dir=killed", cwd=tmp_path)
-        try:
-            output, _ = process.communicate(timeout=seconds)
-            break
-        except subprocess.TimeoutExpired:
-            kill_tree(process.pid)
-            process.communicate()
-            kills, seconds = kills + 1, 1.4 * seconds
-    assert process.returncode == EXIT_DONE, output
-    assert kills >= 3
-    assert _weights(tmp_path / "killed" / "quickstart") == _weights(tmp_path / "uninterrupted" / "quickstart")
-    assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
 def _alive(pids: list[int]) -> list[int]:

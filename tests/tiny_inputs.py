@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pipeline.config import AnyExpand
 
@@ -101,6 +105,17 @@ def shrinking_overrides(model: Path, corpus: Path, chats: Path) -> list[str]:
         "evaluate=bundled", "evaluate.tasks=[held_out_text]", "evaluate.limit=4", "evaluate.sample_answers=0",
         "tracking=disabled", "launch.processes=1", "launch.threads=1",
     ]  # fmt: skip
+
+
+@contextmanager
+def coarse_plots() -> Iterator[None]:
+    """Plots have few pixels and a simple layout, because drawing them takes most of a report's time."""
+    from pipeline.report import plot_style
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot_style, "DPI", 20)
+        patch.setitem(plot_style._STYLE, "figure.constrained_layout.use", False)
+        yield
 
 
 def expand_settings(method: str, **changes: Any) -> AnyExpand:

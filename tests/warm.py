@@ -2,8 +2,8 @@
 
 Tests set ``sys.executable`` to ``tests.warm_client``, so that production code starts stages and ranks as always. Each
 is a process with real signals, pipes and exit statuses; it only skips ``import torch``. The first client starts the
-server, all pytest workers share it, and it ends with pytest. What is not ``-m`` one of ``MODULES``, or sets a variable
-of ``FIXED`` to something else, gets a new interpreter.
+server, all pytest workers share it, and it ends with pytest. What is not ``-m`` one of ``MODULES`` or ``-P`` one of
+``SCRIPTS``, or sets a variable of ``FIXED`` to something else, gets a new interpreter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import ast
 import atexit
+import copy
 import gc
 import importlib
 import os
@@ -29,16 +30,19 @@ import types
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 VARIABLE = "PIPELINE_TEST_PYTHON"  # holds the client's path in a run's processes
 REAL = sys.executable
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "pipeline", "pipeline.chat", "pipeline.evaluation.worker", "pipeline.stages", "pipeline.training.worker",
+    "pipeline", "pipeline.chat", "pipeline.evaluation.worker", "pipeline.models.inference", "pipeline.stages",
+    "pipeline.training.worker",
     "tests.training.forked", "tests.training.many_tasks", "tests.study.one_worker",
 )  # fmt: skip
+SCRIPTS = (str(ROOT / "pipeline" / "data" / "tokenizer_worker.py"),)
 FIXED = ("OMP_NUM_THREADS", "HF_HOME", "HF_ENDPOINT", "PYTHONHASHSEED")
 IMPORTED = (
     "pipeline.__main__", "pipeline.stages.load", "pipeline.stages.expand", "pipeline.stages.tokenize",
@@ -46,6 +50,7 @@ IMPORTED = (
     "pipeline.report.plots", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.original_muon",
     "transformers.pipelines", "PIL.PngImagePlugin", "setuptools",
 )  # fmt: skip
+TRACKING = "wandb.sdk.launch.inputs.internal"  # every W&B run imports it, which takes two seconds after IMPORTED
 REQUEST_BYTES = 1 << 18
 
 
@@ -53,8 +58,9 @@ def install(site: Path | None = None) -> Path:
     """Writes the client for this process and its xdist workers, and returns its path, for ``sys.executable``.
 
     Args:
-        site: a ``sitecustomize.py`` that the server runs before its imports, and every fork before its module. Without
-            it, a process whose ``PYTHONPATH`` has such a file gets a new interpreter.
+        site: a ``sitecustomize.py`` that the server runs before its imports, and every fork before its module. The
+            server is for a run that W&B tracks. Without it, a process whose ``PYTHONPATH`` has such a file gets a new
+            interpreter.
     """
     place = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
@@ -65,6 +71,7 @@ def install(site: Path | None = None) -> Path:
         "START": (REAL, str(Path(__file__).resolve()), address, str(os.getpid()), *([str(site)] if site else [])),
         "HAS_SITE": site is not None,
         "MODULES": MODULES,
+        "SCRIPTS": SCRIPTS,
         "FIXED": {name: os.environ.get(name) for name in FIXED},
     }
     source = (Path(__file__).parent / "warm_client.py").read_text()
@@ -74,6 +81,24 @@ def install(site: Path | None = None) -> Path:
     client.write_text(f"#!{REAL} -IS\n{before}\n{values}{guard}{after}")
     client.chmod(0o755)
     return client
+
+
+def parse_configuration_once() -> None:
+    """Makes OmegaConf parse each text once in this process, since hundreds of tests compose the files of conf/."""
+    import yaml
+    from omegaconf import _utils, omegaconf
+
+    loader = _utils.get_yaml_loader()  # it is another class every time, but they are all the same
+
+    @cache
+    def parse(text: str) -> Any:
+        return yaml.load(text, Loader=loader)
+
+    def load(stream: IO[str] | str, **_: Any) -> Any:
+        return copy.deepcopy(parse(stream if isinstance(stream, str) else stream.read()))
+
+    _utils.get_yaml_loader = lambda: loader
+    omegaconf.yaml = types.SimpleNamespace(**{**vars(yaml), "load": load})  # type: ignore[attr-defined]
 
 
 def fork_of(client: int) -> list[int]:
@@ -179,6 +204,7 @@ class Server:
             os.closerange(3, max(64, *streams, *self._descriptors()) + 1)
             _settle(request)
             if self._site is not None:
+                _media_directory().name = tempfile.mkdtemp("wandb-media")  # which this process removes in the end
                 exec(self._site, {"__name__": "sitecustomize"})
             status = _run(request["arguments"])
         except BaseException:  # noqa: BLE001  # a fork must not return into the server's loop
@@ -190,6 +216,11 @@ class Server:
 
     def _descriptors(self) -> list[int]:
         return [int(name) for name in os.listdir("/proc/self/fd")]
+
+
+def _media_directory() -> tempfile.TemporaryDirectory[str]:
+    """W&B's directory for media, which it creates when it is imported."""
+    return sys.modules["wandb.sdk.data_types._private"].MEDIA_TMP  # type: ignore[no-any-return]
 
 
 def _settle(request: Mapping[str, Any]) -> None:
@@ -217,8 +248,8 @@ def _settle(request: Mapping[str, Any]) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Does what ``python -m MODULE ...`` does, and returns the exit status."""
-    _, module, *rest = arguments
+    """Does what ``python -m MODULE ...`` or ``python -P SCRIPT ...`` does, and returns the exit status."""
+    option, module, *rest = arguments
     for name in (module, f"{module}.__main__"):
         if name not in ("pipeline", "pipeline.chat", "pipeline.stages"):
             sys.modules.pop(name, None)
@@ -226,7 +257,10 @@ def _run(arguments: list[str]) -> int:
     sys.modules["__main__"] = types.ModuleType("__main__")
     status: Any = 0
     try:
-        runpy._run_module_as_main(module)  # type: ignore[attr-defined]
+        if option == "-m":
+            runpy._run_module_as_main(module)  # type: ignore[attr-defined]
+        else:
+            runpy.run_path(module, run_name="__main__")
     except SystemExit as end:
         status = end.code
     except BaseException:  # noqa: BLE001
@@ -249,6 +283,10 @@ def main(address: str, owner: int, site: str | None = None) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     for name in IMPORTED:
         importlib.import_module(name)
+    if site:
+        importlib.import_module(TRACKING)
+        _media_directory().cleanup()
+    parse_configuration_once()
     sys.modules["pipeline.__main__"].compose_jobs(["+experiment=quickstart"], False, None)  # Hydra's plugins
     sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")  # a second, once
     assert threading.active_count() == 1, "a process with threads cannot be forked"

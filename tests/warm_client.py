@@ -14,6 +14,7 @@ REAL = sys.executable  # the interpreter; what follows is replaced in the writte
 ADDRESS = ""  # of the server
 START: tuple[str, ...] = ()  # the command that starts the server
 MODULES: tuple[str, ...] = ()  # modules that behave the same in a fork as in a new interpreter
+SCRIPTS: tuple[str, ...] = ()  # and files
 FIXED: dict[str, str | None] = {}  # environment variables that libraries read once, with the server's values
 HAS_SITE = False  # whether the server runs the sitecustomize.py that PYTHONPATH has
 
@@ -22,7 +23,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, sign
 
 def is_warm(arguments: list[str]) -> bool:
     """Returns whether a fork of the server can run these arguments."""
-    if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in MODULES:
+    if len(arguments) < 2 or arguments[1] not in {"-m": MODULES, "-P": SCRIPTS}.get(arguments[0], ()):
         return False
     places = os.environ.get("PYTHONPATH", "").split(":")
     if not HAS_SITE and any(os.path.exists(f"{place}/sitecustomize.py") for place in places):

@@ -160,13 +160,13 @@ def test_heartbeats_decide_if_slurm_does_not_answer(monkeypatch: pytest.MonkeyPa
         raise SlurmUnreachable("down")
 
     monkeypatch.setattr(slurm, "job_info", unreachable)
-    monkeypatch.setattr(lock, "SILENCE_SECONDS", 4.0)
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 2.0)
     monkeypatch.setattr(lock, "LOCK_POLL_SECONDS", 0.1)
     held = _held_by(FAR, tmp_path / "lock")
     stopped = threading.Event()
 
     def send_heartbeats() -> None:
-        deadline = time.monotonic() + 6.0
+        deadline = time.monotonic() + 3.0
         while time.monotonic() < deadline:
             os.utime(tmp_path / "lock" / FAR.name)
             time.sleep(0.1)

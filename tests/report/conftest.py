@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from pipeline.report import plot_style
+from tests.tiny_inputs import coarse_plots
 
 
 @pytest.fixture(autouse=True)
-def coarse_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots have few pixels, because drawing them takes most of a report's time."""
-    monkeypatch.setattr(plot_style, "DPI", 20)
+def _coarse_plots() -> Iterator[None]:
+    with coarse_plots():
+        yield

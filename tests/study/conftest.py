@@ -10,6 +10,13 @@ from pipeline.errors import EXIT_DONE
 from pipeline.training import job
 from tests.study.one_worker import TrainingWorker
 from tests.study.small_study import Workplace, study_arguments
+from tests.tiny_inputs import coarse_plots
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _coarse_plots() -> Iterator[None]:
+    with coarse_plots():
+        yield
 
 
 @pytest.fixture(scope="module")

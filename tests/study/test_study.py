@@ -18,7 +18,10 @@ from pipeline.study.loading import list_studies, load_study
 from tests.study.one_worker import TrainingWorker
 from tests.study.small_study import CONTENDERS, STUDY, Workplace
 
+SHARING = pytest.mark.xdist_group("study")  # one pytest worker runs these tests, so that there is one study
 
+
+@SHARING
 def test_losses_are_those_of_runs_made_by_hand(finished: Workplace) -> None:
     rows = finished.results()["rows"]
     assert {(row["contender"], row["budget"], row["seed"]) for row in rows} == {
@@ -36,6 +39,7 @@ def test_losses_are_those_of_runs_made_by_hand(finished: Workplace) -> None:
     assert abs(flops["untouched"] - flops["copy"]) <= flops["untouched"] / steps / 2 * 1.01  # the nearest whole step
 
 
+@SHARING
 def test_the_rate_with_the_lowest_validation_loss_is_chosen_between_its_neighbors(finished: Workplace) -> None:
     tuning = finished.results()["tuning"]
     for name in CONTENDERS:
@@ -49,6 +53,7 @@ def test_the_rate_with_the_lowest_validation_loss_is_chosen_between_its_neighbor
         assert last["validation_loss"] == chosen["validation_loss"] != last["loss"]
 
 
+@SHARING
 def test_the_report_has_tables_plots_and_the_settings(finished: Workplace) -> None:
     text = (finished.report / "report.md").read_text()
     for part in (
@@ -90,12 +95,14 @@ def _base_loss(place: Workplace) -> float:
     return total / count
 
 
+@SHARING
 def test_a_finished_study_does_nothing(finished: Workplace) -> None:
     before, losses = finished.artifacts(), finished.results()["rows"]
     assert finished.run() == EXIT_DONE
     assert finished.artifacts() == before and finished.results()["rows"] == losses
 
 
+@SHARING
 def test_new_contenders_run_alone_and_a_rate_at_which_training_diverges_is_not_chosen(
     finished: Workplace, one_worker: TrainingWorker
 ) -> None:
@@ -122,6 +129,7 @@ def test_new_contenders_run_alone_and_a_rate_at_which_training_diverges_is_not_c
         assert finished.run() == EXIT_DONE
 
 
+@SHARING
 def test_a_study_that_lost_runs_repeats_only_these(finished: Workplace) -> None:
     """As after kill -9: some runs are finished, one is half finished, and others are missing."""
     expected, before = finished.results(), finished.artifacts()
@@ -142,6 +150,7 @@ def _without_seconds(results: dict[str, Any]) -> None:
         row.pop("seconds")
 
 
+@SHARING
 def test_the_choice_does_not_depend_on_the_held_out_text(
     finished: Workplace, arguments: list[str], tiny_corpus: Path, tmp_path: Path
 ) -> None:
@@ -225,12 +234,17 @@ def test_wrong_input_is_one_message_before_anything_starts(
 
 @pytest.mark.parametrize("name", list_studies([CONF]))
 def test_every_study_composes(name: str) -> None:
-    """Every contender has valid settings, and the pages that describe the study name it."""
+    """Every contender has valid settings, and the pages that describe the study name it.
+
+    The contenders of an extended study are composed with that study, and here only its reference.
+    """
     study, overrides = load_study([f"+study={name}"], [CONF])
     assert study.name == name and not overrides
+    own = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text()).get("contenders", {})
     settings = [
         compose_jobs([*study.common, *contender.overrides], False, None)[0].settings
-        for contender in study.contenders.values()
+        for contender_name, contender in study.contenders.items()
+        if contender_name in {*own, study.reference}
     ]
     assert len({each.model_dump_json() for each in settings}) == len(settings)
     assert all(each.data.validation_fraction > 0 for each in settings)

@@ -16,8 +16,15 @@ from tests.training.small import VOCABULARY, training_task, write_blocks, write_
 
 @pytest.fixture(scope="session")
 def blocks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten training blocks and five held-out blocks of 32 tokens with ragged masks, and copies as further splits."""
-    directory = write_blocks(tmp_path_factory.mktemp("blocks"), ragged=True)
+    """Ten training blocks and five held-out blocks of 32 tokens with ragged masks."""
+    return write_blocks(tmp_path_factory.mktemp("blocks"), ragged=True)
+
+
+@pytest.fixture(scope="session")
+def splits_dir(tmp_path_factory: pytest.TempPathFactory, blocks_dir: Path) -> Path:
+    """The same blocks. Copies of the held-out ones are the validation split, and of the others the forgetting text."""
+    directory = tmp_path_factory.mktemp("splits") / "blocks"
+    shutil.copytree(blocks_dir, directory)
     for copied, split in (("held_out", "validation"), ("train", "forgetting")):
         for path in directory.glob(f"{copied}.*.npy"):
             shutil.copyfile(path, directory / path.name.replace(copied, split))

@@ -18,7 +18,7 @@ from tests.training.small import logged, train_settings, write_blocks
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-RANKS, ONCE, OFTEN = 2, 2, 32  # blocks per step: 1 or 16 per rank
+RANKS, ONCE, OFTEN = 2, 2, 16  # blocks per step: 1 or 8 per rank
 IN_BFLOAT16 = {"data_types": {"grad_accum_dtype": "bf16"}}
 
 

@@ -90,9 +90,16 @@ ELASTIC = [Case(1, 2), Case(4, 2), Case(2, 3), Case(1, 0), replace(BFLOAT16_3, r
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_task: MakeTask, forked_ranks: ForkedRanks) -> Runs[Case]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_task: MakeTask,
+    forked_ranks: ForkedRanks,
+    blocks_dir: Path,
+    splits_dir: Path,
+) -> Runs[Case]:
     def make(case: Case, out: Path | None) -> StageTask:
-        return make_task(case.settings(), case.ranks, out)
+        data = splits_dir if (case.precision, case.trainable) == ("float32", "auto") else blocks_dir
+        return make_task(case.settings(), case.ranks, out, data=data)
 
     return run_cases(make, CASES, INTERRUPTED, ELASTIC, STOP_AFTER, forked_ranks, tmp_path_factory.mktemp)
 
@@ -210,7 +217,7 @@ def test_the_losses_of_held_out_blocks_equal_those_of_a_plain_model(runs: Runs, 
 
 
 def test_the_loss_of_every_split_is_computed_alike(runs: Runs):
-    """In ``blocks_dir``, the validation blocks are copies of the held-out ones, and the others are not."""
+    """In ``splits_dir``, the validation blocks are copies of the held-out ones, and the others are not."""
     tasks = [runs.straight[case] for case in float32_cases("auto")]
     for task in tasks:
         assert logged(task, "validation_loss") == logged(task, "held_out_loss") != logged(task, "forgetting_loss")

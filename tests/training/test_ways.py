@@ -60,7 +60,12 @@ class Case:
         overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         deepspeed = {"zero_stage": self.zero, "overrides": overrides}
         return train_settings(
-            steps=STEPS, warmup_fraction=0.0, precision=self.precision, deepspeed=deepspeed, **WAYS[self.way]
+            steps=STEPS,
+            warmup_fraction=0.0,
+            precision=self.precision,
+            evaluate_at=[1.0],
+            deepspeed=deepspeed,
+            **WAYS[self.way],
         )
 
 

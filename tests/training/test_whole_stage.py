@@ -21,6 +21,7 @@ from tests.training.small import logged, train_settings
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
 import json, sys
+sys.executable = sys.argv[2]  # of the ranks
 from pathlib import Path
 from pipeline.artifacts.task import task_from_json
 from pipeline.training.job import run_training
@@ -43,7 +44,7 @@ def test_a_killed_run_resumes_to_bitwise_equal_results(make_task: Callable[..., 
     run_training(straight)
 
     write_json(tmp_path / "task.json", task_to_json(killed))
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "task.json")], cwd=ROOT)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "task.json"), sys.executable], cwd=ROOT)
     saved = killed.out / CHECKPOINTS
     while not (saved.exists() and any(saved.iterdir())):  # until the first checkpoint is being written
         assert driver.poll() is None
