@@ -130,8 +130,16 @@ def load_model(context: RankContext) -> PreTrainedModel:
     return model.train()
 
 
-def choose_precision(train: Train, device: torch.device) -> tuple[Precision, bool]:
+def choose_precision(
+    train: Train, device: torch.device, earlier: tuple[Precision, bool] | None = None
+) -> tuple[Precision, bool]:
     """Resolves ``precision`` and ``float32_products``. On CPUs a measured product decides what is fastest. Collective.
+
+    Args:
+        train: the settings.
+        device: where the training computes.
+        earlier: what was chosen before this training was interrupted, and is chosen again if the settings allow it: a
+            second measurement may decide otherwise on a busy machine.
 
     Returns:
         The precision, and whether bfloat16 operands are multiplied on a CPU's float32 units.
@@ -140,12 +148,14 @@ def choose_precision(train: Train, device: torch.device) -> tuple[Precision, boo
     precision, products = resolve_precision(train.precision, device.type, native), train.float32_products
     if not leaves_units_open(train, precision, device.type):
         return precision, products is True
+    has_units = products == "auto" and has_float32_units(device.type, train.deepspeed.zero_stage)
+    fast: tuple[Precision, bool] = (precision, False)
+    slow: tuple[Precision, bool] = (precision, True) if has_units else ("float32", False)
+    if earlier in (fast, slow):
+        return earlier
     decision = torch.tensor(int(prefers_float32_units()))
     distributed.broadcast(decision, src=0)  # otherwise ranks could round differently
-    if not decision:
-        return precision, False
-    use_units = products == "auto" and has_float32_units(device.type, train.deepspeed.zero_stage)
-    return (precision, True) if use_units else ("float32", False)
+    return slow if decision else fast
 
 
 def leaves_units_open(train: Train, precision: Precision, device_type: str) -> bool:

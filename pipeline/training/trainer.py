@@ -42,12 +42,13 @@ from pipeline.training.engine import (
 )
 from pipeline.training.export import export_trained_model, exported_key
 from pipeline.training.gradients import GradientNorms, group_parameters
-from pipeline.training.job import START_FILE, snapshot_dir
+from pipeline.training.job import CHECKPOINTS, START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status
 from pipeline.training.mfu import peak_of, training_flops
 from pipeline.training.muon import matrices_of, update_flops
 from pipeline.training.optimizer import learning_rate_multiples
 from pipeline.training.optimizer_state import OptimizerState
+from pipeline.training.precision import Precision
 from pipeline.training.process_group import enter, wait_for_all
 from pipeline.training.routing import Routing, coefficient_of, routers_of
 from pipeline.training.schedule import total_steps
@@ -77,11 +78,12 @@ def train(task: StageTask, log_dir: Path, wants_stop: Callable[[], bool]) -> dic
     assert isinstance(settings, Train)
     device = start_distributed(timedelta(seconds=task.launch.collective_timeout_seconds), log_dir)
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    precision, on_float32_units = choose_precision(settings, device)
-    sequence = SequenceGroup.of_this_rank(settings.sequence_parallel)
-    context = RankContext(task, settings, log_dir, device, precision, rank, ranks, sequence, on_float32_units)
     with report_out_of_memory(), disk_errors_as_user_errors(task.out):
-        status = _train(context, wants_stop)
+        found, notes = resume.newest_checkpoint(task.out / CHECKPOINTS, device)
+        precision, on_float32_units = choose_precision(settings, device, _chosen_earlier(found, device))
+        sequence = SequenceGroup.of_this_rank(settings.sequence_parallel)
+        context = RankContext(task, settings, log_dir, device, precision, rank, ranks, sequence, on_float32_units)
+        status = _train(context, found, notes, wants_stop)
     wait_for_all("exporting the model")
     return {"status": status}
 
@@ -102,9 +104,16 @@ def report_out_of_memory() -> Iterator[None]:
         raise TrainingFailure(f"{OUT_OF_MEMORY}: {first_line}") from error
 
 
-def _train(context: RankContext, wants_stop: Callable[[], bool]) -> Status:
+def _chosen_earlier(found: Checkpoint | None, device: torch.device) -> tuple[Precision, bool] | None:
+    """Returns the precision with which a checkpoint was computed, and whether on the float32 units of this device."""
+    saved = {} if found is None else found.content()["spread"]
+    return (saved["precision"], saved.get("float32_products", False)) if saved.get("device") == device.type else None
+
+
+def _train(context: RankContext, found: Checkpoint | None, notes: list[str], wants_stop: Callable[[], bool]) -> Status:
     parts = _prepare(context)
-    progress, identity, notes = _start_or_resume(context, parts)
+    progress, identity, changes = _start_or_resume(context, parts, found)
+    notes = [*notes, *changes]
     peak = peak_of(context.device, context.precision)
     timeout = context.task.launch.collective_timeout_seconds
     writer = CheckpointWriter(
@@ -227,13 +236,14 @@ def _observe_routers(context: RankContext, model: PreTrainedModel) -> Routing | 
 # ------------------------------------------------------------------------------- starting and resuming
 
 
-def _start_or_resume(context: RankContext, parts: _TrainerParts) -> tuple[Progress, dict[str, Any], list[str]]:
-    """Loads the base weights or the newest intact checkpoint into the engine.
+def _start_or_resume(
+    context: RankContext, parts: _TrainerParts, found: Checkpoint | None
+) -> tuple[Progress, dict[str, Any], list[str]]:
+    """Loads the base weights or a checkpoint into the engine.
 
     Returns:
         The progress, the identity to store in new checkpoints, and notes for the user.
     """
-    found, notes = resume.newest_checkpoint(context.checkpoints, context.device)
     task = context.task
     identity = resume.identity(
         context.model_dir,
@@ -245,14 +255,14 @@ def _start_or_resume(context: RankContext, parts: _TrainerParts) -> tuple[Progre
     )
     if found is None:
         _load_base_weights(context, parts.optimizer_state)
-        return Progress(), identity, notes
+        return Progress(), identity, []
     resume.check_identity(found, identity, task.name)
     content = found.content()
     progress = Progress(**content["progress"])
     _check_snapshots(context, progress, parts.steps)
     checkpoint.restore(found, parts.optimizer_state)
     note = resume.rounding_note(content["spread"], _summation_settings(context))
-    return progress, identity, notes if note is None else [*notes, note]
+    return progress, identity, [] if note is None else [note]
 
 
 def _load_base_weights(context: RankContext, optimizer_state: OptimizerState) -> None:

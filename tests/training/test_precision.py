@@ -65,5 +65,16 @@ def test_a_measurement_decides_what_the_settings_leave_open(
     monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: None)
     changes = {"precision": "auto", "float32_products": "auto", **settings}
     deepspeed = {"zero_stage": changes.pop("zero_stage")}
-    chosen = engine.choose_precision(train_settings(deepspeed=deepspeed, **changes), torch.device("cpu"))
+    train, cpu = train_settings(deepspeed=deepspeed, **changes), torch.device("cpu")
+    chosen = engine.choose_precision(train, cpu)
     assert chosen == (expected if is_slow else (settings.get("precision", "bfloat16"), False))
+    monkeypatch.setattr(engine, "prefers_float32_units", lambda: not is_slow)
+    assert engine.choose_precision(train, cpu, earlier=chosen) == chosen  # a resumed training does not change
+
+
+def test_what_the_settings_exclude_is_not_chosen_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(precision, "bfloat16_flags", lambda: ["avx512_bf16"])
+    monkeypatch.setattr(engine, "prefers_float32_units", lambda: True)
+    monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: None)
+    train = train_settings(deepspeed={"zero_stage": 0}, precision="auto", float32_products="auto")
+    assert engine.choose_precision(train, torch.device("cpu"), earlier=("bfloat16", True)) == ("float32", False)
