@@ -50,7 +50,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Spares pytest's last search for garbage, which takes seconds, what lives until this process ends."""
+    """Excludes all objects from the garbage collections with which pytest ends, since these take seconds."""
     gc.freeze()
 
 

@@ -50,7 +50,9 @@ IMPORTED = (
     "pipeline.report.plots", "transformers.models.llama.modeling_llama", "deepspeed.runtime.zero.muon.original_muon",
     "transformers.pipelines", "PIL.PngImagePlugin", "setuptools",
 )  # fmt: skip
-TRACKING = "wandb.sdk.launch.inputs.internal"  # every W&B run imports it, which takes two seconds after IMPORTED
+TRACKING = (
+    "wandb.sdk.launch.inputs.internal"  # imported by W&B when a run starts, within two seconds if IMPORTED is loaded
+)
 REQUEST_BYTES = 1 << 18
 
 
@@ -204,7 +206,7 @@ class Server:
             os.closerange(3, max(64, *streams, *self._descriptors()) + 1)
             _settle(request)
             if self._site is not None:
-                _media_directory().name = tempfile.mkdtemp("wandb-media")  # which this process removes in the end
+                _media_directory().name = tempfile.mkdtemp("wandb-media")  # removed when this process exits
                 exec(self._site, {"__name__": "sitecustomize"})
             status = _run(request["arguments"])
         except BaseException:  # noqa: BLE001  # a fork must not return into the server's loop
