@@ -16,6 +16,9 @@ _TERM = r"[a-z_]+|/[^/]+/"
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
 CorpusShare = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1, there would be no conversations
 AverageDecay = Annotated[float, Field(gt=0.0, lt=1.0)]
+# muon: for the matrices of all layers that train; muon_new_layers: for those of new layers, or of matched ones. AdamW
+# updates everything else.
+Optimizer = Literal["adamw", "muon", "muon_new_layers"]
 
 
 def trainable_terms(trainable: str) -> list[str]:
@@ -60,7 +63,7 @@ class Train(Section):
     warmup_fraction: Fraction  # of the steps
     decay_fraction: Fraction  # of the steps; warmup_stable_decay only
     final_learning_rate_fraction: Fraction  # of learning_rate
-    optimizer: Annotated[Literal["adamw", "muon"], NotInKeyIf("adamw")]  # muon: for the matrices of layers
+    optimizer: Annotated[Optimizer, NotInKeyIf("adamw")]
     weight_decay: NonNegativeFloat
     beta1: DecayRate
     beta2: DecayRate
@@ -94,6 +97,11 @@ class Train(Section):
     def trainable_terms(self) -> list[str]:
         """The words and regular expressions of ``trainable``, see ``trainable_terms``."""
         return trainable_terms(self.trainable)
+
+    @property
+    def uses_muon(self) -> bool:
+        """Whether Muon updates some matrices."""
+        return self.optimizer != "adamw"
 
     def groups_of(self, ranks: int) -> int:
         """Returns how many groups share sequences; 1 if there are too few ranks for one, which a check refuses."""

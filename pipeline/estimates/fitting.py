@@ -68,7 +68,7 @@ def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str 
             f"{section}.deepspeed.offload_optimizer=true {section}.deepspeed.offload_parameters=true",
         ),
     ]
-    if setup.train.optimizer == "muon":  # neither at ZeRO 3 nor offloaded
+    if setup.train.uses_muon:  # neither at ZeRO 3 nor offloaded
         steps = steps[:1]
     changes: dict[str, object] = {"micro_batch": 1}
     overrides = [f"{section}.micro_batch=1"]

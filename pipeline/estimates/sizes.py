@@ -65,10 +65,11 @@ class Trained:
         """Whether the output head trains, which may be tied to the embeddings."""
         return self.shape.head in self.names
 
-    @property
-    def linear_maps(self) -> Iterator[LinearMap]:
-        """The matrices of layers that train, which Muon would update."""
+    def updated_by_muon(self, optimizer: str) -> Iterator[LinearMap]:
+        """Yield the trained matrices of layers that Muon would update."""
         for index, layer in enumerate(self.shape.layers):
+            if optimizer == "muon_new_layers" and index not in self.at_learning_rate:
+                continue
             inside = self.inside(index)
             yield from (each for name, maps in layer.linear_maps.items() if name in inside for each in maps)
 
@@ -83,7 +84,7 @@ class Trained:
         reaches_below = self.lowest < len(shape.layers) or final_norm
         head = HeadWork(shape.vocab_size * shape.hidden_size, self.head_trains, reaches_below)
         flops = TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
-        matrices = self.linear_maps if optimizer == "muon" else ()
+        matrices = () if optimizer == "adamw" else self.updated_by_muon(optimizer)
         update = sum(each.count * orthogonalization_flops(each.rows, each.columns) for each in matrices)
         return replace(flops, update=update)
 

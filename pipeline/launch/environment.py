@@ -28,6 +28,8 @@ IMPORTED_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # importing parts of torch already c
 CODE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
 WRITABLE_BY_OTHERS = 0o022
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the latter is the older name
+# glibc returns large blocks to the kernel as soon as they are freed, which then clears the same pages at every step.
+KEEP_FREED_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1_000_000_000))  # bytes
 
 
 def other_nodes_fault(inherited: Mapping[str, str]) -> UserError | None:
@@ -98,7 +100,7 @@ def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[
         "OMP_NUM_THREADS": str(placement.threads),
     }
     if placement.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment = {**KEEP_FREED_MEMORY, **environment, "CUDA_VISIBLE_DEVICES": ""}
     elif not inherited.keys() & ALLOCATOR_VARIABLES:
         # Segments that grow leave no gaps between batches of different shapes, which could not be used otherwise.
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

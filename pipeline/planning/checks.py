@@ -291,8 +291,8 @@ def _trainable(section: str, prepared: PreparedRun) -> Faults:
             rule="it balances the routers of mixtures of experts, and no router trains",
             remedy=f"Set {section}.router_aux_loss=null, or change {section}.trainable.",
         )
-    if train.optimizer == "muon" and not any(trained.linear_maps):
-        yield no_matrix_error(section)
+    if train.uses_muon and not any(trained.updated_by_muon(train.optimizer)):
+        yield no_matrix_error(section, train.optimizer)
 
 
 def _memory(section: str, prepared: PreparedRun) -> Faults:

@@ -137,7 +137,7 @@ def _device(plan: TrainingPlan) -> str:
 def _engine(plan: TrainingPlan) -> str:
     train = plan.setup.train
     recomputed = ", activation checkpointing" if train.activation_checkpointing else ""
-    optimizer = ", Muon" if train.optimizer == "muon" else ""
+    optimizer = {"adamw": "", "muon": ", Muon", "muon_new_layers": ", Muon for new layers"}[train.optimizer]
     averages = ", averages" if train.ema_decay is not None else ""
     shared = f", {train.sequence_parallel} ranks per sequence" if train.sequence_parallel > 1 else ""
     shown = f"ZeRO {plan.setup.zero['stage']}, {plan.setup.precision}, micro-batch {train.micro_batch}"

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from pipeline.config import Train
 from pipeline.models.families import Place, family_for
 from pipeline.models.flops import NEWTON_SCHULZ_STEPS, orthogonalization_flops
-from pipeline.training.freeze import full_shape
+from pipeline.training.freeze import full_shape, layer_of_parameter
 from pipeline.training.selection import no_matrix_error
 
 MOMENTUM = 0.95  # with Nesterov's acceleration, as in both publications
@@ -33,28 +33,30 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
 
 
-def matrices_of(section: str, model: PreTrainedModel, train: Train) -> dict[str, list[Place]]:
+def matrices_of(section: str, model: PreTrainedModel, train: Train, new: Collection[int]) -> dict[str, list[Place]]:
     """Returns the trained parameters that Muon updates, with the places of their matrices. Empty for AdamW.
 
     Args:
         section: the section of the settings, for messages.
         model: the model, after ``freeze_others``.
         train: the settings.
+        new: the layers that ``muon_new_layers`` means.
 
     Raises:
         UserError: no trained parameter is such a matrix.
     """
-    if train.optimizer != "muon":
+    if not train.uses_muon:
         return {}
-    config = model.config.to_dict()
+    config, layers = model.config.to_dict(), layer_of_parameter(model)
     family, found = family_for(config), {}
     for name, parameter in model.named_parameters():
-        parts = family.parts(name, config) if parameter.requires_grad else []
+        chosen = parameter.requires_grad and (train.optimizer == "muon" or layers[name] in new)
+        parts = family.parts(name, config) if chosen else []
         places = [place or Place(name) for role, place in parts if role.kind == "matrix"]
         if parts and len(places) == len(parts) and len(full_shape(parameter)) == 2 + (places[0].expert is not None):
             found[name] = places
     if not found:
-        raise no_matrix_error(section)
+        raise no_matrix_error(section, train.optimizer)
     return found
 
 

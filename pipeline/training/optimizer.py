@@ -18,15 +18,19 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.config import Train
-from pipeline.files import read_json
 from pipeline.models.families import Role, family_for
-from pipeline.models.reading import EXPANSION_FILE, ModelDirectory
+from pipeline.models.reading import ModelDirectory
 from pipeline.models.stored_parameters import StoredParameters
 from pipeline.training import rates
-from pipeline.training.freeze import full_shape, layer_of_parameter, new_layers, roles_of_parameters
+from pipeline.training.freeze import (
+    full_shape,
+    layer_of_parameter,
+    layers_with_learning_rate,
+    new_layers,
+    roles_of_parameters,
+)
 from pipeline.training.muon import Fragment, muon_step
 from pipeline.training.rates import Multiple
-from pipeline.training.selection import layers_at_learning_rate
 
 LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
 HAS_PARTS = "has_parts"  # key of a parameter group: whether its tensors have one multiple per element
@@ -51,8 +55,7 @@ def learning_rate_multiples(section: str, model: PreTrainedModel, train: Train, 
     """
     roles, config = roles_of_parameters(model), model.config.to_dict()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    path = model_dir / EXPANSION_FILE
-    new = layers_at_learning_rate(train.trainable, read_json(path) if path.is_file() else {})
+    new = layers_with_learning_rate(train.trainable, model_dir)
     set_by_user = rates.requested_multiples(
         section, train, family_for(config), config, layer_of_parameter(model), trained, new
     )
@@ -97,7 +100,7 @@ def _silent_blocks(
         if (stored.read(name) == silent).all():
             block = layers[name], trained[name].block
             multiples[name] = SCALE_MULTIPLE * math.sqrt(inputs[block])
-            if optimizer != "muon":
+            if optimizer == "adamw":
                 multiples |= {output: OUTPUT_MULTIPLE for output in outputs[block] if output in trained}
     return multiples
 

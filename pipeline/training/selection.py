@@ -113,12 +113,13 @@ def _matching(
     return chosen
 
 
-def no_matrix_error(section: str) -> UserError:
-    """Returns the error for a choice of parameters without the matrix of a layer."""
+def no_matrix_error(section: str, optimizer: str) -> UserError:
+    """Returns the error for a choice of parameters without a matrix that the optimizer would update by Muon."""
+    kind = "new" if optimizer == "muon_new_layers" else "decoder"
     return UserError(
         setting=f"{section}.optimizer",
-        value="muon",
-        rule="Muon updates the matrices of decoder layers, and none of them trains",
+        value=optimizer,
+        rule=f"Muon updates the matrices of {kind} layers, and none of them trains",
         remedy=f"Set {section}.optimizer=adamw, or change {section}.trainable.",
     )
 

@@ -188,7 +188,8 @@ def _prepare(context: RankContext) -> _TrainerParts:
     # These read the model's parameters before DeepSpeed flattens and partitions them.
     groups = group_parameters(model, context.model_dir)
     multiples = learning_rate_multiples(section, model, settings, context.model_dir)
-    matrices = matrices_of(section, model, settings)
+    new = freeze.layers_with_learning_rate(settings.trainable, context.model_dir)
+    matrices = matrices_of(section, model, settings, new)
     table, flops = freeze.parameter_table(model, multiples), training_flops(model, settings.sequence_length)
     flops = replace(flops, update=update_flops(model, matrices))
     routing = _observe_routers(context, model)

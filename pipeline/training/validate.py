@@ -198,7 +198,7 @@ def _partial_offload(section: str, train: Train) -> Iterator[UserError]:
 
 
 def _muon(section: str, train: Train) -> Iterator[UserError]:
-    if train.optimizer != "muon":
+    if not train.uses_muon:
         return
     offloads = "offload_optimizer" in train.deepspeed.overrides.get("zero_optimization", {})
     if train.deepspeed.zero_stage == 3:
@@ -210,7 +210,7 @@ def _muon(section: str, train: Train) -> Iterator[UserError]:
         return
     yield UserError(
         setting=f"{section}.optimizer",
-        value="muon",
+        value=train.optimizer,
         rule=rule,
         remedy=f"Set {section}.{remedy} or {section}.optimizer=adamw.",
     )
@@ -220,7 +220,7 @@ def less_memory(section: str, train: Train, processes: int) -> str:
     """Suggests settings that save memory and are not used yet. None of them changes the numbers."""
     groups = train.groups_of(processes)
     smaller = [size for size in range(1, train.micro_batch) if train.global_batch % (groups * size) == 0]
-    deepspeed, shards = train.deepspeed, train.optimizer != "muon"
+    deepspeed, shards = train.deepspeed, not train.uses_muon
     wanted = {
         f"micro_batch={smaller[-1] if smaller else 1}": bool(smaller),
         "activation_checkpointing=true": not train.activation_checkpointing,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,7 +62,13 @@ class Bench:
         return out
 
     def ours(
-        self, position: str, profile: bool = False, cold: bool = False, wait_policy: str = "passive", **changes: Any
+        self,
+        position: str,
+        profile: bool = False,
+        cold: bool = False,
+        wait_policy: str = "passive",
+        variables: Mapping[str, str] = MappingProxyType({}),
+        **changes: Any,
     ) -> Run:
         """Runs our worker until it has logged enough steps.
 
@@ -69,6 +77,7 @@ class Bench:
             profile: record a profile of one step instead.
             cold: use an empty compilation cache.
             wait_policy: what idle CPU threads do.
+            variables: added to the environment.
             changes: settings that differ from the command line's.
         """
         out = self._new_directory("ours")
@@ -81,7 +90,7 @@ class Bench:
         peak = run_module(
             "scripts.benchmarks.our_worker", str(out / "task.json"), *(["profile"] if profile else []),
             log=out / "log", until=lambda peak: not profile and len(logged(out)) >= steps,
-            variables={"TORCHINDUCTOR_CACHE_DIR": str((out if cold else self.work) / "inductor")},
+            variables={"TORCHINDUCTOR_CACHE_DIR": str((out if cold else self.work) / "inductor"), **variables},
         )  # fmt: skip
         lines = logged(out)[:steps]
         totals = [0.0, *(line["seconds"] for line in lines)]

@@ -49,12 +49,15 @@ def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: 
     assert planned.parameters == sum(row.parameters for row in parameter_table(model, {}) if row.trained)
     assert planned.lowest == lowest_trainable_layer(model)
     assert planned.flops(LENGTH) == training_flops(model, LENGTH)
-    if any(planned.linear_maps):
-        matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"))
+    if any(planned.updated_by_muon("muon")):
+        matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
         assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices) > 0
+        if trainable in ("auto", "all"):
+            new = matrices_of("pretrain", model, train_settings(optimizer="muon_new_layers"), planned.at_learning_rate)
+            assert planned.flops(LENGTH, "muon_new_layers").update == update_flops(model, new) > 0
     else:
         with pytest.raises(UserError, match="none of them trains"):
-            matrices_of("pretrain", model, train_settings(optimizer="muon"))
+            matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
@@ -67,7 +70,7 @@ def test_the_matrices_that_muon_would_update_are_the_engine_s_where_the_family_i
     """GPT-2 stores matrices as [in, out], and query, key and value as one."""
     config = AutoConfig.for_model("gpt2", n_embd=48, n_layer=4, n_head=6, vocab_size=96, n_positions=64)
     model = AutoModelForCausalLM.from_config(config)
-    matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"))
+    matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
     assert sorted(map(len, matrices.values())) == [1] * 12 + [3] * 4
     planned = trained_part("pretrain", "all", shape_of(json.loads(config.to_json_string(use_diff=False))), {})
     assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices)

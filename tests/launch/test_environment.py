@@ -45,6 +45,14 @@ def test_memory_segments_grow_on_gpus_unless_the_user_has_configured_the_allocat
         assert {value for key, value in environment.items() if "ALLOC_CONF" in key} == {"backend:cudaMallocAsync"}
 
 
+def test_ranks_on_cpus_keep_freed_memory_unless_the_user_has_configured_malloc() -> None:
+    cpu, thresholds = Placement("cpu", 2, 3), ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    environment = worker_environment(LAUNCH, cpu, {})
+    assert all(int(environment[name]) >= 10**9 for name in thresholds)
+    assert worker_environment(LAUNCH, cpu, {thresholds[0]: "1048576"})[thresholds[0]] == "1048576"
+    assert not worker_environment(LAUNCH, Placement("cuda", 2, 3), {}).keys() & set(thresholds)
+
+
 def test_what_compiling_needs_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in ("clang", "mycc") else None)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))

@@ -178,7 +178,7 @@ def test_the_operations_of_orthogonalization_equal_those_of_the_counter_of_torch
 def test_muon_updates_every_matrix_of_a_layer_by_itself(family: str):
     """An orthogonal matrix [n, m] has n singular values near 1 (n ≤ m), a part of a larger one has smaller ones."""
     model = tiny_model(family)
-    matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"))
+    matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
     assert not {name for name in matrices if "norm" in name or "embed" in name or "bias" in name or "router" in name}
     assert not {name for name in matrices if name.endswith("mlp.gate.weight")}
     fragments = locate({model.get_parameter(name): places for name, places in matrices.items()}, partitioned=False)

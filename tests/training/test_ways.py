@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "muon": {
         "optimizer": "muon", "trainable": r"layers\.[012]\.|norm|embed", "role_learning_rates": {"q": 2.0, "o": 0.5},
     },
+    "two optimizers": {"optimizer": "muon_new_layers", "trainable": "all", "base_learning_rate": 2.5e-4},
 }  # fmt: skip
 MakeTask = Callable[..., StageTask]
 
@@ -82,6 +83,7 @@ CASES = [
     Case("corpus", 2, 2),
     *(averaged(ranks, zero) for ranks, zero in ((1, 0), (2, 1), (2, 2), (2, 3))),
     *(muon(ranks, zero) for ranks, zero in ((1, 0), (2, 1), (2, 2))),
+    Case("two optimizers", 2, 2),
     averaged(2, 1, "bfloat16"),
     muon(2, 1, "bfloat16"),
     muon(2, 2, "bfloat16"),
@@ -198,7 +200,8 @@ def naive_training(train: Train, model_dir: Path, blocks_dir: Path, corpus_dir: 
         for role, rows in roles_and_rows(name).items():
             parts.append(Part(parameter, rows, nn.Parameter(parameter.detach()[rows].clone())))
             multiple = 1.0 if is_new or train.base_learning_rate is None else train.base_learning_rate / 1e-3
-            is_matrix = train.optimizer == "muon" and parameter.ndim == 2 and "embed" not in name
+            by_muon = {"adamw": False, "muon": "embed" not in name, "muon_new_layers": is_new}[train.optimizer]
+            is_matrix = by_muon and parameter.ndim == 2
             (matrices if is_matrix else groups).append({
                 "params": [parts[-1].leaf], "weight_decay": train.weight_decay if parameter.ndim == 2 else 0.0,
                 "multiple": multiple * train.role_learning_rates.get(role, 1.0),
