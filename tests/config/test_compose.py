@@ -33,6 +33,7 @@ def _refusal(*overrides: str) -> UserError:
 def test_the_published_experiments_exist() -> None:
     assert set(EXPERIMENTS) >= {
         "quickstart", "lesa_llama3", "llama_pro_llama2", "opt_deus_llama32_1b", "opt_deus_llama31_8b", "solar_mistral",
+        "grow", "grow_llama31_8b",
     }  # fmt: skip
 
 
