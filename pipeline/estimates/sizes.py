@@ -66,9 +66,9 @@ class Trained:
         return self.shape.head in self.names
 
     def updated_by_muon(self, optimizer: str) -> Iterator[LinearMap]:
-        """Yield the trained matrices of layers that Muon would update."""
+        """Yield the trained matrices of layers that Muon updates with a value of ``optimizer``; none for AdamW."""
         for index, layer in enumerate(self.shape.layers):
-            if optimizer == "muon_new_layers" and index not in self.at_learning_rate:
+            if optimizer == "adamw" or (optimizer == "muon_new_layers" and index not in self.at_learning_rate):
                 continue
             inside = self.inside(index)
             yield from (each for name, maps in layer.linear_maps.items() if name in inside for each in maps)
@@ -84,7 +84,7 @@ class Trained:
         reaches_below = self.lowest < len(shape.layers) or final_norm
         head = HeadWork(shape.vocab_size * shape.hidden_size, self.head_trains, reaches_below)
         flops = TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
-        matrices = () if optimizer == "adamw" else self.updated_by_muon(optimizer)
+        matrices = self.updated_by_muon(optimizer)
         update = sum(each.count * orthogonalization_flops(each.rows, each.columns) for each in matrices)
         return replace(flops, update=update)
 

@@ -22,7 +22,7 @@ from pipeline.models.families import Role, family_for, shape_of
 from pipeline.models.inference.decoder import decoder_of
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.rates import Multiple
-from pipeline.training.selection import BY_EXPANSION, layers_at_learning_rate, select_parameters
+from pipeline.training.selection import BY_EXPANSION, layers_at_learning_rate, new_layers_of, select_parameters
 
 
 def select_trainable(section: str, trainable: str, model: PreTrainedModel, model_dir: Path) -> set[str]:
@@ -80,14 +80,17 @@ def roles_of_parameters(model: PreTrainedModel) -> dict[str, Role]:
 
 def new_layers(model_dir: Path) -> set[int]:
     """Returns the indices of the layers that a model's ``expansion.json`` marks as new. Empty if there is none."""
-    path = model_dir / EXPANSION_FILE
-    return {entry["layer"] for entry in read_json(path)["layers"] if entry["new"]} if path.is_file() else set()
+    return new_layers_of(_expansion_or_nothing(model_dir))
 
 
 def layers_with_learning_rate(trainable: str, model_dir: Path) -> set[int]:
     """Returns the layers that learn at ``learning_rate`` also if ``base_learning_rate`` is set."""
+    return layers_at_learning_rate(trainable, _expansion_or_nothing(model_dir))
+
+
+def _expansion_or_nothing(model_dir: Path) -> dict[str, Any]:
     path = model_dir / EXPANSION_FILE
-    return layers_at_learning_rate(trainable, read_json(path) if path.is_file() else {})
+    return read_json(path) if path.is_file() else {}
 
 
 def lowest_trainable_layer(model: PreTrainedModel) -> int:

@@ -59,8 +59,14 @@ def layers_at_learning_rate(trainable: str, expansion: Mapping[str, Any]) -> set
 
     These are the new layers, or the layers that ``matched`` trains in their place.
     """
-    new = {entry["layer"] for entry in expansion.get("layers", ()) if entry["new"]}
-    return new or ({*expansion.get("matched", ())} if "matched" in trainable_terms(trainable) else set())
+    return new_layers_of(expansion) or (
+        {*expansion.get("matched", ())} if "matched" in trainable_terms(trainable) else set()
+    )
+
+
+def new_layers_of(expansion: Mapping[str, Any]) -> set[int]:
+    """Returns the indices of the layers that the content of ``expansion.json`` marks as new."""
+    return {entry["layer"] for entry in expansion.get("layers", ()) if entry["new"]}
 
 
 def check_terms(section: str, trainable: str) -> None:
@@ -127,7 +133,7 @@ def no_matrix_error(section: str, optimizer: str) -> UserError:
 def _by_expansion(
     section: str, trainable: str, layers: Mapping[str, int | None], expansion: Mapping[str, Any]
 ) -> set[str]:
-    new = {entry["layer"] for entry in expansion["layers"] if entry["new"]}
+    new = new_layers_of(expansion)
     if trainable == "auto" and (not new or _trained_by_default(expansion) == "all"):
         return set(layers)
     if trainable == "matched":

@@ -62,6 +62,11 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def spread(seconds: Sequence[float]) -> str:
+    """Returns the median and the range."""
+    return f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
 def compare(bench: Bench, rates: dict[str, float]) -> None:
     """Compares our worker with the Trainer at its fastest micro-batch."""
     options = bench.options
@@ -85,9 +90,8 @@ def compare(bench: Bench, rates: dict[str, float]) -> None:
         seconds = [value for run in runs[name] for value in run.warm]
         middle = median(seconds)
         speeds[name] = bench.tokens / middle
-        spread = f"{middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
         shares = [f"{flops / middle / rate:.1%}" for rate in rates.values()]
-        say(row(name, str(size), spread, f"{speeds[name]:.1f}", *shares, memory(runs[name])))
+        say(row(name, str(size), spread(seconds), f"{speeds[name]:.1f}", *shares, memory(runs[name])))
     say(f"\nours / Trainer: {speeds['ours'] / speeds['Trainer']:.2f} in tokens/s. {compilation(runs['ours'])}")
 
 
@@ -172,7 +176,7 @@ def by_wait_policy(bench: Bench, rates: dict[str, float]) -> None:
         with _busy_cores(busy):
             runs = [bench.ours(bench.options.position, wait_policy=policy) for _ in range(bench.options.repeats)]
         seconds = [value for run in runs for value in run.warm]
-        say(row(policy, str(busy), f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"))
+        say(row(policy, str(busy), spread(seconds)))
 
 
 def by_freed_memory(bench: Bench, rates: dict[str, float]) -> None:
@@ -180,11 +184,10 @@ def by_freed_memory(bench: Bench, rates: dict[str, float]) -> None:
     say("", row("freed memory", "s per step", "peak memory, GiB"), row(*["---"] * 3))
     runs: dict[str, list[Run]] = {"returned to the kernel": [], "kept": []}
     for _ in range(bench.options.repeats):
-        for (_, found), thresholds in zip(runs.items(), (GLIBC_THRESHOLDS, {}), strict=True):
-            found.append(bench.ours(bench.options.position, variables=thresholds))
+        runs["returned to the kernel"].append(bench.ours(bench.options.position, variables=GLIBC_THRESHOLDS))
+        runs["kept"].append(bench.ours(bench.options.position))
     for name, found in runs.items():
-        seconds = [value for run in found for value in run.warm]
-        say(row(name, f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})", memory(found)))
+        say(row(name, spread([value for run in found for value in run.warm]), memory(found)))
 
 
 @contextmanager
