@@ -440,6 +440,7 @@ def test_online_tracking_without_a_login(
         ("pretrain.optimizer", ["pretrain.optimizer=muon", "pretrain.deepspeed.zero_stage=3"]),
         ("sft.optimizer", ["sft.optimizer=muon", "sft.deepspeed.zero_stage=2", "sft.deepspeed.offload_optimizer=true"]),
         ("sft.optimizer", ["sft.optimizer=muon", "sft.trainable=norms"]),
+        ("pretrain.newton_schulz_steps", ["pretrain.newton_schulz_steps=3"]),
         ("pretrain.base_learning_rate", ["pretrain.base_learning_rate=1e-4"]),
         ("pretrain.router_aux_loss", ["pretrain.router_aux_loss=0.01"]),  # of a dense model
         ("pretrain.corpus_fraction", ["pretrain.corpus_fraction=0.1"]),

@@ -11,13 +11,14 @@ from pydantic import Field, model_validator
 from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, NotInKeyIf, Positive, PositiveFloat, Section
 
 # What ``trainable`` can name. The first three depend on ``expansion.json``.
-TRAINABLE_WORDS = ("auto", "new_layers", "matched", "all", "embeddings", "norms", "head")
+TRAINABLE_WORDS = ("auto", "new_layers", "matched", "all", "layers", "embeddings", "norms", "head")
 _TERM = r"[a-z_]+|/[^/]+/"
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
 CorpusShare = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1, there would be no conversations
 AverageDecay = Annotated[float, Field(gt=0.0, lt=1.0)]
 # muon: for the matrices of all layers that train; muon_new_layers: for those of new layers, or of matched ones. AdamW
 # updates everything else.
+NEWTON_SCHULZ_STEPS = 5  # of Muon, as in torch
 Optimizer = Literal["adamw", "muon", "muon_new_layers"]
 
 
@@ -64,6 +65,7 @@ class Train(Section):
     decay_fraction: Fraction  # of the steps; warmup_stable_decay only
     final_learning_rate_fraction: Fraction  # of learning_rate
     optimizer: Annotated[Optimizer, NotInKeyIf("adamw")]
+    newton_schulz_steps: Annotated[Positive, NotInKeyIf(NEWTON_SCHULZ_STEPS)]  # iterations of Muon per matrix
     weight_decay: NonNegativeFloat
     beta1: DecayRate
     beta2: DecayRate

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from pipeline.config import Expand, Train
+from pipeline.config.training import NEWTON_SCHULZ_STEPS
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method, method_of
 from pipeline.models.families import LinearMap, Shape
@@ -73,7 +74,9 @@ class Trained:
             inside = self.inside(index)
             yield from (each for name, maps in layer.linear_maps.items() if name in inside for each in maps)
 
-    def flops(self, sequence_length: int, optimizer: str = "adamw") -> TrainingFlops:
+    def flops(
+        self, sequence_length: int, optimizer: str = "adamw", newton_schulz_steps: int = NEWTON_SCHULZ_STEPS
+    ) -> TrainingFlops:
         """Count the floating-point operations by the formula that training reports."""
         shape = self.shape
         work = [
@@ -85,7 +88,9 @@ class Trained:
         head = HeadWork(shape.vocab_size * shape.hidden_size, self.head_trains, reaches_below)
         flops = TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
         matrices = self.updated_by_muon(optimizer)
-        update = sum(each.count * orthogonalization_flops(each.rows, each.columns) for each in matrices)
+        update = sum(
+            each.count * orthogonalization_flops(each.rows, each.columns, newton_schulz_steps) for each in matrices
+        )
         return replace(flops, update=update)
 
 

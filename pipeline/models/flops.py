@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-NEWTON_SCHULZ_STEPS = 5  # of Muon, as in torch
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ class TrainingFlops:
         return self.of_tokens(tokens, supervised_tokens) + self.update
 
 
-def orthogonalization_flops(rows: int, columns: int) -> int:
-    """Returns the operations with which Muon orthogonalizes a matrix."""
+def orthogonalization_flops(rows: int, columns: int, steps: int) -> int:
+    """Returns the operations with which Muon orthogonalizes a matrix in so many iterations."""
     small, large = sorted((rows, columns))
-    return NEWTON_SCHULZ_STEPS * (4 * small**2 * large + 2 * small**3)
+    return steps * (4 * small**2 * large + 2 * small**3)
 
 
 def matrix_entries(name: str, shape: Sequence[int], expert_share: Fraction = Fraction(1)) -> int:

@@ -70,8 +70,9 @@ class TrainingPlan:
     @property
     def step_flops(self) -> int:
         """Floating-point operations per optimizer step."""
-        tokens = self.setup.train.global_batch * self.setup.train.sequence_length
-        flops = self.trained.flops(self.setup.train.sequence_length, self.setup.train.optimizer)
+        train = self.setup.train
+        tokens = train.global_batch * train.sequence_length
+        flops = self.trained.flops(train.sequence_length, train.optimizer, train.newton_schulz_steps)
         return flops.of_step(tokens, round(tokens * self.amount.supervised))
 
     @property

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config import Train
 from pipeline.models.families import Place, family_for
-from pipeline.models.flops import NEWTON_SCHULZ_STEPS, orthogonalization_flops
+from pipeline.models.flops import orthogonalization_flops
 from pipeline.training.freeze import full_shape, layer_of_parameter
 from pipeline.training.selection import no_matrix_error
 
@@ -60,12 +60,12 @@ def matrices_of(section: str, model: PreTrainedModel, train: Train, new: Collect
     return found
 
 
-def update_flops(model: PreTrainedModel, matrices: Mapping[str, Sequence[Place]]) -> int:
-    """Returns the operations with which one step orthogonalizes all matrices."""
+def update_flops(model: PreTrainedModel, matrices: Mapping[str, Sequence[Place]], steps: int) -> int:
+    """Returns the operations with which one update orthogonalizes all matrices, each in so many iterations."""
     shapes = ((full_shape(model.get_parameter(name)), places) for name, places in matrices.items())
     # On the meta device, places give the shapes of matrices without data.
     wholes = ((torch.empty(shape, device="meta"), places) for shape, places in shapes)
-    return sum(orthogonalization_flops(*place.read(whole).shape) for whole, places in wholes for place in places)
+    return sum(orthogonalization_flops(*place.read(whole).shape, steps) for whole, places in wholes for place in places)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,12 @@ def _address(parameter: Any) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def muon_step(
-    tensor: torch.Tensor, momentum: torch.Tensor, fragments: Collection[Fragment], rate: float, weight_decay: float
+    tensor: torch.Tensor,
+    momentum: torch.Tensor,
+    fragments: Collection[Fragment],
+    rate: float,
+    weight_decay: float,
+    steps: int,
 ) -> None:
     """Updates one tensor and its momentum. Collective if a parameter is split.
 
@@ -130,6 +135,7 @@ def muon_step(
         fragments: of all parameters of the group, in the same order on all ranks.
         rate: the learning rate.
         weight_decay: per unit of the learning rate.
+        steps: iterations that orthogonalize a matrix.
     """
     assert tensor.grad is not None
     momentum.lerp_(tensor.grad, 1.0 - MOMENTUM)
@@ -139,26 +145,26 @@ def muon_step(
         own = flat[fragment.start : fragment.start + fragment.length]
         if not fragment.is_split:
             if fragment.length:
-                _orthogonalize(own.view(fragment.shape), fragment.places)
+                _orthogonalize(own.view(fragment.shape), fragment.places, steps)
             continue
         full = flat.new_zeros(fragment.shape.numel())
         part = full[fragment.offset : fragment.offset + fragment.length]
         part.copy_(own)
         distributed.all_reduce(full)  # of zeros and the parts of all ranks
         if fragment.length:
-            _orthogonalize(full.view(fragment.shape), fragment.places)
+            _orthogonalize(full.view(fragment.shape), fragment.places, steps)
             own.copy_(part)
     tensor.mul_(1.0 - rate * weight_decay).add_(direction, alpha=-rate)
 
 
-def _orthogonalize(parameter: torch.Tensor, places: Sequence[Place]) -> None:
+def _orthogonalize(parameter: torch.Tensor, places: Sequence[Place], steps: int) -> None:
     """Replaces every matrix of a parameter by its update."""
     for place in places:
-        place.write(parameter, orthogonalized(place.read(parameter)))
+        place.write(parameter, orthogonalized(place.read(parameter), steps))
 
 
-def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """Returns 0.2·√max(rows, columns) times the matrix [rows, columns] with all singular values moved close to 1.
+def orthogonalized(matrix: torch.Tensor, steps: int) -> torch.Tensor:
+    """Returns 0.2·√max(rows, columns) times the matrix [rows, columns] with all singular values moved towards 1.
 
     This is the Newton-Schulz iteration of torch's Muon, which always computes in bfloat16. Processors without such
     instructions take more than ten times as long for it as in float32, so only GPUs compute in bfloat16 here.
@@ -168,7 +174,7 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     wide = wide.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
     wide = wide / wide.norm().clamp(min=EPSILON)  # so that no singular value is greater than 1
     a, b, c = COEFFICIENTS
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(steps):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return (wide.T if rows > columns else wide).to(matrix.dtype) * (0.2 * math.sqrt(max(rows, columns)))

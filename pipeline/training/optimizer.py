@@ -153,7 +153,7 @@ def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.Ad
     }  # fmt: skip
     if train.ema_decay is None and not any(group.get(key) for group in groups for key in (HAS_PARTS, MATRICES)):
         return torch.optim.AdamW(groups, **options)
-    return ExtendedAdamW(groups, train.ema_decay, **options)
+    return ExtendedAdamW(groups, train.ema_decay, train.newton_schulz_steps, **options)
 
 
 class ExtendedAdamW(torch.optim.AdamW):
@@ -165,12 +165,16 @@ class ExtendedAdamW(torch.optim.AdamW):
 
     Attributes:
         ema_decay: of the averages; None for none.
+        newton_schulz_steps: with which Muon orthogonalizes a matrix.
         fragments: by tensor that Muon updates, where the matrices are.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], ema_decay: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], ema_decay: float | None, newton_schulz_steps: int, **options: Any
+    ) -> None:
         super().__init__(groups, **options)
         self.ema_decay = ema_decay
+        self.newton_schulz_steps = newton_schulz_steps
         self.fragments: dict[torch.Tensor, list[Fragment]] = {}
 
     @torch.no_grad()
@@ -185,8 +189,8 @@ class ExtendedAdamW(torch.optim.AdamW):
         self.param_groups = groups
         for group in groups:
             for tensor in group["params"] if group[MATRICES] else ():
-                momentum = self.state[tensor]["momentum_buffer"]
-                muon_step(tensor, momentum, self.fragments[tensor], group["lr"], group["weight_decay"])
+                momentum, fragments = self.state[tensor]["momentum_buffer"], self.fragments[tensor]
+                muon_step(tensor, momentum, fragments, group["lr"], group["weight_decay"], self.newton_schulz_steps)
         for tensor, old in zip(rated, before, strict=True):
             tensor.copy_(old.lerp_(tensor, self.state[tensor][MULTIPLE]))
         if self.ema_decay is not None:

@@ -21,9 +21,9 @@ def select_parameters(section: str, trainable: str, shape: Shape, expansion: Map
     ``auto`` selects what the expansion method trains by default: the new layers if it inserts some, and all parameters
     if it inserts none or repeats base layers. ``new_layers`` and ``all`` select those explicitly. ``matched`` selects
     the new layers, or if there are none, as many layers of the base where a method would have inserted them.
-    ``embeddings``, ``norms`` and ``head`` select these of the full model. A regular expression may match any part of a
-    parameter name in memory, where all experts of a layer are one parameter. Tensors that gradients do not reach are
-    never selected.
+    ``layers`` selects all decoder layers, and ``embeddings``, ``norms`` and ``head`` these of the full model. A regular
+    expression may match any part of a parameter name in memory, where all experts of a layer are one parameter. Tensors
+    that gradients do not reach are never selected.
 
     Args:
         section: "pretrain" or "sft", for the messages.
@@ -41,6 +41,8 @@ def select_parameters(section: str, trainable: str, shape: Shape, expansion: Map
         match term:
             case "all":
                 chosen |= layers.keys()
+            case "layers":
+                chosen |= {name for name, layer in layers.items() if layer is not None}
             case "embeddings":
                 chosen |= shape.embeddings
             case "norms":

@@ -191,7 +191,7 @@ def _prepare(context: RankContext) -> _TrainerParts:
     new = freeze.layers_with_learning_rate(settings.trainable, context.model_dir)
     matrices = matrices_of(section, model, settings, new)
     table, flops = freeze.parameter_table(model, multiples), training_flops(model, settings.sequence_length)
-    flops = replace(flops, update=update_flops(model, matrices))
+    flops = replace(flops, update=update_flops(model, matrices, settings.newton_schulz_steps))
     routing = _observe_routers(context, model)
     engine = start_engine(context, model, multiples, matrices)
     return _TrainerParts(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Launch, Train
+from pipeline.config.training import NEWTON_SCHULZ_STEPS
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.launch.environment import code_cache_faults, missing_for_compilation
@@ -199,6 +200,13 @@ def _partial_offload(section: str, train: Train) -> Iterator[UserError]:
 
 def _muon(section: str, train: Train) -> Iterator[UserError]:
     if not train.uses_muon:
+        if train.newton_schulz_steps != NEWTON_SCHULZ_STEPS:
+            yield UserError(
+                setting=f"{section}.newton_schulz_steps",
+                value=train.newton_schulz_steps,
+                rule=f"{train.optimizer} has no such iterations",
+                remedy=f"Remove it, or set {section}.optimizer=muon or muon_new_layers.",
+            )
         return
     offloads = "offload_optimizer" in train.deepspeed.overrides.get("zero_optimization", {})
     if train.deepspeed.zero_stage == 3:

@@ -28,7 +28,7 @@ EXPANSION = {
     "layers": [{"layer": layer, "new": layer in (1, 3), "from": [layer]} for layer in range(4)],
 }
 CHOICES = [
-    "auto", "all", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head", "new_layers+embeddings+norms",
+    "auto", "all", "layers", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head", "new_layers+embeddings+norms",
     "head+/layers.2.*norm/",
 ]  # fmt: skip
 
@@ -51,10 +51,11 @@ def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: 
     assert planned.flops(LENGTH) == training_flops(model, LENGTH)
     if any(planned.updated_by_muon("muon")):
         matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
-        assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices) > 0
+        assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices, 5) > 0
+        assert planned.flops(LENGTH, "muon", 2).update == update_flops(model, matrices, 2)
         if trainable in ("auto", "all"):
             new = matrices_of("pretrain", model, train_settings(optimizer="muon_new_layers"), planned.at_learning_rate)
-            assert planned.flops(LENGTH, "muon_new_layers").update == update_flops(model, new) > 0
+            assert planned.flops(LENGTH, "muon_new_layers").update == update_flops(model, new, 5) > 0
     else:
         with pytest.raises(UserError, match="none of them trains"):
             matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
@@ -73,4 +74,4 @@ def test_the_matrices_that_muon_would_update_are_the_engine_s_where_the_family_i
     matrices = matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
     assert sorted(map(len, matrices.values())) == [1] * 12 + [3] * 4
     planned = trained_part("pretrain", "all", shape_of(json.loads(config.to_json_string(use_diff=False))), {})
-    assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices)
+    assert planned.flops(LENGTH, "muon").update == update_flops(model, matrices, 5)

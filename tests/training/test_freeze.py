@@ -95,6 +95,7 @@ def test_words_select_modules_of_their_kind_in_addition_to_layers(family: str, t
         return freeze.select_trainable("pretrain", trainable, model, tmp_path)
 
     assert chosen("new_layers+embeddings+norms") == new | embeddings | norms
+    assert chosen("layers") == {name for name, layer in freeze.layer_of_parameter(model).items() if layer is not None}
     assert chosen("norms") == norms and chosen("head") == head
     assert chosen("embeddings+/[13].*mlp/") == embeddings | {name for name in new if "mlp" in name}
     assert chosen("auto+head+norms") == new | head | norms

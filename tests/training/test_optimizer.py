@@ -159,19 +159,20 @@ def test_a_step_equals_published_adamw():
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-def test_orthogonalization_is_that_of_torch_which_computes_in_bfloat16(shape: tuple[int, int]):
+@pytest.mark.parametrize("steps", [3, 5])
+def test_orthogonalization_is_that_of_torch_which_computes_in_bfloat16(shape: tuple[int, int], steps: int):
     weight, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight.grad = gradient
-    options = {"momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+    options = {"momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw", "ns_steps": steps}
     torch.optim.Muon([weight], lr=1.0, **options).step()
-    ours = orthogonalized(gradient)
+    ours = orthogonalized(gradient, steps)
     assert (ours + weight.detach()).norm() < 0.02 * ours.norm()
 
 
 def test_the_operations_of_orthogonalization_equal_those_of_the_counter_of_torch():
     with FlopCounterMode(display=False) as counter:
-        orthogonalized(torch.randn(24, 40))
-    assert orthogonalization_flops(24, 40) == orthogonalization_flops(40, 24) == counter.get_total_flops()
+        orthogonalized(torch.randn(24, 40), 3)
+    assert orthogonalization_flops(24, 40, 3) == orthogonalization_flops(40, 24, 3) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gpt_neox"])
@@ -185,7 +186,7 @@ def test_muon_updates_every_matrix_of_a_layer_by_itself(family: str):
     for parameter, fragment in fragments.items():
         before = parameter.detach().clone()
         parameter.grad = torch.randn_like(parameter)
-        muon_step(parameter, torch.zeros_like(parameter), [fragment], rate=0.5, weight_decay=0.0)
+        muon_step(parameter, torch.zeros_like(parameter), [fragment], rate=0.5, weight_decay=0.0, steps=5)
         for place in fragment.places:
             update = place.read(parameter.detach() - before) / 0.5
             mean_square = float(update.square().sum()) / min(update.shape) / (0.04 * max(update.shape))

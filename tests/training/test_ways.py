@@ -43,7 +43,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "muon": {
         "optimizer": "muon", "trainable": r"layers\.[012]\.|norm|embed", "role_learning_rates": {"q": 2.0, "o": 0.5},
     },
-    "two optimizers": {"optimizer": "muon_new_layers", "trainable": "all", "base_learning_rate": 2.5e-4},
+    "two optimizers": {
+        "optimizer": "muon_new_layers", "trainable": "layers", "base_learning_rate": 2.5e-4,
+        "newton_schulz_steps": 3,
+    },
 }  # fmt: skip
 MakeTask = Callable[..., StageTask]
 
@@ -174,7 +177,7 @@ class NaiveMuon(torch.optim.Optimizer):
             state["momentum"] = 0.95 * state.get("momentum", 0.0) + 0.05 * weight.grad
             u, s, v = torch.linalg.svd((0.05 * weight.grad + 0.95 * state["momentum"]).double(), full_matrices=False)
             s = s / s.square().sum().sqrt()
-            for _ in range(5):
+            for _ in range(group["newton_schulz_steps"]):
                 s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
             update = 0.2 * math.sqrt(max(weight.shape)) * (u * s) @ v
             weight.copy_(weight - group["lr"] * (update + group["weight_decay"] * weight))
@@ -210,7 +213,7 @@ def naive_training(train: Train, model_dir: Path, blocks_dir: Path, corpus_dir: 
         torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=False)
     ]
     if matrices:
-        optimizers.append(NaiveMuon(matrices, {}))
+        optimizers.append(NaiveMuon(matrices, {"newton_schulz_steps": train.newton_schulz_steps}))
     losses, weights = [], [{name: parameter.detach().clone() for name, parameter in model.named_parameters()}]
     for step, batch in enumerate(naive_batches(blocks_dir, train, corpus_dir), start=1):
         loss = naive_loss(model, *batch)
