@@ -27,7 +27,6 @@ from fractions import Fraction
 from math import prod
 
 
-
 @dataclass(frozen=True)
 class LayerWork:
     """The matrices of one decoder layer, in elements that a token is multiplied with."""

@@ -28,8 +28,8 @@ EXPANSION = {
     "layers": [{"layer": layer, "new": layer in (1, 3), "from": [layer]} for layer in range(4)],
 }
 CHOICES = [
-    "auto", "all", "layers", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head", "new_layers+embeddings+norms",
-    "head+/layers.2.*norm/",
+    "auto", "all", "layers", r"layers\.2\.", r"\.norm\.weight", "embed_tokens", "lm_head",
+    "new_layers+embeddings+norms", "head+/layers.2.*norm/",
 ]  # fmt: skip
 
 
