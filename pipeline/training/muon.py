@@ -65,9 +65,8 @@ def update_flops(model: PreTrainedModel, matrices: Mapping[str, Sequence[Place]]
     shapes = ((full_shape(model.get_parameter(name)), places) for name, places in matrices.items())
     # On the meta device, places give the shapes of matrices without data.
     wholes = ((torch.empty(shape, device="meta"), places) for shape, places in shapes)
-    return sum(
-        orthogonalization_flops(*place.read(whole).shape, steps=steps) for whole, places in wholes for place in places
-    )
+    pieces = (place.read(whole) for whole, places in wholes for place in places)
+    return sum(orthogonalization_flops(piece.shape[0], piece.shape[1], steps) for piece in pieces)
 
 
 @dataclass(frozen=True)
