@@ -189,7 +189,9 @@ def start_engine(
     needs_autocast = precision == "bfloat16" and not uses_bfloat16_parameters(train, precision)
     autocast = torch.bfloat16 if needs_autocast else None
     module = SummedLoss(model, autocast, compiles, context.float32_products, context.sequence)
-    optimizer = make_optimizer(parameter_groups(model, train, multiples, matrices), train)
+    has_bfloat16_units = context.device.type == "cuda" or (precision == "bfloat16" and not context.float32_products)
+    muon_dtype = torch.bfloat16 if has_bfloat16_units else torch.float32
+    optimizer = make_optimizer(parameter_groups(model, train, multiples, matrices), train, muon_dtype)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(context.deepspeed_config))
     limit_collectives(timedelta(seconds=context.task.launch.collective_timeout_seconds))
     if context.ranks == 1 and train.deepspeed.zero_stage == 0 and train.deepspeed.reduce_dtype == "float32":

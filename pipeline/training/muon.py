@@ -70,6 +70,20 @@ def update_flops(model: PreTrainedModel, matrices: Mapping[str, Sequence[Place]]
 
 
 @dataclass(frozen=True)
+class NewtonSchulz:
+    """The iteration that orthogonalizes a matrix.
+
+    Attributes:
+        steps: the number of iterations.
+        dtype: of its products. Processors without instructions for bfloat16 take more than ten times as long for it as
+            for float32, so they compute in float32.
+    """
+
+    steps: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Fragment:
     """The elements of a parameter in a tensor that the optimizer updates.
 
@@ -126,7 +140,7 @@ def muon_step(
     fragments: Collection[Fragment],
     rate: float,
     weight_decay: float,
-    steps: int,
+    iteration: NewtonSchulz,
 ) -> None:
     """Updates one tensor and its momentum. Collective if a parameter is split.
 
@@ -136,7 +150,7 @@ def muon_step(
         fragments: of all parameters of the group, in the same order on all ranks.
         rate: the learning rate.
         weight_decay: per unit of the learning rate.
-        steps: iterations that orthogonalize a matrix.
+        iteration: with which a matrix is orthogonalized.
     """
     assert tensor.grad is not None
     momentum.lerp_(tensor.grad, 1.0 - MOMENTUM)
@@ -146,36 +160,35 @@ def muon_step(
         own = flat[fragment.start : fragment.start + fragment.length]
         if not fragment.is_split:
             if fragment.length:
-                _orthogonalize(own.view(fragment.shape), fragment.places, steps)
+                _orthogonalize(own.view(fragment.shape), fragment.places, iteration)
             continue
         full = flat.new_zeros(fragment.shape.numel())
         part = full[fragment.offset : fragment.offset + fragment.length]
         part.copy_(own)
         distributed.all_reduce(full)  # of zeros and the parts of all ranks
         if fragment.length:
-            _orthogonalize(full.view(fragment.shape), fragment.places, steps)
+            _orthogonalize(full.view(fragment.shape), fragment.places, iteration)
             own.copy_(part)
     tensor.mul_(1.0 - rate * weight_decay).add_(direction, alpha=-rate)
 
 
-def _orthogonalize(parameter: torch.Tensor, places: Sequence[Place], steps: int) -> None:
+def _orthogonalize(parameter: torch.Tensor, places: Sequence[Place], iteration: NewtonSchulz) -> None:
     """Replaces every matrix of a parameter by its update."""
     for place in places:
-        place.write(parameter, orthogonalized(place.read(parameter), steps))
+        place.write(parameter, orthogonalized(place.read(parameter), iteration))
 
 
-def orthogonalized(matrix: torch.Tensor, steps: int) -> torch.Tensor:
+def orthogonalized(matrix: torch.Tensor, iteration: NewtonSchulz) -> torch.Tensor:
     """Returns 0.2·√max(rows, columns) times the matrix [rows, columns] with all singular values moved towards 1.
 
-    This is the Newton-Schulz iteration of torch's Muon, which always computes in bfloat16. Processors without such
-    instructions take more than ten times as long for it as in float32, so only GPUs compute in bfloat16 here.
+    This is the Newton-Schulz iteration of torch's Muon, which always computes in bfloat16.
     """
     rows, columns = matrix.shape
     wide = matrix.T if rows > columns else matrix
-    wide = wide.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
+    wide = wide.to(iteration.dtype)
     wide = wide / wide.norm().clamp(min=EPSILON)  # so that no singular value is greater than 1
     a, b, c = COEFFICIENTS
-    for _ in range(steps):
+    for _ in range(iteration.steps):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return (wide.T if rows > columns else wide).to(matrix.dtype) * (0.2 * math.sqrt(max(rows, columns)))

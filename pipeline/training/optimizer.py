@@ -29,7 +29,7 @@ from pipeline.training.freeze import (
     new_layers,
     roles_of_parameters,
 )
-from pipeline.training.muon import Fragment, muon_step
+from pipeline.training.muon import Fragment, NewtonSchulz, muon_step
 from pipeline.training.rates import Multiple
 
 LR_MULTIPLE = "learning_rate_multiple"  # key of a parameter group; the loop multiplies the schedule's rate by it
@@ -146,14 +146,22 @@ def multiples_of_elements(multiple: Multiple, shape: torch.Size) -> torch.Tensor
     return full
 
 
-def make_optimizer(groups: list[dict[str, Any]], train: Train) -> torch.optim.AdamW:
-    """Returns torch's fused AdamW, on CPUs and GPUs alike, or an ``ExtendedAdamW`` if the settings require it."""
+def make_optimizer(
+    groups: list[dict[str, Any]], train: Train, muon_dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW:
+    """Returns torch's fused AdamW, on CPUs and GPUs alike, or an ``ExtendedAdamW`` if the settings require it.
+
+    Args:
+        groups: as from ``parameter_groups``.
+        train: the settings.
+        muon_dtype: in which Muon orthogonalizes matrices.
+    """
     options: dict[str, Any] = {
         "lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.epsilon, "fused": True,
     }  # fmt: skip
     if train.ema_decay is None and not any(group.get(key) for group in groups for key in (HAS_PARTS, MATRICES)):
         return torch.optim.AdamW(groups, **options)
-    return ExtendedAdamW(groups, train.ema_decay, train.newton_schulz_steps, **options)
+    return ExtendedAdamW(groups, train.ema_decay, NewtonSchulz(train.newton_schulz_steps, muon_dtype), **options)
 
 
 class ExtendedAdamW(torch.optim.AdamW):
@@ -165,16 +173,16 @@ class ExtendedAdamW(torch.optim.AdamW):
 
     Attributes:
         ema_decay: of the averages; None for none.
-        newton_schulz_steps: with which Muon orthogonalizes a matrix.
+        iteration: with which Muon orthogonalizes a matrix.
         fragments: by tensor that Muon updates, where the matrices are.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], ema_decay: float | None, newton_schulz_steps: int, **options: Any
+        self, groups: list[dict[str, Any]], ema_decay: float | None, iteration: NewtonSchulz, **options: Any
     ) -> None:
         super().__init__(groups, **options)
         self.ema_decay = ema_decay
-        self.newton_schulz_steps = newton_schulz_steps
+        self.iteration = iteration
         self.fragments: dict[torch.Tensor, list[Fragment]] = {}
 
     @torch.no_grad()
@@ -190,7 +198,7 @@ class ExtendedAdamW(torch.optim.AdamW):
         for group in groups:
             for tensor in group["params"] if group[MATRICES] else ():
                 momentum, fragments = self.state[tensor]["momentum_buffer"], self.fragments[tensor]
-                muon_step(tensor, momentum, fragments, group["lr"], group["weight_decay"], self.newton_schulz_steps)
+                muon_step(tensor, momentum, fragments, group["lr"], group["weight_decay"], self.iteration)
         for tensor, old in zip(rated, before, strict=True):
             tensor.copy_(old.lerp_(tensor, self.state[tensor][MULTIPLE]))
         if self.ema_decay is not None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import UserError
 from pipeline.models.flops import orthogonalization_flops
 from pipeline.training import freeze
-from pipeline.training.muon import locate, matrices_of, muon_step, orthogonalized
+from pipeline.training.muon import NewtonSchulz, locate, matrices_of, muon_step, orthogonalized
 from pipeline.training.optimizer import (
     LR_MULTIPLE,
     learning_rate_multiples,
@@ -159,19 +159,21 @@ def test_a_step_equals_published_adamw():
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-@pytest.mark.parametrize("steps", [3, 5])
-def test_orthogonalization_is_that_of_torch_which_computes_in_bfloat16(shape: tuple[int, int], steps: int):
+@pytest.mark.parametrize(("steps", "dtype"), [(3, torch.float32), (5, torch.float32), (5, torch.bfloat16)])
+def test_orthogonalization_is_that_of_torch_which_computes_in_bfloat16(
+    shape: tuple[int, int], steps: int, dtype: torch.dtype
+):
     weight, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight.grad = gradient
     options = {"momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw", "ns_steps": steps}
     torch.optim.Muon([weight], lr=1.0, **options).step()
-    ours = orthogonalized(gradient, steps)
+    ours = orthogonalized(gradient, NewtonSchulz(steps, dtype))
     assert (ours + weight.detach()).norm() < 0.02 * ours.norm()
 
 
 def test_the_operations_of_orthogonalization_equal_those_of_the_counter_of_torch():
     with FlopCounterMode(display=False) as counter:
-        orthogonalized(torch.randn(24, 40), 3)
+        orthogonalized(torch.randn(24, 40), NewtonSchulz(3, torch.float32))
     assert orthogonalization_flops(24, 40, 3) == orthogonalization_flops(40, 24, 3) == counter.get_total_flops()
 
 
@@ -186,7 +188,14 @@ def test_muon_updates_every_matrix_of_a_layer_by_itself(family: str):
     for parameter, fragment in fragments.items():
         before = parameter.detach().clone()
         parameter.grad = torch.randn_like(parameter)
-        muon_step(parameter, torch.zeros_like(parameter), [fragment], rate=0.5, weight_decay=0.0, steps=5)
+        muon_step(
+            parameter,
+            torch.zeros_like(parameter),
+            [fragment],
+            rate=0.5,
+            weight_decay=0.0,
+            iteration=NewtonSchulz(5, torch.float32),
+        )
         for place in fragment.places:
             update = place.read(parameter.detach() - before) / 0.5
             mean_square = float(update.square().sum()) / min(update.shape) / (0.04 * max(update.shape))
