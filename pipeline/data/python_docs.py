@@ -36,7 +36,8 @@ from typing import Literal
 from pipeline.data import stdlib_harvest
 from pipeline.data.records import Conversation, single_turn
 
-VERSION = 2  # increment when the same CPython would yield different documents, pairs or questions
+VERSION = 3  # increment when the same CPython would yield different documents, pairs, questions or groups
+TOPICS = "language reference"  # the group of all topics, which no module split contains
 SPLIT_SALT = "4"
 TAUGHT_PERCENT, ASKED_PERCENT = 60, 25  # of the top-level modules; the others are held out
 
@@ -70,10 +71,19 @@ FIND = (
 
 def documents(held_out: bool) -> list[str]:
     """Returns the corpus (taught and asked modules, then topics), or its held-out part, in a fixed order."""
+    return [text for text, _ in grouped_documents(held_out)]
+
+
+def grouped_documents(held_out: bool) -> list[tuple[str, str]]:
+    """Returns the same as ``documents``, each with the family of the module that it is about, or ``TOPICS``."""
     chosen = [entry for entry in entries() if (entry.subset == "held_out") == held_out]
     by_module = sorted(chosen, key=lambda entry: entry.module)  # stable: keeps the order within a module
-    modules = [text for _, group in groupby(by_module, lambda entry: entry.module) for text in _render(list(group))]
-    return modules if held_out else [*modules, *topics().values()]
+    modules = [
+        (text, stdlib_harvest.module_family(module))
+        for module, group in groupby(by_module, lambda entry: entry.module)
+        for text in _render(list(group))
+    ]
+    return modules if held_out else [*modules, *((text, TOPICS) for text in topics().values())]
 
 
 def instruction_pairs(held_out: bool) -> list[Conversation]:
@@ -82,12 +92,18 @@ def instruction_pairs(held_out: bool) -> list[Conversation]:
     Pairs about taught modules that name anything from another module are omitted. No pair asks for a signature, because
     a small model trained on such pairs answers other questions with an endless ``*, *, *``.
     """
+    return [pair for pair, _ in grouped_pairs(held_out)]
+
+
+def grouped_pairs(held_out: bool) -> list[tuple[Conversation, str]]:
+    """Returns the same as ``instruction_pairs``, each with the family of the module that it is about."""
     subset = "held_out" if held_out else "taught"
-    pairs = [pair for entry in entries() if entry.subset == subset for pair in _pairs_about(entry)]
+    chosen = [entry for entry in entries() if entry.subset == subset]
+    pairs = [(pair, stdlib_harvest.module_family(entry.module)) for entry in chosen for pair in _pairs_about(entry)]
     if held_out:
         return pairs
     others = {entry.name for entry in entries() if entry.subset != "taught" and entry.kind != "module"}
-    return [pair for pair in pairs if others.isdisjoint(_names_in(pair))]
+    return [(pair, family) for pair, family in pairs if others.isdisjoint(_names_in(pair))]
 
 
 def question_entries() -> list[Entry]:

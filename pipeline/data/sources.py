@@ -100,9 +100,13 @@ class _PythonDocs(SourceReader):
 
     def open(self, position: Position | None) -> SourceStream:
         # Building the examples takes seconds, and all of them fit in memory.
-        read = python_docs.instruction_pairs if self.purpose == "instructions" else python_docs.documents
+        read = python_docs.grouped_pairs if self.purpose == "instructions" else python_docs.grouped_documents
         own: tuple[Split, ...] = ("train", "held_out")
-        examples = [Example(content, split) for split in own for content in read(held_out=split == "held_out")]
+        examples = [
+            Example(content, split, group=group)
+            for split in own
+            for content, group in read(held_out=split == "held_out")
+        ]
         return _ListStream(examples, position)
 
     def expected_bytes(self) -> int:

@@ -4,7 +4,8 @@ The split depends only on the content. Unless the source has predefined splits, 
 hash is among the lowest ``held_out_fraction`` of all hash values. Of the others, and of those that a source's own
 splits would train on, those with the next ``validation_fraction`` of all hash values are for validation. Whitespace
 around a document is ignored. For a conversation the hash is that of its prompt (the first message that is not of the
-system or the developer), so that all answers to a prompt are in the same split. The hashes of all examples that are
+system or the developer), so that all answers to a prompt are in the same split. If the source has groups of examples,
+the hash is that of the group. The hashes of all examples that are
 kept are remembered across sources, so that no example occurs twice, within a split or across splits.
 """
 
@@ -59,8 +60,7 @@ class Deduplicator:
         content_hash = _hash(content.strip() if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
         if content_hash in self._seen:
             return _drop(dropped, "duplicate", example)
-        split_hash = content_hash if isinstance(content, str) else _hash(_prompt(content))
-        split = self._split(example, split_hash)
+        split = self._split(example, content_hash)
         if isinstance(content, list):
             # Two sources may disagree on a prompt if one of them has predefined splits. The first one wins.
             others = (other for other in SPLITS if other != split)
@@ -70,7 +70,12 @@ class Deduplicator:
         self._remember(content_hash)
         return split
 
-    def _split(self, example: Example, split_hash: int) -> Split:
+    def _split(self, example: Example, content_hash: int) -> Split:
+        content = example.content
+        if example.group is not None:
+            split_hash = _hash(example.group)
+        else:
+            split_hash = content_hash if isinstance(content, str) else _hash(_prompt(content))
         if example.split is None and split_hash < self._held_out:
             return "held_out"
         if example.split in (None, "train"):

@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.data import Source
 from pipeline.data import python_docs, stdlib_harvest
 from pipeline.data.python_docs import (
+    TOPICS,
     Entry,
     OverlapIndex,
     documents,
@@ -22,6 +25,9 @@ from pipeline.data.python_docs import (
     topics,
     words,
 )
+from pipeline.data.records import Drops
+from pipeline.data.sources import ExampleStream
+from pipeline.data.splits import Deduplicator
 from tests.processes import seconds_of_children
 
 
@@ -91,6 +97,18 @@ def test_no_held_out_text_leaks_into_the_corpus() -> None:
     assert not [entry.name for entry in _entries_of("held_out") if seen.overlaps(entry.doc)]
     lines = {line.strip() for text in corpus for line in text.splitlines()}
     assert not [entry.name for entry in _entries_of("held_out") if entry.name + (entry.signature or "") in lines]
+
+
+def test_validation_documents_are_about_other_modules_than_those_trained_on() -> None:
+    """They are to show how well held-out modules will be known."""
+    empty = {"path": None, "config_name": None, "split": None, "revision": None, "text_field": None}
+    source = Source(kind="python_docs", weight=1.0, **empty)
+    deduplicator = Deduplicator(0.0, validation_fraction=0.1)
+    groups: dict[str | None, set[str | None]] = defaultdict(set)
+    for example in ExampleStream(source, "corpus", "data.corpus", max_record_bytes=1):
+        groups[deduplicator.assign(example, Drops())].add(example.group)
+    assert len(groups["validation"]) > 5 and not groups["validation"] & (groups["train"] | {TOPICS})
+    assert not groups["held_out"] & (groups["train"] | groups["validation"])
 
 
 def test_no_topic_names_a_held_out_module() -> None:

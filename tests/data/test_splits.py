@@ -64,6 +64,19 @@ def test_all_answers_to_a_prompt_are_in_the_same_of_three_splits() -> None:
     assert set().union(*splits.values()) == {"train", "held_out", "validation"}
 
 
+def test_all_examples_of_a_group_are_for_validation_or_none() -> None:
+    splits: dict[str, set[str | None]] = {}
+    for content in ("document", "conversation"):
+        deduplicator = Deduplicator(0.0, validation_fraction=0.4)
+        for number in range(200):
+            about = f"group {number % 40}"
+            text = f"{content} {number}"
+            example = Example(text if content == "document" else _chat(text, "answer"), "train", group=about)
+            splits.setdefault(about, set()).add(deduplicator.assign(example, Drops()))
+    assert all(len(found) == 1 for found in splits.values())
+    assert set().union(*splits.values()) == {"train", "validation"}
+
+
 def test_documents_that_differ_in_surrounding_whitespace_are_duplicates() -> None:
     splits, dropped = _split([text for number in range(200) for text in (f"text {number}", f"text {number}\n")], 0.5)
     assert not {text.strip() for text in splits["train"]} & {text.strip() for text in splits["held_out"]}
