@@ -16,9 +16,9 @@ _TERM = r"[a-z_]+|/[^/]+/"
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of a moving average, which would never change at 1
 CorpusShare = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1, there would be no conversations
 AverageDecay = Annotated[float, Field(gt=0.0, lt=1.0)]
+NEWTON_SCHULZ_STEPS = 5  # of Muon by default, as in torch
 # muon: for the matrices of all layers that train; muon_new_layers: for those of new layers, or of matched ones. AdamW
 # updates everything else.
-NEWTON_SCHULZ_STEPS = 5  # of Muon, as in torch
 Optimizer = Literal["adamw", "muon", "muon_new_layers"]
 
 

@@ -37,7 +37,7 @@ from pipeline.data import stdlib_harvest
 from pipeline.data.records import Conversation, single_turn
 
 VERSION = 3  # increment when the same CPython would yield different documents, pairs, questions or groups
-TOPICS = "language reference"  # the group of all topics, which no module split contains
+TOPICS = "language reference"  # the group of all topics; its hash keeps them in training, as none of them is held out
 SPLIT_SALT = "4"
 TAUGHT_PERCENT, ASKED_PERCENT = 60, 25  # of the top-level modules; the others are held out
 

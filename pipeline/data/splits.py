@@ -5,8 +5,8 @@ hash is among the lowest ``held_out_fraction`` of all hash values. Of the others
 splits would train on, those with the next ``validation_fraction`` of all hash values are for validation. Whitespace
 around a document is ignored. For a conversation the hash is that of its prompt (the first message that is not of the
 system or the developer), so that all answers to a prompt are in the same split. If the source has groups of examples,
-the hash is that of the group. The hashes of all examples that are
-kept are remembered across sources, so that no example occurs twice, within a split or across splits.
+the hash is that of the group. The hashes of all examples that are kept are remembered across sources, so that no
+example occurs twice, within a split or across splits.
 """
 
 from __future__ import annotations
