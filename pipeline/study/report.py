@@ -81,9 +81,9 @@ def _headline(progress: StudyProgress, tokens: Comparison) -> str:
             f"yet.{missing}"
         )
     return (
-        f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss}). Of {len(found)} contenders, "
-        f"{len(better)} are better than {escape(progress.study.reference)}, {len(worse)} are worse, and the "
-        f"differences of {len(found) - len(better) - len(worse)} do not count.{missing}"
+        f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss}). Compared with "
+        f"{escape(progress.study.reference)}: {len(better)} better, {len(worse)} worse, "
+        f"{len(found) - len(better) - len(worse)} whose difference does not count.{missing}"
     )
 
 
@@ -96,7 +96,7 @@ def _protocol(progress: StudyProgress) -> Iterator[str]:
     )
     yield (
         f"Learning rates were selected by the validation loss alone, by successive halving on "
-        f"{', '.join(f'{rung:g}' for rung in study.tune.rungs)} of the tokens with seeds "
+        f"{', '.join(f'{rung:.3g}' for rung in study.tune.rungs)} times the tokens, with tuning seeds "
         f"{', '.join(map(str, study.tune.seeds))}, which no final run uses. Every run has a complete schedule."
     )
     if study.equal_flops:
@@ -161,7 +161,7 @@ def _caveats(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Iter
     yield "With few seeds, a true difference often does not count. That it does not count is no evidence of equality."
     if study.tune.rungs[-1] < 1:
         yield (
-            f"Rates were tuned on at most {study.tune.rungs[-1]:g} of the tokens. The best rate of a longer run may "
+            f"Rates were tuned on at most {study.tune.rungs[-1]:g} times the tokens. The best rate of a longer run may "
             "differ, as may that of runs at equal FLOPs or seconds."
         )
     edges = [name for name in study.contenders if progress.tuned(name).at_edge]
