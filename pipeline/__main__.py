@@ -1,4 +1,4 @@
-"""The command line: settings composed by Hydra and validated by pydantic, then what ``action`` says.
+"""The command line: composes the settings with Hydra, validates them with pydantic, and runs the action.
 
 This is the only module that imports hydra or omegaconf. It uses Hydra's compose API rather than its launcher, which
 changes the working directory, writes its own files, and starts the first job of a sweep before it validates the others.
@@ -65,7 +65,7 @@ from pipeline.study.loading import asks_for_study, load_study
 
 CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
-LOG_WIDTH = 120  # columns, where the output is no terminal
+LOG_WIDTH = 120  # columns, if the output is not a terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
     if is_further_copy(os.environ):
-        print("the first copy of this command runs the pipeline and starts its workers; this one ends", file=sys.stderr)
+        print("the process with local rank 0 runs the pipeline and starts its workers; this one exits", file=sys.stderr)
         return EXIT_DONE
     try:
         options = _parse(sys.argv[1:] if arguments is None else list(arguments))

@@ -33,7 +33,7 @@ from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, pr
 from pipeline.report.closing import closing_table
 from pipeline.trackers import wandb_mode
 
-STATUS_SECONDS = 5.0  # between two looks at the status
+STATUS_SECONDS = 5.0  # between two updates of the status
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[
     """
     run = jobs[0].settings
     if jobs[0].sweep:
-        raise UserError(setting="action", value=run.action, rule="it is about one run", remedy="Leave out --multirun.")
+        raise UserError(setting="action", value=run.action, rule="it is not for sweeps", remedy="Leave out --multirun.")
     setting, names = requested_targets(run)
     if set(names).isdisjoint(MODEL_TARGETS):
         return finished_models(run, names, setting, {}), {}
@@ -110,7 +110,7 @@ def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[
 
 
 def _watch(jobs: Sequence[PreparedRun], console: Console) -> None:
-    """Repeat the status until every artifact is there, or until Ctrl-C."""
+    """Repeat the status until all artifacts are complete, or until Ctrl-C."""
     with suppress(KeyboardInterrupt):
         while True:
             console.clear()  # has no effect if the output is not a terminal
@@ -191,7 +191,7 @@ def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> N
     for run, nodes in [*((job.run, job.selected) for job in jobs), *([report] if report else [])]:
         record_keys(run, nodes)
     if not planned:
-        return console.print("everything is there; nothing was submitted")
+        return console.print("all artifacts are complete; nothing was submitted")
     submit_jobs(planned, console)
     return console.print(f"jobs, scripts and logs: {slurm_dir(planned[-1].runs[0])}; action=status shows their state")
 
@@ -214,9 +214,9 @@ def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> 
 
 
 def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | None]:
-    """Return the settings of a run or sweep, and what its end leaves: the report, or without one the directory.
+    """Return the settings of a run or sweep, and the path to notify about: the report, or without one the directory.
 
-    A batch job that does not build the report is a part of a run.
+    The path is None for a batch job that does not build the report, since other jobs complete the run.
     """
     run = _sweep_report(jobs)[0] if sweep else jobs[0].run
     place = Path(run.output_dir) / run.name
@@ -231,7 +231,7 @@ def _run(job: PreparedRun, console: Console) -> None:
     if any(seconds.values()):
         _print_seconds(seconds, console)
     else:
-        console.print("everything is there; nothing was done")
+        console.print("all artifacts are complete; nothing was done")
     report = job.nodes.get("report")
     if report is not None and report.name in seconds:
         console.print(closing_table(report.artifact.path))

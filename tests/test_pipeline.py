@@ -198,7 +198,7 @@ def test_a_finished_command_does_nothing_and_needs_no_torch(shrunk: list[str], f
         [sys.executable, "-c", probe, *command], cwd=outputs, env=environment, capture_output=True, text=True,
         timeout=30,
     )  # fmt: skip
-    assert "everything is there" in answer.stdout, answer.stdout + answer.stderr
+    assert "all artifacts are complete" in answer.stdout, answer.stdout + answer.stderr
     assert "imported []" in answer.stdout
     assert seconds_of_children() - before < 5.0
 

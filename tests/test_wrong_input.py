@@ -485,7 +485,7 @@ def test_a_further_copy_under_torchrun_does_nothing(
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert main(["+experiment=quickstart", *base]) == EXIT_DONE
-    assert "the first copy of this command" in capsys.readouterr().err
+    assert "the process with local rank 0" in capsys.readouterr().err
 
 
 def test_slurm_job_whose_other_nodes_cannot_be_reached(

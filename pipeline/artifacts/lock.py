@@ -35,12 +35,12 @@ from pipeline.launch import slurm
 FREE = "free"
 UNKNOWN_START = 0
 LOCK_POLL_SECONDS = 1.0
-HANDOVER_SECONDS = 0.05  # between two looks while the lock changes hands
+HANDOVER_SECONDS = 0.05  # polling interval while the lock is handed over
 HEARTBEAT_SECONDS = 20.0
-QUIET_SECONDS = 60.0  # without a heartbeat, after which Slurm is believed that the holder's job has ended
+QUIET_SECONDS = 60.0  # without a heartbeat, after which Slurm may report the holder's job as ended
 SILENCE_SECONDS = 300.0  # without a heartbeat, after which a holder on another host counts as dead
 ASK_SLURM_SECONDS = 15.0
-FOREIGN_LOOKS = 20  # without a file of a lock, after which other files in its directory are reported
+FOREIGN_LOOKS = 20  # listings without a lock file, after which other files in its directory are reported
 
 _NAME = re.compile(r"(.*),process=(\d+),started=(\d+),job=(\d+),restarts=(\d+)(?:,cluster=(.*))?", re.DOTALL)
 
@@ -205,7 +205,7 @@ class Lock:
     def _remove_leftovers(self) -> None:
         """Removes what processes that were killed while creating the lock left. Only its holder may do that.
 
-        A living process may be creating the lock too. It needs its directory no more: its rename would fail, because
+        A living process may be creating the lock too. It no longer needs its directory: its rename would fail, because
         the lock exists.
         """
         if self.me.name in self._entries():

@@ -198,7 +198,7 @@ def parent_keys(directory: Path) -> set[str]:
 
 
 def is_artifact(directory: Path) -> bool:
-    """Whether a directory is a complete artifact, by its place and its manifest."""
+    """Whether a directory is a complete artifact, judging by its path and its manifest."""
     return directory.parent.parent.name == "artifacts" and os.path.isfile(directory / MANIFEST)
 
 
@@ -207,7 +207,7 @@ def _lists_files(manifest: Any) -> bool:
 
 
 def _discard(directory: Path) -> None:
-    """Removes a directory. It is renamed first, so that no half of it is left under its name if this is interrupted."""
+    """Removes a directory. It is renamed first, so that an interruption leaves no part of it under its name."""
     aside = temporary_path(directory)
     with suppress(FileNotFoundError):
         os.replace(directory, aside)

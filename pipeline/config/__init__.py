@@ -45,9 +45,9 @@ class Settings(Section):
     name: RunName
     seed: Seed
     output_dir: OutputDir
-    group_writable: bool  # let the group write to everything that is created, for an output_dir of several users
+    group_writable: bool  # let the group write to everything that is created, for a shared output_dir
     action: Literal["run", "plan", "submit", "status", "verify", "clean", "chat", "export"]
-    watch: bool  # with action=status: repeat it until everything is there
+    watch: bool  # with action=status: repeat it until all artifacts are complete
     dry_run: bool  # with action=submit or export: say what would be submitted or written, and change nothing
     confirm: bool  # with action=clean: remove what is listed otherwise
     target: Line | None  # with action=chat or export: a stage or a model directory; null: the last training stage

@@ -95,7 +95,7 @@ class Launch(Section):
     processes: Positive | Literal["auto"]  # worker processes per node; auto: one per GPU, or one on CPUs
     nodes: Positive  # number of nodes, for action=plan; a run uses the nodes of its Slurm job
     threads: Positive | Literal["auto"]  # CPU threads per process; auto: cores / processes
-    collective_timeout_seconds: Positive  # after which a rank that the others wait for is taken to be stuck
+    collective_timeout_seconds: Positive  # after which a rank that the others wait for is considered stuck
     wait_policy: Literal["passive", "active"]  # of idle CPU threads: sleep, or spin, which slows down other programs
     utilization: Fraction | Literal["auto"]  # share of the peak that training reaches, for the hours in action=plan
 

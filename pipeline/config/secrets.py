@@ -31,7 +31,7 @@ KEY_FORMATS = re.compile(
 CREDENTIALS = re.compile(r"(?:^|[\s'\"=/])(?!mailto:)[\w.+%-]+:[^\s@/:'\"$]+@(?!sha256:)[\w\[]")
 # The value is looked ahead for, since it can contain another assignment: --export=NAME=value.
 ASSIGNMENT = re.compile(r"([A-Za-z][\w.-]*)['\"]?\s*[=:]\s*(?=(\"[^\"]*\"?|'[^']*'?|[^\s,;&}\]]+))")
-# Not tokens, which models count, and not tokenizers. Names of files and numbers of keys are not secret either.
+# Does not match "tokens", which are counts, nor "tokenizer". Names of files and numbers of keys are not secret either.
 SECRET_NAME = re.compile(r"key|token(?!s\b|s_|iz)|passw|passphrase|secret|credential", re.IGNORECASE)
 HARMLESS_NAME = re.compile(r"(?:^|[_.-])(?:file|path|dir|directory|field|name|id)s?$", re.IGNORECASE)
 HARMLESS_VALUE = re.compile(r"\$|`|/|~|(?:[\d.]+|true|false|yes|no|on|off|null|none)$|$", re.IGNORECASE)

@@ -209,7 +209,7 @@ class DatasetBuilder:
                 )
 
     def _advice(self, source: MixtureSource) -> str:
-        """Returns what else to do about what a source lost, with a space behind it."""
+        """Returns what else to do about what a source lost, followed by a space."""
         advice = self._template.advice(source.dropped, self._folded) if self._template is not None else ""
         if "too_long" in source.dropped:
             advice += "Increase sft.sequence_length. "

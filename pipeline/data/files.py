@@ -138,7 +138,7 @@ def read_records(path: Path, reading: Reading) -> Iterator[Record]:
         if "too much memory" in str(error):  # a window larger than the limit; zstd --long writes such files
             raise reading.too_large(str(path), "the memory that decompressing it takes (see zstd --long)") from error
         raise BadFile(
-            str(path), f"it is not a complete {path.suffix} file, or something follows its end ({error})"
+            str(path), f"it is not a complete {path.suffix} file, or it has trailing data ({error})"
         ) from error
     except OSError as error:
         raise BadFile(str(path), f"it cannot be read ({error.strerror or error})") from error
@@ -342,7 +342,7 @@ def _rows(path: Path, batches: Iterator[pyarrow.RecordBatch], reading: Reading) 
                     row += 1
                     yield Record(value, str(path), f"row {row}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadFile(f"{path}, behind row {row}", f"it is damaged or incomplete ({error})") from error
+        raise BadFile(f"{path}, after row {row}", f"it is damaged or incomplete ({error})") from error
 
 
 def _validate(path: Path, batch: pyarrow.RecordBatch, row: int) -> None:

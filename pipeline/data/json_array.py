@@ -24,7 +24,7 @@ class JsonArray:
     """The elements of an array. Memory is bounded by twice the largest element.
 
     Args:
-        text: the beginning of the array, behind the opening bracket.
+        text: the beginning of the array, after the opening bracket.
         pieces: the rest of it, in pieces of any size.
         limit: characters of the largest element that is allowed.
 
@@ -41,7 +41,7 @@ class JsonArray:
         """Raises BadArray, TooLarge, and as ``json.loads`` does ValueError and RecursionError."""
         while (mark := self._next_mark()) != "]":
             if self.number and mark != ",":
-                raise BadArray(f"behind it, {mark!r} follows instead of a comma" if mark else "the array is not closed")
+                raise BadArray(f"after it, {mark!r} follows instead of a comma" if mark else "the array is not closed")
             self._at += self.number > 0
             self._next_mark()
             self.number += 1

@@ -1,7 +1,7 @@
-"""Finds the files that a path, directory or glob refers to, and only those that were meant.
+"""Finds the data files that a path, directory or glob refers to.
 
 Hidden files and directories inside a directory are left out: editors, notebooks and macOS put copies and caches there.
-Links to directories are followed. Of a directory that ``datasets`` saved, only the files that its ``state.json`` lists
+Links to directories are followed. In a directory that ``datasets`` saved, only the files that its ``state.json`` lists
 are read.
 """
 

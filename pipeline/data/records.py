@@ -46,7 +46,7 @@ class Example:
         split: the split that the source itself assigns, or None if it has no splits of its own.
         file, place: the file or dataset that it is from, and the line or row.
         fault: why its record cannot be used, as counted in dataset.json, or None.
-        group: what it is about. All of a group are for validation, or none; None: chosen by the content.
+        group: all examples of one group get the same split, of training and validation; None: assigned by the content.
     """
 
     content: str | Conversation

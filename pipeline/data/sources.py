@@ -31,8 +31,8 @@ from pipeline.data.records import (
 )  # fmt: skip
 from pipeline.errors import UserError
 
-Purpose = Literal["corpus", "instructions", "forgetting"]  # documents, conversations, and again documents
-PROBED_RECORDS = 100  # a source of which the first so many records are all malformed is refused
+Purpose = Literal["corpus", "instructions", "forgetting"]  # documents; conversations; documents again
+PROBED_RECORDS = 100  # a source whose first records are all malformed is refused
 PROBED_CONVERSATIONS = 20  # of a source, that are rendered before a run
 ZERO_BLOCK = "\0" * 16  # never part of a text
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a Hub repository; a branch or tag may move
@@ -229,7 +229,7 @@ class ExampleStream:
             raise Reading((), self._limit).too_large(record.location, "the record")
         # Single NUL characters occur in scraped text.
         if any(ZERO_BLOCK in text or (text and not text.strip("\0")) for text in texts):
-            raise BadFile(record.location, "it has a block of zeros, as a file of which a part was not written")
+            raise BadFile(record.location, "it has a block of zero bytes, as in a file that was only partly written")
 
 
 class _ListStream:

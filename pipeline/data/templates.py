@@ -156,7 +156,7 @@ class TemplateProcess:
         return cast("chat_worker.Reply", json.loads(answer))
 
     def advice(self, faults: Container[str], folded: Container[str] = ()) -> str:
-        """Returns what to do about the faults of some conversations, with a space behind it; empty for others.
+        """Returns what to do about the faults of some conversations, followed by a space; empty for others.
 
         Args:
             faults: the faults.

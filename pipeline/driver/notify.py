@@ -45,7 +45,7 @@ def notified(run: Settings, report: Path | None) -> Iterator[None]:
 
     Args:
         run: the settings.
-        report: what has been built when all is done; None if this is only a part of a run, whose end is not the run's.
+        report: what has been built when all is done; None if other jobs complete the run.
     """
     try:
         yield

@@ -94,7 +94,7 @@ def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
 def _provide(run: Settings, node: Node, redo: bool, share: MachineShare, console: Console) -> float:
     """Build an artifact under its lock unless it exists. Returns the seconds that took."""
     if not redo and node.artifact.is_complete():
-        console.print(f"  [green]there[/]  {node.name:<24} {node.artifact.key[:12]}")
+        console.print(f"  [green]exists[/] {node.name:<24} {node.artifact.key[:12]}")
         return 0.0
 
     def report_wait(holder: str) -> None:

@@ -47,7 +47,7 @@ def print_status(run: Settings, nodes: Mapping[str, Node], console: Console) -> 
 
 def _state(node: Node) -> str:
     if node.artifact.is_complete():
-        return "there"
+        return "complete"
     return "partial" if node.artifact.partial.exists() else "absent"
 
 

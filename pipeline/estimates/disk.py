@@ -62,7 +62,7 @@ def disk_of(
         trained: by training stage.
         tokens: the number of tokens by tokenize node, if it is known.
         scratch: what expand needs in addition to its artifact, in bytes.
-        around: the number of parameters of the model around a language model, which every artifact holds as well.
+        around: the number of a multimodal model's parameters outside its language model, which every artifact has.
     """
     width = DTYPE_BYTES[dtype]
     stages = {"load": base, **dict.fromkeys(("expand", "pretrain", "sft"), grown)}

@@ -11,7 +11,7 @@ f the MLP's units, S the sequence length and c the bytes of a number in compute:
     k experts per token   c·k·h  their outputs, and c·k·h their inputs, which are sorted by expert, if weights train
 
 Ranks that share sequences divide the tokens. Their attention stores keys and values of at least one head per rank, and
-its output once more if weights train, c·a, since before it is exchanged it is that of other tokens.
+its output once more if weights train, c·a, since before the all-to-all it is the output for other tokens.
 
 Layers below the lowest one that trains store nothing. With activation checkpointing a layer stores only its input, c·h,
 and one layer at a time stores everything. The gradients of the current layer take as much as it stores. What a ZeRO

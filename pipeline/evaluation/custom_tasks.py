@@ -1,4 +1,4 @@
-"""Benchmarks of the user's own: the lm-eval task YAMLs in the directories that ``evaluate.include_path`` names.
+"""User-defined benchmarks: the lm-eval task YAMLs in the directories that ``evaluate.include_path`` names.
 
 The driver reads the files without importing lm-eval or torch and without executing any ``!function``. It lists the
 tasks, groups and tags, refuses files that could not be loaded, and hashes what each task depends on: its YAML file, the
@@ -43,7 +43,7 @@ class FunctionReference:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """One task or group of the user's own.
+    """One user-defined task or group.
 
     Attributes:
         path: the YAML file that defines it.
@@ -104,7 +104,7 @@ class CustomTasks:
             data_files(file)
 
     def fingerprint(self, name: str, fingerprints: Fingerprints) -> str:
-        """Returns one hash over the contents of every file that a task, group or tag depends on. No path enters it.
+        """Returns one hash over the contents, not the paths, of every file that a task, group or tag depends on.
 
         Raises:
             UserError: a data file does not exist.
@@ -128,7 +128,7 @@ class CustomTasks:
             raise UserError(
                 setting=SETTING,
                 value=directory,
-                rule="it holds no .yaml file that defines a task or a group",
+                rule="it contains no .yaml file that defines a task or a group",
                 remedy="A task file is named *.yaml and has a line 'task: NAME'.",
             )
         for file in found:

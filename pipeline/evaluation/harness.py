@@ -90,7 +90,7 @@ def score(job: ScoringJob, settings: Evaluate, ranks: ScoringRanks | None = None
         if _share_of_generation(loaded[task]) == 1:
             lm.release_weights()
         lm.start(f"{job.name} {task}")
-        print(f"{job.name}: scoring {task}", flush=True)  # in the log, whose end the message of a failure has
+        print(f"{job.name}: scoring {task}", flush=True)  # in the log, whose last lines a failure message shows
         result = _score_task(task, loaded.pop(task), lm, settings, ranks.rank == 0)
         if result is not None:
             write_json(_result_file(job, task), result)
@@ -197,7 +197,7 @@ def documents_within(limit: int | None, tasks: Mapping[str, Any]) -> dict[str, l
 
 
 def _backend(row: str, loaded: Any, lm: LanguageModel) -> str:
-    """Returns the program behind a row, with its version. That of a group is the one of any task with text."""
+    """Returns the program that computed a row, with its version. That of a group is the one of any task with text."""
     tasks = loaded["tasks"]
     generates = _share_of_generation({"tasks": {row: tasks[row]}} if row in tasks else loaded) > 0
     return lm.generating_backend if generates else lm.scoring_backend
@@ -253,7 +253,7 @@ def _other_tasks(names: Iterable[str], custom: CustomTasks) -> TaskManager:
 
 
 class _CustomTaskFactory(TaskFactory):
-    """Builds tasks with the data paths of the user's own YAML files resolved against the files' directories."""
+    """Builds tasks with the data paths of user-defined YAML files resolved against the files' directories."""
 
     def __init__(self, directories: list[Path]) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class _CustomTaskFactory(TaskFactory):
 
 
 def _load_custom(name: str, manager: TaskManager, custom: CustomTasks) -> Any:
-    """Loads a task of the user's own and renders its first document, so that mistakes show before a model is loaded."""
+    """Loads a user-defined task and renders its first document, so that mistakes show before a model is loaded."""
     try:
         loaded = manager.load([name])
         for task in loaded["tasks"].values():

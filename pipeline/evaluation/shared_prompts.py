@@ -73,8 +73,8 @@ def batches_of(questions: Sequence[SharedPrompt], batch_size: int) -> Iterator[l
 def can_share_prompts(model: Any) -> bool:
     """Returns whether several tokens after a cached prompt have the logits that they have without a cache.
 
-    They have with keys and values of all tokens, or of those in a sliding window. The states of state-space layers are
-    continued by one token at a time, and some indexers of sparse attention select other tokens.
+    That holds for caches of the keys and values of all tokens, or of those in a sliding window. State-space layers
+    advance their states by one token at a time, and some indexers of sparse attention select other tokens.
     """
     output = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
     cache: Any = getattr(output, "past_key_values", None)

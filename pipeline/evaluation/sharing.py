@@ -67,7 +67,7 @@ class ScoringRanks:
         for file in files:
             wait_until(file.exists)
         parts = [read_json(file) for file in files]
-        # All have read the previous ones: otherwise they would not have written these.
+        # A rank writes only after it has read all previous files, so that these are no longer needed.
         self._file(self._exchanges - 1, self.rank).unlink(missing_ok=True)
         self._exchanges += 1
         self.enter("computing scores", is_alone=True)  # rank 0 may take much longer

@@ -1,4 +1,4 @@
-"""Puts the heads and neurons of one layer into the order of another's.
+"""Permutes the heads and neurons of one layer to match those of another.
 
 The neurons of an MLP and the heads of attention have no order of their own: permuting the rows that compute them and
 the columns that read them leaves what the layer computes as it is. Of all such permutations, those are chosen that
@@ -8,7 +8,7 @@ Re-Basin, arXiv 2209.04836, section 3.2). Each is an assignment problem, solved 
 - Neurons of an MLP, or of each expert: rows of gate and up, columns of down.
 - Key-value heads, each with its group of query heads, which are permuted among themselves.
 - Dimensions of a head's values: rows of v, columns of o. Those of queries and keys stay in place, because rotary
-  embeddings turn every pair of them at a frequency of its own, as norms of heads scale them.
+  embeddings rotate every pair of them at its own frequency, and norms of heads scale each of them on its own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def align(layer: LayerWeights, like: LayerWeights, heads: int) -> tuple[dict[Lay
         heads: the number of query heads.
 
     Returns:
-        All tensors of the layer, which computes what it did, and how many heads and neurons are in another place.
+        The permuted tensors, which compute the same function, and how many heads and neurons have moved.
     """
     aligned = {tensor: value.float() for tensor, value in layer.items()}
     target = {tensor: value.float() for tensor, value in like.items()}

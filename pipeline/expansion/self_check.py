@@ -31,7 +31,7 @@ LOGIT_TOLERANCE = 1e-5  # relative to the largest logit, or absolute if that is 
 
 WORK_PREFIX = ".check-"  # of temporary directories
 
-# The largest sizes of a narrow twin. The head size stays, because lengths of rotary tables depend on it.
+# The largest sizes of the narrow model. The head size stays, because lengths of rotary tables depend on it.
 NARROW = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32, "vocab_size": 512, "sliding_window": 8,

@@ -179,7 +179,7 @@ def write_weights(
 
 
 def remove_progress_records(out: Path) -> None:
-    """Removes the sign that weights in ``out`` can be resumed, once they are verified or known to be wrong."""
+    """Removes the records by which the weights in ``out`` can be resumed: they are verified, or known to be wrong."""
     for name in (RECORDS, WEIGHTS_SEAL):
         (out / name).unlink(missing_ok=True)
 

@@ -24,12 +24,12 @@ STACK_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads; e
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Keeps the garbage collector from looking through what is imported, which takes a fifth of the time."""
+    """Disables garbage collection during imports, which makes them about 20 % faster."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # nor will it later
+        gc.freeze()  # later collections skip the imported objects
         gc.enable()
 
 

@@ -16,8 +16,8 @@ from pipeline.config import Launch
 from pipeline.errors import UserError
 from pipeline.launch.machine import Placement
 
-# Set by torchrun, accelerate, MPI and the training operators of Kubernetes. They place the process that a user starts,
-# and libraries in the processes that it starts in turn would take them for their own place.
+# Set by torchrun, accelerate, MPI and the training operators of Kubernetes. They describe the rank of the process that
+# a user starts. Its workers must not inherit them, since libraries would take them for the workers' own ranks.
 INHERITED_PLACE = re.compile(
     r"(PET|TORCHELASTIC|ACCELERATE|OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD|MPI)_.*|MPI_LOCALRANKID"
     r"|(LOCAL_|GROUP_|ROLE_|CROSS_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|(LOCAL|CROSS)_SIZE|ROLE_NAME"
@@ -42,7 +42,7 @@ def other_nodes_fault(inherited: Mapping[str, str]) -> UserError | None:
     return UserError(
         setting=name,
         value=inherited[name],
-        rule=f"this command was started as one of {nodes} nodes, and only Slurm can start a training on several nodes",
+        rule=f"this command was started as one of {nodes} nodes, and only Slurm can start training on several nodes",
         remedy=f"Start it on one node (one pod) with all of its GPUs, or unset {name} to train on this node alone.",
     )
 
@@ -91,7 +91,7 @@ def child_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str,
 
 
 def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the workers of a training."""
+    """Returns the environment of the workers of a training run."""
     environment = {
         **child_environment(launch, inherited),
         # DeepSpeed runs ninja, which is installed beside the interpreter, even if the environment is not activated.
@@ -177,7 +177,7 @@ def create_code_caches() -> None:
         UserError: another user could have written to one of them.
     """
     for path in code_caches(os.environ).values():
-        with suppress(OSError):  # only a training that compiles needs them, which is checked before it starts
+        with suppress(OSError):  # only a training run that compiles needs them, which is checked before it starts
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
     for fault in code_cache_faults(os.environ, needed=False):
         raise fault

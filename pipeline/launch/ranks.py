@@ -3,7 +3,7 @@
 On a single machine the driver does this itself. On several nodes of a Slurm job, srun starts
 ``python -m pipeline.launch.ranks PROCESSES NODES MODULE JOB_FILE`` once per node.
 
-A rank finds its place in the variables that torchrun also sets: ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and
+A rank is identified by the variables that torchrun also sets: ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE`` and
 ``LOCAL_WORLD_SIZE``. There is no ``MASTER_PORT``: rank 0 chooses a free port itself and publishes it in the file that
 ``RENDEZVOUS_VARIABLE`` names (see ``pipeline.training.process_group``). The launcher opens no port.
 """

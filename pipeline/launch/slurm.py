@@ -255,7 +255,7 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The resources of the Slurm job around this process."""
+    """The resources of the Slurm job that this process runs in."""
 
     job: int
     nodes: tuple[str, ...]
@@ -283,7 +283,7 @@ class Allocation:
 
 @cache
 def current_allocation() -> Allocation | None:
-    """Returns the allocation of the Slurm job around this process, or None outside a job.
+    """Returns the allocation of the Slurm job that this process runs in, or None outside a job.
 
     Raises:
         UserError: srun started several copies of this process, or the job's nodes can only be reached with Slurm's

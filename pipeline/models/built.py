@@ -172,7 +172,7 @@ def load_complete(directory: Path, dtype: Any, **placement: Any) -> PreTrainedMo
 
 
 def load_language_model(directory: Path, dtype: Any, **placement: Any) -> PreTrainedModel:
-    """Loads what ``load_complete`` loads, with the same arguments, but not the model around a language model.
+    """Loads what ``load_complete`` loads, with the same arguments, but of a multimodal model only the language model.
 
     Raises:
         IncompleteModelError: as by ``load_complete``.
@@ -192,7 +192,7 @@ def from_pretrained(directory: Path, **arguments: Any) -> Any:
     if not is_nested(written):
         return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, **arguments)
     mapping = {f"^{re.escape(prefix)}": ""} if (prefix := prefix_of(written)) else None
-    with _quiet():  # it would list all tensors of the model around it
+    with _quiet():  # it would list all other tensors of a multimodal model
         return AutoModelForCausalLM.from_pretrained(
             directory,
             config=language_config_of(directory),
@@ -212,7 +212,7 @@ def language_config_of(directory: Path) -> PreTrainedConfig:
 
 
 def _outside(directory: Path) -> set[str]:
-    """Returns the names of the tensors of the model around a language model. Empty if there is none."""
+    """Returns the names of a multimodal model's tensors outside its language model. Empty for other models."""
     written = read_json(directory / "config.json")
     if not is_nested(written):
         return set()

@@ -113,7 +113,7 @@ def _check_family(config: Mapping[str, Any], where: object) -> None:
 
 
 def _check_token_ids(config: Mapping[str, Any], name: str, where: object) -> None:
-    """A negative id stands for no token, except that it may not lie before the first embedding either."""
+    """Checks special tokens. A negative id means no token, but must be a valid index of the embeddings as well."""
     value, vocabulary = config.get(name), config.get("vocab_size") or MAX_SIZE
     ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
     if any(type(token) is not int or not -vocabulary <= token < vocabulary for token in ids):

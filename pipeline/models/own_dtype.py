@@ -27,7 +27,7 @@ def with_own_dtype(model: Model, source: ModelSource, downloaded: Path | None = 
     """Returns the settings with ``model.dtype=auto`` replaced by the dtype of most of the checkpoint's weights.
 
     No file is read if ``model.dtype`` is given. ``auto`` remains for a GGUF file on the Hub, unless ``downloaded`` is
-    given: artifacts must not be named after what the Hub's cache has.
+    given: the key of an artifact must not depend on what is in the Hub's cache.
 
     Args:
         model: the settings.

@@ -189,7 +189,7 @@ def _read_index(directory: Path) -> Mapping[str | None, str]:
         raise _invalid(directory / INDEX, rule, "Download it again.") from error
     if SINGLE in names and wanted != [SINGLE]:
         rule = f"it has both {SINGLE} and {INDEX}, which may be two different models"
-        raise _invalid(directory, rule, "Remove the one that is not meant, with the files that it names.")
+        raise _invalid(directory, rule, "Remove the one that you do not want to use, with the files that it names.")
     for name in wanted:
         if Path(name).name != name or name == "..":
             raise _invalid(directory, f"{INDEX} names {name}, which is not a file of this directory", AGAIN)
@@ -212,7 +212,7 @@ def check_file(directory: Path, name: str) -> None:
     try:
         root, path = directory.resolve(), (directory / name).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise _invalid(directory, f"{name} is a link that leads nowhere", "Download it again.") from error
+        raise _invalid(directory, f"{name} is a broken symbolic link", "Download it again.") from error
     places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(map(path.is_relative_to, places)):
         rule = f"{name} is a link to {path}, which is outside the model's directory"

@@ -25,8 +25,8 @@ from pipeline.models.weight_files import INDEX, SINGLE, StoredBytes
 
 MAX_SHARD_BYTES = 5_000_000_000
 HASHED_BYTES = 2**20  # at a time
-# Names of the tensors and parts that survive an interruption, one per line. Behind the name of a tensor, or of the last
-# part of one, is the tensor's hash.
+# Names of the tensors and parts that survive an interruption, one per line. The name of a tensor, or of the last
+# part of one, is followed by the tensor's hash.
 PROGRESS_FILE = ".model.kept"
 
 
@@ -167,7 +167,7 @@ class ShardWriter:
         for line in lines:
             name, _, digest = line.partition(" ")
             if (stored := self._stored_of.get(name)) is None:
-                continue  # behind a truncated name
+                continue  # after a truncated name
             if digest and digest != self._hash(stored):
                 report_once(f"{name} in {self._directory} is damaged: all weights are written again")
                 return set()

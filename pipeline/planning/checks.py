@@ -57,8 +57,8 @@ class Check:
 
     Attributes:
         faults: yields an error for everything that the check finds wrong.
-        stops: what could not be built then: nodes, or stages for all of their nodes. The check is skipped if none of
-            these is missing.
+        stops: nodes that cannot be built if the check fails, or stages for all of their nodes. The check is skipped if
+            none of these is missing.
         needs: what must be known of the inputs. The check is skipped if it is not, since another one says why.
         always: the check is made even if nothing is missing.
     """
@@ -391,7 +391,7 @@ def _packages(prepared: PreparedRun) -> Faults:
 
 
 def _allocation(prepared: PreparedRun) -> Faults:
-    """The nodes of the Slurm job around this process can be used."""
+    """The nodes of the Slurm job that this process runs in can be used."""
     _, fault = attempt(current_allocation)
     if fault is not None and prepared.run.action != "submit":
         yield fault

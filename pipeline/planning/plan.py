@@ -35,7 +35,7 @@ class Plan:
         sizes: None, like ``disk``, if the base model is not known.
         expansion: memory in bytes that expanding takes on the GPU, and can take; None if that is not known.
         disk: of the nodes that no earlier job of the sweep builds.
-        around: the number of parameters of the model around the language model, if there is one.
+        around: the number of a multimodal model's parameters outside its language model; 0 for other models.
     """
 
     run: Settings

@@ -90,12 +90,12 @@ class PreparedRun:
 
     @property
     def language_config(self) -> Mapping[str, Any]:
-        """The config of the model that is trained, without that of a model around it."""
+        """The config of the language model that is trained, which of a multimodal model is a part of its config."""
         return inner_config(self.inputs.config)
 
     @cached_property
     def around(self) -> int:
-        """The number of parameters of the model around the language model; 0 if there is none, or if not known."""
+        """The number of a multimodal model's parameters outside its language model; 0 for others, or if not known."""
         source = self.inputs.source
         if source is None or self.shape is None or not is_nested(self.inputs.config):
             return 0

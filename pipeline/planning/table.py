@@ -42,7 +42,7 @@ def _print_model(plan: Plan, console: Console) -> None:
         return
     base, grown = plan.sizes.base, plan.sizes.grown
     if plan.around:
-        console.print(f"  language model inside one with {billions(plan.around)} other parameters, which never change")
+        console.print(f"  part of a multimodal model, whose {billions(plan.around)} other parameters never change")
     if base.inferred:
         console.print("  family inferred from the modules that transformers builds, which takes some seconds")
     console.print(

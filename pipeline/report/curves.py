@@ -82,7 +82,7 @@ def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
 
 
 def block_losses(point: Mapping[str, Any]) -> BlockLosses | None:
-    """Returns the loss of a measurement by block; None for a training by an earlier version, which recorded none."""
+    """Returns the loss of a measurement by block; None for a run by an earlier version, which recorded none."""
     return BlockLosses(**point["blocks"]["loss"]) if "blocks" in point else None
 
 

@@ -127,12 +127,12 @@ class Difference:
 
 
 def by_chance(verdicts: Iterable[Verdict]) -> str:
-    """Returns, for example, ``9 of 24 count, and about 1.2 would by chance alone``; empty if none could count."""
+    """Returns, for example, ``9 of 24 are significant, about 1.2 would be by chance``; empty if none could be."""
     judged = [verdict for verdict in verdicts if verdict.could_count]
     counted = sum(verdict is not Verdict.NOISE for verdict in judged)
     if not judged:
         return ""
-    return f"{counted} of {len(judged)} count, and about {expected_by_chance(len(judged))} would by chance alone"
+    return f"{counted} of {len(judged)} are significant, about {expected_by_chance(len(judged))} would be by chance"
 
 
 def _hypot(errors: Sequence[float | None]) -> float | None:

@@ -242,8 +242,8 @@ def number_of_comparisons(runs: Sequence[RunArtifacts], scores: Scores) -> list[
     if rows:
         found.append(
             "Differences from the best of several methods are judged by Tukey's studentized range, since the best is "
-            f"chosen after looking: in about {expected_by_chance(rows)} of {rows} rows, one or more would count by "
-            "chance alone."
+            f"chosen after looking: in about {expected_by_chance(rows)} of {rows} rows, one or more would be "
+            "significant by chance alone."
         )
     return found
 

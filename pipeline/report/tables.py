@@ -104,7 +104,7 @@ def difference_table(scores: Scores, run: str) -> Table:
 
 
 def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
-    """Tabulates the difference of every method from the best one. "Within noise" means that the order is open.
+    """Tabulates the difference of every method from the best one. "Within noise" means that it may be due to chance.
 
     The best one is chosen after looking at all, which ``significance.critical_value`` corrects for.
     """

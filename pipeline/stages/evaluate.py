@@ -84,7 +84,7 @@ def _keeps_logits(model: Path) -> bool:
 
 
 def _copy_scores(scored: Path, out: Path) -> dict[str, Any]:
-    """Writes the evaluation of the model with the same logits, and whose it is."""
+    """Copies the evaluation of the model with the same logits, and records which model that is."""
     shutil.copytree(scored / "tasks", out / "tasks", dirs_exist_ok=True)
     target = read_json(scored / "manifest.json")["stage"].partition("/")[2]
     evaluation = {**read_json(scored / EVALUATION_FILE), "scores_of": target}

@@ -80,7 +80,7 @@ def run(task: StageTask) -> Metrics:
 
 
 def _inferred(config: dict[str, Any], warnings: list[str]) -> Metrics:
-    """Says for the manifest and the log that a model's family has no row, among other warnings. Empty if none."""
+    """Returns the warnings of the manifest and the log, among them that a family was inferred. Empty if none."""
     if family_for(config).inference is None:
         return {"warnings": warnings} if warnings else {}
     told = f"the family {config['model_type']} has no row in the table of families: roles are inferred from its modules"

@@ -113,15 +113,15 @@ def _check(study: Study, bases: Mapping[str, Settings]) -> None:
     """Checks what can be told from the settings alone.
 
     Raises:
-        UserError: the action is none of a study's, there is no validation split, or contenders cannot be compared.
+        UserError: a study does not support the action, there is no validation split, or contenders cannot be compared.
     """
     first = bases[study.reference]
     if first.action not in ACTIONS:
         raise UserError(
             setting="action",
             value=first.action,
-            rule=f"a study can be {', '.join(ACTIONS)}",
-            remedy="For other actions, name one of its runs with scripts/run.",
+            rule=f"a study supports only {', '.join(ACTIONS)}",
+            remedy="For other actions, use scripts/run with the settings of one of its runs.",
         )
     if first.data.validation_fraction == 0:
         raise UserError(

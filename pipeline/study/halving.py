@@ -2,8 +2,8 @@
 
 A rung trains every remaining rate for a fraction of the final steps, and the best of them reach the next rung. While a
 neighbor of the best rate has not been trained on the rung, it is trained too, even if an earlier rung dropped it. Where
-the grid has no neighbor it is extended by one more rate at the same ratio. Therefore the chosen rate is at no edge of
-the grid, unless ``max_new_rates`` was reached, and a reader sees what its neighbors achieve.
+the grid has no neighbor it is extended by one more rate at the same ratio. Therefore the chosen rate is never at an
+edge of the grid, unless ``max_new_rates`` was reached, and a reader sees what its neighbors achieve.
 
 Everything here is a function of the losses measured so far, so a study keeps no state.
 """

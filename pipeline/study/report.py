@@ -18,8 +18,8 @@ from pipeline.study.statistics import Mean
 
 BUDGET_TITLES: dict[Budget, str] = {"tokens": "Equal tokens", "flops": "Equal FLOPs", "seconds": "Equal seconds"}
 TABLE_LEGEND = (
-    "± is one standard error over seeds. Differences to the reference are paired by seed: ▲ better, ▼ worse, ≈ does "
-    "not count. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column."
+    "± is one standard error over seeds. Differences to the reference are paired by seed: ▲ better, ▼ worse, ≈ not "
+    "significant. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column."
 )
 PARETO_CAPTION = (
     "Held-out loss at equal tokens by what it costs: training FLOPs, and the loss on the forgetting text. Numbers as "
@@ -83,7 +83,7 @@ def _headline(progress: StudyProgress, tokens: Comparison) -> str:
     return (
         f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss}). Compared with "
         f"{escape(progress.study.reference)}: {len(better)} better, {len(worse)} worse, "
-        f"{len(found) - len(better) - len(worse)} whose difference does not count.{missing}"
+        f"{len(found) - len(better) - len(worse)} not significantly different.{missing}"
     )
 
 
@@ -158,7 +158,7 @@ def _caveats(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Iter
         f"Standard errors are over {len(study.seeds)} seeds, which vary the order and choice of the training blocks "
         "and random initializations. They say nothing about other corpora, base models or budgets."
     )
-    yield "With few seeds, a true difference often does not count. That it does not count is no evidence of equality."
+    yield "With few seeds, a real difference is often not significant, which is not evidence of equality."
     if study.tune.rungs[-1] < 1:
         yield (
             f"Rates were tuned on at most {study.tune.rungs[-1]:g} times the tokens. The best rate of a longer run may "

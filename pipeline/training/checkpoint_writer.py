@@ -8,7 +8,7 @@ directory to its final name. A checkpoint is therefore either complete or absent
 After the last step nothing changes the state any more, so that on CPUs the last checkpoint is written from the state
 itself: training has its peak memory before.
 
-The threads of different ranks meet through files in the directory, since collectives of two threads would interleave.
+The threads of different ranks synchronize through files, since collectives of two threads would interleave.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Part:
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of a training on one rank.
+    """Saves the checkpoints of a training run on one rank.
 
     As a context manager it waits for the last checkpoint when the body fails: the state it was taken from was good.
 

@@ -150,7 +150,7 @@ class Loop:
         distributed.all_reduce(counted)
         total = self._accumulate(batches, counted.clamp(min=1.0))
         enter(f"adding the losses of step {step}")
-        # The stop requests travel with the loss, which saves a collective per step.
+        # The stop requests are reduced together with the loss, which saves a collective per step.
         summed = torch.cat([counted, self._on_device([float(self.wants_stop())]), total])
         distributed.all_reduce(summed[2:])
         supervised, tokens, stops, loss_sum, *routed = summed.tolist()

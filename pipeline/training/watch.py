@@ -1,7 +1,7 @@
-"""Ends a training in which a rank is stuck, and tells which one, where, and what the others wait for.
+"""Ends a training run in which a rank is stuck, and tells which one, where, and what the others wait for.
 
 Every rank writes every few seconds, to a file in the log directory, that it is alive and which part of the training it
-has reached. It reads the file of the next rank. If that rank shows no sign of life, or stays behind, for longer than a
+has reached. It reads the file of the next rank. If that rank sends no heartbeat, or stays behind, for longer than a
 collective may take, then this rank records the outcome, writes its own stack to its log, and exits. The launcher then
 ends the others, after their stacks have been written to their logs.
 
@@ -31,10 +31,10 @@ from pipeline.files import write_json
 from pipeline.launch.failure import alive_file
 from pipeline.training.worker import write_outcome
 
-LONGEST_INTERVAL = 10.0  # seconds between two signs of life
+LONGEST_INTERVAL = 10.0  # seconds between heartbeats
 # Modules whose lines do not tell what a rank was doing.
 OUTSIDE = (__name__, "pipeline.training.process_group", "pipeline.training.worker")
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.2  # seconds between two looks whether all ranks have arrived
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.2  # seconds between checks whether all ranks have arrived
 
 
 def wait_until(is_true: Callable[[], bool]) -> None:
@@ -47,7 +47,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 @dataclass(frozen=True)
 class TrainingPart:
-    """Where a rank is.
+    """The part of the training that a rank has reached.
 
     Attributes:
         number: how many parts it has entered. All ranks enter the same parts in the same order.
@@ -81,7 +81,7 @@ class Watch:
         self._entered = time.monotonic()
         self._main = threading.main_thread().ident
         self._ticks = 0
-        self._seen: tuple[int, TrainingPart] | None = None  # the next rank's last sign of life
+        self._seen: tuple[int, TrainingPart] | None = None  # the next rank's last heartbeat
         self._changed = self._moved = self._looked = self._entered  # when it changed, moved on, and was looked at
 
     def start(self) -> None:
@@ -94,7 +94,7 @@ class Watch:
         self._entered = time.monotonic()
 
     def describe(self, part: str) -> None:
-        """Records progress within a part, so that this rank is not taken to be stuck in it."""
+        """Records progress within a part, so that this rank is not considered stuck in it."""
         self._position = replace(self._position, part=part)
 
     def wait_for_all(self, part: str) -> None:
@@ -142,24 +142,24 @@ class Watch:
 
         Args:
             other: where it was last.
-            silent: seconds since its last sign of life.
+            silent: seconds since its last heartbeat.
             unmoved: seconds since it was seen to enter that part, or to move within it.
             now: the current time.
         """
         if silent > self._timeout:
-            return f"no sign of life for {silent:.0f} seconds; it was last {other.part}"
+            return f"no heartbeat for {silent:.0f} seconds; it was last {other.part}"
         waited = min(unmoved, now - self._entered)
         if other.number < self._position.number and not other.is_alone and waited > self._timeout:
             return f"still {other.part} after {waited:.0f} seconds"
         return None
 
     def publish(self) -> None:
-        """Shows that this rank is alive, and where it is."""
+        """Writes the heartbeat of this rank, with the part that it has reached."""
         self._ticks += 1
         place = self._position
         said = json.dumps([self._ticks, place.number, place.part, place.is_alone])
         with suppress(OSError):  # a full disk is reported where it matters
-            alive_file(self._log_dir, self._rank).write_text(said)  # who reads half of it looks again
+            alive_file(self._log_dir, self._rank).write_text(said)  # a reader that sees a partial write retries
 
     def _read(self) -> tuple[int, TrainingPart] | None:
         try:

@@ -12,7 +12,7 @@ without a network.
 Expected on one H200 before the first run, by calculation with 680 TFLOP/s of matrix products and 2.8 TB/s: 8B 32 -> 48
 with documents of 512 tokens in blocks of 2,048 trains at 29 to 32 % MFU with a mask, 35 % by document, and 45 %
 compiled. The peak memory is within 15 % of the plan. 1B 16 -> 24 is at least 1.3 times as fast as the Trainer. Losses
-in float32 equal those of the CPU to 1e-4, and those in bfloat16 to 1e-2. A resumed training has the same bits only if
+in float32 equal those of the CPU to 1e-4, and those in bfloat16 to 1e-2. A resumed run has the same bits only if
 no kernel adds in an order that depends on timing.
 """
 

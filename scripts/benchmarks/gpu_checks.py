@@ -1,7 +1,7 @@
 """Whether a device computes what the CPU does: python -m scripts.benchmarks.gpu_checks cuda|cpu
 
 A tiny model is trained for ten steps on packed documents, in float32 on the CPU and on the device in both precisions at
-all ZeRO stages. Then a training is stopped after five steps and resumed. Attention by document and with a mask, with
+all ZeRO stages. Then a run is stopped after five steps and resumed. Attention by document and with a mask, with
 and without cuDNN, is compared with dense attention in float32; cuDNN's backward pass with a mask has returned NaN for
 blocks of 704 tokens (https://github.com/pytorch/pytorch/issues/196678).
 """
@@ -100,7 +100,7 @@ def losses(task: StageTask) -> list[float]:
 
 
 def compare_trainings(device: str, work: Path) -> None:
-    """Prints how far losses are from those of the CPU, and whether a resumed training equals an uninterrupted one."""
+    """Prints how far losses are from those of the CPU, and whether a resumed run equals an uninterrupted one."""
     model = work / "model"
     make("tiny", 2, "interleaved", model)
     options = argparse.Namespace(shape="tiny", global_batch=4, steps=STEPS, sequence_length=LENGTH, document_tokens=24)

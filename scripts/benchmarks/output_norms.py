@@ -1,4 +1,4 @@
-"""Whether models whose blocks end in a norm learn from silence as fast as others: a run of five minutes.
+"""Whether models whose blocks end in a norm learn from zeroed outputs as fast as others: a run of five minutes.
 
     python -m scripts.benchmarks.output_norms [--families gemma2 glm4] [--plain]
 

@@ -227,7 +227,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--micro-batches", type=int, nargs="+", default=[2, 4, 8], help="tried for the Trainer")
     add("--steps", type=int, default=2, help="measured steps per run, after the first")
     add("--repeats", type=int, default=2)
-    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of both trainings")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of both")
     add("--zero-stage", type=int, choices=range(4), default=2)
     add("--attention", default="auto")
     add(

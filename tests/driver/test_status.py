@@ -115,5 +115,5 @@ def test_watching_repeats_the_status_until_it_is_interrupted(
     command = ["+experiment=quickstart", f"output_dir={tmp_path}", "action=status", "watch=true"]
     assert main([*command, "stages=[load]"]) == EXIT_DONE
     assert capsys.readouterr().out.count("absent   load") == 3
-    assert main([*command, "stages=[]"]) == EXIT_DONE  # everything is there
+    assert main([*command, "stages=[]"]) == EXIT_DONE  # all artifacts are complete
     assert len(waits) == 3

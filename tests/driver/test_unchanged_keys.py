@@ -64,8 +64,8 @@ def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_finished_run_is_still_complete(finished_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(finished_run) == 0
     printed = capsys.readouterr().out
-    assert "everything is there" in printed
-    assert printed.count(" there ") == 6
+    assert "all artifacts are complete" in printed
+    assert printed.count(" exists ") == 6
     assert "build" not in printed and "resume" not in printed
 
 

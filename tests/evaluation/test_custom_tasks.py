@@ -169,7 +169,7 @@ def test_a_run_scores_local_tasks_once_and_again_after_a_line_of_their_data_chan
 
     assert "build  evaluate/load" in run()
     assert scores() == {"capitals acc": 4, "repeat exact_match": 3}
-    assert "everything is there" in run()
+    assert "all artifacts are complete" in run()
     rows = (directory / "data" / "capitals.jsonl").read_text().splitlines(keepends=True)
     (directory / "data" / "capitals.jsonl").write_text("".join(rows[:-1]))
     printed = run()

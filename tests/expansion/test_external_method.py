@@ -102,7 +102,7 @@ def test_a_method_from_another_directory_runs_from_load_to_report(
 
     capsys.readouterr()
     assert main(["+experiment=quickstart", *chosen]) == EXIT_DONE
-    assert "everything is there" in capsys.readouterr().out
+    assert "all artifacts are complete" in capsys.readouterr().out
 
     keys = _keys(*chosen)
     file.write_text(SCALED_COPY.replace("value * self.factor", "value * self.factor**2"))

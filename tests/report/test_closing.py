@@ -32,7 +32,7 @@ def test_the_table_shows_all_targets_with_errors_and_marks(tmp_path: Path) -> No
         "held_out_text", "word_perplexity", "35.00 ± 0.40", "50.00 ± 0.40 ▼", "26.60 ± 0.40 ▲", "27.00 ± 0.40 ▲",
     ]  # fmt: skip
     assert "pretrain@" not in text and "cost" not in text
-    assert "6 of 9 count, and about 0.45 would by chance alone" in " ".join(text.split())
+    assert "6 of 9 are significant, about 0.45 would be by chance" in " ".join(text.split())
 
 
 def test_a_sweep_has_one_line_per_run(tmp_path: Path) -> None:

@@ -112,13 +112,13 @@ def test_the_number_of_comparisons_counts_every_judged_difference(tmp_path: Path
     """Three scores: nine differences from the base, and from stage to stage six that are not among them."""
     run = finished_run(tmp_path)
     assert number_of_comparisons([run], Scores(collect_results([run]))) == [
-        "Of all differences from the base and between stages, 9 of 15 count, and about 0.75 would by chance alone; "
+        "Of all differences from the base and between stages, 9 of 15 are significant, about 0.75 would be by chance; "
         "each is judged alone, without a correction for their number."
     ]
     same = {**SCORES, ("other", "acc"): (10, 0.1, dict.fromkeys(MODEL_TARGETS, 0.5))}
     silent = {("other", "acc"): (10, None, SCORES["minimal_pairs", "acc"][2])}
     run = finished_run(tmp_path, "same", scores=same)  # what is the same cannot count, nor what has no error
-    assert "9 of 15 count" in number_of_comparisons([run], Scores(collect_results([run])))[0]
+    assert "9 of 15 are significant" in number_of_comparisons([run], Scores(collect_results([run])))[0]
     run = finished_run(tmp_path, "silent", scores=silent)
     assert number_of_comparisons([run], Scores(collect_results([run]))) == []
 
@@ -133,7 +133,9 @@ def test_a_sweep_says_in_how_many_rows_a_lead_would_count_by_chance(tmp_path: Pa
     }
     runs.append(finished_run(tmp_path, "solar", "solar", scores=changed))
     against_base, lead = number_of_comparisons(runs, Scores(collect_results(runs)))
-    assert against_base.startswith("Of all differences from the base, 18 of 27 count, and about 1.35 would by chance")
+    assert against_base.startswith(
+        "Of all differences from the base, 18 of 27 are significant, about 1.35 would be by chance"
+    )
     # In the other two rows all methods have the same score.
     assert "Tukey's studentized range" in lead and "about 0.05 of 1 rows" in lead
 

@@ -39,7 +39,7 @@ def test_script_can_be_submitted_again_by_hand(full_run: Workplace) -> None:
     script = full_run.jobs()["expand"]["script"]
     job = int(slurm("sbatch", "--parsable", script))
     assert final_states([job]) == {job: "COMPLETED"}
-    assert "everything is there" in (Path(script).parent / f"expand-{job}.log").read_text()
+    assert "all artifacts are complete" in (Path(script).parent / f"expand-{job}.log").read_text()
 
 
 def test_status_shows_every_artifact_and_its_job(full_run: Workplace) -> None:
@@ -47,7 +47,7 @@ def test_status_shows_every_artifact_and_its_job(full_run: Workplace) -> None:
     output = full_run.command("action=status")
     for node, entry in full_run.jobs().items():
         line = next(line for line in output.splitlines() if f" {node} " in line)
-        assert "there" in line and f"job {entry['job']}" in line
+        assert "complete" in line and f"job {entry['job']}" in line
     assert "step 200 of 200" in output
 
 
@@ -75,7 +75,7 @@ def test_two_runs_that_need_the_same_artifact_build_it_once(overrides: tuple[str
     assert set(final_states(jobs).values()) == {"COMPLETED"}
     logs = [workplace.log("load", name) for name in ("one", "two")]
     assert sum("done   load" in log for log in logs) == 1
-    assert sum("is building it" in log or "there  load" in log for log in logs) == 1
+    assert sum("is building it" in log or "exists load" in log for log in logs) == 1
 
 
 def test_rejected_job_leaves_no_jobs_in_the_queue(overrides: tuple[str, ...], tmp_path: Path) -> None:

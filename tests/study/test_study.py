@@ -218,7 +218,7 @@ def test_a_plan_prints_a_blocker_once_for_all_contenders(place: Workplace, capsy
         ({"contenders": {**CONTENDERS, "x": ["expand=copyy"]}}, [], "there is no such method"),
         ({"contenders": {**CONTENDERS, "report": ["expand=copy"]}}, [], "entry of the directory of another run"),
         ({"contenders": {**CONTENDERS, "x": ["expand=copy", "pretrain.trainable=nothing"]}}, [], "no parameter"),
-        ({}, ["action=clean"], "a study can be"),
+        ({}, ["action=clean"], "a study supports only"),
         ({"tune": {**STUDY["tune"], "learning_rates": [0.1, 0.01]}}, [], "they must ascend"),
         ({}, ["study.tokns=7"], "there is no such setting"),
     ],

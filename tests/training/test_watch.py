@@ -53,7 +53,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_and_the_training_resumes(
     ranks.kill(1, signal.SIGKILL)
     assert ranks.wait() == {0: EXIT_FAILED, 1: -signal.SIGKILL}
     said = explain_workers(logs, read_json(logs / "outcome.json"), 1, 2, ())
-    assert said.startswith("rank 1 of 2: stuck: no sign of life for ")
+    assert said.startswith("rank 1 of 2: stuck: no heartbeat for ")
     assert f"log: {rank_log(logs, 1)}" in said
     assert " while rank 0 is " in said and ".py:" in said
     assert "The stack of this rank:" in rank_log(logs, 0).read_text() and "trainer.py" in rank_log(logs, 0).read_text()
@@ -73,8 +73,8 @@ def of(number: int, is_alone: bool = False) -> TrainingPart:
     "other, silent, unmoved, expected",
     [
         (of(5), 5.0, 5.0, None),
-        (of(5), 11.0, 11.0, "no sign of life for 11 seconds; it was last in part 5"),
-        (of(7), 11.0, 11.0, "no sign of life for 11 seconds; it was last in part 7"),
+        (of(5), 11.0, 11.0, "no heartbeat for 11 seconds; it was last in part 5"),
+        (of(7), 11.0, 11.0, "no heartbeat for 11 seconds; it was last in part 7"),
         (of(4), 1.0, 50.0, "still in part 4 after 20 seconds"),  # this rank has waited for 20 seconds
         (of(4), 1.0, 9.0, None),
         (of(4, is_alone=True), 1.0, 50.0, None),  # such as rank 0 while it saves
@@ -104,7 +104,7 @@ def test_each_rank_watches_the_next_one(tmp_path: Path) -> None:
         assert first.look(now) is None
         found.append(second.look(now))
     assert found[:11] == [None] * 11
-    assert found[11] == "no sign of life for 11 seconds; it was last starting"
+    assert found[11] == "no heartbeat for 11 seconds; it was last starting"
     assert json.loads(alive_file(tmp_path, 0).read_text())[1:] == [13, "computing 12", False]
 
 
@@ -128,7 +128,7 @@ def test_a_rank_that_was_stopped_itself_does_not_blame_the_next_one(tmp_path: Pa
     start = time.monotonic()
     assert ours.look(start) is None and ours.look(start + 500.0) is None
     assert all(ours.look(start + 500.0 + second) is None for second in range(10))
-    assert "no sign of life" in (ours.look(start + 511.0) or "")
+    assert "no heartbeat" in (ours.look(start + 511.0) or "")
 
 
 def test_ranks_meet_however_long_one_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

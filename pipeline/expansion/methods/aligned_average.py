@@ -1,4 +1,4 @@
-"""The mean of a layer and the next, after the heads and neurons of the next were put into the order of the first.
+"""The mean of a layer and the next, after the heads and neurons of the next were permuted to match the first.
 
 A plain mean mixes heads and neurons that have nothing in common but their index, and optimal transport (OpT-DeUS) mixes
 each with many others, regardless of heads and of rotary embeddings. Here each is averaged with the one that it

@@ -15,7 +15,7 @@ from pipeline.models.inference.small import tokens_for
 
 
 class NotUnderstoodError(Exception):
-    """A model whose family cannot be inferred. The message names the module or tensor that is in the way."""
+    """A model whose family cannot be inferred. The message names the module or tensor that was not understood."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How transformers stores the parameters of a layer: under the same name, another one, or in parts such as experts.
 
-A small model is saved whose every number tells which parameter it belongs to, and where in it.
+A small model is saved whose elements are numbered consecutively, so that every stored number identifies its parameter
+and its position.
 """
 
 from __future__ import annotations

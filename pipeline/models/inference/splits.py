@@ -1,4 +1,4 @@
-"""Which rows of a fused projection are queries, keys and values, or gate and up: by what changing them changes.
+"""Which rows of a fused projection are queries, keys and values, or gate and up, by the outputs that they change.
 
 The output of attention at the first position depends on its value alone, because there is only one key. A change of the
 fused projection's output at that position therefore shows what a row is: a value changes the output there, a key only

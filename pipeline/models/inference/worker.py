@@ -37,7 +37,7 @@ def infer_or_explain(config: Mapping[str, Any]) -> Family | str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers reports about a model that nobody uses."""
+    """Suppresses what transformers logs about the model."""
     logger = transformers_logging.get_logger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
