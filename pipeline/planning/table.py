@@ -84,9 +84,9 @@ ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
     ("in layers", lambda plan: ranges(plan.trained.layers) or "none"),
     ("tokens per step", lambda plan: f"{plan.setup.train.global_batch * plan.setup.train.sequence_length:,}"),
     ("steps", lambda plan: NOT_YET if plan.amount.steps is None else f"{plan.amount.steps:,}"),
-    ("tokens", lambda plan: _or_not_yet(plan.amount.tokens(plan.setup.train), "{}")),
+    ("tokens", lambda plan: _or_not_yet(plan.amount.tokens(plan.setup.train))),
     ("FLOPs per step", lambda plan: big(plan.step_flops)),
-    ("FLOPs", lambda plan: _or_not_yet(plan.flops, "{}")),
+    ("FLOPs", lambda plan: _or_not_yet(plan.flops)),
     ("devices", lambda plan: f"{plan.setup.ranks} × {_device(plan)}"),
     ("hours", lambda plan: _hours(plan)),
     ("checkpoint", lambda plan: f"{gib(plan.checkpoint_bytes)}, written in {plan.write_seconds:.3g} s"),
@@ -113,8 +113,8 @@ def _share(plan: TrainingPlan) -> str:
     return f"{billions(trained)} of {billions(total)}, {100 * trained / total:.1f} %"
 
 
-def _or_not_yet(count: int | None, form: str) -> str:
-    return NOT_YET if count is None else form.format(big(count))
+def _or_not_yet(count: int | None) -> str:
+    return NOT_YET if count is None else big(count)
 
 
 def _hours(plan: TrainingPlan) -> str:

@@ -63,7 +63,7 @@ def _growth(run: RunArtifacts) -> str:
 
 def headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
     """Returns the report's first paragraph: the outcome in a few sentences."""
-    return _sweep_headline(runs, scores) if len(runs) > 1 else _run_headline(runs[0], scores)
+    return _sweep_headline(runs) if len(runs) > 1 else _run_headline(runs[0], scores)
 
 
 def _run_headline(run: RunArtifacts, scores: Scores) -> str:
@@ -186,7 +186,7 @@ def _spoken(metric: str) -> str:
 # ------------------------------------------------------------------------------------------- a sweep
 
 
-def _sweep_headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
+def _sweep_headline(runs: Sequence[RunArtifacts]) -> str:
     names = ", ".join(escape(name) for name in labels(runs).values())
     found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.last["loss"])
     sentences = [f"A comparison of {names}."]
