@@ -313,6 +313,12 @@ def method_of(settings: Expand) -> Method:
 # ----------------------------------------------------------------------------------------- workspace
 
 
+def seed_for(seed: int, *subject: object) -> int:
+    """Returns a seed that depends on the run's seed and one subject only, such as the name of a tensor."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *subject))).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 def is_on_disk(size: int, gpu_memory: int | None) -> bool:
     """Returns whether a scratch tensor of so many bytes is on disk, which changes no number.
 
@@ -384,8 +390,7 @@ class Workspace:
         """
         import torch
 
-        digest = hashlib.sha256(" ".join(map(str, (self.seed, *subject))).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator().manual_seed(seed_for(self.seed, *subject))
 
     def record(self, subject: str, **facts: Any) -> None:
         """Records JSON values about a subject such as ``layer 16 self_attn.q_proj``."""

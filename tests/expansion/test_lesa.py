@@ -22,7 +22,7 @@ from pipeline.expansion.lesa_predictor import (
     prediction_loss,
     train_predictor,
 )
-from pipeline.expansion.method import Workspace
+from pipeline.expansion.method import Workspace, seed_for
 from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.svd import SharedSVD, decompose
 from pipeline.models.families import LayerTensor, family_of
@@ -175,9 +175,9 @@ def test_new_matrices_are_predicted_from_an_exact_svd(
     _, made, _ = _expand(base, chosen)
     for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
         tensor = LayerTensor(name, family_of("llama").roles[name])
-        predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
+        predictor = Predictor(base[0][tensor].shape[1], 16, seed_for(0, name))
         svd = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
-        train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_ignore_progress)
+        train_predictor(predictor, svd.right, chosen, seed_for(0, name), note=_ignore_progress)
         linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
         matrices = _matrices(base, name)
         for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
@@ -193,9 +193,9 @@ def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
     _, made, _ = _expand(base, chosen)
     name = "self_attn.q_proj.weight"
     tensor = LayerTensor(name, family_of("llama").roles[name])
-    predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
+    predictor = Predictor(base[0][tensor].shape[1], 16, seed_for(0, name))
     svd = decompose(lambda layer: base[layer][tensor], 4)
-    train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_ignore_progress)
+    train_predictor(predictor, svd.right, chosen, seed_for(0, name), note=_ignore_progress)
     first = predictor(torch.cat([svd.right[1], svd.right[2]], dim=1))
     second = predictor(torch.cat([first, svd.right[2]], dim=1))
     torch.testing.assert_close(made[2][tensor], (svd.left @ first).detach())
