@@ -118,17 +118,14 @@ class MatrixRole:
         A predicted V is held as long as other layers are predicted from it.
         """
         predicted: dict[int, Tensor] = {}
-        remaining = list(plan.new_layers)
 
         def right_at(index: int) -> Tensor:
             return predicted[index] if index in predicted else self.svd.right_of(plan.layers[index].base[0])
 
-        while remaining:
-            planned = remaining.pop(0)
+        for planned, needed in plan.making_steps():
             lower, upper = planned.made_from
             predicted[planned.layer] = self.predictor(torch.cat([right_at(lower), right_at(upper)], dim=1))
             yield planned.layer, predicted[planned.layer]
-            needed = {index for later in remaining for index in later.made_from}
             predicted = {index: right for index, right in predicted.items() if index in needed}
 
 

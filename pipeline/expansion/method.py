@@ -444,11 +444,8 @@ def from_neighbors(
     def layer_at(index: int) -> LayerWeights:
         return made[index] if index in made else base[plan.layers[index].base[0]]
 
-    remaining = list(plan.new_layers)
-    while remaining:
-        planned = remaining.pop(0)
+    for planned, needed in plan.making_steps():
         lower, upper = planned.made_from
-        needed = {index for later in remaining for index in later.made_from}
         if planned.layer not in needed and all(
             (planned.layer, tensor) in work.made for tensor in base[planned.base[0]]
         ):
