@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pipeline.config import Expand
 from pipeline.config.section import Fraction, Positive, Section
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_few
 from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
 from pipeline.models.families import LayerTensor, Shape
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have no such limit
-MOST_DIFFERING = 3  # names of tensors in a message
 # Scratch tensors larger than this are on disk, smaller ones in the memory of the device that computes.
 SCRATCH_ON_DISK_BYTES = 1_000_000_000  # of the host
 SCRATCH_ON_DISK_SHARE = 0.5  # of a GPU
@@ -187,11 +186,8 @@ class Method(Expand):
     def _unlike(self, one: int, other: int, base: Shape, remedy: str) -> UserError:
         tensors = [base.layers[index].tensors for index in (one, other)]
         names = sorted(name for name in {**tensors[0], **tensors[1]} if tensors[0].get(name) != tensors[1].get(name))
-        more = f" and {len(names) - MOST_DIFFERING} more" if len(names) > MOST_DIFFERING else ""
         return self._unfit(
-            f"it makes a layer from layers {one} and {other}, which differ in "
-            f"{', '.join(names[:MOST_DIFFERING])}{more}",
-            remedy,
+            f"it makes a layer from layers {one} and {other}, which differ in {first_few(names)}", remedy
         )
 
     def _unfit(self, rule: str, remedy: str) -> UserError:

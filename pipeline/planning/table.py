@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.errors import first_few
 from pipeline.estimates import Memory, Sizes, usable
 from pipeline.files import gib
 from pipeline.models.families import Shape
@@ -67,14 +68,8 @@ def _parameters(shape: Shape) -> str:
 def _print_stages(plan: Plan, console: Console) -> None:
     table = _table("", "stage", "state", "blocked by")
     for node in plan.nodes:
-        table.add_row("", node.name, node.state, _few(node.blocked_by))
+        table.add_row("", node.name, node.state, first_few(node.blocked_by, MOST_NAMES))
     console.print(table)
-
-
-def _few(names: Sequence[str]) -> str:
-    """Join the names, or only the first ones if there are many."""
-    rest = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # --------------------------------------------------------------------------------------------- training
