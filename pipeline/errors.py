@@ -32,6 +32,11 @@ class UserError(Exception):
         return {"setting": self.setting, "value": str(self.value), "rule": self.rule, "remedy": self.remedy}
 
 
+def bad_model(where: object, rule: str, remedy: str) -> UserError:
+    """Returns the error for a base model that cannot be used."""
+    return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)
+
+
 class Stopped(Exception):
     """A signal stopped the run after its state was saved. The same command resumes it. Exit code 75."""
 
