@@ -7,7 +7,6 @@ changes the working directory, writes its own files, and starts the first job of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import os
 import re
@@ -34,7 +33,7 @@ from pipeline.config.messages import (
     badly_quoted,
     explain_hydra,
     is_utf8,
-    list_experiments,
+    list_choices,
     no_experiment,
     not_a_number,
     not_given,
@@ -58,6 +57,7 @@ from pipeline.errors import (
     UserError,
     WorkersFailed,
 )
+from pipeline.files import sha256_text
 from pipeline.launch.environment import is_further_copy
 from pipeline.launch.slurm import SlurmUnreachable
 from pipeline.study.execute import StudyCommand, execute_study
@@ -144,7 +144,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m pipeline",
         description="Turns a pre-trained language model into a deeper, better one.",
-        epilog="experiments: " + ", ".join(list_experiments([CONF])),
+        epilog="experiments: " + ", ".join(list_choices("experiment", [CONF])),
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="+experiment=NAME, then any settings")
@@ -247,7 +247,7 @@ def _directory_name(text: str, unique: bool = False) -> str:
     name = printable.strip()
     if not unique and len(name.encode()) <= MAX_NAME_BYTES:
         return name
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = sha256_text(text)[:8]
     return name.encode()[: MAX_NAME_BYTES - len(digest) - 1].decode(errors="ignore") + f"-{digest}"
 
 

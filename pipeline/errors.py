@@ -6,6 +6,8 @@ traceback is printed, and the exit code is 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED = 0, 1, 2, 75
 EXIT_INTERRUPTED = 130  # of the process that chats, after Ctrl-C while it loads the models
 
@@ -28,6 +30,11 @@ class UserError(Exception):
     def parts(self) -> dict[str, str]:
         """Returns the four parts as JSON values, to send to another process. ``UserError(**parts)`` is the inverse."""
         return {"setting": self.setting, "value": str(self.value), "rule": self.rule, "remedy": self.remedy}
+
+
+def bad_model(where: object, rule: str, remedy: str) -> UserError:
+    """Returns the error for a base model that cannot be used."""
+    return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)
 
 
 class Stopped(Exception):
@@ -69,6 +76,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_few(items: Sequence[str], count: int = 3, separator: str = ", ") -> str:
+    """Joins the first items, and says how many more there are, such as ``a, b, c and 2 more``."""
+    more = len(items) - count
+    joint = " " if separator == ", " else separator
+    return separator.join(items[:count]) + (f"{joint}and {more} more" if more > 0 else "")
 
 
 def one_line(error: object) -> str:

@@ -53,6 +53,18 @@ def is_nested_deeper(value: Any, levels: int = MAX_NESTING) -> bool:
     return levels == 0 or any(is_nested_deeper(each, levels - 1) for each in inner)
 
 
+def merge_nested(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``base`` updated by ``changes``. Nested dictionaries are merged recursively."""
+    merged = dict(base)
+    for name, value in changes.items():
+        inner = merged.get(name)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            merged[name] = merge_nested(inner, value)
+        else:
+            merged[name] = value
+    return merged
+
+
 def read_record(path: Path, is_valid: Callable[[Any], object]) -> Any | None:
     """Reads a JSON file that a later run relies on but can do without, such as a cache or a record of progress.
 
@@ -200,7 +212,12 @@ def _user_name(user: int) -> str:
 def sha256_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
     """Returns the SHA-256 of JSON values, regardless of key order and formatting."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return sha256_text(canonical)
+
+
+def sha256_text(text: str) -> str:
+    """Returns the SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path | str) -> str:

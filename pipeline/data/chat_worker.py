@@ -143,7 +143,7 @@ class Renderer:
         try:
             return self._turns(messages)
         except Exception as error:  # noqa: BLE001  a template can raise anything
-            return {"fault": REJECTED, "detail": self.explain(error)}
+            return {"fault": REJECTED, "detail": explain(error, self._source)}
 
     def _turns(self, messages: Messages) -> Reply:
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -173,21 +173,22 @@ class Renderer:
             messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._tokens
         )
 
-    def explain(self, error: BaseException) -> str:
-        """Returns the message of an exception, and the line of the template that raised it."""
-        line = error.lineno if isinstance(error, TemplateSyntaxError) else None
-        trace = error.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code.co_filename == "<template>":
-                line = trace.tb_lineno
-            trace = trace.tb_next
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        message = f"{kind}{error}"[: 2 * SHOWN_CHARACTERS].strip() or type(error).__name__
-        return message if line is None else f"{message}; {describe_line(self._source, line)}"
-
     def _line_with(self, word: str) -> str:
         lines = self._source.splitlines()
         return describe_line(self._source, next((n for n, text in enumerate(lines, 1) if word in text), 1), word)
+
+
+def explain(error: BaseException, source: str) -> str:
+    """Returns the message of an exception, and the line of the template that raised it."""
+    line = error.lineno if isinstance(error, TemplateSyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    message = f"{kind}{error}"[: 2 * SHOWN_CHARACTERS].strip() or type(error).__name__
+    return message if line is None else f"{message}; {describe_line(source, line)}"
 
 
 def describe_line(source: str, number: int, word: str = "") -> str:
@@ -255,9 +256,7 @@ def choose(template: str, tokens: Mapping[str, str]) -> tuple[Renderer | None, R
         try:
             renderer = Renderer(source, tokens)
         except Exception as error:  # noqa: BLE001  including RecursionError and MemoryError of deeply nested templates
-            unfinished = Renderer("", {})
-            unfinished._source = source
-            return None, {"fault": "syntax", "detail": unfinished.explain(error)}
+            return None, {"fault": "syntax", "detail": explain(error, source)}
         probe, outcome = _probe(renderer)
         if "texts" in outcome:
             roles = [role for role in OPTIONAL_ROLES if not _supports(renderer, role, probe)]

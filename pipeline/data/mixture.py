@@ -156,8 +156,7 @@ class MixtureSource:
         self.exhausted = state["ran_out"]
         self.documents, self.tokens = Counter(state["documents"]), Counter(state["tokens"])
         # An attempt of an earlier version of this program did not save the last two.
-        self.dropped = Drops(state["dropped"])
-        self.dropped.locations |= state.get("locations", {})
+        self.dropped = Drops(state["dropped"], state.get("locations"))
         self.files = Counter(state.get("files", {}))
 
 

@@ -25,7 +25,9 @@ from pipeline.evaluation.lm import LOGITS_BYTES, LanguageModel
 
 CPU_CACHE_BYTES = 2 * 2**30  # for keys and values
 GPU_SHARE = 0.9  # of the memory that is free
-LEAST_LENGTH = 4096  # tokens of a prompt and its answer, so that later tasks rarely need another start
+# Tokens of a prompt and its answer, so that later tasks rarely need another start. On CPUs, the cache of a large model
+# may hold fewer, and vLLM would not start.
+LEAST_LENGTH = {"cpu": 1, "cuda": 4096}
 DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16"]] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -54,7 +56,7 @@ class VllmLanguageModel(LanguageModel):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generates continuations; see ``lm_eval.api.model.LM.generate_until``. Every process has a share of them."""
-        longest = min(max(map(self._longest, requests)), self.max_length)
+        longest = min(max(LEAST_LENGTH[self.device.type], *map(self._longest, requests)), self.max_length)
         with self._progress(len(requests)):
             if self._generator is None or self._generator.max_length < longest:
                 self._generator = None  # frees its memory first

@@ -51,6 +51,12 @@ class LayerPlan:
         """The new layers, each after those it is made from."""
         return tuple(self.layers[index] for index in self.making_order)
 
+    def making_steps(self) -> Iterator[tuple[PlannedLayer, set[int]]]:
+        """Yields each new layer, after those it is made from, and the indices of the layers that later ones need."""
+        new_layers = self.new_layers
+        for number, planned in enumerate(new_layers, 1):
+            yield planned, {index for later in new_layers[number:] for index in later.made_from}
+
     @property
     def config_sources(self) -> tuple[int, ...]:
         """For every layer, the base layer whose per-layer config entries it takes: its lower source."""

@@ -7,7 +7,6 @@ of a group are decomposed with all threads, one after the other, and then traine
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.lesa_predictor import Predictor, train_predictor
-from pipeline.expansion.method import LayerWeights, NewTensor, Workspace
+from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, seed_for
 from pipeline.expansion.svd import SharedSVD, decompose
 from pipeline.models.families import LayerTensor
 
@@ -119,17 +118,14 @@ class MatrixRole:
         A predicted V is held as long as other layers are predicted from it.
         """
         predicted: dict[int, Tensor] = {}
-        remaining = list(plan.new_layers)
 
         def right_at(index: int) -> Tensor:
             return predicted[index] if index in predicted else self.svd.right_of(plan.layers[index].base[0])
 
-        while remaining:
-            planned = remaining.pop(0)
+        for planned, needed in plan.making_steps():
             lower, upper = planned.made_from
             predicted[planned.layer] = self.predictor(torch.cat([right_at(lower), right_at(upper)], dim=1))
             yield planned.layer, predicted[planned.layer]
-            needed = {index for later in remaining for index in later.made_from}
             predicted = {index: right for index, right in predicted.items() if index in needed}
 
 
@@ -137,12 +133,6 @@ def prepare_role(base: Sequence[LayerWeights], tensor: LayerTensor, settings: Le
     """Decomposes one role and initializes its predictor."""
     work.note(f"{tensor.module} decomposition")
     svd = decompose(lambda layer: base[layer][tensor], len(base), work.scratch, settings.standardized)
-    seed = role_seed(work.seed, tensor)
+    seed = seed_for(work.seed, tensor.name)  # whatever the order in which roles are made
     predictor = Predictor(svd.d_in, settings.hidden_size, seed).to(svd.left.device)
     return MatrixRole(tensor, seed, svd, predictor)
-
-
-def role_seed(seed: int, tensor: LayerTensor) -> int:
-    """Returns the seed of one role, which does not depend on the order in which roles are made."""
-    digest = hashlib.sha256(f"{seed} {tensor.name}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")

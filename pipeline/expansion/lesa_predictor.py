@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,21 +112,22 @@ def train_predictor(
     """
     rows = right.flatten(0, 1)
     samples = _sample_indices(right.shape[0], right.shape[1], directions)
-    learning_rate = settings.learning_rate
     if settings.standardized:
         predictor.initialize_on(rows, right.shape[1], samples, seed)
-        # The best learning rate of Adam is proportional to 1 / width (arXiv 2203.03466).
-        learning_rate *= min(1.0, TUNED_WIDTH / right.shape[2])
     steps_per_epoch = -(-len(samples) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
-    optimizer = torch.optim.AdamW(
-        predictor.parameters(), lr=learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate_factor(settings.schedule, step, total)
-    )
+    optimizer, schedule = _optimizer(predictor, right.shape[2], settings, total)
+    generator = torch.Generator().manual_seed(seed)
     mean_loss, done = float("nan"), 0
-    for losses in _epochs(predictor, rows, right.shape[1], samples, settings, seed, optimizer, schedule):
+    for _ in range(settings.epochs):
+        losses = []
+        for batch in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
+            loss = _batch_loss(predictor, rows, right.shape[1], batch, settings)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
         done += len(losses)
         mean_loss = float(torch.stack(losses).mean())
         note(done, total, mean_loss)
@@ -154,27 +155,24 @@ def _learning_rate_factor(schedule: str, step: int, total: int) -> float:
     return min(1.0, warmup) * (1 + math.cos(math.pi * step / total)) / 2
 
 
-def _epochs(
-    predictor: Predictor,
-    rows: Tensor,
-    rank: int,
-    samples: Tensor,
-    settings: Lesa,
-    seed: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> Iterator[list[Tensor]]:
-    """Trains, and yields the losses of the steps of each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    device = next(predictor.parameters()).device
-    for _ in range(settings.epochs):
-        losses = []
-        for batch in samples[torch.randperm(len(samples), generator=generator)].split(settings.batch_size):
-            inputs, targets = _inputs_and_target(rows, rank, batch, device)
-            loss = prediction_loss(predictor(inputs), targets, settings.norm_loss_weight, settings.norm_batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        yield losses
+def _optimizer(
+    predictor: Predictor, d_in: int, settings: Lesa, total: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Returns the optimizer and the schedule of so many steps in total."""
+    learning_rate = settings.learning_rate
+    if settings.standardized:
+        # The best learning rate of Adam is proportional to 1 / width (arXiv 2203.03466).
+        learning_rate *= min(1.0, TUNED_WIDTH / d_in)
+    optimizer = torch.optim.AdamW(
+        predictor.parameters(), lr=learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _learning_rate_factor(settings.schedule, step, total)
+    )
+    return optimizer, schedule
+
+
+def _batch_loss(predictor: Predictor, rows: Tensor, rank: int, samples: Tensor, settings: Lesa) -> Tensor:
+    """Returns the loss on some samples, on the predictor's device."""
+    inputs, targets = _inputs_and_target(rows, rank, samples, next(predictor.parameters()).device)
+    return prediction_loss(predictor(inputs), targets, settings.norm_loss_weight, settings.norm_batch)

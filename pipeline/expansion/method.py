@@ -19,7 +19,6 @@ The driver imports every method's module to validate settings, so such a module 
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pipeline.config import Expand
 from pipeline.config.section import Fraction, Positive, Section
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_few
 from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
+from pipeline.files import sha256_text
 from pipeline.models.families import LayerTensor, Shape
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_NEW_PER_BASE_LAYER = 4  # catches typing errors; the methods themselves have no such limit
-MOST_DIFFERING = 3  # names of tensors in a message
 # Scratch tensors larger than this are on disk, smaller ones in the memory of the device that computes.
 SCRATCH_ON_DISK_BYTES = 1_000_000_000  # of the host
 SCRATCH_ON_DISK_SHARE = 0.5  # of a GPU
@@ -187,11 +186,8 @@ class Method(Expand):
     def _unlike(self, one: int, other: int, base: Shape, remedy: str) -> UserError:
         tensors = [base.layers[index].tensors for index in (one, other)]
         names = sorted(name for name in {**tensors[0], **tensors[1]} if tensors[0].get(name) != tensors[1].get(name))
-        more = f" and {len(names) - MOST_DIFFERING} more" if len(names) > MOST_DIFFERING else ""
         return self._unfit(
-            f"it makes a layer from layers {one} and {other}, which differ in "
-            f"{', '.join(names[:MOST_DIFFERING])}{more}",
-            remedy,
+            f"it makes a layer from layers {one} and {other}, which differ in {first_few(names)}", remedy
         )
 
     def _unfit(self, rule: str, remedy: str) -> UserError:
@@ -313,6 +309,11 @@ def method_of(settings: Expand) -> Method:
 # ----------------------------------------------------------------------------------------- workspace
 
 
+def seed_for(seed: int, *subject: object) -> int:
+    """Returns a seed that depends on the run's seed and one subject only, such as the name of a tensor."""
+    return int(sha256_text(" ".join(map(str, (seed, *subject))))[:14], 16)  # seven bytes
+
+
 def is_on_disk(size: int, gpu_memory: int | None) -> bool:
     """Returns whether a scratch tensor of so many bytes is on disk, which changes no number.
 
@@ -384,8 +385,7 @@ class Workspace:
         """
         import torch
 
-        digest = hashlib.sha256(" ".join(map(str, (self.seed, *subject))).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator().manual_seed(seed_for(self.seed, *subject))
 
     def record(self, subject: str, **facts: Any) -> None:
         """Records JSON values about a subject such as ``layer 16 self_attn.q_proj``."""
@@ -439,11 +439,8 @@ def from_neighbors(
     def layer_at(index: int) -> LayerWeights:
         return made[index] if index in made else base[plan.layers[index].base[0]]
 
-    remaining = list(plan.new_layers)
-    while remaining:
-        planned = remaining.pop(0)
+    for planned, needed in plan.making_steps():
         lower, upper = planned.made_from
-        needed = {index for later in remaining for index in later.made_from}
         if planned.layer not in needed and all(
             (planned.layer, tensor) in work.made for tensor in base[planned.base[0]]
         ):

@@ -36,7 +36,7 @@ def card_of(run: RunArtifacts, target: str, repository: str) -> str:
     config = run.read("load", "config.json") or {}
     blocks = [
         "\n".join(card_header(model, config, [] if expansion is None else [expansion["method"]])),
-        f"# {_title(run, target, repository)}",
+        f"# {_title(target, repository)}",
         bullets(_facts(run, target, model, expansion)),
         "## How to load it",
         code(_example(run, target, repository, config), "python"),
@@ -46,7 +46,7 @@ def card_of(run: RunArtifacts, target: str, repository: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _title(run: RunArtifacts, target: str, repository: str) -> str:
+def _title(target: str, repository: str) -> str:
     return f"{repository.rpartition('/')[2]}: the {TARGET_NAMES[target]} model of a depth-growth run"
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, first_few, one_line
 from pipeline.files import read_json
 from pipeline.models.config_json import is_nested, with_language_config
 from pipeline.models.families import family_for, inner_config, prefix_of
@@ -32,7 +32,7 @@ from pipeline.models.matrix_products import prefers_float32_units, use_float32_p
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 
-MAX_NAMED = 3  # tensors in a message
+MAX_MISMATCHED = 3  # tensors in a message
 
 
 class IncompleteModelError(Exception):
@@ -83,9 +83,9 @@ def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> li
     """
     name = type(built).__name__
     integers = sorted(tensor for tensor, spec in specs.items() if not spec.dtype.is_floating_point)
-    faults = (
-        [f"{_some(integers)}: the dtype {specs[integers[0]].dtype} is not a floating-point dtype"] if integers else []
-    )
+    faults = []
+    if integers:
+        faults.append(f"{first_few(integers)}: the dtype {specs[integers[0]].dtype} is not a floating-point dtype")
     stored = {
         tensor: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         for tensor, spec in specs.items()
@@ -106,18 +106,13 @@ def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> li
         return [*faults, f"tensors stored in parts, such as experts, cannot be assembled ({one_line(error)})"]
     report = loaded[1]
     if missing := sorted(set(report["missing_keys"]) - set(integers)):
-        faults.append(f"the weights lack {_some(missing)}, which {name} has")
+        faults.append(f"the weights lack {first_few(missing)}, which {name} has")
     if unexpected := sorted(report["unexpected_keys"]):
-        faults.append(f"the weights contain {_some(unexpected)}, which {name} does not have")
-    for tensor, found, expected in sorted(report["mismatched_keys"])[:MAX_NAMED]:
+        faults.append(f"the weights contain {first_few(unexpected)}, which {name} does not have")
+    for tensor, found, expected in sorted(report["mismatched_keys"])[:MAX_MISMATCHED]:
         faults.append(f"{tensor} has the shape {list(found)}, but {list(expected)} by the config")
     faults += [" ".join(str(error).split()) for error in report["error_msgs"]]
     return faults
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, bad_model
 
 # Smallest and largest value by name. Modules are built one by one, so fewer of them are allowed than entries of a
 # tensor.
@@ -106,10 +106,10 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
 def _check_family(config: Mapping[str, Any], where: object) -> None:
     if depth_name(config) is None and not is_nested(config):
         rule = "its config.json has no num_hidden_layers, so it is not a plain causal language model"
-        raise _invalid(where, rule, "Set model.path to a decoder-only language model.")
+        raise bad_model(where, rule, "Set model.path to a decoder-only language model.")
     if not isinstance(config.get("model_type"), str):
         rule = "its config.json has no model_type, which names the model's family"
-        raise _invalid(where, rule, 'Add the entry, for example "model_type": "llama".')
+        raise bad_model(where, rule, 'Add the entry, for example "model_type": "llama".')
 
 
 def _check_token_ids(config: Mapping[str, Any], name: str, where: object) -> None:
@@ -143,8 +143,4 @@ def custom_classes(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any
 
 def _wrong(where: object, name: str, value: object, rule: str) -> UserError:
     shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
-    return _invalid(where, f"its config.json has {name} = {shown}, which must be {rule}", "Correct its config.json.")
-
-
-def _invalid(where: object, rule: str, remedy: str) -> UserError:
-    return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)
+    return bad_model(where, f"its config.json has {name} = {shown}, which must be {rule}", "Correct its config.json.")

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, first_few, one_line
 from pipeline.models.families import Parameter, Place, family_of, shape_of
 from pipeline.models.families.parameters import dimension
 from pipeline.models.gguf import Metadata
 from pipeline.models.tensors import TensorSpec
 
-MAX_FAULTS = 3  # in a message
 HEADS = {"q": "num_attention_heads", "k": "num_key_value_heads"}  # by role
 
 
@@ -165,9 +164,8 @@ class GgufWeights:
             if expected.get(name, shape) != shape
         ]
         if faults:
-            more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
             rule = f"its tensors are not those of the {self._config['model_type']} model that its metadata describe: "
-            raise _unusable(file, rule + "; ".join(faults[:MAX_FAULTS]) + more)
+            raise _unusable(file, rule + first_few(faults, separator="; "))
 
 
 def _tensors_of(file: Path) -> list[gguf.ReaderTensor]:

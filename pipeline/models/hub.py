@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, bad_model
 
 TIMEOUT_SECONDS = 6.0
 PARALLEL_REQUESTS = 16
@@ -78,7 +78,7 @@ def _find_in_cache(repo: str, revision: str | None, patterns: Sequence[str]) -> 
     try:
         found = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=list(patterns))
     except LocalEntryNotFoundError as error:
-        raise _unavailable(
+        raise bad_model(
             repo,
             "it is not a directory, it is not completely in the Hub's cache, and HF_HUB_OFFLINE is set",
             f"On a machine with network access, run: hf download {repo}; or set model.path to a model directory.",
@@ -184,10 +184,10 @@ def _with_user_errors(repo: str, revision: str | None, call: Callable[[], _Resul
         return call()
     except errors.GatedRepoError as error:
         remedy = f"Accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
-        raise _unavailable(repo, "access to this model must be requested from its authors", remedy) from error
+        raise bad_model(repo, "access to this model must be requested from its authors", remedy) from error
     except errors.RepositoryNotFoundError as error:
         remedy = "Check the spelling. For a private model, run: hf auth login"
-        raise _unavailable(repo, "it is neither a directory nor a model on the Hugging Face Hub", remedy) from error
+        raise bad_model(repo, "it is neither a directory nor a model on the Hugging Face Hub", remedy) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(
             setting="model.revision",
@@ -199,21 +199,17 @@ def _with_user_errors(repo: str, revision: str | None, call: Callable[[], _Resul
         raise _unreachable(repo, error) from error
     except errors.EntryNotFoundError as error:
         remedy = "Set model.path or model.revision to another model or revision."
-        raise _unavailable(repo, f"a file is missing ({error})", remedy) from error
+        raise bad_model(repo, f"a file is missing ({error})", remedy) from error
     except errors.SafetensorsParsingError as error:
         remedy = "Set model.path or model.revision to another model or revision."
-        raise _unavailable(repo, f"a safetensors header is invalid ({error})", remedy) from error
+        raise bad_model(repo, f"a safetensors header is invalid ({error})", remedy) from error
     except (errors.HTTPError, TimeoutError) as error:  # the base class of all transport errors and of the errors above
         raise _unreachable(repo, error) from error
 
 
 def _unreachable(repo: str, reason: object) -> UserError:
-    return _unavailable(
+    return bad_model(
         repo,
         f"it is not a directory, and the Hugging Face Hub cannot be reached ({reason})",
         "Set model.path to a model directory, or HF_HUB_OFFLINE=1 in the environment to use the Hub's cache.",
     )
-
-
-def _unavailable(repo: str, rule: str, remedy: str) -> UserError:
-    return UserError(setting="model.path", value=repo, rule=rule, remedy=remedy)

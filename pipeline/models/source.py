@@ -21,7 +21,7 @@ from pipeline.models import hub
 from pipeline.models.config_json import as_nested, check_config, custom_classes, is_nested
 from pipeline.models.gguf import read_metadata
 from pipeline.models.tokenizer_files import VOCABULARIES, check_tokenizer_files
-from pipeline.models.weight_files import INDEX, check_file, check_names, find_weights
+from pipeline.models.weight_files import INDEX, check_file, check_names, find_weights, reject_constant
 
 PACKAGE_PREFIX = "package:"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -281,7 +281,7 @@ def _parse_json(content: bytes, where: object) -> dict[str, Any]:
     ``json.loads`` also accepts other encodings than UTF-8, a byte order mark, and numbers beyond those of JSON.
     """
     try:
-        value = json.loads(content.decode(), parse_constant=_reject_constant, parse_float=_finite)
+        value = json.loads(content.decode(), parse_constant=reject_constant, parse_float=_finite)
         _check_text(value)
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -291,10 +291,6 @@ def _parse_json(content: bytes, where: object) -> dict[str, Any]:
             remedy="Download the model's files again.",
         ) from error
     return _json_object(value, where)
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _finite(number: str) -> float:

@@ -16,7 +16,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import bad_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,10 +76,10 @@ def read_headers(directory: Path) -> dict[Path, tuple[dict[str, TensorEntry], in
     for path, (entries, _) in headers.items():
         for tensor in entries:
             if (first := file_of.setdefault(tensor, path.name)) != path.name:
-                raise _invalid(directory, f"{first} and {path.name} both contain {tensor}", AGAIN)
+                raise bad_model(directory, f"{first} and {path.name} both contain {tensor}", AGAIN)
     for mapped, name in _read_index(directory).items():
         if mapped is not None and file_of.get(mapped) != name:
-            raise _invalid(directory, f"{INDEX} maps {mapped} to {name}, which does not contain it", AGAIN)
+            raise bad_model(directory, f"{INDEX} maps {mapped} to {name}, which does not contain it", AGAIN)
     return headers
 
 
@@ -97,13 +97,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
         header_bytes = int.from_bytes(stream.read(8), "little")
         if not 2 <= header_bytes <= MAX_HEADER_BYTES:
             remedy = "Download it again. If it is a few lines of text, it is a Git LFS pointer: run git lfs pull."
-            raise _invalid(path, "this is not a safetensors file", remedy)
+            raise bad_model(path, "this is not a safetensors file", remedy)
         if 8 + header_bytes > size:
-            raise _invalid(path, f"the file is truncated: it has {size} bytes, its header alone {header_bytes}", AGAIN)
+            raise bad_model(path, f"the file is truncated: it has {size} bytes, its header alone {header_bytes}", AGAIN)
         text = stream.read(header_bytes)
     try:
         header = json.loads(
-            text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_reject, parse_int=_parse_integer
+            text.decode(),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=reject_constant,
+            parse_int=_parse_integer,
         )
         metadata = header.pop("__metadata__", {})
         if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
@@ -112,7 +115,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
         entries = {name: _parse_entry(name, entry) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         rule = f"its safetensors header cannot be read ({error})"
-        raise _invalid(path, rule, "Download it again.") from error
+        raise bad_model(path, rule, "Download it again.") from error
     _check_ranges(path, entries, size - 8 - header_bytes)
     return entries, 8 + header_bytes
 
@@ -125,7 +128,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _reject(name: str) -> None:
+def reject_constant(name: str) -> None:
+    """Rejects NaN and infinities, for ``json.loads``."""
     raise ValueError(f"{name} is not a number in JSON")
 
 
@@ -160,18 +164,18 @@ def _check_ranges(path: Path, entries: Mapping[str, TensorEntry], available: int
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
             fault = "overlap" if entry.begin < end else "leave a gap"
-            raise _invalid(path, f"its safetensors header is wrong: {previous} and {name} {fault}", AGAIN)
+            raise bad_model(path, f"its safetensors header is wrong: {previous} and {name} {fault}", AGAIN)
         end, previous = entry.end, name
     if available < end:
-        raise _invalid(path, f"the file is truncated: it has {available} of {end} bytes after its header", AGAIN)
+        raise bad_model(path, f"the file is truncated: it has {available} of {end} bytes after its header", AGAIN)
     if available > end:
-        raise _invalid(path, f"the file has {available - end} bytes after its last tensor", AGAIN)
+        raise bad_model(path, f"the file has {available - end} bytes after its last tensor", AGAIN)
 
 
 def _read_index(directory: Path) -> Mapping[str | None, str]:
     """Returns the file name by tensor name. For a model without an index, the key of its only file is None."""
     if not directory.is_dir():
-        raise _invalid(directory, "there is no such directory", "Check the path.")
+        raise bad_model(directory, "there is no such directory", "Check the path.")
     names = [path.name for path in directory.iterdir()]
     check_names(names, directory)
     check_file(directory, "config.json")
@@ -186,15 +190,15 @@ def _read_index(directory: Path) -> Mapping[str | None, str]:
             raise ValueError("weight_map must map tensors to files")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         rule = "the index of the weights cannot be read"
-        raise _invalid(directory / INDEX, rule, "Download it again.") from error
+        raise bad_model(directory / INDEX, rule, "Download it again.") from error
     if SINGLE in names and wanted != [SINGLE]:
         rule = f"it has both {SINGLE} and {INDEX}, which may be two different models"
-        raise _invalid(directory, rule, "Remove the one that you do not want to use, with the files that it names.")
+        raise bad_model(directory, rule, "Remove the one that you do not want to use, with the files that it names.")
     for name in wanted:
         if Path(name).name != name or name == "..":
-            raise _invalid(directory, f"{INDEX} names {name}, which is not a file of this directory", AGAIN)
+            raise bad_model(directory, f"{INDEX} names {name}, which is not a file of this directory", AGAIN)
         if not os.path.lexists(directory / name):
-            raise _invalid(directory, f"{INDEX} names {name}, which does not exist", f"Download {name} again.")
+            raise bad_model(directory, f"{INDEX} names {name}, which does not exist", f"Download {name} again.")
         check_file(directory, name)
     return files
 
@@ -212,15 +216,15 @@ def check_file(directory: Path, name: str) -> None:
     try:
         root, path = directory.resolve(), (directory / name).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise _invalid(directory, f"{name} is a broken symbolic link", "Download it again.") from error
+        raise bad_model(directory, f"{name} is a broken symbolic link", "Download it again.") from error
     places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(map(path.is_relative_to, places)):
         rule = f"{name} is a link to {path}, which is outside the model's directory"
-        raise _invalid(directory, rule, f"Copy that file to {directory}.")
+        raise bad_model(directory, rule, f"Copy that file to {directory}.")
     if not path.is_file():
-        raise _invalid(directory, f"{name} is not a regular file", "Download it again.")
+        raise bad_model(directory, f"{name} is not a regular file", "Download it again.")
     if not os.access(path, os.R_OK):
-        raise _invalid(directory, f"{name} may not be read by this user", f"Run: chmod u+r {path}")
+        raise bad_model(directory, f"{name} may not be read by this user", f"Run: chmod u+r {path}")
 
 
 def check_names(names: Collection[str], where: object) -> None:
@@ -234,23 +238,23 @@ def check_names(names: Collection[str], where: object) -> None:
         UserError: it does not.
     """
     if "config.json" not in names:
-        raise _invalid(where, "a model directory needs a config.json", _gguf_remedy(names))
+        raise bad_model(where, "a model directory needs a config.json", _gguf_remedy(names))
     if INDEX in names or SINGLE in names:
         return
     if "adapter_config.json" in names:
-        raise _invalid(
+        raise bad_model(
             where,
             "it holds an adapter, not a model",
             "Merge the adapter into its base with peft's merge_and_unload() and save_pretrained.",
         )
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
-        raise _invalid(
+        raise bad_model(
             where,
             "its weights are pickle files, which can run code when they are read and are never opened here",
             "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH) "
             "writes safetensors. Then set model.path=NEW_PATH.",
         )
-    raise _invalid(where, f"it has neither {SINGLE} nor {INDEX}", _gguf_remedy(names))
+    raise bad_model(where, f"it has neither {SINGLE} nor {INDEX}", _gguf_remedy(names))
 
 
 def _gguf_remedy(names: Collection[str]) -> str:
@@ -258,7 +262,3 @@ def _gguf_remedy(names: Collection[str]) -> str:
     if gguf:
         return f"Set model.gguf_file={gguf[0]} to read the existing GGUF file."
     return "Set model.path to a directory written by save_pretrained, or to the ID of a model on the Hugging Face Hub."
-
-
-def _invalid(where: object, rule: str, remedy: str) -> UserError:
-    return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)

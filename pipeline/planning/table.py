@@ -1,13 +1,14 @@
-"""Print a plan on the terminal."""
+"""Prints a plan on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.errors import first_few
 from pipeline.estimates import Memory, Sizes, usable
 from pipeline.files import gib
 from pipeline.models.families import Shape
@@ -25,7 +26,7 @@ COMPONENTS = {
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan of one run, with the blockers last, where they are most visible."""
+    """Prints the plan of one run, with the blockers last, where they are most visible."""
     console.print(f"[bold]{plan.run.name}[/]  {plan.run.summary}")
     _print_model(plan, console)
     _print_stages(plan, console)
@@ -67,14 +68,8 @@ def _parameters(shape: Shape) -> str:
 def _print_stages(plan: Plan, console: Console) -> None:
     table = _table("", "stage", "state", "blocked by")
     for node in plan.nodes:
-        table.add_row("", node.name, node.state, _few(node.blocked_by))
+        table.add_row("", node.name, node.state, first_few(node.blocked_by, MOST_NAMES))
     console.print(table)
-
-
-def _few(names: Sequence[str]) -> str:
-    """Join the names, or only the first ones if there are many."""
-    rest = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -84,9 +79,9 @@ ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
     ("in layers", lambda plan: ranges(plan.trained.layers) or "none"),
     ("tokens per step", lambda plan: f"{plan.setup.train.global_batch * plan.setup.train.sequence_length:,}"),
     ("steps", lambda plan: NOT_YET if plan.amount.steps is None else f"{plan.amount.steps:,}"),
-    ("tokens", lambda plan: _or_not_yet(plan.amount.tokens(plan.setup.train), "{}")),
+    ("tokens", lambda plan: _or_not_yet(plan.amount.tokens(plan.setup.train))),
     ("FLOPs per step", lambda plan: big(plan.step_flops)),
-    ("FLOPs", lambda plan: _or_not_yet(plan.flops, "{}")),
+    ("FLOPs", lambda plan: _or_not_yet(plan.flops)),
     ("devices", lambda plan: f"{plan.setup.ranks} × {_device(plan)}"),
     ("hours", lambda plan: _hours(plan)),
     ("checkpoint", lambda plan: f"{gib(plan.checkpoint_bytes)}, written in {plan.write_seconds:.3g} s"),
@@ -113,8 +108,8 @@ def _share(plan: TrainingPlan) -> str:
     return f"{billions(trained)} of {billions(total)}, {100 * trained / total:.1f} %"
 
 
-def _or_not_yet(count: int | None, form: str) -> str:
-    return NOT_YET if count is None else form.format(big(count))
+def _or_not_yet(count: int | None) -> str:
+    return NOT_YET if count is None else big(count)
 
 
 def _hours(plan: TrainingPlan) -> str:
@@ -193,12 +188,12 @@ def _table(*columns: str) -> Table:
 
 
 def billions(count: int) -> str:
-    """Format a number of parameters, such as 8.03B or 135.0M."""
+    """Formats a number of parameters, such as 8.03B or 135.0M."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def big(count: int) -> str:
-    """Format a large number with an SI prefix, such as 1.23 P."""
+    """Formats a large number with an SI prefix, such as 1.23 P."""
     for unit, name in UNITS:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
@@ -206,7 +201,7 @@ def big(count: int) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Format ascending integers, such as 0-3, 7, 9."""
+    """Formats ascending integers, such as 0-3, 7, 9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.report.curves import LossChange, base_loss, curves, perplexity
+from pipeline.report.curves import LossChange, base_loss, curves
 from pipeline.report.differences import Difference, Verdict, by_chance, leader
 from pipeline.report.markup import escape
 from pipeline.report.metrics import (
@@ -26,6 +26,7 @@ from pipeline.report.runs import RunArtifacts, labels, seconds_by_stage
 from pipeline.report.scores import Scores
 from pipeline.report.significance import expected_by_chance
 from pipeline.report.tables import STEPS
+from pipeline.training.block_losses import perplexity
 
 SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns about the scale
 
@@ -63,7 +64,7 @@ def _growth(run: RunArtifacts) -> str:
 
 def headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
     """Returns the report's first paragraph: the outcome in a few sentences."""
-    return _sweep_headline(runs, scores) if len(runs) > 1 else _run_headline(runs[0], scores)
+    return _sweep_headline(runs) if len(runs) > 1 else _run_headline(runs[0], scores)
 
 
 def _run_headline(run: RunArtifacts, scores: Scores) -> str:
@@ -151,7 +152,7 @@ def _curve_sentence(run: RunArtifacts) -> list[str]:
     if training is None or not found:
         return []
     (curve,) = found
-    before, after = perplexity(curve.first), perplexity(curve.last)
+    before, after = perplexity(curve.first["loss"]), perplexity(curve.last["loss"])
     loss = "" if curve.change is None else f"; the loss {loss_change(curve.change)}"
     return [
         f"Pre-training on {count(training['tokens'])} tokens changed the expanded model's perplexity on held-out "
@@ -186,7 +187,7 @@ def _spoken(metric: str) -> str:
 # ------------------------------------------------------------------------------------------- a sweep
 
 
-def _sweep_headline(runs: Sequence[RunArtifacts], scores: Scores) -> str:
+def _sweep_headline(runs: Sequence[RunArtifacts]) -> str:
     names = ", ".join(escape(name) for name in labels(runs).values())
     found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.last["loss"])
     sentences = [f"A comparison of {names}."]

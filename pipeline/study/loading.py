@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.messages import did_you_mean, explain_validation
+from pipeline.config.messages import did_you_mean, explain_validation, list_choices
 from pipeline.config.study import STUDY_SETS, Study, overridden
 from pipeline.errors import UserError
+from pipeline.files import merge_nested
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3, which YAML reads as text without a decimal point
 PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a setting of the study itself
@@ -23,11 +24,6 @@ PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a set
 def asks_for_study(overrides: Iterable[str]) -> bool:
     """Whether a command line names a study."""
     return any(item.lstrip("+").startswith(PREFIX) for item in overrides)
-
-
-def list_studies(folders: Iterable[Path]) -> list[str]:
-    """Lists the names of the studies in some configuration directories."""
-    return sorted({path.stem for folder in folders for path in (folder / "study").glob("*.yaml")})
 
 
 def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study, list[str]]:
@@ -63,7 +59,7 @@ def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
         (path for folder in reversed(folders) if os.path.isfile(path := folder / "study" / f"{name}.yaml")), None
     )
     if file is None:
-        known = list_studies(folders)
+        known = list_choices("study", folders)
         raise UserError(
             setting="+study",
             value=name,
@@ -80,7 +76,7 @@ def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
         raise UserError(setting="extends", value=name, rule="a study cannot extend itself", remedy="Name another one.")
     # A file of the user's may extend the one of the same name in conf/.
     base = _read(extended, folders[:-1] if extended == name else folders)
-    return {**_merged(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
+    return {**merge_nested(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
 
 
 def _with_numbers(value: Any) -> Any:
@@ -89,15 +85,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(item) for item in value]
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) for key, value in changes.items() if _are_groups(base.get(key), value)}
-    return {**base, **changes, **both}
-
-
-def _are_groups(first: Any, second: Any) -> bool:
-    return isinstance(first, dict) and isinstance(second, dict)
 
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

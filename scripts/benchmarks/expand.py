@@ -34,9 +34,8 @@ import torch
 from torch import Tensor
 
 from pipeline.expansion.layer_plan import LayerPlan
-from pipeline.expansion.lesa_predictions import role_seed
 from pipeline.expansion.lesa_predictor import Predictor, prediction_loss, train_predictor
-from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, from_neighbors, method_of, silenced
+from pipeline.expansion.method import LayerWeights, NewTensor, Workspace, from_neighbors, method_of, seed_for, silenced
 from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.methods.opt_deus import OptDeus, fuse
 from pipeline.expansion.surgery import MakeTensors, TensorNames, write_weights
@@ -229,8 +228,8 @@ def evaluate_predictor(
     trained = torch.tensor([direction for direction in range(rank) if direction % HELD_OUT_DIRECTIONS])
     qualities = []
     for seed in range(seeds):
-        predictor = Predictor(right.shape[2], settings.hidden_size, role_seed(seed, tensor))
-        train_predictor(predictor, right, settings, role_seed(seed, tensor), ignore_progress, trained)
+        predictor = Predictor(right.shape[2], settings.hidden_size, seed_for(seed, tensor.name))
+        train_predictor(predictor, right, settings, seed_for(seed, tensor.name), ignore_progress, trained)
         quality = measure_quality(predictor, right[:, held_out], loss_settings)
         qualities.append(quality._replace(loss=quality.loss / spectrum.scale**2))
     return PredictionQuality(*map(statistics.mean, zip(*qualities, strict=True)))

@@ -17,12 +17,12 @@ from pipeline.expansion import lesa_predictions
 from pipeline.expansion.layer_plan import LayerPlan, insertion_plan
 from pipeline.expansion.lesa_predictor import (
     Predictor,
-    _epochs,
+    _batch_loss,
     _learning_rate_factor,
     prediction_loss,
     train_predictor,
 )
-from pipeline.expansion.method import Workspace
+from pipeline.expansion.method import Workspace, seed_for
 from pipeline.expansion.methods.lesa import Lesa
 from pipeline.expansion.svd import SharedSVD, decompose
 from pipeline.models.families import LayerTensor, family_of
@@ -175,9 +175,9 @@ def test_new_matrices_are_predicted_from_an_exact_svd(
     _, made, _ = _expand(base, chosen)
     for name in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"):
         tensor = LayerTensor(name, family_of("llama").roles[name])
-        predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
+        predictor = Predictor(base[0][tensor].shape[1], 16, seed_for(0, name))
         svd = decompose(lambda layer: base[layer][tensor], 5, standardized=chosen.standardized)  # noqa: B023
-        train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_ignore_progress)
+        train_predictor(predictor, svd.right, chosen, seed_for(0, name), note=_ignore_progress)
         linears = [(module.weight, module.bias) for module in predictor if isinstance(module, nn.Linear)]
         matrices = _matrices(base, name)
         for layer, (lower, upper) in {2: (1, 2), 6: (4, 4)}.items():
@@ -193,9 +193,9 @@ def test_a_second_layer_in_a_gap_is_predicted_from_the_first(
     _, made, _ = _expand(base, chosen)
     name = "self_attn.q_proj.weight"
     tensor = LayerTensor(name, family_of("llama").roles[name])
-    predictor = Predictor(base[0][tensor].shape[1], 16, lesa_predictions.role_seed(0, tensor))
+    predictor = Predictor(base[0][tensor].shape[1], 16, seed_for(0, name))
     svd = decompose(lambda layer: base[layer][tensor], 4)
-    train_predictor(predictor, svd.right, chosen, lesa_predictions.role_seed(0, tensor), note=_ignore_progress)
+    train_predictor(predictor, svd.right, chosen, seed_for(0, name), note=_ignore_progress)
     first = predictor(torch.cat([svd.right[1], svd.right[2]], dim=1))
     second = predictor(torch.cat([first, svd.right[2]], dim=1))
     torch.testing.assert_close(made[2][tensor], (svd.left @ first).detach())
@@ -333,10 +333,9 @@ def test_only_the_large_factor_may_be_on_another_device(settings: Callable[..., 
         with torch.device("meta"):
             predictor, left = Predictor(12, 16, seed=0), torch.empty(20, 6)
         predictor.initialize_on(right.flatten(0, 1), 6, samples, seed=1)
-        optimizer = torch.optim.SGD(predictor.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        for losses in _epochs(predictor, right.flatten(0, 1), 6, samples, settings(), 0, optimizer, schedule):
-            assert all(loss.device.type == "meta" for loss in losses)
+        loss = _batch_loss(predictor, right.flatten(0, 1), 6, samples, settings())
+        loss.backward()
+        assert loss.device.type == "meta"
         q = LayerTensor("self_attn.q_proj.weight", family_of("llama").roles["self_attn.q_proj.weight"])
         role = lesa_predictions.MatrixRole(q, 0, SharedSVD(left, right), predictor)
         for _, predicted in role.predict(insertion_plan((1, 1, 4), 5)):

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import prod
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_few
 from pipeline.models.families.family import Family
 from pipeline.models.families.inferred import family_for
 from pipeline.models.families.parameters import Config, Fused, LinearMap, Parameter, Parameters, dimension, expert_share
@@ -280,8 +280,7 @@ def check_stored(config: Config, stored: Shapes, where: object) -> None:
         elif name not in on_disk and not on_disk.isdisjoint(parts := family.parts_of(name, config)):
             faults += [f"{part} is missing" for part in sorted(parts - on_disk)]
     if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise weights_disagree(where, "; ".join(faults[:3]) + more)
+        raise weights_disagree(where, first_few(faults, separator="; "))
 
 
 def weights_disagree(where: object, faults: str) -> UserError:
