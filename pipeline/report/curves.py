@@ -17,13 +17,15 @@ class Curve:
 
     Attributes:
         label: the run's name in plots and tables.
-        points: as in training.json, sorted by fraction of the steps.
+        points: as in training.json, sorted by fraction of the steps. All losses are those of the weights themselves.
+        averages: a point with the loss of the averages of the weights, if ``ema_decay`` makes them the stage's result.
     """
 
     run: str
     method: str
     label: str
     points: list[dict[str, Any]]
+    averages: dict[str, Any] | None = None
 
     @property
     def first(self) -> dict[str, Any]:
@@ -36,8 +38,13 @@ class Curve:
         return self.points[-1]
 
     @property
+    def result(self) -> dict[str, Any]:
+        """The point with the loss of the model that the stage exports."""
+        return self.averages or self.last
+
+    @property
     def change(self) -> LossChange | None:
-        """The last loss minus the first; None if its standard error is not known."""
+        """The last loss of the weights minus the first; None if its standard error is not known."""
         before, after = block_losses(self.first), block_losses(self.last)
         if before is None or after is None:
             return None
@@ -59,10 +66,19 @@ def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
     names = labels(runs)
     found = []
     for run in runs:
-        points = sorted((run.training(stage) or {"held_out": []})["held_out"], key=lambda point: point["fraction"])
+        training = run.training(stage) or {"held_out": []}
+        points = sorted(training["held_out"], key=lambda point: point["fraction"])
         if len(points) > 1:
-            found.append(Curve(run.name, run.method, names[run.name], points))
+            found.append(Curve(run.name, run.method, names[run.name], points, averages(training)))
     return found
+
+
+def averages(training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns a point with the held-out loss of the averages of the weights; None if there are none, or no loss."""
+    loss = training.get("ema", {}).get("held_out_loss")
+    if loss is None:
+        return None
+    return {"fraction": 1.0, **{name: training[name] for name in ("tokens", "flops", "seconds")}, "loss": loss}
 
 
 def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
@@ -91,9 +107,13 @@ def common_budget(found: Sequence[Curve], axis: str) -> float:
 def loss_at(curve: Curve, axis: str, budget: float) -> float:
     """Returns the held-out loss at ``budget`` of ``axis``, interpolated linearly between the neighboring measurements.
 
+    At the end it is that of the stage's result, and before that of the weights, whose averages are not measured then.
+
     Raises:
         ValueError: the curve does not reach the budget.
     """
+    if budget == curve.last[axis] and curve.last["fraction"] == curve.result["fraction"]:
+        return float(curve.result["loss"])
     for before, after in pairwise(curve.points):
         if before[axis] <= budget <= after[axis]:
             # Two measurements at the same budget (no tokens between them) would otherwise divide by zero.

@@ -152,8 +152,10 @@ def _curve_sentence(run: RunArtifacts) -> list[str]:
     if training is None or not found:
         return []
     (curve,) = found
-    before, after = perplexity(curve.first["loss"]), perplexity(curve.last["loss"])
+    before, after = perplexity(curve.first["loss"]), perplexity(curve.result["loss"])
     loss = "" if curve.change is None else f"; the loss {loss_change(curve.change)}"
+    if curve.averages:
+        loss = f", that of the averages of the weights (loss {curve.result['loss']:.3f})"
     return [
         f"Pre-training on {count(training['tokens'])} tokens changed the expanded model's perplexity on held-out "
         f"blocks of the corpus from {significant(before)} to {significant(after)}{loss}."
@@ -189,10 +191,10 @@ def _spoken(metric: str) -> str:
 
 def _sweep_headline(runs: Sequence[RunArtifacts]) -> str:
     names = ", ".join(escape(name) for name in labels(runs).values())
-    found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.last["loss"])
+    found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.result["loss"])
     sentences = [f"A comparison of {names}."]
     if found:
-        ranking = ", ".join(f"{escape(curve.label)} {curve.last['loss']:.3f}" for curve in found)
+        ranking = ", ".join(f"{escape(curve.label)} {curve.result['loss']:.3f}" for curve in found)
         base = base_loss(runs)
         reference = "" if base is None else f" (base model: {base:.3f})"
         sentences.append(f"Held-out loss after pre-training, one run each{reference}: {ranking}.")

@@ -67,9 +67,14 @@ def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) 
         _loss_limits(panels[0], found, base, palette)
         panels[0].set_ylabel("held-out loss (nats per token)")
         drawing.draw_without_rendering()
-        ends = [(curve.last["loss"], f"{curve.label} {curve.last['loss']:.3f}", palette[curve.run]) for curve in found]
+        ends = [(curve.last["loss"], _end_label(curve), palette[curve.run]) for curve in found]
         label_ends(panels[-1], [*ends, *([(base, f"base {base:.3f}", TEXT_COLOR)] if base is not None else [])])
     return True
+
+
+def _end_label(curve: Curve) -> str:
+    label = f"{curve.label} {curve.last['loss']:.3f}"
+    return label if curve.averages is None else f"{label} (averages {curve.averages['loss']:.3f})"
 
 
 def _loss_panel(axes: Axes, found: Sequence[Curve], axis: str, palette: dict[str, str]) -> None:

@@ -4,6 +4,8 @@
 during a training stage, such as ``pretrain@20%``. There are three kinds of task. lm-eval's tasks have their own names.
 ``held_out_loss`` and ``held_out_instruction_loss`` are the training loop's losses on blocks of the corpus and on
 conversations, which are not comparable with each other, and come with the tokens, FLOPs and seconds spent until then.
+At the end of a training with ``ema_decay``, ``loss`` is that of the averages of the weights, which are the result, and
+``unaveraged_loss`` that of the weights themselves, like every ``loss`` before the end.
 ``cost`` is what a stage itself took.
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
 from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
+from pipeline.report.curves import averages
 from pipeline.report.runs import RunArtifacts
 from pipeline.training.block_losses import perplexity
 
@@ -59,11 +62,17 @@ def _scores(run: RunArtifacts) -> Iterator[Result]:
 def _held_out_losses(run: RunArtifacts) -> Iterator[Result]:
     for stage in TRAINING_STAGES:
         training = run.training(stage) or {"held_out": []}
-        for point in training["held_out"]:
-            target = str(Target(stage, point["fraction"]))
-            values = {"loss": point["loss"], "perplexity": perplexity(point["loss"])}
-            values |= {metric: point[metric] for metric in ("tokens", "flops", "seconds")}
-            errors, blocks = _loss_errors(point)
+        points = {point["fraction"]: point for point in training["held_out"]}
+        result = averages(training)
+        for fraction, measured in (points if result is None else {**points, 1.0: result}).items():
+            target, unaveraged = str(Target(stage, fraction)), points.get(fraction, {})
+            values = {"loss": measured["loss"], "perplexity": perplexity(measured["loss"])}
+            values |= {metric: measured[metric] for metric in ("tokens", "flops", "seconds")}
+            errors, blocks = _loss_errors(measured)
+            if unaveraged and measured is result:
+                values["unaveraged_loss"] = unaveraged["loss"]
+                of_weights, blocks = _loss_errors(unaveraged)
+                errors = {"unaveraged_loss": of_weights["loss"]} if of_weights else {}
             for metric, value in values.items():
                 n = blocks if metric in errors else None
                 yield _result(run, target, CURVE_TASKS[stage], metric, value, errors.get(metric), n)

@@ -122,7 +122,8 @@ def _curve_blocks(found: Sequence[Curve]) -> list[str]:
         blocks += [
             "### At equal budgets",
             table(tables.budget_table(found)),
-            "Interpolated linearly between measurements. Each budget is the largest that every run reaches.",
+            "Interpolated linearly between measurements. Each budget is the largest that every run reaches."
+            + (" Losses of averages are known only at the end of a run." if any(c.averages for c in found) else ""),
         ]
     return blocks
 
@@ -138,6 +139,12 @@ def _measurements(found: Sequence[Curve]) -> list[str]:
             "Loss in nats per token ± one standard error over blocks, perplexity in parentheses. All measurements are "
             "on the same blocks, so the error of a difference is usually far smaller than those of the two losses. "
             f"From the first to the last measurement, {'; '.join(changes)}."
+        )
+    averaged = [escape(curve.label) for curve in found if curve.averages]
+    if averaged:
+        blocks[1] += (
+            f" The result of {', '.join(averaged)} is the averages of the weights (`ema_decay`), whose loss is in the "
+            "last row. All other losses, those in plots included, are of the weights without averaging."
         )
     return blocks
 

@@ -141,7 +141,10 @@ def _difference_cell(scores: Scores, before: Result | None, after: Result | None
 
 
 def curve_table(found: Sequence[Curve]) -> Table:
-    """Tabulates held-out loss and perplexity at every measured fraction of the training steps."""
+    """Tabulates held-out loss and perplexity at every measured fraction of the training steps.
+
+    Averages of the weights, which are the result if there are any, have a row of their own.
+    """
     fractions = sorted({point["fraction"] for curve in found for point in curve.points})
     rows = []
     for fraction in fractions:
@@ -149,6 +152,11 @@ def curve_table(found: Sequence[Curve]) -> Table:
         tokens = max(point["tokens"] for point in points if point is not None)
         cells = [MISSING if point is None else _loss_cell(point) for point in points]
         rows.append([f"{100 * fraction:g} %", count(tokens), *cells])
+    averages = [curve.averages for curve in found]
+    if any(averages):
+        tokens = max(point["tokens"] for point in averages if point is not None)
+        cells = [MISSING if point is None else _loss_cell(point) for point in averages]
+        rows.append(["averages", count(tokens), *cells])
     return Table(["trained", "tokens", *(escape(curve.label) for curve in found)], rows, text_columns=1)
 
 

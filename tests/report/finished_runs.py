@@ -60,10 +60,11 @@ def finished_run(
     seed: int = 0,
     warnings: Iterable[str] = (),
     blocks: Sequence[BlockLosses] = (),
+    averages: float | None = None,
 ) -> RunArtifacts:
     """Writes one run's artifacts below ``root``; runs of one root share ``load``, ``tokenize``, ``evaluate/load``.
 
-    Given ``blocks``, they replace ``losses``.
+    Given ``blocks``, they replace ``losses``. ``averages`` is the loss of the averages of the weights.
     """
     losses = [measured.mean for measured in blocks] or list(losses)
     directories = {}
@@ -86,6 +87,9 @@ def finished_run(
             _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained)
             if blocks:
                 _add_blocks(directory / "training.json", blocks)
+            if averages is not None:
+                training = json.loads((directory / "training.json").read_text())
+                write(directory / "training.json", {**training, "ema": {"decay": 0.9, "held_out_loss": averages}})
         elif stage.startswith("evaluate/"):
             _evaluation(directory, str(Target.of_role(stage)), scores)
     return RunArtifacts(name, method, directories)

@@ -108,6 +108,17 @@ def test_the_change_of_the_held_out_loss_has_an_error_over_pairs_of_blocks(tmp_p
     assert "the loss rose by 1.00 ± 0.10" in _headline(worse)
 
 
+def test_the_headline_has_the_loss_of_the_averages_where_they_are_the_result(tmp_path: Path) -> None:
+    stages = ["load", "expand", "pretrain"]
+    averaged = finished_run(tmp_path, "a", "copy", stages=stages, blocks=MEASURED_BLOCKS, averages=2.5)
+    assert (
+        "changed the expanded model's perplexity on held-out blocks of the corpus from 20.09 to 12.18, that of the "
+        "averages of the weights (loss 2.500)." in _headline(averaged)
+    )
+    plain = finished_run(tmp_path, "b", "lesa", stages=stages, losses=[3.0, 2.2])
+    assert "LESA 2.200, copying 2.500" in _headline(averaged, plain)
+
+
 def test_the_number_of_comparisons_counts_every_judged_difference(tmp_path: Path) -> None:
     """Three scores: nine differences from the base, and from stage to stage six that are not among them."""
     run = finished_run(tmp_path)

@@ -87,6 +87,25 @@ def test_held_out_losses_and_perplexities_have_standard_errors_over_blocks(tmp_p
         assert found["tokens"] == (None, None)
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_final_loss_is_that_of_the_averages_where_they_are_the_result(tmp_path: Path, ended: bool) -> None:
+    """Also if the loss of the weights was not measured at the end."""
+    run = finished_run(tmp_path, stages=["pretrain"], blocks=MEASURED_BLOCKS, averages=2.5)
+    if not ended:
+        file = run.directories["pretrain"] / "training.json"
+        training = json.loads(file.read_text())
+        file.write_text(json.dumps({**training, "held_out": training["held_out"][:1]}))
+    rows = collect_results([run])
+    assert _rows_of(rows, "held_out_loss", "pretrain@0%")["loss"] == 3.0
+    assert _rows_of(rows, "held_out_loss", "pretrain@100%") == {
+        "loss": 2.5, "perplexity": pytest.approx(math.exp(2.5)), "tokens": 1000, "flops": 1e12, "seconds": 20.0,
+        **({"unaveraged_loss": 2.0} if ended else {}),
+    }  # fmt: skip
+    errors = {row["metric"]: (row["stderr"], row["n"]) for row in rows if row["target"] == "pretrain@100%"}
+    assert errors["loss"] == errors["perplexity"] == (None, None)
+    assert not ended or errors["unaveraged_loss"] == (pytest.approx(0.2), 2)
+
+
 def test_losses_on_conversations_and_on_the_corpus_are_different_tasks(tmp_path: Path) -> None:
     rows = collect_results([finished_run(tmp_path)])
     tasks = {row["task"] for row in rows if row["target"].startswith("sft@")}

@@ -110,6 +110,21 @@ def test_held_out_losses_have_standard_errors_where_blocks_were_recorded(tmp_pat
     }  # fmt: skip
 
 
+def test_averages_have_a_row_and_are_the_loss_at_the_end_of_a_run(tmp_path: Path) -> None:
+    runs = [
+        finished_run(tmp_path, "a", "lesa", losses=[4.0, 3.0, 2.0], seconds_per_step=1.0, averages=2.5),
+        finished_run(tmp_path, "b", "copy", losses=[5.0, 4.0, 3.0], seconds_per_step=0.5),
+    ]
+    found = curves(runs, "pretrain")
+    assert _cells(tables.curve_table(found), 2)["LESA"] == "2.000 (7.389)"
+    assert _cells(tables.curve_table(found), 3) == {
+        "trained": "averages", "tokens": "1,000", "LESA": "2.500 (12.18)", "copying": "–",
+    }  # fmt: skip
+    budget = tables.budget_table(found)
+    assert list(budget.rows[0]) == ["LESA", "2.500", "2.500", "3.000"]  # after half of the seconds: of the weights
+    assert list(budget.rows[1]) == ["copying", "3.000", "3.000", "3.000"]
+
+
 def test_the_training_table_shows_parameters_data_compute_and_speed(tmp_path: Path) -> None:
     content = tables.training_table([finished_run(tmp_path)])
     assert [row[1] for row in content.rows] == ["pretrain", "sft"]

@@ -69,6 +69,13 @@ def test_the_change_of_held_out_losses_is_below_their_table(tmp_path: Path) -> N
     assert text.count(changes) == 2  # in pre-training and in tuning
 
 
+def test_curves_say_that_they_show_the_weights_where_averages_are_the_result(tmp_path: Path) -> None:
+    text = _write([finished_run(tmp_path / "runs", averages=3.1)], tmp_path / "out")
+    assert "The result of LESA is the averages of the weights (`ema_decay`)" in text
+    assert re.search(r"^\| averages +\| +1,000 +\| +3.100", text, re.MULTILINE)
+    assert "averages" not in _write([finished_run(tmp_path / "plain")], tmp_path / "other")
+
+
 def test_the_returned_results_are_those_of_results_json(tmp_path: Path) -> None:
     rows = write_report([finished_run(tmp_path / "runs", stages=["load", "expand"])], tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == rows
