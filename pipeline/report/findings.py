@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.config import TRAINING_STAGES
 from pipeline.report.curves import LossChange, base_loss, curves
 from pipeline.report.differences import Difference, Verdict, by_chance, leader
 from pipeline.report.markup import escape
@@ -135,13 +136,14 @@ def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:
 
 def _text_sentence(run: RunArtifacts, target: str, difference: Difference) -> str:
     training = run.training("pretrain")
-    cause = f"pre-training on {count(training['tokens'])} tokens" if training and target == "pretrain" else "expansion"
+    trained = "Pre-training" if training is None else f"Pre-training on {count(training['tokens'])} tokens"
+    cause = {"expand": "Expansion", "pretrain": trained, "sft": f"{trained} and instruction tuning"}[target]
     task, metric = difference.after["task"], difference.after["metric"]
     before, after = difference.before["value"], difference.after["value"]
     verb = "lowered" if after < before else "raised"
     remark = "" if difference.verdict in (Verdict.BETTER, Verdict.WORSE) else f", {difference.verdict}"
     return (
-        f"{cause.capitalize()} {verb} {_spoken(metric)} on {escape(task_name(task))} by "
+        f"{cause} {verb} {_spoken(metric)} on {escape(task_name(task))} by "
         f"{100 * abs(after / before - 1):.1f} % relative to the base model "
         f"({number(metric, before)} → {number(metric, after)}{remark})."
     )
@@ -297,7 +299,9 @@ def caveats(runs: Sequence[RunArtifacts], scores: Scores) -> list[str]:
 
 
 def _seed_caveat(runs: Sequence[RunArtifacts]) -> str:
-    manifests = [manifest for run in runs for role in ("expand", "pretrain") if (manifest := run.manifest(role))]
+    # Of stages that draw no random numbers, which may include the expansion, manifests record seed 0.
+    manifests = [manifest for run in runs for role in TRAINING_STAGES if (manifest := run.manifest(role))]
+    manifests = manifests or [manifest for run in runs if (manifest := run.manifest("expand"))]
     seeds = sorted({str(manifest["seed"]) for manifest in manifests})
     return (
         f"Every row is a single run (seed {escape(', '.join(seeds))}). Standard errors are over the documents of a "

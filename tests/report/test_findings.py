@@ -156,6 +156,16 @@ def test_without_training_the_change_is_attributed_to_the_expansion(tmp_path: Pa
     assert "Expansion raised word perplexity on held-out corpus text by 42.9 %" in _headline(run)
 
 
+def test_a_change_is_attributed_to_everything_up_to_the_model_that_was_scored(tmp_path: Path) -> None:
+    stages = ["load", "expand", "pretrain", "sft", "evaluate/load", "evaluate/sft"]
+    text = _headline(finished_run(tmp_path, stages=stages))
+    assert "Pre-training on 1,000 tokens and instruction tuning lowered word perplexity" in text
+    large = finished_run(tmp_path / "large", stages=["load", "pretrain", "evaluate/load", "evaluate/pretrain"])
+    file = large.directories["pretrain"] / "training.json"
+    write_json(file, {**read_json(file), "tokens": 1_500_000})
+    assert "Pre-training on 1.5 M tokens lowered" in _headline(large)
+
+
 def test_titles_of_a_run_a_control_and_a_sweep(tmp_path: Path) -> None:
     control = finished_run(tmp_path, "sweep/expand-none", "none")
     grown = finished_run(tmp_path, "sweep/expand-lesa", "lesa")
@@ -214,6 +224,9 @@ def test_caveats_of_a_small_run_state_seed_tokens_and_held_out_blocks(tmp_path: 
     assert "(seed 7)" in text and "1,000 tokens" in text
     assert "4 blocks of 64 tokens and has no standard error." in text  # it is from an earlier version
     assert "learning rate" not in text
+    file = run.directories["expand"] / "manifest.json"
+    write_json(file, {**read_json(file), "seed": 0})  # as of a method that draws no random numbers
+    assert "(seed 7)" in " ".join(caveats([run], Scores(collect_results([run]))))
     run = finished_run(tmp_path, blocks=MEASURED_BLOCKS)
     text = " ".join(caveats([run], Scores(collect_results([run]))))
     assert "4 blocks of 64 tokens. Its standard error is over these blocks" in text
