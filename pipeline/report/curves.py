@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,6 +72,59 @@ def curves(runs: Sequence[RunArtifacts], stage: str) -> list[Curve]:
         if len(points) > 1:
             found.append(Curve(run.name, run.method, names[run.name], points, averages(training)))
     return found
+
+
+@dataclass(frozen=True)
+class SameBlocks:
+    """Curves whose losses were measured on the same held-out blocks, and can be compared.
+
+    Attributes:
+        base: the base model's loss on these blocks, or None if no run shows it.
+        data: the settings that distinguish the blocks from those of the report's other curves; empty if there are none.
+    """
+
+    curves: list[Curve]
+    base: float | None
+    data: str
+
+    @property
+    def title(self) -> str:
+        """The runs, and what distinguishes their blocks."""
+        names = ", ".join(curve.label for curve in self.curves)
+        return f"{names} ({self.data})" if self.data else names
+
+
+def comparable_curves(runs: Sequence[RunArtifacts], stage: str) -> list[SameBlocks]:
+    """Returns the curves of a stage, grouped by the held-out blocks on which their losses were measured."""
+    by_run = {curve.run: curve for curve in curves(runs, stage)}
+    groups: dict[str, list[RunArtifacts]] = {}
+    for run in runs:
+        groups.setdefault(_blocks_of(run, stage), []).append(run)
+    measured = [members for members in groups.values() if any(run.name in by_run for run in members)]
+    settings = [_block_settings(members[0], stage) for members in measured]
+    names = {name: None for each in settings for name in each}
+    differing = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+    found = []
+    for members, values in zip(measured, settings, strict=True):
+        # Lists of sources are too long for a title. They are among the settings at the end of the report.
+        shown = [f"{name}={values[name]}" for name in differing if isinstance(values.get(name), (str, int, float))]
+        several = [by_run[run.name] for run in members if run.name in by_run]
+        found.append(SameBlocks(several, base_loss(members) if stage == "pretrain" else None, ", ".join(shown)))
+    return found
+
+
+_DATA = {"pretrain": "tokenize/corpus", "sft": "tokenize/instructions"}
+
+
+def _blocks_of(run: RunArtifacts, stage: str) -> str:
+    """Identifies the blocks on which a run's held-out losses are measured: their data, and how many are taken."""
+    data = run.manifest(_DATA[stage]) or {}
+    return json.dumps([data.get("key"), _block_settings(run, stage).get("held_out_blocks")])
+
+
+def _block_settings(run: RunArtifacts, stage: str) -> dict[str, Any]:
+    data, training = (run.manifest(role) or {"settings": {}} for role in (_DATA[stage], stage))
+    return {**data["settings"], "held_out_blocks": training["settings"].get("held_out_blocks")}
 
 
 def averages(training: Mapping[str, Any]) -> dict[str, Any] | None:

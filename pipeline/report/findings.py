@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from pipeline.config import TRAINING_STAGES
-from pipeline.report.curves import LossChange, base_loss, curves
+from pipeline.report.curves import LossChange, comparable_curves, curves
 from pipeline.report.differences import Difference, Verdict, by_chance, leader
 from pipeline.report.markup import escape
 from pipeline.report.metrics import (
@@ -29,6 +29,7 @@ from pipeline.report.significance import expected_by_chance
 from pipeline.report.tables import STEPS
 from pipeline.training.block_losses import perplexity
 
+OTHER_BLOCKS = "Held-out losses of runs with other held-out blocks are on different text, and cannot be compared."
 SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns about the scale
 
 
@@ -193,13 +194,16 @@ def _spoken(metric: str) -> str:
 
 def _sweep_headline(runs: Sequence[RunArtifacts]) -> str:
     names = ", ".join(escape(name) for name in labels(runs).values())
-    found = sorted(curves(runs, "pretrain"), key=lambda curve: curve.result["loss"])
     sentences = [f"A comparison of {names}."]
-    if found:
+    groups = comparable_curves(runs, "pretrain")
+    if len(groups) > 1:
+        sentences.append(OTHER_BLOCKS)
+    for group in groups:
+        found = sorted(group.curves, key=lambda curve: curve.result["loss"])
         ranking = ", ".join(f"{escape(curve.label)} {curve.result['loss']:.3f}" for curve in found)
-        base = base_loss(runs)
-        reference = "" if base is None else f" (base model: {base:.3f})"
-        sentences.append(f"Held-out loss after pre-training, one run each{reference}: {ranking}.")
+        reference = "" if group.base is None else f" (base model: {group.base:.3f})"
+        data = f" with {escape(group.data)}" if group.data else ""
+        sentences.append(f"Held-out loss after pre-training{data}, one run each{reference}: {ranking}.")
     return " ".join(sentences)
 
 
@@ -351,6 +355,8 @@ def _held_out_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
             else " and has no standard error"
         )
         found.append(f"The held-out loss is a mean over at most {blocks} blocks of {length} tokens{error}.")
+    if any(len(comparable_curves(runs, stage)) > 1 for stage in TRAINING_STAGES):
+        found.append(OTHER_BLOCKS)
     if any(run.training("sft") for run in runs):
         found.append(
             "The held-out loss during instruction tuning is measured on conversations and cannot be compared with the "
@@ -378,6 +384,12 @@ def _comparison_caveats(runs: Sequence[RunArtifacts]) -> list[str]:
         found.append(
             f"The runs train different numbers of parameters ({count(trained[0])} to {count(trained[-1])}), so they "
             "differ in more than their initialization."
+        )
+    tokens = sorted({training["tokens"] for run in runs if (training := run.training("pretrain"))})
+    if len(tokens) > 1:
+        found.append(
+            f"The runs train on different numbers of tokens ({count(tokens[0])} to {count(tokens[-1])}), so their "
+            "scores and their losses after training are not at equal budgets."
         )
     places = {tuple(run.new_layers()) for run in runs if run.new_layers()}
     if len(places) > 1:

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.config import TRAINING_STAGES
-from pipeline.report.curves import Curve, curves
+from pipeline.report.curves import Curve, SameBlocks, comparable_curves
 from pipeline.report.metrics import count, scientific
 from pipeline.report.plot_style import GRAY, LIGHT_GRAY, TEXT_COLOR, colors, figure, label_ends
 from pipeline.report.runs import RunArtifacts, labels, layouts
@@ -29,13 +29,13 @@ BASE_LAYER_COLOR = "#e7eaee"
 SEVERAL_METHODS_COLOR = "#44546a"  # for new layers that several methods place alike
 
 
-def draw_all(runs: Sequence[RunArtifacts], scores: Scores, base_loss: float | None, out: Path) -> set[str]:
+def draw_all(runs: Sequence[RunArtifacts], scores: Scores, out: Path) -> set[str]:
     """Draws every figure that the runs have numbers for into ``out`` and returns the names of the files."""
     drawn = {
         LAYERS: layer_map(runs, out / LAYERS),
         RANKING: layer_ranking(runs, out / RANKING),
         SCORES: scores_by_target(runs, scores, out / SCORES),
-        HELD_OUT: held_out_loss(runs, base_loss, out / HELD_OUT),
+        HELD_OUT: held_out_loss(runs, out / HELD_OUT),
         TRAINING: training_loss(runs, out / TRAINING),
         SECONDS: seconds_by_stage_plot(runs, out / SECONDS),
     }
@@ -45,31 +45,38 @@ def draw_all(runs: Sequence[RunArtifacts], scores: Scores, base_loss: float | No
 # ------------------------------------------------------------------------------------------- losses
 
 
-def held_out_loss(runs: Sequence[RunArtifacts], base: float | None, path: Path) -> bool:
+def held_out_loss(runs: Sequence[RunArtifacts], path: Path) -> bool:
     """Plots the held-out loss of pre-training against tokens, FLOPs and seconds, with the base as a dashed line.
 
-    Args:
-        base: the base model's loss on the same blocks, or None if no run measured it.
+    Runs that were measured on different held-out blocks are in different rows.
 
     Returns:
         Whether there was anything to draw.
     """
-    found = curves(runs, "pretrain")
-    if not found:
+    groups = comparable_curves(runs, "pretrain")
+    if not groups:
         return False
     palette = colors(runs)
-    with figure(path, 3.6) as drawing:
-        panels = drawing.subplots(1, len(AXES), sharey=True)
-        for axes, axis in zip(panels, AXES, strict=True):
-            _loss_panel(axes, found, axis, palette)
-            if base is not None:
-                axes.axhline(base, color=TEXT_COLOR, linestyle=(0, (5, 4)), linewidth=1.2)
-        _loss_limits(panels[0], found, base, palette)
-        panels[0].set_ylabel("held-out loss (nats per token)")
+    with figure(path, 3.6 * len(groups)) as drawing:
+        rows = drawing.subplots(len(groups), len(AXES), sharey="row", squeeze=False)
+        for panels, group in zip(rows, groups, strict=True):
+            _loss_row(panels, group, palette)
         drawing.draw_without_rendering()
-        ends = [(curve.last["loss"], _end_label(curve), palette[curve.run]) for curve in found]
-        label_ends(panels[-1], [*ends, *([(base, f"base {base:.3f}", TEXT_COLOR)] if base is not None else [])])
+        for panels, group in zip(rows, groups, strict=True):
+            ends = [(curve.last["loss"], _end_label(curve), palette[curve.run]) for curve in group.curves]
+            base = [] if group.base is None else [(group.base, f"base {group.base:.3f}", TEXT_COLOR)]
+            label_ends(panels[-1], [*ends, *base])
     return True
+
+
+def _loss_row(panels: Sequence[Axes], group: SameBlocks, palette: dict[str, str]) -> None:
+    for axes, axis in zip(panels, AXES, strict=True):
+        _loss_panel(axes, group.curves, axis, palette)
+        if group.base is not None:
+            axes.axhline(group.base, color=TEXT_COLOR, linestyle=(0, (5, 4)), linewidth=1.2)
+    _loss_limits(panels[0], group.curves, group.base, palette)
+    data = f"\n{group.data}" if group.data else ""
+    panels[0].set_ylabel(f"held-out loss (nats per token){data}")
 
 
 def _end_label(curve: Curve) -> str:

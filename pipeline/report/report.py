@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipeline.files import write_json, write_text
 from pipeline.report import sections
-from pipeline.report.curves import base_loss
 from pipeline.report.differences import PAIRED_FILE, paired_differences
 from pipeline.report.findings import caveats, headline, title
 from pipeline.report.markup import bullets, escape
@@ -17,7 +16,8 @@ from pipeline.report.scores import Scores
 
 CAPTIONS = {
     "scores": "Main metric of every task by target, with two standard errors to each side. Dashed: the base model.",
-    "held_out_loss": "Held-out loss during pre-training by tokens, training FLOPs and time. Dashed: the base model.",
+    "held_out_loss": "Held-out loss during pre-training by tokens, training FLOPs and time, with a row for each set of "
+    "held-out blocks. Dashed: the base model.",
     "training_loss": "Training loss at every optimizer step.",
     "layers": "Where the layers of the expanded model come from. New layers are colored.",
     "ranking": "What each layer of the base does on the probe text, with one standard error over its tokens to each "
@@ -41,7 +41,7 @@ def write_report(runs: Sequence[RunArtifacts], out: Path) -> list[Result]:
     paired = paired_differences(runs)
     write_json(out / PAIRED_FILE, paired)
     scores = Scores(results, paired)
-    drawn = draw_all(runs, scores, base_loss(runs), out)
+    drawn = draw_all(runs, scores, out)
     figures = {name: caption for name, caption in CAPTIONS.items() if f"{name}.png" in drawn}
     text = compose(runs, scores, figures)
     write_text(out / "report.md", text)

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import printable
 from pipeline.files import read_json
 from pipeline.report import findings, tables
-from pipeline.report.curves import Curve, curves
+from pipeline.report.curves import SameBlocks, comparable_curves
 from pipeline.report.findings import final_target, lead_findings, loss_change, number_of_comparisons
 from pipeline.report.markup import Table, bold, bullets, code, code_span, escape, image, table
 from pipeline.report.metrics import TARGET_NAMES, duration, number, target_name
@@ -104,23 +104,27 @@ def answers(runs: Sequence[RunArtifacts]) -> list[str]:
 
 def training(runs: Sequence[RunArtifacts], figures: Mapping[str, str]) -> list[str]:
     """Shows held-out losses, also at equal budgets, and what was trained."""
-    found = curves(runs, "pretrain")
+    groups = comparable_curves(runs, "pretrain")
     blocks: list[str] = []
-    if found:
-        blocks += ["## Held-out loss", *_picture(figures, "held_out_loss"), *_curve_blocks(found)]
+    if groups:
+        blocks += ["## Held-out loss", *_picture(figures, "held_out_loss")]
+        for group in groups:
+            blocks += _curve_blocks(group, f": {escape(group.title)}" if len(groups) > 1 else "")
     if any(run.training(stage) for run in runs for stage in ("pretrain", "sft")):
         blocks += ["## Training", table(tables.training_table(runs)), *_picture(figures, "training_loss")]
-    tuned = curves(runs, "sft")
-    if tuned:
-        blocks += ["Held-out loss on conversations during instruction tuning:", *_measurements(tuned)]
+    tuned = comparable_curves(runs, "sft")
+    for group in tuned:
+        which = f" of {escape(group.title)}" if len(tuned) > 1 else ""
+        blocks += [f"Held-out loss{which} on conversations during instruction tuning:", *_measurements(group)]
     return blocks
 
 
-def _curve_blocks(found: Sequence[Curve]) -> list[str]:
-    blocks = _measurements(found)
+def _curve_blocks(group: SameBlocks, which: str) -> list[str]:
+    found = group.curves
+    blocks = [*([f"### Measurements{which}"] if which else []), *_measurements(group)]
     if len(found) > 1:
         blocks += [
-            "### At equal budgets",
+            f"### At equal budgets{which}",
             table(tables.budget_table(found)),
             "Interpolated linearly between measurements. Each budget is the largest that every run reaches."
             + (" Losses of averages are known only at the end of a run." if any(c.averages for c in found) else ""),
@@ -128,16 +132,17 @@ def _curve_blocks(found: Sequence[Curve]) -> list[str]:
     return blocks
 
 
-def _measurements(found: Sequence[Curve]) -> list[str]:
+def _measurements(group: SameBlocks) -> list[str]:
     """Shows the losses of some curves, and what training changed."""
+    found = group.curves
     blocks = [table(tables.curve_table(found)), "Loss in nats per token, perplexity in parentheses."]
     changes = [
         f"the loss of {escape(curve.label)} {loss_change(curve.change)}" for curve in found if curve.change is not None
     ]
     if changes:
         blocks[1] = (
-            "Loss in nats per token ± one standard error over blocks, perplexity in parentheses. All measurements are "
-            "on the same blocks, so the error of a difference is usually far smaller than those of the two losses. "
+            "Loss in nats per token ± one standard error over blocks, perplexity in parentheses. These measurements "
+            "are on the same blocks, so the error of a difference is usually far smaller than those of the two losses. "
             f"From the first to the last measurement, {'; '.join(changes)}."
         )
     averaged = [escape(curve.label) for curve in found if curve.averages]

@@ -143,27 +143,29 @@ def _difference_cell(scores: Scores, before: Result | None, after: Result | None
 def curve_table(found: Sequence[Curve]) -> Table:
     """Tabulates held-out loss and perplexity at every measured fraction of the training steps.
 
-    Averages of the weights, which are the result if there are any, have a row of their own.
+    Runs that had seen different numbers of tokens have them in their cells. Averages of the weights, which are the
+    result if there are any, have a row of their own.
     """
     fractions = sorted({point["fraction"] for curve in found for point in curve.points})
+    lines = {
+        f"{100 * fraction:g} %": [next((p for p in curve.points if p["fraction"] == fraction), None) for curve in found]
+        for fraction in fractions
+    }
+    if any(curve.averages for curve in found):
+        lines["averages"] = [curve.averages for curve in found]
     rows = []
-    for fraction in fractions:
-        points = [next((p for p in curve.points if p["fraction"] == fraction), None) for curve in found]
-        tokens = max(point["tokens"] for point in points if point is not None)
-        cells = [MISSING if point is None else _loss_cell(point) for point in points]
-        rows.append([f"{100 * fraction:g} %", count(tokens), *cells])
-    averages = [curve.averages for curve in found]
-    if any(averages):
-        tokens = max(point["tokens"] for point in averages if point is not None)
-        cells = [MISSING if point is None else _loss_cell(point) for point in averages]
-        rows.append(["averages", count(tokens), *cells])
+    for name, points in lines.items():
+        tokens = {point["tokens"] for point in points if point is not None}
+        cells = [MISSING if point is None else _loss_cell(point, with_tokens=len(tokens) > 1) for point in points]
+        rows.append([name, count(tokens.pop()) if len(tokens) == 1 else MISSING, *cells])
     return Table(["trained", "tokens", *(escape(curve.label) for curve in found)], rows, text_columns=1)
 
 
-def _loss_cell(point: dict[str, Any]) -> str:
+def _loss_cell(point: dict[str, Any], with_tokens: bool) -> str:
     stderr = point.get("loss_stderr")
     error = "" if stderr is None else f" ± {stderr:.3f}"
-    return f"{point['loss']:.3f}{error} ({significant(perplexity(point['loss']))})"
+    tokens = f" at {count(point['tokens'])} tokens" if with_tokens else ""
+    return f"{point['loss']:.3f}{error} ({significant(perplexity(point['loss']))}){tokens}"
 
 
 def budget_table(found: Sequence[Curve]) -> Table:

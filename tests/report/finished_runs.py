@@ -61,6 +61,7 @@ def finished_run(
     warnings: Iterable[str] = (),
     blocks: Sequence[BlockLosses] = (),
     averages: float | None = None,
+    tokens: int = TOKENS,
 ) -> RunArtifacts:
     """Writes one run's artifacts below ``root``; runs of one root share ``load``, ``tokenize``, ``evaluate/load``.
 
@@ -84,7 +85,7 @@ def finished_run(
             })  # fmt: skip
         elif stage in ("pretrain", "sft"):
             trained = 400_000 if method != "none" else 1_500_000
-            _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained)
+            _training(directory, losses if stage == "pretrain" else [2.0, 1.5], seconds_per_step, trained, tokens)
             if blocks:
                 _add_blocks(directory / "training.json", blocks)
             if averages is not None:
@@ -93,6 +94,15 @@ def finished_run(
         elif stage.startswith("evaluate/"):
             _evaluation(directory, str(Target.of_role(stage)), scores)
     return RunArtifacts(name, method, directories)
+
+
+def with_other_data(run: RunArtifacts, role: str, **settings: Any) -> RunArtifacts:
+    """Gives all runs of a root another dataset, with these settings."""
+    file = run.directories[role] / "manifest.json"
+    manifest = json.loads(file.read_text())
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()
+    write(file, {**manifest, "key": key, "settings": {**manifest["settings"], **settings}})
+    return run
 
 
 def _expansion_metrics(method: str, warnings: Iterable[str]) -> dict[str, Any]:
@@ -111,20 +121,20 @@ def _manifest(directory: Path, stage: str, identity: str, seed: int, metrics: di
     })  # fmt: skip
 
 
-def _training(directory: Path, losses: list[float], seconds_per_step: float, trained: int) -> None:
+def _training(directory: Path, losses: list[float], seconds_per_step: float, trained: int, tokens: int) -> None:
     fractions = [index / (len(losses) - 1) for index in range(len(losses))]
     held_out = [
-        {"fraction": round(f, 3), "step": round(f * STEPS), "tokens": round(f * TOKENS), "flops": f * 1e12,
+        {"fraction": round(f, 3), "step": round(f * STEPS), "tokens": round(f * tokens), "flops": f * 1e12,
          "seconds": f * STEPS * seconds_per_step, "loss": loss}
         for f, loss in zip(fractions, losses, strict=True)
     ]  # fmt: skip
     write(directory / "training.json", {
-        "steps": STEPS, "tokens": TOKENS, "flops": 1e12, "seconds": STEPS * seconds_per_step, "world_size": 1,
+        "steps": STEPS, "tokens": tokens, "flops": 1e12, "seconds": STEPS * seconds_per_step, "world_size": 1,
         "precision": "bfloat16", "zero_stage": 2, "trainable_parameters": trained, "total_parameters": 1_900_000,
         "final_loss": losses[-1], "held_out": held_out,
     })  # fmt: skip
     lines = [
-        {"step": step, "loss": losses[-1] + math.exp(-step / 3), "tokens": step * TOKENS / STEPS}
+        {"step": step, "loss": losses[-1] + math.exp(-step / 3), "tokens": step * tokens / STEPS}
         for step in range(1, 11)
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

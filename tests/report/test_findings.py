@@ -18,7 +18,7 @@ from pipeline.report.findings import (
 from pipeline.report.results import collect_results
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
-from tests.report.finished_runs import MEASURED_BLOCKS, SCORES, finished_run
+from tests.report.finished_runs import MEASURED_BLOCKS, SCORES, finished_run, with_other_data
 
 
 def _headline(*runs: RunArtifacts) -> str:
@@ -216,6 +216,40 @@ def test_a_sweep_ranks_held_out_losses_and_states_the_loss_of_the_base(tmp_path:
         finished_run(tmp_path, "b", "none", losses=[3.4, 3.2]),
     ]
     assert "one run each (base model: 3.400): LESA 3.100, no expansion 3.200" in _headline(*runs)
+
+
+def _runs_on_two_datasets(root: Path) -> list[RunArtifacts]:
+    stages = ["load", "expand", "tokenize/corpus", "pretrain"]
+    found = []
+    for share, losses in ((0.2, [3.4, 3.2]), (0.4, [3.6, 3.1])):
+        for name, method, tokens in (("a", "none", 500), ("b", "copy", 1000)):
+            name = f"sweep/{name}-{share}"
+            run = finished_run(root / str(share), name, method, stages=stages, losses=losses, tokens=tokens)
+            found.append(run)
+        with_other_data(run, "tokenize/corpus", held_out_fraction=share)
+    return found
+
+
+def test_losses_on_different_held_out_blocks_are_not_in_one_ranking(tmp_path: Path) -> None:
+    runs = _runs_on_two_datasets(tmp_path)
+    text = _headline(*runs)
+    first = "Held-out loss after pre-training with held_out_fraction=0.2, one run each (base model: 3.400): "
+    second = "Held-out loss after pre-training with held_out_fraction=0.4, one run each (base model: 3.600): "
+    assert f"{first}a-0.2 3.200, b-0.2 3.200." in text and f"{second}a-0.4 3.100, b-0.4 3.100." in text
+    found = " ".join(caveats(runs, Scores([])))
+    assert "are on different text, and cannot be compared" in found and "(500 to 1,000)" in found
+    found = " ".join(caveats(runs[::2], Scores([])))
+    assert "are on different text, and cannot be compared" in found and "numbers of tokens" not in found
+    found = " ".join(caveats(runs[:2], Scores([])))
+    assert "different text" not in found and "(500 to 1,000)" in found
+
+
+def test_the_number_of_held_out_blocks_distinguishes_losses_too(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, method, method) for method in ("copy", "lesa")]
+    file = runs[0].directories["pretrain"] / "manifest.json"
+    write_json(file, {**read_json(file), "settings": {"held_out_blocks": 8, "sequence_length": 64}})
+    assert "with held_out_blocks=8, one run each: copying 3.000." in _headline(*runs)
+    assert "with held_out_blocks=4, one run each: LESA 3.000." in _headline(*runs)
 
 
 def test_caveats_of_a_small_run_state_seed_tokens_and_held_out_blocks(tmp_path: Path) -> None:

@@ -100,6 +100,18 @@ def test_curves_by_fraction_and_at_equal_budgets(tmp_path: Path) -> None:
     assert list(budget.rows[1]) == ["copying", "3.000", "3.000", "4.000"]
 
 
+def test_runs_of_different_lengths_have_their_own_tokens(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path, m, m, losses=[4.0, 3.0, 2.0], tokens=n) for m, n in (("lesa", 512), ("copy", 1024))]
+    content = tables.curve_table(curves(runs, "pretrain"))
+    assert _cells(content, 0) == {
+        "trained": "0 %", "tokens": "0", "LESA": "4.000 (54.60)", "copying": "4.000 (54.60)",
+    }  # fmt: skip
+    assert _cells(content, 1) == {
+        "trained": "50 %", "tokens": "–", "LESA": "3.000 (20.09) at 256 tokens",
+        "copying": "3.000 (20.09) at 512 tokens",
+    }  # fmt: skip
+
+
 def test_held_out_losses_have_standard_errors_where_blocks_were_recorded(tmp_path: Path) -> None:
     runs = [
         finished_run(tmp_path, "a", "lesa", blocks=MEASURED_BLOCKS),

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.files import read_json
 from pipeline.report import RunArtifacts, write_report
-from tests.report.finished_runs import MEASURED_BLOCKS, STAGES, finished_run, write
+from tests.report.finished_runs import MEASURED_BLOCKS, STAGES, finished_run, with_other_data, write
 
 ALL_PLOTS = {"scores.png", "held_out_loss.png", "training_loss.png", "layers.png", "seconds.png"}
 TEXTS = {"report.md", "report.html", "results.json", "paired_differences.json"}
@@ -105,6 +105,28 @@ def test_a_sweep_compares_its_methods_side_by_side(tmp_path: Path) -> None:
     assert "### At equal budgets" in text and "LESA, SOLAR" in text
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == ALL_PLOTS
     assert text.count("### Settings: load\n") == 1
+
+
+def test_runs_on_different_held_out_blocks_have_tables_and_plots_of_their_own(tmp_path: Path) -> None:
+    runs = [
+        finished_run(tmp_path / name[0], name, method, stages=STAGES[:6], blocks=MEASURED_BLOCKS)
+        for name, method in (("1a", "lesa"), ("1b", "copy"), ("2c", "solar"))
+    ]
+    with_other_data(runs[0], "tokenize/corpus", held_out_fraction=0.2)
+    with_other_data(runs[2], "tokenize/corpus", held_out_fraction=0.4)
+    with_other_data(runs[2], "tokenize/instructions", held_out_fraction=0.4)
+    text = _write(runs, tmp_path / "out")
+    assert "### Measurements: LESA, copying (held_out_fraction=0.2)" in text
+    assert "### Measurements: SOLAR (held_out_fraction=0.4)" in text
+    assert text.count("### At equal budgets") == 1
+    assert "### At equal budgets: LESA, copying" in text
+    assert len(re.findall(r"^Held-out loss of .+ on conversations", text, re.MULTILINE)) == 2
+    rows = re.findall(r"^\| +(?:0|100) % .+$", text, re.MULTILINE)
+    assert [row.count("|") for row in rows] == [5, 5, 4, 4] * 2
+    _, one = struct.unpack(">II", (tmp_path / "out" / "held_out_loss.png").read_bytes()[16:24])
+    _write(runs[:2], tmp_path / "same")
+    _, other = struct.unpack(">II", (tmp_path / "same" / "held_out_loss.png").read_bytes()[16:24])
+    assert one == 2 * other
 
 
 @pytest.mark.parametrize(
