@@ -39,7 +39,7 @@ def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study
     for item in overrides:
         key, _, value = item.partition("=")
         if key.lstrip("+").startswith(OWN):
-            _set(values, key.lstrip("+").removeprefix(OWN).split("."), yaml.safe_load(value))
+            _set(values, key.lstrip("+").removeprefix(OWN), yaml.safe_load(value))
         elif not item.lstrip("+").startswith(PREFIX):
             rest.append(item)
     try:
@@ -50,15 +50,18 @@ def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study
     return study, rest
 
 
-def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
+def _read(name: str, folders: Sequence[Path], extending: Sequence[Path] = ()) -> dict[str, Any]:
     """Returns the content of a study's file, merged into that of the study that it extends.
 
     Its common overrides follow those of the extended one, so that they take precedence.
+
+    Args:
+        name: of the study.
+        folders: where it is looked for, the last one first.
+        extending: the files that extend it, directly or not.
     """
-    file = next(
-        (path for folder in reversed(folders) if os.path.isfile(path := folder / "study" / f"{name}.yaml")), None
-    )
-    if file is None:
+    files = [path for folder in reversed(folders) if os.path.isfile(path := folder / "study" / f"{name}.yaml")]
+    if not files:
         known = list_choices("study", folders)
         raise UserError(
             setting="+study",
@@ -66,16 +69,22 @@ def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
             rule="there is no such study; choose from " + ", ".join(known),
             remedy=did_you_mean(name, known) + "Set +study=NAME to one of these, or --config-dir to your conf/.",
         )
+    # A file of the user's may extend the one of the same name in conf/.
+    file = next((path for path in files if path not in extending), None)
+    if file is None:
+        raise UserError(
+            setting=f"extends ({extending[-1]})",
+            value=name,
+            rule="a study cannot extend itself, nor one that extends it",
+            remedy="Name another one, or leave it out.",
+        )
     values = yaml.safe_load(file.read_text())
     if not isinstance(values, dict):
         raise UserError(setting="+study", value=file, rule="it has no settings", remedy="See conf/study/quick.yaml.")
     extended = values.pop("extends", None)
     if extended is None:
         return values
-    if extended == name and len(folders) == 1:
-        raise UserError(setting="extends", value=name, rule="a study cannot extend itself", remedy="Name another one.")
-    # A file of the user's may extend the one of the same name in conf/.
-    base = _read(extended, folders[:-1] if extended == name else folders)
+    base = _read(extended, folders, [*extending, file])
     return {**merge_nested(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
 
 
@@ -87,10 +96,27 @@ def _with_numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
-def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for key in path[:-1]:
-        values = values.setdefault(key, {})
-    values[path[-1]] = value
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    """Sets one setting of a study, such as ``contenders.copy.learning_rates``.
+
+    Raises:
+        UserError: a part of the name is of a setting that has no settings of its own, such as an entry of a list.
+    """
+    *path, last = name.split(".")
+    for depth, key in enumerate(path):
+        within = values.setdefault(key, {})
+        if isinstance(within, list) and depth == 1 and path[0] == "contenders":
+            within = values[key] = {"overrides": within, "learning_rates": None}  # what such a list stands for
+        if not isinstance(within, dict):
+            setting = ".".join(path[: depth + 1])
+            raise UserError(
+                setting=f"{OWN}{name}",
+                value=value,
+                rule=f"{OWN}{setting} has no settings of its own, and is only set as a whole",
+                remedy=f"Set {OWN}{setting}=" + ("[VALUE,...]." if isinstance(within, list) else "VALUE."),
+            )
+        values = within
+    values[last] = value
 
 
 def _refuse_overrides(study: Study, rest: Sequence[str]) -> None:

@@ -222,12 +222,20 @@ def test_a_plan_prints_a_blocker_once_for_all_contenders(place: Workplace, capsy
         ({}, ["action=clean"], "a study supports only"),
         ({"tune": {**STUDY["tune"], "learning_rates": [0.1, 0.01]}}, [], "they must ascend"),
         ({}, ["study.tokns=7"], "there is no such setting"),
+        ({}, ["study.seeds.0=7"], "study.seeds has no settings of its own, and is only set as a whole"),
+        ({}, ["study.tune.learning_rates.0=1e-4"], "Set study.tune.learning_rates=[VALUE,...]"),
+        ({}, ["study.tokens.x=1"], "Set study.tokens=VALUE"),
+        ({}, ["study.contenders.copy.overrides.0=expand=average"], "study.contenders.copy.overrides has no settings"),
+        ({"extends": "tiny"}, [], "a study cannot extend itself"),
+        ({"extends": "first"}, [], "a study cannot extend itself"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_message_before_anything_starts(
     place: Workplace, changes: Any, further: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.write(**changes)
+    (place.directory / "study" / "first.yaml").write_text("{extends: second}")
+    (place.directory / "study" / "second.yaml").write_text("{extends: tiny}")
     assert place.run(*further) == EXIT_REQUEST
     assert expected in capsys.readouterr().err
     assert not list((place.directory / "outputs").rglob("manifest.json"))
@@ -262,3 +270,7 @@ def test_a_study_extends_another_and_command_lines_change_it(place: Workplace) -
     assert study.common == [*STUDY["common"], "expand.new_layers=1"]
     assert study.tune.learning_rates == [1e-4, 0.001] and study.tokens == 512
     assert rest == ["output_dir=elsewhere"]
+    rates = ["study.contenders.copy.learning_rates=[1e-3,1e-2]", "study.contenders.new=[expand=lesa]"]
+    study, _ = load_study([*given, *rates], [CONF, place.directory])
+    assert study.contenders["copy"].overrides == CONTENDERS["copy"] and study.rates_of("copy") == [1e-3, 1e-2]
+    assert study.contenders["new"].overrides == ["expand=lesa"]
