@@ -26,6 +26,8 @@ SUITE_TASKS = frozenset(
     "piqa winogrande arc_easy wikitext mmlu commonsense_qa boolq arc_challenge hellaswag truthfulqa_mc2 gsm8k "
     "openbookqa social_iqa race sciq lambada_openai".split()
 )
+# Tasks that have no few-shot examples, of the bundled ones and the suites. A number for them would have no effect.
+ZERO_SHOT = frozenset({*BUNDLED, "truthfulqa_mc2"})
 # The best-known tasks whose dataset is a loading script (lm-eval issue 3171). Others are refused when they are loaded.
 SCRIPTED = frozenset({"logiqa", "logiqa2", "logieval", "arithmetic", "mc_taco", "prost", "pubmedqa"})
 NAME_LINE = re.compile(r"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.+-]+)[\"']?\s*$", re.MULTILINE)
@@ -41,7 +43,8 @@ def validate_evaluation(evaluate: Evaluate) -> None:
     """Checks that every task exists and that its data can be read or downloaded.
 
     Raises:
-        UserError: a task is unknown, a custom task file is invalid, or the Hub cannot be reached.
+        UserError: a task is unknown, a custom task file is invalid, a number of few-shot examples would have no effect,
+            or the Hub cannot be reached.
     """
     if not evaluate.tasks:
         raise UserError(
@@ -53,6 +56,7 @@ def validate_evaluation(evaluate: Evaluate) -> None:
     custom = CustomTasks(evaluate.include_path)
     _check_collisions(custom)
     downloaded = [task for task in evaluate.tasks if _needs_hub(task, custom)]
+    _check_fewshot(evaluate, custom)
     if downloaded and not is_offline():  # offline, data in the cache are used
         check_reachable("evaluate.tasks", ", ".join(downloaded), PREFETCH)
 
@@ -76,6 +80,39 @@ def _check_collisions(custom: CustomTasks) -> None:
                 rule=f"it defines {task}, which is the name of a bundled task",
                 remedy="Rename the task.",
             )
+
+
+def _check_fewshot(evaluate: Evaluate, custom: CustomTasks) -> None:
+    """Checks that every number of few-shot examples applies to a task. Names of other tasks of the suites may stay."""
+    asked = evaluate.num_fewshot
+    numbers = asked if isinstance(asked, dict) else dict.fromkeys(evaluate.tasks, asked)
+    for name in numbers:
+        if name not in {*evaluate.tasks, *SUITE_TASKS, *BUNDLED}:
+            near = difflib.get_close_matches(name, evaluate.tasks, n=1)
+            raise UserError(
+                setting=f"evaluate.num_fewshot.{name}",
+                value=numbers[name],
+                rule="it is not one of evaluate.tasks",
+                remedy=f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(evaluate.tasks)}.",
+            )
+    fixed = [name for name in evaluate.tasks if numbers.get(name) and _is_zero_shot(name, custom)]
+    if fixed:
+        others = [name for name in evaluate.tasks if numbers.get(name) and name not in fixed]
+        kept = ",".join(f"{name}:{numbers[name]}" for name in others)
+        raise UserError(
+            setting="evaluate.num_fewshot",
+            value=asked,
+            rule=f"it would have no effect on {', '.join(fixed)}: scored without examples, whatever the number",
+            remedy=f"Set 'evaluate.num_fewshot={{{kept}}}'." if others else "Set evaluate.num_fewshot=null.",
+        )
+
+
+def _is_zero_shot(name: str, custom: CustomTasks) -> bool:
+    """Returns whether a task, or every task of a group of the user's, has no few-shot examples."""
+    if name not in custom.names:
+        return name in ZERO_SHOT
+    own = [file.config.get("num_fewshot") == 0 for file in custom.files_of(name) if "group" not in file.config]
+    return bool(own) and all([*own, *(outside in ZERO_SHOT for outside in custom.outside_names(name))])
 
 
 def _needs_hub(task: str, custom: CustomTasks) -> bool:

@@ -29,7 +29,7 @@ from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
 from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
-from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access
+from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access, read_json
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.machine import evaluation_processes, requested_placement
 from pipeline.launch.slurm import current_allocation, job_of
@@ -347,6 +347,36 @@ def _snapshots(prepared: PreparedRun) -> Faults:
             )
 
 
+def _saved_snapshots(prepared: PreparedRun) -> Faults:
+    """A finished training stage has saved the snapshots that ``snapshot_at`` asks for."""
+    for name, node in prepared.selected.items():
+        if name in prepared.missing or not isinstance(node.settings, Train):
+            continue
+        for fraction in getattr(prepared.run, node.stage).snapshot_at:
+            if not snapshot_dir(node.artifact.path, fraction).is_dir():
+                yield UserError(
+                    setting=f"{node.stage}.snapshot_at",
+                    value=fraction,
+                    rule=f"{name} is finished and saved no snapshot there",
+                    remedy=f"Leave it out, or train again with force=[{name}].",
+                )
+
+
+def _rescored(prepared: PreparedRun) -> Faults:
+    """The expanded model was itself scored if ``rescore`` is set and its evaluation is finished."""
+    name = Target("expand").role
+    if not prepared.run.evaluate.rescore or name not in prepared.selected or name in prepared.missing:
+        return
+    other = read_json(prepared.selected[name].artifact.path / "evaluation.json").get("scores_of")
+    if other is not None:
+        yield UserError(
+            setting="evaluate.rescore",
+            value="true",
+            rule=f"{name} is finished with the scores of {other}, which has the same logits",
+            remedy="Leave it out, or score again with force=[evaluate].",
+        )
+
+
 def _evaluation_processes(prepared: PreparedRun) -> Faults:
     """The machine has a GPU for every model that is to be scored at the same time."""
     run = prepared.run
@@ -551,6 +581,8 @@ CHECKS = (
     Check(partial(_signal, "pretrain"), stops=("pretrain",), needs="sizes"),
     Check(partial(_signal, "sft"), stops=("sft",), needs="sizes"),
     Check(_snapshots, stops=("evaluate",)),
+    Check(_saved_snapshots, stops=("pretrain", "sft"), always=True),
+    Check(_rescored, stops=("evaluate",), always=True),
     Check(_evaluation_processes, stops=("evaluate",)),
     Check(_backend, stops=("evaluate",)),
     Check(_saved, stops=("sft", "evaluate")),

@@ -72,7 +72,8 @@ def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[
 def _reused_note(target: str, other: str) -> str:
     return (
         f"The {TARGET_NAMES[target]} model was not scored itself: its logits equal those of the {TARGET_NAMES[other]} "
-        "model, so their scores are equal too (`evaluate.rescore=true` scores it as well)."
+        "model, so their scores are equal too (`evaluate.rescore=true force=[evaluate]` scores it "
+        "as well)."
     )
 
 

@@ -22,6 +22,7 @@ from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.models import hub
 from pipeline.planning import prepare
 from pipeline.planning.checks import find_blockers, refuse_blocked
+from pipeline.training.job import snapshot_dir
 from tests.fake_hub import COMMIT, REPO, serve
 from tests.training.small import write_blocks
 
@@ -203,6 +204,32 @@ def test_existing_artifacts_are_cached_and_their_token_blocks_are_counted(
 
 
 # ---------------------------------------------------------------------------------------- blockers
+
+
+def test_a_finished_stage_that_lacks_what_is_asked_for_is_not_silently_kept(shrunk: list[str], tmp_path: Path) -> None:
+    command = ["+experiment=quickstart", *shrunk, "expand=llama_pro", f"output_dir={tmp_path / 'out'}"]
+    (prepared,) = prepare([compose_jobs(command, False, None)[0].settings])
+    _create_artifacts(command, *prepared.selected)
+
+    def refusal(*further: str) -> str | None:
+        (prepared,) = prepare([compose_jobs([*command, *further], False, None)[0].settings])
+        found = [blocker.fault for blocker in find_blockers(prepared)]
+        return next((str(fault) for fault in found if "is finished" in fault.rule), None)
+
+    for file, content in (("load", "{}"), ("expand", '{"scores_of": "load"}')):
+        (prepared.nodes[f"evaluate/{file}"].artifact.path / "evaluation.json").write_text(content)
+    assert refusal() is None
+    refused = refusal("evaluate.rescore=true")
+    assert refused is not None and "evaluate/expand is finished with the scores of load" in refused
+    assert "force=[evaluate]" in refused and refusal("evaluate.rescore=true", "force=[evaluate]") is None
+
+    refused = refusal("pretrain.snapshot_at=[0.25,0.5]")
+    assert refused is not None and refused.startswith("pretrain.snapshot_at = 0.25: pretrain is finished and saved no")
+    assert "force=[pretrain]" in refused and refusal("pretrain.snapshot_at=[0.25]", "force=[pretrain]") is None
+    assert refusal("pretrain.snapshot_at=[0.25]", "stages=[expand]") is None
+    snapshot_dir(prepared.nodes["pretrain"].artifact.path, 0.25).mkdir(parents=True)
+    assert refusal("pretrain.snapshot_at=[0.25]") is None
+    assert "sft.snapshot_at = 0.5" in (refusal("sft.snapshot_at=[0.5]") or "")
 
 
 def test_all_blockers_are_listed_not_only_the_first(
