@@ -30,7 +30,7 @@ class StudyCommand:
 
     Attributes:
         overrides: of all runs, from the command line.
-        arguments: the complete command line, for batch jobs.
+        arguments: the complete command line, for batch jobs and the report.
         compose: turns overrides into settings.
     """
 
@@ -63,23 +63,23 @@ def execute_study(command: StudyCommand, console: Console) -> None:
         else:
             _refuse_blocked(progress)
             if first.action == "run":
-                _run(progress, console)
+                _run(progress, command.arguments, console)
             elif not submit_study(progress, command.arguments, console):
-                finish(progress, console)
+                finish(progress, command.arguments, console)
 
 
-def _run(progress: StudyProgress, console: Console) -> None:
+def _run(progress: StudyProgress, arguments: Sequence[str], console: Console) -> None:
     """Finishes one contender after the other, and writes the report after each."""
     current: str | None = None
     while pending := progress.pending():
         if current not in (None, pending[0].contender):
-            finish(progress, console)
+            finish(progress, arguments, console)
         current = pending[0].contender
         now = [trial for trial in pending if trial.contender == current]
         for number, trial in enumerate(now, 1):
             console.print(f"[bold]{current}[/] {trial.name} ({number} of {len(now)} that can run now)")
             _build(progress.trials, trial, console)
-    finish(progress, console)
+    finish(progress, arguments, console)
 
 
 def _build(trials: Trials, trial: Trial, console: Console) -> None:
@@ -93,8 +93,14 @@ def _build(trials: Trials, trial: Trial, console: Console) -> None:
         console.print("  [yellow]diverged[/]: the loss is not finite, which counts as an infinite loss")
 
 
-def finish(progress: StudyProgress, console: Console) -> None:
-    """Links the runs that were found finished, such as those of another study, and writes the report."""
+def finish(progress: StudyProgress, arguments: Sequence[str], console: Console) -> None:
+    """Links the runs that were found finished, such as those of another study, and writes the report.
+
+    Args:
+        progress: the study.
+        arguments: the command line, to repeat the study.
+        console: where to print the path of the report.
+    """
     from pipeline.study.report import write_study_report
 
     for trial in progress.known():
@@ -104,7 +110,7 @@ def finish(progress: StudyProgress, console: Console) -> None:
         for node in prepared.selected.values():
             if node.artifact.is_complete() and not is_linked(prepared.run, node):
                 link(prepared.run, node)
-    console.print(f"report: {write_study_report(progress, progress.trials.directory / 'report')}")
+    console.print(f"report: {write_study_report(progress, arguments, progress.trials.directory / 'report')}")
 
 
 # ------------------------------------------------------------------------------------------- checks

@@ -44,8 +44,8 @@ def print_study_plan(progress: StudyProgress, console: Console) -> None:
     seeds = ", ".join(map(str, study.seeds))
     rungs = ", ".join(f"{rung:g}" for rung in study.tune.rungs)
     console.print(
-        f"[bold]{study.name}[/]  {len(study.contenders)} contenders, {study.tokens:,} tokens, seeds {seeds}; rates are "
-        f"tuned on {rungs} times the tokens"
+        f"[bold]{study.name}[/]  {len(study.contenders)} contenders, {progress.trials.final_tokens}, seeds {seeds}; "
+        f"rates are tuned on {rungs} times the tokens"
     )
     table = Table("contender", "tuning", "final runs", "FLOPs", "left", "hours left", "disk", box=None, pad_edge=False,
                   header_style="bold")  # fmt: skip

@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
+from pipeline.config.secrets import HIDDEN, contains_secret
 from pipeline.files import write_json, write_text
 from pipeline.report.markup import Table, bold, bullets, code, escape, image, render, table
 from pipeline.report.metrics import scientific, signed, with_error
 from pipeline.report.significance import LEVEL
+from pipeline.study.loading import PREFIX
 from pipeline.study.progress import Budget, Loss, StudyProgress
 from pipeline.study.results import Comparison, any_run, base_losses, compare, to_json
 from pipeline.study.statistics import Mean
 
 BUDGET_TITLES: dict[Budget, str] = {"tokens": "Equal tokens", "flops": "Equal FLOPs", "seconds": "Equal seconds"}
+PARETO, RATES = "pareto.png", "rates.png"
 TABLE_LEGEND = (
     "± is one standard error over seeds. Differences to the reference are paired by seed: ▲ better, ▼ worse, ≈ not "
     "significant. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column."
 )
 PARETO_CAPTION = (
-    "Held-out loss at equal tokens by what it costs: training FLOPs, and the loss on the forgetting text. Numbers as "
-    "in the table; the gray line is the Pareto front."
+    "Held-out loss at equal tokens by what it costs: training FLOPs{forgetting}. Numbers as in the table; the gray "
+    "line is the Pareto front."
 )
+FORGETTING_CAPTION = ", and the loss on the forgetting text"
 RATES_CAPTION = "Validation loss of the last rung by learning rate, above that of the chosen rate (circled)."
 
 
-def write_study_report(progress: StudyProgress, out: Path) -> Path:
-    """Writes the report on all contenders that are finished, and returns the path of report.md."""
+def write_study_report(progress: StudyProgress, arguments: Sequence[str], out: Path) -> Path:
+    """Writes the report on all contenders that are finished, and returns the path of report.md.
+
+    Args:
+        progress: the study.
+        arguments: the command line, to repeat the study.
+        out: the report's directory.
+    """
+    # What is done with the study does not belong to its settings.
+    arguments = [HIDDEN if contains_secret(item) else item for item in arguments if not item.startswith("action=")]
     out.mkdir(parents=True, exist_ok=True)
     comparisons = [compare(progress, budget) for budget in progress.budgets]
-    write_json(out / "results.json", to_json(progress, comparisons))
+    write_json(out / "results.json", {**to_json(progress, comparisons), "arguments": arguments})
     figures = _draw(progress, comparisons[0], out)
-    text = _compose(progress, comparisons, figures)
+    text = _compose(progress, comparisons, figures, arguments)
     write_text(out / "report.md", text)
     write_text(out / "report.html", render(text, f"study {progress.study.name}", out))
     return out / "report.md"
 
 
-def _compose(progress: StudyProgress, comparisons: Sequence[Comparison], figures: Sequence[str]) -> str:
+def _compose(
+    progress: StudyProgress, comparisons: Sequence[Comparison], figures: Mapping[str, str], arguments: Sequence[str]
+) -> str:
     blocks = [
         f"# Study {escape(progress.study.name)}",
         f"> {_headline(progress, comparisons[0])}",
@@ -52,14 +67,21 @@ def _compose(progress: StudyProgress, comparisons: Sequence[Comparison], figures
         if comparison.outcomes:
             blocks += [f"## {BUDGET_TITLES[comparison.budget]}", table(_loss_table(progress, comparison))]
             blocks += [bullets(_notes(progress, comparison))]
-    blocks += [image("pareto.png", PARETO_CAPTION)] if "pareto.png" in figures else []
+    blocks += [image(PARETO, figures[PARETO])] if PARETO in figures else []
     blocks += ["## Which differences count", bullets(_counting(progress, comparisons))]
     blocks += ["## Tuned learning rates", table(_rate_table(progress))]
-    blocks += [image("rates.png", RATES_CAPTION)] if "rates.png" in figures else []
+    blocks += [image(RATES, figures[RATES])] if RATES in figures else []
     blocks += ["## What these numbers do not show", bullets(_caveats(progress, comparisons))]
-    blocks += ["## Reproduction", code(f"scripts/study {progress.study.name}", "bash"), "with these settings:"]
+    blocks += ["## Reproduction", code(_command(arguments), "bash")]
+    blocks += ["The study's settings, as its file and `study.` on this command line set them:"]
     blocks += [code(yaml.safe_dump(progress.study.model_dump(mode="json"), sort_keys=False).rstrip(), "yaml")]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Returns the command that repeats the study."""
+    names = [item.lstrip("+").removeprefix(PREFIX) for item in arguments if item.lstrip("+").startswith(PREFIX)]
+    return shlex.join(["scripts/study", *names, *(i for i in arguments if not i.lstrip("+").startswith(PREFIX))])
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -91,7 +113,7 @@ def _protocol(progress: StudyProgress) -> Iterator[str]:
     study, steps = progress.study, progress.trials.token_steps[progress.study.reference]
     yield (
         f"{len(study.contenders)} contenders; the reference, chosen in advance, is {escape(study.reference)}. Final "
-        f"runs have {study.tokens:,} tokens ({steps:,} steps for the reference) and seeds "
+        f"runs have {progress.trials.final_tokens} ({steps:,} steps for the reference) and seeds "
         f"{', '.join(map(str, study.seeds))}."
     )
     yield (
@@ -254,14 +276,15 @@ def _rate_cell(rate: float, loss: float, chosen: bool) -> str:
 # ------------------------------------------------------------------------------------------- plots
 
 
-def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
+def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> dict[str, str]:
+    """Draws the figures, and returns their captions by file."""
     # Imported here because matplotlib takes a second.
     from pipeline.report.study_plots import Mark, Panel, draw_pareto, draw_rates
 
     numbers = _numbers(progress)
     held_out, forgetting = tokens.means["held_out"], tokens.means["forgetting"]
     finite = [name for name, mean in held_out.items() if math.isfinite(mean.value)]
-    drawn = []
+    drawn = {}
     if finite:
         flops = {name: any_run(tokens.outcomes[name]).flops for name in finite}
         panels = [
@@ -276,8 +299,8 @@ def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
                      held_out[name].stderr)
                 for name in both
             ]))  # fmt: skip
-        draw_pareto(panels, out / "pareto.png")
-        drawn.append("pareto.png")
+        draw_pareto(panels, out / PARETO)
+        drawn[PARETO] = PARETO_CAPTION.format(forgetting=FORGETTING_CAPTION if both else "")
     chosen = {
         name: tuned.rate
         for name in progress.study.contenders
@@ -294,6 +317,6 @@ def _draw(progress: StudyProgress, tokens: Comparison, out: Path) -> list[str]:
     }
     shown = {name: by_rate for name, by_rate in losses.items() if chosen[name] in by_rate}
     if shown:
-        draw_rates(shown, chosen, numbers, out / "rates.png")
-        drawn.append("rates.png")
+        draw_rates(shown, chosen, numbers, out / RATES)
+        drawn[RATES] = RATES_CAPTION
     return drawn

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Measured:
         return math.isinf(self.held_out)
 
 
-DIVERGED = Measured(math.inf, math.inf, math.inf, {}, 0, 0, 0, math.inf, math.inf, 0, 0, False)
+DIVERGED = Measured(math.inf, math.inf, None, {}, 0, 0, 0, math.inf, math.inf, 0, 0, False)
 
 
 class Trials:
@@ -159,12 +159,21 @@ class Trials:
         """The steps of every contender at the study's tokens."""
         return {name: max(1, round(self.study.tokens / self.tokens_per_step(name))) for name in self.bases}
 
+    @property
+    def final_tokens(self) -> str:
+        """The tokens of the final runs, in words. These take whole steps, and batches may differ between contenders."""
+        found = sorted({steps * self.tokens_per_step(name) for name, steps in self.token_steps.items()})
+        return " to ".join(f"{tokens:,}" for tokens in dict.fromkeys([found[0], found[-1]])) + " tokens"
+
 
 def _read(nodes: Mapping[str, Node]) -> Measured | None:
     node = nodes[STAGE]
     if not node.artifact.is_complete():
         # A loss that is not finite is the same on every attempt.
-        return DIVERGED if load_outcome(node.artifact.partial / LOGS).get("diverged") else None
+        if not load_outcome(node.artifact.partial / LOGS).get("diverged"):
+            return None
+        has_text = getattr(nodes["tokenize/corpus"].settings, "forgetting", None) is not None
+        return replace(DIVERGED, forgetting=math.inf if has_text else None)
     training, expansion = read_json(node.artifact.path / TRAINING_FILE), nodes["expand"].artifact.path
     first, last = training["held_out"][0], training["held_out"][-1]
     # The exported weights are the averages, if there are any.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.__main__ import CONF, compose_jobs
+from pipeline.__main__ import CONF, compose_jobs, main
 from pipeline.config.messages import list_choices
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
 from pipeline.study.loading import load_study
@@ -144,6 +145,31 @@ def test_a_study_that_lost_runs_repeats_only_these(finished: Workplace) -> None:
     assert {key for key in before if after[key] == before[key]} == set(before) - set(lost)
     _without_seconds(expected), _without_seconds(again := finished.results())
     assert again["rows"] == expected["rows"] and again["tuning"] == expected["tuning"]
+
+
+@SHARING
+def test_a_report_repeats_the_command_and_shows_only_what_was_measured(
+    arguments: list[str], one_worker: TrainingWorker, tmp_path: Path
+) -> None:
+    """Every run of a contender diverges, there is no text for forgetting, and the tokens are not whole steps."""
+    place = Workplace(tmp_path, [item for item in arguments if not item.startswith("data.forgetting=")])
+    hot = {"overrides": ["expand=copy"], "learning_rates": [1.0e30, 1.0e31]}
+    place.write(name="renamed", contenders={"copy": ["expand=copy"], "hot": hot}, equal_flops=False, tokens=1000)
+    assert place.run("study.tune.max_new_rates=0", "launch.threads=1", "action=run") == EXIT_DONE
+    report = tmp_path / "outputs" / "renamed" / "report"
+    text, results = (report / "report.md").read_text(), json.loads((report / "results.json").read_text())
+    assert "Diverged, and therefore not compared: hot (2 of 2 seeds)." in text
+    assert "orgetting" not in text.partition("## Reproduction")[0]
+    assert "Final runs have 1,024 tokens (4 steps" in text and "1,000" not in text
+    command = text.partition("## Reproduction")[2].partition("```bash\n")[2].partition("\n```")[0]
+    name, *given = shlex.split(command)[1:]
+    assert command.startswith("scripts/study tiny ") and name == "tiny"
+    assert {f"--config-dir={tmp_path}", f"output_dir={tmp_path / 'outputs'}", "launch.threads=1"} <= {*given}
+    assert "study.tune.max_new_rates=0" in given and "action=run" not in given
+    assert results["arguments"] == ["+study=tiny", *given]
+    tasks = one_worker.tasks
+    assert main([f"+study={name}", *given]) == EXIT_DONE and one_worker.tasks == tasks
+    assert (report / "report.md").read_text() == text
 
 
 def _without_seconds(results: dict[str, Any]) -> None:
