@@ -150,7 +150,7 @@ def _measurements(group: SameBlocks) -> list[str]:
     if averaged:
         blocks[1] += (
             f" The result of {', '.join(averaged)} is the averages of the weights (`ema_decay`), whose loss is in the "
-            "last row. All other losses, those in plots included, are of the weights without averaging."
+            "last row. All other losses of the table, and the curves in plots, are of the weights without averaging."
         )
     return blocks
 
