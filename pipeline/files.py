@@ -53,6 +53,17 @@ def is_nested_deeper(value: Any, levels: int = MAX_NESTING) -> bool:
     return levels == 0 or any(is_nested_deeper(each, levels - 1) for each in inner)
 
 
+def merge_nested(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``base`` updated by ``changes``. Nested dictionaries are merged recursively."""
+    merged = dict(base)
+    for name, value in changes.items():
+        inner = merged.get(name)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            value = merge_nested(inner, value)
+        merged[name] = value
+    return merged
+
+
 def read_record(path: Path, is_valid: Callable[[Any], object]) -> Any | None:
     """Reads a JSON file that a later run relies on but can do without, such as a cache or a record of progress.
 

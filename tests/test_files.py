@@ -23,6 +23,7 @@ from pipeline.errors import EXIT_DONE, EXIT_REQUEST, UserError
 from pipeline.files import (
     disk_errors_as_user_errors,
     is_intact,
+    merge_nested,
     read_json,
     remove_abandoned,
     seal,
@@ -33,6 +34,12 @@ from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import ShardWriter
 
 MEBIBYTE = 2**20
+
+
+def test_merging_does_not_modify_its_arguments() -> None:
+    base = {"a": {"b": 1}}
+    assert merge_nested(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+    assert base == {"a": {"b": 1}}
 
 
 def test_json_is_replaced_atomically(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pipeline.config.messages import did_you_mean, explain_validation
 from pipeline.config.study import STUDY_SETS, Study, overridden
 from pipeline.errors import UserError
+from pipeline.files import merge_nested
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3, which YAML reads as text without a decimal point
 PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a setting of the study itself
@@ -80,7 +81,7 @@ def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
         raise UserError(setting="extends", value=name, rule="a study cannot extend itself", remedy="Name another one.")
     # A file of the user's may extend the one of the same name in conf/.
     base = _read(extended, folders[:-1] if extended == name else folders)
-    return {**_merged(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
+    return {**merge_nested(base, values), "common": [*base.get("common", []), *values.get("common", [])]}
 
 
 def _with_numbers(value: Any) -> Any:
@@ -89,15 +90,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(item) for item in value]
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) for key, value in changes.items() if _are_groups(base.get(key), value)}
-    return {**base, **changes, **both}
-
-
-def _are_groups(first: Any, second: Any) -> bool:
-    return isinstance(first, dict) and isinstance(second, dict)
 
 
 def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import DeepSpeed, Train
 from pipeline.errors import UserError
+from pipeline.files import merge_nested
 from pipeline.training.precision import Precision
 
 BUCKET_SIZE = 50_000_000  # elements
@@ -171,7 +172,7 @@ def deepspeed_config(
         "steps_per_print": 2**31,  # never; the loop logs
         "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device twice per micro-batch
     }
-    return merge(config, settings.overrides)
+    return merge_nested(config, settings.overrides)
 
 
 def uses_bfloat16_parameters(train: Train, precision: Precision) -> bool:
@@ -199,12 +200,3 @@ def _zero(settings: DeepSpeed, on_gpu: bool, largest_layer: int) -> dict[str, An
     if settings.hpz_partition_size > 1:
         zero["zero_hpz_partition_size"] = settings.hpz_partition_size
     return zero
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``base`` updated by ``changes``. Nested dictionaries are merged recursively."""
-    merged = dict(base)
-    for name, value in changes.items():
-        inner = merged.get(name)
-        merged[name] = merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return merged

@@ -9,7 +9,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from pipeline.training.deepspeed_config import (
     OVERRIDES,
     deepspeed_config,
-    merge,
     override_faults,
     uses_bfloat16_parameters,
 )
@@ -91,12 +90,6 @@ def test_overrides_take_precedence_and_leave_other_settings_unchanged():
     assert config["gradient_clipping"] == 7.0
     usual = deepspeed_config(train_settings(), "float32", 1)["zero_optimization"]
     assert config["zero_optimization"] == {**usual, "overlap_comm": True} and "overlap_comm" not in usual
-
-
-def test_merge_does_not_modify_its_arguments():
-    base = {"a": {"b": 1}}
-    assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
-    assert base == {"a": {"b": 1}}
 
 
 @pytest.mark.parametrize(
