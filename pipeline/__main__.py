@@ -7,7 +7,6 @@ changes the working directory, writes its own files, and starts the first job of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import os
 import re
@@ -58,6 +57,7 @@ from pipeline.errors import (
     UserError,
     WorkersFailed,
 )
+from pipeline.files import sha256_text
 from pipeline.launch.environment import is_further_copy
 from pipeline.launch.slurm import SlurmUnreachable
 from pipeline.study.execute import StudyCommand, execute_study
@@ -247,7 +247,7 @@ def _directory_name(text: str, unique: bool = False) -> str:
     name = printable.strip()
     if not unique and len(name.encode()) <= MAX_NAME_BYTES:
         return name
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = sha256_text(text)[:8]
     return name.encode()[: MAX_NAME_BYTES - len(digest) - 1].decode(errors="ignore") + f"-{digest}"
 
 

@@ -211,7 +211,12 @@ def _user_name(user: int) -> str:
 def sha256_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
     """Returns the SHA-256 of JSON values, regardless of key order and formatting."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return sha256_text(canonical)
+
+
+def sha256_text(text: str) -> str:
+    """Returns the SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from pipeline.files import no_access, report_once, sha256_file
+from pipeline.files import no_access, report_once, sha256_file, sha256_text
 
 FINGERPRINTS_FILE = "fingerprints.jsonl"  # in the directory of all artifacts
 
@@ -43,7 +42,7 @@ class Fingerprints:
     def of_files(self, paths: Iterable[Path]) -> str:
         """Returns one hash for several files: of their names and contents, in the given order."""
         lines = [f"{path.name} {self.of_file(path)}" for path in paths]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return sha256_text("\n".join(lines))
 
     def _name(self, path: Path) -> str:
         status = path.stat()

@@ -27,7 +27,6 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import Literal
 
 from pipeline.data import stdlib_harvest
 from pipeline.data.records import Conversation, single_turn
+from pipeline.files import sha256_text
 
 VERSION = 3  # increment when the same CPython would yield different documents, pairs, questions or groups
 TOPICS = "language reference"  # the group of all topics; its hash keeps them in training, as none of them is held out
@@ -119,7 +119,7 @@ def interpreter_fingerprint() -> str:
     Nothing is imported, since the driver computes it for every command.
     """
     present = [name for name in sorted(sys.stdlib_module_names) if name in sys.modules or find_spec(name) is not None]
-    modules = sha256(" ".join(present).encode()).hexdigest()[:16]
+    modules = sha256_text(" ".join(present))[:16]
     interpreter = f"{platform.python_implementation()} {platform.python_version()} {sys.platform}"
     return f"python_docs/{VERSION} {interpreter} {modules}"
 
@@ -172,7 +172,7 @@ class Entry:
 def subset_of(module: str) -> Subset:
     """Returns the subset of a module's family. It is the same for every Python version."""
     family = stdlib_harvest.module_family(module)
-    percent = int(sha256(f"{SPLIT_SALT}{family}".encode()).hexdigest(), 16) % 100
+    percent = int(sha256_text(f"{SPLIT_SALT}{family}"), 16) % 100
     if percent < TAUGHT_PERCENT:
         return "taught"
     return "asked" if percent < TAUGHT_PERCENT + ASKED_PERCENT else "held_out"
@@ -271,7 +271,7 @@ def _pairs_about(entry: Entry) -> Iterator[Conversation]:
 
 def _phrase(phrasings: tuple[str, ...], entry: Entry) -> str:
     # Chosen by the name, so that adding or removing other entries changes nothing.
-    choice = int(sha256(f"{phrasings[0]}{entry.name}".encode()).hexdigest(), 16) % len(phrasings)
+    choice = int(sha256_text(f"{phrasings[0]}{entry.name}"), 16) % len(phrasings)
     return phrasings[choice].format(name=entry.name, kind=entry.kind, module=entry.module, summary=entry.summary)
 
 

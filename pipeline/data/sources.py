@@ -11,7 +11,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
@@ -30,6 +29,7 @@ from pipeline.data.records import (
     document_from,
 )  # fmt: skip
 from pipeline.errors import UserError
+from pipeline.files import sha256_text
 
 Purpose = Literal["corpus", "instructions", "forgetting"]  # documents, conversations, and again documents
 PROBED_RECORDS = 100  # a source of which the first so many records are all malformed is refused
@@ -294,7 +294,7 @@ def fingerprint_sources(sources: Sequence[Source], purpose: Purpose, fingerprint
     """
     # The order matters, because it determines which of two duplicates in different sources is kept.
     found = [reader.fingerprint(fingerprints) for reader in _readers(sources, purpose)]
-    return found[0] if len(found) == 1 else sha256("\n".join(found).encode()).hexdigest()
+    return found[0] if len(found) == 1 else sha256_text("\n".join(found))
 
 
 def expected_bytes(sources: Sequence[Source], purpose: Purpose) -> list[int]:

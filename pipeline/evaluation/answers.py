@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipeline.chat.model import ChatModel, ContextFull
 from pipeline.config.actions import Chat
 from pipeline.data.dataset import HELD_OUT_FILE
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import read_json, sha256_text
 from pipeline.launch.machine import Placement
 from pipeline.models.source import CHAT_TEMPLATE
 
@@ -71,8 +70,4 @@ def _questions(held_out: Path, count: int) -> list[tuple[str, str]]:
             ):
                 found.setdefault(turns[0]["content"], turns[1]["content"])
     short = [question for question in found if len(question) <= LONGEST_QUESTION]
-    return [(question, found[question]) for question in sorted(short, key=_hash)[:count]]
-
-
-def _hash(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
+    return [(question, found[question]) for question in sorted(short, key=sha256_text)[:count]]

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+
+from pipeline.files import sha256_text
 
 PAIRS_PER_PHENOMENON = 40
 
@@ -177,4 +178,4 @@ def _choose_words(template: str, seed: str) -> dict[str, str | tuple[str, str]]:
 
 def _pick(seed: str, count: int) -> int:
     """Returns a number below ``count`` that depends on ``seed`` alone."""
-    return int(sha256(seed.encode()).hexdigest(), 16) % count
+    return int(sha256_text(seed), 16) % count

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import zip_longest
 
 from pipeline.data.python_docs import Entry, question_entries, words
+from pipeline.files import sha256_text
 
 OPTIONS = 4
 QUESTIONS = 300  # a multiple of OPTIONS
@@ -44,7 +44,7 @@ def build_questions(entries: Iterable[Entry] | None = None, number: int = QUESTI
     taken: Counter[int] = Counter()
     # Each entry goes to the rank with the fewest questions so far for which its module has distractors.
     for entry, others in _candidates(question_entries() if entries is None else entries):
-        for rank in sorted(range(OPTIONS), key=lambda rank: (taken[rank], _order(f"{rank}{entry.name}"))):
+        for rank in sorted(range(OPTIONS), key=lambda rank: (taken[rank], sha256_text(f"{rank}{entry.name}"))):
             chosen = _distractors(entry, others, rank)
             if chosen is not None:
                 by_rank[rank].append(_question(entry, chosen))
@@ -67,7 +67,7 @@ def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
         if entry.kind != "module" and short and entry.has_usable_summary:
             modules[entry.module].append(entry)
     shuffled = [
-        sorted(group, key=lambda entry: _order(entry.name)) for group in modules.values() if len(group) >= OPTIONS
+        sorted(group, key=lambda entry: sha256_text(entry.name)) for group in modules.values() if len(group) >= OPTIONS
     ]
     turns = zip_longest(*shuffled)
     return [(entry, modules[entry.module]) for turn in turns for entry in turn if entry is not None]
@@ -76,7 +76,7 @@ def _candidates(entries: Iterable[Entry]) -> list[tuple[Entry, list[Entry]]]:
 def _distractors(entry: Entry, others: list[Entry], rank: int) -> list[Entry] | None:
     """Returns three other entries, of which ``rank`` have shorter names than ``entry`` and the rest longer ones."""
     usable = [other for other in others if _differs(other, entry)]
-    usable.sort(key=lambda other: (-_shared_words(other, entry), _order(entry.name + other.name)))
+    usable.sort(key=lambda other: (-_shared_words(other, entry), sha256_text(entry.name + other.name)))
     shorter = [other for other in usable if len(other.name) < len(entry.name)][:rank]
     longer = [other for other in usable if len(other.name) > len(entry.name)][: OPTIONS - 1 - rank]
     # Without enough shorter or longer names in the module, the entry cannot have this rank.
@@ -95,9 +95,5 @@ def _shared_words(other: Entry, entry: Entry) -> int:
 
 
 def _question(entry: Entry, distractors: list[Entry]) -> Question:
-    options = sorted([entry, *distractors], key=lambda option: _order(entry.name + "?" + option.name))
+    options = sorted([entry, *distractors], key=lambda option: sha256_text(entry.name + "?" + option.name))
     return Question(entry.summary, [option.name for option in options], options.index(entry), entry.module)
-
-
-def _order(text: str) -> str:
-    return sha256(text.encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipeline.data.dataset import HELD_OUT_FILE
 from pipeline.data.python_docs import words
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.questions import build_questions
+from pipeline.files import sha256_text
 
 LONGEST_PASSAGE = 1_000  # characters; many short passages have a smaller standard error than a few long ones
 
@@ -50,21 +50,17 @@ def _held_out_text(corpus: Path, characters: int) -> list[dict[str, str]]:
     drawn = [
         {"text": passage, "source": source} for source in passages for passage in _draw(passages[source], characters)
     ]
-    return sorted(drawn, key=lambda row: (_hash(row["text"]), row["source"]))
+    return sorted(drawn, key=lambda row: (sha256_text(row["text"]), row["source"]))
 
 
 def _draw(passages: Iterable[str], characters: int) -> Iterator[str]:
     """Yields passages until they have ``characters`` characters together. The last one is not truncated."""
-    for passage in sorted(passages, key=_hash):
+    for passage in sorted(passages, key=sha256_text):
         if characters <= 0:
             return
         if words(passage):  # word perplexity divides by the number of words
             yield passage
             characters -= len(passage)
-
-
-def _hash(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
 
 
 def _passage(text: str) -> str:

@@ -19,7 +19,6 @@ The driver imports every method's module to validate settings, so such a module 
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from pipeline.config import Expand
 from pipeline.config.section import Fraction, Positive, Section
 from pipeline.errors import UserError, first_few
 from pipeline.expansion.layer_plan import LayerPlan, gaps_of, insertion_plan
+from pipeline.files import sha256_text
 from pipeline.models.families import LayerTensor, Shape
 
 if TYPE_CHECKING:
@@ -311,8 +311,7 @@ def method_of(settings: Expand) -> Method:
 
 def seed_for(seed: int, *subject: object) -> int:
     """Returns a seed that depends on the run's seed and one subject only, such as the name of a tensor."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, *subject))).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    return int(sha256_text(" ".join(map(str, (seed, *subject))))[:14], 16)  # seven bytes
 
 
 def is_on_disk(size: int, gpu_memory: int | None) -> bool:

@@ -8,7 +8,6 @@ micro-batch may change between saving and resuming; losses then agree up to roun
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import distributed
 from pipeline.artifacts.store import MANIFEST
 from pipeline.config import Train
 from pipeline.errors import UserError
-from pipeline.files import read_json, sha256_file
+from pipeline.files import read_json, sha256_file, sha256_text
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.process_group import wait_for_all
@@ -70,7 +69,7 @@ def identity(
     if distributed.get_rank() == 0:  # the model may be large, so only one rank hashes it
         model = content_hash(model_dir, "*.safetensors", trust_manifest=not read_weights)
         several = [content_hash(directory, "*.npy", trust_manifest=True) for directory in data_dirs]
-        data = several[0] if len(several) == 1 else hashlib.sha256("\n".join(several).encode()).hexdigest()
+        data = several[0] if len(several) == 1 else sha256_text("\n".join(several))
         hashes.copy_(torch.tensor([list(bytes.fromhex(digest)) for digest in (model, data)], dtype=torch.uint8))
     wait_for_all("hashing the model")
     distributed.broadcast(hashes, src=0)
@@ -92,7 +91,7 @@ def content_hash(directory: Path, pattern: str, trust_manifest: bool) -> str:
     else:
         files = {path.name: sha256_file(path) for path in directory.glob(pattern)}
     lines = [f"{name} {files[name]}" for name in sorted(files) if fnmatch.fnmatch(name, pattern)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return sha256_text("\n".join(lines))
 
 
 def check_identity(found: Checkpoint, current: Mapping[str, Any], stage: str) -> None:
