@@ -33,7 +33,7 @@ from pipeline.config.messages import (
     badly_quoted,
     explain_hydra,
     is_utf8,
-    list_experiments,
+    list_choices,
     no_experiment,
     not_a_number,
     not_given,
@@ -144,7 +144,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m pipeline",
         description="Turns a pre-trained language model into a deeper, better one.",
-        epilog="experiments: " + ", ".join(list_experiments([CONF])),
+        epilog="experiments: " + ", ".join(list_choices("experiment", [CONF])),
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="+experiment=NAME, then any settings")

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import CONF, main
-from pipeline.config.messages import list_experiments
+from pipeline.config.messages import list_choices
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.files import read_json
 from tests import warm
@@ -172,7 +172,7 @@ def test_models_that_are_scored_at_the_same_time_have_the_same_scores(
     assert results() == one_by_one and {name.partition("/")[0] for name in one_by_one} >= {"load", "pretrain", "sft"}
 
 
-@pytest.mark.parametrize("experiment", list_experiments([CONF]))
+@pytest.mark.parametrize("experiment", list_choices("experiment", [CONF]))
 def test_every_experiment_can_be_planned_on_other_inputs(
     experiment: str, shrunk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,14 +31,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------- experiments
 
 
-def list_experiments(folders: Iterable[Path]) -> list[str]:
-    """Lists the names of the experiments in some configuration directories."""
-    return sorted({path.stem for folder in folders for path in (folder / "experiment").glob("*.yaml")})
+def list_choices(group: str, folders: Iterable[Path]) -> list[str]:
+    """Lists the names of the files of a group, such as ``experiment``, in some configuration directories."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def no_experiment(folders: list[Path]) -> UserError:
     """Returns the error for a command without an experiment. It lists the experiments."""
-    names = list_experiments(folders)
+    names = list_choices("experiment", folders)
     return UserError(
         setting="+experiment",
         value="(not given)",
@@ -87,7 +87,7 @@ def _first_message(error: BaseException) -> str:
 
 
 def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:
-    options = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+    options = list_choices(group, folders)
     setting = "+experiment" if group == "experiment" else group
     return UserError(
         setting=setting,

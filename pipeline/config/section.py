@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,6 +14,11 @@ MAX_PATH_BYTES = 4095  # on Linux
 # Entries of <output_dir>, and of <output_dir>/<name>, that are not runs.
 RESERVED_FIRST = ("artifacts",)
 RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report", "slurm", "wandb", "export")
+
+
+def setting_value(settings: object, name: str) -> Any:
+    """Returns the value of a setting by its dotted name."""
+    return reduce(getattr, name.split("."), settings)
 
 
 class NotInKey:

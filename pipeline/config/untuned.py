@@ -8,10 +8,10 @@ would be left of a list. ``planning/checks.py`` refuses those, and settings on t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from functools import reduce
 from typing import Any
 
 from pipeline.config import Settings
+from pipeline.config.section import setting_value
 
 
 def _without_sft(names: list[str]) -> list[str]:
@@ -39,12 +39,12 @@ def leave_out_tuning(run: Settings, given: Collection[str]) -> Settings:
         given: dotted names of the settings on the command line, which stay as they are.
     """
     for name, _ in tuning_requests(run):
-        left = _LEFT[name](_value(run, name))
+        left = _LEFT[name](setting_value(run, name))
         if name not in given and left != []:
             section, _, field = name.rpartition(".")
             changed = {field: left}
             if section:
-                changed = {section: _value(run, section).model_copy(update=changed)}
+                changed = {section: setting_value(run, section).model_copy(update=changed)}
             run = run.model_copy(update=changed)
     return run
 
@@ -54,13 +54,9 @@ def tuning_requests(run: Settings) -> Iterator[tuple[str, Any]]:
     if run.tunes:
         return
     for name, left_of in _LEFT.items():
-        value = _value(run, name)
+        value = setting_value(run, name)
         left = left_of(value)
         if isinstance(value, list) and left != value:
             yield name, ", ".join(item for item in value if item not in left)
         elif left != value:
             yield name, value
-
-
-def _value(run: Settings, name: str) -> Any:
-    return reduce(getattr, name.split("."), run)

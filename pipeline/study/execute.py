@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipeline.command import run_prepared
 from pipeline.config import Settings
+from pipeline.config.section import setting_value
 from pipeline.config.study import Study
 from pipeline.driver.run import is_linked, keys_recorded, link, record_keys
 from pipeline.errors import UserError, WorkersFailed
@@ -132,7 +133,7 @@ def _check(study: Study, bases: Mapping[str, Settings]) -> None:
         )
     for name, base in bases.items():
         for setting in ("data", "pretrain.sequence_length", "pretrain.held_out_blocks", "output_dir", "model.path"):
-            value, expected = (_get(settings, setting) for settings in (base, first))
+            value, expected = (setting_value(settings, setting) for settings in (base, first))
             if value != expected:
                 raise UserError(
                     setting=f"{setting} (study, contenders.{name})",
@@ -140,12 +141,6 @@ def _check(study: Study, bases: Mapping[str, Settings]) -> None:
                     rule=f"losses on other text cannot be compared, and {study.reference} has {expected}",
                     remedy="Set it in the study's common settings.",
                 )
-
-
-def _get(settings: object, name: str) -> object:
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings
 
 
 def _refuse_blocked(progress: StudyProgress) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.messages import did_you_mean, explain_validation
+from pipeline.config.messages import did_you_mean, explain_validation, list_choices
 from pipeline.config.study import STUDY_SETS, Study, overridden
 from pipeline.errors import UserError
 from pipeline.files import merge_nested
@@ -24,11 +24,6 @@ PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a set
 def asks_for_study(overrides: Iterable[str]) -> bool:
     """Whether a command line names a study."""
     return any(item.lstrip("+").startswith(PREFIX) for item in overrides)
-
-
-def list_studies(folders: Iterable[Path]) -> list[str]:
-    """Lists the names of the studies in some configuration directories."""
-    return sorted({path.stem for folder in folders for path in (folder / "study").glob("*.yaml")})
 
 
 def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study, list[str]]:
@@ -64,7 +59,7 @@ def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
         (path for folder in reversed(folders) if os.path.isfile(path := folder / "study" / f"{name}.yaml")), None
     )
     if file is None:
-        known = list_studies(folders)
+        known = list_choices("study", folders)
         raise UserError(
             setting="+study",
             value=name,

@@ -13,11 +13,11 @@ import yaml
 
 from pipeline.__main__ import CONF, compose_jobs, main
 from pipeline.config import METHODS, Settings
-from pipeline.config.messages import list_experiments, validate_settings
+from pipeline.config.messages import list_choices, validate_settings
 from pipeline.config.secrets import contains_secret
 from pipeline.errors import EXIT_REQUEST, UserError
 
-EXPERIMENTS = list_experiments([CONF])
+EXPERIMENTS = list_choices("experiment", [CONF])
 
 
 def _compose(*overrides: str, config_dir: Path | None = None) -> Settings:

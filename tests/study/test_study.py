@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from pipeline.__main__ import CONF, compose_jobs
+from pipeline.config.messages import list_choices
 from pipeline.errors import EXIT_DONE, EXIT_REQUEST
-from pipeline.study.loading import list_studies, load_study
+from pipeline.study.loading import load_study
 from tests.study.one_worker import TrainingWorker
 from tests.study.small_study import CONTENDERS, STUDY, Workplace
 
@@ -232,7 +233,7 @@ def test_wrong_input_is_one_message_before_anything_starts(
     assert not list((place.directory / "outputs").rglob("manifest.json"))
 
 
-@pytest.mark.parametrize("name", list_studies([CONF]))
+@pytest.mark.parametrize("name", list_choices("study", [CONF]))
 def test_every_study_composes(name: str) -> None:
     """Every contender has valid settings, and the pages that describe the study name it.
 
