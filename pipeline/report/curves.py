@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,8 +9,6 @@ from typing import Any
 
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.training.block_losses import BlockLosses
-
-LARGEST_EXPONENT = 700.0  # math.exp overflows above 709
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,6 @@ def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
 def block_losses(point: Mapping[str, Any]) -> BlockLosses | None:
     """Returns the loss of a measurement by block; None for a training by an earlier version, which recorded none."""
     return BlockLosses(**point["blocks"]["loss"]) if "blocks" in point else None
-
-
-def perplexity(point: Mapping[str, Any]) -> float:
-    """Returns exp of the mean loss per token, in the model's own tokens; capped where a float would overflow."""
-    return math.exp(min(point["loss"], LARGEST_EXPONENT))
 
 
 def common_budget(found: Sequence[Curve], axis: str) -> float:

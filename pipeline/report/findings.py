@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.report.curves import LossChange, base_loss, curves, perplexity
+from pipeline.report.curves import LossChange, base_loss, curves
 from pipeline.report.differences import Difference, Verdict, by_chance, leader
 from pipeline.report.markup import escape
 from pipeline.report.metrics import (
@@ -26,6 +26,7 @@ from pipeline.report.runs import RunArtifacts, labels, seconds_by_stage
 from pipeline.report.scores import Scores
 from pipeline.report.significance import expected_by_chance
 from pipeline.report.tables import STEPS
+from pipeline.training.block_losses import perplexity
 
 SMALL_TOKENS = 100e6  # below this many pre-training tokens the report warns about the scale
 
@@ -151,7 +152,7 @@ def _curve_sentence(run: RunArtifacts) -> list[str]:
     if training is None or not found:
         return []
     (curve,) = found
-    before, after = perplexity(curve.first), perplexity(curve.last)
+    before, after = perplexity(curve.first["loss"]), perplexity(curve.last["loss"])
     loss = "" if curve.change is None else f"; the loss {loss_change(curve.change)}"
     return [
         f"Pre-training on {count(training['tokens'])} tokens changed the expanded model's perplexity on held-out "

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
 from pipeline.config import MODEL_TARGETS, TRAINING_STAGES, Target
-from pipeline.report.curves import perplexity
 from pipeline.report.runs import RunArtifacts
+from pipeline.training.block_losses import perplexity
 
 RESULTS_FILE = "results.json"
 CURVE_TASKS = {"pretrain": "held_out_loss", "sft": "held_out_instruction_loss"}
@@ -61,7 +61,7 @@ def _held_out_losses(run: RunArtifacts) -> Iterator[Result]:
         training = run.training(stage) or {"held_out": []}
         for point in training["held_out"]:
             target = str(Target(stage, point["fraction"]))
-            values = {"loss": point["loss"], "perplexity": perplexity(point)}
+            values = {"loss": point["loss"], "perplexity": perplexity(point["loss"])}
             values |= {metric: point[metric] for metric in ("tokens", "flops", "seconds")}
             errors, blocks = _loss_errors(point)
             for metric, value in values.items():
@@ -74,7 +74,7 @@ def _loss_errors(point: Mapping[str, Any]) -> tuple[dict[str, float], int]:
     stderr = point.get("loss_stderr")
     if stderr is None:
         return {}, 0
-    return {"loss": stderr, "perplexity": perplexity(point) * stderr}, len(point["blocks"]["loss"]["losses"])
+    return {"loss": stderr, "perplexity": perplexity(point["loss"]) * stderr}, len(point["blocks"]["loss"]["losses"])
 
 
 def _costs(run: RunArtifacts) -> Iterator[Result]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config import TRAINING_STAGES
-from pipeline.report.curves import Curve, common_budget, loss_at, perplexity
+from pipeline.report.curves import Curve, common_budget, loss_at
 from pipeline.report.differences import Verdict, leader
 from pipeline.report.markup import Table, bold, code_span, emphasis, escape
 from pipeline.report.metrics import (
@@ -26,6 +26,7 @@ from pipeline.report.metrics import (
 from pipeline.report.results import Result
 from pipeline.report.runs import RunArtifacts, labels, roles
 from pipeline.report.scores import Scores
+from pipeline.training.block_losses import perplexity
 
 STEPS = {  # (before, after) -> column
     ("load", "expand"): "expansion",
@@ -154,7 +155,7 @@ def curve_table(found: Sequence[Curve]) -> Table:
 def _loss_cell(point: dict[str, Any]) -> str:
     stderr = point.get("loss_stderr")
     error = "" if stderr is None else f" ± {stderr:.3f}"
-    return f"{point['loss']:.3f}{error} ({significant(perplexity(point))})"
+    return f"{point['loss']:.3f}{error} ({significant(perplexity(point['loss']))})"
 
 
 def budget_table(found: Sequence[Curve]) -> Table:

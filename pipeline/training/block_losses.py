@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.standard_errors import ratio_influences, standard_error
+
+LARGEST_EXPONENT = 700.0  # math.exp overflows above 709
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp of a mean loss per token, in the model's own tokens; capped where a float would overflow."""
+    return math.exp(min(loss, LARGEST_EXPONENT))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from pipeline.training.batches import (
     evenly_spaced,
     micro_batches,
 )
-from pipeline.training.block_losses import BlockLosses
+from pipeline.training.block_losses import BlockLosses, perplexity
 from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import LR_MULTIPLE
@@ -296,8 +296,7 @@ class Loop:
         )
         if self.tracker is not None:
             metrics = {f"{split}_loss": blocks.mean for split, blocks in found.items()}
-            # exp overflows above 709.
-            metrics |= {f"{split}_perplexity": math.exp(min(blocks.mean, 700.0)) for split, blocks in found.items()}
+            metrics |= {f"{split}_perplexity": perplexity(blocks.mean) for split, blocks in found.items()}
             errors = {f"{split}_loss_stderr": blocks.stderr for split, blocks in found.items()}
             metrics |= {name: stderr for name, stderr in errors.items() if stderr is not None}
             self.tracker.log({**metrics, **self._cost()}, step=step)
