@@ -23,6 +23,7 @@ from pipeline.data.blocks import Ids
 from pipeline.errors import UserError, WorkersFailed, one_line
 from pipeline.files import read_json
 from pipeline.launch.child import close_pipes
+from pipeline.launch.machine import usable_cores
 from pipeline.models.source import PROCESSOR_TEMPLATE
 
 # About as many workers as this process can feed while it also packs their results. Each takes about 100 MB.
@@ -96,11 +97,6 @@ def _unsuitable(directory: Path, rule: str) -> UserError:
     return UserError(setting="model.path", value=directory, rule=rule, remedy="Use the model's original tokenizer.")
 
 
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 class TokenizerPool:
     """A pool of tokenizer workers, one process per core, each fed over pipes by its own thread.
 
@@ -114,7 +110,7 @@ class TokenizerPool:
     """
 
     def __init__(self, tokenizer: str, prefix: list[int], suffix: list[int], workers: int | None = None) -> None:
-        self.workers = workers or min(available_cores(), MAX_WORKERS)
+        self.workers = workers or min(usable_cores(), MAX_WORKERS)
         # The keys are those of the worker's protocol.
         self._setup = json.dumps({"tokenizer": tokenizer, "prefix": prefix, "suffix": suffix}).encode()
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="tokenizer")

@@ -109,13 +109,13 @@ def detect_machine() -> Machine:
     allocation = current_allocation()
     gpus = _count_visible_gpus(first_node_prefix()) if _torch_has_cuda() else 0
     if allocation is None:
-        return Machine(cores=_usable_cores(Path("/proc/self")), gpus=gpus)
+        return Machine(cores=usable_cores(), gpus=gpus)
     # Where srun starts the workers, they do not inherit the limits of this process.
-    cores = allocation.cpus if allocation.needs_srun else min(allocation.cpus, _usable_cores(Path("/proc/self")))
+    cores = allocation.cpus if allocation.needs_srun else min(allocation.cpus, usable_cores())
     return Machine(cores=cores, gpus=gpus, nodes=len(allocation.nodes))
 
 
-def _usable_cores(process: Path) -> int:
+def usable_cores(process: Path = Path("/proc/self")) -> int:
     """Returns how many threads of a process can run at the same time, without being throttled by a container's quota.
 
     Args:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.data import python_docs
-from pipeline.data.tokenizer import available_cores
+from pipeline.launch.machine import usable_cores
 from scripts.benchmarks.machine import machine
 from scripts.benchmarks.processes import run_module
 from scripts.benchmarks.tasks import corpus_settings, run_stage, stage_task, text_files
@@ -50,7 +50,7 @@ def main() -> None:
     """Writes the text, times both and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
-    parser.add_argument("--cores", type=int, default=available_cores())
+    parser.add_argument("--cores", type=int, default=usable_cores())
     parser.add_argument(
         "--output-dir", type=Path, default=Path("outputs"), help="where the quickstart's model is, or is created"
     )

@@ -98,10 +98,10 @@ def test_cores_are_limited_by_the_quota_of_control_groups(
         file.write_text(value + "\n")
     (tmp_path / "cgroup").write_text(f"{group}\n")
     (tmp_path / "mountinfo").write_text(f"31 23 0:28 {mount.replace('M', str(tmp_path / 'groups'))}\n")
-    assert machine._usable_cores(tmp_path) == cores
+    assert machine.usable_cores(tmp_path) == cores
 
 
 def test_cores_are_limited_by_the_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which a cpuset sets."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 3, 5})
-    assert machine._usable_cores(tmp_path) == 3
+    assert machine.usable_cores(tmp_path) == 3

@@ -109,7 +109,7 @@ def test_repeated_interruptions_do_not_change_the_result(
     task = _same_task(tiny_llama_dir, tmp_path / "interrupted", purpose, sources, **splits)
     for survived, cores in ((3, 2), (40, 1), (7, 3), (61, 2), (33, 1)):
         with monkeypatch.context() as patched:
-            patched.setattr(tokenizer, "available_cores", lambda cores=cores: cores)
+            patched.setattr(tokenizer, "usable_cores", lambda cores=cores: cores)
             patched.setattr(ProgressBar, "advance", _dying_after(survived))
             with pytest.raises(Killed):
                 tokenize.run(task)
