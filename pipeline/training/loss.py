@@ -204,7 +204,7 @@ class SummedLoss(nn.Module):
         autocast: the dtype of autocast, if it differs from that of the parameters.
         compiled: whether the model's layers are compiled. The loss of a chunk is then compiled too.
         float32_products: compute the products of the head and of attention on the float32 units; see
-            ``pipeline.training.float32_products``.
+            ``pipeline.models.matrix_products``.
         sequence: the ranks that share sequences with this one. The output is then the loss of this rank's targets.
     """
 
