@@ -1,4 +1,4 @@
-"""Carry out a command whose settings are valid: what ``action`` says, from ``run`` to ``export``."""
+"""Carries out a command whose settings are valid: what ``action`` says, from ``run`` to ``export``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Job:
 
 
 def execute(jobs: Sequence[Job], console: Console) -> None:
-    """Prepare and check every job before the first one starts, then do what ``action`` says.
+    """Prepares and checks every job before the first one starts, then does what ``action`` says.
 
     Raises:
         UserError: one of the jobs cannot work, and none was started; or the disk is full or fails.
@@ -94,7 +94,7 @@ def _inspect_all(jobs: Sequence[PreparedRun], console: Console) -> None:
 
 
 def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[str, Node]]:
-    """Return the models that a command is about, and the run's graph.
+    """Returns the models that a command is about, and the run's graph.
 
     The graph is empty, and inputs of the run are not looked up, if no model is a stage's.
     """
@@ -110,7 +110,7 @@ def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[
 
 
 def _watch(jobs: Sequence[PreparedRun], console: Console) -> None:
-    """Repeat the status until every artifact is there, or until Ctrl-C."""
+    """Repeats the status until every artifact is there, or until Ctrl-C."""
     with suppress(KeyboardInterrupt):
         while True:
             console.clear()  # has no effect if the output is not a terminal
@@ -131,7 +131,7 @@ def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> Non
 
 
 def execute_batch_job(file: Path, console: Console) -> None:
-    """Carry out the task of a job that ``action=submit`` submitted.
+    """Carries out the task of a job that ``action=submit`` submitted.
 
     Args:
         file: the task as ``driver.submit.job_task`` describes it.
@@ -200,7 +200,7 @@ def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> N
 
 
 def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
-    """Build what is missing of runs that passed all checks; for a sweep, also the report on all of them."""
+    """Builds what is missing of runs that passed all checks; for a sweep, also the report on all of them."""
     first = jobs[0].run
     with (
         notified(*_ending(jobs, sweep)),
@@ -214,7 +214,7 @@ def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> 
 
 
 def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | None]:
-    """Return the settings of a run or sweep, and what its end leaves: the report, or without one the directory.
+    """Returns the settings of a run or sweep, and what its end leaves: the report, or without one the directory.
 
     A batch job that does not build the report is a part of a run.
     """
@@ -247,7 +247,7 @@ def _print_seconds(seconds: dict[str, float], console: Console) -> None:
 
 
 def _report_sweep(jobs: Sequence[PreparedRun], console: Console) -> None:
-    """Build one report on all jobs of a sweep and link it as ``<output_dir>/<name>/report``."""
+    """Builds one report on all jobs of a sweep and links it as ``<output_dir>/<name>/report``."""
     settings, nodes = _sweep_report(jobs)
     run_graph(settings, nodes, console)
     node = nodes["report"]
@@ -256,6 +256,6 @@ def _report_sweep(jobs: Sequence[PreparedRun], console: Console) -> None:
 
 
 def _sweep_report(jobs: Sequence[PreparedRun]) -> tuple[Settings, dict[str, Node]]:
-    """Return the settings and the only node of the report on a sweep."""
+    """Returns the settings and the only node of the report on a sweep."""
     settings = jobs[0].run.model_copy(update={"name": jobs[0].run.name.rpartition("/")[0], "stages": ["report"]})
     return settings, {"report": make_report(settings, [(job.run, job.selected) for job in jobs])}

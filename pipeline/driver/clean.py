@@ -1,4 +1,4 @@
-"""``action=clean``: list, and with ``confirm=true`` remove, what no run in ``output_dir`` refers to.
+"""``action=clean``: lists, and with ``confirm=true`` removes, what no run in ``output_dir`` refers to.
 
 A run refers to an artifact by a link, by the keys that it recorded when it was last started (``driver.run``), by a
 submitted job, or as a parent of such an artifact. What an interrupted run would resume is therefore kept until the run
@@ -50,7 +50,7 @@ class _InUse(Exception):
 
 
 def clean(output_dir: Path, confirm: bool, console: Console) -> None:
-    """List what can be removed, and remove it if ``confirm`` is set.
+    """Lists what can be removed, and removes it if ``confirm`` is set.
 
     Raises:
         UserError: the references of a run cannot be read.
@@ -165,7 +165,7 @@ def _unreadable(error: OSError) -> NoReturn:
 
 
 def _remove(item: Leftovers, console: Console) -> bool:
-    """Remove what was found, unless a process or a run has begun to use it in the meantime."""
+    """Removes what was found, unless a process or a run has begun to use it in the meantime."""
     artifact, lock = item.artifact, item.artifact.lock()
     try:
         with lock.held(_refuse_to_wait):

@@ -92,7 +92,7 @@ class Node:
 
 
 def expected_files(node: Node) -> tuple[str, ...]:
-    """Return patterns of the files that an artifact contains."""
+    """Returns patterns of the files that an artifact contains."""
     if isinstance(node.settings, Train) and not node.settings.save_model:
         return _METRICS
     if isinstance(node.settings, Answers):
@@ -108,7 +108,7 @@ class _Builder:
         self.nodes: dict[str, Node] = {}
 
     def add(self, name: str, settings: Section, parents: Mapping[str, str], **inputs: str) -> None:
-        """Add a node. ``parents`` maps each role to the name of an earlier node."""
+        """Adds a node. ``parents`` maps each role to the name of an earlier node."""
         stage = name.partition("/")[0]
         nodes = {role: self.nodes[parent] for role, parent in parents.items()}
         self.nodes[name] = make_node(self._settings, name, STAGES[stage], settings, nodes, inputs)
@@ -117,7 +117,7 @@ class _Builder:
 def make_node(
     run: Settings, name: str, stage: Stage, settings: Section, parents: Mapping[str, Node], inputs: Mapping[str, str]
 ) -> Node:
-    """Create a node and work out its key."""
+    """Creates a node and works out its key."""
     stage_name = name.partition("/")[0]
     seed = run.seed if settings.draws_random_numbers else 0
     key = make_key(
@@ -132,7 +132,7 @@ def make_node(
 
 
 def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
-    """Create all nodes of a run, parents first. ``evaluate.targets`` decides which models are scored."""
+    """Creates all nodes of a run, parents first. ``evaluate.targets`` decides which models are scored."""
     graph = _Builder(run)
     graph.add("load", run.model, {}, model=inputs.model)
     if run.expansion.ranked_position is None:
@@ -175,7 +175,7 @@ def _add_expand(graph: _Builder, run: Settings, inputs: Inputs, parents: Mapping
 
 
 def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Node]]]) -> Node:
-    """Create the node of a report on one run, or on all runs of a sweep.
+    """Creates the node of a report on one run, or on all runs of a sweep.
 
     Args:
         first: the settings that the report's artifact is stored by.
@@ -193,7 +193,7 @@ def make_report(first: Settings, runs: Iterable[tuple[Settings, Mapping[str, Nod
 
 
 def _corpus_settings(run: Settings) -> Tokenize:
-    """Collect the settings that matter to the corpus from ``data`` and ``pretrain``."""
+    """Collects the settings that matter to the corpus from ``data`` and ``pretrain``."""
     return Tokenize(
         purpose="corpus",
         sources=_weighted(run.data.corpus),
@@ -212,7 +212,7 @@ def _corpus_settings(run: Settings) -> Tokenize:
 
 
 def _instruction_settings(run: Settings) -> Tokenize | None:
-    """Collect the settings that matter to the conversations from ``data`` and ``sft``; None if there are none."""
+    """Collects the settings that matter to the conversations from ``data`` and ``sft``; None if there are none."""
     if run.data.instructions is None:
         return None
     return Tokenize(
@@ -251,14 +251,14 @@ def _evaluate_settings(run: Settings, target: Target) -> Evaluate:
 
 
 def select_nodes(nodes: Mapping[str, Node], stages: Iterable[str]) -> dict[str, Node]:
-    """Select the nodes of some stages and all that these depend on, in order."""
+    """Selects the nodes of some stages and all that these depend on, in order."""
     chosen = set(stages)
     wanted = lineage(node for node in nodes.values() if node.stage in chosen)
     return {name: node for name, node in nodes.items() if node.artifact.key in wanted}
 
 
 def lineage(nodes: Iterable[Node]) -> set[str]:
-    """Return the keys of some nodes and of all that these depend on."""
+    """Returns the keys of some nodes and of all that these depend on."""
     keys: set[str] = set()
 
     def add(node: Node) -> None:
@@ -273,7 +273,7 @@ def lineage(nodes: Iterable[Node]) -> set[str]:
 
 
 def forced(nodes: Mapping[str, Node], stages: Iterable[str]) -> set[str]:
-    """Return the names of the nodes to rebuild: those of ``stages`` and everything that depends on them."""
+    """Returns the names of the nodes to rebuild: those of ``stages`` and everything that depends on them."""
     redo: set[str] = set()
     for name, node in nodes.items():
         if node.stage in set(stages) or any(parent.name in redo for parent in node.parents.values()):

@@ -1,4 +1,4 @@
-"""Requeue batch jobs that Slurm interrupts, unless they make no progress.
+"""Requeues batch jobs that Slurm interrupts, unless they make no progress.
 
 Slurm sends a signal ahead of a time limit or a preemption. The run then saves its state, and the job requeues itself.
 Slurm also requeues a job after a node failure. Every restart checks whether anything was finished since the previous
@@ -23,7 +23,7 @@ GROWING = (".model.kept", "checkpoint/progress.json")  # files in which expand a
 
 
 def requeue_this_job() -> str | None:
-    """Requeue the batch job that this process is part of, upon which Slurm ends this process.
+    """Requeues the batch job that this process is part of, upon which Slurm ends this process.
 
     Returns:
         A message for the user; None outside a batch job, or if the job was cancelled or must not be requeued.
@@ -48,7 +48,7 @@ def _was_interrupted(info: slurm.JobInfo) -> bool:
 
 @contextmanager
 def counted_restarts(run: Settings, nodes: Collection[Node]) -> Iterator[None]:
-    """Count the consecutive restarts of this batch job without progress, and forget the count when the job succeeds.
+    """Counts the consecutive restarts of this batch job without progress, and forgets the count when the job succeeds.
 
     Args:
         run: the run whose directory holds the count.
@@ -87,7 +87,7 @@ def _no_progress(run: Settings, without_progress: int) -> NoProgress:
 
 
 def _finished(node: Node) -> list[str]:
-    """Identify the results of a node that a restart does not compute again."""
+    """Identifies the results of a node that a restart does not compute again."""
     if node.artifact.is_complete():
         return [node.artifact.key]
     partial = node.artifact.partial

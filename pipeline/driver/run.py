@@ -1,4 +1,4 @@
-"""Build the missing artifacts of a run in order and report those that exist."""
+"""Builds the missing artifacts of a run in order and reports those that exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECORDED_IF_INSTALLED = ("pot", "vllm")
 
 
 def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dict[str, float]:
-    """Build the selected nodes of a run.
+    """Builds the selected nodes of a run.
 
     Returns:
         Seconds by node name, in the order in which they ended, 0.0 for artifacts that existed.
@@ -66,7 +66,7 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
 
 
 def record_keys(run: Settings, nodes: Mapping[str, Node]) -> None:
-    """Record which artifacts a run needs before they are built, so that ``action=clean`` keeps them."""
+    """Records which artifacts a run needs before they are built, so that ``action=clean`` keeps them."""
     place = Path(run.output_dir) / run.name / KEYS_FILE
     if not keys_recorded(run, nodes):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,14 @@ def _known_keys(run: Settings) -> dict[str, str]:
 
 
 def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """Return the selected nodes whose artifacts do not exist or are to be rebuilt."""
+    """Returns the selected nodes whose artifacts do not exist or are to be rebuilt."""
     selected = select_nodes(nodes, run.stages)
     redo = forced(selected, run.force)
     return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
 
 
 def _provide(run: Settings, node: Node, redo: bool, share: MachineShare, console: Console) -> float:
-    """Build an artifact under its lock unless it exists. Returns the seconds that took."""
+    """Builds an artifact under its lock unless it exists. Returns the seconds that took."""
     if not redo and node.artifact.is_complete():
         console.print(f"  [green]there[/]  {node.name:<24} {node.artifact.key[:12]}")
         return 0.0
@@ -140,7 +140,7 @@ def _build(run: Settings, node: Node, lock: Lock, share: MachineShare, console: 
 
 
 def make_task(run: Settings, node: Node) -> StageTask:
-    """Create the task for the stage's function."""
+    """Creates the task for the stage's function."""
     existing = {role: other for role, other in node.reuses.items() if other.artifact.is_complete()}
     return StageTask(
         name=node.name,
@@ -168,7 +168,7 @@ def _execute(task: StageTask, share: MachineShare) -> Metrics:
 
 
 def _execute_in_process(task: StageTask, share: MachineShare) -> Metrics:
-    """Run ``python -m pipeline.stages`` and read its outcome."""
+    """Runs ``python -m pipeline.stages`` and reads its outcome."""
     logs = task.out / "logs"  # not a temporary directory, because the stage may run on another node
     logs.mkdir(parents=True, exist_ok=True)
     task_file, outcome_file = logs / "task.json", logs / OUTCOME_FILE
@@ -206,7 +206,7 @@ def _manifest(node: Node, metrics: Metrics, seconds: float) -> dict[str, Any]:
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that determine results, as they were at the first call.
+    """Returns the versions of the packages that determine results, as they were at the first call.
 
     Raises:
         UserError: one of them is not installed.
@@ -227,7 +227,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of this source tree, or None for an installed package."""
+    """Returns the commit of this source tree, or None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -236,7 +236,7 @@ def _git_commit() -> str | None:
 
 
 def link(run: Settings, node: Node) -> None:
-    """Link ``<output_dir>/<name>/<node>`` to the artifact. The link is relative, so that the tree can be moved."""
+    """Links ``<output_dir>/<name>/<node>`` to the artifact. The link is relative, so that the tree can be moved."""
     place = Path(run.output_dir) / run.name / node.name
     place.parent.mkdir(parents=True, exist_ok=True)
     if is_linked(run, node):

@@ -25,7 +25,7 @@ SHOWN_METRICS = ("loss", "tokens_per_second", "held_out_loss")
 
 
 def print_status(run: Settings, nodes: Mapping[str, Node], console: Console) -> None:
-    """Print one line per node, and why it failed if it did."""
+    """Prints one line per node, and why it failed if it did."""
     console.print(f"[bold]{run.name}[/]")
     selected = select_nodes(nodes, run.stages)
     # Jobs that were submitted with other settings build other artifacts.
@@ -55,7 +55,7 @@ def _state(node: Node) -> str:
 
 
 def _job_infos(run: Settings, jobs: Mapping[str, Mapping[str, Any]], console: Console) -> dict[str, slurm.JobInfo]:
-    """Ask Slurm about jobs, and cancel those that a killed submission left held."""
+    """Asks Slurm about jobs, and cancels those that a killed submission left held."""
     found = {}
     try:
         cancel_held_jobs(run, console)
@@ -68,7 +68,7 @@ def _job_infos(run: Settings, jobs: Mapping[str, Mapping[str, Any]], console: Co
 
 
 def _job(entry: Mapping[str, Any] | None, info: slurm.JobInfo | None) -> str:
-    """Describe a job, such as ``job 12 RUNNING 00:10:00 of 1-00:00:00, restarts 2``."""
+    """Describes a job, such as ``job 12 RUNNING 00:10:00 of 1-00:00:00, restarts 2``."""
     if entry is None:
         return ""
     if info is None:
@@ -80,7 +80,7 @@ def _job(entry: Mapping[str, Any] | None, info: slurm.JobInfo | None) -> str:
 
 
 def _failure(node: Node, entry: Mapping[str, Any] | None, info: slurm.JobInfo | None) -> str | None:
-    """Return what the driver recorded when a process of the stage died, or the end of the log of a job that failed."""
+    """Returns what the driver recorded when a process of the stage died, or the end of the log of a job that failed."""
     if node.artifact.is_complete():
         return None
     recorded = node.artifact.partial / FAILURE_FILE
@@ -96,7 +96,7 @@ def _failure(node: Node, entry: Mapping[str, Any] | None, info: slurm.JobInfo | 
 
 
 def latest_metrics(node: Node, running: bool) -> str:
-    """Describe a node's latest metrics; for training, also its step and, while it is running, the time left."""
+    """Describes a node's latest metrics; for training, also its step and, while it is running, the time left."""
     directory = node.artifact.path if node.artifact.is_complete() else node.artifact.partial
     lines = read_metrics(directory / METRICS_FILE)
     if not lines:

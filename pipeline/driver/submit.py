@@ -69,7 +69,7 @@ def slurm_dir(run: Settings) -> Path:
 
 
 def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
-    """Create the jobs of some runs, parents first. An artifact that several runs share gets one job.
+    """Creates the jobs of some runs, parents first. An artifact that several runs share gets one job.
 
     Args:
         report: the report of a sweep: its settings and its only node.
@@ -88,7 +88,7 @@ def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
 
 
 def job_task(job: StageJob) -> dict[str, Any]:
-    """Describe a job's task as JSON values.
+    """Describes a job's task as JSON values.
 
     ``force`` is dropped: artifacts to be rebuilt are invalidated on submission, and a requeued job must resume.
     """
@@ -103,13 +103,13 @@ def job_task(job: StageJob) -> dict[str, Any]:
 
 
 def job_script(job: StageJob) -> str:
-    """Write a job's batch script."""
+    """Writes a job's batch script."""
     name = f"{job.runs[0].name}/{job.node.name}"
     return command_script(job.runs[0], name, ["--job", f"{job.place}.json"], job.node.stage, job.place)
 
 
 def command_script(run: Settings, name: str, arguments: Sequence[str], stage: str, place: Path) -> str:
-    """Write a batch script that runs this program.
+    """Writes a batch script that runs this program.
 
     Args:
         run: the settings, for ``slurm``.
@@ -135,7 +135,7 @@ def command_script(run: Settings, name: str, arguments: Sequence[str], stage: st
 
 
 def print_scripts(jobs: Sequence[StageJob], console: Console) -> None:
-    """Print the scripts that would be submitted. No file is written."""
+    """Prints the scripts that would be submitted. No file is written."""
     for job in jobs:
         parents = [parent.node.name for parent in jobs if parent.node.artifact.key in _parent_keys(job)]
         after = f", after {', '.join(parents)}" if parents else ""
@@ -144,7 +144,7 @@ def print_scripts(jobs: Sequence[StageJob], console: Console) -> None:
 
 
 def submit_jobs(jobs: Sequence[StageJob], console: Console, last: Path | None = None) -> int | None:
-    """Queue all jobs or none. Jobs of an earlier submission that are still in the queue are not queued again.
+    """Queues all jobs or none. Jobs of an earlier submission that are still in the queue are not queued again.
 
     Args:
         last: a script to run once all of the jobs have ended, in whatever way.
@@ -218,7 +218,7 @@ def _print_submitted(job: StageJob, number: int, parents: Sequence[int], console
 
 
 def _invalidate(node: Node, console: Console) -> None:
-    """Have an artifact rebuilt. This happens on submission, so that a job that is requeued resumes."""
+    """Has an artifact rebuilt. This happens on submission, so that a job that is requeued resumes."""
     with node.artifact.lock().held(lambda holder: console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")):
         node.artifact.invalidate()
 
@@ -227,7 +227,7 @@ def _invalidate(node: Node, console: Console) -> None:
 
 
 def cancel_held_jobs(run: Settings, console: Console) -> None:
-    """Cancel the jobs that a killed submission of this user left held. One that is still in progress is left alone.
+    """Cancels the jobs that a killed submission of this user left held. One that is still in progress is left alone.
 
     Raises:
         SlurmUnreachable: Slurm does not answer.
@@ -244,7 +244,7 @@ def cancel_held_jobs(run: Settings, console: Console) -> None:
 
 
 def _cancel_held(run: Settings, console: Console) -> None:
-    """Cancel the held jobs of the last submission, if it did not release them. Only for the lock's holder."""
+    """Cancels the held jobs of the last submission, if it did not release them. Only for the lock's holder."""
     scripts = read_record(_unreleased(run), lambda value: isinstance(value, list))
     if scripts is not None:
         try:
@@ -271,7 +271,7 @@ def _submission_lock(run: Settings) -> Lock:
 
 
 def submitted_jobs(run: Settings) -> dict[str, dict[str, Any]]:
-    """Read the last job of every node of a run by the node's name: job id, artifact key, script and log."""
+    """Reads the last job of every node of a run by the node's name: job id, artifact key, script and log."""
     entries: dict[str, dict[str, Any]] = read_record(slurm_dir(run) / JOBS_FILE, _are_jobs) or {}
     return entries
 
@@ -294,7 +294,7 @@ def _record(job: StageJob, number: int) -> None:
 
 
 def _still_queued(jobs: Sequence[StageJob]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Find the jobs of earlier submissions that will build, or are building, one of these artifacts."""
+    """Finds the jobs of earlier submissions that will build, or are building, one of these artifacts."""
     for job in jobs:
         for run in job.runs:
             entry = submitted_jobs(run).get(job.node.name)

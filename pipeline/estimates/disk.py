@@ -1,4 +1,4 @@
-"""Estimate the disk space of a run: the artifacts, scratch space, and checkpoints during training."""
+"""Estimates the disk space of a run: the artifacts, scratch space, and checkpoints during training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def disk_of(
     scratch: int = 0,
     around: int = 0,
 ) -> Disk:
-    """Estimate what the missing stages will write.
+    """Estimates what the missing stages will write.
 
     Args:
         missing: the stage of every missing node, such as {"tokenize/corpus": "tokenize"}.

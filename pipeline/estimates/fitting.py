@@ -1,4 +1,4 @@
-"""Find settings with which training fits into a device's memory, preferring those that cost the least speed.
+"""Finds settings with which training fits into a device's memory, preferring those that cost the least speed.
 
 The same search serves a plan, and the error message of a training stage that ran out of memory.
 """
@@ -23,18 +23,18 @@ HEADROOM = 0.06  # share of a device's memory for the CUDA context, NCCL and fra
 
 
 def setup_of(train: Train, placement: Placement) -> Setup:
-    """Describe how the engine would train on some devices."""
+    """Describes how the engine would train on some devices."""
     precision = resolve_precision(train.precision, placement.device)
     return Setup(train, precision, placement.ranks, on_gpu=placement.device == "cuda")
 
 
 def usable(memory: float) -> int:
-    """Return how much of a device's memory, in bytes, training can use."""
+    """Returns how much of a device's memory, in bytes, training can use."""
     return int(memory * (1 - HEADROOM))
 
 
 def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
-    """Find the largest micro-batch that fits and divides a group's share of the global batch; 0 if none fits.
+    """Finds the largest micro-batch that fits and divides a group's share of the global batch; 0 if none fits.
 
     Args:
         memory: bytes per device that training can use.
@@ -46,7 +46,7 @@ def largest_micro_batch(trained: Trained, setup: Setup, memory: int) -> int:
 
 
 def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str | None:
-    """Find overrides with which training fits: a smaller micro-batch, then recomputation, sharding and offloading.
+    """Finds overrides with which training fits: a smaller micro-batch, then recomputation, sharding and offloading.
 
     Args:
         memory: bytes per device that training can use.
@@ -81,7 +81,7 @@ def what_fits(section: str, trained: Trained, setup: Setup, memory: int) -> str 
 
 
 def when_out_of_memory(section: str, trained: Trained, setup: Setup, memory: int) -> str:
-    """Describe the remedy after memory ran out. It changes no numbers, so the run can resume from its checkpoint.
+    """Describes the remedy after memory ran out. It changes no numbers, so the run can resume from its checkpoint.
 
     Args:
         memory: bytes per device that training can use.
@@ -100,7 +100,7 @@ def when_out_of_memory(section: str, trained: Trained, setup: Setup, memory: int
 
 @contextmanager
 def suggest_settings_that_fit(task: StageTask) -> Iterator[None]:
-    """Add the remedy to the error of workers that ran out of memory.
+    """Adds the remedy to the error of workers that ran out of memory.
 
     Raises:
         WorkersFailed: they ran out of memory.

@@ -1,4 +1,4 @@
-"""Estimate the memory that training takes on one device, by component.
+"""Estimates the memory that training takes on one device, by component.
 
 What the backward pass needs of one decoder layer, in bytes per token, with h the hidden size, a = heads · head size,
 f the MLP's units, S the sequence length and c the bytes of a number in compute:
@@ -81,7 +81,7 @@ class Setup:
         return BYTES[self.precision] if uses_bfloat16_parameters(self.train, self.precision) else WIDE
 
     def with_train(self, **changes: Any) -> Setup:
-        """Return a copy with changed settings of the training section."""
+        """Returns a copy with changed settings of the training section."""
         return replace(self, train=self.train.model_copy(update=changes))
 
 
@@ -104,7 +104,7 @@ class Memory:
 
 
 def memory_of(trained: Trained, setup: Setup) -> Memory:
-    """Estimate the peak memory of one device during training."""
+    """Estimates the peak memory of one device during training."""
     return Memory(
         weights=_weights(trained, setup),
         gradients=_gradients(trained, setup),

@@ -48,12 +48,12 @@ class Trained:
         return min(self.layers, default=len(self.shape.layers))
 
     def inside(self, layer: int) -> frozenset[str]:
-        """Return the trainable tensors of a layer by their names within the layer."""
+        """Returns the trainable tensors of a layer by their names within the layer."""
         prefix = self.shape.layer_prefix.format(layer=layer)
         return frozenset(name for name in self.shape.layers[layer].tensors if prefix + name in self.names)
 
     def with_several_rates(self, role_learning_rates: Mapping[str, float]) -> int:
-        """Return the number of trainable parameters in tensors that hold matrices with different learning rates."""
+        """Returns the number of trainable parameters in tensors that hold matrices with different learning rates."""
         return sum(
             sum(each.entries for each in maps)
             for index, layer in enumerate(self.shape.layers)
@@ -67,7 +67,7 @@ class Trained:
         return self.shape.head in self.names
 
     def updated_by_muon(self, optimizer: str) -> Iterator[LinearMap]:
-        """Yield the trained matrices of layers that Muon updates with a value of ``optimizer``; none for AdamW."""
+        """Yields the trained matrices of layers that Muon updates with a value of ``optimizer``; none for AdamW."""
         for index, layer in enumerate(self.shape.layers):
             if optimizer == "adamw" or (optimizer == "muon_new_layers" and index not in self.at_learning_rate):
                 continue
@@ -77,7 +77,7 @@ class Trained:
     def flops(
         self, sequence_length: int, optimizer: str = "adamw", newton_schulz_steps: int = NEWTON_SCHULZ_STEPS
     ) -> TrainingFlops:
-        """Count the floating-point operations by the formula that training reports."""
+        """Counts the floating-point operations by the formula that training reports."""
         shape = self.shape
         work = [
             LayerWork(layer.matrix_entries(), layer.matrix_entries(self.inside(index)))
@@ -95,7 +95,7 @@ class Trained:
 
 
 def trained_part(section: str, trainable: str, shape: Shape, expansion: Mapping[str, Any]) -> Trained:
-    """Apply ``pretrain.trainable`` or ``sft.trainable`` to a model.
+    """Applies ``pretrain.trainable`` or ``sft.trainable`` to a model.
 
     Args:
         expansion: "method", "trains" and "layers" as in ``expansion.json``.
@@ -117,7 +117,7 @@ class Sizes:
     method: Method
 
     def trained(self, section: str, train: Train) -> Trained:
-        """Apply the ``trainable`` of a training section to the expanded model.
+        """Applies the ``trainable`` of a training section to the expanded model.
 
         Raises:
             UserError: nothing would train.
@@ -133,7 +133,7 @@ class Sizes:
 
 
 def sizes_of(expand: Expand, base: Shape) -> Sizes:
-    """Work out the sizes of both models.
+    """Works out the sizes of both models.
 
     Raises:
         UserError: the base cannot be expanded as asked.

@@ -1,4 +1,4 @@
-"""Estimate how long a training takes to save and stop after a signal."""
+"""Estimates how long a training takes to save and stop after a signal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ WRITE_RATE = 0.5e9
 
 
 def write_seconds(checkpoint_bytes: int, nodes: int) -> float:
-    """Estimate how long a checkpoint takes to write in the background. All nodes write at once."""
+    """Estimates how long a checkpoint takes to write in the background. All nodes write at once."""
     return checkpoint_bytes / (WRITE_RATE * nodes)
 
 
 def stop_seconds(checkpoint_bytes: int, nodes: int, step_seconds: float) -> float:
-    """Estimate the longest time from a signal to the exit of all ranks.
+    """Estimates the longest time from a signal to the exit of all ranks.
 
     It ends the current step. An earlier checkpoint may have just begun to be written, and the last one comes after it.
     """

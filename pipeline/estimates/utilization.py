@@ -1,4 +1,4 @@
-"""Estimate the share of a GPU's peak that training reaches (model FLOPs utilization, MFU), from its settings.
+"""Estimates the share of a GPU's peak that training reaches (model FLOPs utilization, MFU), from its settings.
 
     MFU = c · m · F / (F + R)
 
@@ -19,7 +19,7 @@ COMPILED, UNCOMPILED, ZERO_3, MASKED = 0.50, 0.45, 0.42, 0.85
 
 
 def utilization_of(trained: Trained, setup: Setup) -> float:
-    """Estimate the MFU of training on GPUs by the formula of this module."""
+    """Estimates the MFU of training on GPUs by the formula of this module."""
     train, shape = setup.train, trained.shape
     share = ZERO_3 if setup.zero["stage"] == 3 else COMPILED if train.compiles("cuda") else UNCOMPILED
     if train.attention in ("sdpa", "eager"):

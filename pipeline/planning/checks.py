@@ -78,7 +78,7 @@ class Blocker:
 
 
 def find_blockers(prepared: PreparedRun, checks: Sequence[Check] | None = None) -> Iterator[Blocker]:
-    """Go through the checks of what is missing, in order.
+    """Goes through the checks of what is missing, in order.
 
     Args:
         checks: a part of the list; None for all of it.
@@ -105,7 +105,7 @@ def _is_known(prepared: PreparedRun, need: Need | None) -> bool:
 
 
 def refuse_blocked(prepared: PreparedRun, checks: Sequence[Check] | None = None) -> None:
-    """Raise the first thing that would stop a run.
+    """Raises the first thing that would stop a run.
 
     Raises:
         UserError: a check found something wrong.
@@ -490,7 +490,7 @@ def _disk(prepared: PreparedRun) -> Faults:
 
 
 def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Disk:
-    """Estimate the disk space that the missing nodes take. The sizes of the models must be known.
+    """Estimates the disk space that the missing nodes take. The sizes of the models must be known.
 
     Args:
         nodes: only these; None for all that are missing.

@@ -50,7 +50,7 @@ class Plan:
 
 
 def make_plans(jobs: Sequence[PreparedRun]) -> list[Plan]:
-    """Plan the jobs of a command. An artifact that several jobs need is counted for the first of them.
+    """Plans the jobs of a command. An artifact that several jobs need is counted for the first of them.
 
     Raises:
         UserError: the settings of ``expand`` contradict the model, so that there is nothing to plan.

@@ -1,4 +1,4 @@
-"""Look up what a run reads from outside: the model, the data, and what identifies their contents.
+"""Looks up what a run reads from outside: the model, the data, and what identifies their contents.
 
 The Hub is asked about everything at once, so that the answer takes no longer than the slowest of its parts. What
 cannot be looked up is recorded rather than raised, so that ``action=plan`` can list it among everything else.
@@ -163,7 +163,7 @@ class PreparedRun:
 
 
 def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
-    """Look up the inputs of every job of a command and build its graph. What jobs share is looked up once.
+    """Looks up the inputs of every job of a command and builds its graph. What jobs share is looked up once.
 
     Raises:
         UserError: ``output_dir`` cannot be written, and the command would write to it.
@@ -184,7 +184,7 @@ def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
 
 
 def with_inputs(run: Settings, inputs: FoundInputs) -> PreparedRun:
-    """Build the graph of a run that reads ``inputs``, which were looked up for it or for another run."""
+    """Builds the graph of a run that reads ``inputs``, which were looked up for it or for another run."""
     run = run.model_copy(update={"model": inputs.model, "data": inputs.data})
     prepared = PreparedRun(run, inputs, build_graph(run, inputs.identities))
     source = inputs.source
@@ -209,7 +209,7 @@ def _create_output_dir(run: Settings) -> None:
 
 
 def unwritable(output_dir: str) -> UserError | None:
-    """Check that a directory can be written, or created if it does not exist. Changes nothing."""
+    """Checks that a directory can be written, or created if it does not exist. Changes nothing."""
     place = nearest_existing(Path(output_dir))
     if not place.is_dir():
         return _unwritable(output_dir, f"{place} is not a directory")
@@ -229,7 +229,7 @@ def _unwritable(output_dir: str, why: str) -> UserError:
 
 
 def _look_up(run: Settings) -> FoundInputs:
-    """Look up everything that the chosen stages read, all at once."""
+    """Looks up everything that the chosen stages read, all at once."""
     only_keys = run.only_names_artifacts
     find_model = _find_source if only_keys else _find_source_and_config
     asked: dict[str, Callable[[], Any]] = {"model": lambda: find_model(run)}
@@ -266,7 +266,7 @@ def _look_up(run: Settings) -> FoundInputs:
 def _identify(
     run: Settings, source: ModelSource | None, pinned: Mapping[str, list[Source]], failures: dict[str, UserError]
 ) -> Inputs:
-    """Identify the contents of what was found, and record in ``failures`` what cannot be read."""
+    """Identifies the contents of what was found, and records in ``failures`` what cannot be read."""
     memo = Path(run.output_dir) / "artifacts" / FINGERPRINTS_FILE
     # A plan reads no file only to hash it.
     fingerprints = (

@@ -1,4 +1,4 @@
-"""Print a plan on the terminal."""
+"""Prints a plan on the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPONENTS = {
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan of one run, with the blockers last, where they are most visible."""
+    """Prints the plan of one run, with the blockers last, where they are most visible."""
     console.print(f"[bold]{plan.run.name}[/]  {plan.run.summary}")
     _print_model(plan, console)
     _print_stages(plan, console)
@@ -188,12 +188,12 @@ def _table(*columns: str) -> Table:
 
 
 def billions(count: int) -> str:
-    """Format a number of parameters, such as 8.03B or 135.0M."""
+    """Formats a number of parameters, such as 8.03B or 135.0M."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def big(count: int) -> str:
-    """Format a large number with an SI prefix, such as 1.23 P."""
+    """Formats a large number with an SI prefix, such as 1.23 P."""
     for unit, name in UNITS:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
@@ -201,7 +201,7 @@ def big(count: int) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Format ascending integers, such as 0-3, 7, 9."""
+    """Formats ascending integers, such as 0-3, 7, 9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

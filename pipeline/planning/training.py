@@ -116,7 +116,7 @@ class TrainingPlan:
 
 
 def plan_training(prepared: PreparedRun, section: str) -> TrainingPlan | None:
-    """Plan one training stage; None if it is not known what it would train."""
+    """Plans one training stage; None if it is not known what it would train."""
     trained, purpose = prepared.trained(section), PURPOSE_OF[section]
     if trained is None:
         return None
@@ -130,7 +130,7 @@ def plan_training(prepared: PreparedRun, section: str) -> TrainingPlan | None:
 
 
 def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
-    """Work out how much a stage trains on: from its settings, and from its token blocks if they exist.
+    """Works out how much a stage trains on: from its settings, and from its token blocks if they exist.
 
     Args:
         data: the node of the token blocks.
@@ -148,7 +148,7 @@ def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
 
 
 def expected_tokens(data: Data, purpose: sources.Purpose) -> int | None:
-    """Estimate the number of tokens of a dataset from the sizes of its files; None if they are not all files."""
+    """Estimates the number of tokens of a dataset from the sizes of its files; None if they are not all files."""
     several: list[Source] = getattr(data, purpose)
     limit = data.max_corpus_tokens if purpose == "corpus" else None
     tokens = None
