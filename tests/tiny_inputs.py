@@ -103,7 +103,7 @@ def shrinking_overrides(model: Path, corpus: Path, chats: Path) -> list[str]:
         "data.held_out_fraction=0.2", "expand.new_layers=2",
         *(f"{stage}.{name}={value}" for stage in ("pretrain", "sft") for name, value in sizes.items()),
         "evaluate=bundled", "evaluate.tasks=[held_out_text]", "evaluate.limit=4", "evaluate.sample_answers=0",
-        "tracking=disabled", "launch.processes=1", "launch.threads=1",
+        "tracking=none", "launch.processes=1", "launch.threads=1",
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from scripts.benchmarks.processes import Peak, run_module
 @cache
 def quickstart(*overrides: str) -> Settings:
     """Returns the quickstart's settings with some overrides, without tracking."""
-    (job,) = compose_jobs(["experiment=quickstart", "tracking=disabled", *overrides], multirun=False, config_dir=None)
+    (job,) = compose_jobs(["experiment=quickstart", "tracking=none", *overrides], multirun=False, config_dir=None)
     return job.settings
 
 
