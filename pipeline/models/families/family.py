@@ -132,9 +132,7 @@ class Family:
 
     def split(self, tensor_name: str) -> tuple[int, str] | None:
         """Splits a full name into layer and name within the layer. None outside the decoder layers."""
-        before, after = self.layer_prefix.split("{layer}")
-        match = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + "(.+)", tensor_name)
-        return None if match is None else (int(match[1]), match[2])
+        return split_layer_name(self.layer_prefix, tensor_name)
 
     def tensor_name(self, layer: int, name: str) -> str:
         """The full name of a layer's tensor. The inverse of ``split``."""
@@ -390,6 +388,18 @@ class Family:
         if not prefix or any(name.startswith(prefix) for name in names):
             return {name: name for name in names}
         return {name if name == self.stored_lm_head else f"{prefix}{name}": name for name in names}
+
+
+def split_layer_name(prefix: str, name: str) -> tuple[int, str] | None:
+    """Splits the full name of a tensor into layer and name within the layer. None outside the decoder layers.
+
+    Args:
+        prefix: of the names of a layer's tensors, with ``{layer}`` in place of its index.
+        name: the full name.
+    """
+    before, after = prefix.split("{layer}")
+    match = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + "(.+)", name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def _is_sparse(config: Config, layer: int) -> bool:

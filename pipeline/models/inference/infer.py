@@ -197,7 +197,7 @@ def _depth_fault(small: Decoder, parts: list[LayerParts]) -> str:
     try:
         values = json.loads(config.to_json_string(use_diff=False))
         deeper = decoder_of(randomized(type(config).from_dict(rebuild_config(values, sources))))
-        outside = {name: value for name, value in small.model.state_dict().items() if not _layer_name(small, name)}
+        outside = {name: value for name, value in small.model.state_dict().items() if small.split(name) is None}
         deeper.model.load_state_dict(outside, strict=False)
         for index, source in enumerate(sources):
             deeper.layers[index].load_state_dict(small.layers[source].state_dict())
@@ -212,11 +212,6 @@ def _depth_fault(small: Decoder, parts: list[LayerParts]) -> str:
     if found <= CACHE_TOLERANCE:
         return ""
     return f"its layers depend on their index or on the number of layers, which changes the logits by {found:.2g}"
-
-
-def _layer_name(decoder: Decoder, name: str) -> bool:
-    before, after = decoder.prefix.split("{layer}")
-    return re.match(re.escape(before) + r"\d+" + re.escape(after), name) is not None
 
 
 # -------------------------------------------------------------------------------------------- fused projections
@@ -392,7 +387,7 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
     name_of: dict[int, str] = {}
     place = before
     for name, tensor in saved.items():
-        if _layer_name(real, name):
+        if real.split(name) is not None:
             place = after
         elif id(tensor) not in name_of:
             name_of[id(tensor)] = name
@@ -427,7 +422,7 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
 
 def _fixed(real: Decoder) -> tuple[str, ...]:
     """The names, within layers or outside of them, of buffers and of parameters that are built without a gradient."""
-    outside = {n: t for n, t in real.model.state_dict(keep_vars=True).items() if not _layer_name(real, n)}
+    outside = {n: t for n, t in real.model.state_dict(keep_vars=True).items() if real.split(n) is None}
     groups = [outside, *(layer.state_dict(keep_vars=True) for layer in real.layers)]
     return tuple(sorted({name for group in groups for name, tensor in group.items() if not tensor.requires_grad}))
 
