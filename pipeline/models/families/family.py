@@ -317,19 +317,6 @@ class Family:
 
     # ------------------------------------------------------------- checkpoints
 
-    def layer_tensors(self, tensor_names: Iterable[str], config: Config) -> list[LayerTensor]:
-        """The tensors of layer 0 of a model whose layers are all alike, see ``tensors_by_layer``.
-
-        Raises:
-            UserError: the layers differ in what they hold, or as for ``tensors_by_layer``.
-        """
-        names = list(tensor_names)
-        layers = self._names_by_layer(names, self.with_defaults(config)["num_hidden_layers"])
-        for layer in range(len(layers)):
-            if layers[layer]:
-                require_like_layers(0, layers[0], layer, layers[layer])
-        return self.tensors_by_layer(names, config)[0]
-
     def tensors_by_layer(self, tensor_names: Iterable[str], config: Config) -> list[list[LayerTensor]]:
         """The tensors of every layer, with fused ones split into parts, in the order of their names.
 
@@ -407,19 +394,6 @@ def _is_sparse(config: Config, layer: int) -> bool:
     every = config.get("decoder_sparse_step") or 1
     dense_layers = config.get("mlp_only_layers") or ()
     return num_experts(config) > 0 and layer not in dense_layers and (layer + 1) % every == 0
-
-
-def require_like_layers(first: int, first_names: Iterable[str], layer: int, names: Iterable[str]) -> None:
-    """Checks that two layers have the same tensors. A new layer made from several layers requires it.
-
-    Raises:
-        UserError: the layers have different tensors.
-    """
-    if differing := sorted(set(first_names) ^ set(names)):
-        raise _unexpected(
-            f"layers {first} and {layer}",
-            f"they differ in {', '.join(differing)}, and new layers can only be made from layers that are alike",
-        )
 
 
 def _unexpected(value: str, rule: str) -> UserError:
