@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from pipeline.files import read_json
 from pipeline.models.families import Family, LayerTensor, Place, family_of
-from pipeline.models.inference.small import randomize
+from pipeline.models.family_inference.small import randomize
 
 LAYERS = 4
 SMALL = {

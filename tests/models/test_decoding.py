@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.models import decoding
-from pipeline.models.inference.infer import tokens_for
+from pipeline.models.family_inference.infer import tokens_for
 from tests.family_coverage import tiny_model
 
 

@@ -16,7 +16,7 @@ MEANINGFUL_NULLS = frozenset({"num_key_value_heads", "sliding_window", "attn_log
 
 
 @dataclass(frozen=True)
-class Inference:
+class InferredLayers:
     """What was inferred about the model of one config. Its roles are complete.
 
     Attributes:
@@ -73,7 +73,7 @@ class Family:
     lm_head: str = "lm_head.weight"
     stored_names: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-    inference: Inference | None = None
+    inference: InferredLayers | None = None
     outer: str = ""
 
     def inside(self, config: Config) -> Family:

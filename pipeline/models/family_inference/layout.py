@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.models.families.tensors import Place
-from pipeline.models.inference.decoder import Decoder, NotUnderstoodError
+from pipeline.models.family_inference.decoder import Decoder, NotUnderstoodError
 
 EXPERT_INDEX = re.compile(r"\.(\d+)\.")
 

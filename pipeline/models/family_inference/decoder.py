@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.families.family import split_layer_name
-from pipeline.models.inference.small import tokens_for
+from pipeline.models.family_inference.small import tokens_for
 
 
 class NotUnderstoodError(Exception):

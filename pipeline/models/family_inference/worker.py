@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from pipeline.errors import one_line
 from pipeline.models.config_json import depth_name
 from pipeline.models.families.family import Family
-from pipeline.models.inference.decoder import NotUnderstoodError
-from pipeline.models.inference.infer import infer_family
+from pipeline.models.family_inference.decoder import NotUnderstoodError
+from pipeline.models.family_inference.infer import infer_family
 
 
 def infer_or_explain(config: Mapping[str, Any]) -> Family | str:

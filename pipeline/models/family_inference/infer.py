@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import one_line
 from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference, packed_mask
-from pipeline.models.families.family import Family, Inference
+from pipeline.models.families.family import Family, InferredLayers
 from pipeline.models.families.parameters import (
     EXPERT_COUNTS,
     EXPERTS_PER_TOKEN,
@@ -31,12 +31,19 @@ from pipeline.models.families.parameters import (
     num_experts,
 )
 from pipeline.models.families.tensors import Role
-from pipeline.models.inference.decoder import Decoder, LayerCall, NotUnderstoodError, call_layers, decoder_of, filled
-from pipeline.models.inference.layout import EXPERT_INDEX, Layout, layout_of
-from pipeline.models.inference.roles import NAMES, LayerParts
-from pipeline.models.inference.silence import silence
-from pipeline.models.inference.small import NoSmallModelError, randomized, small_model, tokens_for
-from pipeline.models.inference.splits import Division, split_attention, split_mlp
+from pipeline.models.family_inference.decoder import (
+    Decoder,
+    LayerCall,
+    NotUnderstoodError,
+    call_layers,
+    decoder_of,
+    filled,
+)
+from pipeline.models.family_inference.layout import EXPERT_INDEX, Layout, layout_of
+from pipeline.models.family_inference.roles import NAMES, LayerParts
+from pipeline.models.family_inference.silence import silence
+from pipeline.models.family_inference.small import NoSmallModelError, randomized, small_model, tokens_for
+from pipeline.models.family_inference.splits import Division, split_attention, split_mlp
 from pipeline.models.layer_config import rebuild_config
 
 PACKING_TOLERANCE = 1e-3  # relative to the largest hidden state or logit
@@ -414,7 +421,7 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
         lm_head=head_name,
         stored_names=dict(layout.renamed),
         derived=("self_attn.rotary_emb.inv_freq", *sorted(unsaved)),
-        inference=Inference(
+        inference=InferredLayers(
             kinds, kind_of, before, after, f"{base}." if has_prefix else "", ignored, fixed=_fixed(real),
         ),
     )  # fmt: skip
