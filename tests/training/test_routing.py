@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from pipeline.models.decoding import packed_mask
 from pipeline.training.batches import real_tokens
-from pipeline.training.export import _collapse_warnings
+from pipeline.training.final_model import _collapse_warnings
 from pipeline.training.freeze import decoder_layers
 from pipeline.training.loop import Loop, Progress
 from pipeline.training.routing import (

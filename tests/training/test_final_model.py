@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.blocks import BlockWriter
 from pipeline.models.built import IncompleteModelError
-from pipeline.training.export import check_export, checked_ids, copy_chat_files, token_losses
+from pipeline.training.final_model import check_export, checked_ids, copy_chat_files, token_losses
 from pipeline.training.loss import SummedLoss
 
 
