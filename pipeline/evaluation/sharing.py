@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json, write_json
-from pipeline.training.watch import Watch, wait_until
+from pipeline.training.watchdog import Watch, wait_until
 
 PART_FILES = "part-*.json"
 

@@ -104,7 +104,7 @@ def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[
     elif not inherited.keys() & ALLOCATOR_VARIABLES:
         # Segments that grow leave no gaps between batches of different shapes, which could not be used otherwise.
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-    if placement.device == "cuda":  # NCCL records its last collectives, which pipeline.training.watch writes as JSON
+    if placement.device == "cuda":  # NCCL records its last collectives, which pipeline.training.watchdog writes as JSON
         environment = {"TORCH_FR_BUFFER_SIZE": "2000", **environment, "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
     if placement.nodes == 1:  # otherwise gloo and NCCL would listen on addresses that other hosts can reach
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())

@@ -30,9 +30,9 @@ from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import let_group_write, nearest_existing, no_access, read_json
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
+from pipeline.models.checkpoint_dtype import elements_in, resolve_dtype
 from pipeline.models.config_json import is_nested
 from pipeline.models.families import Shape, family_for, inner_config, shape_of
-from pipeline.models.own_dtype import elements_in, with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
@@ -253,7 +253,7 @@ def _look_up(run: Settings) -> FoundInputs:
     if source is not None and source.commit is not None:
         model = model.model_copy(update={"revision": source.commit})
     if source is not None:
-        settled, failure = attempt(lambda: with_own_dtype(model, source))
+        settled, failure = attempt(lambda: resolve_dtype(model, source))
         model = settled or model
         if failure is not None:
             failures.setdefault("model", failure)

@@ -17,8 +17,8 @@ from pipeline.artifacts.store import ATTEMPTS_FILE
 from pipeline.config import Split, Train
 from pipeline.data.blocks import open_blocks
 from pipeline.files import fsync_directory, read_json, seal, write_json
-from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.config_json import language_config
+from pipeline.models.loading import IncompleteModelError, load_complete
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.replacing import write_with_replaced
 from pipeline.models.source import CHAT_TEMPLATE

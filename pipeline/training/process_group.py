@@ -13,7 +13,7 @@ from torch import distributed
 
 from pipeline.files import read_json, write_json
 from pipeline.launch.ranks import ADDRESS_VARIABLE, POLL_SECONDS, RENDEZVOUS_VARIABLE, look_again
-from pipeline.training.watch import Watch
+from pipeline.training.watchdog import Watch
 
 STORE_TIMEOUT = timedelta(hours=6)  # ranks may start that much later than others, as on nodes that read a slow disk
 MARGIN = timedelta(seconds=60)  # for the watch, whose message is better, to come before the backend's own timeout

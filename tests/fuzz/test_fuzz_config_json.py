@@ -17,9 +17,9 @@ from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.models.built import build_on_meta, is_tied
 from pipeline.models.families import family_for, shape_of
 from pipeline.models.layer_config import explicit_config, rebuild_config
+from pipeline.models.loading import build_on_meta, is_tied
 from pipeline.models.quantization import check_quantization
 from pipeline.models.source import ModelSource, config_of, refuse_code
 from tests.fuzz.limits import examples, outcome

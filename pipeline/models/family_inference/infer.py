@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import one_line
-from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference, packed_mask
+from pipeline.models.cache_check import CACHE_TOLERANCE, cache_difference, difference
 from pipeline.models.families.family import Family, InferredLayers
 from pipeline.models.families.parameters import (
     EXPERT_COUNTS,
@@ -44,6 +44,7 @@ from pipeline.models.family_inference.roles import NAMES, LayerParts
 from pipeline.models.family_inference.silence import silence
 from pipeline.models.family_inference.small import NoSmallModelError, randomized, small_model, tokens_for
 from pipeline.models.family_inference.splits import Division, split_attention, split_mlp
+from pipeline.models.forward import LogitTransform, packed_mask
 from pipeline.models.layer_config import rebuild_config
 
 PACKING_TOLERANCE = 1e-3  # relative to the largest hidden state or logit

@@ -18,9 +18,9 @@ from pipeline.artifacts.task import StageTask
 from pipeline.errors import EXIT_DONE, EXIT_FAILED
 from pipeline.files import read_json
 from pipeline.launch.failure import alive_file, explain_workers, rank_log
-from pipeline.training import watch
+from pipeline.training import watchdog
 from pipeline.training.job import START_FILE
-from pipeline.training.watch import TrainingPart, Watch, collective_of
+from pipeline.training.watchdog import TrainingPart, Watch, collective_of
 from tests.plain_settings import cpu_launch
 from tests.training.forked import ForkedRanks
 from tests.training.small import logged, train_settings
@@ -132,7 +132,7 @@ def test_a_rank_that_was_stopped_itself_does_not_blame_the_next_one(tmp_path: Pa
 
 
 def test_ranks_meet_however_long_one_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(watchdog.distributed, "barrier", lambda: None)
     store = distributed.HashStore()
     first, last = (Watch(rank, 2, 0.01, tmp_path, store) for rank in range(2))
     for _ in range(2):
