@@ -58,7 +58,7 @@ from pipeline.errors import (
     UserError,
     WorkersFailed,
 )
-from pipeline.launch.environment import is_further_copy
+from pipeline.launch.environment import is_secondary_copy
 from pipeline.launch.slurm import SlurmUnreachable
 from pipeline.study.execute import StudyCommand, execute_study
 from pipeline.study.loading import asks_for_study, load_study
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm sends SIGUSR1 before a time limit
         signal.signal(number, _stop)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
-    if is_further_copy(os.environ):
+    if is_secondary_copy(os.environ):
         print("the first copy of this command runs the pipeline and starts its workers; this one ends", file=sys.stderr)
         return EXIT_DONE
     try:

@@ -18,7 +18,7 @@ from pipeline.launch.machine import Placement
 
 # Set by torchrun, accelerate, MPI and the training operators of Kubernetes. They place the process that a user starts,
 # and libraries in the processes that it starts in turn would take them for their own place.
-INHERITED_PLACE = re.compile(
+LAUNCHER_VARIABLES = re.compile(
     r"(PET|TORCHELASTIC|ACCELERATE|OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD|MPI)_.*|MPI_LOCALRANKID"
     r"|(LOCAL_|GROUP_|ROLE_|CROSS_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|(LOCAL|CROSS)_SIZE|ROLE_NAME"
     r"|MASTER_(ADDR|PORT)"
@@ -57,7 +57,7 @@ def _count_nodes(inherited: Mapping[str, str]) -> int:
     return ranks // local if local else 1
 
 
-def is_further_copy(inherited: Mapping[str, str]) -> bool:
+def is_secondary_copy(inherited: Mapping[str, str]) -> bool:
     """Returns whether this command was started several times on this node, as by torchrun, and this is not the first.
 
     DeepSpeed's launcher sets ``LOCAL_SIZE``.
@@ -78,7 +78,7 @@ def python_path(inherited: Mapping[str, str]) -> str:
 
 def child_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a stage's process."""
-    kept = {name: value for name, value in inherited.items() if not INHERITED_PLACE.fullmatch(name)}
+    kept = {name: value for name, value in inherited.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
     caches = {name: str(path) for name, path in code_caches(inherited).items()}
     return {
         **kept,

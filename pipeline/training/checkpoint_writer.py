@@ -41,7 +41,7 @@ from pipeline.files import (
     sha256_json,
     write_json,
 )
-from pipeline.launch.ranks import look_again
+from pipeline.launch.ranks import refresh_directory
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.writing import safetensors_header
 from pipeline.training.checkpoint import STATE_FILE, directory_name
@@ -336,7 +336,7 @@ def _wait_for(record: Path) -> Any:
     while not record.exists():
         time.sleep(RECORD_POLL_SECONDS)
         if time.monotonic() - looked > LOOK_AGAIN_SECONDS:
-            look_again(record.parent)
+            refresh_directory(record.parent)
             looked = time.monotonic()
     return read_json(record)
 
