@@ -94,7 +94,7 @@ class PreparedRun:
         return inner_config(self.inputs.config)
 
     @cached_property
-    def around(self) -> int:
+    def outer_parameters(self) -> int:
         """The number of parameters of the model around the language model; 0 if there is none, or if not known."""
         source = self.inputs.source
         if source is None or self.shape is None or not is_nested(self.inputs.config):
@@ -259,7 +259,7 @@ def _look_up(run: Settings) -> FoundInputs:
             failures.setdefault("model", failure)
     pinned: dict[str, Any] = {name: answers[name][0] for name in PURPOSES if name in asked and name not in failures}
     data = run.data.model_copy(update=pinned)
-    config, config_from = (found.config, _place(source)) if found.config and source else _second_best_config(run.model)
+    config, config_from = (found.config, _place(source)) if found.config and source else _fallback_config(run.model)
     return FoundInputs(model, data, source, config, config_from, _identify(run, source, pinned, failures), failures)
 
 
@@ -320,7 +320,7 @@ def _place(source: ModelSource) -> str:
     return f"the config in {source.directory or f'{source.repo} on the Hub'}"
 
 
-def _second_best_config(model: Model) -> tuple[Mapping[str, Any], str]:
+def _fallback_config(model: Model) -> tuple[Mapping[str, Any], str]:
     """The config of a model that cannot be read: from the Hub's cache, or else from ``model.shape``."""
     cached = hub.cached_file(model.path, model.revision, "config.json") if hub.is_repo_id(model.path) else None
     if cached is not None and model.gguf_file is None:

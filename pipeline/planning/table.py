@@ -41,8 +41,10 @@ def _print_model(plan: Plan, console: Console) -> None:
     if plan.sizes is None:
         return
     base, grown = plan.sizes.base, plan.sizes.grown
-    if plan.around:
-        console.print(f"  language model inside one with {billions(plan.around)} other parameters, which never change")
+    if plan.outer_parameters:
+        console.print(
+            f"  language model inside one with {billions(plan.outer_parameters)} other parameters, which never change"
+        )
     if base.inferred:
         console.print("  family inferred from the modules that transformers builds, which takes some seconds")
     console.print(
