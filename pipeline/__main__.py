@@ -58,7 +58,7 @@ from pipeline.errors import (
     WorkersFailed,
 )
 from pipeline.files import sha256_text
-from pipeline.launch.environment import is_further_copy
+from pipeline.launch.environment import is_secondary_copy
 from pipeline.launch.slurm import SlurmUnreachable
 from pipeline.study.execute import StudyCommand, execute_study
 from pipeline.study.loading import asks_for_study, load_study
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm sends SIGUSR1 before a time limit
         signal.signal(number, _stop)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
-    if is_further_copy(os.environ):
+    if is_secondary_copy(os.environ):
         print("the process with local rank 0 runs the pipeline and starts its workers; this one exits", file=sys.stderr)
         return EXIT_DONE
     try:

@@ -126,8 +126,8 @@ def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> Non
         print_plan(plan, console)
     if sweep:
         first = jobs[0].run
-        place = Path(first.output_dir) / first.name.rpartition("/")[0] / "report"
-        console.print(f"and one report over all {len(jobs)} jobs: {place}")
+        path = Path(first.output_dir) / first.name.rpartition("/")[0] / "report"
+        console.print(f"and one report over all {len(jobs)} jobs: {path}")
 
 
 def execute_batch_job(file: Path, console: Console) -> None:
@@ -219,10 +219,10 @@ def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | 
     The path is None for a batch job that does not build the report, since other jobs complete the run.
     """
     run = _sweep_report(jobs)[0] if sweep else jobs[0].run
-    place = Path(run.output_dir) / run.name
+    path = Path(run.output_dir) / run.name
     if sweep or "report" in jobs[0].selected:
-        return run, place / "report" / "report.md"
-    return run, place if job_of(os.environ) is None else None
+        return run, path / "report" / "report.md"
+    return run, path if job_of(os.environ) is None else None
 
 
 def _run(job: PreparedRun, console: Console) -> None:

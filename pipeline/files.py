@@ -59,9 +59,8 @@ def merge_nested(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     for name, value in changes.items():
         inner = merged.get(name)
         if isinstance(inner, Mapping) and isinstance(value, Mapping):
-            merged[name] = merge_nested(inner, value)
-        else:
-            merged[name] = value
+            value = merge_nested(inner, value)
+        merged[name] = value
     return merged
 
 

@@ -32,7 +32,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.files import read_json
 from pipeline.models.config_json import depth_name
 from pipeline.models.families import family_for
-from pipeline.models.inference.small import small_model
+from pipeline.models.family_inference.small import small_model
 from pipeline.stages import expand, load
 from tests.stages.one_task import make_task
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.files import read_json
-from pipeline.models.families import Place, family_of
-from pipeline.models.inference.small import randomize
+from pipeline.models.families import Family, LayerTensor, Place, family_of
+from pipeline.models.family_inference.small import randomize
 
 LAYERS = 4
 SMALL = {
@@ -65,11 +66,18 @@ def save_tiny(family: str, directory: Path, tokenizer: Any, save_original_format
     return directory
 
 
+def layer_tensors(family: Family, tensor_names: Iterable[str], config: Mapping[str, Any]) -> list[LayerTensor]:
+    """The tensors of a layer, with fused ones split, of a model whose layers are all alike."""
+    first, *others = family.tensors_by_layer(tensor_names, config)
+    assert all(set(layer) == set(first) for layer in others)
+    return first
+
+
 def layers_by_role(directory: Path) -> list[dict[str, Tensor]]:
     """The tensors of every layer by the names that methods see, with fused ones split."""
     config, stored = read_json(directory / "config.json"), load_file(directory / "model.safetensors")
     family = family_of(config["model_type"])
-    tensors = family.layer_tensors(stored, config)
+    tensors = layer_tensors(family, stored, config)
 
     def read(layer: int, name: str, place: Place | None) -> Tensor:
         whole = stored[family.tensor_name(layer, name)]

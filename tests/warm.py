@@ -38,7 +38,7 @@ VARIABLE = "PIPELINE_TEST_PYTHON"  # holds the client's path in a run's processe
 REAL = sys.executable
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "pipeline", "pipeline.chat", "pipeline.evaluation.worker", "pipeline.models.inference", "pipeline.stages",
+    "pipeline", "pipeline.chat", "pipeline.evaluation.worker", "pipeline.models.family_inference", "pipeline.stages",
     "pipeline.training.worker",
     "tests.training.forked", "tests.training.many_tasks", "tests.study.one_worker",
 )  # fmt: skip

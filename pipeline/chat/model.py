@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.config.actions import Chat
 from pipeline.errors import UserError, one_line
-from pipeline.models.built import IncompleteModelError, load_for_inference
+from pipeline.models.loading import IncompleteModelError, load_for_inference
 from pipeline.models.tensors import DTYPES, dtype_of
 
 _Messages = Sequence[Mapping[str, str]]

@@ -25,7 +25,7 @@ from pipeline.config.evaluation import (
 from pipeline.config.execution import Launch, Resources, Slurm, Tracking
 from pipeline.config.expand import METHODS, AnyExpand, Expand
 from pipeline.config.model import Model
-from pipeline.config.section import Line, NotInKey, OutputDir, RunName, Section, Seed
+from pipeline.config.section import STAGE_NAMES, Line, NotInKey, OutputDir, RunName, Section, Seed, StageName
 from pipeline.config.training import DeepSpeed, Train
 
 __all__ = [
@@ -34,9 +34,6 @@ __all__ = [
     "NotInKey", "Report", "Resources", "Section", "Settings", "Slurm", "Source", "Split", "Target", "Tokenize",
     "Tracking", "Train",
 ]  # fmt: skip
-
-STAGE_NAMES = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report")
-StageName = Literal["load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report"]
 
 
 class Settings(Section):

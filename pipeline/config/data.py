@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
@@ -11,7 +11,7 @@ from pipeline.config.section import FilePath, Fraction, NotInKey, NotInKeyIf, Po
 
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Split = Literal["train", "held_out", "validation", "forgetting"]
-SPLITS: tuple[Split, ...] = ("train", "held_out", "validation", "forgetting")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class Source(Section):

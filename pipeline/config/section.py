@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+StageName = Literal["load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report"]
+STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)
 
 MAX_NAME_BYTES = 255  # of a file or directory, on all common file systems
 MAX_PATH_BYTES = 4095  # on Linux
 # Entries of <output_dir>, and of <output_dir>/<name>, that are not runs.
 RESERVED_FIRST = ("artifacts",)
-RESERVED_LATER = ("load", "expand", "tokenize", "pretrain", "sft", "evaluate", "report", "slurm", "wandb", "export")
+RESERVED_LATER = (*STAGE_NAMES, "slurm", "wandb", "export")
 
 
 def setting_value(settings: object, name: str) -> Any:

@@ -62,8 +62,8 @@ class DatasetBuilder:
         self._writer = self._open.enter_context(DatasetWriter(directory, settings, tokenizer.eos, state))
         self._pool = self._open.enter_context(tokenizer.worker_pool())
         opened = self._open_sources(state["parts"] if state else None)
-        mixed, apart = opened[: len(settings.sources)], opened[len(settings.sources) :]
-        self._mixture = Mixture(mixed, settings.max_tokens, apart, settings.max_forgetting_tokens)
+        mixed, unmixed = opened[: len(settings.sources)], opened[len(settings.sources) :]
+        self._mixture = Mixture(mixed, settings.max_tokens, unmixed, settings.max_forgetting_tokens)
         self._end_of_turn: int | None = None
         self._template: TemplateProcess | None = None
         self._folded: frozenset[str] = frozenset()  # roles
@@ -184,11 +184,11 @@ class DatasetBuilder:
                     remedy=f"Increase {setting}, or provide more documents.",
                 )
         if not supervised.get("forgetting", 1):
-            apart = mixture.sources[len(mixture.mixed)]
+            unmixed = mixture.sources[len(mixture.mixed)]
             raise UserError(
                 setting="data.forgetting",
                 value=", ".join(str(source.path) for source in settings.forgetting or []),
-                rule=f"it does not provide a single token ({_kept_and_dropped(apart.documents, apart.dropped)}); "
+                rule=f"it does not provide a single token ({_kept_and_dropped(unmixed.documents, unmixed.dropped)}); "
                 "documents that also occur in the corpus are dropped",
                 remedy="Set data.forgetting to other documents.",
             )

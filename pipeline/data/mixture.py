@@ -39,8 +39,8 @@ class Mixture:
     Args:
         sources: the sources.
         budget: training tokens after which reading ends; None for no limit.
-        apart: sources that are not mixed with the others, but read after them.
-        apart_budget: tokens after which reading each of these ends; None for no limit.
+        unmixed: sources that are not mixed with the others, but read after them.
+        unmixed_budget: tokens after which reading each of these ends; None for no limit.
 
     Attributes:
         mixed: the sources that are mixed.
@@ -51,11 +51,11 @@ class Mixture:
         self,
         sources: Sequence[MixtureSource],
         budget: int | None,
-        apart: Sequence[MixtureSource] = (),
-        apart_budget: int | None = None,
+        unmixed: Sequence[MixtureSource] = (),
+        unmixed_budget: int | None = None,
     ) -> None:
-        self.mixed, self.sources = sources, [*sources, *apart]
-        self._budget, self._apart_budget = budget, apart_budget
+        self.mixed, self.sources = sources, [*sources, *unmixed]
+        self._budget, self._unmixed_budget = budget, unmixed_budget
 
     def __iter__(self) -> Iterator[tuple[int, Example, Ids | None]]:
         """Yields the index of the source, the example, and its token ids if it was tokenized in advance."""
@@ -72,13 +72,13 @@ class Mixture:
             if self.sources[index].has_splits:
                 yield from ((index, *item) for item in iterator if item[0].split == "held_out")
         for index in range(len(self.mixed), len(self.sources)):
-            yield from self._read_apart(index, iterators[index])
+            yield from self._read_unmixed(index, iterators[index])
 
-    def _read_apart(
+    def _read_unmixed(
         self, index: int, iterator: Iterator[tuple[Example, Ids | None]]
     ) -> Iterator[tuple[int, Example, Ids | None]]:
         source = self.sources[index]
-        while self._apart_budget is None or source.tokens.total() < self._apart_budget:
+        while self._unmixed_budget is None or source.tokens.total() < self._unmixed_budget:
             item = next(iterator, None)
             if item is None:
                 source.exhausted = True

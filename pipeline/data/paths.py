@@ -44,7 +44,7 @@ def find_files(path: str, split: str | None, setting: str) -> list[Path]:
             remedy=f"Set {setting} to an existing file, directory or glob.",
         )
     walk = _Walk(split, setting)
-    found = sorted(file for name in sorted(map(Path, names)) for file in walk.meant(name))
+    found = sorted(file for name in sorted(map(Path, names)) for file in walk.data_files(name))
     if not found:
         others = f" ({len(walk.left_out)} left out, such as {walk.left_out[0]})" if walk.left_out else ""
         raise UserError(
@@ -97,7 +97,7 @@ class _Walk:
         self._seen: set[tuple[str, str]] = set()  # directory without links, and name in it
         self.left_out: list[Path] = []
 
-    def meant(self, path: Path) -> list[Path]:
+    def data_files(self, path: Path) -> list[Path]:
         """Returns the files at a path that the user wrote, or that matches a glob.
 
         In a directory with files of other formats, those in .json describe them.

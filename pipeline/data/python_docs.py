@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.data import stdlib_harvest
 from pipeline.data.records import Conversation, single_turn
@@ -42,7 +42,7 @@ SPLIT_SALT = "4"
 TAUGHT_PERCENT, ASKED_PERCENT = 60, 25  # of the top-level modules; the others are held out
 
 Subset = Literal["taught", "asked", "held_out"]
-SUBSETS: tuple[Subset, ...] = ("taught", "asked", "held_out")
+SUBSETS: tuple[Subset, ...] = get_args(Subset)
 
 MEMBER_KINDS = ("method", "attribute")
 

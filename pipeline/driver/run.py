@@ -67,10 +67,10 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
 
 def record_keys(run: Settings, nodes: Mapping[str, Node]) -> None:
     """Records which artifacts a run needs before they are built, so that ``action=clean`` keeps them."""
-    place = Path(run.output_dir) / run.name / KEYS_FILE
+    path = Path(run.output_dir) / run.name / KEYS_FILE
     if not keys_recorded(run, nodes):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, {**_known_keys(run), **{name: node.artifact.key for name, node in nodes.items()}})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**_known_keys(run), **{name: node.artifact.key for name, node in nodes.items()}})
 
 
 def keys_recorded(run: Settings, nodes: Mapping[str, Node]) -> bool:
@@ -237,17 +237,17 @@ def _git_commit() -> str | None:
 
 def link(run: Settings, node: Node) -> None:
     """Links ``<output_dir>/<name>/<node>`` to the artifact. The link is relative, so that the tree can be moved."""
-    place = Path(run.output_dir) / run.name / node.name
-    place.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(run.output_dir) / run.name / node.name
+    path.parent.mkdir(parents=True, exist_ok=True)
     if is_linked(run, node):
         return
-    target = os.path.relpath(node.artifact.path, place.parent)
-    temporary = temporary_path(place)  # jobs of a run that start at the same time link the artifacts they share
+    target = os.path.relpath(node.artifact.path, path.parent)
+    temporary = temporary_path(path)  # jobs of a run that start at the same time link the artifacts they share
     temporary.symlink_to(target)
-    os.replace(temporary, place)
+    os.replace(temporary, path)
 
 
 def is_linked(run: Settings, node: Node) -> bool:
     """Whether ``link`` would change nothing."""
-    place = Path(run.output_dir) / run.name / node.name
-    return place.is_symlink() and os.readlink(place) == os.path.relpath(node.artifact.path, place.parent)
+    path = Path(run.output_dir) / run.name / node.name
+    return path.is_symlink() and os.readlink(path) == os.path.relpath(node.artifact.path, path.parent)

@@ -52,7 +52,7 @@ def disk_of(
     trained: Mapping[str, TrainingOutputs],
     tokens: Mapping[str, int],
     scratch: int = 0,
-    around: int = 0,
+    outer_parameters: int = 0,
 ) -> Disk:
     """Estimates what the missing stages will write.
 
@@ -62,11 +62,12 @@ def disk_of(
         trained: by training stage.
         tokens: the number of tokens by tokenize node, if it is known.
         scratch: what expand needs in addition to its artifact, in bytes.
-        around: the number of a multimodal model's parameters outside its language model, which every artifact has.
+        outer_parameters: the number of a multimodal model's parameters outside its language model. Every artifact
+            has them.
     """
     width = DTYPE_BYTES[dtype]
     stages = {"load": base, **dict.fromkeys(("expand", "pretrain", "sft"), grown)}
-    models = {stage: shape.parameters + around for stage, shape in stages.items()}
+    models = {stage: shape.parameters + outer_parameters for stage, shape in stages.items()}
     for stage, outputs in trained.items():
         models[stage] = outputs.model * models[stage] + outputs.snapshots * outputs.parameters
     artifacts = {

@@ -30,7 +30,7 @@ from pipeline.models.families import LayerShape, Shape
 from pipeline.training.deepspeed_config import deepspeed_config, uses_bfloat16_parameters
 from pipeline.training.precision import BYTES, Precision, checkpoint_bytes, chunk_rows
 
-WIDE = 4  # bytes of a float32
+FLOAT32_BYTES = 4
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default number of parameters that stay gathered
 ZERO3_PREFETCH = 50_000_000
 
@@ -78,7 +78,7 @@ class Setup:
     @property
     def weight_width(self) -> int:
         """Bytes per weight."""
-        return BYTES[self.precision] if uses_bfloat16_parameters(self.train, self.precision) else WIDE
+        return BYTES[self.precision] if uses_bfloat16_parameters(self.train, self.precision) else FLOAT32_BYTES
 
     def with_train(self, **changes: Any) -> Setup:
         """Returns a copy with changed settings of the training section."""
@@ -140,7 +140,7 @@ def _cast_copies(trained: Trained, setup: Setup) -> int:
 
 
 def _gradients(trained: Trained, setup: Setup) -> int:
-    total = trained.parameters * WIDE
+    total = trained.parameters * FLOAT32_BYTES
     return total if setup.zero["stage"] < 2 else total // setup.ranks
 
 
@@ -151,8 +151,8 @@ def _optimizer(trained: Trained, setup: Setup) -> int:
     if setup.train.ema_decay is not None:
         numbers += trained.parameters
     if setup.zero["stage"] == 0:
-        return WIDE * numbers  # the float32 weights are the master weights themselves
-    return 0 if "offload_optimizer" in setup.zero else WIDE * (numbers + trained.parameters) // setup.ranks
+        return FLOAT32_BYTES * numbers  # the float32 weights are the master weights themselves
+    return 0 if "offload_optimizer" in setup.zero else FLOAT32_BYTES * (numbers + trained.parameters) // setup.ranks
 
 
 def _buckets(trained: Trained, setup: Setup) -> int:
@@ -163,11 +163,11 @@ def _buckets(trained: Trained, setup: Setup) -> int:
         return 0
     bucket = int(zero["reduce_bucket_size"])
     if not setup.on_gpu:
-        return WIDE * min(bucket, trained.parameters)
+        return FLOAT32_BYTES * min(bucket, trained.parameters)
     # DeepSpeed fills one while it reduces the other. At ZeRO 2 both are in compute precision, and what is being reduced
     # is copied to float32, which takes as much.
     doubled = zero.get("overlap_comm", False) and zero["stage"] < 3
-    return WIDE * bucket * (2 if doubled else 1)
+    return FLOAT32_BYTES * bucket * (2 if doubled else 1)
 
 
 def _staging(trained: Trained, setup: Setup) -> int:
@@ -197,7 +197,7 @@ def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[s
     mlp = width * units * ((3 if layer.is_gated else 1) + trains)
     mlp += width * layer.experts_per_token * shape.hidden_size * (1 + trains)
     attention = _attention(shape, setup, trains)
-    return setup.tokens * (norms * shape.hidden_size * (WIDE + 2 * width * trains) + attention + mlp)
+    return setup.tokens * (norms * shape.hidden_size * (FLOAT32_BYTES + 2 * width * trains) + attention + mlp)
 
 
 def _attention(shape: Shape, setup: Setup, trains: bool) -> int:
@@ -207,7 +207,7 @@ def _attention(shape: Shape, setup: Setup, trains: bool) -> int:
     keys = max(shape.key_size, parts * shape.head_size) if without_mask and not setup.on_gpu else queries
     mask = 0 if without_mask else setup.width * setup.train.sequence_length
     exchanged = queries if parts > 1 and trains else 0
-    return setup.width * (2 * (queries + keys) + exchanged) + WIDE * shape.heads + mask
+    return setup.width * (2 * (queries + keys) + exchanged) + FLOAT32_BYTES * shape.heads + mask
 
 
 def _logits(trained: Trained, setup: Setup) -> int:
@@ -215,7 +215,7 @@ def _logits(trained: Trained, setup: Setup) -> int:
     gradient of the head in float32 and in compute precision."""
     shape = trained.shape
     rows = min(chunk_rows("cuda" if setup.on_gpu else "cpu", shape.vocab_size), setup.tokens)
-    chunk = rows * shape.vocab_size * (WIDE + (setup.width if setup.width < WIDE else 0))
-    hidden = setup.tokens * shape.hidden_size * (WIDE + 2 * setup.width)
-    head = shape.vocab_size * shape.hidden_size * (WIDE + setup.width) if trained.head_trains else 0
+    chunk = rows * shape.vocab_size * (FLOAT32_BYTES + (setup.width if setup.width < FLOAT32_BYTES else 0))
+    hidden = setup.tokens * shape.hidden_size * (FLOAT32_BYTES + 2 * setup.width)
+    head = shape.vocab_size * shape.hidden_size * (FLOAT32_BYTES + setup.width) if trained.head_trains else 0
     return chunk + hidden + head

@@ -25,7 +25,7 @@ from pipeline.evaluation.shared_prompts import (
     shared_prompts_of,
 )
 from pipeline.evaluation.sharing import BatchTurns, ScoringRanks, own_requests
-from pipeline.models.built import load_for_inference
+from pipeline.models.loading import load_for_inference
 from pipeline.progress import ProgressBar, progress
 
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # for the logits and their log-softmax, which exist at the same time

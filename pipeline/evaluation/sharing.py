@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json, write_json
-from pipeline.training.watch import Watch, wait_until
+from pipeline.training.watchdog import Watch, wait_until
 
 PART_FILES = "part-*.json"
 
@@ -39,7 +39,7 @@ class ScoringRanks:
     _exchanges: int = field(default=0, init=False)
 
     def enter(self, part: str, is_alone: bool = False) -> None:
-        """Records which part of the work this process has reached; see ``watch.TrainingPart``."""
+        """Records which part of the work this process has reached; see ``watchdog.Phase``."""
         if self.watch is not None:
             self.watch.enter(part, is_alone)
 

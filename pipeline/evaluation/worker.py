@@ -34,7 +34,7 @@ def score_as_rank(task_file: Path, log_dir: Path) -> dict[str, Any]:
     with importing():
         from pipeline.evaluation.harness import ScoringJob, score
         from pipeline.evaluation.sharing import ScoringRanks
-        from pipeline.training.watch import Watch
+        from pipeline.training.watchdog import Watch
 
     assert isinstance(task.settings, Evaluate)
     watch = Watch(rank, count, task.launch.collective_timeout_seconds, log_dir)

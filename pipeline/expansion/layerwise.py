@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.models.built import load_language_model
-from pipeline.models.inference.decoder import NotUnderstoodError, decoder_of
+from pipeline.models.family_inference.decoder import NotUnderstoodError, decoder_of
+from pipeline.models.loading import load_language_model
 
 Form = Callable[[Tensor], Any]  # hidden states -> what a layer returns
 FORMS: tuple[Form, ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None), lambda x: (x, None, None))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipeline.models.built import IncompleteModelError, language_config_of, load_complete
-from pipeline.models.decoding import CACHE_TOLERANCE, cache_difference, difference
+from pipeline.models.cache_check import CACHE_TOLERANCE, cache_difference, difference
 from pipeline.models.layer_config import explicit_config
+from pipeline.models.loading import IncompleteModelError, language_config_of, load_complete
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import is_finite
 

@@ -18,7 +18,7 @@ from pipeline.launch.machine import Placement
 
 # Set by torchrun, accelerate, MPI and the training operators of Kubernetes. They describe the rank of the process that
 # a user starts. Its workers must not inherit them, since libraries would take them for the workers' own ranks.
-INHERITED_PLACE = re.compile(
+LAUNCHER_VARIABLES = re.compile(
     r"(PET|TORCHELASTIC|ACCELERATE|OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD|MPI)_.*|MPI_LOCALRANKID"
     r"|(LOCAL_|GROUP_|ROLE_|CROSS_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|(LOCAL|CROSS)_SIZE|ROLE_NAME"
     r"|MASTER_(ADDR|PORT)"
@@ -57,7 +57,7 @@ def _count_nodes(inherited: Mapping[str, str]) -> int:
     return ranks // local if local else 1
 
 
-def is_further_copy(inherited: Mapping[str, str]) -> bool:
+def is_secondary_copy(inherited: Mapping[str, str]) -> bool:
     """Returns whether this command was started several times on this node, as by torchrun, and this is not the first.
 
     DeepSpeed's launcher sets ``LOCAL_SIZE``.
@@ -78,7 +78,7 @@ def python_path(inherited: Mapping[str, str]) -> str:
 
 def child_environment(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a stage's process."""
-    kept = {name: value for name, value in inherited.items() if not INHERITED_PLACE.fullmatch(name)}
+    kept = {name: value for name, value in inherited.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
     caches = {name: str(path) for name, path in code_caches(inherited).items()}
     return {
         **kept,
@@ -104,7 +104,7 @@ def worker_environment(launch: Launch, placement: Placement, inherited: Mapping[
     elif not inherited.keys() & ALLOCATOR_VARIABLES:
         # Segments that grow leave no gaps between batches of different shapes, which could not be used otherwise.
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-    if placement.device == "cuda":  # NCCL records its last collectives, which pipeline.training.watch writes as JSON
+    if placement.device == "cuda":  # NCCL records its last collectives, which pipeline.training.watchdog writes as JSON
         environment = {"TORCH_FR_BUFFER_SIZE": "2000", **environment, "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
     if placement.nodes == 1:  # otherwise gloo and NCCL would listen on addresses that other hosts can reach
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback())

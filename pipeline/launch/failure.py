@@ -13,7 +13,7 @@ from pipeline.launch.child import ORPHANED
 
 LAUNCHER_LOG, LAUNCHER_LOGS = "launcher.log", "launcher*.log"  # of srun, and of what it starts on each node
 DEATHS_FILES = "deaths-*.jsonl"  # one per node: the ranks that failed
-ALIVE_FILES = "alive-*.json"  # one per rank: where it is; see pipeline.training.watch
+ALIVE_FILES = "alive-*.json"  # one per rank: where it is; see pipeline.training.watchdog
 SHOWN_LOG_LINES = 15
 OUT_OF_MEMORY = "out of memory"  # part of every message about insufficient memory
 MEMORY_HINT = f"the system may have run {OUT_OF_MEMORY}"

@@ -135,7 +135,7 @@ class Ranks:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def look_again(directory: Path) -> None:
+def refresh_directory(directory: Path) -> None:
     """Makes sure that files which other hosts have created are seen.
 
     NFS may cache for up to a minute that a file does not exist. Changing the directory from this host prevents that.

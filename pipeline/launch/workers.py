@@ -45,7 +45,7 @@ from pipeline.launch.ranks import (
     POLL_SECONDS,
     RENDEZVOUS_VARIABLE,
     Ranks,
-    look_again,
+    refresh_directory,
 )
 from pipeline.launch.slurm import Allocation, current_allocation, escape_percent, node_address
 
@@ -232,7 +232,7 @@ def _stop_file_on_signal(stop_file: Path) -> Iterator[None]:
 def load_outcome(log_dir: Path) -> dict[str, Any]:
     """Reads how the work ended: ``{"status": "lost"}`` if no process recorded it."""
     path = log_dir / OUTCOME_FILE
-    look_again(log_dir)
+    refresh_directory(log_dir)
     outcome: dict[str, Any] = read_record(path, lambda value: value["status"]) or {"status": "lost"}
     return outcome
 

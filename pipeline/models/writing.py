@@ -64,7 +64,7 @@ class ShardWriter:
         self._begin: dict[str, int] = {}
         headers = []
         for names in self._shards:
-            header, begin = _lay_out(names, specs)
+            header, begin = safetensors_header({name: specs[name] for name in names}, {"format": "pt"})
             headers.append(header)
             self._begin.update(begin)
         self.written = self._read_progress(headers)
@@ -229,14 +229,16 @@ def _assign_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list
     return shards
 
 
-def _lay_out(names: Iterable[str], specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def safetensors_header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Returns the bytes of a safetensors file before its first tensor, and the offset of every tensor in the file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     begin: dict[str, int] = {}
     end = 0
-    for name in names:
-        begin[name], end = end, end + specs[name].bytes
-        dtype, shape = SAFETENSORS_NAMES[specs[name].dtype], list(specs[name].shape)
+    for name, spec in specs.items():
+        begin[name], end = end, end + spec.bytes
+        dtype, shape = SAFETENSORS_NAMES[spec.dtype], list(spec.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8

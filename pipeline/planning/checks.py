@@ -541,7 +541,9 @@ def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Di
     }
     scratch = sizes.method.scratch_bytes(sizes.base, prepared.expansion_gpu) if "expand" in chosen else 0
     tokens = {"tokenize/corpus": run.data.max_corpus_tokens or 0}
-    return disk_of(chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch, prepared.around)
+    return disk_of(
+        chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch, prepared.outer_parameters
+    )
 
 
 # What was looked up comes first: without it, most other checks cannot say anything.

@@ -35,7 +35,7 @@ class Plan:
         sizes: None, like ``disk``, if the base model is not known.
         expansion: memory in bytes that expanding takes on the GPU, and can take; None if that is not known.
         disk: of the nodes that no earlier job of the sweep builds.
-        around: the number of a multimodal model's parameters outside its language model; 0 for other models.
+        outer_parameters: the number of a multimodal model's parameters outside its language model; 0 for other models.
     """
 
     run: Settings
@@ -46,7 +46,7 @@ class Plan:
     disk: Disk | None
     blockers: Sequence[Blocker]
     nodes: Sequence[PlannedNode]
-    around: int = 0
+    outer_parameters: int = 0
 
 
 def make_plans(jobs: Sequence[PreparedRun]) -> list[Plan]:
@@ -79,7 +79,7 @@ def _plan(job: PreparedRun, builder_of: dict[str, str]) -> Plan:
         disk=None if job.sizes is None else disk_needed(job, own),
         blockers=blockers,
         nodes=_planned_nodes(job, blockers, builder_of),
-        around=job.around,
+        outer_parameters=job.outer_parameters,
     )
 
 

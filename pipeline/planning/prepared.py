@@ -30,9 +30,9 @@ from pipeline.expansion.methods import module_fingerprint
 from pipeline.files import let_group_write, nearest_existing, no_access, read_json
 from pipeline.launch.machine import Machine, detect_machine, requested_placement
 from pipeline.models import hub
+from pipeline.models.checkpoint_dtype import elements_in, resolve_dtype
 from pipeline.models.config_json import is_nested
 from pipeline.models.families import Shape, family_for, inner_config, shape_of
-from pipeline.models.own_dtype import elements_in, with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
 
 UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
@@ -94,7 +94,7 @@ class PreparedRun:
         return inner_config(self.inputs.config)
 
     @cached_property
-    def around(self) -> int:
+    def outer_parameters(self) -> int:
         """The number of a multimodal model's parameters outside its language model; 0 for others, or if not known."""
         source = self.inputs.source
         if source is None or self.shape is None or not is_nested(self.inputs.config):
@@ -253,13 +253,13 @@ def _look_up(run: Settings) -> FoundInputs:
     if source is not None and source.commit is not None:
         model = model.model_copy(update={"revision": source.commit})
     if source is not None:
-        settled, failure = attempt(lambda: with_own_dtype(model, source))
+        settled, failure = attempt(lambda: resolve_dtype(model, source))
         model = settled or model
         if failure is not None:
             failures.setdefault("model", failure)
     pinned: dict[str, Any] = {name: answers[name][0] for name in PURPOSES if name in asked and name not in failures}
     data = run.data.model_copy(update=pinned)
-    config, config_from = (found.config, _place(source)) if found.config and source else _second_best_config(run.model)
+    config, config_from = (found.config, _place(source)) if found.config and source else _fallback_config(run.model)
     return FoundInputs(model, data, source, config, config_from, _identify(run, source, pinned, failures), failures)
 
 
@@ -320,7 +320,7 @@ def _place(source: ModelSource) -> str:
     return f"the config in {source.directory or f'{source.repo} on the Hub'}"
 
 
-def _second_best_config(model: Model) -> tuple[Mapping[str, Any], str]:
+def _fallback_config(model: Model) -> tuple[Mapping[str, Any], str]:
     """The config of a model that cannot be read: from the Hub's cache, or else from ``model.shape``."""
     cached = hub.cached_file(model.path, model.revision, "config.json") if hub.is_repo_id(model.path) else None
     if cached is not None and model.gguf_file is None:

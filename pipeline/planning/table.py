@@ -42,8 +42,9 @@ def _print_model(plan: Plan, console: Console) -> None:
     if plan.sizes is None:
         return
     base, grown = plan.sizes.base, plan.sizes.grown
-    if plan.around:
-        console.print(f"  part of a multimodal model, whose {billions(plan.around)} other parameters never change")
+    if plan.outer_parameters:
+        others = billions(plan.outer_parameters)
+        console.print(f"  part of a multimodal model, whose {others} other parameters never change")
     if base.inferred:
         console.print("  family inferred from the modules that transformers builds, which takes some seconds")
     console.print(

@@ -79,7 +79,7 @@ def _reused_note(target: str, other: str) -> str:
 
 def answers(runs: Sequence[RunArtifacts]) -> list[str]:
     """Shows what every model answered to the same questions of held-out conversations. A sweep shows the base once."""
-    spoken: dict[str, dict[tuple[str, str], None]] = {}  # by question: who, and what
+    answers_by_question: dict[str, dict[tuple[str, str], None]] = {}  # who, and what
     for run in runs:
         for target in run.scored_targets():
             model = (
@@ -88,18 +88,18 @@ def answers(runs: Sequence[RunArtifacts]) -> list[str]:
                 else f"{labels(runs)[run.name]}, {target_name(target)}"
             )
             for entry in run.answers(target):
-                speakers = spoken.setdefault(entry["question"], {("in the data", entry["reference"]): None})
-                speakers[(model, entry["answer"] + ("" if entry["ended"] else " …"))] = None
-    if not spoken:
+                rows = answers_by_question.setdefault(entry["question"], {("in the data", entry["reference"]): None})
+                rows[(model, entry["answer"] + ("" if entry["ended"] else " …"))] = None
+    if not answers_by_question:
         return []
     note = (
         "Questions of held-out conversations, with the most probable answer of every model (greedy search). An answer "
         "that ends with … was cut off. A few answers show how a model writes, not how good it is."
     )
     blocks = ["## The same questions, answered by every model", note]
-    for question, speakers in spoken.items():
-        rows = [[escape(model), escape(printable(answer))] for model, answer in speakers]
-        blocks += [bold(escape(printable(question))), table(Table(["model", "answer"], rows, text_columns=2))]
+    for question, rows in answers_by_question.items():
+        cells = [[escape(model), escape(printable(answer))] for model, answer in rows]
+        blocks += [bold(escape(printable(question))), table(Table(["model", "answer"], cells, text_columns=2))]
     return blocks
 
 

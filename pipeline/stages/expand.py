@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipeline.expansion.layer_plan import LayerPlan
 from pipeline.expansion.method import Method
 from pipeline.expansion.model_card import base_weights, model_card
 from pipeline.expansion.ranking import Ranking, rank_layers, read_probe, remove_ranking_records
-from pipeline.expansion.self_check import CheckFailedError, check_model
+from pipeline.expansion.self_check import CheckFailedError, Outcome, check_model
 from pipeline.expansion.surgery import TensorNames, remove_progress_records, scratch_in, write_weights
 from pipeline.files import write_json
 from pipeline.models.config_json import depth_of
@@ -55,22 +56,14 @@ def run(task: StageTask) -> Metrics:
     with _no_global_draws(method.title):
         work = write_weights(names, method.new_tensors, device_of(method), task.out, seed)
     weights_seconds = time.monotonic() - started
-    write_json(task.out / "config.json", deeper)
-    copy_side_files(base.path, task.out)
     record = expansion_record(placed, plan) | {
         "settings": method.key_settings(),
         "seed": task.seed,
         "base": base_weights(base.path),
     }
-    write_json(task.out / EXPANSION_FILE, record)
-    (task.out / "README.md").write_text(model_card(record, base.path))
+    _write_description(task.out, base.path, deeper, record)
 
-    try:
-        outcome = check_model(task.out, deeper, base.path if method.keeps_logits else None, method.check_memory)
-    except CheckFailedError:
-        remove_progress_records(task.out)  # otherwise another attempt would take these weights for finished ones
-        raise
-    remove_progress_records(task.out)
+    outcome = _check_or_discard(task.out, base.path, deeper, method)
     remove_ranking_records(task.out)
     return {
         "num_base_layers": plan.num_base_layers,
@@ -120,6 +113,29 @@ def _check_kinds(config: dict[str, Any], deeper: dict[str, Any], plan: LayerPlan
                 remedy="Set expand.position to gaps after which the rule of this model still holds, or choose another "
                 "model.",
             )
+
+
+def _write_description(out: Path, base: Path, deeper: dict[str, Any], record: dict[str, Any]) -> None:
+    """Writes all files of the model but its weights: config, tokenizer, ``expansion.json`` and model card."""
+    write_json(out / "config.json", deeper)
+    copy_side_files(base, out)
+    write_json(out / EXPANSION_FILE, record)
+    (out / "README.md").write_text(model_card(record, base))
+
+
+def _check_or_discard(out: Path, base: Path, deeper: dict[str, Any], method: Method) -> Outcome:
+    """Checks the model that was written. Another attempt resumes its weights only if the check was interrupted.
+
+    Raises:
+        CheckFailedError: the model is not the one that was planned.
+    """
+    try:
+        outcome = check_model(out, deeper, base if method.keeps_logits else None, method.check_memory)
+    except CheckFailedError:
+        remove_progress_records(out)  # otherwise another attempt would take these weights for finished ones
+        raise
+    remove_progress_records(out)
+    return outcome
 
 
 def expansion_record(method: Method, plan: LayerPlan) -> dict[str, object]:

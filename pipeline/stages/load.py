@@ -31,14 +31,14 @@ from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.models import hub
-from pipeline.models.built import build_on_meta, is_tied, weight_faults
+from pipeline.models.checkpoint_dtype import resolve_dtype
 from pipeline.models.config_json import as_nested, depth_of, is_nested, with_language_config
 from pipeline.models.families import INFERRED, check_stored, family_for, weights_disagree
 from pipeline.models.fp8 import Fp8Directory
 from pipeline.models.gguf import UNREAD, Metadata, read_metadata
 from pipeline.models.gguf_weights import GgufWeights
 from pipeline.models.layer_config import complete_config
-from pipeline.models.own_dtype import with_own_dtype
+from pipeline.models.loading import build_on_meta, is_tied, weight_faults
 from pipeline.models.quantization import check_quantization, is_fp8
 from pipeline.models.reading import ModelDirectory, StoredWeights, copy_side_files
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
@@ -59,7 +59,7 @@ def run(task: StageTask) -> Metrics:
     assert isinstance(model, Model)
     source = resolve(model)
     directory = _fetch(source, model)
-    model = with_own_dtype(model, source, directory)
+    model = resolve_dtype(model, source, directory)
     config = config_of(source)
     refuse_code(model, config)
     check_shape(model, config)

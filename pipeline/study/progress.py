@@ -10,10 +10,12 @@ from typing import Literal
 
 from pipeline.study.halving import Tuned, tune
 from pipeline.study.trials import Measured, Trial, Trials
+from pipeline.training.block_losses import BlockLosses
 
 Budget = Literal["tokens", "flops", "seconds"]
 SAME_STEPS = 0.05  # a number of steps this close to that of a finished run counts as the same
 Loss = Literal["held_out", "validation", "forgetting"]
+RECORDED_AS: dict[Loss, str] = {"held_out": "loss", "validation": "validation_loss", "forgetting": "forgetting_loss"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class SeedOutcome:
         (low, high), (first, second) = (steps for steps, _ in self.measured), values
         share = math.log(self.steps / low) / math.log(high / low)
         return float(first + share * (second - first))
+
+    def blocks(self, name: Loss) -> BlockLosses | None:
+        """Returns a loss by block; None if it is interpolated, or not known by block."""
+        return None if self.interpolated else self.measured[0][1].blocks.get(RECORDED_AS[name])
 
 
 class StudyProgress:

@@ -23,7 +23,8 @@ BUDGET_TITLES: dict[Budget, str] = {"tokens": "Equal tokens", "flops": "Equal FL
 PARETO, RATES = "pareto.png", "rates.png"
 TABLE_LEGEND = (
     "± is one standard error over seeds. Differences to the reference are paired by seed: ▲ better, ▼ worse, ≈ not "
-    "significant. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column."
+    "significant. p is that of the two-sided paired t test after Holm's correction for the comparisons of its column. "
+    "“Over text” is one standard error of the same difference over the blocks of the text, paired by block."
 )
 PARETO_CAPTION = (
     "Held-out loss at equal tokens by what it costs: training FLOPs{forgetting}. Numbers as in the table; the gray "
@@ -68,7 +69,7 @@ def _compose(
             blocks += [f"## {BUDGET_TITLES[comparison.budget]}", table(_loss_table(progress, comparison))]
             blocks += [bullets(_notes(progress, comparison))]
     blocks += [image(PARETO, figures[PARETO])] if PARETO in figures else []
-    blocks += ["## Which differences count", bullets(_counting(progress, comparisons))]
+    blocks += ["## Which differences are significant", bullets(_counting(progress, comparisons))]
     blocks += ["## Tuned learning rates", table(_rate_table(progress))]
     blocks += [image(RATES, figures[RATES])] if RATES in figures else []
     blocks += ["## What these numbers do not show", bullets(_caveats(progress, comparisons))]
@@ -144,9 +145,21 @@ def _counting(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Ite
                 where = f"{BUDGET_TITLES[comparison.budget]}, {loss.replace('_', '-')} loss"
                 yield (
                     f"{where}: {len(counting)} of {len(by_name)} differences "
-                    f"to {escape(progress.study.reference)} count{': ' if counting else '.'}"
+                    f"to {escape(progress.study.reference)} are significant{': ' if counting else '.'}"
                     f"{'; '.join(counting)}"
                 )
+    for comparison in comparisons:
+        doubtful = [
+            f"{escape(name)} ({loss.replace('_', '-')} loss)"
+            for loss, by_name in comparison.differences.items()
+            for name, each in by_name.items()
+            if each.counts(LEVEL) and abs(each.mean.value) < 2 * comparison.text_errors[loss].get(name, 0.0)
+        ]
+        if doubtful:
+            yield (
+                f"{BUDGET_TITLES[comparison.budget]}: smaller than two standard errors over text, so that other text "
+                f"of the same kind may show no difference: {', '.join(doubtful)}."
+            )
     yield (
         f"The report makes {total} comparisons. Holm's correction holds the probability of any false one at "
         f"{LEVEL:.0%} within each loss at each budget, not over all of them together."
@@ -178,7 +191,8 @@ def _caveats(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Iter
     study = progress.study
     yield (
         f"Standard errors are over {len(study.seeds)} seeds, which vary the order and choice of the training blocks "
-        "and random initializations. They say nothing about other corpora, base models or budgets."
+        "and random initializations. They say nothing about other corpora, base models or budgets. Errors over text "
+        "are not part of the test. They treat blocks as independent, which those of one document are not."
     )
     yield "With few seeds, a real difference is often not significant, which is not evidence of equality."
     if study.tune.rungs[-1] < 1:
@@ -202,8 +216,8 @@ def _caveats(progress: StudyProgress, comparisons: Sequence[Comparison]) -> Iter
 def _loss_table(progress: StudyProgress, comparison: Comparison) -> Table:
     base = base_losses(progress)
     forgetting = bool(comparison.means["forgetting"])
-    columns = ["#", "contender", "rate", "trained", "before", "held-out loss", "− reference", "p"]
-    columns += ["forgetting loss", "− reference", "p"] if forgetting else []
+    columns = ["#", "contender", "rate", "trained", "before", "held-out loss", "− reference", "p", "over text"]
+    columns += ["forgetting loss", "− reference", "p", "over text"] if forgetting else []
     columns += ["− base"] if forgetting and "forgetting_loss" in base else []
     columns += ["steps", "FLOPs", "s/step"]
     rows, numbers = [], _numbers(progress)
@@ -231,18 +245,20 @@ def _numbers(progress: StudyProgress) -> dict[str, int]:
 def _cells(progress: StudyProgress, comparison: Comparison, name_of_loss: Loss, contender: str) -> list[str]:
     mean = comparison.means[name_of_loss].get(contender)
     difference = comparison.differences[name_of_loss].get(contender)
+    text_error = comparison.text_errors[name_of_loss].get(contender)
     if mean is None:
-        return ["—", "", ""]
+        return ["—", "", "", ""]
     if math.isinf(mean.value):
-        return ["diverged", "", ""]
+        return ["diverged", "", "", ""]
     loss = with_error("loss", mean.value, mean.stderr)
     if difference is None:
-        return [loss, "reference" if contender == progress.study.reference else "", ""]
+        return [loss, "reference" if contender == progress.study.reference else "", "", ""]
     sign = "≈" if not difference.counts(LEVEL) else "▲" if difference.mean.value < 0 else "▼"
     return [
         loss,
         f"{signed('loss', difference.mean.value, difference.mean.stderr)} {sign}",
         f"{difference.adjusted:.2g}",
+        "—" if text_error is None else f"± {text_error:.3f}",
     ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.report.significance import LEVEL
 from pipeline.study.progress import Budget, Loss, SeedOutcome, StudyProgress
 from pipeline.study.statistics import Mean, SeedDifference, differences, mean_of
 from pipeline.study.trials import Measured
+from pipeline.training.block_losses import BlockLosses
 
 COMPARED: tuple[Loss, ...] = ("held_out", "forgetting")
 
@@ -23,12 +25,15 @@ class Comparison:
         outcomes: of the contenders that are finished, by their names, in the order of the seeds.
         means: by loss and contender. A loss that was not measured is absent.
         differences: to the reference, by loss and contender.
+        text_errors: one standard error of these differences over the blocks of the text, by loss and contender, where
+            losses are known by block.
     """
 
     budget: Budget
     outcomes: dict[str, list[SeedOutcome]]
     means: dict[Loss, dict[str, Mean]]
     differences: dict[Loss, dict[str, SeedDifference]]
+    text_errors: dict[Loss, dict[str, float]]
 
     @property
     def ranked(self) -> list[str]:
@@ -51,7 +56,26 @@ def compare(progress: StudyProgress, budget: Budget) -> Comparison:
         outcomes,
         {loss: {name: mean_of(values) for name, values in known.items()} for loss, known in losses.items()},
         {loss: differences(known, reference) if reference in known else {} for loss, known in losses.items()},
+        {loss: _text_errors(outcomes, reference, loss) for loss in COMPARED},
     )
+
+
+def _text_errors(outcomes: Mapping[str, Sequence[SeedOutcome]], reference: str, loss: Loss) -> dict[str, float]:
+    """Returns one standard error, over blocks, of every contender's difference to the reference.
+
+    Every block has the mean of its losses over the seeds. The blocks are the same for all contenders, hence pairs.
+    """
+    by_name = {name: [outcome.blocks(loss) for outcome in each] for name, each in outcomes.items()}
+    means = {
+        name: BlockLosses([statistics.fmean(seeds) for seeds in zip(*(each.losses for each in known), strict=True)],
+                          known[0].targets)
+        for name, blocks in by_name.items()
+        if len(known := [each for each in blocks if each is not None]) == len(blocks)
+    }  # fmt: skip
+    if reference not in means:
+        return {}
+    errors = {name: mean.change_stderr(means[reference]) for name, mean in means.items() if name != reference}
+    return {name: error for name, error in errors.items() if error is not None}
 
 
 def base_losses(progress: StudyProgress) -> dict[str, float]:
@@ -110,6 +134,7 @@ def _differences(comparison: Comparison) -> Iterator[dict[str, Any]]:
                 "loss": loss,
                 "difference": found.mean.value,
                 "stderr": found.mean.stderr,
+                "stderr_over_text": comparison.text_errors[loss].get(name),
                 "seeds": found.mean.n,
                 "p": found.p,
                 "p_adjusted": found.adjusted,

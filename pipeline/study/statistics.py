@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences, and which of them count."""
+"""Means over seeds, paired differences, and which of them are significant."""
 
 from __future__ import annotations
 

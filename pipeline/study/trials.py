@@ -22,6 +22,7 @@ from pipeline.launch.workers import load_outcome
 from pipeline.planning import FoundInputs, PreparedRun, prepare, with_inputs
 from pipeline.planning.training import TrainingPlan, plan_training
 from pipeline.tracking import METRICS_FILE, read_metrics
+from pipeline.training.block_losses import BlockLosses
 from pipeline.training.job import LOGS, TRAINING_FILE
 
 Compose = Callable[[Sequence[str]], Settings]
@@ -53,6 +54,8 @@ class Measured:
         held_out, validation, forgetting: the losses after training, in nats per token; forgetting is None without such
             a text.
         before: the same losses before training, by their names in training.json; only of final runs.
+        blocks: the losses after training by block, by the same names. Empty if averaged weights are the result, and for
+            a run by an earlier version.
         seconds_per_step: the median over the steps; inf if training diverged.
         keeps_depth: the expansion added no layer, so that ``before`` is the base model's.
     """
@@ -61,6 +64,7 @@ class Measured:
     validation: float
     forgetting: float | None
     before: Mapping[str, float]
+    blocks: Mapping[str, BlockLosses]
     steps: int
     tokens: int
     flops: int
@@ -76,7 +80,7 @@ class Measured:
         return math.isinf(self.held_out)
 
 
-DIVERGED = Measured(math.inf, math.inf, None, {}, 0, 0, 0, math.inf, math.inf, 0, 0, False)
+DIVERGED = Measured(math.inf, math.inf, None, {}, {}, 0, 0, 0, math.inf, math.inf, 0, 0, False)
 
 
 class Trials:
@@ -185,6 +189,7 @@ def _read(nodes: Mapping[str, Node]) -> Measured | None:
         validation=after["validation_loss"],
         forgetting=after.get("forgetting_loss"),
         before={} if first is last else {name: first[name] for name in BEFORE if name in first},
+        blocks={} if averages else {name: BlockLosses(**last["blocks"][name]) for name in last.get("blocks", {})},
         steps=training["steps"],
         tokens=training["tokens"],
         flops=training["flops"],

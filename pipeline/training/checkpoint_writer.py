@@ -14,7 +14,6 @@ The threads of different ranks synchronize through files, since collectives of t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -42,14 +41,15 @@ from pipeline.files import (
     sha256_json,
     write_json,
 )
-from pipeline.launch.ranks import look_again
+from pipeline.launch.ranks import refresh_directory
+from pipeline.models.tensors import TensorSpec
+from pipeline.models.writing import safetensors_header
 from pipeline.training.checkpoint import STATE_FILE, directory_name
 from pipeline.training.optimizer_state import OptimizerState, StateKey
 from pipeline.training.process_group import wait_for_all
 
 WRITTEN_AT_ONCE = 2**22  # bytes that are hashed and written while they are in the cache
 RECORD_POLL_SECONDS, LOOK_AGAIN_SECONDS = 0.01, 5.0
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _wait_for(record: Path) -> Any:
     while not record.exists():
         time.sleep(RECORD_POLL_SECONDS)
         if time.monotonic() - looked > LOOK_AGAIN_SECONDS:
-            look_again(record.parent)
+            refresh_directory(record.parent)
             looked = time.monotonic()
     return read_json(record)
 
@@ -349,16 +349,10 @@ def _write_tensors(path: Path, parts: Iterable[Part], values: Iterable[torch.Ten
         parts: the tensors.
         values: the elements of each, on the CPU.
     """
-    entries: dict[str, Any] = {}
-    end = 0
-    for part in parts:
-        begin, end = end, end + FLOAT_BYTES * part.elements
-        shape, offsets = [part.elements], [begin, end]
-        entries[f"{part.key}.{part.name}"] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensors must be aligned
+    specs = {f"{part.key}.{part.name}": TensorSpec(torch.float32, (part.elements,)) for part in parts}
+    header, _ = safetensors_header(specs)
     contents = (value.view(torch.uint8).numpy().data for value in values)
-    return _write(path, chain([len(header).to_bytes(8, "little") + header], contents))
+    return _write(path, chain([header], contents))
 
 
 def _write(path: Path, contents: Iterable[bytes | memoryview]) -> str:

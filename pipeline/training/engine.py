@@ -20,8 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from pipeline.files import read_json
-from pipeline.models.built import from_pretrained, language_config_of
 from pipeline.models.families import shape_of
+from pipeline.models.loading import from_pretrained, language_config_of
 from pipeline.models.matrix_products import prefers_float32_units, use_float32_products
 from pipeline.models.tensors import DTYPES
 from pipeline.models.vector_math import initialize_vector_math

@@ -19,7 +19,7 @@ from pipeline.config.training import trainable_terms
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.models.families import Role, family_for, shape_of
-from pipeline.models.inference.decoder import decoder_of
+from pipeline.models.family_inference.decoder import decoder_of
 from pipeline.models.reading import EXPANSION_FILE
 from pipeline.training.rates import Multiple
 from pipeline.training.selection import BY_EXPANSION, layers_at_learning_rate, new_layers_of, select_parameters

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from pipeline.models.decoding import LogitTransform, packed_mask
+from pipeline.models.forward import LogitTransform, packed_mask
 from pipeline.training.attention import (
     BOUNDS_KEYWORD,
     DOCUMENTS,

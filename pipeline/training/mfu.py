@@ -83,12 +83,6 @@ def data_sheet_rate(device_name: str, precision: Precision) -> float | None:
     return bfloat16_peak(device_name) if precision == "bfloat16" else None
 
 
-def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measures the best FLOP/s over square products of several sizes, each large enough to saturate the device."""
-    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
-    return max(matrix_rate(dtype, device, size, repeats=5) for size in sizes)
-
-
 def memory_in_use(device: torch.device) -> int:
     """Returns the bytes that this rank uses now: allocated on its GPU, or resident in the host's memory."""
     if device.type == "cuda":

@@ -12,8 +12,8 @@ import torch
 from torch import distributed
 
 from pipeline.files import read_json, write_json
-from pipeline.launch.ranks import ADDRESS_VARIABLE, POLL_SECONDS, RENDEZVOUS_VARIABLE, look_again
-from pipeline.training.watch import Watch
+from pipeline.launch.ranks import ADDRESS_VARIABLE, POLL_SECONDS, RENDEZVOUS_VARIABLE, refresh_directory
+from pipeline.training.watchdog import Watch
 
 STORE_TIMEOUT = timedelta(hours=6)  # ranks may start that much later than others, as on nodes that read a slow disk
 MARGIN = timedelta(seconds=60)  # for the watch, whose message is better, to come before the backend's own timeout
@@ -21,7 +21,7 @@ _watch: Watch | None = None
 
 
 def enter(part: str, is_alone: bool = False) -> None:
-    """Records which part of the training this rank has reached; see ``watch.TrainingPart``."""
+    """Records which part of the training this rank has reached; see ``watchdog.Phase``."""
     if _watch is not None:
         _watch.enter(part, is_alone)
 
@@ -96,7 +96,7 @@ def _connect(serve: bool, address: str, rendezvous: Path) -> distributed.TCPStor
         return store
     while not rendezvous.exists():
         time.sleep(POLL_SECONDS)
-        look_again(rendezvous.parent)
+        refresh_directory(rendezvous.parent)
     port = read_json(rendezvous)["port"]
     return distributed.TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False)
 

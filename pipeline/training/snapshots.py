@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from pipeline.files import fsync_directory, is_intact, seal
-from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.replacing import write_with_replaced
 from pipeline.models.stored_parameters import StoredParameters
 from pipeline.models.writing import ShardWriter
 from pipeline.training.job import snapshot_dir
@@ -65,4 +65,4 @@ def materialize_snapshot(artifact: Path, fraction: float, out: Path) -> None:
     out.mkdir()
     snapshot = snapshot_dir(artifact, fraction)
     trained = ModelDirectory(snapshot, sorted(snapshot.glob("*.safetensors")))  # a snapshot has no config
-    export_with_replaced(artifact, out, trained.tensors())
+    write_with_replaced(artifact, out, trained.tensors())

@@ -40,7 +40,7 @@ from pipeline.training.engine import (
     start_distributed,
     start_engine,
 )
-from pipeline.training.export import export_trained_model, exported_key
+from pipeline.training.final_model import export_trained_model, exported_key
 from pipeline.training.gradients import GradientNorms, group_parameters
 from pipeline.training.job import CHECKPOINTS, START_FILE, snapshot_dir
 from pipeline.training.loop import Loop, Progress, Status

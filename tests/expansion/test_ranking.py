@@ -20,7 +20,7 @@ from pipeline.expansion.layerwise import Blocks, LayerwiseModel
 from pipeline.expansion.method import in_memory, method_of
 from pipeline.expansion.ranking import Ranking, rank_layers, read_probe
 from pipeline.models.families import shape_of
-from pipeline.models.inference.decoder import decoder_of
+from pipeline.models.family_inference.decoder import decoder_of
 from tests.tiny_families import TINY_CONFIGS, save_tiny
 from tests.training.small import write_blocks
 

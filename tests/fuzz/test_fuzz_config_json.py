@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,9 +16,9 @@ from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.models.built import build_on_meta, is_tied
 from pipeline.models.families import family_for, shape_of
 from pipeline.models.layer_config import explicit_config, rebuild_config
+from pipeline.models.loading import build_on_meta, is_tied, quiet_transformers
 from pipeline.models.quantization import check_quantization
 from pipeline.models.source import ModelSource, config_of, refuse_code
 from tests.fuzz.limits import examples, outcome
@@ -117,9 +116,8 @@ def _check_deeper(directory: Path, config: dict[str, Any]) -> None:
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     """transformers prints the whole config for many odd entries."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+    with quiet_transformers():
+        yield
 
 
 @pytest.fixture(scope="module")

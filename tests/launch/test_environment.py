@@ -14,7 +14,7 @@ from pipeline.launch.environment import (
     child_environment,
     code_cache_faults,
     create_code_caches,
-    is_further_copy,
+    is_secondary_copy,
     missing_for_compilation,
     other_nodes_fault,
     worker_environment,
@@ -134,7 +134,7 @@ def test_one_of_several_nodes_without_slurm_is_recognized(inherited: dict[str, s
     ],
 )
 def test_only_the_first_of_several_copies_on_a_node_runs(inherited: dict[str, str], further: bool) -> None:
-    assert is_further_copy(inherited) == further
+    assert is_secondary_copy(inherited) == further
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.models import built, matrix_products
+from pipeline.models import loading, matrix_products
 from pipeline.models.matrix_products import use_float32_products
 from pipeline.training.attention import DOCUMENTS
 from pipeline.training.batches import TokenIndices
@@ -74,13 +74,13 @@ def test_float32_units_are_preferred_where_they_are_clearly_faster(
 def test_inference_computes_products_on_the_preferred_units(
     monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path, prefers: bool
 ):
-    monkeypatch.setattr(built, "prefers_float32_units", lambda: prefers)
+    monkeypatch.setattr(loading, "prefers_float32_units", lambda: prefers)
     ids = torch.arange(20)[None]
-    model = built.load_for_inference(tiny_llama_dir, torch.bfloat16, "cpu")
+    model = loading.load_for_inference(tiny_llama_dir, torch.bfloat16, "cpu")
     assert (type(model.get_output_embeddings()) is nn.Linear) != prefers
-    expected = built.load_complete(tiny_llama_dir, torch.float32)(ids).logits
+    expected = loading.load_complete(tiny_llama_dir, torch.float32)(ids).logits
     logits = model(ids).logits
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=2**-5, atol=2**-5)
-    in_float32 = built.load_for_inference(tiny_llama_dir, torch.float32, "cpu")(ids).logits
+    in_float32 = loading.load_for_inference(tiny_llama_dir, torch.float32, "cpu")(ids).logits
     assert torch.equal(in_float32, expected)

@@ -14,7 +14,7 @@ from pipeline.files import write_json
 from pipeline.models.reading import ModelDirectory
 from pipeline.models.tensors import TensorSpec
 from pipeline.models.weight_files import read_header
-from pipeline.models.writing import PROGRESS_FILE, ShardWriter
+from pipeline.models.writing import PROGRESS_FILE, ShardWriter, safetensors_header
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -44,6 +44,19 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     read = load_file(tmp_path / "model.safetensors")
     assert set(read) == set(TENSORS)
     assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_the_header_of_a_file_is_the_same_in_all_versions() -> None:
+    specs = {"half": TensorSpec(torch.float16, (3,)), "matrix": TensorSpec(torch.float32, (3, 4))}
+    entries = (
+        b'"half":{"dtype":"F16","shape":[3],"data_offsets":[0,6]},'
+        b'"matrix":{"dtype":"F32","shape":[3,4],"data_offsets":[6,54]}}'
+    )
+    content = b"{" + entries + b" " * 2
+    assert safetensors_header(specs) == (len(content).to_bytes(8, "little") + content, {"half": 128, "matrix": 134})
+    content = b'{"__metadata__":{"format":"pt"},' + entries + b" " * 3
+    with_metadata, _ = safetensors_header(specs, {"format": "pt"})
+    assert with_metadata == len(content).to_bytes(8, "little") + content
 
 
 @pytest.mark.parametrize("letters", range(1, 9))

@@ -20,8 +20,8 @@ from pipeline.evaluation.catalogue import BUNDLED
 from pipeline.evaluation.minimal_pairs import build_pairs
 from pipeline.evaluation.task_documents import write_documents
 from pipeline.files import is_intact, read_json, write_json
-from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.replacing import write_with_replaced
 from pipeline.models.stored_parameters import StoredParameters
 from pipeline.models.tensors import dtype_of
 from pipeline.stages import evaluate
@@ -278,7 +278,7 @@ def test_a_snapshot_is_scored_as_it_was_and_leaves_no_copy(tiny_llama_dir: Path,
     artifact = tmp_path / "artifact"
     artifact.mkdir()
     save_snapshot(snapshot_dir(artifact, 0.2), StoredParameters(base), [name], iter([(name, base.read(name))]))
-    export_with_replaced(tiny_llama_dir, artifact, {name: base.read(name) * 50})
+    write_with_replaced(tiny_llama_dir, artifact, {name: base.read(name) * 50})
     plain = _task(tiny_llama_dir, corpus, tmp_path / "plain", tasks=["held_out_text"])
     task = _task(artifact, corpus, tmp_path / "way", tasks=["held_out_text"])
     snapshot = EvaluateSnapshot(**task.settings.model_dump(), fraction=0.2)

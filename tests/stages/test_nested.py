@@ -104,7 +104,7 @@ def test_a_plan_is_of_the_language_model_and_says_which_ones_do_not_train(
     plan = _plan(original, tmp_path, "pretrain.trainable=/model.norm/")
     assert not plan.blockers and plan.sizes is not None and plan.disk is not None
     stored = load_file(original / "model.safetensors")
-    assert plan.sizes.base.parameters + plan.around == sum(tensor.numel() for tensor in stored.values())
+    assert plan.sizes.base.parameters + plan.outer_parameters == sum(tensor.numel() for tensor in stored.values())
     assert plan.training[0].trained.names == {"model.norm.weight"}
 
     llama4 = loaded_of("llama4").parent / "original"

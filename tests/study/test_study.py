@@ -98,6 +98,23 @@ def _base_loss(place: Workplace) -> float:
 
 
 @SHARING
+def test_errors_over_text_are_those_of_differences_of_blocks(finished: Workplace) -> None:
+    """The two held-out blocks have equally many targets, so the error is half of the distance of their differences."""
+    results = finished.results()
+    for found in results["differences"]:
+        name = {"held_out": "loss", "forgetting": "forgetting_loss"}[found["loss"]]
+        by_block = dict[str, np.ndarray]()
+        for contender in (found["contender"], STUDY["reference"]):
+            rows = [row for row in results["rows"] if (row["contender"], row["budget"]) == (contender, found["budget"])]
+            blocks = [finished.by_hand(row, *CONTENDERS[contender])["held_out"][-1]["blocks"][name] for row in rows]
+            losses, targets = (np.array([block[key] for block in blocks]) for key in ("losses", "targets"))
+            by_block[contender] = (losses / targets).mean(axis=0)
+        one, two = by_block[found["contender"]] - by_block[STUDY["reference"]]
+        assert found["stderr_over_text"] == pytest.approx(abs(one - two) / 2, rel=0.02, abs=1e-9)
+    assert "over text" in (finished.report / "report.md").read_text()
+
+
+@SHARING
 def test_a_finished_study_does_nothing(finished: Workplace) -> None:
     before, losses = finished.artifacts(), finished.results()["rows"]
     assert finished.run() == EXIT_DONE

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
-from pipeline.models.decoding import packed_mask
+from pipeline.models.forward import packed_mask
 from tests.tiny_families import tiny_model
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases

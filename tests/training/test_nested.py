@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from pipeline.artifacts.task import StageTask
 from pipeline.config import Train
 from pipeline.evaluation.lm import LanguageModel
-from pipeline.models.built import load_language_model
+from pipeline.models.loading import load_language_model
 from tests.tiny_nested import tiny_outer
 from tests.training.forked import ForkedRanks
 from tests.training.many_cases import Runs, run_cases

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from pipeline.models.decoding import packed_mask
+from pipeline.models.forward import packed_mask
 from pipeline.training.batches import real_tokens
-from pipeline.training.export import _collapse_warnings
+from pipeline.training.final_model import _collapse_warnings
 from pipeline.training.freeze import decoder_layers
 from pipeline.training.loop import Loop, Progress
 from pipeline.training.routing import (

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.replacing import write_with_replaced
 from pipeline.models.stored_parameters import StoredParameters
 from pipeline.training.job import snapshot_dir
 from pipeline.training.snapshots import materialize_snapshot, save_snapshot
@@ -23,7 +23,7 @@ def test_a_snapshot_is_the_finished_model_with_earlier_weights(grown_dir: Path, 
     artifact.mkdir()
     for fraction, value in ((0.2, 2.0), (0.125, 1.25)):
         save_snapshot(snapshot_dir(artifact, fraction), base, [TRAINED], iter([(TRAINED, changed(base, value))]))
-    export_with_replaced(grown_dir, artifact, {TRAINED: changed(base, 10.0)})
+    write_with_replaced(grown_dir, artifact, {TRAINED: changed(base, 10.0)})
     assert sorted(path.name for path in (artifact / "on_the_way").iterdir()) == ["12.5", "20"]
     snapshot = load_file(artifact / "on_the_way" / "20" / "model.safetensors")
     assert snapshot.keys() == {TRAINED}  # and no frozen weights

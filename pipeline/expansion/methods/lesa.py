@@ -30,7 +30,7 @@ LARGEST_PUBLISHED_GROWTH = 3  # times the parameters of the base
 
 
 class Lesa(ZeroInitMethod):
-    """Every matrix of a new layer is predicted; norms and biases are borrowed from the base."""
+    """Every matrix of a new layer is predicted; norms and biases are copied from the base."""
 
     title = "LESA"
     source = "LESA: Learnable LLM Layer Scaling-Up, arXiv 2502.13794"
@@ -71,7 +71,7 @@ class Lesa(ZeroInitMethod):
         return max(peaks)
 
     def new_tensors(self, base: Sequence[LayerWeights], plan: LayerPlan, work: Workspace) -> Iterator[NewTensor]:
-        """Yields borrowed and predicted tensors, with zeroed outputs if ``zero_init``."""
+        """Yields copied and predicted tensors, with zeroed outputs if ``zero_init``."""
         from pipeline.expansion.lesa_predictions import predict_matrices
 
         if len(plan.layers) > LARGEST_PUBLISHED_GROWTH * plan.num_base_layers:
@@ -80,15 +80,15 @@ class Lesa(ZeroInitMethod):
                 f"{LARGEST_PUBLISHED_GROWTH} times the parameters, and predictions made from other predictions are "
                 "less accurate"
             )
-        yield from self.zeroed(chain(self._borrow(base, plan), predict_matrices(base, plan, self, work)))
+        yield from self.zeroed(chain(self._copy(base, plan), predict_matrices(base, plan, self, work)))
 
-    def _borrow(self, base: Sequence[LayerWeights], plan: LayerPlan) -> Iterator[NewTensor]:
+    def _copy(self, base: Sequence[LayerWeights], plan: LayerPlan) -> Iterator[NewTensor]:
         for tensor in base[0]:
             if tensor.role.kind != "matrix":
                 for planned in plan.new_layers:
-                    yield NewTensor(planned.layer, tensor, self._borrowed(base, planned, tensor))
+                    yield NewTensor(planned.layer, tensor, self._copied(base, planned, tensor))
 
-    def _borrowed(self, base: Sequence[LayerWeights], planned: PlannedLayer, tensor: LayerTensor) -> Tensor:
+    def _copied(self, base: Sequence[LayerWeights], planned: PlannedLayer, tensor: LayerTensor) -> Tensor:
         import torch
 
         # The authors found no way to predict a router, and layer 0's was trained for other experts.

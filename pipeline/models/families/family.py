@@ -16,7 +16,7 @@ MEANINGFUL_NULLS = frozenset({"num_key_value_heads", "sliding_window", "attn_log
 
 
 @dataclass(frozen=True)
-class Inference:
+class InferredLayers:
     """What was inferred about the model of one config. Its roles are complete.
 
     Attributes:
@@ -73,7 +73,7 @@ class Family:
     lm_head: str = "lm_head.weight"
     stored_names: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-    inference: Inference | None = None
+    inference: InferredLayers | None = None
     outer: str = ""
 
     def inside(self, config: Config) -> Family:
@@ -132,9 +132,7 @@ class Family:
 
     def split(self, tensor_name: str) -> tuple[int, str] | None:
         """Splits a full name into layer and name within the layer. None outside the decoder layers."""
-        before, after = self.layer_prefix.split("{layer}")
-        match = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + "(.+)", tensor_name)
-        return None if match is None else (int(match[1]), match[2])
+        return split_layer_name(self.layer_prefix, tensor_name)
 
     def tensor_name(self, layer: int, name: str) -> str:
         """The full name of a layer's tensor. The inverse of ``split``."""
@@ -319,19 +317,6 @@ class Family:
 
     # ------------------------------------------------------------- checkpoints
 
-    def layer_tensors(self, tensor_names: Iterable[str], config: Config) -> list[LayerTensor]:
-        """The tensors of layer 0 of a model whose layers are all alike, see ``tensors_by_layer``.
-
-        Raises:
-            UserError: the layers differ in what they hold, or as for ``tensors_by_layer``.
-        """
-        names = list(tensor_names)
-        layers = self._names_by_layer(names, self.with_defaults(config)["num_hidden_layers"])
-        for layer in range(len(layers)):
-            if layers[layer]:
-                require_like_layers(0, layers[0], layer, layers[layer])
-        return self.tensors_by_layer(names, config)[0]
-
     def tensors_by_layer(self, tensor_names: Iterable[str], config: Config) -> list[list[LayerTensor]]:
         """The tensors of every layer, with fused ones split into parts, in the order of their names.
 
@@ -392,24 +377,23 @@ class Family:
         return {name if name == self.stored_lm_head else f"{prefix}{name}": name for name in names}
 
 
+def split_layer_name(prefix: str, name: str) -> tuple[int, str] | None:
+    """Splits the full name of a tensor into layer and name within the layer. None outside the decoder layers.
+
+    Args:
+        prefix: of the names of a layer's tensors, with ``{layer}`` in place of its index.
+        name: the full name.
+    """
+    before, after = prefix.split("{layer}")
+    match = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + "(.+)", name)
+    return None if match is None else (int(match[1]), match[2])
+
+
 def _is_sparse(config: Config, layer: int) -> bool:
     """Whether a layer has experts, by the entries that Qwen's configs have for it."""
     every = config.get("decoder_sparse_step") or 1
     dense_layers = config.get("mlp_only_layers") or ()
     return num_experts(config) > 0 and layer not in dense_layers and (layer + 1) % every == 0
-
-
-def require_like_layers(first: int, first_names: Iterable[str], layer: int, names: Iterable[str]) -> None:
-    """Checks that two layers have the same tensors. A new layer made from several layers requires it.
-
-    Raises:
-        UserError: the layers have different tensors.
-    """
-    if differing := sorted(set(first_names) ^ set(names)):
-        raise _unexpected(
-            f"layers {first} and {layer}",
-            f"they differ in {', '.join(differing)}, and new layers can only be made from layers that are alike",
-        )
 
 
 def _unexpected(value: str, rule: str) -> UserError:

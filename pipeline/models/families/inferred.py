@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.models.config_json import is_nested
-from pipeline.models.families.family import Family, Inference
+from pipeline.models.families.family import Family, InferredLayers
 from pipeline.models.families.nested import inner_config
 from pipeline.models.families.parameters import Config, Fused, Parameter, Parameters
 from pipeline.models.families.table import FAMILIES, family_of
@@ -56,11 +56,11 @@ def family_for(config: Config) -> Family:
 def _inferred(config: str) -> Family | str:
     """What is inferred about the model of a config, or why nothing is."""
     if "transformers" in sys.modules:
-        from pipeline.models.inference.worker import infer_or_explain
+        from pipeline.models.family_inference.worker import infer_or_explain
 
         return infer_or_explain(json.loads(config))
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.models.inference"], input=config, capture_output=True, text=True
+        [sys.executable, "-m", "pipeline.models.family_inference"], input=config, capture_output=True, text=True
     )
     if done.returncode:
         return f"the process that builds the model ended with status {done.returncode}: {done.stderr.strip()[-300:]}"
@@ -83,7 +83,7 @@ def family_from_json(values: Mapping[str, Any]) -> Family:
     inference |= {name: tuple(inference[name]) for name in ("kind_of", "ignored", "fixed")}
     for name in ("before", "after"):
         inference[name] = {tensor: tuple(shape) for tensor, shape in inference[name].items()}
-    return Family(**{**values, "derived": tuple(values["derived"]), "inference": Inference(**inference)})
+    return Family(**{**values, "derived": tuple(values["derived"]), "inference": InferredLayers(**inference)})
 
 
 def _parameters(values: Mapping[str, Any]) -> Parameters:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.inference.decoder import LayerCall, Step
+from pipeline.models.family_inference.decoder import LayerCall, Step
 
 LINEAR = 1e-3  # relative to the effect of a change, the second difference of a linear function in float32
 MOST_ROWS = 4096  # of a projection that is examined row by row

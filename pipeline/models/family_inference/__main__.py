@@ -1,6 +1,6 @@
 """Reads a config from standard input and prints the inferred family as JSON, for the driver.
 
-python -m pipeline.models.inference < config.json
+python -m pipeline.models.family_inference < config.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def main() -> None:
     printed = os.dup(1)
     os.dup2(2, 1)  # libraries print to standard output, which must hold the answer only
     from pipeline.models.families.inferred import family_to_json
-    from pipeline.models.inference.worker import infer_or_explain
+    from pipeline.models.family_inference.worker import infer_or_explain
 
     found = infer_or_explain(json.load(sys.stdin))
     with os.fdopen(printed, "w") as stream:

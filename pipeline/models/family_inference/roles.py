@@ -10,8 +10,8 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from pipeline.models.families.tensors import Block, Kind, Role, Side
-from pipeline.models.inference.decoder import LayerCall, Step, filled
-from pipeline.models.inference.silence import Silence, is_norm, norm_offset
+from pipeline.models.family_inference.decoder import LayerCall, Step, filled
+from pipeline.models.family_inference.silence import Silence, is_norm, norm_offset
 
 MIXES_TOKENS = re.compile(
     r"att|mixer|mamba|conv|temporal|ssm|lstm|retention|time_mix|recurrent|kda|delta", re.IGNORECASE

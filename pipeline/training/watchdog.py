@@ -46,7 +46,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 @dataclass(frozen=True)
-class TrainingPart:
+class Phase:
     """The part of the training that a rank has reached.
 
     Attributes:
@@ -77,11 +77,11 @@ class Watch:
         self._rank, self._ranks, self._next = rank, ranks, (rank + 1) % ranks
         self._timeout, self._interval = timeout, min(LONGEST_INTERVAL, timeout / 20)
         self._log_dir, self._store, self._meetings = log_dir, store, 0
-        self._position = TrainingPart(0, "starting", True)
+        self._position = Phase(0, "starting", True)
         self._entered = time.monotonic()
         self._main = threading.main_thread().ident
         self._ticks = 0
-        self._seen: tuple[int, TrainingPart] | None = None  # the next rank's last heartbeat
+        self._seen: tuple[int, Phase] | None = None  # the next rank's last heartbeat
         self._changed = self._moved = self._looked = self._entered  # when it changed, moved on, and was looked at
 
     def start(self) -> None:
@@ -90,7 +90,7 @@ class Watch:
 
     def enter(self, part: str, is_alone: bool = False) -> None:
         """Records that this rank has reached another part."""
-        self._position = TrainingPart(self._position.number + 1, part, is_alone)
+        self._position = Phase(self._position.number + 1, part, is_alone)
         self._entered = time.monotonic()
 
     def describe(self, part: str) -> None:
@@ -137,7 +137,7 @@ class Watch:
             self._seen, self._changed = found, now
         return None if self._seen is None else self._fault(self._seen[1], now - self._changed, now - self._moved, now)
 
-    def _fault(self, other: TrainingPart, silent: float, unmoved: float, now: float) -> str | None:
+    def _fault(self, other: Phase, silent: float, unmoved: float, now: float) -> str | None:
         """Returns what is wrong with the next rank, or None.
 
         Args:
@@ -161,10 +161,10 @@ class Watch:
         with suppress(OSError):  # a full disk is reported where it matters
             alive_file(self._log_dir, self._rank).write_text(said)  # a reader that sees a partial write retries
 
-    def _read(self) -> tuple[int, TrainingPart] | None:
+    def _read(self) -> tuple[int, Phase] | None:
         try:
             tick, *place = json.loads(alive_file(self._log_dir, self._next).read_text())
-            return tick, TrainingPart(*place)
+            return tick, Phase(*place)
         except (OSError, ValueError, TypeError):
             return None
 

@@ -14,7 +14,7 @@ from pipeline.models.stored_parameters import StoredParameters
 from pipeline.models.writing import ShardWriter
 
 
-def export_with_replaced(base_dir: Path, out_dir: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_with_replaced(base_dir: Path, out_dir: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a model directory equal to ``base_dir`` except for the given parameters.
 
     Args:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.__main__ import compose_jobs
 from pipeline.errors import UserError
+from pipeline.models.checkpoint_dtype import dtype_to_write, resolve_dtype
 from pipeline.models.hub import fetch_snapshot
-from pipeline.models.own_dtype import dtype_to_write, with_own_dtype
 from pipeline.models.source import resolve
 from pipeline.planning import prepare
 from pipeline.planning.checks import refuse_blocked
@@ -26,7 +26,7 @@ from tests.tiny_gguf import write_gguf
 
 def _own_dtype(path: object) -> str:
     model = model_at(path, dtype="auto")
-    return with_own_dtype(model, resolve(model)).dtype
+    return resolve_dtype(model, resolve(model)).dtype
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_dtype_that_cannot_be_read_must_be_set(model: Path, tmp_path: Path, mo
 def test_no_file_is_read_if_the_dtype_is_given(model: Path) -> None:
     source = resolve(model_at(model))
     (model / "model.safetensors").unlink()
-    assert with_own_dtype(model_at(model, dtype="float16"), source).dtype == "float16"
+    assert resolve_dtype(model_at(model, dtype="float16"), source).dtype == "float16"
 
 
 def test_artifacts_have_the_keys_of_the_dtype_itself(model: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import one_line
-from pipeline.models.decoding import CACHE_TOLERANCE, LogitTransform, cache_difference, difference, packed_mask
-from pipeline.models.families.family import Family, Inference
+from pipeline.models.cache_check import CACHE_TOLERANCE, cache_difference, difference
+from pipeline.models.families.family import Family, InferredLayers
 from pipeline.models.families.parameters import (
     EXPERT_COUNTS,
     EXPERTS_PER_TOKEN,
@@ -31,12 +31,20 @@ from pipeline.models.families.parameters import (
     num_experts,
 )
 from pipeline.models.families.tensors import Role
-from pipeline.models.inference.decoder import Decoder, LayerCall, NotUnderstoodError, call_layers, decoder_of, filled
-from pipeline.models.inference.layout import EXPERT_INDEX, Layout, layout_of
-from pipeline.models.inference.roles import NAMES, LayerParts
-from pipeline.models.inference.silence import silence
-from pipeline.models.inference.small import NoSmallModelError, randomized, small_model, tokens_for
-from pipeline.models.inference.splits import Division, split_attention, split_mlp
+from pipeline.models.family_inference.decoder import (
+    Decoder,
+    LayerCall,
+    NotUnderstoodError,
+    call_layers,
+    decoder_of,
+    filled,
+)
+from pipeline.models.family_inference.layout import EXPERT_INDEX, Layout, layout_of
+from pipeline.models.family_inference.roles import NAMES, LayerParts
+from pipeline.models.family_inference.silence import silence
+from pipeline.models.family_inference.small import NoSmallModelError, randomized, small_model, tokens_for
+from pipeline.models.family_inference.splits import Division, split_attention, split_mlp
+from pipeline.models.forward import LogitTransform, packed_mask
 from pipeline.models.layer_config import rebuild_config
 
 PACKING_TOLERANCE = 1e-3  # relative to the largest hidden state or logit
@@ -197,7 +205,7 @@ def _depth_fault(small: Decoder, parts: list[LayerParts]) -> str:
     try:
         values = json.loads(config.to_json_string(use_diff=False))
         deeper = decoder_of(randomized(type(config).from_dict(rebuild_config(values, sources))))
-        outside = {name: value for name, value in small.model.state_dict().items() if not _layer_name(small, name)}
+        outside = {name: value for name, value in small.model.state_dict().items() if small.split(name) is None}
         deeper.model.load_state_dict(outside, strict=False)
         for index, source in enumerate(sources):
             deeper.layers[index].load_state_dict(small.layers[source].state_dict())
@@ -212,11 +220,6 @@ def _depth_fault(small: Decoder, parts: list[LayerParts]) -> str:
     if found <= CACHE_TOLERANCE:
         return ""
     return f"its layers depend on their index or on the number of layers, which changes the logits by {found:.2g}"
-
-
-def _layer_name(decoder: Decoder, name: str) -> bool:
-    before, after = decoder.prefix.split("{layer}")
-    return re.match(re.escape(before) + r"\d+" + re.escape(after), name) is not None
 
 
 # -------------------------------------------------------------------------------------------- fused projections
@@ -392,7 +395,7 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
     name_of: dict[int, str] = {}
     place = before
     for name, tensor in saved.items():
-        if _layer_name(real, name):
+        if real.split(name) is not None:
             place = after
         elif id(tensor) not in name_of:
             name_of[id(tensor)] = name
@@ -419,7 +422,7 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
         lm_head=head_name,
         stored_names=dict(layout.renamed),
         derived=("self_attn.rotary_emb.inv_freq", *sorted(unsaved)),
-        inference=Inference(
+        inference=InferredLayers(
             kinds, kind_of, before, after, f"{base}." if has_prefix else "", ignored, fixed=_fixed(real),
         ),
     )  # fmt: skip
@@ -427,7 +430,7 @@ def _family(real: Decoder, layout: Layout, kinds: tuple[Parameters, ...], kind_o
 
 def _fixed(real: Decoder) -> tuple[str, ...]:
     """The names, within layers or outside of them, of buffers and of parameters that are built without a gradient."""
-    outside = {n: t for n, t in real.model.state_dict(keep_vars=True).items() if not _layer_name(real, n)}
+    outside = {n: t for n, t in real.model.state_dict(keep_vars=True).items() if real.split(n) is None}
     groups = [outside, *(layer.state_dict(keep_vars=True) for layer in real.layers)]
     return tuple(sorted({name for group in groups for name, tensor in group.items() if not tensor.requires_grad}))
 

@@ -18,9 +18,9 @@ from pipeline.artifacts.task import StageTask
 from pipeline.errors import EXIT_DONE, EXIT_FAILED
 from pipeline.files import read_json
 from pipeline.launch.failure import alive_file, explain_workers, rank_log
-from pipeline.training import watch
+from pipeline.training import watchdog
 from pipeline.training.job import START_FILE
-from pipeline.training.watch import TrainingPart, Watch, collective_of
+from pipeline.training.watchdog import Phase, Watch, collective_of
 from tests.plain_settings import cpu_launch
 from tests.training.forked import ForkedRanks
 from tests.training.small import logged, train_settings
@@ -65,8 +65,8 @@ def test_a_stopped_rank_ends_the_job_and_is_named_and_the_training_resumes(
 # ----------------------------------------------------------------------------------------- its parts
 
 
-def of(number: int, is_alone: bool = False) -> TrainingPart:
-    return TrainingPart(number, f"in part {number}", is_alone)
+def of(number: int, is_alone: bool = False) -> Phase:
+    return Phase(number, f"in part {number}", is_alone)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def of(number: int, is_alone: bool = False) -> TrainingPart:
     ],
 )
 def test_a_rank_is_stuck_if_it_is_silent_or_stays_behind(
-    other: TrainingPart, silent: float, unmoved: float, expected: str | None, tmp_path: Path
+    other: Phase, silent: float, unmoved: float, expected: str | None, tmp_path: Path
 ) -> None:
     ours = Watch(0, 2, 10.0, tmp_path)
     ours._position, ours._entered = of(5), 100.0
@@ -132,7 +132,7 @@ def test_a_rank_that_was_stopped_itself_does_not_blame_the_next_one(tmp_path: Pa
 
 
 def test_ranks_meet_however_long_one_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(watchdog.distributed, "barrier", lambda: None)
     store = distributed.HashStore()
     first, last = (Watch(rank, 2, 0.01, tmp_path, store) for rank in range(2))
     for _ in range(2):

@@ -23,7 +23,7 @@ _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in settings
 _DEQUANTIZED = "bfloat16"
 
 
-def with_own_dtype(model: Model, source: ModelSource, downloaded: Path | None = None) -> Model:
+def resolve_dtype(model: Model, source: ModelSource, downloaded: Path | None = None) -> Model:
     """Returns the settings with ``model.dtype=auto`` replaced by the dtype of most of the checkpoint's weights.
 
     No file is read if ``model.dtype`` is given. ``auto`` remains for a GGUF file on the Hub, unless ``downloaded`` is

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.inference.small import tokens_for
+from pipeline.models.families.family import split_layer_name
+from pipeline.models.family_inference.small import tokens_for
 
 
 class NotUnderstoodError(Exception):
@@ -29,6 +30,10 @@ class Decoder:
     model: PreTrainedModel
     prefix: str
     layers: nn.ModuleList
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """Splits a parameter's full name into layer and name within the layer. None outside the layers."""
+        return split_layer_name(self.prefix, name)
 
     def inside(self, layer: int) -> dict[str, Tensor]:
         """Returns the parameters and saved buffers of a layer by their names within the layer."""

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.data.blocks import BlockWriter
-from pipeline.models.built import IncompleteModelError
-from pipeline.training.export import check_export, checked_ids, copy_chat_files, token_losses
+from pipeline.models.loading import IncompleteModelError
+from pipeline.training.final_model import check_export, checked_ids, copy_chat_files, token_losses
 from pipeline.training.loss import SummedLoss
 
 

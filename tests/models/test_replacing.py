@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.files import write_json
-from pipeline.models.export import export_with_replaced
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.replacing import write_with_replaced
 from pipeline.models.stored_parameters import StoredParameters
 from tests.tiny_families import TINY_CONFIGS, save_tiny
 
@@ -27,7 +27,7 @@ def test_export_differs_only_in_the_replaced_tensors(tiny_llama_dir: Path, tmp_p
     out.mkdir()
     name = "model.layers.2.mlp.up_proj.weight"
     replacement = torch.randn(64, 32, dtype=torch.float64, requires_grad=True)
-    export_with_replaced(base, out, {name: replacement})
+    write_with_replaced(base, out, {name: replacement})
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     assert set(before) == set(after)
     assert after[name].dtype == before[name].dtype
@@ -49,7 +49,7 @@ def test_tensors_that_the_base_does_not_have_are_rejected(
     tiny_llama_dir: Path, tmp_path: Path, tensors: dict[str, Tensor], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        export_with_replaced(tiny_llama_dir, tmp_path, tensors)
+        write_with_replaced(tiny_llama_dir, tmp_path, tensors)
     assert not list(tmp_path.iterdir())
 
 
@@ -63,7 +63,7 @@ def test_parameters_are_read_as_transformers_loads_them_and_written_under_their_
     stored = StoredParameters(ModelDirectory(base))
     assert all(torch.equal(stored.read(name), parameter) for name, parameter in model.named_parameters())
     trained = {name: p.detach() + 1 for name, p in model.named_parameters() if "layers.1." in name}
-    export_with_replaced(base, out, trained)
+    write_with_replaced(base, out, trained)
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     assert set(after) == set(before)
     assert all(torch.equal(after[name], tensor + ("layers.1." in name)) for name, tensor in before.items())
@@ -83,7 +83,7 @@ def test_parts_of_several_dtypes_are_read_in_the_widest_and_written_in_their_own
     parameter = "model.layers.1.mlp.experts.down_proj"
     value = StoredParameters(ModelDirectory(base)).read(parameter)
     assert value.dtype == torch.float32 and torch.equal(value[2], weights[narrow].float())
-    export_with_replaced(base, out, {parameter: value + 1})
+    write_with_replaced(base, out, {parameter: value + 1})
     after = load_file(out / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in weights.items()}
     assert torch.equal(after[narrow], (weights[narrow].float() + 1).bfloat16())
@@ -92,10 +92,10 @@ def test_parts_of_several_dtypes_are_read_in_the_widest_and_written_in_their_own
 def test_a_head_is_written_under_the_name_it_is_stored_with(tiny_tokenizer: Any, tmp_path: Path) -> None:
     base, out = save_tiny("gpt_neox", tmp_path / "base", tiny_tokenizer), tmp_path / "out"
     out.mkdir()
-    export_with_replaced(base, out, {"lm_head.weight": torch.ones(384, 16)})
+    write_with_replaced(base, out, {"lm_head.weight": torch.ones(384, 16)})
     assert load_file(out / "model.safetensors")["embed_out.weight"].eq(1).all()
 
 
 def test_importing_the_export_does_not_import_transformers() -> None:
-    program = "import sys, pipeline.models.export; sys.exit('transformers' in sys.modules)"
+    program = "import sys, pipeline.models.replacing; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

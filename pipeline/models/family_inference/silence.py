@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeline.models.inference.decoder import LayerCall, NotUnderstoodError, Step, filled
+from pipeline.models.family_inference.decoder import LayerCall, NotUnderstoodError, Step, filled
 
 Values = dict[str, float]  # by the name of a parameter within its layer
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import one_line
 from pipeline.models.config_json import depth_name
 from pipeline.models.families.family import Family
-from pipeline.models.inference.decoder import NotUnderstoodError
-from pipeline.models.inference.infer import infer_family
+from pipeline.models.family_inference.decoder import NotUnderstoodError
+from pipeline.models.family_inference.infer import infer_family
+from pipeline.models.loading import quiet_transformers
 
 
 def infer_or_explain(config: Mapping[str, Any]) -> Family | str:
@@ -26,24 +23,10 @@ def infer_or_explain(config: Mapping[str, Any]) -> Family | str:
         return "it is an encoder-decoder model"
     if depth_name(config) is None:
         return "its config has no number of layers, so it is not a plain language model"
-    with _quiet():
+    with quiet_transformers():  # nobody uses the models that are built
         try:
             return infer_family(config)
         except NotUnderstoodError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - modules of any family run here, in ways they were not written for
             return f"its modules do not run by themselves ({type(error).__name__}: {one_line(error)})"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses what transformers logs about the model."""
-    logger = transformers_logging.get_logger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

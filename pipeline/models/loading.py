@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,7 @@ def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> li
         if spec.dtype.is_floating_point
     }
     try:
-        with _quiet():
+        with quiet_transformers():  # its report says what is returned here
             loaded: Any = type(built).from_pretrained(
                 None,
                 config=built.config,
@@ -116,14 +117,16 @@ def weight_faults(built: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> li
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report, which says what is returned here, and its progress bar."""
+def quiet_transformers() -> Iterator[None]:
+    """Without what transformers reports about a model, its progress bar, and warnings."""
     logger = transformers_logging.get_logger("transformers")
     level, had_bar = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
         if had_bar:
@@ -187,7 +190,7 @@ def from_pretrained(directory: Path, **arguments: Any) -> Any:
     if not is_nested(written):
         return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, **arguments)
     mapping = {f"^{re.escape(prefix)}": ""} if (prefix := prefix_of(written)) else None
-    with _quiet():  # it would list all other tensors of a multimodal model
+    with quiet_transformers():  # it would list all other tensors of a multimodal model
         return AutoModelForCausalLM.from_pretrained(
             directory,
             config=language_config_of(directory),

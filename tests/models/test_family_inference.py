@@ -14,7 +14,7 @@ from pipeline.config import AnyExpand
 from pipeline.files import read_json
 from pipeline.models.families import Family, Role, family_of, shape_of
 from pipeline.models.families.inferred import family_from_json, family_to_json
-from pipeline.models.inference.infer import infer_family
+from pipeline.models.family_inference.infer import infer_family
 from pipeline.models.reading import ModelDirectory
 from tests.family_coverage import check_family, tiny_model
 from tests.tiny_families import save_tiny

@@ -17,10 +17,10 @@ from pipeline.artifacts.store import ATTEMPTS_FILE
 from pipeline.config import Split, Train
 from pipeline.data.blocks import open_blocks
 from pipeline.files import fsync_directory, read_json, seal, write_json
-from pipeline.models.built import IncompleteModelError, load_complete
 from pipeline.models.config_json import language_config
-from pipeline.models.export import export_with_replaced
+from pipeline.models.loading import IncompleteModelError, load_complete
 from pipeline.models.reading import ModelDirectory
+from pipeline.models.replacing import write_with_replaced
 from pipeline.models.source import CHAT_TEMPLATE
 from pipeline.training.batches import TokenIndices
 from pipeline.training.checkpoint import Checkpoint, directory_name
@@ -77,7 +77,7 @@ def export_trained_model(
         return
     if context.settings.save_model:
         trained = _last_checkpoint(context, progress).tensors(exported_key(context.settings))
-        export_with_replaced(context.model_dir, context.task.out, trained)
+        write_with_replaced(context.model_dir, context.task.out, trained)
         copy_chat_files(context.data_dir, context.task.out)
         check_export(context.task.out, ids, losses, context.precision)
     summary = _summary(context, table, progress, peak) | _averages(context.settings, losses_of_averages) | memory

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.models.families.tensors import Place
-from pipeline.models.inference.decoder import Decoder, NotUnderstoodError
+from pipeline.models.family_inference.decoder import Decoder, NotUnderstoodError
 
 EXPERT_INDEX = re.compile(r"\.(\d+)\.")
 
@@ -90,8 +90,7 @@ def _add_inside(
     renamed: dict[str, str],
     parts: dict[str, dict[str, Place]],
 ) -> None:
-    before, after = decoder.prefix.split("{layer}")
-    split = [re.fullmatch(re.escape(before) + r"\d+" + re.escape(after) + "(.+)", name) for name in (memory, on_disk)]
+    split = [decoder.split(name) for name in (memory, on_disk)]
     if split[0] is None or split[1] is None:
         raise NotUnderstoodError(f"{memory} is stored as {on_disk}, outside of its layer")
     inside, name = split[0][1], split[1][1]
