@@ -27,7 +27,7 @@ def directory(tmp_path: Path) -> Path:
 
 def _evaluate(directory: Path | list[str] | None, *tasks: str) -> Evaluate:
     include_path = str(directory) if isinstance(directory, Path) else directory
-    return Evaluate.model_construct(tasks=list(tasks), include_path=include_path)
+    return Evaluate.model_construct(tasks=list(tasks), include_path=include_path, num_fewshot=None)
 
 
 def _fingerprints(directory: Path, *tasks: str) -> dict[str, str]:
