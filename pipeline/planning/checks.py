@@ -23,7 +23,7 @@ from pipeline.config.execution import GPUS
 from pipeline.config.untuned import tuning_requests
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
-from pipeline.driver.graph import Node
+from pipeline.driver.graph import UNKNOWN, Node
 from pipeline.driver.notify import notification
 from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
@@ -109,9 +109,15 @@ def refuse_blocked(prepared: PreparedRun, checks: Sequence[Check] | None = None)
 
     Raises:
         UserError: a check found something wrong.
+        RuntimeError: all checks pass, and yet an input of the run is not known. Its artifact would have the same key
+            whatever that input contains.
     """
     for blocker in find_blockers(prepared, checks):
         raise blocker.fault
+    if checks is None:
+        for node in prepared.selected.values():
+            if UNKNOWN in node.inputs.values():
+                raise RuntimeError(f"an input of {node.name} was not looked up; this is an error of the pipeline")
 
 
 def _raised_by(function: Callable[[], object]) -> Faults:

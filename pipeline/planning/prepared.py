@@ -19,7 +19,7 @@ from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE, Fingerprints, Rem
 from pipeline.config import Data, Model, Settings, Source, Train
 from pipeline.config.execution import GPUS
 from pipeline.data import python_docs, sources
-from pipeline.driver.graph import Inputs, Node, build_graph, select_nodes
+from pipeline.driver.graph import UNKNOWN, Inputs, Node, build_graph, select_nodes
 from pipeline.driver.run import missing_nodes
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
@@ -35,7 +35,6 @@ from pipeline.models.families import Shape, family_for, inner_config, shape_of
 from pipeline.models.own_dtype import elements_in, with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
 
-UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
 PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions", "forgetting")
 _Result = TypeVar("_Result")
 
@@ -171,8 +170,10 @@ def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
     found: dict[str, FoundInputs] = {}
     prepared = []
     for run in runs:
+        # Everything that decides what is looked up. Which stages read data depends on the method's settings as well.
         parts = (run.model, run.data, run.evaluate)
-        shared = json.dumps([run.stages, run.expand.module, *(part.model_dump_json() for part in parts)])
+        decisive = [run.stages, run.reads_data, run.expand.module, *(part.model_dump_json() for part in parts)]
+        shared = json.dumps(decisive)
         if shared not in found:
             if run.group_writable:
                 let_group_write()
