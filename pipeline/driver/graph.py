@@ -278,8 +278,12 @@ def lineage(nodes: Iterable[Node]) -> set[str]:
 
 def forced(nodes: Mapping[str, Node], stages: Iterable[str]) -> set[str]:
     """Returns the names of the nodes to rebuild: those of ``stages`` and everything that depends on them."""
-    redo: set[str] = set()
-    for name, node in nodes.items():
-        if node.stage in set(stages) or any(parent.name in redo for parent in node.parents.values()):
-            redo.add(name)
-    return redo
+    chosen, by_key = set(stages), dict[str, bool]()
+
+    def is_forced(node: Node) -> bool:
+        key = node.artifact.key
+        if key not in by_key:
+            by_key[key] = node.stage in chosen or any(map(is_forced, node.parents.values()))
+        return by_key[key]
+
+    return {name for name, node in nodes.items() if is_forced(node)}

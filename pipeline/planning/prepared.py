@@ -20,7 +20,7 @@ from pipeline.config import Data, Model, Settings, Source, Train
 from pipeline.config.execution import GPUS
 from pipeline.data import python_docs, sources
 from pipeline.driver.graph import UNKNOWN, Inputs, Node, build_graph, select_nodes
-from pipeline.driver.run import missing_nodes
+from pipeline.driver.run import Rebuild, missing_nodes
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
@@ -164,6 +164,9 @@ class PreparedRun:
 def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
     """Looks up the inputs of every job of a command and builds its graph. What jobs share is looked up once.
 
+    If the same command was interrupted after it had begun to rebuild what ``force`` names, it continues, and the
+    prepared runs have no ``force``.
+
     Raises:
         UserError: ``output_dir`` cannot be written, and the command would write to it.
     """
@@ -181,7 +184,15 @@ def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
                 _create_output_dir(run)
             found[shared] = _look_up(run)
         prepared.append(with_inputs(run, found[shared]))
+    rebuild = Rebuild.of([(each.run, each.nodes) for each in prepared])
+    if rebuild is not None and rebuild.is_interrupted():
+        return [without_force(each) for each in prepared]
     return prepared
+
+
+def without_force(prepared: PreparedRun) -> PreparedRun:
+    """Returns the run that builds only what is missing, once the rebuild that ``force`` asks for has begun."""
+    return replace(prepared, run=prepared.run.model_copy(update={"force": []}))
 
 
 def with_inputs(run: Settings, inputs: FoundInputs) -> PreparedRun:
