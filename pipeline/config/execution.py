@@ -5,6 +5,7 @@ They are ``tracking``, ``launch`` and ``slurm``, together with the table of GPUs
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -124,6 +125,9 @@ def _option(text: str) -> str:
 SbatchOption = Annotated[Line, AfterValidator(_option)]
 
 
+SIGNAL_MARGIN_SECONDS = 60
+
+
 class Resources(Section):
     """The resources of one stage's batch job."""
 
@@ -135,6 +139,16 @@ class Resources(Section):
     time: Positive | SlurmTime  # an integer is in minutes
     options: list[SbatchOption]  # further options of sbatch, such as --constraint=h100
 
+    @property
+    def time_seconds(self) -> float:
+        """The time limit as Slurm reads it; infinite for 0, which is no limit."""
+        days, dash, clock = str(self.time).rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        # "10" and "10:30" begin with minutes, but with hours after days ("1-10").
+        units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+        seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+        return seconds or math.inf
+
 
 class Slurm(Section):
     """How stages are submitted as batch jobs."""
@@ -144,7 +158,7 @@ class Slurm(Section):
     qos: Line | None
     environment: list[Line]  # shell commands to run first, such as "module load cuda"
     options: list[SbatchOption]  # further options of sbatch for every job
-    signal_seconds: Positive  # how long before the time limit the run is asked to save and stop
+    signal_seconds: Positive  # how long before the time limit the run is asked to save and stop; limits are longer
     max_requeues_without_progress: NonNegative
     load: Resources
     expand: Resources
@@ -165,3 +179,7 @@ class Slurm(Section):
         """Returns the resources of one stage."""
         resources: Resources = getattr(self, stage)
         return resources
+
+    def has_time_to_start(self, stage: str) -> bool:
+        """Whether the signal comes at least a minute after a job's start: Slurm may send it a minute early."""
+        return self.resources(stage).time_seconds > self.signal_seconds + SIGNAL_MARGIN_SECONDS

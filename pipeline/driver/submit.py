@@ -27,9 +27,11 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.artifacts.lock import Holder, Lock
-from pipeline.config import Settings
+from pipeline.config import Settings, Slurm
+from pipeline.config.execution import SIGNAL_MARGIN_SECONDS
 from pipeline.driver.graph import Node, forced, select_nodes
 from pipeline.driver.run import Rebuild, Run, missing_nodes
+from pipeline.errors import UserError
 from pipeline.files import read_record, write_json, write_text
 from pipeline.launch import slurm
 from pipeline.launch.environment import python_path
@@ -72,6 +74,9 @@ def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
 
     Args:
         report: the report of a sweep: its settings and its only node.
+
+    Raises:
+        UserError: Slurm would stop one of the jobs at its start.
     """
     jobs: dict[str, StageJob] = {}
     rebuild = Rebuild.of(runs)
@@ -84,7 +89,23 @@ def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
         key = report[1]["report"].artifact.key
         if key in jobs:
             jobs[key] = replace(jobs[key], sweep=tuple(run for run, _ in runs))
+    for job in jobs.values():
+        _check_time(job.runs[0].slurm, job.node.stage)
     return list(jobs.values())
+
+
+def _check_time(settings: Slurm, stage: str) -> None:
+    """Refuses a time limit that ends with the signal before the program has started and handles signals."""
+    if settings.has_time_to_start(stage):
+        return
+    needed = settings.signal_seconds + SIGNAL_MARGIN_SECONDS
+    raise UserError(
+        setting=f"slurm.{stage}.time",
+        value=settings.resources(stage).time,
+        rule=f"Slurm would send the signal to stop (slurm.signal_seconds={settings.signal_seconds}) while the job is "
+        f"starting, which kills it; the limit must exceed {needed} seconds",
+        remedy=f"Set slurm.{stage}.time to at least {needed // 60 + 1} (minutes), or a smaller slurm.signal_seconds.",
+    )
 
 
 def job_task(job: StageJob) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target, Train
-from pipeline.config.execution import GPUS
+from pipeline.config.execution import GPUS, SIGNAL_MARGIN_SECONDS
 from pipeline.config.untuned import tuning_requests
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
@@ -326,12 +326,18 @@ def _signal(section: str, prepared: PreparedRun) -> Faults:
     plan, signal_seconds = plan_training(prepared, section), prepared.run.slurm.signal_seconds
     if plan is None or plan.stop_seconds <= signal_seconds:
         return
+    wanted = math.ceil(plan.stop_seconds / 60 + 1) * 60
+    slurm = prepared.run.slurm.model_copy(update={"signal_seconds": wanted})
+    stages = dict.fromkeys(node.stage for node in prepared.missing.values())
+    short = [f"slurm.{stage}.time" for stage in stages if not slurm.has_time_to_start(stage)]
+    minutes = (wanted + SIGNAL_MARGIN_SECONDS) // 60
+    longer = f", and {', '.join(short)} to more than {minutes} minutes" if short else ""
     yield UserError(
         setting="slurm.signal_seconds",
         value=signal_seconds,
         rule=f"{section} takes about {plan.stop_seconds:.0f} seconds to finish a step, a checkpoint that is being "
         f"written and the last one ({gib(plan.checkpoint_bytes)} each), and Slurm would kill it before",
-        remedy=f"Set slurm.signal_seconds={math.ceil(plan.stop_seconds / 60 + 1) * 60}.",
+        remedy=f"Set slurm.signal_seconds={wanted}{longer}.",
     )
 
 

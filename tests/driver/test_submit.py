@@ -101,6 +101,24 @@ def test_invalid_resources_are_refused(tmp_path: Path, wrong: str) -> None:
     assert error.value.setting.startswith("slurm")
 
 
+@pytest.mark.parametrize("time", ["00:06:00", "6", "6:00", "0-0:06"])
+def test_a_time_limit_that_slurm_would_signal_at_the_start_is_refused(tmp_path: Path, time: str) -> None:
+    """Of every job that would be submitted, the report on a sweep included."""
+    limits = ("slurm=cpu", "slurm.signal_seconds=300", f"slurm.report.time='{time}'")
+    runs = _runs(tmp_path, "expand=copy,none", "stages=[load]", *limits, multirun=True)
+    assert stage_jobs(runs, None)
+    whole = runs[0][0].model_copy(update={"name": "quickstart", "stages": ["report"]})
+    with pytest.raises(UserError, match="must exceed 360 seconds") as refused:
+        stage_jobs(runs, (whole, {"report": make_report(whole, runs)}))
+    assert refused.value.setting == "slurm.report.time" and "at least 7 (minutes)" in refused.value.remedy
+
+
+@pytest.mark.parametrize("time", ["00:06:01", "7", "6:01", "0-1", "1-00:00:00", "0"])
+def test_a_longer_time_limit_or_none_is_accepted(tmp_path: Path, time: str) -> None:
+    limits = ("slurm=cpu", "slurm.signal_seconds=300", f"slurm.load.time='{time}'")
+    assert stage_jobs(_runs(tmp_path, "stages=[load]", *limits), None)
+
+
 class FakeSlurm:
     """Records the requests; rejects the job whose script has the name ``refused``, or answers nothing."""
 

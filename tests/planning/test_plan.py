@@ -262,6 +262,10 @@ def test_a_signal_that_comes_too_late_is_shown_and_refused_for_batch_jobs(plan: 
     assert refused.remedy == "Set slurm.signal_seconds=660."
     assert fault("slurm.signal_seconds=660") is None
     assert fault("slurm.pretrain.nodes=2") is None  # each writes half
+    short = fault("slurm.tokenize.time=00:12:00", "slurm.report.time=11", "slurm.load.time=00:12:01")
+    assert short is not None and short.remedy == (
+        "Set slurm.signal_seconds=660, and slurm.tokenize.time, slurm.report.time to more than 12 minutes."
+    )
 
 
 def test_stages_show_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
