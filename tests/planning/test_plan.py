@@ -124,6 +124,23 @@ def test_hours_depend_on_devices_and_utilization(plan: Plan) -> None:
     assert re.search(r"hours +6.59 at 20%", plan(*command, "launch.utilization=0.2"))
 
 
+def test_hours_and_the_time_to_stop_depend_on_the_precision(plan: Plan) -> None:
+    """An H100 has 989.4 TFLOP/s in bfloat16 and 66.9 in float32, without TF32."""
+    command = ("lesa_llama3", "launch.device=h100_80gb", "launch.processes=8", "launch.utilization=0.4")
+    rounded, exact = (plan(*command, f"pretrain.precision={name}") for name in ("bfloat16", "float32"))
+    assert "at 40% of 989 TFLOP/s each" in rounded and "at 40% of 67 TFLOP/s each" in exact
+
+    def number(row: str, output: str) -> float:
+        found = re.search(rf"{row} +([\d.]+)", output)
+        assert found is not None
+        return float(found[1])
+
+    assert number("hours", exact) / number("hours", rounded) == pytest.approx(989.4 / 66.9, rel=0.01)
+    saving = 2 * number("written in", rounded)  # twice a checkpoint; the rest is a step
+    steps = [number("seconds to stop", output) - saving for output in (exact, rounded)]
+    assert steps[0] == pytest.approx(number("hours", exact) * 3600 / 6000, abs=1.0) and steps[0] > 4 * steps[1]
+
+
 def test_the_config_of_a_model_directory_is_used_and_named(plan: Plan, shrunk: list[str], tiny_llama_dir: Path) -> None:
     output = plan("quickstart", *shrunk)
     assert f"sizes from the config in {tiny_llama_dir}" in output
