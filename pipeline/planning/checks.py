@@ -305,7 +305,7 @@ def _memory(section: str, prepared: PreparedRun) -> Faults:
     """By estimate, training fits the GPU that ``launch.device`` names."""
     device = prepared.run.launch.device
     trained, gpu = prepared.trained(section), GPUS.get(device)
-    if trained is None or gpu is None:
+    if trained is None or gpu is None or not prepared.has_valid_overrides(section):
         return
     setup, available = prepared.setup(section), usable(gpu.memory_gib * 2**30)
     needed = memory_of(trained, setup).total

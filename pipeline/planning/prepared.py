@@ -34,6 +34,7 @@ from pipeline.models.config_json import is_nested
 from pipeline.models.families import Shape, family_for, inner_config, shape_of
 from pipeline.models.own_dtype import elements_in, with_own_dtype
 from pipeline.models.source import ModelSource, config_of, resolve
+from pipeline.training.deepspeed_config import override_faults
 
 PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions", "forgetting")
 _Result = TypeVar("_Result")
@@ -147,6 +148,10 @@ class PreparedRun:
         """Which parameters a training stage trains; None if that is not known or would be none."""
         sizes, train = self.sizes, getattr(self.run, stage)
         return None if sizes is None else attempt(lambda: sizes.trained(stage, train))[0]
+
+    def has_valid_overrides(self, stage: str) -> bool:
+        """Whether the stage's ``deepspeed.overrides`` have no fault, so that estimates can read them."""
+        return next(override_faults(stage, getattr(self.run, stage).deepspeed.overrides), None) is None
 
     def machine(self, stage: str) -> Machine:
         """Where a stage would run: on the nodes that its batch job asks for, or on those around this process."""

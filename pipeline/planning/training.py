@@ -116,9 +116,9 @@ class TrainingPlan:
 
 
 def plan_training(prepared: PreparedRun, section: str) -> TrainingPlan | None:
-    """Plans one training stage; None if it is not known what it would train."""
+    """Plans one training stage; None if it is not known what it would train, or ``overrides`` have a fault."""
     trained, purpose = prepared.trained(section), PURPOSE_OF[section]
-    if trained is None:
+    if trained is None or not prepared.has_valid_overrides(section):
         return None
     train, setup, launch = getattr(prepared.run, section), prepared.setup(section), prepared.run.launch
     expected = None if purpose in prepared.inputs.failures else expected_tokens(prepared.run.data, purpose)

@@ -285,6 +285,14 @@ def test_a_signal_that_comes_too_late_is_shown_and_refused_for_batch_jobs(plan: 
     )
 
 
+def test_overrides_that_estimates_cannot_read_are_one_blocker(plan: Plan, shrunk: list[str]) -> None:
+    wrong = "pretrain.deepspeed.overrides={zero_optimization: 3}"
+    for device in ("cpu", "h100_80gb"):
+        output = plan("quickstart", *shrunk, wrong, f"launch.device={device}")
+        assert set(_blockers(output)) - {"launch.device"} == {"pretrain.deepspeed.overrides"}
+        assert "a section with keys of" in _blockers(output)["pretrain.deepspeed.overrides"]
+
+
 def test_stages_show_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     command = ("lesa_llama3", "launch.device=cpu", "data=python_docs", "evaluate=bundled")
