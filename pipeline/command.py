@@ -76,9 +76,9 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
             export_model(jobs[0].settings, models[0], nodes, console)
         return
     prepared = prepare([job.settings for job in jobs])
-    if jobs[0].settings.force and not prepared[0].run.force:
+    if action in ("run", "plan", "submit") and jobs[0].settings.force and not prepared[0].run.force:
         records = Path(prepared[0].run.output_dir) / "artifacts" / REBUILD_RECORDS
-        console.print(f"force: this command was interrupted before, and continues; to begin again, remove {records}")
+        console.print(f"force: the rebuild that this command began is unfinished and continues (record: {records})")
     if action == "plan":
         _plan_all(prepared, sweep, console)
         return

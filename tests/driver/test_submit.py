@@ -250,6 +250,10 @@ def test_forced_artifacts_are_invalidated_when_their_jobs_are_queued(
     FakeSlurm(monkeypatch)
     ((run, nodes),) = _runs(tmp_path, "force=[load]", "stages=[load]")
     _finish(nodes["load"])
-    submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
+    (job,) = stage_jobs([(run, nodes)], None)
+    submit.submit_jobs([job], CONSOLE)
     artifact: Artifact = nodes["load"].artifact
     assert not artifact.is_complete() and artifact.path.exists()
+    assert job.redo is not None and job.redo.is_interrupted(), "the same command would submit what is missing"
+    _finish(nodes["load"])
+    assert not job.redo.is_interrupted()
