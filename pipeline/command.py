@@ -20,7 +20,7 @@ from pipeline.driver.clean import clean
 from pipeline.driver.graph import Node, lineage, make_report
 from pipeline.driver.notify import notified
 from pipeline.driver.requeue import counted_restarts
-from pipeline.driver.run import link, record_keys, run_graph
+from pipeline.driver.run import REBUILD_RECORDS, Rebuild, forced_nodes, link, record_keys, run_graph
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
 from pipeline.driver.target import FinishedModel, finished_models, requested_targets
@@ -29,7 +29,15 @@ from pipeline.errors import UserError
 from pipeline.export import export_model
 from pipeline.files import disk_errors_as_user_errors, read_record
 from pipeline.launch.slurm import job_of, require_slurm
-from pipeline.planning import INPUT_CHECKS, PreparedRun, make_plans, prepare, print_plan, refuse_blocked
+from pipeline.planning import (
+    INPUT_CHECKS,
+    PreparedRun,
+    make_plans,
+    prepare,
+    print_plan,
+    refuse_blocked,
+    without_force,
+)
 from pipeline.report.closing import closing_table
 from pipeline.trackers import wandb_mode
 
@@ -68,6 +76,9 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
             export_model(jobs[0].settings, models[0], nodes, console)
         return
     prepared = prepare([job.settings for job in jobs])
+    if action in ("run", "plan", "submit") and jobs[0].settings.force and not prepared[0].run.force:
+        records = Path(prepared[0].run.output_dir) / "artifacts" / REBUILD_RECORDS
+        console.print(f"force: the rebuild that this command began is unfinished and continues (record: {records})")
     if action == "plan":
         _plan_all(prepared, sweep, console)
         return
@@ -207,10 +218,21 @@ def run_prepared(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> 
         disk_errors_as_user_errors(Path(first.output_dir)),
         counted_restarts(first, [node for job in jobs for node in job.selected.values()]),
     ):
+        jobs = _begin_rebuild(jobs, sweep, console)
         for job in jobs:
             _run(job, console)
         if sweep:
             _report_sweep(jobs, console)
+
+
+def _begin_rebuild(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> Sequence[PreparedRun]:
+    """Invalidates what ``force`` names, once for all jobs, which then only build what is missing."""
+    runs = [(job.run, job.nodes) for job in jobs]
+    rebuild = Rebuild.of(runs)
+    if rebuild is None:
+        return jobs
+    rebuild.begin(forced_nodes([*runs, _sweep_report(jobs)] if sweep else runs), console)
+    return [without_force(job) for job in jobs]
 
 
 def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | None]:

@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.__main__ import CONF, main
+from pipeline.__main__ import CONF, compose_jobs, main
 from pipeline.config.messages import list_choices
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEST, EXIT_STOPPED
 from pipeline.files import read_json
+from pipeline.planning import prepare
+from pipeline.planning.training import plan_training
 from tests import warm
 from tests.processes import children, is_gone, listening_addresses, seconds_of_children
 
@@ -114,6 +116,19 @@ def test_a_run_from_load_to_report(finished: str, outputs: Path) -> None:
     }  # fmt: skip
     assert (report / "report.md").exists() and (report / "report.html").exists() and list(report.glob("*.png"))
     assert "seconds by stage" in finished
+
+
+@SHARING
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_the_plan_counts_the_flops_that_training_counts(
+    stage: str, shrunk: list[str], finished: str, outputs: Path
+) -> None:
+    """From the token blocks: padding passes through the layers, and not through the head."""
+    command = ["+experiment=quickstart", *shrunk, f"output_dir={outputs / 'outputs'}"]
+    (prepared,) = prepare([compose_jobs(command, False, None)[0].settings])
+    planned = plan_training(prepared, stage)
+    counted = read_json(prepared.nodes[stage].artifact.path / "training.json")["flops"]
+    assert planned is not None and planned.flops == pytest.approx(counted, rel=0.005)
 
 
 @SHARING

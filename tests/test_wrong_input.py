@@ -503,7 +503,7 @@ def test_training_that_does_not_fit_the_named_gpu(
     base: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prepared, "detect_machine", lambda: Machine(cores=2, gpus=1))
-    monkeypatch.setitem(execution.GPUS, "h100_80gb", execution.Gpu("H100", 2**-10, 989.4))
+    monkeypatch.setitem(execution.GPUS, "h100_80gb", execution.Gpu("H100", 2**-10, 989.4, 66.9))
     message = _refused(capsys, *base, "launch.device=h100_80gb")
     assert message.startswith("pretrain.micro_batch = 2") and "h100_80gb" in message
 

@@ -10,7 +10,6 @@ Hidden files never belong to an artifact. They are temporary files, and a commit
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,16 +143,24 @@ class Artifact:
             _discard(outdated)
         self._rebuild_marker.unlink(missing_ok=True)
 
-    def invalidate(self) -> None:
+    def invalidate(self, rebuild: str = "") -> None:
         """Marks the artifact to be rebuilt from the beginning. Only the holder of the lock may call this.
 
         The old files stay until the new ones replace them, but the artifact counts as missing.
+
+        Args:
+            rebuild: identifies the rebuild that the artifact is part of, for ``awaits``.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if (self.path / MANIFEST).is_file():
-            # Names what is invalid, so that a marker which a killed commit leaves does not apply to the new artifact.
-            write_json(self._rebuild_marker, sha256_file(self.path / MANIFEST))
+        # Names what is invalid, so that a marker which a killed commit leaves does not apply to the new artifact.
+        replaced = sha256_file(self.path / MANIFEST) if (self.path / MANIFEST).is_file() else None
+        write_json(self._rebuild_marker, {"manifest": replaced, "rebuild": rebuild})
         _discard(self.partial)
+
+    def awaits(self, rebuild: str) -> bool:
+        """Whether the artifact was invalidated for this rebuild and has not been built since."""
+        marker = self._read_marker()
+        return marker is not None and marker.get("rebuild") == rebuild and not self.is_complete()
 
     def mark_shared(self) -> None:
         """Records that another process may still write to the partial directory. See ``Lock.held``."""
@@ -180,11 +187,18 @@ class Artifact:
         return manifest if manifest is not None and manifest["key"] == self.key else None
 
     def _is_invalidated(self) -> bool:
-        if not self._rebuild_marker.exists():
+        marker = self._read_marker()
+        if marker is None:
             return False
-        named = re.fullmatch('"([0-9a-f]{64})"', self._rebuild_marker.read_text(errors="replace").strip())
-        # A marker without a readable hash, like those of earlier versions, applies to whatever is there.
-        return named is None or named[1] == sha256_file(self.path / MANIFEST)
+        # A marker that cannot be read, like those of earlier versions, applies to whatever is there.
+        return "manifest" not in marker or marker["manifest"] == sha256_file(self.path / MANIFEST)
+
+    def _read_marker(self) -> dict[str, Any] | None:
+        """Reads the marker of ``invalidate``. None if there is none, and empty if it cannot be read."""
+        if not self._rebuild_marker.exists():
+            return None
+        marker: dict[str, Any] = read_record(self._rebuild_marker, lambda value: isinstance(value, dict)) or {}
+        return marker
 
     def lock(self) -> Lock:
         """Returns the lock that a process must hold while it builds this artifact."""

@@ -5,6 +5,7 @@ They are ``tracking``, ``launch`` and ``slurm``, together with the table of GPUs
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -22,30 +23,37 @@ class Gpu:
         model: the words that distinguish it in the name that ``torch.cuda.get_device_name`` returns.
         memory_gib: total memory as ``torch.cuda.get_device_properties`` reports it, rounded down.
         bfloat16_tflops: peak of dense matrix products with float32 accumulation.
+        float32_tflops: peak of the float32 units. Training in float32 leaves TF32 off, as PyTorch does by default.
     """
 
     model: str
     memory_gib: float
     bfloat16_tflops: float
+    float32_tflops: float
+
+    def tflops(self, precision: Literal["bfloat16", "float32"]) -> float:
+        """The peak of matrix products in a precision of compute."""
+        return self.bfloat16_tflops if precision == "bfloat16" else self.float32_tflops
 
 
 # Peaks are NVIDIA's own figures without sparsity: the data sheets of H100, H200, GH200, A100, B200 (HGX), L40S, L4 and
-# A10, and the Ada and Ampere GA102 white papers (appendix A) for the RTX cards.
+# A10, and the Ada and Ampere GA102 white papers (appendix A) for the RTX cards. B200's
+# float32 peak is that of the Blackwell architecture brief (HGX). Float32 peaks are those of the CUDA cores.
 GPUS: dict[str, Gpu] = {
-    "b200_180gb": Gpu("B200", 178.0, 2250.0),
-    "h200_141gb": Gpu("H200", 139.0, 989.4),
-    "h200_nvl_141gb": Gpu("H200 NVL", 139.0, 835.5),
-    "gh200_96gb": Gpu("GH200", 94.0, 989.4),
-    "h100_80gb": Gpu("H100", 79.0, 989.4),
-    "h100_nvl_94gb": Gpu("H100 NVL", 93.0, 835.5),
-    "h100_pcie_80gb": Gpu("H100 PCIe", 79.0, 756.5),
-    "a100_80gb": Gpu("A100", 79.0, 312.0),
-    "a100_40gb": Gpu("A100", 39.0, 312.0),
-    "l40s_48gb": Gpu("L40S", 44.0, 362.05),
-    "l4_24gb": Gpu("L4", 21.9, 121.0),
-    "a10_24gb": Gpu("A10", 21.9, 125.0),
-    "rtx4090_24gb": Gpu("RTX 4090", 23.5, 165.2),
-    "rtx3090_24gb": Gpu("RTX 3090", 23.5, 71.0),
+    "b200_180gb": Gpu("B200", 178.0, 2250.0, 80.0),
+    "h200_141gb": Gpu("H200", 139.0, 989.4, 67.0),
+    "h200_nvl_141gb": Gpu("H200 NVL", 139.0, 835.5, 60.0),
+    "gh200_96gb": Gpu("GH200", 94.0, 989.4, 67.0),
+    "h100_80gb": Gpu("H100", 79.0, 989.4, 66.9),
+    "h100_nvl_94gb": Gpu("H100 NVL", 93.0, 835.5, 60.0),
+    "h100_pcie_80gb": Gpu("H100 PCIe", 79.0, 756.5, 51.2),
+    "a100_80gb": Gpu("A100", 79.0, 312.0, 19.5),
+    "a100_40gb": Gpu("A100", 39.0, 312.0, 19.5),
+    "l40s_48gb": Gpu("L40S", 44.0, 362.05, 91.6),
+    "l4_24gb": Gpu("L4", 21.9, 121.0, 30.3),
+    "a10_24gb": Gpu("A10", 21.9, 125.0, 31.2),
+    "rtx4090_24gb": Gpu("RTX 4090", 23.5, 165.2, 82.6),
+    "rtx3090_24gb": Gpu("RTX 3090", 23.5, 71.0, 35.6),
 }
 
 # Words of a device name that leave the peak unchanged: vendor, form factor, and size and kind of memory. Any other
@@ -124,6 +132,9 @@ def _option(text: str) -> str:
 SbatchOption = Annotated[Line, AfterValidator(_option)]
 
 
+SIGNAL_MARGIN_SECONDS = 60
+
+
 class Resources(Section):
     """The resources of one stage's batch job."""
 
@@ -135,6 +146,16 @@ class Resources(Section):
     time: Positive | SlurmTime  # an integer is in minutes
     options: list[SbatchOption]  # further options of sbatch, such as --constraint=h100
 
+    @property
+    def time_seconds(self) -> float:
+        """The time limit as Slurm reads it; infinite for 0, which is no limit."""
+        days, dash, clock = str(self.time).rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        # "10" and "10:30" begin with minutes, but with hours after days ("1-10").
+        units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+        seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+        return seconds or math.inf
+
 
 class Slurm(Section):
     """How stages are submitted as batch jobs."""
@@ -144,7 +165,7 @@ class Slurm(Section):
     qos: Line | None
     environment: list[Line]  # shell commands to run first, such as "module load cuda"
     options: list[SbatchOption]  # further options of sbatch for every job
-    signal_seconds: Positive  # how long before the time limit the run is asked to save and stop
+    signal_seconds: Positive  # how long before the time limit the run is asked to save and stop; limits are longer
     max_requeues_without_progress: NonNegative
     load: Resources
     expand: Resources
@@ -165,3 +186,7 @@ class Slurm(Section):
         """Returns the resources of one stage."""
         resources: Resources = getattr(self, stage)
         return resources
+
+    def has_time_to_start(self, stage: str) -> bool:
+        """Whether the signal comes at least a minute after a job's start: Slurm may send it a minute early."""
+        return self.resources(stage).time_seconds > self.signal_seconds + SIGNAL_MARGIN_SECONDS

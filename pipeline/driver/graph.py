@@ -61,6 +61,9 @@ STAGES: dict[str, Stage] = {
 }
 
 
+UNKNOWN = "unknown"  # identifies an input that was not looked up or not found; no artifact may be made from it
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What identifies the contents of a run's external inputs."""
@@ -79,7 +82,7 @@ class Node:
     """An artifact of a run, which may or may not exist yet.
 
     ``reuses`` are artifacts with results that are also this one's. They save time if they exist when it is built, and
-    change nothing else, so they are not in the key.
+    change nothing else, so they are not in the key. ``inputs`` identify the contents of what is read from outside.
     """
 
     name: str  # "load", "tokenize/corpus", "evaluate/sft"
@@ -89,6 +92,7 @@ class Node:
     seed: int
     artifact: Artifact
     reuses: Mapping[str, Node] = field(default_factory=dict, repr=False)  # role -> node
+    inputs: Mapping[str, str] = field(default_factory=dict, repr=False)  # name -> identity, or UNKNOWN
 
 
 def expected_files(node: Node) -> tuple[str, ...]:
@@ -128,7 +132,7 @@ def make_node(
         inputs,
     )
     artifact = Artifact(Path(run.output_dir) / "artifacts", stage_name, key)
-    return Node(name, stage_name, settings, parents, seed, artifact)
+    return Node(name, stage_name, settings, parents, seed, artifact, inputs=inputs)
 
 
 def build_graph(run: Settings, inputs: Inputs) -> dict[str, Node]:
@@ -274,8 +278,12 @@ def lineage(nodes: Iterable[Node]) -> set[str]:
 
 def forced(nodes: Mapping[str, Node], stages: Iterable[str]) -> set[str]:
     """Returns the names of the nodes to rebuild: those of ``stages`` and everything that depends on them."""
-    redo: set[str] = set()
-    for name, node in nodes.items():
-        if node.stage in set(stages) or any(parent.name in redo for parent in node.parents.values()):
-            redo.add(name)
-    return redo
+    chosen, by_key = set(stages), dict[str, bool]()
+
+    def is_forced(node: Node) -> bool:
+        key = node.artifact.key
+        if key not in by_key:
+            by_key[key] = node.stage in chosen or any(map(is_forced, node.parents.values()))
+        return by_key[key]
+
+    return {name for name, node in nodes.items() if is_forced(node)}

@@ -8,23 +8,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pipeline.artifacts.lock import Lock
-from pipeline.artifacts.store import begin_attempt, finish_attempts
+from pipeline.artifacts.store import Artifact, begin_attempt, finish_attempts
 from pipeline.artifacts.task import Metrics, StageTask, TrackingTarget, task_to_json
 from pipeline.config import Evaluate, Settings
 from pipeline.driver.graph import STAGES, Node, expected_files, forced, select_nodes
 from pipeline.driver.parallel import MachineShare, batches, build_all, shares_of, whole_machine
 from pipeline.errors import UserError, WorkersFailed
-from pipeline.files import read_record, remove_abandoned, temporary_path, write_json
+from pipeline.files import read_record, remove_abandoned, sha256_json, temporary_path, write_json
 from pipeline.launch.environment import child_environment
 from pipeline.launch.failure import describe_exit, failure_message
 from pipeline.launch.machine import first_node_prefix
@@ -34,10 +35,12 @@ KEYS_FILE = "keys.json"  # in a run's directory: the key of every artifact that 
 FAILURE_FILE = Path("logs", "failure.txt")  # in a partial directory: why the last attempt failed
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "accelerate", "lm-eval", "safetensors")
 RECORDED_IF_INSTALLED = ("pot", "vllm")
+REBUILD_RECORDS = "rebuild-*.json"  # in the directory of all artifacts; see Rebuild
+Run = tuple[Settings, Mapping[str, Node]]
 
 
 def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dict[str, float]:
-    """Builds the selected nodes of a run.
+    """Builds the missing ones among the selected nodes of a run. What ``force`` names is invalidated before.
 
     Returns:
         Seconds by node name, in the order in which they ended, 0.0 for artifacts that existed.
@@ -51,15 +54,14 @@ def run_graph(run: Settings, nodes: Mapping[str, Node], console: Console) -> dic
     record_keys(run, selected)
     for directory in {(Path(run.output_dir) / run.name / name).parent for name in selected}:
         remove_abandoned(directory)
-    redo = forced(selected, run.force)
     seconds: dict[str, float] = {}
 
     def provide(node: Node, share: MachineShare) -> None:
-        seconds[node.name] = _provide(run, node, node.name in redo, share, console)
+        seconds[node.name] = _provide(run, node, share, console)
         link(run, node)
 
     for batch in batches(selected):
-        missing = sum(node.name in redo or not node.artifact.is_complete() for node in batch)
+        missing = sum(not node.artifact.is_complete() for node in batch)
         shares = shares_of(run, missing) if isinstance(batch[0].settings, Evaluate) else [whole_machine(run)]
         build_all(batch, shares, provide)
     return seconds
@@ -91,33 +93,85 @@ def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
     return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
 
 
-def _provide(run: Settings, node: Node, redo: bool, share: MachineShare, console: Console) -> float:
+@dataclass(frozen=True)
+class Rebuild:
+    """What a command with ``force`` builds again, in all of its jobs together.
+
+    All artifacts are invalidated before the first one is built, and ``force`` is dropped then. What was built once is
+    therefore not built again by another job of a sweep, nor if the command is interrupted and repeated: until
+    everything is built, repeating it finds the record and continues. Afterwards, repeating it begins again.
+
+    Attributes:
+        record: identifies the rebuild in progress and lists its artifacts. It is named by what is rebuilt, and written
+            after all of that was invalidated, so that a command which is killed before begins again.
+        root: the directory of all artifacts.
+    """
+
+    record: Path
+    root: Path
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Rebuild | None:
+        """Describes the rebuild that some jobs ask for; None if they ask for none."""
+        if not any(run.force for run, _ in runs):
+            return None
+        keys = sorted({node.artifact.key for node in forced_nodes(runs)})
+        root = Path(runs[0][0].output_dir) / "artifacts"
+        return cls(root / REBUILD_RECORDS.replace("*", sha256_json(keys)[:16]), root)
+
+    def begin(self, nodes: Iterable[Node], console: Console) -> None:
+        """Invalidates artifacts, each under its lock, which may have to be waited for."""
+        rebuild, artifacts = uuid.uuid4().hex, list(dict.fromkeys(node.artifact for node in nodes))
+        for artifact in artifacts:
+            with artifact.lock().held(partial(_report_wait, artifact.stage, console)):
+                artifact.tidy()
+                artifact.invalidate(rebuild)
+        write_json(self.record, {"rebuild": rebuild, "artifacts": [[each.stage, each.key] for each in artifacts]})
+
+    def is_interrupted(self) -> bool:
+        """Whether the rebuild has begun, and one of its artifacts is still to be built."""
+        record = read_record(self.record, lambda value: isinstance(value["artifacts"], list) and value["rebuild"])
+        if record is None:
+            return False
+        return any(Artifact(self.root, *place).awaits(record["rebuild"]) for place in record["artifacts"])
+
+
+def _report_wait(name: str, console: Console, holder: str) -> None:
+    console.print(f"  [yellow]waits[/]  {name:<24} {holder}")
+
+
+def forced_nodes(runs: Sequence[Run]) -> list[Node]:
+    """Returns the nodes that ``force`` has rebuilt, parents first."""
+    found = []
+    for run, nodes in runs:
+        selected = select_nodes(nodes, run.stages)
+        redo = forced(selected, run.force)
+        found += [node for name, node in selected.items() if name in redo]
+    return found
+
+
+def _provide(run: Settings, node: Node, share: MachineShare, console: Console) -> float:
     """Builds an artifact under its lock unless it exists. Returns the seconds that took."""
-    if not redo and node.artifact.is_complete():
+    if node.artifact.is_complete():
         console.print(f"  [green]exists[/] {node.name:<24} {node.artifact.key[:12]}")
         return 0.0
 
-    def report_wait(holder: str) -> None:
-        console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")
-
     lock = node.artifact.lock()
-    with lock.held(report_wait, share.processes.check) as taken_over:
+    with lock.held(partial(_report_wait, node.name, console), share.processes.check) as taken_over:
         node.artifact.tidy()
         if taken_over:
             node.artifact.mark_shared()
-        if redo:
-            node.artifact.invalidate()
         if node.artifact.is_complete():  # built by the process that held the lock
             return 0.0
         return _build(run, node, lock, share, console)
 
 
 def _build(run: Settings, node: Node, lock: Lock, share: MachineShare, console: Console) -> float:
-    partial = node.artifact.partial
-    failure, resumed = partial / FAILURE_FILE, partial.exists()
-    partial.mkdir(parents=True, exist_ok=True)
+    place = node.artifact.partial
+    failure, resumed = place / FAILURE_FILE, place.exists()
+    place.mkdir(parents=True, exist_ok=True)
     # This comes before any other write: the newest file in the directory tells when an earlier attempt was killed.
-    attempts = begin_attempt(partial)
+    attempts = begin_attempt(place)
     failure.parent.mkdir(exist_ok=True)
     failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
@@ -129,7 +183,7 @@ def _build(run: Settings, node: Node, lock: Lock, share: MachineShare, console: 
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
-    number, total = finish_attempts(partial, attempts)
+    number, total = finish_attempts(place, attempts)
     lock.confirm()
     manifest = {**_manifest(node, metrics, total), "attempts": number}
     node.artifact.commit(manifest, expected_files(node), confirm=lock.confirm)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,17 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.artifacts.lock import Holder, Lock
-from pipeline.config import Settings
+from pipeline.config import Settings, Slurm
+from pipeline.config.execution import SIGNAL_MARGIN_SECONDS
 from pipeline.driver.graph import Node, forced, select_nodes
-from pipeline.driver.run import missing_nodes
+from pipeline.driver.run import Rebuild, Run, missing_nodes
+from pipeline.errors import UserError
 from pipeline.files import read_record, write_json, write_text
 from pipeline.launch import slurm
 from pipeline.launch.environment import python_path
 from pipeline.launch.slurm import escape_percent
 
 SLURM_DIR, JOBS_FILE = "slurm", "jobs.json"
-Run = tuple[Settings, Mapping[str, Node]]
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class StageJob:
 
     Attributes:
         runs: the runs that need the artifact. The first one builds it, and all of them link to it.
-        redo: whether to rebuild the artifact if it exists.
+        redo: the rebuild that the artifact is part of; None if it is built only because it is missing.
         sweep: all runs of the sweep, if the artifact is the sweep's report.
     """
 
     node: Node
     runs: tuple[Settings, ...]
-    redo: bool
+    redo: Rebuild | None
     sweep: tuple[Settings, ...] = ()
 
     @property
@@ -73,18 +74,38 @@ def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
 
     Args:
         report: the report of a sweep: its settings and its only node.
+
+    Raises:
+        UserError: Slurm would stop one of the jobs at its start.
     """
     jobs: dict[str, StageJob] = {}
-    for run, nodes in runs:
+    rebuild = Rebuild.of(runs)
+    for run, nodes in [*runs, *([report] if report else [])]:
         redo = forced(select_nodes(nodes, run.stages), run.force)
         for node in missing_nodes(run, nodes).values():
-            known = jobs.get(node.artifact.key, StageJob(node, (), node.name in redo))
+            known = jobs.get(node.artifact.key, StageJob(node, (), rebuild if node.name in redo else None))
             jobs[node.artifact.key] = replace(known, runs=(*known.runs, run))
     if report is not None:
-        settings, nodes = report
-        for node in missing_nodes(settings, nodes).values():
-            jobs[node.artifact.key] = StageJob(node, (settings,), redo=False, sweep=tuple(run for run, _ in runs))
+        key = report[1]["report"].artifact.key
+        if key in jobs:
+            jobs[key] = replace(jobs[key], sweep=tuple(run for run, _ in runs))
+    for job in jobs.values():
+        _check_time(job.runs[0].slurm, job.node.stage)
     return list(jobs.values())
+
+
+def _check_time(settings: Slurm, stage: str) -> None:
+    """Refuses a time limit that ends with the signal before the program has started and handles signals."""
+    if settings.has_time_to_start(stage):
+        return
+    needed = settings.signal_seconds + SIGNAL_MARGIN_SECONDS
+    raise UserError(
+        setting=f"slurm.{stage}.time",
+        value=settings.resources(stage).time,
+        rule=f"Slurm would send the signal to stop (slurm.signal_seconds={settings.signal_seconds}) while the job is "
+        f"starting, which kills it; the limit must exceed {needed} seconds",
+        remedy=f"Set slurm.{stage}.time to at least {needed // 60 + 1} (minutes), or a smaller slurm.signal_seconds.",
+    )
 
 
 def job_task(job: StageJob) -> dict[str, Any]:
@@ -185,9 +206,10 @@ def _queue_all(jobs: Sequence[StageJob], console: Console, last: Path | None) ->
         if last is not None:
             last_job = slurm.submit_script(last, [known[job.node.artifact.key] for job in jobs], "afterany")
             submitted.append(last_job)
+        if rebuild := next((job.redo for job in new if job.redo), None):
+            # On submission, so that a job that is requeued resumes.
+            rebuild.begin([job.node for job in new if job.redo], console)
         for job in new:
-            if job.redo:
-                _invalidate(job.node, console)
             _record(job, known[job.node.artifact.key])
         slurm.release(submitted)
     except BaseException:
@@ -215,12 +237,6 @@ def _print_submitted(job: StageJob, number: int, parents: Sequence[int], console
     after = f"after {', '.join(map(str, parents))}" if parents else ""
     size = f"{resources.nodes} node{'s' if resources.nodes > 1 else ''}{gpus}"
     console.print(f"  [cyan]job[/] {number:<8} {job.node.name:<24} {size:<20} {after}")
-
-
-def _invalidate(node: Node, console: Console) -> None:
-    """Has an artifact rebuilt. This happens on submission, so that a job that is requeued resumes."""
-    with node.artifact.lock().held(lambda holder: console.print(f"  [yellow]waits[/]  {node.name:<24} {holder}")):
-        node.artifact.invalidate()
 
 
 # ------------------------------------------------------------------------------ interrupted submissions

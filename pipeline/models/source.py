@@ -71,14 +71,14 @@ def resolve(model: Model) -> ModelSource:
         UserError: there is no such model, or it cannot be used.
     """
     if model.path.startswith(PACKAGE_PREFIX):
-        return _local("package", _package_directory(model), model.gguf_file)
+        return _local("package", _package_directory(model), model.gguf_file, model.trust_remote_code)
     path = Path(model.path).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return _local("directory", path.parent, path.name)
+        return _local("directory", path.parent, path.name, with_code=False)
     if path.is_dir():
         if model.gguf_file is not None and (path / model.gguf_file).exists():
             check_file(path, model.gguf_file)
-        return _local("directory", path, model.gguf_file)
+        return _local("directory", path, model.gguf_file, model.trust_remote_code)
     if path.exists() or not hub.is_repo_id(model.path):
         raise UserError(
             setting="model.path",
@@ -129,14 +129,17 @@ def _package_directory(model: Model) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _local(kind: Literal["directory", "package"], directory: Path, gguf_file: str | None) -> ModelSource:
+def _local(
+    kind: Literal["directory", "package"], directory: Path, gguf_file: str | None, with_code: bool
+) -> ModelSource:
     names = tuple(sorted(path.name for path in directory.iterdir()))
     if gguf_file is not None:
         _check_gguf(gguf_file, names, directory)
         return ModelSource(kind, directory, gguf_file=gguf_file, names=names, files=(directory / gguf_file,))
     weights = find_weights(directory)
     check_tokenizer_files(names, directory, directory)
-    others = [name for name in ("config.json", INDEX, *side_files(directory)) if name in names]
+    code = [name for name in names if with_code and name.endswith(".py")]  # loading copies it
+    others = [name for name in ("config.json", INDEX, *side_files(directory), *code) if name in names]
     for name in others:
         check_file(directory, name)
     return ModelSource(kind, directory, names=names, files=(*weights, *(directory / name for name in others)))

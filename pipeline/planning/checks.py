@@ -19,11 +19,11 @@ from typing import Any, Literal
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target, Train
-from pipeline.config.execution import GPUS
+from pipeline.config.execution import GPUS, SIGNAL_MARGIN_SECONDS
 from pipeline.config.untuned import tuning_requests
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
-from pipeline.driver.graph import Node
+from pipeline.driver.graph import UNKNOWN, Node
 from pipeline.driver.notify import notification
 from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
@@ -109,9 +109,15 @@ def refuse_blocked(prepared: PreparedRun, checks: Sequence[Check] | None = None)
 
     Raises:
         UserError: a check found something wrong.
+        RuntimeError: all checks pass, and yet an input of the run is not known. Its artifact would have the same key
+            whatever that input contains.
     """
     for blocker in find_blockers(prepared, checks):
         raise blocker.fault
+    if checks is None:
+        for node in prepared.selected.values():
+            if UNKNOWN in node.inputs.values():
+                raise RuntimeError(f"an input of {node.name} was not looked up; this is an error of the pipeline")
 
 
 def _raised_by(function: Callable[[], object]) -> Faults:
@@ -299,7 +305,7 @@ def _memory(section: str, prepared: PreparedRun) -> Faults:
     """By estimate, training fits the GPU that ``launch.device`` names."""
     device = prepared.run.launch.device
     trained, gpu = prepared.trained(section), GPUS.get(device)
-    if trained is None or gpu is None:
+    if trained is None or gpu is None or not prepared.has_valid_overrides(section):
         return
     setup, available = prepared.setup(section), usable(gpu.memory_gib * 2**30)
     needed = memory_of(trained, setup).total
@@ -320,12 +326,18 @@ def _signal(section: str, prepared: PreparedRun) -> Faults:
     plan, signal_seconds = plan_training(prepared, section), prepared.run.slurm.signal_seconds
     if plan is None or plan.stop_seconds <= signal_seconds:
         return
+    wanted = math.ceil(plan.stop_seconds / 60 + 1) * 60
+    slurm = prepared.run.slurm.model_copy(update={"signal_seconds": wanted})
+    stages = dict.fromkeys(node.stage for node in prepared.missing.values())
+    short = [f"slurm.{stage}.time" for stage in stages if not slurm.has_time_to_start(stage)]
+    minutes = (wanted + SIGNAL_MARGIN_SECONDS) // 60
+    longer = f", and {', '.join(short)} to more than {minutes} minutes" if short else ""
     yield UserError(
         setting="slurm.signal_seconds",
         value=signal_seconds,
         rule=f"{section} takes about {plan.stop_seconds:.0f} seconds to finish a step, a checkpoint that is being "
         f"written and the last one ({gib(plan.checkpoint_bytes)} each), and Slurm would kill it before",
-        remedy=f"Set slurm.signal_seconds={math.ceil(plan.stop_seconds / 60 + 1) * 60}.",
+        remedy=f"Set slurm.signal_seconds={wanted}{longer}.",
     )
 
 

@@ -19,8 +19,8 @@ from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE, Fingerprints, Rem
 from pipeline.config import Data, Model, Settings, Source, Train
 from pipeline.config.execution import GPUS
 from pipeline.data import python_docs, sources
-from pipeline.driver.graph import Inputs, Node, build_graph, select_nodes
-from pipeline.driver.run import missing_nodes
+from pipeline.driver.graph import UNKNOWN, Inputs, Node, build_graph, select_nodes
+from pipeline.driver.run import Rebuild, missing_nodes
 from pipeline.errors import UserError
 from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
@@ -34,8 +34,8 @@ from pipeline.models.checkpoint_dtype import elements_in, resolve_dtype
 from pipeline.models.config_json import is_nested
 from pipeline.models.families import Shape, family_for, inner_config, shape_of
 from pipeline.models.source import ModelSource, config_of, resolve
+from pipeline.training.deepspeed_config import override_faults
 
-UNKNOWN = "unknown"  # identifies an input that was not found, from which no artifact can have been made
 PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions", "forgetting")
 _Result = TypeVar("_Result")
 
@@ -149,6 +149,10 @@ class PreparedRun:
         sizes, train = self.sizes, getattr(self.run, stage)
         return None if sizes is None else attempt(lambda: sizes.trained(stage, train))[0]
 
+    def has_valid_overrides(self, stage: str) -> bool:
+        """Whether the stage's ``deepspeed.overrides`` have no fault, so that estimates can read them."""
+        return next(override_faults(stage, getattr(self.run, stage).deepspeed.overrides), None) is None
+
     def machine(self, stage: str) -> Machine:
         """Where a stage would run: on the nodes that its batch job asks for, or on those around this process."""
         if self.run.action == "submit":
@@ -165,14 +169,19 @@ class PreparedRun:
 def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
     """Looks up the inputs of every job of a command and builds its graph. What jobs share is looked up once.
 
+    If the same command was interrupted after it had begun to rebuild what ``force`` names, it continues, and the
+    prepared runs have no ``force``.
+
     Raises:
         UserError: ``output_dir`` cannot be written, and the command would write to it.
     """
     found: dict[str, FoundInputs] = {}
     prepared = []
     for run in runs:
+        # Everything that decides what is looked up. Which stages read data depends on the method's settings as well.
         parts = (run.model, run.data, run.evaluate)
-        shared = json.dumps([run.stages, run.expand.module, *(part.model_dump_json() for part in parts)])
+        decisive = [run.stages, run.reads_data, run.expand.module, *(part.model_dump_json() for part in parts)]
+        shared = json.dumps(decisive)
         if shared not in found:
             if run.group_writable:
                 let_group_write()
@@ -180,7 +189,15 @@ def prepare(runs: Sequence[Settings]) -> list[PreparedRun]:
                 _create_output_dir(run)
             found[shared] = _look_up(run)
         prepared.append(with_inputs(run, found[shared]))
+    rebuild = Rebuild.of([(each.run, each.nodes) for each in prepared])
+    if rebuild is not None and rebuild.is_interrupted():
+        return [without_force(each) for each in prepared]
     return prepared
+
+
+def without_force(prepared: PreparedRun) -> PreparedRun:
+    """Returns the run that builds only what is missing, once the rebuild that ``force`` asks for has begun."""
+    return replace(prepared, run=prepared.run.model_copy(update={"force": []}))
 
 
 def with_inputs(run: Settings, inputs: FoundInputs) -> PreparedRun:

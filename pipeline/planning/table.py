@@ -118,7 +118,7 @@ def _hours(plan: TrainingPlan) -> str:
         return "set launch.device, for example to h100_80gb"
     if plan.hours is None:
         return NOT_YET
-    return f"{plan.hours:.3g} at {plan.utilization:.0%} of {plan.gpu.bfloat16_tflops:.0f} TFLOP/s each"
+    return f"{plan.hours:.3g} at {plan.utilization:.0%} of {plan.gpu.tflops(plan.setup.precision):.0f} TFLOP/s each"
 
 
 def _stopping(plan: TrainingPlan, signal_seconds: int) -> str:

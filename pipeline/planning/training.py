@@ -34,7 +34,7 @@ class Amount:
 
     Attributes:
         steps: None if it follows from the number of tokens, and that is known only once the data are tokenized.
-        supervised: the share of all tokens that enter the loss.
+        supervised: the share of all tokens, padding included, that enter the loss.
     """
 
     steps: int | None
@@ -97,7 +97,7 @@ class TrainingPlan:
         """Duration of an optimizer step at ``utilization``."""
         if self.gpu is None or self.utilization == 0:
             return None
-        return self.step_flops / (self.setup.ranks * self.gpu.bfloat16_tflops * 1e12 * self.utilization)
+        return self.step_flops / (self.setup.ranks * self.gpu.tflops(self.setup.precision) * 1e12 * self.utilization)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -116,9 +116,9 @@ class TrainingPlan:
 
 
 def plan_training(prepared: PreparedRun, section: str) -> TrainingPlan | None:
-    """Plans one training stage; None if it is not known what it would train."""
+    """Plans one training stage; None if it is not known what it would train, or ``overrides`` have a fault."""
     trained, purpose = prepared.trained(section), PURPOSE_OF[section]
-    if trained is None:
+    if trained is None or not prepared.has_valid_overrides(section):
         return None
     train, setup, launch = getattr(prepared.run, section), prepared.setup(section), prepared.run.launch
     expected = None if purpose in prepared.inputs.failures else expected_tokens(prepared.run.data, purpose)
@@ -138,7 +138,9 @@ def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
     """
     if data.artifact.is_complete():
         dataset = read_json(data.artifact.path / "dataset.json")
-        supervised = dataset["supervised_tokens"]["train"] / max(1, dataset["tokens"]["train"])
+        # Padding is computed as well, so it counts among all tokens.
+        tokens = dataset["blocks"]["train"] * train.sequence_length
+        supervised = dataset["supervised_tokens"]["train"] / max(1, tokens)
         # Every token of the corpus is a target, but for the first of a document.
         supervised += train.corpus_fraction * (1.0 - supervised)
         return Amount(total_steps(train, dataset["blocks"]["train"]), supervised)

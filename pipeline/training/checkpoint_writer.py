@@ -203,9 +203,9 @@ class CheckpointWriter:
         return [part for part in parts if part.elements]
 
     def _read_state(self, parts: list[Part]) -> Iterator[torch.Tensor]:
-        """Returns the elements of each part, without a copy, and frees the memory for copies."""
+        """Returns the elements of each part, without a copy if they are float32, and frees the memory for copies."""
         self._copy = None
-        return (self._state.owned(part.name, part.key)[1] for part in parts)
+        return (self._state.owned(part.name, part.key)[1].float() for part in parts)
 
     def _copy_state(self, parts: list[Part]) -> Iterator[torch.Tensor]:
         """Copies the parts to host memory that is kept between checkpoints. Returns the elements of each.

@@ -24,14 +24,9 @@ OVERRIDES: dict[str, Any] = {
     "communication_data_type": _DTYPES,
     "data_types": {"grad_accum_dtype": _DTYPES},
     "gradient_clipping": float,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": float,
     "gradient_allreduce_op": frozenset({"mean", "sum"}),
     "disable_allgather": bool,
-    "bf16": {
-        "immediate_grad_update": bool, "check_grad_overflow": bool, "bf16_master_weights_and_grads": bool,
-        "bf16_optimizer_states": bool,
-    },
+    "bf16": {"immediate_grad_update": bool, "check_grad_overflow": bool},
     "zero_optimization": {
         **dict.fromkeys((
             "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions",
@@ -41,7 +36,7 @@ OVERRIDES: dict[str, Any] = {
             "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
         ), bool),
         **dict.fromkeys((
-            "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
+            "sub_group_size", "stage3_prefetch_bucket_size",
             "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
             "stage3_max_reuse_distance", "stage3_module_granularity_threshold",
         ), int),
@@ -50,7 +45,6 @@ OVERRIDES: dict[str, Any] = {
             **_OFFLOAD, "pipeline_read": bool, "pipeline_write": bool, "fast_init": bool, "ratio": float,
         },
     },
-    "zero_force_ds_cpu_optimizer": bool,
     "aio": {
         "block_size": int, "queue_depth": int, "intra_op_parallelism": int, "single_submit": bool,
         "overlap_events": bool, "use_gds": bool,
@@ -77,8 +71,17 @@ DETERMINED = {
     "scheduler": "schedule and warmup_fraction",
     "fp16": "precision",
     "bf16.enabled": "precision",
+    # Master weights and optimizer states are float32: checkpoints and averages rely on it.
+    "bf16.bf16_master_weights_and_grads": "precision",
+    "bf16.bf16_optimizer_states": "precision",
     "torch_autocast": "precision",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_force_ds_cpu_optimizer": "deepspeed.offload_optimizer",
+    # They keep sums over ranks within the range of float16, and ZeRO 2 and 3 do not support them.
+    "prescale_gradients": "deepspeed.reduce_dtype",
+    "gradient_predivide_factor": "deepspeed.reduce_dtype",
+    "zero_optimization.reduce_bucket_size": "deepspeed.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size": "deepspeed.allgather_bucket_size",
     "zero_optimization.zero_hpz_partition_size": "deepspeed.hpz_partition_size",
     "activation_checkpointing": "activation_checkpointing",
     "compile": "compile",

@@ -56,9 +56,12 @@ def training_faults(
         check_terms(section, train.trainable)
     except UserError as error:
         yield error
-    yield from override_faults(section, train.deepspeed.overrides)
-    yield from _partial_offload(section, train)
-    yield from _muon(section, train)
+    unreadable = list(override_faults(section, train.deepspeed.overrides))
+    yield from unreadable
+    if not unreadable:
+        yield from _partial_offload(section, train)
+        yield from _quantized_weights(section, train, placement.device)
+        yield from _muon(section, train)
     yield from _unknown_roles(section, train)
     # A plan for GPUs that this machine does not have says nothing about the compilers of the machine that has them.
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
@@ -187,15 +190,34 @@ def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
 
 def _partial_offload(section: str, train: Train) -> Iterator[UserError]:
     """DeepSpeed updates what stays on the GPU with another AdamW, which knows neither parts of tensors nor averages."""
-    zero = train.deepspeed.overrides.get("zero_optimization", {})
+    ratio = train.deepspeed.overrides.get("zero_optimization", {}).get("offload_optimizer", {}).get("ratio", 1.0)
     names = [name for name in ("role_learning_rates", "ema_decay") if getattr(train, name)]
-    if names and zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
-        yield UserError(
-            setting=f"{section}.deepspeed.overrides",
-            value="zero_optimization.offload_optimizer.ratio",
-            rule=f"the part of the optimizer that it leaves on the GPU would ignore {' and '.join(names)}",
-            remedy="Remove the ratio, so that all of the optimizer is offloaded.",
-        )
+    if not 0.0 <= ratio <= 1.0:
+        rule = f"it is a share between 0 and 1, not {ratio}"
+    elif ratio != 1.0 and train.deepspeed.zero_stage != 3:
+        rule = f"only ZeRO 3 can offload a part of the optimizer, and zero_stage is {train.deepspeed.zero_stage}"
+    elif ratio != 1.0 and names:
+        rule = f"the part of the optimizer that it leaves on the GPU would ignore {' and '.join(names)}"
+    else:
+        return
+    yield UserError(
+        setting=f"{section}.deepspeed.overrides",
+        value="zero_optimization.offload_optimizer.ratio",
+        rule=rule,
+        remedy="Remove the ratio, so that all of the optimizer is offloaded.",
+    )
+
+
+def _quantized_weights(section: str, train: Train, device: str) -> Iterator[UserError]:
+    zero = train.deepspeed.overrides.get("zero_optimization", {})
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if device == "cpu" and zero.get(name):
+            yield UserError(
+                setting=f"{section}.deepspeed.overrides",
+                value=f"zero_optimization.{name}",
+                rule="DeepSpeed quantizes weights on GPUs only",
+                remedy="Remove it.",
+            )
 
 
 def _muon(section: str, train: Train) -> Iterator[UserError]:

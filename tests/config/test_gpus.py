@@ -31,6 +31,11 @@ def test_the_peak_of_a_known_device(device_name: str, gpu: str) -> None:
     assert bfloat16_peak(device_name) == GPUS[gpu].bfloat16_tflops * 1e12
 
 
+def test_float32_products_are_slower_on_every_device() -> None:
+    for gpu in GPUS.values():
+        assert gpu.tflops("bfloat16") == gpu.bfloat16_tflops > gpu.tflops("float32") == gpu.float32_tflops > 0
+
+
 @pytest.mark.parametrize(
     "device_name",
     [

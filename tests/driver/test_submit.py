@@ -101,6 +101,24 @@ def test_invalid_resources_are_refused(tmp_path: Path, wrong: str) -> None:
     assert error.value.setting.startswith("slurm")
 
 
+@pytest.mark.parametrize("time", ["00:06:00", "6", "6:00", "0-0:06"])
+def test_a_time_limit_that_slurm_would_signal_at_the_start_is_refused(tmp_path: Path, time: str) -> None:
+    """Of every job that would be submitted, the report on a sweep included."""
+    limits = ("slurm=cpu", "slurm.signal_seconds=300", f"slurm.report.time='{time}'")
+    runs = _runs(tmp_path, "expand=copy,none", "stages=[load]", *limits, multirun=True)
+    assert stage_jobs(runs, None)
+    whole = runs[0][0].model_copy(update={"name": "quickstart", "stages": ["report"]})
+    with pytest.raises(UserError, match="must exceed 360 seconds") as refused:
+        stage_jobs(runs, (whole, {"report": make_report(whole, runs)}))
+    assert refused.value.setting == "slurm.report.time" and "at least 7 (minutes)" in refused.value.remedy
+
+
+@pytest.mark.parametrize("time", ["00:06:01", "7", "6:01", "0-1", "1-00:00:00", "0"])
+def test_a_longer_time_limit_or_none_is_accepted(tmp_path: Path, time: str) -> None:
+    limits = ("slurm=cpu", "slurm.signal_seconds=300", f"slurm.load.time='{time}'")
+    assert stage_jobs(_runs(tmp_path, "stages=[load]", *limits), None)
+
+
 class FakeSlurm:
     """Records the requests; rejects the job whose script has the name ``refused``, or answers nothing."""
 
@@ -232,6 +250,10 @@ def test_forced_artifacts_are_invalidated_when_their_jobs_are_queued(
     FakeSlurm(monkeypatch)
     ((run, nodes),) = _runs(tmp_path, "force=[load]", "stages=[load]")
     _finish(nodes["load"])
-    submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
+    (job,) = stage_jobs([(run, nodes)], None)
+    submit.submit_jobs([job], CONSOLE)
     artifact: Artifact = nodes["load"].artifact
     assert not artifact.is_complete() and artifact.path.exists()
+    assert job.redo is not None and job.redo.is_interrupted(), "the same command would submit what is missing"
+    _finish(nodes["load"])
+    assert not job.redo.is_interrupted()

@@ -57,6 +57,17 @@ def test_a_config_that_could_not_be_read_or_written_later_is_rejected(
         config_of(resolve(model_at(model)))
 
 
+def test_code_of_the_model_identifies_it_only_if_it_is_trusted(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Loading copies it then."""
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    for name in ("modeling_b.py", "modeling_a.py"):
+        (model / name).touch()
+    trusted, plain = (
+        [path.name for path in resolve(model_at(model, trust_remote_code=trust)).files] for trust in (True, False)
+    )
+    assert trusted == [*plain, "modeling_a.py", "modeling_b.py"]
+
+
 def test_a_chat_template_in_the_tokenizer_config_counts(tiny_llama_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
     (model / "chat_template.jinja").unlink()

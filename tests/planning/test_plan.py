@@ -125,6 +125,23 @@ def test_hours_depend_on_devices_and_utilization(plan: Plan) -> None:
     assert re.search(r"hours +6.59 at 20%", plan(*command, "launch.utilization=0.2"))
 
 
+def test_hours_and_the_time_to_stop_depend_on_the_precision(plan: Plan) -> None:
+    """An H100 has 989.4 TFLOP/s in bfloat16 and 66.9 in float32, without TF32."""
+    command = ("lesa_llama3", "launch.device=h100_80gb", "launch.processes=8", "launch.utilization=0.4")
+    rounded, exact = (plan(*command, f"pretrain.precision={name}") for name in ("bfloat16", "float32"))
+    assert "at 40% of 989 TFLOP/s each" in rounded and "at 40% of 67 TFLOP/s each" in exact
+
+    def number(row: str, output: str) -> float:
+        found = re.search(rf"{row} +([\d.]+)", output)
+        assert found is not None
+        return float(found[1])
+
+    assert number("hours", exact) / number("hours", rounded) == pytest.approx(989.4 / 66.9, rel=0.01)
+    saving = 2 * number("written in", rounded)  # twice a checkpoint; the rest is a step
+    steps = [number("seconds to stop", output) - saving for output in (exact, rounded)]
+    assert steps[0] == pytest.approx(number("hours", exact) * 3600 / 6000, abs=1.0) and steps[0] > 4 * steps[1]
+
+
 def test_the_config_of_a_model_directory_is_used_and_named(plan: Plan, shrunk: list[str], tiny_llama_dir: Path) -> None:
     output = plan("quickstart", *shrunk)
     assert f"sizes from the config in {tiny_llama_dir}" in output
@@ -289,6 +306,18 @@ def test_a_signal_that_comes_too_late_is_shown_and_refused_for_batch_jobs(plan: 
     assert refused.remedy == "Set slurm.signal_seconds=660."
     assert fault("slurm.signal_seconds=660") is None
     assert fault("slurm.pretrain.nodes=2") is None  # each writes half
+    short = fault("slurm.tokenize.time=00:12:00", "slurm.report.time=11", "slurm.load.time=00:12:01")
+    assert short is not None and short.remedy == (
+        "Set slurm.signal_seconds=660, and slurm.tokenize.time, slurm.report.time to more than 12 minutes."
+    )
+
+
+def test_overrides_that_estimates_cannot_read_are_one_blocker(plan: Plan, shrunk: list[str]) -> None:
+    wrong = "pretrain.deepspeed.overrides={zero_optimization: 3}"
+    for device in ("cpu", "h100_80gb"):
+        output = plan("quickstart", *shrunk, wrong, f"launch.device={device}")
+        assert set(_blockers(output)) - {"launch.device"} == {"pretrain.deepspeed.overrides"}
+        assert "a section with keys of" in _blockers(output)["pretrain.deepspeed.overrides"]
 
 
 def test_stages_show_what_blocks_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,18 @@ def test_every_file_is_what_safetensors_would_read(tmp_path: Path):
         assert torch.equal(stored[f"{key}.{name}"], value.flatten())
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["copied", "read"])
+def test_a_state_of_another_dtype_is_written_in_float32(last: bool, tmp_path: Path):
+    optimizer_state = DictOptimizerState(0.3)
+    optimizer_state.tensors = {each: value.bfloat16() for each, value in optimizer_state.tensors.items()}
+    writer = CheckpointWriter(tmp_path, optimizer_state, keep=1)
+    writer.save(1, {}, last=last)
+    writer.finish()
+    stored = load_file(tmp_path / "step-00000001" / "00000.safetensors")
+    rounded = torch.full((15,), 0.3).bfloat16().float()
+    assert stored and all(value.dtype == torch.float32 and torch.equal(value, rounded) for value in stored.values())
+
+
 def test_what_changes_after_the_save_is_not_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The optimizer changes the state in place while the thread is still waiting to write the copy."""
     changed = threading.Event()

@@ -100,6 +100,15 @@ def test_overrides_take_precedence_and_leave_other_settings_unchanged():
         ({"train_batch_size": 999}, "train_batch_size", "global_batch"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps", "micro_batch"),
         ({"bf16": {"enabled": True}}, "bf16.enabled", "precision"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads", "precision"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states", "precision"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor", "reduce_dtype"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0}},
+            "zero_optimization.reduce_bucket_size",
+            "reduce_bucket_size",
+        ),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer", "offload_optimizer"),
         ({"fp16": {"enabled": True}}, "fp16", "precision"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage", "zero_stage"),
         ({"nonsense_key": 1}, "nonsense_key", "spelling"),
@@ -112,7 +121,7 @@ def test_overrides_take_precedence_and_leave_other_settings_unchanged():
     ],
 )
 def test_overrides_without_an_effect_are_refused(overrides: dict[str, Any], key: str, remedy: str):
-    (fault,) = override_faults("sft", {**overrides, "gradient_predivide_factor": 2, "disable_allgather": True})
+    (fault,) = override_faults("sft", {**overrides, "log_level": "info", "disable_allgather": True})
     assert (fault.setting, fault.value) == ("sft.deepspeed.overrides", key) and remedy in fault.remedy
 
 

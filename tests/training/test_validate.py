@@ -61,6 +61,23 @@ def test_invalid_settings_are_refused_with_a_remedy(changes: dict, processes: in
     assert remedy in error.value.remedy
 
 
+@pytest.mark.parametrize(
+    "stage, zero, rule",
+    [
+        (2, {"offload_optimizer": {"ratio": 0.5}}, "only ZeRO 3 can offload a part"),
+        (3, {"offload_optimizer": {"ratio": 1.5}}, "between 0 and 1"),
+        (3, {"zero_quantized_weights": True}, "on GPUs only"),
+        (3, 3, "it must be a section"),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"optimizer": "muon"}], ids=str)
+def test_overrides_that_deepspeed_would_reject_are_one_fault(stage: int, zero: Any, rule: str, changes: dict):
+    settings = train_settings(deepspeed={"zero_stage": stage, "overrides": {"zero_optimization": zero}}, **changes)
+    faults = list(training_faults("pretrain", settings, cpu_launch(1), None, MACHINE))
+    (found,) = [fault for fault in faults if fault.setting == "pretrain.deepspeed.overrides"]
+    assert rule in found.rule
+
+
 def test_the_ranks_of_all_nodes_count_towards_the_batch():
     two_nodes = Machine(cores=2, gpus=0, nodes=2)
     validate("pretrain", train_settings(global_batch=4, micro_batch=1), cpu_launch(2), 32, two_nodes)
