@@ -37,8 +37,8 @@ class Gpu:
 
 
 # Peaks are NVIDIA's own figures without sparsity: the data sheets of H100, H200, GH200, A100, B200 (HGX), L40S, L4 and
-# A10, and the Ada and Ampere GA102 white papers (appendix A) for the RTX cards. B200's
-# float32 peak is that of the Blackwell architecture brief (HGX). Float32 peaks are those of the CUDA cores.
+# A10, and the Ada and Ampere GA102 white papers (appendix A) for the RTX cards. The float32 peak of the B200 is that of
+# the Blackwell architecture brief (HGX).
 GPUS: dict[str, Gpu] = {
     "b200_180gb": Gpu("B200", 178.0, 2250.0, 80.0),
     "h200_141gb": Gpu("H200", 139.0, 989.4, 67.0),

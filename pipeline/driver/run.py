@@ -167,11 +167,11 @@ def _provide(run: Settings, node: Node, share: MachineShare, console: Console) -
 
 
 def _build(run: Settings, node: Node, lock: Lock, share: MachineShare, console: Console) -> float:
-    place = node.artifact.partial
-    failure, resumed = place / FAILURE_FILE, place.exists()
-    place.mkdir(parents=True, exist_ok=True)
+    directory = node.artifact.partial
+    failure, resumed = directory / FAILURE_FILE, directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
     # This comes before any other write: the newest file in the directory tells when an earlier attempt was killed.
-    attempts = begin_attempt(place)
+    attempts = begin_attempt(directory)
     failure.parent.mkdir(exist_ok=True)
     failure.unlink(missing_ok=True)
     console.print(f"  [cyan]{'resume' if resumed else 'build '}[/] {node.name:<24} {node.artifact.key[:12]}")
@@ -183,7 +183,7 @@ def _build(run: Settings, node: Node, lock: Lock, share: MachineShare, console: 
         failure.write_text(f"{error}\n")
         raise
     seconds = time.monotonic() - started
-    number, total = finish_attempts(place, attempts)
+    number, total = finish_attempts(directory, attempts)
     lock.confirm()
     manifest = {**_manifest(node, metrics, total), "attempts": number}
     node.artifact.commit(manifest, expected_files(node), confirm=lock.confirm)

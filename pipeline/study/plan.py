@@ -127,7 +127,7 @@ def _speed(progress: StudyProgress) -> tuple[float | None, str]:
         return speed, f"at {speed:.3g} FLOP/s, the median of {len(speeds)} finished runs"
     plan = progress.trials.plan(progress.rung_trials(study.reference, 0, study.rates_of(study.reference)[0])[0])
     if plan is not None and plan.gpu is not None and plan.utilization:
-        speed = plan.setup.ranks * plan.gpu.bfloat16_tflops * 1e12 * plan.utilization
+        speed = plan.setup.ranks * plan.gpu.tflops(plan.setup.precision) * 1e12 * plan.utilization
         return speed, f"at {plan.utilization:.0%} of {plan.launch.device}"
     return None, "are known after the first run; or set study.flops_per_second"
 
