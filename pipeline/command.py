@@ -17,10 +17,10 @@ from rich.console import Console
 from pipeline.config import MODEL_TARGETS, Settings
 from pipeline.driver.chat import chat
 from pipeline.driver.clean import clean
-from pipeline.driver.graph import Node, lineage, make_report
+from pipeline.driver.graph import Node, lineage, make_report, select_nodes
 from pipeline.driver.notify import notified
 from pipeline.driver.requeue import counted_restarts
-from pipeline.driver.run import REBUILD_RECORDS, Rebuild, forced_nodes, link, record_keys, run_graph
+from pipeline.driver.run import REBUILD_RECORDS, Rebuild, Run, forced_nodes, link, record_keys, run_graph
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import print_scripts, slurm_dir, stage_jobs, submit_jobs
 from pipeline.driver.target import FinishedModel, finished_models, requested_targets
@@ -83,7 +83,7 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
         _plan_all(prepared, sweep, console)
         return
     if action in ("status", "verify"):
-        _inspect_all(prepared, console)
+        _inspect_all(prepared, sweep, console)
         return
     for job in prepared:
         refuse_blocked(job)
@@ -93,15 +93,17 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
         run_prepared(prepared, sweep, console)
 
 
-def _inspect_all(jobs: Sequence[PreparedRun], console: Console) -> None:
+def _inspect_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> None:
     for job in jobs:
         refuse_blocked(job, INPUT_CHECKS)
-    if jobs[0].run.action == "status" and jobs[0].run.watch:
-        _watch(jobs, console)
-        return
-    inspect = print_status if jobs[0].run.action == "status" else verify
-    for job in jobs:
-        inspect(job.run, job.nodes, console)
+    runs = [(job.run, job.nodes) for job in jobs] + ([_sweep_report(jobs)] if sweep else [])
+    if jobs[0].run.action == "verify":
+        verify(runs, console)
+    elif jobs[0].run.watch:
+        _watch(runs, console)
+    else:
+        for run, nodes in runs:
+            print_status(run, nodes, console)
 
 
 def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[str, Node]]:
@@ -120,14 +122,15 @@ def _finished_models(jobs: Sequence[Job]) -> tuple[list[FinishedModel], Mapping[
     return finished_models(prepared.run, names, setting, prepared.nodes), prepared.nodes
 
 
-def _watch(jobs: Sequence[PreparedRun], console: Console) -> None:
+def _watch(runs: Sequence[Run], console: Console) -> None:
     """Repeats the status until all artifacts are complete, or until Ctrl-C."""
     with suppress(KeyboardInterrupt):
         while True:
             console.clear()  # has no effect if the output is not a terminal
-            for job in jobs:
-                print_status(job.run, job.nodes, console)
-            if all(node.artifact.is_complete() for job in jobs for node in job.selected.values()):
+            for run, nodes in runs:
+                print_status(run, nodes, console)
+            selected = [node for run, nodes in runs for node in select_nodes(nodes, run.stages).values()]
+            if all(node.artifact.is_complete() for node in selected):
                 return
             time.sleep(STATUS_SECONDS)
 

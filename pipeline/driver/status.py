@@ -105,13 +105,17 @@ def latest_metrics(node: Node, running: bool) -> str:
     shown = [f"{key} {latest[key]:.4g}" for key in SHOWN_METRICS if key in latest]
     if isinstance(node.settings, Train):
         steps = _total_steps(node, node.settings)
-        shown.insert(0, f"step {latest['step']} of {steps}")
-        shown += _time_left(latest, steps) if running else []
+        shown.insert(0, f"step {latest['step']}" + ("" if steps is None else f" of {steps}"))
+        shown += _time_left(latest, steps) if running and steps is not None else []
     return ", ".join(shown)
 
 
-def _total_steps(node: Node, train: Train) -> int:
-    return total_steps(train, read_json(node.parents["data"].artifact.path / "dataset.json")["blocks"]["train"])
+def _total_steps(node: Node, train: Train) -> int | None:
+    """Returns the number of steps; None if it depends on data that have been removed since."""
+    if train.steps is not None:
+        return train.steps
+    data = node.parents["data"].artifact
+    return total_steps(train, read_json(data.path / "dataset.json")["blocks"]["train"]) if data.is_complete() else None
 
 
 def _time_left(latest: Mapping[str, float], steps: int) -> list[str]:

@@ -5,34 +5,39 @@ Whether an artifact is complete is otherwise judged by the sizes of its files, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from pipeline.config import Settings
-from pipeline.driver.graph import Node, select_nodes
+from pipeline.driver.graph import select_nodes
+from pipeline.driver.run import Run
 from pipeline.errors import DamagedArtifacts
 
 
-def verify(run: Settings, nodes: Mapping[str, Node], console: Console) -> None:
-    """Prints one line per selected artifact, followed by what is wrong with it. Changes nothing.
+def verify(runs: Sequence[Run], console: Console) -> None:
+    """Prints one line per selected artifact of every run, followed by what is wrong with it. Changes nothing.
 
     Raises:
-        DamagedArtifacts: a file is missing or differs from what was committed.
+        DamagedArtifacts: a file is missing or differs from what was committed. It is raised after all were read.
     """
-    console.print(f"[bold]{run.name}[/]")
-    damaged = []
-    for name, node in select_nodes(nodes, run.stages).items():
-        faults = node.artifact.damage() if node.artifact.path.exists() else None
-        state = "absent" if faults is None else "damaged" if faults else "intact"
-        console.print(f"  {state:<8} {name:<24} {node.artifact.key[:12]}", markup=False)
-        for fault in faults or ():
-            console.print(f"           {fault}", markup=False)
-        if faults:
-            damaged.append(node)
+    faults: dict[str, list[str] | None] = {}  # by key; None if there is no such artifact
+    damaged = {}
+    for run, nodes in runs:
+        console.print(f"[bold]{run.name}[/]")
+        for name, node in select_nodes(nodes, run.stages).items():
+            key = node.artifact.key
+            if key not in faults:
+                faults[key] = node.artifact.damage() if node.artifact.path.exists() else None
+            found = faults[key]
+            state = "absent" if found is None else "damaged" if found else "intact"
+            console.print(f"  {state:<8} {name:<24} {key[:12]}", markup=False)
+            for fault in found or ():
+                console.print(f"           {fault}", markup=False)
+            if found:
+                damaged[key] = node.stage
     if damaged:
-        stages = ",".join(dict.fromkeys(node.stage for node in damaged))
+        stages = ",".join(dict.fromkeys(damaged.values()))
         raise DamagedArtifacts(
-            f"{len(damaged)} of {run.name}'s artifacts are damaged. Add force=[{stages}] to action=run to rebuild them "
-            "and everything made from them."
+            f"damaged artifacts: {len(damaged)}. Add force=[{stages}] to action=run to rebuild them and everything "
+            "made from them."
         )

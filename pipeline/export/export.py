@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,15 +51,17 @@ def _to_gguf(run: Settings, model: FinishedModel, console: Console) -> None:
 
 
 def _gguf_path(run: Settings, model: FinishedModel) -> Path:
-    if run.export.path is not None:
-        return Path(run.export.path).expanduser()
-    return Path(run.output_dir, run.name, "export", f"{_short_name(run, model)}-{run.export.outtype}.gguf")
+    """Returns the file to write, which has a name of its own inside a directory that the user names."""
+    path = None if run.export.path is None else Path(run.export.path).expanduser()
+    if path is not None and not path.is_dir():
+        return path
+    return (path or Path(run.output_dir, run.name, "export")) / f"{_short_name(run, model)}-{run.export.outtype}.gguf"
 
 
 def _short_name(run: Settings, model: FinishedModel) -> str:
     if model.name in MODEL_TARGETS:
         return f"{run.name.replace('/', '-')}-{model.name}"
-    return model.directory.resolve().name
+    return Path(os.path.abspath(model.directory)).name  # of a run's link to an artifact, not the key
 
 
 def _to_hub(run: Settings, model: FinishedModel, nodes: Mapping[str, Node], console: Console) -> None:

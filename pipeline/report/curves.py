@@ -143,7 +143,7 @@ def base_loss(runs: Sequence[RunArtifacts]) -> float | None:
     """
     for run in runs:
         points = (run.training("pretrain") or {"held_out": []})["held_out"]
-        if run.keeps_logits() and points and points[0]["fraction"] == 0:
+        if run.keeps_logits() and points and points[0]["step"] == 0:
             return float(points[0]["loss"])
     return None
 

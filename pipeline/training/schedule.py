@@ -22,8 +22,9 @@ def total_steps(train: Train, blocks: int) -> int:
 
 
 def evaluation_steps(train: Train, steps: int) -> dict[int, float]:
-    """Maps the steps after which to compute the held-out loss to their fractions. Step 0 is before training."""
-    return {round(fraction * steps): fraction for fraction in sorted(train.evaluate_at)}
+    """Maps the steps after which to compute the held-out loss to their fractions. Step 0 is before training, at 0."""
+    found = {round(fraction * steps): fraction for fraction in sorted(train.evaluate_at)}
+    return found | dict.fromkeys(found.keys() & {0}, 0.0)
 
 
 def fractions_at(fractions: Iterable[float], step: int, steps: int) -> list[float]:

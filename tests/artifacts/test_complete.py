@@ -279,9 +279,11 @@ def test_verify_reports_every_artifact_and_how_to_rebuild_damaged_ones(artifact:
     run: Any = SimpleNamespace(name="run", stages=["expand"])
     console = Console(file=io.StringIO(), width=120)
     assert isinstance(console.file, io.StringIO)
-    verify(run, nodes, console)
+    verify([(run, nodes)], console)
     assert [line.split()[0] for line in console.file.getvalue().splitlines()] == ["run", "intact", "absent"]
     (artifact.path / "weights").write_bytes(bytes(3))
-    with pytest.raises(DamagedArtifacts, match=r"1 of run's artifacts.*force=\[load\]"):
-        verify(run, nodes, console)
-    assert "weights does not match its recorded hash" in console.file.getvalue()
+    last: Any = SimpleNamespace(name="last", stages=["expand"])
+    with pytest.raises(DamagedArtifacts, match=r"damaged artifacts: 1. .*force=\[load\]"):
+        verify([(run, nodes), (last, nodes)], console)  # jobs of a sweep
+    printed = console.file.getvalue()
+    assert printed.count("weights does not match its recorded hash") == 2 and "\nlast\n" in printed

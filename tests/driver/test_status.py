@@ -58,6 +58,17 @@ def test_running_training_shows_its_latest_metrics_and_the_time_left(run: Run) -
     assert "absent" in _line(run, "sft")
 
 
+def test_training_without_its_data_shows_its_latest_metrics(run: Run) -> None:
+    node = _training(run, {"step": 6, "loss": 2.5, "seconds": 60.0})
+    node.parents["data"].artifact.path.rename(run[0].output_dir + "/removed")
+    assert "step 6 of 8, loss 2.5" in _line(run, "pretrain")
+    by_epochs = run[0].pretrain.model_copy(update={"steps": None, "epochs": 1.0})
+    settings = run[0].model_copy(update={"pretrain": by_epochs})
+    nodes = build_graph(settings, Inputs("m", "c", "i", "p"))
+    node.artifact.partial.rename(nodes["pretrain"].artifact.partial)
+    assert "step 6, loss 2.5" in _line((settings, nodes), "pretrain")
+
+
 def _job(monkeypatch: pytest.MonkeyPatch, run: Run, state: str, reason: str = "None") -> None:
     info = JobInfo(12, state, reason, 1, batch=True, may_requeue=True, run_time="00:01:00", time_limit="01:00:00")
     monkeypatch.setattr(slurm, "job_info", lambda job: info)

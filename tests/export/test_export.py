@@ -239,6 +239,10 @@ def test_relative_paths_of_the_converter_and_the_model_work(
     (written,) = tmp_path.glob("o/**/*.gguf")
     assert written == tmp_path / "o" / "quickstart" / "export" / "model-auto.gguf"  # not named after the run
     assert Path(written.read_text()).name == "model"
+    Path("tuned").symlink_to("model")  # as <output_dir>/<name>/sft links to an artifact
+    Path("files").mkdir()
+    assert _export(Path("tuned"), *arguments, "export.path=files") == EXIT_DONE
+    assert Path(Path("files/tuned-auto.gguf").read_text()).name == "tuned"
 
 
 def test_an_interrupted_conversion_leaves_no_file(model: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def test_blocks_of_the_corpus_do_not_count_in_epochs():
 def test_evaluation_fractions_are_converted_to_steps():
     train = train_settings(evaluate_at=[0.0, 0.2, 0.5, 1.0])
     assert evaluation_steps(train, 20) == {0: 0.0, 4: 0.2, 10: 0.5, 20: 1.0}
+    assert evaluation_steps(train, 2) == {0: 0.0, 1: 0.5, 2: 1.0}  # nothing is trained after 0.2 of two steps
+    assert evaluation_steps(train, 1) == {0: 0.0, 1: 1.0}
 
 
 def test_several_fractions_may_round_to_one_step():
