@@ -71,7 +71,7 @@ class ChatTokenizer:
         tokenizer: the model's tokenizer.
         renderer: renders them with the template.
         max_length: tokens per example. A longer conversation is cut after the last assistant turn that fits completely;
-            if not even the first one does, it is dropped.
+            if none does, it is dropped. Either is counted once, however many examples the conversation yields.
         dropped: counts conversations that are cut or dropped, by reason.
     """
 
@@ -106,7 +106,12 @@ class ChatTokenizer:
         if "fault" in rendered:
             return self._drop(rendered["fault"], example)
         tokenized = [self._tokenize(text, turns) for text, turns in rendered["texts"]]
-        return [fitting for each in tokenized for fitting in self._fit(each, example)]
+        kept = [fitting for each in tokenized if (fitting := self._fit(each)) is not None]
+        if not kept:
+            return self._drop("too_long", example)
+        if _targets(kept) < _targets(tokenized):  # otherwise only text after the last assistant turn is lost
+            self._dropped.add("truncated", example.location)
+        return kept
 
     def _tokenize(self, text: str, turns: list[Span]) -> TokenizedConversation:
         encoded = self._tokenizer.inner(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -129,21 +134,22 @@ class ChatTokenizer:
             raise unusable("it begins with two beginning-of-sequence tokens")
         return TokenizedConversation(ids, mask)
 
-    def _fit(self, tokenized: TokenizedConversation, example: Example) -> list[TokenizedConversation]:
+    def _fit(self, tokenized: TokenizedConversation) -> TokenizedConversation | None:
+        """Returns what fits completely, or None if not even the first assistant turn does."""
         ids, mask = tokenized.input_ids, tokenized.loss_mask
         if len(ids) <= self._max_length:
-            return [tokenized]
+            return tokenized
         # Lengths at which an assistant turn has just ended.
         ends = [length for length in range(1, self._max_length + 1) if mask[length - 1] and not mask[length]]
-        if not ends:
-            return self._drop("too_long", example)
-        if any(mask[ends[-1] :]):  # otherwise only text after the last assistant turn is lost
-            self._dropped.add("truncated", example.location)
-        return [TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]])]
+        return TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]]) if ends else None
 
     def _drop(self, reason: str, example: Example) -> list[TokenizedConversation]:
         self._dropped.add(reason, example.location)
         return []
+
+
+def _targets(examples: list[TokenizedConversation]) -> int:
+    return sum(sum(each.loss_mask) for each in examples)
 
 
 def _tool_calls(message: Message) -> list[str]:

@@ -211,6 +211,18 @@ def test_long_conversations_are_cut_after_a_complete_turn_or_dropped(tokenizer: 
             assert _targets(tokenizer, example) == _targets(tokenizer, complete)
 
 
+def test_a_conversation_with_one_example_per_turn_is_counted_once(tokenizer: TextTokenizer) -> None:
+    first, second = _chat_tokenizer(tokenizer, QWEN_3)[0].tokenize(Example(TURNS, None))
+    lengths = [len(first.input_ids), len(second.input_ids)]
+    for max_length, kept, counted in [
+        (lengths[1], [first, second], {}),
+        (lengths[0], [first], {"truncated": 1}),
+        (lengths[0] // 2, [], {"too_long": 1}),
+    ]:
+        chat, dropped = _chat_tokenizer(tokenizer, QWEN_3, max_length)
+        assert chat.tokenize(Example(TURNS, None)) == kept and dropped == counted
+
+
 @pytest.mark.parametrize(
     ("conversation", "reason"),
     [
