@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.config.actions import Chat
+from pipeline.data.tokenizer import added_bos, begin_with_bos
 from pipeline.errors import UserError, one_line
 from pipeline.models.loading import IncompleteModelError, load_for_inference
 from pipeline.models.tensors import DTYPES, dtype_of
@@ -54,6 +55,7 @@ class ChatModel:
     ) -> None:
         self.name = name
         self._model, self._tokenizer, self._settings, self._template = model, tokenizer, settings, template
+        self._bos = added_bos(tokenizer)
         config = model.generation_config
         if settings.temperature == 0:  # transformers warns of settings that have no effect
             for setting in SAMPLING:
@@ -135,8 +137,8 @@ class ChatModel:
         text = self._tokenizer.apply_chat_template(
             messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
         )
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
-        return ids
+        # The template has written the special tokens, except for the first one that conversations are trained with.
+        return begin_with_bos(self._tokenizer(text, add_special_tokens=False)["input_ids"], self._bos)
 
     def _until_stop(self, ids: list[int]) -> Generated:
         end = next((place for place, token in enumerate(ids) if token in self._stop), None)

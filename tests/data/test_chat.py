@@ -12,9 +12,9 @@ import pytest
 from jinja2 import TemplateError
 
 from pipeline.data import chat_worker, templates
-from pipeline.data.chat import ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
+from pipeline.data.chat import ChatTokenizer, TokenizedConversation, chat_template, end_of_turn, template_to_save
 from pipeline.data.records import Conversation, Drops, Example, single_turn
-from pipeline.data.templates import PLAIN_TEMPLATE, check_template, default_template, fold
+from pipeline.data.templates import PLAIN_TEMPLATE, TemplateProcess, check_template, default_template, fold
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
@@ -145,6 +145,24 @@ def test_the_generation_prompt_is_a_prefix_of_the_training_example(tokenizer: Te
         example = _tokenize(tokenizer, template, TURNS[:3])
         assert example.input_ids[: len(prompt)] == prompt
         assert example.loss_mask[len(prompt)] == 1 and not any(example.loss_mask[: len(prompt)])
+
+
+def test_prompts_of_the_tuned_model_begin_as_its_training_examples(
+    tokenizer: TextTokenizer, bos_tokenizer: TextTokenizer
+) -> None:
+    """Three processes of 0.2 s."""
+    own = chat_template(bos_tokenizer, "model")
+    with TemplateProcess(own, bos_tokenizer.special_tokens) as process:
+        saved = template_to_save(bos_tokenizer, process)
+        assert template_to_save(tokenizer, process) == own
+    prompt = bos_tokenizer.inner.apply_chat_template(
+        TURNS[:2], chat_template=saved, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    example = _tokenize(bos_tokenizer, own, TURNS[:3])
+    assert prompt[0] == bos_tokenizer.bos and example.input_ids[: len(prompt)] == prompt
+    assert _tokenize(bos_tokenizer, saved, TURNS[:3]) == example
+    with TemplateProcess(saved, bos_tokenizer.special_tokens) as process:
+        assert template_to_save(bos_tokenizer, process) == saved
 
 
 def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
