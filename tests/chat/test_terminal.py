@@ -168,6 +168,18 @@ def test_a_prompt_begins_with_one_bos_token_as_in_training(tiny_llama_with_bos: 
         assert chat._prompt(messages)[0] == tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("content", ["message['content']", "message['content'][0]['text']"], ids=["string", "parts"])
+def test_a_model_chats_with_the_template_of_its_processor(
+    content: str, model: ChatModel, directory: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(directory, tmp_path / "other"))
+    template = (other / "chat_template.jinja").read_text().replace("message['content']", content)
+    (other / "chat_template.jinja").unlink()
+    (other / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    question = [{"role": "user", "content": "Why?"}]
+    assert ChatModel.load("load", other, "cpu", GREEDY).answer(question) == model.answer(question)
+
+
 def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(UserError, match="target = sft: transformers cannot load the model"):
