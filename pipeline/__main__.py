@@ -65,6 +65,7 @@ from pipeline.study.loading import asks_for_study, load_study
 
 CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
+SOURCES = ("data.corpus", "data.instructions", "data.forgetting")  # each is one source or a list of sources
 LOG_WIDTH = 120  # columns, if the output is not a terminal
 
 
@@ -253,6 +254,7 @@ def _directory_name(text: str, unique: bool = False) -> str:
 
 def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings:
     _refuse_method_key(overrides)
+    overrides = [part for item in overrides for part in _replacing(item)]
     # Experiment files begin with the command that runs them rather than with Hydra's '# @package _global_'.
     overrides = [item.replace("+experiment=", "+experiment@_global_=", 1) for item in overrides]
     search = [f"hydra.searchpath=[file://{folder.resolve()}]" for folder in folders[1:]]
@@ -275,6 +277,12 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
         values["name"] = f"{values['name']}/{suffix}"
     run = validate_settings(values)
     return run if run.tunes else leave_out_tuning(run, _given(overrides))
+
+
+def _replacing(override: str) -> list[str]:
+    """Returns the overrides for ``data.corpus=[...]``. Hydra replaces a single source by null, but not by a list."""
+    key, _, value = override.partition("=")
+    return [f"{key}=null", override] if key.lstrip("+") in SOURCES and value.startswith("[") else [override]
 
 
 def _given(overrides: list[str]) -> set[str]:

@@ -11,6 +11,9 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.config.actions import Chat
+from pipeline.data.chat_worker import PARTS_PRELUDE, QUESTION
+from pipeline.data.templates import default_template
+from pipeline.data.tokenizer import added_bos, begin_with_bos, saved_chat_template
 from pipeline.errors import UserError, one_line
 from pipeline.models.loading import IncompleteModelError, load_for_inference
 from pipeline.models.tensors import DTYPES, dtype_of
@@ -54,6 +57,7 @@ class ChatModel:
     ) -> None:
         self.name = name
         self._model, self._tokenizer, self._settings, self._template = model, tokenizer, settings, template
+        self._bos = added_bos(tokenizer)
         config = model.generation_config
         if settings.temperature == 0:  # transformers warns of settings that have no effect
             for setting in SAMPLING:
@@ -73,10 +77,11 @@ class ChatModel:
             name: how the user refers to it.
             directory: a Hugging Face model directory.
             device: where it computes.
-            settings, template, stop: as for the class.
+            settings, stop: as for the class.
+            template: the chat template; by default the model's, which may be that of a processor.
 
         Raises:
-            UserError: transformers cannot load it.
+            UserError: transformers cannot load it, or it has no chat template.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
@@ -88,7 +93,9 @@ class ChatModel:
                 rule=f"transformers cannot load the model ({one_line(error)})",
                 remedy="Choose another model, or build this one again.",
             ) from error
-        return cls(name, model, tokenizer, settings, template, stop)
+        # transformers' tokenizers do not read the template of a processor (chat_template.json).
+        template = template or default_template(saved_chat_template(tokenizer, directory))
+        return cls(name, model, tokenizer, settings, _accepting_strings(template, tokenizer), stop)
 
     def answer(self, messages: _Messages, show: Callable[[str], object] = lambda text: None) -> str:
         """Returns the next turn of a conversation.
@@ -135,8 +142,8 @@ class ChatModel:
         text = self._tokenizer.apply_chat_template(
             messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
         )
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
-        return ids
+        # The template has written the special tokens, except for the first one that conversations are trained with.
+        return begin_with_bos(self._tokenizer(text, add_special_tokens=False)["input_ids"], self._bos)
 
     def _until_stop(self, ids: list[int]) -> Generated:
         end = next((place for place, token in enumerate(ids) if token in self._stop), None)
@@ -148,6 +155,18 @@ class ChatModel:
         if length >= limit:
             raise ContextFull(f"the conversation has {length:,} tokens, and the model reads at most {limit:,}")
         return int(limit - length)
+
+
+def _accepting_strings(template: str, tokenizer: Any) -> str:
+    """Returns a template that renders content given as a string. Those of many processors read only lists of parts."""
+    for candidate in (template, PARTS_PRELUDE + template):
+        try:
+            text = tokenizer.apply_chat_template([QUESTION], chat_template=candidate, tokenize=False)
+        except Exception:  # noqa: BLE001  a template can raise anything
+            continue
+        if QUESTION["content"] in text:
+            return candidate
+    return template
 
 
 class _Streamer(TextStreamer):

@@ -69,6 +69,8 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
         key, _, value = ambiguous.group(1).partition("=")
         remedy = f"Add --multirun for a sweep over these values, or quote a list: {key}=[{value}]"
         return UserError(setting=key, value=value, rule="several values request a sweep", remedy=remedy)
+    if "Cannot merge" in text and (file := re.search(r"In '([^']+)'", text)):
+        return _list_and_mapping(file[1])
     if "InterpolationKeyError" in type(error).__name__ or "Interpolation key" in text:
         return _unknown_variant(text, overrides)
     return UserError(
@@ -184,6 +186,17 @@ def _within_null(key: str) -> UserError:
         value="(no source)",
         rule=f"{source} is null, so that it has no settings",
         remedy=f"Set all settings of the source at once: '{source}={{kind: files, path: ..., ...}}' (docs/data.md).",
+    )
+
+
+def _list_and_mapping(file: str) -> UserError:
+    return UserError(
+        setting="+experiment" if file.startswith("experiment/") else "configuration file",
+        value=file.removeprefix("experiment/"),
+        rule="it has a list where the files that it is based on have a section, or the reverse, and Hydra cannot merge "
+        "the two",
+        remedy="For a list of data sources, write a file DIR/data/NAME.yaml like conf/data/replay.yaml, and select it "
+        "in the experiment with 'override /data: NAME' (docs/data.md).",
     )
 
 

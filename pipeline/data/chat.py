@@ -1,7 +1,8 @@
 """Tokenizes conversations with a chat template and marks the tokens to train on.
 
-Only the assistant's messages and the token that ends each of them contribute to the loss. The ids are exactly those of
-``apply_chat_template(tokenize=True)``, so that the model is trained on the same tokens that it sees at generation time.
+Only the assistant's messages and the token that ends each of them contribute to the loss. The ids are those of
+``apply_chat_template(tokenize=True)`` with the template that the tuned model is saved with, so that the model is
+trained on the same tokens that it sees at generation time.
 
 The loss mask is derived without knowledge of the template. An assistant turn is the text that the rendering of the
 conversation up to and including the turn adds to the rendering of the preceding messages with a generation prompt. Text
@@ -12,8 +13,9 @@ that turn is generated.
 Templates run in a process of their own (``chat_worker.py``), one for all conversations of a dataset. A conversation
 whose rendering lacks the text of one of its messages is dropped, so that what is taught is what was written.
 
-An example begins with one beginning-of-sequence token if the tokenizer adds one. Those that a template writes before
-later turns, as Llama 2's does, are kept.
+An example begins with one beginning-of-sequence token if the tokenizer adds one. ``apply_chat_template`` does not add
+it, so the saved template writes it if the model's own one does not. Those that a template writes before later turns, as
+Llama 2's does, are kept.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from pipeline.data.records import Conversation, Drops, Example, Message
-from pipeline.data.templates import PLAIN_TEMPLATE, TurnRenderer, default_template, unusable
-from pipeline.data.tokenizer import TextTokenizer
+from pipeline.data.templates import PLAIN_TEMPLATE, TemplateProcess, TurnRenderer, default_template, unusable
+from pipeline.data.tokenizer import TextTokenizer, begin_with_bos
 
 Span = tuple[int, int]  # first character, and the one after the last
+WRITE_BOS = "{{ bos_token }}"  # in a template
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def chat_template(tokenizer: TextTokenizer, name: Literal["model", "plain"]) -> 
         UserError: ``name`` is ``model``, and the model's tokenizer has no template.
     """
     if name == "plain":
-        return PLAIN_TEMPLATE if tokenizer.bos is None else "{{ bos_token }}" + PLAIN_TEMPLATE
+        return PLAIN_TEMPLATE if tokenizer.bos is None else WRITE_BOS + PLAIN_TEMPLATE
     return default_template(tokenizer.chat_template)
 
 
@@ -57,11 +60,30 @@ def end_of_turn(tokenizer: TextTokenizer, renderer: TurnRenderer, probe: Convers
     Raises:
         UserError: the template cannot be trained on.
     """
+    example = _tokenize_probe(tokenizer, renderer, probe)
+    return [token for token, is_target in zip(example.input_ids, example.loss_mask, strict=True) if is_target][-1]
+
+
+def template_to_save(tokenizer: TextTokenizer, template: TemplateProcess) -> str:
+    """Returns the template for the tuned model: the one that it is trained with, writing also the first BOS token.
+
+    It is returned unchanged if the tokenizer adds no BOS token, if it writes one, or if that would change what follows:
+    a few tokenizers encode the beginning of a text differently.
+    """
+    bos = tokenizer.inner.bos_token
+    if tokenizer.bos is None or template.turns(template.probe)["texts"][0][0].startswith(bos):
+        return template.template
+    expected = _tokenize_probe(tokenizer, template, template.probe).input_ids
+    with TemplateProcess(WRITE_BOS + template.template, tokenizer.special_tokens) as writing:
+        is_equal = _tokenize_probe(tokenizer, writing, template.probe).input_ids == expected
+    return WRITE_BOS + template.template if is_equal else template.template
+
+
+def _tokenize_probe(tokenizer: TextTokenizer, renderer: TurnRenderer, probe: Conversation) -> TokenizedConversation:
     examples = ChatTokenizer(tokenizer, renderer, max_length=2**20, dropped=Drops()).tokenize(Example(probe, None))
     if not examples:
         raise unusable("it rejects a question with an answer")
-    ids, mask = examples[0].input_ids, examples[0].loss_mask
-    return [token for token, is_target in zip(ids, mask, strict=True) if is_target][-1]
+    return examples[0]
 
 
 class ChatTokenizer:
@@ -71,7 +93,7 @@ class ChatTokenizer:
         tokenizer: the model's tokenizer.
         renderer: renders them with the template.
         max_length: tokens per example. A longer conversation is cut after the last assistant turn that fits completely;
-            if not even the first one does, it is dropped.
+            if none does, it is dropped. Either is counted once, however many examples the conversation yields.
         dropped: counts conversations that are cut or dropped, by reason.
     """
 
@@ -106,7 +128,12 @@ class ChatTokenizer:
         if "fault" in rendered:
             return self._drop(rendered["fault"], example)
         tokenized = [self._tokenize(text, turns) for text, turns in rendered["texts"]]
-        return [fitting for each in tokenized for fitting in self._fit(each, example)]
+        kept = [fitting for each in tokenized if (fitting := self._fit(each)) is not None]
+        if not kept:
+            return self._drop("too_long", example)
+        if _targets(kept) < _targets(tokenized):  # otherwise only text after the last assistant turn is lost
+            self._dropped.add("truncated", example.location)
+        return kept
 
     def _tokenize(self, text: str, turns: list[Span]) -> TokenizedConversation:
         encoded = self._tokenizer.inner(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -123,27 +150,28 @@ class ChatTokenizer:
             for index in tokens[: ends[-1]]:
                 mask[index] = 1
         bos = self._tokenizer.bos
-        if bos is not None and ids[0] != bos:
-            ids, mask = [bos, *ids], [0, *mask]
+        ids = begin_with_bos(ids, bos)
+        mask = [0] * (len(ids) - len(mask)) + mask
         if bos is not None and ids[1] == bos:
             raise unusable("it begins with two beginning-of-sequence tokens")
         return TokenizedConversation(ids, mask)
 
-    def _fit(self, tokenized: TokenizedConversation, example: Example) -> list[TokenizedConversation]:
+    def _fit(self, tokenized: TokenizedConversation) -> TokenizedConversation | None:
+        """Returns what fits completely, or None if not even the first assistant turn does."""
         ids, mask = tokenized.input_ids, tokenized.loss_mask
         if len(ids) <= self._max_length:
-            return [tokenized]
+            return tokenized
         # Lengths at which an assistant turn has just ended.
         ends = [length for length in range(1, self._max_length + 1) if mask[length - 1] and not mask[length]]
-        if not ends:
-            return self._drop("too_long", example)
-        if any(mask[ends[-1] :]):  # otherwise only text after the last assistant turn is lost
-            self._dropped.add("truncated", example.location)
-        return [TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]])]
+        return TokenizedConversation(ids[: ends[-1]], mask[: ends[-1]]) if ends else None
 
     def _drop(self, reason: str, example: Example) -> list[TokenizedConversation]:
         self._dropped.add(reason, example.location)
         return []
+
+
+def _targets(examples: list[TokenizedConversation]) -> int:
+    return sum(sum(each.loss_mask) for each in examples)
 
 
 def _tool_calls(message: Message) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from pipeline.config import Source, Split, Tokenize
 from pipeline.data.blocks import Ids
-from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn
+from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn, template_to_save
 from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
 from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
 from pipeline.data.records import Conversation, Example
@@ -78,7 +78,7 @@ class DatasetBuilder:
         text = chat_template(tokenizer, settings.chat_template)
         template = TemplateProcess(text, tokenizer.special_tokens, settings.max_record_bytes)
         self._template = self._open.enter_context(template)
-        (directory / CHAT_TEMPLATE).write_text(template.template)
+        (directory / CHAT_TEMPLATE).write_text(template_to_save(tokenizer, template))
         self._end_of_turn = end_of_turn(tokenizer, template, template.probe)
         self._folded = template.unsupported if settings.system_messages == "fold" else frozenset()
         self._chat_tokenizers = [

@@ -69,9 +69,7 @@ class TextTokenizer:
             rule = f"its tokenizer has the id {largest}, but its embeddings end at {self.vocab_size - 1}"
             raise _unsuitable(directory, rule)
         self.eos: int = self.inner.eos_token_id
-        self.chat_template: Any = self.inner.chat_template
-        if not self.chat_template and (processor := directory / PROCESSOR_TEMPLATE).is_file():
-            self.chat_template = read_json(processor).get("chat_template")
+        self.chat_template = saved_chat_template(self.inner, directory)
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -91,6 +89,28 @@ def added_bos(tokenizer: Any) -> int | None:
     """
     first: list[int] = tokenizer("a").input_ids[:1]
     return first[0] if first == [tokenizer.bos_token_id] else None
+
+
+def begin_with_bos(ids: list[int], bos: int | None) -> list[int]:
+    """Returns the ids of a conversation with the beginning-of-sequence token, which some chat templates do not write.
+
+    Args:
+        ids: the ids of the text that the template has rendered.
+        bos: the token that the tokenizer adds to a text, see ``added_bos``.
+    """
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def saved_chat_template(tokenizer: Any, directory: Path) -> Any:
+    """Returns the chat template of a model, several by name, or None.
+
+    Args:
+        tokenizer: its ``transformers`` tokenizer, which does not read the template of a processor.
+        directory: its Hugging Face model directory.
+    """
+    if not tokenizer.chat_template and (processor := directory / PROCESSOR_TEMPLATE).is_file():
+        return read_json(processor).get("chat_template")
+    return tokenizer.chat_template
 
 
 def _unsuitable(directory: Path, rule: str) -> UserError:

@@ -207,7 +207,7 @@ def _corpus_settings(run: Settings) -> Tokenize:
         held_out_fraction=run.data.held_out_fraction,
         validation_fraction=run.data.validation_fraction,
         max_tokens=run.data.max_corpus_tokens,
-        max_forgetting_tokens=run.data.max_forgetting_tokens,
+        max_forgetting_tokens=run.data.max_forgetting_tokens if run.data.forgetting is not None else None,
         chat_template=None,
         system_messages="keep",
         max_dropped=run.data.max_dropped,

@@ -157,6 +157,29 @@ def test_a_conversation_longer_than_the_context_is_not_answered(model: ChatModel
     assert shown.endswith(_shown([model], ["Why?"]))
 
 
+def test_a_prompt_begins_with_one_bos_token_as_in_training(tiny_llama_with_bos: Path) -> None:
+    """Whether the template writes it, as that of a tuned model does, or not."""
+    messages = [{"role": "user", "content": "Why?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_with_bos)
+    for template in (tokenizer.chat_template, "{{ bos_token }}" + tokenizer.chat_template):
+        chat = ChatModel.load("sft", tiny_llama_with_bos, "cpu", GREEDY, template)
+        text = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        assert chat._prompt(messages) == tokenizer(text)["input_ids"]
+        assert chat._prompt(messages)[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("content", ["message['content']", "message['content'][0]['text']"], ids=["string", "parts"])
+def test_a_model_chats_with_the_template_of_its_processor(
+    content: str, model: ChatModel, directory: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(directory, tmp_path / "other"))
+    template = (other / "chat_template.jinja").read_text().replace("message['content']", content)
+    (other / "chat_template.jinja").unlink()
+    (other / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    question = [{"role": "user", "content": "Why?"}]
+    assert ChatModel.load("load", other, "cpu", GREEDY).answer(question) == model.answer(question)
+
+
 def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(UserError, match="target = sft: transformers cannot load the model"):

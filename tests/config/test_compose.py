@@ -99,6 +99,37 @@ def test_a_config_dir_adds_experiments(tmp_path: Path) -> None:
     assert (settings.name, settings.expand.method) == ("mine", "copy")
 
 
+def _source(path: str) -> str:
+    return (
+        f"{{kind: files, path: {path}, config_name: null, split: null, revision: null, text_field: null, weight: 1.0}}"
+    )
+
+
+TWO_SOURCES = f"[{_source('/a')}, {_source('/b')}]"
+
+
+@pytest.mark.parametrize("group", ["files", "replay"])  # one corpus, and a list of two
+@pytest.mark.parametrize("setting", ["corpus", "instructions", "forgetting"])
+def test_a_list_of_sources_on_the_command_line_replaces_those_of_a_file(group: str, setting: str) -> None:
+    files = [f"data={group}", "data.instructions.path=/c"]
+    files += ["data.corpus.path=/d"] if group == "files" else ["data.corpus.0.path=/d"]
+    settings = _compose("+experiment=quickstart", *files, f"data.{setting}={TWO_SOURCES}", f"data.{setting}.1.path=/e")
+    assert [source.path for source in getattr(settings.data, setting)] == ["/a", "/e"]
+
+
+def test_a_list_of_sources_in_a_file_belongs_to_the_group_data(tmp_path: Path) -> None:
+    for folder in ("experiment", "data"):
+        (tmp_path / folder).mkdir()
+    experiment = tmp_path / "experiment" / "mine.yaml"
+    experiment.write_text(f"defaults: [override /data: files]\nname: mine\ndata:\n  corpus: {TWO_SOURCES}\n")
+    with pytest.raises(UserError, match=r"\+experiment = mine: .* list .*DIR/data/NAME\.yaml.*override /data: NAME"):
+        _compose("+experiment=mine", config_dir=tmp_path)
+    others = (CONF / "data" / "replay.yaml").read_text().partition("instructions:")[2]
+    (tmp_path / "data" / "own.yaml").write_text(f"corpus: {TWO_SOURCES}\ninstructions:{others}")
+    experiment.write_text("defaults: [override /data: own]\nname: mine\ndata:\n  instructions: null\n")
+    assert [source.path for source in _compose("+experiment=mine", config_dir=tmp_path).data.corpus] == ["/a", "/b"]
+
+
 def test_a_misspelled_key_in_an_experiment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("name: mine\npretrain:\n  learning_rte: 1.0e-4\n")

@@ -12,9 +12,9 @@ import pytest
 from jinja2 import TemplateError
 
 from pipeline.data import chat_worker, templates
-from pipeline.data.chat import ChatTokenizer, TokenizedConversation, chat_template, end_of_turn
+from pipeline.data.chat import ChatTokenizer, TokenizedConversation, chat_template, end_of_turn, template_to_save
 from pipeline.data.records import Conversation, Drops, Example, single_turn
-from pipeline.data.templates import PLAIN_TEMPLATE, check_template, default_template, fold
+from pipeline.data.templates import PLAIN_TEMPLATE, TemplateProcess, check_template, default_template, fold
 from pipeline.data.tokenizer import TextTokenizer
 from pipeline.errors import UserError
 
@@ -147,6 +147,24 @@ def test_the_generation_prompt_is_a_prefix_of_the_training_example(tokenizer: Te
         assert example.loss_mask[len(prompt)] == 1 and not any(example.loss_mask[: len(prompt)])
 
 
+def test_prompts_of_the_tuned_model_begin_as_its_training_examples(
+    tokenizer: TextTokenizer, bos_tokenizer: TextTokenizer
+) -> None:
+    """Three processes of 0.2 s."""
+    own = chat_template(bos_tokenizer, "model")
+    with TemplateProcess(own, bos_tokenizer.special_tokens) as process:
+        saved = template_to_save(bos_tokenizer, process)
+        assert template_to_save(tokenizer, process) == own
+    prompt = bos_tokenizer.inner.apply_chat_template(
+        TURNS[:2], chat_template=saved, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    example = _tokenize(bos_tokenizer, own, TURNS[:3])
+    assert prompt[0] == bos_tokenizer.bos and example.input_ids[: len(prompt)] == prompt
+    assert _tokenize(bos_tokenizer, saved, TURNS[:3]) == example
+    with TemplateProcess(saved, bos_tokenizer.special_tokens) as process:
+        assert template_to_save(bos_tokenizer, process) == saved
+
+
 def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
     with pytest.raises(UserError, match="never learn to stop"):
         _tokenize(tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
@@ -209,6 +227,18 @@ def test_long_conversations_are_cut_after_a_complete_turn_or_dropped(tokenizer: 
             assert example.loss_mask[-1] == 1  # the end of turn
         else:
             assert _targets(tokenizer, example) == _targets(tokenizer, complete)
+
+
+def test_a_conversation_with_one_example_per_turn_is_counted_once(tokenizer: TextTokenizer) -> None:
+    first, second = _chat_tokenizer(tokenizer, QWEN_3)[0].tokenize(Example(TURNS, None))
+    lengths = [len(first.input_ids), len(second.input_ids)]
+    for max_length, kept, counted in [
+        (lengths[1], [first, second], {}),
+        (lengths[0], [first], {"truncated": 1}),
+        (lengths[0] // 2, [], {"too_long": 1}),
+    ]:
+        chat, dropped = _chat_tokenizer(tokenizer, QWEN_3, max_length)
+        assert chat.tokenize(Example(TURNS, None)) == kept and dropped == counted
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,19 @@ AFTER_SFT = {"sft", "evaluate/sft", "evaluate/answers", "report"}
         "evaluate.rescore=true",
         "pretrain.snapshot_at=[0.5]", "sft.keep_checkpoints=4",
         "force=[expand]", "stages=[load]", "output_dir=elsewhere",
+        "data.max_forgetting_tokens=100",  # without data.forgetting
     ],
 )  # fmt: skip
 def test_settings_that_cannot_change_numbers_change_no_key(override: str) -> None:
     assert _changed(override) == set()
+
+
+def test_the_limit_of_forgetting_tokens_is_in_the_key_of_a_corpus_with_forgetting() -> None:
+    forgetting = (
+        "data.forgetting={kind: files, path: /f, config_name: null, split: null, revision: null, text_field: text, "
+        "weight: 1.0}"
+    )
+    assert _keys(forgetting)["tokenize/corpus"] != _keys(forgetting, "data.max_forgetting_tokens=9")["tokenize/corpus"]
 
 
 @pytest.mark.parametrize(
