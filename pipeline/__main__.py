@@ -29,6 +29,7 @@ from yaml import YAMLError
 
 from pipeline.command import Job, execute, execute_batch_job
 from pipeline.config import Settings
+from pipeline.config.data import PURPOSES
 from pipeline.config.messages import (
     badly_quoted,
     explain_hydra,
@@ -65,7 +66,7 @@ from pipeline.study.loading import asks_for_study, load_study
 
 CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic link to the top-level conf/
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
-SOURCES = ("data.corpus", "data.instructions", "data.forgetting")  # each is one source or a list of sources
+SOURCES = {f"data.{purpose}" for purpose in PURPOSES}  # each is one source or a list of sources
 LOG_WIDTH = 120  # columns, if the output is not a terminal
 
 

@@ -234,7 +234,8 @@ def _begin_rebuild(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -
     rebuild = Rebuild.of(runs)
     if rebuild is None:
         return jobs
-    rebuild.begin(forced_nodes([*runs, _sweep_report(jobs)] if sweep else runs), console)
+    together = [*runs, _sweep_report(jobs)] if sweep else runs
+    rebuild.begin([node for run, nodes in together for node in forced_nodes(run, nodes).values()], console)
     return [without_force(job) for job in jobs]
 
 

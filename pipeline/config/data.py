@@ -12,6 +12,9 @@ from pipeline.config.section import FilePath, Fraction, NotInKey, NotInKeyIf, Po
 Weight = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Split = Literal["train", "held_out", "validation", "forgetting"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Purpose = Literal["corpus", "instructions", "forgetting"]  # documents; conversations; documents again
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+PURPOSE_OF: dict[str, Purpose] = {"pretrain": "corpus", "sft": "instructions"}  # what each stage trains on
 
 
 class Source(Section):

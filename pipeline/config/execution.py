@@ -132,9 +132,6 @@ def _option(text: str) -> str:
 SbatchOption = Annotated[Line, AfterValidator(_option)]
 
 
-SIGNAL_MARGIN_SECONDS = 60
-
-
 class Resources(Section):
     """The resources of one stage's batch job."""
 
@@ -187,6 +184,11 @@ class Slurm(Section):
         resources: Resources = getattr(self, stage)
         return resources
 
+    @property
+    def least_time_seconds(self) -> int:
+        """What a time limit must exceed, so that the signal comes after the start: Slurm may send it a minute early."""
+        return self.signal_seconds + 60
+
     def has_time_to_start(self, stage: str) -> bool:
-        """Whether the signal comes at least a minute after a job's start: Slurm may send it a minute early."""
-        return self.resources(stage).time_seconds > self.signal_seconds + SIGNAL_MARGIN_SECONDS
+        """Whether a stage's time limit is long enough, see ``least_time_seconds``."""
+        return self.resources(stage).time_seconds > self.least_time_seconds

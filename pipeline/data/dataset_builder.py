@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.config import Source, Split, Tokenize
+from pipeline.config.data import Purpose
 from pipeline.data.blocks import Ids
 from pipeline.data.chat import ChatTokenizer, chat_template, end_of_turn, template_to_save
 from pipeline.data.dataset import DatasetWriter, TokenizeCheckpoint
 from pipeline.data.mixture import COUNTS, Mixture, MixtureSource, PrefetchedDocuments, UntokenizedExamples
 from pipeline.data.records import Conversation, Example
-from pipeline.data.sources import SOURCE_READERS, ExampleStream, Purpose, setting_name
+from pipeline.data.sources import SOURCE_READERS, ExampleStream, setting_name
 from pipeline.data.splits import Deduplicator
 from pipeline.data.templates import TemplateProcess, fold
 from pipeline.data.tokenizer import TextTokenizer

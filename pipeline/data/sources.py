@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Source, Split
+from pipeline.config.data import Purpose
 from pipeline.data import hub_datasets, python_docs
 from pipeline.data.files import BadFile, FileStream, Position, Reading, Record
 from pipeline.data.paths import find_files
@@ -31,7 +32,6 @@ from pipeline.data.records import (
 from pipeline.errors import UserError
 from pipeline.files import sha256_text
 
-Purpose = Literal["corpus", "instructions", "forgetting"]  # documents; conversations; documents again
 PROBED_RECORDS = 100  # a source whose first records are all malformed is refused
 PROBED_CONVERSATIONS = 20  # of a source, that are rendered before a run
 ZERO_BLOCK = "\0" * 16  # never part of a text

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.data import tokenizer_worker
 from pipeline.data.blocks import Ids
-from pipeline.errors import UserError, WorkersFailed, one_line
+from pipeline.errors import UserError, WorkersFailed, bad_model, one_line
 from pipeline.files import read_json
 from pipeline.launch.child import close_pipes
 from pipeline.launch.machine import usable_cores
@@ -114,7 +114,7 @@ def saved_chat_template(tokenizer: Any, directory: Path) -> Any:
 
 
 def _unsuitable(directory: Path, rule: str) -> UserError:
-    return UserError(setting="model.path", value=directory, rule=rule, remedy="Use the model's original tokenizer.")
+    return bad_model(directory, rule, "Use the model's original tokenizer.")
 
 
 class TokenizerPool:

@@ -88,9 +88,16 @@ def _known_keys(run: Settings) -> dict[str, str]:
 
 def missing_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
     """Returns the selected nodes whose artifacts do not exist or are to be rebuilt."""
+    redo = forced_nodes(run, nodes)
+    selected = select_nodes(nodes, run.stages)
+    return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
+
+
+def forced_nodes(run: Settings, nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """Returns the selected nodes that ``force`` has rebuilt, parents first."""
     selected = select_nodes(nodes, run.stages)
     redo = forced(selected, run.force)
-    return {name: node for name, node in selected.items() if name in redo or not node.artifact.is_complete()}
+    return {name: node for name, node in selected.items() if name in redo}
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Rebuild:
         """Describes the rebuild that some jobs ask for; None if they ask for none."""
         if not any(run.force for run, _ in runs):
             return None
-        keys = sorted({node.artifact.key for node in forced_nodes(runs)})
+        keys = sorted({node.artifact.key for run, nodes in runs for node in forced_nodes(run, nodes).values()})
         root = Path(runs[0][0].output_dir) / "artifacts"
         return cls(root / REBUILD_RECORDS.replace("*", sha256_json(keys)[:16]), root)
 
@@ -133,21 +140,11 @@ class Rebuild:
         record = read_record(self.record, lambda value: isinstance(value["artifacts"], list) and value["rebuild"])
         if record is None:
             return False
-        return any(Artifact(self.root, *place).awaits(record["rebuild"]) for place in record["artifacts"])
+        return any(Artifact(self.root, stage, key).awaits(record["rebuild"]) for stage, key in record["artifacts"])
 
 
 def _report_wait(name: str, console: Console, holder: str) -> None:
     console.print(f"  [yellow]waits[/]  {name:<24} {holder}")
-
-
-def forced_nodes(runs: Sequence[Run]) -> list[Node]:
-    """Returns the nodes that ``force`` has rebuilt, parents first."""
-    found = []
-    for run, nodes in runs:
-        selected = select_nodes(nodes, run.stages)
-        redo = forced(selected, run.force)
-        found += [node for name, node in selected.items() if name in redo]
-    return found
 
 
 def _provide(run: Settings, node: Node, share: MachineShare, console: Console) -> float:

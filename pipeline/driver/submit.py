@@ -28,9 +28,8 @@ from rich.console import Console
 
 from pipeline.artifacts.lock import Holder, Lock
 from pipeline.config import Settings, Slurm
-from pipeline.config.execution import SIGNAL_MARGIN_SECONDS
-from pipeline.driver.graph import Node, forced, select_nodes
-from pipeline.driver.run import Rebuild, Run, missing_nodes
+from pipeline.driver.graph import Node
+from pipeline.driver.run import Rebuild, Run, forced_nodes, missing_nodes
 from pipeline.errors import UserError
 from pipeline.files import read_record, write_json, write_text
 from pipeline.launch import slurm
@@ -81,7 +80,7 @@ def stage_jobs(runs: Sequence[Run], report: Run | None) -> list[StageJob]:
     jobs: dict[str, StageJob] = {}
     rebuild = Rebuild.of(runs)
     for run, nodes in [*runs, *([report] if report else [])]:
-        redo = forced(select_nodes(nodes, run.stages), run.force)
+        redo = forced_nodes(run, nodes)
         for node in missing_nodes(run, nodes).values():
             known = jobs.get(node.artifact.key, StageJob(node, (), rebuild if node.name in redo else None))
             jobs[node.artifact.key] = replace(known, runs=(*known.runs, run))
@@ -98,7 +97,7 @@ def _check_time(settings: Slurm, stage: str) -> None:
     """Refuses a time limit that ends with the signal before the program has started and handles signals."""
     if settings.has_time_to_start(stage):
         return
-    needed = settings.signal_seconds + SIGNAL_MARGIN_SECONDS
+    needed = settings.least_time_seconds
     raise UserError(
         setting=f"slurm.{stage}.time",
         value=settings.resources(stage).time,

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config import MODEL_TARGETS
+from pipeline.config.data import PURPOSE_OF
 from pipeline.expansion.model_card import base_name, card_header
 from pipeline.models.config_json import is_nested
-from pipeline.planning.training import PURPOSE_OF
 from pipeline.report.differences import paired_differences
 from pipeline.report.markup import bullets, code, table
 from pipeline.report.metrics import TARGET_NAMES

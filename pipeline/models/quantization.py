@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from pipeline.config import Model
-from pipeline.errors import UserError
+from pipeline.errors import UserError, bad_model
 
 FP8 = "F8_E4M3"  # in headers of safetensors files
 _SCALE, _OF_ACTIVATIONS = "_scale_inv", ".activation_scale"  # at the end of names
@@ -118,4 +118,4 @@ def _grid(shape: tuple[int, ...], block: ScaledBlock) -> tuple[int, ...]:
 
 def _invalid(where: object, rule: str) -> UserError:
     remedy = "Download all weight files and config.json again, from the same revision."
-    return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)
+    return bad_model(where, rule, remedy)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, bad_model
 
 SENTENCEPIECE_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE_MODELS)  # a tokenizer has at least one
@@ -67,4 +67,4 @@ def _unreadable(names: Collection[str], tiktoken: Collection[str], where: object
     else:
         rule = "the model has no tokenizer"
         remedy = "Save its tokenizer to the same directory: tokenizer.save_pretrained(PATH)."
-    return UserError(setting="model.path", value=where, rule=rule, remedy=remedy)
+    return bad_model(where, rule, remedy)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE
 from pipeline.artifacts.store import is_artifact
 from pipeline.config import STAGE_NAMES, EvaluateSnapshot, Target, Train
-from pipeline.config.execution import GPUS, SIGNAL_MARGIN_SECONDS
+from pipeline.config.data import Purpose
+from pipeline.config.execution import GPUS
 from pipeline.config.untuned import tuning_requests
 from pipeline.data import sources
 from pipeline.data.templates import check_template, default_template
@@ -28,7 +29,7 @@ from pipeline.driver.notify import notification
 from pipeline.driver.run import is_linked, keys_recorded, package_versions
 from pipeline.driver.submit import slurm_dir
 from pipeline.errors import UserError
-from pipeline.estimates import Disk, TrainingOutputs, disk_of, memory_of, usable, what_fits
+from pipeline.estimates import memory_of, usable, what_fits
 from pipeline.files import free_bytes, gib, insufficient_space, may_write, nearest_existing, no_access, read_json
 from pipeline.launch.environment import code_cache_faults, other_nodes_fault
 from pipeline.launch.machine import evaluation_processes, requested_placement
@@ -193,7 +194,7 @@ def _expansion_memory(prepared: PreparedRun) -> Faults:
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def _data(purpose: sources.Purpose, prepared: PreparedRun) -> Faults:
+def _data(purpose: Purpose, prepared: PreparedRun) -> Faults:
     data = prepared.run.data
     several = getattr(data, purpose) or []
     yield from _raised_by(lambda: sources.check_sources(several, purpose, data.max_record_bytes))
@@ -330,8 +331,7 @@ def _signal(section: str, prepared: PreparedRun) -> Faults:
     slurm = prepared.run.slurm.model_copy(update={"signal_seconds": wanted})
     stages = dict.fromkeys(node.stage for node in prepared.missing.values())
     short = [f"slurm.{stage}.time" for stage in stages if not slurm.has_time_to_start(stage)]
-    minutes = (wanted + SIGNAL_MARGIN_SECONDS) // 60
-    longer = f", and {', '.join(short)} to more than {minutes} minutes" if short else ""
+    longer = f", and {', '.join(short)} to more than {slurm.least_time_seconds // 60} minutes" if short else ""
     yield UserError(
         setting="slurm.signal_seconds",
         value=signal_seconds,
@@ -350,13 +350,8 @@ def _snapshots(prepared: PreparedRun) -> Faults:
         if not isinstance(node.settings, EvaluateSnapshot):
             continue
         stage, fraction = node.parents["model"], node.settings.fraction
-        if stage.name not in prepared.missing and not snapshot_dir(stage.artifact.path, fraction).is_dir():
-            yield UserError(
-                setting="evaluate.targets",
-                value=Target(stage.stage, fraction),
-                rule=f"{stage.name} is finished and saved no snapshot there",
-                remedy=f"Leave it out, or train again with force=[{stage.name}].",
-            )
+        if stage.name not in prepared.missing:
+            yield from _saved_at(stage, fraction, "evaluate.targets", Target(stage.stage, fraction))
 
 
 def _saved_snapshots(prepared: PreparedRun) -> Faults:
@@ -365,13 +360,18 @@ def _saved_snapshots(prepared: PreparedRun) -> Faults:
         if name in prepared.missing or not isinstance(node.settings, Train):
             continue
         for fraction in getattr(prepared.run, node.stage).snapshot_at:
-            if not snapshot_dir(node.artifact.path, fraction).is_dir():
-                yield UserError(
-                    setting=f"{node.stage}.snapshot_at",
-                    value=fraction,
-                    rule=f"{name} is finished and saved no snapshot there",
-                    remedy=f"Leave it out, or train again with force=[{name}].",
-                )
+            yield from _saved_at(node, fraction, f"{node.stage}.snapshot_at", fraction)
+
+
+def _saved_at(finished: Node, fraction: float, setting: str, value: object) -> Faults:
+    """A finished training stage has saved the snapshot at a fraction of its steps, which a setting asks for."""
+    if not snapshot_dir(finished.artifact.path, fraction).is_dir():
+        yield UserError(
+            setting=setting,
+            value=value,
+            rule=f"{finished.name} is finished and saved no snapshot there",
+            remedy=f"Leave it out, or train again with force=[{finished.name}].",
+        )
 
 
 def _rescored(prepared: PreparedRun) -> Faults:
@@ -526,36 +526,9 @@ def _tracker(prepared: PreparedRun) -> Faults:
 
 
 def _disk(prepared: PreparedRun) -> Faults:
-    needed, free = disk_needed(prepared).total, free_bytes(prepared.run.output_dir)
+    needed, free = prepared.disk_needed().total, free_bytes(prepared.run.output_dir)
     if free < needed:
         yield insufficient_space(prepared.run.output_dir, f"{gib(needed)} are needed there and {gib(free)} are free")
-
-
-def disk_needed(prepared: PreparedRun, nodes: Sequence[str] | None = None) -> Disk:
-    """Estimates the disk space that the missing nodes take. The sizes of the models must be known.
-
-    Args:
-        nodes: only these; None for all that are missing.
-    """
-    sizes, run = prepared.sizes, prepared.run
-    assert sizes is not None
-    chosen = {name: node.stage for name, node in prepared.missing.items() if nodes is None or name in nodes}
-    outputs = {
-        stage: TrainingOutputs(
-            trained.parameters,
-            train.keep_checkpoints,
-            len(train.snapshot_at),
-            train.ema_decay is not None,
-            train.save_model,
-        )
-        for stage, train in prepared.training.items()
-        if stage in chosen and (trained := prepared.trained(stage)) is not None
-    }
-    scratch = sizes.method.scratch_bytes(sizes.base, prepared.expansion_gpu) if "expand" in chosen else 0
-    tokens = {"tokenize/corpus": run.data.max_corpus_tokens or 0}
-    return disk_of(
-        chosen, sizes.base, sizes.grown, run.model.dtype, outputs, tokens, scratch, prepared.outer_parameters
-    )
 
 
 # What was looked up comes first: without it, most other checks cannot say anything.

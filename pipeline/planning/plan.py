@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import Settings
+from pipeline.config.data import PURPOSE_OF
 from pipeline.estimates import Disk, Sizes, sizes_of, usable
-from pipeline.planning.checks import Blocker, disk_needed, find_blockers
+from pipeline.planning.checks import Blocker, find_blockers
 from pipeline.planning.prepared import PreparedRun
-from pipeline.planning.training import PURPOSE_OF, TrainingPlan, plan_training
+from pipeline.planning.training import TrainingPlan, plan_training
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _plan(job: PreparedRun, builder_of: dict[str, str]) -> Plan:
         sizes=job.sizes,
         expansion=_expansion(job),
         training=[plan for plan in training if plan is not None],
-        disk=None if job.sizes is None else disk_needed(job, own),
+        disk=None if job.sizes is None else job.disk_needed(own),
         blockers=blockers,
         nodes=_planned_nodes(job, blockers, builder_of),
         outer_parameters=job.outer_parameters,

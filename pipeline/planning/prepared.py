@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from pipeline.artifacts.fingerprints import FINGERPRINTS_FILE, Fingerprints, RememberedFingerprints
 from pipeline.config import Data, Model, Settings, Source, Train
+from pipeline.config.data import PURPOSES
 from pipeline.config.execution import GPUS
 from pipeline.data import python_docs, sources
 from pipeline.driver.graph import UNKNOWN, Inputs, Node, build_graph, select_nodes
 from pipeline.driver.run import Rebuild, missing_nodes
 from pipeline.errors import UserError
-from pipeline.estimates import Setup, Sizes, Trained, setup_of, sizes_of
+from pipeline.estimates import Disk, Setup, Sizes, Trained, TrainingOutputs, disk_of, setup_of, sizes_of
 from pipeline.evaluation.catalogue import fingerprint_tasks, validate_evaluation
 from pipeline.expansion.layer_plan import recorded_gaps
 from pipeline.expansion.method import Method, method_of
@@ -36,7 +37,6 @@ from pipeline.models.families import Shape, family_for, inner_config, shape_of
 from pipeline.models.source import ModelSource, config_of, resolve
 from pipeline.training.deepspeed_config import override_faults
 
-PURPOSES: tuple[sources.Purpose, ...] = ("corpus", "instructions", "forgetting")
 _Result = TypeVar("_Result")
 
 
@@ -148,6 +148,31 @@ class PreparedRun:
         """Which parameters a training stage trains; None if that is not known or would be none."""
         sizes, train = self.sizes, getattr(self.run, stage)
         return None if sizes is None else attempt(lambda: sizes.trained(stage, train))[0]
+
+    def disk_needed(self, nodes: Sequence[str] | None = None) -> Disk:
+        """Estimates the disk space that the missing nodes take. The sizes of the models must be known.
+
+        Args:
+            nodes: only these; None for all that are missing.
+        """
+        sizes = self.sizes
+        assert sizes is not None
+        chosen = {name: node.stage for name, node in self.missing.items() if nodes is None or name in nodes}
+        outputs = {
+            stage: TrainingOutputs(
+                trained.parameters,
+                train.keep_checkpoints,
+                len(train.snapshot_at),
+                train.ema_decay is not None,
+                train.save_model,
+            )
+            for stage, train in self.training.items()
+            if stage in chosen and (trained := self.trained(stage)) is not None
+        }
+        scratch = sizes.method.scratch_bytes(sizes.base, self.expansion_gpu) if "expand" in chosen else 0
+        tokens = {"tokenize/corpus": self.run.data.max_corpus_tokens or 0}
+        dtype = self.run.model.dtype
+        return disk_of(chosen, sizes.base, sizes.grown, dtype, outputs, tokens, scratch, self.outer_parameters)
 
     def has_valid_overrides(self, stage: str) -> bool:
         """Whether the stage's ``deepspeed.overrides`` have no fault, so that estimates can read them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config import Data, Launch, Source, Train
+from pipeline.config.data import PURPOSE_OF, Purpose
 from pipeline.config.execution import GPUS, Gpu
 from pipeline.data import sources
 from pipeline.driver.graph import Node
@@ -24,7 +25,6 @@ from pipeline.planning.prepared import PreparedRun
 from pipeline.training.precision import checkpoint_bytes
 from pipeline.training.schedule import total_steps
 
-PURPOSE_OF: dict[str, sources.Purpose] = {"pretrain": "corpus", "sft": "instructions"}  # what each stage trains on
 BYTES_PER_TOKEN = 4.0  # typical of English text
 
 
@@ -149,7 +149,7 @@ def amount_of(train: Train, data: Node, expected: int | None) -> Amount:
     return Amount(total_steps(train, (expected or 0) // train.sequence_length), 1.0)
 
 
-def expected_tokens(data: Data, purpose: sources.Purpose) -> int | None:
+def expected_tokens(data: Data, purpose: Purpose) -> int | None:
     """Estimates the number of tokens of a dataset from the sizes of its files; None if they are not all files."""
     several: list[Source] = getattr(data, purpose)
     limit = data.max_corpus_tokens if purpose == "corpus" else None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from pipeline.config.data import PURPOSE_OF
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.training.block_losses import BlockLosses
 
@@ -97,12 +97,12 @@ class SameBlocks:
 def comparable_curves(runs: Sequence[RunArtifacts], stage: str) -> list[SameBlocks]:
     """Returns the curves of a stage, grouped by the held-out blocks on which their losses were measured."""
     by_run = {curve.run: curve for curve in curves(runs, stage)}
-    groups: dict[str, list[RunArtifacts]] = {}
+    groups: dict[tuple[str | None, int | None], list[RunArtifacts]] = {}
     for run in runs:
         groups.setdefault(_blocks_of(run, stage), []).append(run)
     measured = [members for members in groups.values() if any(run.name in by_run for run in members)]
     settings = [_block_settings(members[0], stage) for members in measured]
-    names = {name: None for each in settings for name in each}
+    names = dict.fromkeys(name for each in settings for name in each)
     differing = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
     found = []
     for members, values in zip(measured, settings, strict=True):
@@ -113,17 +113,18 @@ def comparable_curves(runs: Sequence[RunArtifacts], stage: str) -> list[SameBloc
     return found
 
 
-_DATA = {"pretrain": "tokenize/corpus", "sft": "tokenize/instructions"}
-
-
-def _blocks_of(run: RunArtifacts, stage: str) -> str:
+def _blocks_of(run: RunArtifacts, stage: str) -> tuple[str | None, int | None]:
     """Identifies the blocks on which a run's held-out losses are measured: their data, and how many are taken."""
-    data = run.manifest(_DATA[stage]) or {}
-    return json.dumps([data.get("key"), _block_settings(run, stage).get("held_out_blocks")])
+    data = run.manifest(_data_role(stage)) or {}
+    return data.get("key"), _block_settings(run, stage).get("held_out_blocks")
+
+
+def _data_role(stage: str) -> str:
+    return f"tokenize/{PURPOSE_OF[stage]}"
 
 
 def _block_settings(run: RunArtifacts, stage: str) -> dict[str, Any]:
-    data, training = (run.manifest(role) or {"settings": {}} for role in (_DATA[stage], stage))
+    data, training = (run.manifest(role) or {"settings": {}} for role in (_data_role(stage), stage))
     return {**data["settings"], "held_out_blocks": training["settings"].get("held_out_blocks")}
 
 

@@ -18,12 +18,18 @@ from pipeline.errors import UserError
 from pipeline.files import merge_nested
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3, which YAML reads as text without a decimal point
-PREFIX, OWN = "study=", "study."  # +study=NAME, and study.seeds=[1,2] for a setting of the study itself
+OWN = "study."  # as in study.seeds=[1,2], a setting of the study itself
 
 
 def asks_for_study(overrides: Iterable[str]) -> bool:
     """Whether a command line names a study."""
-    return any(item.lstrip("+").startswith(PREFIX) for item in overrides)
+    return any(named_study(item) is not None for item in overrides)
+
+
+def named_study(override: str) -> str | None:
+    """Returns NAME of ``+study=NAME``, and None for other overrides."""
+    key, equals, name = override.partition("=")
+    return name if equals and key.lstrip("+") == "study" else None
 
 
 def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study, list[str]]:
@@ -33,14 +39,14 @@ def load_study(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Study
         UserError: there is no such study, its file is invalid, or an override sets what the study sets.
         YAMLError: its file is not YAML.
     """
-    name = next(item.partition("=")[2] for item in overrides if item.lstrip("+").startswith(PREFIX))
+    name = next(name for item in overrides if (name := named_study(item)) is not None)
     values = _read(name, folders)
     rest = []
     for item in overrides:
         key, _, value = item.partition("=")
         if key.lstrip("+").startswith(OWN):
             _set(values, key.lstrip("+").removeprefix(OWN), yaml.safe_load(value))
-        elif not item.lstrip("+").startswith(PREFIX):
+        elif named_study(item) is None:
             rest.append(item)
     try:
         study = Study.model_validate_json(json.dumps(_with_numbers(values)))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.files import free_bytes, gib
-from pipeline.planning.checks import disk_needed, find_blockers
+from pipeline.planning.checks import find_blockers
 from pipeline.planning.table import big
 from pipeline.study.progress import StudyProgress
 from pipeline.study.trials import Trial
@@ -110,7 +110,7 @@ def _own_disk(progress: StudyProgress, trial: Trial, seen: set[str]) -> int:
         return 0
     own = [name for name, node in prepared.missing.items() if node.artifact.key not in seen]
     seen |= {node.artifact.key for node in prepared.missing.values()}
-    needed = disk_needed(prepared, own)
+    needed = prepared.disk_needed(own)
     models = len(progress.study.seeds) * prepared.sizes.grown.parameters * 4 if progress.study.save_models else 0
     return sum(needed.artifacts.values()) + models
 

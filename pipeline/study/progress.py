@@ -10,12 +10,11 @@ from typing import Literal
 
 from pipeline.study.halving import Tuned, tune
 from pipeline.study.trials import Measured, Trial, Trials
-from pipeline.training.block_losses import BlockLosses
+from pipeline.training.block_losses import LOSS_OF, BlockLosses
 
 Budget = Literal["tokens", "flops", "seconds"]
 SAME_STEPS = 0.05  # a number of steps this close to that of a finished run counts as the same
 Loss = Literal["held_out", "validation", "forgetting"]
-RECORDED_AS: dict[Loss, str] = {"held_out": "loss", "validation": "validation_loss", "forgetting": "forgetting_loss"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class SeedOutcome:
 
     def blocks(self, name: Loss) -> BlockLosses | None:
         """Returns a loss by block; None if it is interpolated, or not known by block."""
-        return None if self.interpolated else self.measured[0][1].blocks.get(RECORDED_AS[name])
+        return None if self.interpolated else self.measured[0][1].blocks.get(LOSS_OF[name])
 
 
 class StudyProgress:

@@ -14,7 +14,7 @@ from pipeline.files import write_json, write_text
 from pipeline.report.markup import Table, bold, bullets, code, escape, image, render, table
 from pipeline.report.metrics import scientific, signed, with_error
 from pipeline.report.significance import LEVEL
-from pipeline.study.loading import PREFIX
+from pipeline.study.loading import named_study
 from pipeline.study.progress import Budget, Loss, StudyProgress
 from pipeline.study.results import Comparison, any_run, base_losses, compare, to_json
 from pipeline.study.statistics import Mean
@@ -81,8 +81,8 @@ def _compose(
 
 def _command(arguments: Sequence[str]) -> str:
     """Returns the command that repeats the study."""
-    names = [item.lstrip("+").removeprefix(PREFIX) for item in arguments if item.lstrip("+").startswith(PREFIX)]
-    return shlex.join(["scripts/study", *names, *(i for i in arguments if not i.lstrip("+").startswith(PREFIX))])
+    names = [name for item in arguments if (name := named_study(item)) is not None]
+    return shlex.join(["scripts/study", *names, *(item for item in arguments if named_study(item) is None)])
 
 
 # ------------------------------------------------------------------------------------------- text

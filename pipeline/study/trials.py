@@ -22,12 +22,11 @@ from pipeline.launch.workers import load_outcome
 from pipeline.planning import FoundInputs, PreparedRun, prepare, with_inputs
 from pipeline.planning.training import TrainingPlan, plan_training
 from pipeline.tracking import METRICS_FILE, read_metrics
-from pipeline.training.block_losses import BlockLosses
+from pipeline.training.block_losses import LOSS_OF, BlockLosses
 from pipeline.training.job import LOGS, TRAINING_FILE
 
 Compose = Callable[[Sequence[str]], Settings]
 STAGE = "pretrain"
-BEFORE = ("loss", "validation_loss", "forgetting_loss")  # the names of losses in training.json
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _read(nodes: Mapping[str, Node]) -> Measured | None:
         held_out=after["held_out_loss"],
         validation=after["validation_loss"],
         forgetting=after.get("forgetting_loss"),
-        before={} if first is last else {name: first[name] for name in BEFORE if name in first},
+        before={} if first is last else {name: first[name] for name in LOSS_OF.values() if name in first},
         blocks={} if averages else {name: BlockLosses(**last["blocks"][name]) for name in last.get("blocks", {})},
         steps=training["steps"],
         tokens=training["tokens"],

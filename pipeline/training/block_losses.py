@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.config import Split
 from pipeline.standard_errors import ratio_influences, standard_error
 
+# The names of losses in training.json.
+LOSS_OF: dict[Split, str] = {"held_out": "loss", "validation": "validation_loss", "forgetting": "forgetting_loss"}
 LARGEST_EXPONENT = 700.0  # math.exp overflows above 709
 
 

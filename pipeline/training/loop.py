@@ -31,7 +31,7 @@ from pipeline.training.batches import (
     evenly_spaced,
     micro_batches,
 )
-from pipeline.training.block_losses import BlockLosses, perplexity
+from pipeline.training.block_losses import LOSS_OF, BlockLosses, perplexity
 from pipeline.training.gradients import TOTAL, GradientNorms
 from pipeline.training.mfu import Peak, memory_in_use
 from pipeline.training.optimizer import LR_MULTIPLE
@@ -47,7 +47,6 @@ Status = Literal["done", "stopped"]
 SPIKE_DEVIATIONS = 7.0
 SPIKE_WINDOW = 128  # steps
 SPIKE_MIN_STEPS = 16  # in the window; with fewer, nothing is a spike
-LOSS_OF: dict[Split, str] = {"held_out": "loss", "validation": "validation_loss", "forgetting": "forgetting_loss"}
 
 
 @dataclass

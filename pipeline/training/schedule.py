@@ -24,7 +24,9 @@ def total_steps(train: Train, blocks: int) -> int:
 def evaluation_steps(train: Train, steps: int) -> dict[int, float]:
     """Maps the steps after which to compute the held-out loss to their fractions. Step 0 is before training, at 0."""
     found = {round(fraction * steps): fraction for fraction in sorted(train.evaluate_at)}
-    return found | dict.fromkeys(found.keys() & {0}, 0.0)
+    if 0 in found:
+        found[0] = 0.0  # nothing has been trained, whatever the fraction that rounds to it
+    return found
 
 
 def fractions_at(fractions: Iterable[float], step: int, steps: int) -> list[float]:

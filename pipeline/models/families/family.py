@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, bad_model
 from pipeline.models.families.nested import inner_config, prefix_of
 from pipeline.models.families.parameters import Config, Fused, Parameter, Parameters, num_experts
 from pipeline.models.families.tensors import LayerTensor, Place, Role
@@ -398,4 +398,4 @@ def _is_sparse(config: Config, layer: int) -> bool:
 
 def _unexpected(value: str, rule: str) -> UserError:
     remedy = "Choose a model whose layers are all alike and have the names that save_pretrained gives them."
-    return UserError(setting="model.path", value=value, rule=rule, remedy=remedy)
+    return bad_model(value, rule, remedy)
