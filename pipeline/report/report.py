@@ -16,8 +16,7 @@ from pipeline.report.scores import Scores
 
 CAPTIONS = {
     "scores": "Main metric of every task by target, with two standard errors to each side. Dashed: the base model.",
-    "held_out_loss": "Held-out loss during pre-training by tokens, training FLOPs and time, with a row for each set of "
-    "held-out blocks. Dashed: the base model.",
+    "held_out_loss": "Held-out loss during pre-training by tokens, training FLOPs and time. Dashed: the base model.",
     "training_loss": "Training loss at every optimizer step.",
     "layers": "Where the layers of the expanded model come from. New layers are colored.",
     "ranking": "What each layer of the base does on the probe text, with one standard error over its tokens to each "
