@@ -405,12 +405,17 @@ def _attend_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     out: torch.Tensor, lse: torch.Tensor, bounds: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Returns the gradients of query, key and value as [B, S, H or G, D]."""
+    """Returns the gradients of query, key and value as [B, S, H or G, D].
+
+    They are computed in at least float32. In bfloat16, the kernel's many small products are oneDNN's, which compiles
+    code for every new length of a document. That takes longer (scripts/benchmarks/attention.py).
+    """
     batch, _, length, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
     gradients = tuple(x.new_empty(batch, length, x.shape[1], x.shape[3]) for x in (q, k, v))
     for rows, tokens in _documents(bounds, batch, length):
-        inputs = [x[rows, :, tokens] for x in (q, k, v)]
-        document_grad, *outputs = (x[rows, tokens].transpose(1, 2) for x in (grad, out, lse))
+        inputs = [x[rows, :, tokens].to(wide) for x in (q, k, v)]
+        document_grad, *outputs = (x[rows, tokens].transpose(1, 2).to(wide) for x in (grad, out, lse))
         # 0.0 and True: no dropout, causal.
         document_gradients = _flash_backward(document_grad, *inputs, *outputs, 0.0, True, scale=scale)
         for gradient, document_gradient in zip(gradients, document_gradients, strict=True):

@@ -5,8 +5,8 @@ Without the size of the products, the best of several sizes is measured.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,11 @@ def best_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", type=torch.device)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("size", type=int, nargs="?")
+    options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = torch.device(sys.argv[1])
-    measure = partial(matrix_rate, size=int(sys.argv[3])) if sys.argv[3:] else best_matrix_rate
-    write_json(Path(sys.argv[2]), {name: measure(DTYPES[name], device) for name in BYTES})
+    measure = partial(matrix_rate, size=options.size) if options.size else best_matrix_rate
+    write_json(options.out, {name: measure(DTYPES[name], options.device) for name in BYTES})

@@ -7,7 +7,7 @@ and nothing has to be downloaded.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -52,5 +52,10 @@ def _write_random(shape: str, settings: AnyExpand, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    shape, new_layers, position, out = sys.argv[1:]
-    make(shape, int(new_layers), position, Path(out))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=["smollm2", *LLAMA])
+    parser.add_argument("new_layers", type=int)
+    parser.add_argument("position")
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    make(options.shape, options.new_layers, options.position, options.out)
