@@ -114,6 +114,13 @@ def _run_study(options: argparse.Namespace, console: Console) -> None:
     """Carries out a command that names a study, every run of which has settings like those of a command line."""
     given: list[str] = options.overrides
     refuse_secret_overrides(given)
+    if options.multirun:
+        raise UserError(
+            setting="--multirun",
+            value=" ".join(item for item in given if asks_for_study([item])),
+            rule="a study is not a sweep, and runs its contenders by itself",
+            remedy="Leave it out. To compare values of a setting, make each a contender of the study.",
+        )
     try:
         study, overrides = load_study(given, _folders(options.config_dir))
     except YAMLError as error:

@@ -13,7 +13,9 @@ EXIT_INTERRUPTED = 130  # of the process that chats, after Ctrl-C while it loads
 
 
 class UserError(Exception):
-    """The request is invalid, and nothing was started. Exit code 2.
+    """The request cannot be carried out: a setting, an input or the disk is not as it must be. Exit code 2.
+
+    Nearly all are raised before anything is started, and the others by the stage that finds them.
 
     Args:
         setting: the dotted name that a user types, such as ``pretrain.sequence_length``.

@@ -13,6 +13,8 @@ import pytest
 
 from pipeline.__main__ import compose_jobs
 from pipeline.config import Settings
+from pipeline.driver.submit import stage_jobs
+from pipeline.planning import prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -83,6 +85,28 @@ def test_commands_compose_and_their_ranks_divide_their_batches(page: Path) -> No
                 train = getattr(settings, section)
                 ranks = _ranks(settings, section, command)
                 assert train.global_batch % (ranks * train.micro_batch) == 0, (section, command)
+
+
+def test_the_page_on_clusters_shows_the_jobs_of_its_submission(shrunk: list[str], tmp_path: Path) -> None:
+    page = REPOSITORY / "docs" / "cluster.md"
+    answers = ["evaluate.sample_answers=5", f"output_dir={tmp_path}"]  # shrunk has none of the quickstart's
+    (job,) = compose_jobs([*_overrides(_commands(page)[0]), *shrunk, *answers], False, None)
+    (prepared,) = prepare([job.settings])
+    numbers: dict[str, str] = {}  # by key
+    expected = []
+    for number, each in enumerate(stage_jobs([(prepared.run, prepared.nodes)], None), 11):
+        numbers[each.node.artifact.key] = str(number)
+        before = [numbers[node.artifact.key] for node in (*each.node.parents.values(), *each.node.reuses.values())]
+        expected.append((each.node.name, str(prepared.run.slurm.resources(each.node.stage).nodes), ", ".join(before)))
+    shown = re.findall(r"^  job \d+ +(\S+) +(\d) nodes? *(?:after (.*))?$", page.read_text(), re.MULTILINE)
+    assert shown == expected
+
+
+def test_the_benchmark_of_training_accepts_the_options_that_its_page_shows() -> None:
+    from scripts.benchmarks.pretrain import parse
+
+    shown = re.findall(r"`(--tables [^`]+)`", (REPOSITORY / "docs" / "benchmarks.md").read_text())
+    assert {table for options in shown for table in parse(options.split()).tables} >= {"settings", "wait-policy"}
 
 
 def test_every_page_opens_with_a_command_and_readme_links_to_it() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.actions import Chat, Export
 from pipeline.config.data import Data, Source, Split, Tokenize
@@ -62,6 +63,19 @@ class Settings(Section):
     tracking: Tracking
     launch: Launch
     slurm: Slurm
+
+    @field_validator("dry_run")
+    @classmethod
+    def _is_possible(cls, dry_run: bool, info: ValidationInfo) -> bool:
+        """Refuses it where it would have no effect on an action that changes something."""
+        instead = {
+            "run": "Leave it out, or set action=plan, which shows what would be done.",
+            "clean": "Leave it out: without confirm=true, action=clean only lists.",
+        }
+        if dry_run and (remedy := instead.get(info.data.get("action", ""))):
+            rule = "only action=submit and action=export have a dry run"
+            raise PydanticCustomError("dry_run", "{rule}", {"rule": rule, "remedy": remedy})
+        return dry_run
 
     @property
     def tunes(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -171,12 +171,21 @@ def not_yaml(error: YAMLError) -> UserError:
 
 
 def _unknown_key(key: str) -> UserError:
+    if methods := _methods_with(key):
+        rule, remedy = _of_other_methods(key, methods)
+        return UserError(setting=key, value="(unknown)", rule=rule, remedy=remedy)
     return UserError(
         setting=key,
         value="(unknown)",
         rule="there is no such setting",
         remedy=did_you_mean(key, known_keys()) + "See conf/config.yaml and the other files in conf/.",
     )
+
+
+def _of_other_methods(key: str, methods: Sequence[str]) -> tuple[str, str]:
+    """Returns the rule and the remedy for a setting that the chosen expansion method does not have."""
+    rule = f"the chosen method has no such setting, only {', '.join(methods)}"
+    return rule, f"Leave it out, or choose such a method, as with expand={methods[0]}."
 
 
 def _within_null(key: str) -> UserError:
@@ -215,7 +224,7 @@ def _unknown_variant(text: str, overrides: list[str]) -> UserError:
         setting="expand.variant",
         value=chosen.partition("=")[2],
         rule="this method has no such preset; see 'variants' in its file in conf/expand",
-        remedy="Choose one of that list. Most methods have the presets reference, paper.",
+        remedy="Choose one of that list, such as reference or paper.",
     )
 
 
@@ -269,6 +278,8 @@ def _fault(detail: ErrorDetails, prefix: str) -> _Fault:
     value = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else "{...}"
     message = detail["msg"].removeprefix("Value error, ")
     kind = detail["type"]
+    if kind == "extra_forbidden" and (methods := _methods_with(path)):
+        return path, value, *_of_other_methods(path, methods)
     if kind == "extra_forbidden":
         return path, value, "there is no such setting", did_you_mean(path, known_keys()) + "Check its spelling."
     if kind == "missing":
@@ -279,9 +290,23 @@ def _fault(detail: ErrorDetails, prefix: str) -> _Fault:
 
 def known_keys() -> list[str]:
     """Lists the dotted names of all settings."""
-    methods: Any = import_module("pipeline.expansion.methods")  # by name, as in pipeline.config.expand
-    of_methods = {name for method in METHODS for name in methods.built_in_method(method).model_fields}
+    of_methods = {name for method in METHODS for name in _fields_of(method)}
     return [*_keys_of(Settings, ""), *sorted(f"expand.{name}" for name in of_methods)]
+
+
+def _methods_with(key: str) -> list[str]:
+    """Lists the expansion methods that have a setting, if it is not one of all methods; none for any other key."""
+    section, _, name = key.partition(".")
+    if section != "expand":
+        return []
+    found = [method for method in METHODS if name in _fields_of(method)]
+    return found if len(found) < len(METHODS) else []
+
+
+def _fields_of(method: str) -> Collection[str]:
+    methods: Any = import_module("pipeline.expansion.methods")  # by name, as in pipeline.config.expand
+    fields: Collection[str] = methods.built_in_method(method).model_fields
+    return fields
 
 
 def _keys_of(section: type[BaseModel], prefix: str) -> Iterable[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.section import Fraction, NonNegativeFloat, NotInKey, NotInKeyIf, Positive, PositiveFloat, Section
 
@@ -92,7 +93,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _require_steps_or_epochs(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("set exactly one of steps and epochs; the other is null")
+            rule = "set exactly one of steps and epochs; the other is null"
+            remedy = "Set steps=null there to train for epochs, or epochs=null to train for steps."
+            raise PydanticCustomError("amount", "{rule}", {"rule": rule, "remedy": remedy})
         return self
 
     @property

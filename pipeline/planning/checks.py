@@ -427,6 +427,20 @@ def _saved(prepared: PreparedRun) -> Faults:
 # --------------------------------------------------------------------------------------------------- run-wide
 
 
+def _force(prepared: PreparedRun) -> Faults:
+    """What ``force`` names is among what the command builds."""
+    chosen, existing = ({node.stage for node in nodes.values()} for nodes in (prepared.selected, prepared.nodes))
+    # A sweep also builds a report on all of its jobs.
+    ignored = [stage for stage in prepared.run.force if stage in existing - chosen and stage != "report"]
+    if ignored:
+        yield UserError(
+            setting="force",
+            value=", ".join(ignored),
+            rule="only the chosen stages and those that they depend on are built, so this would have no effect",
+            remedy=f"Leave it out, or add it to stages=[{','.join(prepared.run.stages)}].",
+        )
+
+
 def _packages(prepared: PreparedRun) -> Faults:
     """The packages whose versions are recorded are installed."""
     yield from _raised_by(package_versions)
@@ -549,6 +563,7 @@ CHECKS = (
     Check(_code_caches, stops=STAGE_NAMES),
     Check(_places, stops=STAGE_NAMES, always=True),
     *INPUT_CHECKS,
+    Check(_force, stops=STAGE_NAMES, always=True),
     Check(_model, stops=("load",), needs="config"),
     Check(_weights, stops=("load",)),
     Check(_expansion, stops=("expand",), needs="shape"),

@@ -236,7 +236,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=True)
     add("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False)
     options = parser.parse_args(arguments)
-    for size in (options.our_micro_batch, *options.micro_batches):
+    for size in (options.our_micro_batch, *(options.micro_batches if "trainer" in options.tables else ())):
         if options.global_batch % size:
             parser.error(f"a micro-batch of {size} does not divide the global batch of {options.global_batch}")
     return options

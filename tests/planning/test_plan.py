@@ -352,6 +352,12 @@ def test_the_quickstart_can_do_without_instruction_tuning(plan: Plan) -> None:
     assert "no blockers found" in output
 
 
+def test_force_does_not_name_a_stage_that_is_not_built(plan: Plan, shrunk: list[str]) -> None:
+    output = plan("quickstart", *shrunk, "stages=[pretrain]", "force=[expand,sft]")
+    assert _blockers(output)["force"].startswith("sft: ") and "add it to stages=[pretrain]" in output
+    assert _blockers(plan("quickstart", *shrunk, "stages=[pretrain]", "force=[expand]")) == {}
+
+
 def test_a_missing_chat_template_blocks_tuning(
     plan: Plan, shrunk: list[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

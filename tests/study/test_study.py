@@ -23,6 +23,11 @@ from tests.study.small_study import CONTENDERS, STUDY, Workplace
 SHARING = pytest.mark.xdist_group("study")  # one pytest worker runs these tests, so that there is one study
 
 
+def test_a_study_is_not_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+study=quick", "--multirun", "expand.position=top,middle"]) == EXIT_REQUEST
+    assert "--multirun = +study=quick" in capsys.readouterr().err
+
+
 @SHARING
 def test_losses_are_those_of_runs_made_by_hand(finished: Workplace) -> None:
     rows = finished.results()["rows"]
