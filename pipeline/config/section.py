@@ -16,7 +16,7 @@ MAX_NAME_BYTES = 255  # of a file or directory, on all common file systems
 MAX_PATH_BYTES = 4095  # on Linux
 # Entries of <output_dir>, and of <output_dir>/<name>, that are not runs.
 RESERVED_FIRST = ("artifacts",)
-RESERVED_LATER = (*STAGE_NAMES, "slurm", "wandb", "export")
+RESERVED_LATER = (*STAGE_NAMES, "slurm", "wandb", "tensorboard", "mlruns", "export")
 
 
 def setting_value(settings: object, name: str) -> Any:
