@@ -95,10 +95,14 @@ class LanguageModel(HFLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Scores complete texts; see ``lm_eval.api.model.LM.loglikelihood_rolling``."""
-        # lm-eval puts a prefix token before every window, so the tokenizer must not add a second one.
+        # lm-eval puts a prefix token before every text, so the tokenizer must not add a second one. What exceeds the
+        # context is scored in further windows, which begin with the last token of the window before.
         self.add_bos_token: bool | None = False
-        longest = max(len(self.tok_encode(request.args[0])) for request in requests)
-        self.batch_size_per_gpu = self._fitting_batch(min(longest, self.max_length))
+        texts = [request.args[0] for request in requests]
+        encoded = [self.tok_encode(text) for text in texts]
+        for text, ids in zip(texts, encoded, strict=True):
+            self._check_beginning([self.prefix_token_id, *ids], text)
+        self.batch_size_per_gpu = self._fitting_batch(min(max(map(len, encoded)), self.max_length))
         answers: list[float] = self._in_turns(super().loglikelihood_rolling, requests)
         self.add_bos_token = None
         return answers
@@ -117,8 +121,9 @@ class LanguageModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        for _, context, continuation in requests:
-            self._check_beginning(context + continuation)
+        if override_bs is None:  # otherwise loglikelihood_rolling has checked its texts
+            for _, context, continuation in requests:
+                self._check_beginning(context + continuation)
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         self.batch_size_per_gpu = self._fitting_batch(longest)
         compute = partial(super()._loglikelihood_tokens, disable_tqdm=True)
@@ -191,10 +196,16 @@ class LanguageModel(HFLM):
         bytes_each: int = tokens * vocabulary * (8 if width == 4 else width + 8)
         return max(1, min(self._largest_batch, LOGITS_BYTES[self.device.type] // bytes_each))
 
-    def _check_beginning(self, sequence: list[int]) -> None:
-        """Asserts that a sequence begins with one BOS token where the tokenizer adds one, and never with two."""
+    def _check_beginning(self, sequence: list[int], text: str = "") -> None:
+        """Asserts that a sequence begins with one BOS token where the tokenizer adds one, and never with two.
+
+        Args:
+            sequence: token ids.
+            text: a complete text after the first token; it may begin with BOS, as scraped text sometimes does.
+        """
         bos = self.tokenizer.bos_token_id
-        assert bos is None or sequence[:2] != [bos, bos], "a sequence begins with two beginning-of-sequence tokens"
+        may_repeat = bos is None or text.startswith(self.tokenizer.bos_token)
+        assert may_repeat or sequence[:2] != [bos, bos], "a sequence begins with two beginning-of-sequence tokens"
         assert not self._adds_bos or sequence[0] == bos, "a sequence lacks its beginning-of-sequence token"
         self.first_tokens = self.first_tokens or sequence[:FIRST_TOKENS]
 

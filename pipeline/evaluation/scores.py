@@ -19,6 +19,7 @@ from pipeline.standard_errors import ratio_influences, standard_error
 Sample = Any
 # The metrics that are a rate over all documents together, -Σ log p / Σ length, as exp(rate) or in bits.
 LENGTH_WEIGHTED = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
+LARGEST_RATE = 300.0  # nats per word; above, as for text without spaces, exp or the square of an error may overflow
 EQUALLY_WEIGHTED = "perplexity"  # the same with a length of 1 for every document (LAMBADA); samples are log likelihoods
 
 
@@ -64,6 +65,8 @@ def _own_scores(task: str, results: Mapping[str, Any]) -> list[Score]:
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
+        if LENGTH_WEIGHTED.get(metric) == "perplexity" and value > math.exp(LARGEST_RATE):
+            continue  # bits per byte of the same text are finite unless the model's output is not
         if not math.isfinite(value):
             raise ValueError(f"{task}: {metric} is {value}; the model's output is not finite")
         stderr: Any = _own_stderr(task, metric, filter_name, float(value), results)
@@ -133,7 +136,8 @@ def text_scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Scor
     return [
         _text_score(task, metric, [sample[metric] for sample in found])
         for task, found in samples.items()
-        for metric in LENGTH_WEIGHTED
+        for metric, kind in LENGTH_WEIGHTED.items()
+        if kind == "bits" or _rate([sample[metric] for sample in found]) <= LARGEST_RATE
     ]
 
 
@@ -192,6 +196,12 @@ def value_of(metric: str, samples: Sequence[Sample]) -> float:
         return sum(samples) / len(samples)
     rate = _rate(_with_lengths(metric, samples))
     return rate / math.log(2) if LENGTH_WEIGHTED.get(metric) == "bits" else math.exp(rate)
+
+
+def word_perplexity(samples: Sequence[tuple[float, float]]) -> float:
+    """Aggregates as lm-eval does, but to infinity above ``LARGEST_RATE``, where lm-eval fails if a float overflows."""
+    rate = _rate(samples)
+    return math.inf if rate > LARGEST_RATE else math.exp(rate)
 
 
 def influences(metric: str, samples: Sequence[Sample]) -> list[float]:

@@ -37,6 +37,7 @@ from pipeline.models.families import FAMILIES
 from pipeline.training.attention_support import (
     NO_BACKWARD_PASS,
     UNKNOWN_FAMILY,
+    dropout_obstacle,
     needs_no_mask,
     obstacle_to_documents,
 )
@@ -104,6 +105,8 @@ def _flex_obstacle(config: PretrainedConfig, device: torch.device) -> str | None
         return NO_BACKWARD_PASS
     if config.get_text_config().model_type not in FAMILIES:
         return UNKNOWN_FAMILY
+    if (obstacle := dropout_obstacle(config.get_text_config().to_dict())) is not None:
+        return obstacle
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_flex_attn:
         return "the model's attention is not one that flex_attention computes"
     missing = missing_for_compilation(device.type, os.environ)

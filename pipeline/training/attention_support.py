@@ -32,10 +32,18 @@ def obstacle_to_documents(config: Config, sequence_length: int) -> str | None:
         return "the model caps its attention scores, which the kernels do not support"
     if any(role.kind == "sink" for role in family.roles.values()):
         return "the model has attention sinks, which the kernels do not support"
+    if (obstacle := dropout_obstacle(config)) is not None:
+        return obstacle
     window = config.get("sliding_window")
     if window is not None and config.get("use_sliding_window", True) and window < sequence_length:
         return f"the model's sliding window is {window} tokens, and blocks have {sequence_length}"
     return None
+
+
+def dropout_obstacle(config: Config) -> str | None:
+    """Returns why attention without a mask cannot compute a model's dropout of attention weights; None without any."""
+    dropout = config.get("attention_dropout")
+    return f"the model's attention_dropout is {dropout}, which the kernels do not support" if dropout else None
 
 
 def attention_faults(section: str, train: Train, config: Config, device: str) -> Iterator[UserError]:
@@ -47,13 +55,14 @@ def attention_faults(section: str, train: Train, config: Config, device: str) ->
         config: of the language model.
         device: "cpu" or "cuda".
     """
-    obstacle = obstacle_to_documents(config, train.sequence_length)
-    if train.attention == "flex" and device == "cpu":
-        yield _cannot(f"{section}.attention", "flex", NO_BACKWARD_PASS, f"{section}.attention=auto")
-    elif train.attention == "documents" and obstacle is not None:
-        yield _cannot(f"{section}.attention", "documents", obstacle, f"{section}.attention=auto")
-    elif train.attention == "auto" and train.sequence_parallel > 1 and obstacle is not None and device == "cpu":
-        setting, rule = f"{section}.sequence_parallel", needs_no_mask({"documents": obstacle, "flex": NO_BACKWARD_PASS})
+    obstacles = {
+        "documents": obstacle_to_documents(config, train.sequence_length),
+        "flex": NO_BACKWARD_PASS if device == "cpu" else dropout_obstacle(config),
+    }
+    if (obstacle := obstacles.get(train.attention)) is not None:
+        yield _cannot(f"{section}.attention", train.attention, obstacle, f"{section}.attention=auto")
+    elif train.attention == "auto" and train.sequence_parallel > 1 and None not in obstacles.values():
+        setting, rule = f"{section}.sequence_parallel", needs_no_mask(obstacles)
         yield _cannot(setting, train.sequence_parallel, rule, f"{setting}=1")
 
 

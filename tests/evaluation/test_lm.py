@@ -67,6 +67,34 @@ def test_a_text_is_scored_after_exactly_one_bos_token(model: str, request: pytes
     assert lm.first_tokens.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_llama_with_bos"])
+def test_a_text_longer_than_the_context_is_scored_in_windows(model: str, request: pytest.FixtureRequest) -> None:
+    """Every token is scored once: the first 256 after BOS, and further ones after the last token of the one before."""
+    directory = request.getfixturevalue(model)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = "Return the number of items. " * 80
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    (found,) = _lm(directory).loglikelihood_rolling(_requests("loglikelihood_rolling", (text,)))
+    context = 256
+    assert len(ids) > 2 * context
+    windows = [[tokenizer.bos_token_id, *ids[:context]]]
+    windows += [ids[start - 1 : start + context] for start in range(context, len(ids), context)]
+    # lm-eval fills the last window with context that precedes its tokens.
+    expected = sum(_loglikelihood(directory, window, 1) for window in windows[:-1])
+    last = ids[-context - 1 :]
+    expected += _loglikelihood(directory, last, len(last) - (len(windows[-1]) - 1))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_may_begin_with_the_bos_token(tiny_llama_with_bos: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_with_bos)
+    text = "<|endoftext|>" + TEXTS[0]
+    (found,) = _lm(tiny_llama_with_bos).loglikelihood_rolling(_requests("loglikelihood_rolling", (text,)))
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+    assert ids[1] == tokenizer.bos_token_id
+    assert found == pytest.approx(_loglikelihood(tiny_llama_with_bos, ids, 1), rel=1e-4)
+
+
 def test_contexts_begin_with_the_bos_token_of_the_tokenizer(tiny_llama_with_bos: Path) -> None:
     lm = _lm(tiny_llama_with_bos)
     lm.loglikelihood(_requests("loglikelihood", ("A context", " and more")))

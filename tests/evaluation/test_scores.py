@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.scores import influences, kept_samples, scores_of, value_of
+from pipeline.evaluation.scores import influences, kept_samples, scores_of, text_scores, value_of, word_perplexity
 from pipeline.standard_errors import standard_error
 
 
@@ -89,6 +89,32 @@ def test_a_score_that_is_not_finite_raises() -> None:
     results["results"]["one"]["acc,none"] = math.nan
     with pytest.raises(ValueError, match="one.*acc.*nan"):
         scores_of("one", results)
+
+
+@pytest.mark.parametrize("words, has_perplexity", [(1, False), (4, False), (400, True)])
+def test_text_without_spaces_has_no_perplexity_per_word(words: int, has_perplexity: bool) -> None:
+    """A paragraph of 1,000 Chinese characters has about 1,755 nats in 3,000 bytes, and one word by white space."""
+    nats = [1755.0, 1700.0, 1810.0]
+    rows = [
+        {"filter": "none", "word_perplexity": (-each, words), "byte_perplexity": (-each, 3000),
+         "bits_per_byte": (-each, 3000)}
+        for each in nats
+    ]  # fmt: skip
+    bits = sum(nats) / 9000 / math.log(2)
+    numbers = {
+        "word_perplexity,none": word_perplexity([row["word_perplexity"] for row in rows]),
+        "byte_perplexity,none": 2**bits,
+        "bits_per_byte,none": bits,
+    }
+    results = _results() | {"results": {"text": numbers}, "n-samples": {"text": {"effective": 3}}}
+    results |= {"samples": {"text": rows}, "configs": {}, "group_subtasks": {}}
+    expected = [*(["word_perplexity"] if has_perplexity else []), "byte_perplexity", "bits_per_byte"]
+    for scores in (scores_of("text", results), text_scores({"text": rows})):
+        assert [row["metric"] for row in scores] == expected
+        assert all(math.isfinite(row["value"]) and row["stderr"] is not None for row in scores)
+        assert scores[-1]["value"] == pytest.approx(bits)
+    if has_perplexity:
+        assert numbers["word_perplexity,none"] == pytest.approx(math.exp(sum(nats) / (3 * words)))
 
 
 def test_samples_keep_the_values_per_document_under_the_names_of_scores() -> None:

@@ -63,6 +63,17 @@ def _task(model: Path, corpus: Path, out: Path, processes: int = 1, **changes: A
     return StageTask("evaluate/load", settings, {"model": model, "corpus": corpus}, out, 0, launch, tracking)
 
 
+def test_text_without_spaces_is_scored_by_bytes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """A passage is one word by white space, and exp of its negative log likelihood overflows."""
+    texts = [f"第{number}章" + "编辑器返回容器中的项目数量" * 20 for number in range(3)]
+    corpus = _held_out(tmp_path / "corpus", {"data.corpus": texts})
+    task = _task(tiny_llama_dir, corpus, tmp_path / "out", tasks=["held_out_text"])
+    evaluate.run(task)
+    rows = read_json(task.out / "evaluation.json")["rows"]
+    assert [row["metric"] for row in rows] == ["byte_perplexity", "bits_per_byte"]
+    assert all(row["value"] > 1 and row["stderr"] > 0 for row in rows)
+
+
 def test_all_bundled_tasks_have_scores_with_standard_errors(tiny_llama_dir: Path, corpus: Path, tmp_path: Path) -> None:
     task = _task(tiny_llama_dir, corpus, tmp_path / "out")
     metrics = evaluate.run(task)

@@ -358,6 +358,33 @@ def test_flex_attention_is_refused_where_it_has_no_backward_pass():
         resolve_attention("pretrain", train_settings(attention=FLEX), LlamaConfig(), "float32", CPU)
 
 
+@pytest.mark.parametrize("family", ["granite", "starcoder2"])
+def test_dropout_of_attention_weights_requires_a_mask(family: str):
+    """Granite 3.0 and StarCoder2 were published with attention_dropout=0.1."""
+    config = tiny_model(family).config
+    config.attention_dropout = 0.1
+    assert [resolve_attention("pretrain", train_settings(), config, "bfloat16", device) for device in (CPU, CUDA)] == [
+        "sdpa", "sdpa",
+    ]  # fmt: skip
+    for attention in (DOCUMENTS, FLEX):
+        with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*attention=sdpa"):
+            resolve_attention("pretrain", train_settings(attention=attention), config, "bfloat16", CUDA)
+
+
+def test_a_model_with_dropout_of_attention_weights_trains():
+    config = tiny_model("granite").config
+    config.attention_dropout = 0.5
+    attention = resolve_attention("pretrain", train_settings(), config, "float32", CPU)
+    torch.manual_seed(0)
+    model = SummedLoss(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+    ids, position_ids = torch.randint(0, config.vocab_size, (1, LENGTH)), positions([[9, 15]])
+    losses = {loss_of(model.train(), ids, position_ids).item() for _ in range(2)}
+    assert len(losses) == 2
+    loss_of(model, ids, position_ids).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert len({loss_of(model.eval(), ids, position_ids).item() for _ in range(2)}) == 1
+
+
 def test_a_sliding_window_shorter_than_the_block_requires_a_mask():
     capped = Gemma2Config()
     assert resolve_attention("pretrain", train_settings(), capped, "float32", CPU) == "eager"

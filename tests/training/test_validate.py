@@ -127,6 +127,10 @@ def test_rotary_embeddings_that_depend_on_the_longest_document_are_refused_only_
         ({"model_type": "gemma2"}, {"sequence_parallel": 2}, "cpu", "sequence_parallel"),
         ({"model_type": "gpt_oss"}, {"sequence_parallel": 2, "attention": "documents"}, "cuda", "attention"),
         ({"model_type": "llama"}, {"attention": "flex"}, "cpu", "attention"),
+        ({"model_type": "granite", "attention_dropout": 0.1}, {}, "cuda", None),
+        ({"model_type": "granite", "attention_dropout": 0.1}, {"attention": "flex"}, "cuda", "attention"),
+        ({"model_type": "granite", "attention_dropout": 0.1}, {"attention": "documents"}, "cpu", "attention"),
+        ({"model_type": "granite", "attention_dropout": 0.1}, {"sequence_parallel": 2}, "cuda", "sequence_parallel"),
     ],
 )
 def test_attention_that_cannot_compute_the_model_is_refused(

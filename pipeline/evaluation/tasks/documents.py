@@ -1,4 +1,4 @@
-"""Reads the documents of a bundled task, as written beside its scores, into memory. Nothing is cached."""
+"""What the bundled tasks' YAML files name: how documents are read, into memory and without a cache, and aggregated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from pipeline.evaluation.scores import word_perplexity
+
+__all__ = ["read", "word_perplexity"]
 
 
 def read(documents: str, task: str, **metadata: Any) -> dict[str, Dataset]:
