@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.models.families import shape_of
 from pipeline.models.family_inference.decoder import NotUnderstoodError, decoder_of
+from pipeline.models.forward import packed_mask
 from pipeline.models.loading import load_language_model
 
 Form = Callable[[Tensor], Any]  # hidden states -> what a layer returns
@@ -78,6 +81,8 @@ class LayerwiseModel:
         else:
             inside = {id(module) for layer in self._layers for module in layer.modules()}
             _read((module for module in self._model.modules() if id(module) not in inside), device)
+        # Some families separate packed documents only by a mask. Those that cannot be trained may accept none.
+        self._accepts_mask = not shape_of(read_json(directory / "config.json")).not_trained
         self._blocks = Blocks(blocks.ids.to(device), blocks.positions.to(device), blocks.targets.to(device))
         self._form = self._find_form(directory)
         self._calls = [self._record(self._form, block) for block in range(len(blocks.ids))]
@@ -125,7 +130,8 @@ class LayerwiseModel:
 
     def _forward(self, block: int) -> Tensor:
         ids, positions = self._blocks.ids[block : block + 1], self._blocks.positions[block : block + 1]
-        logits: Tensor = self._model(ids, position_ids=positions, use_cache=False).logits
+        mask = packed_mask(self._model, positions) if self._accepts_mask else None
+        logits: Tensor = self._model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         return logits
 
     def _find_form(self, directory: Path) -> Form:

@@ -21,7 +21,8 @@ from pipeline.expansion.method import in_memory, method_of
 from pipeline.expansion.ranking import Ranking, rank_layers, read_probe
 from pipeline.models.families import shape_of
 from pipeline.models.family_inference.decoder import decoder_of
-from tests.tiny_families import TINY_CONFIGS, save_tiny
+from pipeline.models.forward import packed_mask
+from tests.tiny_families import TINY_CONFIGS, save_tiny, tiny_model
 from tests.training.small import write_blocks
 
 CPU = torch.device("cpu")
@@ -45,7 +46,8 @@ def _rank(position: str, base: Path, probe: Blocks, out: Path, memory: int = ALL
 def _losses(model: PreTrainedModel, probe: Blocks) -> Tensor:
     found = []
     for ids, positions, targets in zip(probe.ids, probe.positions, probe.targets, strict=True):
-        logits = model(ids[None], position_ids=positions[None], use_cache=False).logits[0].double()
+        mask = packed_mask(model, positions[None])  # compared with documents alone below
+        logits = model(ids[None], mask, position_ids=positions[None], use_cache=False).logits[0].double()
         log = logits.log_softmax(-1)
         found += [-log[t - 1, ids[t]] for t in range(1, len(ids)) if targets[t]]
     return torch.stack(found)
@@ -161,6 +163,26 @@ def test_an_interrupted_ranking_resumes_after_the_saved_layers(
     assert _rank("least_important", tiny_llama_dir, probe, tmp_path / "out") == whole
     ranking.remove_ranking_records(tmp_path / "out")
     assert not [*(tmp_path / "out").iterdir()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_documents_of_a_block_do_not_attend_to_each_other(family: str, tmp_path: Path) -> None:
+    """Given only positions that restart, gpt_oss would let them."""
+    model = tiny_model(family).float().eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(11), torch.arange(13)])[None]
+    layerwise = LayerwiseModel(tmp_path, Blocks(ids, positions, positions > 0), CPU, True, str(tmp_path))
+    states = layerwise.inputs()
+    for index in range(layerwise.num_layers):
+        with layerwise.layer(index) as run:
+            states = run(0, states[0])[None]
+    alone = []
+    for document in (ids[:, :11], ids[:, 11:]):
+        with torch.no_grad():
+            logits = model(document, use_cache=False).logits[0, :-1]
+        alone.append(torch.nn.functional.cross_entropy(logits, document[0, 1:], reduction="none"))
+    torch.testing.assert_close(layerwise.losses(states), torch.cat(alone), rtol=0, atol=1e-4)
 
 
 def test_the_probe_is_training_text_spread_over_all_blocks(blocks: Path) -> None:
