@@ -65,7 +65,7 @@ def _own_scores(task: str, results: Mapping[str, Any]) -> list[Score]:
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
-        if LENGTH_WEIGHTED.get(metric) == "perplexity" and value > math.exp(LARGEST_RATE):
+        if LENGTH_WEIGHTED.get(metric) == "perplexity" and float(value) > math.exp(LARGEST_RATE):
             continue  # bits per byte of the same text are finite unless the model's output is not
         if not math.isfinite(value):
             raise ValueError(f"{task}: {metric} is {value}; the model's output is not finite")
