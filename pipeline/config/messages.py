@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -171,21 +171,16 @@ def not_yaml(error: YAMLError) -> UserError:
 
 
 def _unknown_key(key: str) -> UserError:
+    rule, remedy = _no_such_setting(key, "See conf/config.yaml and the other files in conf/.")
+    return UserError(setting=key, value="(unknown)", rule=rule, remedy=remedy)
+
+
+def _no_such_setting(key: str, advice: str) -> tuple[str, str]:
+    """Returns the rule and the remedy for an unknown setting, or one that only other expansion methods have."""
     if methods := _methods_with(key):
-        rule, remedy = _of_other_methods(key, methods)
-        return UserError(setting=key, value="(unknown)", rule=rule, remedy=remedy)
-    return UserError(
-        setting=key,
-        value="(unknown)",
-        rule="there is no such setting",
-        remedy=did_you_mean(key, known_keys()) + "See conf/config.yaml and the other files in conf/.",
-    )
-
-
-def _of_other_methods(key: str, methods: Sequence[str]) -> tuple[str, str]:
-    """Returns the rule and the remedy for a setting that the chosen expansion method does not have."""
-    rule = f"the chosen method has no such setting, only {', '.join(methods)}"
-    return rule, f"Leave it out, or choose such a method, as with expand={methods[0]}."
+        rule = f"the chosen method has no such setting, only {', '.join(methods)}"
+        return rule, f"Leave it out, or choose such a method, as with expand={methods[0]}."
+    return "there is no such setting", did_you_mean(key, known_keys()) + advice
 
 
 def _within_null(key: str) -> UserError:
@@ -278,10 +273,8 @@ def _fault(detail: ErrorDetails, prefix: str) -> _Fault:
     value = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else "{...}"
     message = detail["msg"].removeprefix("Value error, ")
     kind = detail["type"]
-    if kind == "extra_forbidden" and (methods := _methods_with(path)):
-        return path, value, *_of_other_methods(path, methods)
     if kind == "extra_forbidden":
-        return path, value, "there is no such setting", did_you_mean(path, known_keys()) + "Check its spelling."
+        return path, value, *_no_such_setting(path, "Check its spelling.")
     if kind == "missing":
         return path, "(not given)", "it must be set", f"Add {path}=... to the command or the experiment."
     remedy = detail.get("ctx", {}).get("remedy", f"Set {path}=... accordingly.")
