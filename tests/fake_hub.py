@@ -1,4 +1,4 @@
-"""A local Hugging Face Hub with one model: the part of the protocol that is needed to find and download the model."""
+"""A local Hugging Face Hub: the part of the protocol that finds and downloads one model, and that finds datasets."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class FakeHub:
         requests: the paths of all requests.
         reports_elements: whether the Hub reports the number of weights by dtype, as it does for most models.
         refusal: an error code of the Hub, such as ``GatedRepo``, that answers every request.
+        datasets: the files of every dataset, by its ID.
+        gated: the datasets that this user may not read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,6 +37,8 @@ class FakeHub:
         self.requests: list[str] = []
         self.reports_elements = True
         self.refusal: str | None = None
+        self.datasets: dict[str, list[str]] = {}
+        self.gated: set[str] = set()
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Returns status, headers and body."""
@@ -42,6 +46,8 @@ class FakeHub:
         path = path.partition("?")[0]
         if self.refusal is not None:
             return 403 if self.refusal == "GatedRepo" else 404, {"X-Error-Code": self.refusal}, b""
+        if path.startswith("/api/datasets/"):
+            return self._describe_dataset(path.removeprefix("/api/datasets/"))
         if path in (
             f"/api/models/{REPO}",
             f"/api/models/{REPO}/revision/main",
@@ -60,6 +66,15 @@ class FakeHub:
             "RevisionNotFound" if "/revision/" in path else "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
         )
         return 404, {"X-Error-Code": code}, b""
+
+    def _describe_dataset(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        repo = path.removesuffix("/auth-check").partition("/revision/")[0]
+        if repo not in self.datasets:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if repo in self.gated and path.endswith("/auth-check"):
+            return 403, {"X-Error-Code": "GatedRepo"}, b""
+        siblings = [{"rfilename": name} for name in self.datasets[repo]]
+        return _json({"id": repo, "sha": COMMIT, "gated": repo in self.gated and "auto", "siblings": siblings})
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.directory.iterdir() if path.is_file())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from pipeline.config import Source
@@ -31,8 +32,6 @@ def dataset_commit(source: Source, setting: str) -> str:
     Raises:
         UserError: offline mode is set, the Hub does not answer in time, or it has no such dataset or revision.
     """
-    from huggingface_hub import HfApi, errors
-
     repo = str(source.path)
     if not is_repo_id(repo):
         rule = "kind is hub, and this is not a dataset name (NAME or ORGANIZATION/NAME)"
@@ -40,23 +39,47 @@ def dataset_commit(source: Source, setting: str) -> str:
     if is_offline():
         rule = "it is streamed from the Hub, which an environment variable (such as HF_HUB_OFFLINE) forbids"
         raise _refuse(setting, repo, rule, DOWNLOAD_INSTEAD)
+    return find_dataset(repo, source.revision, partial(_refuse, setting, repo), DOWNLOAD_INSTEAD)
+
+
+def find_dataset(repo: str, revision: str | None, refuse: Callable[[str, str], UserError], offline_remedy: str) -> str:
+    """Returns the commit of a dataset that can be read.
+
+    Args:
+        repo: ``NAME`` or ``ORGANIZATION/NAME``.
+        revision: a branch, tag or commit. None for the main branch.
+        refuse: makes an error of a rule, whose subject is the dataset, and a remedy.
+        offline_remedy: the remedy if the Hub cannot be reached.
+
+    Raises:
+        UserError: the Hub does not answer in time, it has no such dataset or revision, access to it has not been
+            granted, or it is a loading script.
+    """
+    from huggingface_hub import HfApi, errors
 
     def ask() -> Any:
-        return HfApi().dataset_info(repo, revision=source.revision, timeout=TIMEOUT_SECONDS)
+        info = HfApi().dataset_info(repo, revision=revision, timeout=TIMEOUT_SECONDS)
+        if info.gated:  # anyone may read the description of a gated dataset
+            HfApi().auth_check(repo, repo_type="dataset")
+        return info
 
     try:
-        return str(with_timeout(ask).sha)
+        info = with_timeout(ask)
     except errors.GatedRepoError as error:
         remedy = f"Accept its terms at https://huggingface.co/datasets/{repo}, then run: hf auth login"
-        raise _refuse(setting, repo, "access to it must be requested from its authors", remedy) from error
+        raise refuse("access to it must be requested from its authors", remedy) from error
     except errors.RepositoryNotFoundError as error:
         remedy = "Check the spelling. For a private dataset, run: hf auth login"
-        raise _refuse(setting, repo, "the Hub has no such dataset", remedy) from error
+        raise refuse("the Hub has no such dataset", remedy) from error
     except errors.RevisionNotFoundError as error:
-        remedy = "Set revision to an existing branch, tag or commit."
-        raise _refuse(setting, repo, f"it has no revision {source.revision}", remedy) from error
+        raise refuse(f"it has no revision {revision}", "Set revision to an existing branch, tag or commit.") from error
     except (errors.HTTPError, TimeoutError) as error:
-        raise _refuse(setting, repo, f"the Hugging Face Hub cannot be reached ({error})", DOWNLOAD_INSTEAD) from error
+        raise refuse(f"the Hugging Face Hub cannot be reached ({error})", offline_remedy) from error
+    script = f"{repo.rpartition('/')[2]}.py"
+    if any(file.rfilename == script for file in info.siblings or ()):
+        rule = f"it is a loading script ({script}), which the datasets library no longer supports"
+        raise refuse(rule, "Use a copy in a file format such as Parquet, or leave it out.")
+    return str(info.sha)
 
 
 def check_reachable(setting: str, value: str, remedy: str) -> None:

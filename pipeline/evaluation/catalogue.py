@@ -1,36 +1,30 @@
-"""Checks which tasks exist and whether the requested ones can be scored. Imports neither torch nor lm-eval.
-
-lm-eval's own task index takes 13 seconds and imports torch. Task names are therefore read from its YAML files with a
-regular expression, and only when a name is not bundled, not the user's own and not part of a paper's suite.
-"""
+"""Checks which tasks exist and whether the requested ones can be scored. Imports neither torch nor lm-eval."""
 
 from __future__ import annotations
 
 import difflib
-import re
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from pipeline.artifacts.fingerprints import Fingerprints
 from pipeline.config import Evaluate
-from pipeline.data.hub_datasets import check_reachable, is_offline
+from pipeline.data.hub_datasets import check_reachable, find_dataset, is_offline
 from pipeline.errors import UserError
-from pipeline.evaluation.custom_tasks import CustomTasks
+from pipeline.evaluation.custom_tasks import CustomTasks, HubDataset
+from pipeline.evaluation.installed_tasks import installed_datasets, installed_files
+from pipeline.models.hub import PARALLEL_REQUESTS
 
 HELD_OUT_TEXT = "held_out_text"
 BUNDLED = (HELD_OUT_TEXT, "python_docs_mcq", "minimal_pairs")
 
-# The tasks that conf/evaluate/ names, so that a paper's suite is accepted without reading thousands of files.
+# The tasks that conf/evaluate/ names. Their numbers of few-shot examples may stay when evaluate.tasks changes.
 SUITE_TASKS = frozenset(
     "piqa winogrande arc_easy wikitext mmlu commonsense_qa boolq arc_challenge hellaswag truthfulqa_mc2 gsm8k "
     "openbookqa social_iqa race sciq lambada_openai".split()
 )
 # Tasks that have no few-shot examples, of the bundled ones and the suites. A number for them would have no effect.
 ZERO_SHOT = frozenset({*BUNDLED, "truthfulqa_mc2"})
-# The best-known tasks whose dataset is a loading script (lm-eval issue 3171). Others are refused when they are loaded.
-SCRIPTED = frozenset({"logiqa", "logiqa2", "logieval", "arithmetic", "mc_taco", "prost", "pubmedqa"})
-NAME_LINE = re.compile(r"^[\"']?(?:task|group|tag)[\"']?\s*:\s*[\"']?([\w.+-]+)[\"']?\s*$", re.MULTILINE)
 
 PREFETCH = (
     "Go online; or fetch them once on a machine with a network (there, with 'stages=[evaluate]' "
@@ -44,7 +38,7 @@ def validate_evaluation(evaluate: Evaluate) -> None:
 
     Raises:
         UserError: a task is unknown, a custom task file is invalid, a number of few-shot examples would have no effect,
-            or the Hub cannot be reached.
+            the Hub cannot be reached, or a dataset cannot be read there or, offline, is not in the cache.
     """
     if not evaluate.tasks:
         raise UserError(
@@ -57,8 +51,8 @@ def validate_evaluation(evaluate: Evaluate) -> None:
     _check_collisions(custom)
     downloaded = [task for task in evaluate.tasks if _needs_hub(task, custom)]
     _check_fewshot(evaluate, custom)
-    if downloaded and not is_offline():  # offline, data in the cache are used
-        check_reachable("evaluate.tasks", ", ".join(downloaded), PREFETCH)
+    if downloaded:
+        _check_datasets(downloaded, custom)
 
 
 def fingerprint_tasks(evaluate: Evaluate, fingerprints: Fingerprints) -> dict[str, str]:
@@ -126,16 +120,10 @@ def _needs_hub(task: str, custom: CustomTasks) -> bool:
 
 
 def _check_name(task: str, custom: CustomTasks) -> None:
-    if task in SCRIPTED:
-        raise UserError(
-            setting="evaluate.tasks",
-            value=task,
-            rule="its dataset is a loading script, which the datasets library no longer supports",
-            remedy="Leave it out.",
-        )
-    if task in BUNDLED or task in SUITE_TASKS or task in installed_names():
+    names = {*BUNDLED, *installed_files()}
+    if task in names:
         return
-    near = difflib.get_close_matches(task, sorted({*BUNDLED, *SUITE_TASKS, *custom.names, *installed_names()}), n=3)
+    near = difflib.get_close_matches(task, sorted({*names, *custom.names}), n=3)
     where = ", nor in evaluate.include_path" if custom.directories else ""
     raise UserError(
         setting="evaluate.tasks",
@@ -145,10 +133,44 @@ def _check_name(task: str, custom: CustomTasks) -> None:
     )
 
 
-@cache
-def installed_names() -> frozenset[str]:
-    """Names of tasks, groups and tags in the installed lm-eval's YAML files."""
-    package = find_spec("lm_eval")
-    assert package is not None and package.origin is not None, "lm-eval is a dependency"
-    files = (Path(package.origin).parent / "tasks").rglob("*.y*ml")
-    return frozenset(name for file in files for name in NAME_LINE.findall(file.read_text(encoding="utf-8")))
+def _check_datasets(tasks: Sequence[str], custom: CustomTasks) -> None:
+    """Checks that the datasets of tasks can be read from the Hub or, offline, from the cache."""
+    offline = is_offline()
+    if not offline:
+        check_reachable("evaluate.tasks", ", ".join(tasks), PREFETCH)
+    first_reader: dict[HubDataset, str] = {}
+    for task in tasks:
+        for dataset in sorted(_datasets(task, custom), key=str):
+            read = (
+                dataset if offline else HubDataset(dataset.repo, None)
+            )  # the Hub is asked once for all configurations
+            first_reader.setdefault(read, task)
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        list(pool.map(_check_cached if offline else _check_on_hub, first_reader, first_reader.values()))
+
+
+def _datasets(task: str, custom: CustomTasks) -> set[HubDataset]:
+    if task not in custom.names:
+        return installed_datasets(task)
+    return custom.hub_datasets(task).union(*(installed_datasets(name) for name in custom.outside_names(task)))
+
+
+def _check_on_hub(dataset: HubDataset, task: str) -> None:
+    find_dataset(dataset.repo, None, partial(_refuse, dataset, task), PREFETCH)
+
+
+def _check_cached(dataset: HubDataset, task: str) -> None:
+    from datasets import load_dataset_builder
+    from datasets.utils import logging
+
+    logging.set_verbosity_error()  # that a dataset comes from the cache is what is asked for here
+    try:
+        load_dataset_builder(dataset.repo, dataset.config)
+    except (OSError, ValueError) as error:  # ConnectionError is an OSError
+        which = "it" if dataset.config is None else f"its configuration {dataset.config}"
+        rule = f"{which} is not in the cache, and an environment variable (such as HF_HUB_OFFLINE) forbids downloads"
+        raise _refuse(dataset, task, rule, PREFETCH) from error
+
+
+def _refuse(dataset: HubDataset, task: str, rule: str, remedy: str) -> UserError:
+    return UserError(setting="evaluate.tasks", value=f"{task}, which reads {dataset.repo}", rule=rule, remedy=remedy)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -39,6 +39,13 @@ class FunctionReference:
     def module_file(self) -> Path:
         """The module as a file beside the YAML, which lm-eval prefers to an installed module."""
         return self.directory / f"{self.name.rpartition('.')[0].replace('.', '/')}.py"
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the Hub, and the name of its configuration if the task gives one."""
+
+    repo: str
+    config: str | None
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,9 @@ class CustomTasks:
         """
         return fingerprints.of_files(path for file in self.files_of(name) for path in _dependencies(file))
 
-    def hub_datasets(self, name: str) -> list[str]:
+    def hub_datasets(self, name: str) -> set[HubDataset]:
         """Returns the datasets on the Hub that a task, or a group's tasks, read."""
-        return sorted({dataset for file in self.files_of(name) for dataset in _hub_datasets(file.config)})
+        return {dataset for file in self.files_of(name) for dataset in hub_datasets(file.config)}
 
     def _read_directory(self, directory: Path) -> None:
         if not directory.is_dir():
@@ -123,7 +130,7 @@ class CustomTasks:
                 rule="there is no such directory",
                 remedy="Set evaluate.include_path to a directory with lm-eval task YAML files.",
             )
-        found = [file for path in _yaml_files(directory) if (file := read_task_file(path)) is not None]
+        found = [file for path in yaml_files(directory) if (file := read_task_file(path)) is not None]
         if not found:
             raise UserError(
                 setting=SETTING,
@@ -151,7 +158,7 @@ class CustomTasks:
             return
         if name in self._files:
             found[name] = self._files[name]
-            for member in _member_names(self._files[name].config):
+            for member in member_names(self._files[name].config):
                 self._collect(member, found, outside)
         elif name in self._tags:
             for task in self._tags[name]:
@@ -179,7 +186,7 @@ def read_task_file(path: Path) -> TaskFile | None:
     return TaskFile(name, path, resolve_data_paths(config, path.parent), tuple(files))
 
 
-def _yaml_files(directory: Path) -> list[Path]:
+def yaml_files(directory: Path) -> list[Path]:
     """Returns the files in which lm-eval looks for tasks: ``*.yaml`` at any depth."""
     return sorted(path for path in directory.rglob("*.yaml") if not IGNORED_DIRECTORIES & {*path.parts})
 
@@ -235,14 +242,14 @@ def _bad_yaml(path: Path, rule: str) -> UserError:
     return UserError(setting=SETTING, value=path, rule=rule, remedy="Correct the file, or move it elsewhere.")
 
 
-def _member_names(config: Mapping[str, Any]) -> Iterator[str]:
+def member_names(config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the names in a group's list of tasks. Tasks that the group defines inline are part of its own config."""
     members = config.get("task") if "group" in config else None
     for member in members if isinstance(members, list) else []:
         if isinstance(member, str):
             yield member
         elif isinstance(member, dict) and isinstance(member.get("task"), list):
-            yield from _member_names(member)
+            yield from member_names(member)
         elif isinstance(member, dict) and not {"dataset_path", "custom_dataset"} & member.keys():
             yield str(member.get("group", member.get("task")))
 
@@ -363,11 +370,12 @@ def _local_paths(config: Any) -> Iterator[str]:
                 yield from (text for text in texts if "://" not in text)
 
 
-def _hub_datasets(config: Any) -> Iterator[str]:
+def hub_datasets(config: Any) -> Iterator[HubDataset]:
+    """Yields the datasets on the Hub that a config whose paths are absolute names."""
     for node in _mappings(config):
-        path = node.get("dataset_path")
+        path, name = node.get("dataset_path"), node.get("dataset_name")
         if isinstance(path, str) and path not in FILE_BUILDERS and not Path(path).is_absolute():
-            yield path
+            yield HubDataset(path, name if isinstance(name, str) else None)
 
 
 def _dependencies(file: TaskFile) -> list[Path]:

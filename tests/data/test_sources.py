@@ -28,6 +28,7 @@ from pipeline.data.sources import (
     pin_sources,
 )
 from pipeline.errors import UserError
+from tests.fake_hub import serve
 
 
 def _source(path: object, **changes: Any) -> Source:
@@ -382,6 +383,13 @@ def test_an_unreachable_hub_is_refused_at_once(offline: bool, monkeypatch: pytes
     message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus", LIMIT))
     assert time.monotonic() - started < 10.0
     assert message.startswith("data.corpus.path = org/data") and "kind: files" in message
+
+
+def test_a_gated_dataset_is_refused_with_where_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path, tmp_path / "cache", monkeypatch) as hub:
+        hub.datasets, hub.gated = {"org/data": ["train.parquet"]}, {"org/data"}
+        message = _refusal(lambda: check_sources([_source("org/data", kind="hub", split="train")], "corpus", LIMIT))
+    assert "requested from its authors" in message and "https://huggingface.co/datasets/org/data" in message
 
 
 def test_a_hub_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

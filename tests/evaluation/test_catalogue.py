@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import yaml
 
 from pipeline.config import Evaluate
 from pipeline.errors import UserError
-from pipeline.evaluation.catalogue import BUNDLED, SUITE_TASKS, installed_names, validate_evaluation
+from pipeline.evaluation.catalogue import BUNDLED, SUITE_TASKS, validate_evaluation
+from pipeline.evaluation.installed_tasks import installed_datasets, installed_files
 from tests.evaluation.custom_tasks import write_custom_tasks
+from tests.fake_hub import FakeHub, serve
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,11 +68,6 @@ def test_an_unknown_task_is_refused_with_a_suggestion(wrong: str, right: str) ->
         validate_evaluation(_evaluate("minimal_pairs", wrong))
 
 
-def test_a_task_whose_dataset_is_a_loading_script_is_refused() -> None:
-    with pytest.raises(UserError, match=r"logiqa: its dataset is a loading script.*Leave it out"):
-        validate_evaluation(_evaluate("minimal_pairs", "logiqa"))
-
-
 @pytest.mark.parametrize(
     ("asked", "refused", "remedy"),
     [
@@ -114,17 +112,87 @@ def test_tasks_with_hub_data_are_refused_within_seconds_if_the_hub_is_unreachabl
     assert "HF_HUB_OFFLINE" in caught.value.remedy
 
 
-def test_in_offline_mode_cached_data_may_be_used(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serve(tmp_path, tmp_path / "cache", monkeypatch) as hub:
+        yield hub
+
+
+def test_datasets_that_the_hub_provides_are_accepted(hub: FakeHub) -> None:
+    hub.datasets = {"cais/mmlu": ["test.parquet"], "allenai/ai2_arc": ["test.parquet"]}
+    validate_evaluation(_evaluate("mmlu", "arc_easy", "minimal_pairs"))
+    assert len([path for path in hub.requests if path.startswith("/api/datasets/cais/mmlu")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("repo", "files", "refused", "remedy"),
+    [
+        ("Idavidrein/gpqa", ["gpqa.csv"], "access to it must be requested", "datasets/Idavidrein/gpqa"),
+        ("baber/piqa", ["README.md", "piqa.py"], r"it is a loading script \(piqa.py\)", "leave it out"),
+        ("tau/commonsense_qa", None, "the Hub has no such dataset", "hf auth login"),
+    ],
+)
+def test_datasets_that_cannot_be_read_are_refused(
+    repo: str, files: list[str] | None, refused: str, remedy: str, hub: FakeHub
+) -> None:
+    tasks = {"Idavidrein/gpqa": "gpqa_main_zeroshot", "baber/piqa": "piqa", "tau/commonsense_qa": "commonsense_qa"}
+    hub.datasets = {"allenai/ai2_arc": ["test.parquet"]} | ({repo: files} if files else {})
+    hub.gated = {"Idavidrein/gpqa"}
+    with pytest.raises(UserError, match=f"{tasks[repo]}, which reads {repo}: {refused}") as caught:
+        validate_evaluation(_evaluate("arc_easy", tasks[repo]))
+    assert remedy in caught.value.remedy
+
+
+def test_datasets_of_a_users_own_group_are_checked(tmp_path: Path, hub: FakeHub) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "group.yaml").write_text("group: reading\ntask: [race, mine]\n")
+    (tmp_path / "own" / "mine.yaml").write_text("task: mine\ndataset_path: me/data\noutput_type: loglikelihood\n")
+    hub.datasets = {"EleutherAI/race": ["test.parquet"]}
+    with pytest.raises(UserError, match="reading, which reads me/data: the Hub has no such dataset"):
+        validate_evaluation(_evaluate("reading", include_path=str(tmp_path / "own")))
+
+
+def test_offline_every_configuration_must_be_in_the_cache(
+    tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="piqa, which reads baber/piqa: it is not in the cache") as caught:
+        validate_evaluation(_evaluate("piqa"))
+    assert "evaluate.targets=[load]" in caught.value.remedy
+
+    cached = tmp_path / "allenai___ai2_arc" / "ARC-Easy" / "0.0.0" / "0123456789abcdef"
+    cached.mkdir(parents=True)
+    datasets.DatasetInfo(config_name="ARC-Easy").write_to_directory(str(cached))
     validate_evaluation(_evaluate("arc_easy"))
+    with pytest.raises(UserError, match="its configuration ARC-Challenge is not in the cache"):
+        validate_evaluation(_evaluate("ai2_arc"))
 
 
 def test_the_suites_in_conf_name_tasks_that_lm_eval_knows() -> None:
-    assert installed_names() >= SUITE_TASKS
+    assert installed_files().keys() >= SUITE_TASKS
     for file in (REPOSITORY / "conf" / "evaluate").glob("*.yaml"):
         tasks = yaml.safe_load(file.read_text()).get("tasks", [])
         assert set(tasks) <= SUITE_TASKS | set(BUNDLED), file.name
 
 
-def test_groups_and_their_tasks_are_known() -> None:
-    assert {"mmlu_anatomy", "mmlu", "hellaswag"} <= installed_names()
+@pytest.mark.parametrize("directory", ["arc", "acpbench", "anli", "AraDiCE", "glue", "mmlu", "scrolls", "tmmluplus"])
+def test_tasks_groups_and_tags_are_those_of_lm_eval(directory: str) -> None:
+    import lm_eval.tasks
+
+    path = Path(lm_eval.tasks.__file__).parent / directory
+    known = {name for name, files in installed_files().items() if any(file.is_relative_to(path) for file in files)}
+    assert known == {*lm_eval.tasks.TaskManager(include_path=str(path), include_defaults=False).all_tasks}
+
+
+def test_datasets_of_groups_and_tags_are_those_of_their_tasks() -> None:
+    assert {(found.repo, found.config) for found in installed_datasets("ai2_arc")} == {
+        ("allenai/ai2_arc", "ARC-Easy"),
+        ("allenai/ai2_arc", "ARC-Challenge"),
+    }
+    subjects = installed_datasets("mmlu")
+    assert len(subjects) == 57
+    assert {found.repo for found in subjects} == {"cais/mmlu"}
