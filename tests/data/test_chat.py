@@ -91,6 +91,22 @@ def test_other_templates_are_masked_correctly(template: str, bos_tokenizer: Text
     assert answers == ["It makes a string.\n\nAlways.<|im_end|>", "It is size – 😀.<|im_end|>"]
 
 
+def test_the_plain_template_writes_only_the_assistants_messages_as_responses(tokenizer: TextTokenizer) -> None:
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "How warm is it?"},
+        {"role": "assistant", "content": "I will look."},
+        {"role": "tool", "content": "21 C"},
+        {"role": "assistant", "content": "21 degrees."},
+    ]
+    example = _tokenize(tokenizer, PLAIN_TEMPLATE, turns)
+    assert tokenizer.inner.decode(example.input_ids) == (
+        "Be brief.\n\n### Instruction:\nHow warm is it?\n\n### Response:\nI will look.<|im_end|>\n\n"
+        "### Tool result:\n21 C\n\n### Response:\n21 degrees.<|im_end|>\n\n"
+    )
+    assert _targets(tokenizer, example) == ["I will look.<|im_end|>", "21 degrees.<|im_end|>"]
+
+
 @pytest.mark.parametrize("template", ["own", "plain", LLAMA_3])
 def test_the_ids_equal_those_of_apply_chat_template(template: str, tokenizer: TextTokenizer) -> None:
     text = {"own": chat_template(tokenizer, "model"), "plain": PLAIN_TEMPLATE}.get(template, LLAMA_3)
