@@ -273,7 +273,7 @@ def _compose(overrides: list[str], suffix: str, folders: list[Path]) -> Settings
         except (HydraException, OmegaConfBaseException, YAMLError, Stopped):
             raise
         except ValueError as error:  # from OmegaConf's int() of a list index
-            raise not_a_number(overrides) from error
+            raise not_a_number(overrides, folders) from error
         except Exception as error:  # Hydra asserts what it expects of an override
             raise explain_hydra(error, overrides, folders) from error
     for key in sorted(OmegaConf.missing_keys(composed)):

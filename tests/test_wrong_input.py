@@ -301,6 +301,22 @@ def test_an_error_in_one_of_several_data_sources_names_it(
     assert "numbered from 0" in _refused(capsys, *both, f"data.corpus.path={tiny_corpus}")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("expand=[1,2]", "expand = [1,2]\n  there is no such method; choose from"),
+        ("model=null", "model = null\n  there is no such model; choose from"),
+        ("pretrain=3", "pretrain = 3\n  there is no such pretrain; choose from default"),
+        ("pretrain.deepspeed=[1]", "pretrain.deepspeed = [1]\n  it is a section with several settings"),
+        ("evaluate.num_fewshot=[1]", "evaluate.num_fewshot = [1]\n  input should be a valid integer, or input should be"),
+    ],
+)
+def test_a_value_in_place_of_a_section(
+    base: Arguments, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _refused(capsys, *base, override).startswith(message)
+
+
 def test_a_sequence_longer_than_the_context(base: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     message = _refused(capsys, *base, "pretrain.sequence_length=512")
     assert "pretrain.sequence_length = 512" in message and "256" in message

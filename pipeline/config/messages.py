@@ -73,7 +73,7 @@ def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -
         return _list_and_mapping(file[1])
     if "InterpolationKeyError" in type(error).__name__ or "Interpolation key" in text:
         return _unknown_variant(text, overrides)
-    return UserError(
+    return _not_a_section(overrides, folders) or UserError(
         setting="command line",
         value=" ".join(overrides),
         rule=text.splitlines()[0].rstrip("."),
@@ -86,6 +86,20 @@ def _first_message(error: BaseException) -> str:
     while not str(error).strip() and error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip() or type(error).__name__
+
+
+def _not_a_section(overrides: list[str], folders: Iterable[Path]) -> UserError | None:
+    """Returns the error for the first override that gives one value or a list to a group or another section."""
+    folders = list(folders)
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if choices := list_choices(key, folders):
+            if value not in choices:
+                return _unknown_choice(key, value, folders)
+        elif not value.startswith("{") and (inner := [name for name in known_keys() if name.startswith(f"{key}.")]):
+            rule = "it is a section with several settings"
+            return UserError(setting=key, value=value, rule=rule, remedy=f"Set one of them, such as {inner[0]}=...")
+    return None
 
 
 def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:
@@ -150,8 +164,10 @@ def not_given(key: str) -> UserError:
     return UserError(setting=key, value="(not given)", rule="it must be set", remedy=remedy)
 
 
-def not_a_number(overrides: list[str]) -> UserError:
-    """Returns the error for an override that does not name the item of a list by its number."""
+def not_a_number(overrides: list[str], folders: list[Path]) -> UserError:
+    """Returns the error for an override that does not name the item of a list, or the file of a group."""
+    if (error := _not_a_section(overrides, folders)) is not None:
+        return error
     lists = [item for item in overrides if item.startswith(("data.corpus.", "data.instructions."))]
     return UserError(
         setting=lists[0].partition("=")[0] if lists else "command line",
@@ -264,7 +280,7 @@ def _merge(faults: Iterable[_Fault]) -> list[_Fault]:
 
 def _path(location: tuple[int | str, ...]) -> str:
     """Returns the dotted name of a setting without the members of unions that pydantic inserts."""
-    tried = re.compile(r"literal\[|list\[|constrained-|function-")
+    tried = re.compile(r"literal\[|list\[|dict\[|constrained-|function-")
     return ".".join(str(part) for part in location if not tried.match(str(part)))
 
 
