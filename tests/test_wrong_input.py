@@ -308,7 +308,10 @@ def test_an_error_in_one_of_several_data_sources_names_it(
         ("model=null", "model = null\n  there is no such model; choose from"),
         ("pretrain=3", "pretrain = 3\n  there is no such pretrain; choose from default"),
         ("pretrain.deepspeed=[1]", "pretrain.deepspeed = [1]\n  it is a section with several settings"),
-        ("evaluate.num_fewshot=[1]", "evaluate.num_fewshot = [1]\n  input should be a valid integer, or input should be"),
+        (
+            "evaluate.num_fewshot=[1]",
+            "evaluate.num_fewshot = [1]\n  input should be a valid integer, or input should be",
+        ),
     ],
 )
 def test_a_value_in_place_of_a_section(
