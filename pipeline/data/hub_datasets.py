@@ -46,7 +46,6 @@ def find_dataset(repo: str, revision: str | None, refuse: Callable[[str, str], U
     """Returns the commit of a dataset that can be read.
 
     Args:
-        repo: ``NAME`` or ``ORGANIZATION/NAME``.
         revision: a branch, tag or commit. None for the main branch.
         refuse: makes an error of a rule, whose subject is the dataset, and a remedy.
         offline_remedy: the remedy if the Hub cannot be reached.
@@ -56,6 +55,9 @@ def find_dataset(repo: str, revision: str | None, refuse: Callable[[str, str], U
             granted, or it is a loading script.
     """
     from huggingface_hub import HfApi, errors
+
+    if not is_repo_id(repo):
+        raise refuse("it is neither a directory nor a dataset name (NAME or ORGANIZATION/NAME)", "Check the spelling.")
 
     def ask() -> Any:
         info = HfApi().dataset_info(repo, revision=revision, timeout=TIMEOUT_SECONDS)

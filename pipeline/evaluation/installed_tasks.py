@@ -39,15 +39,17 @@ def installed_files() -> Mapping[str, tuple[Path, ...]]:
 def installed_datasets(name: str) -> set[HubDataset]:
     """Returns the datasets on the Hub that a task, or the tasks of a group or tag, read."""
     found: set[HubDataset] = set()
-    names, waiting = {name}, [name]
+    seen: set[str] = set()
+    waiting = [name]
     while waiting:
-        for path in installed_files().get(waiting.pop(), ()):
-            file = read_task_file(path)
-            if file is None:
-                continue
-            found |= {*hub_datasets(file.config)}
-            waiting += [member for member in member_names(file.config) if member not in names]
-            names.update(waiting)
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for path in installed_files().get(current, ()):
+            if (file := read_task_file(path)) is not None:
+                found |= {*hub_datasets(file.config)}
+                waiting += member_names(file.config)
     return found
 
 

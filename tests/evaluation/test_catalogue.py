@@ -150,6 +150,9 @@ def test_datasets_of_a_users_own_group_are_checked(tmp_path: Path, hub: FakeHub)
     hub.datasets = {"EleutherAI/race": ["test.parquet"]}
     with pytest.raises(UserError, match="reading, which reads me/data: the Hub has no such dataset"):
         validate_evaluation(_evaluate("reading", include_path=str(tmp_path / "own")))
+    (tmp_path / "own" / "mine.yaml").write_text("task: mine\ndataset_path: my/own/data\n")
+    with pytest.raises(UserError, match="mine, which reads my/own/data: it is neither a directory nor a dataset name"):
+        validate_evaluation(_evaluate("mine", include_path=str(tmp_path / "own")))
 
 
 def test_offline_every_configuration_must_be_in_the_cache(
