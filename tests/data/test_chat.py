@@ -165,6 +165,19 @@ def test_prompts_of_the_tuned_model_begin_as_its_training_examples(
         assert template_to_save(bos_tokenizer, process) == saved
 
 
+def test_the_plain_template_has_instructions_of_developers_and_no_messages_of_tools(tokenizer: TextTokenizer) -> None:
+    """Any other role was rendered as an answer."""
+    renderer = chat_worker.Renderer(PLAIN_TEMPLATE, tokenizer.special_tokens)
+    told, *rest = TURNS
+    assert told["role"] == "system"
+    assert renderer.render([{**told, "role": "developer"}, *rest]) == renderer.render(TURNS)
+    tokenized, dropped = _chat_tokenizer(tokenizer, PLAIN_TEMPLATE)
+    result = {"role": "tool", "content": "42"}
+    assert tokenized.tokenize(Example([*TURNS[:3], result, TURNS[2]], None)) == []
+    assert dropped == {"rejected_by_template": 1}
+    assert "it has no tool messages" in renderer.turns([*TURNS[:3], result, TURNS[2]])["detail"]
+
+
 def test_a_template_without_end_of_turn_is_refused(tokenizer: TextTokenizer) -> None:
     with pytest.raises(UserError, match="never learn to stop"):
         _tokenize(tokenizer, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
