@@ -50,6 +50,7 @@ def training_faults(
     groups = placement.ranks // (1 if unshared else train.sequence_parallel)
     if train.global_batch % (groups * train.micro_batch):
         yield _indivisible(section, train, groups)
+    yield from _schedule(section, train)
     yield from _offloading(section, train)
     yield from _second_copy(section, train, placement.processes)
     try:
@@ -67,6 +68,17 @@ def training_faults(
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
     yield from _compilation(section, train, placement.device, compiles_here)
     yield from _products(section, train, placement.device)
+
+
+def _schedule(section: str, train: Train) -> Iterator[UserError]:
+    warmup, decay = train.warmup_fraction, train.decay_fraction
+    if train.schedule == "warmup_stable_decay" and round(warmup + decay, 9) > 1.0:
+        yield UserError(
+            setting=f"{section}.decay_fraction",
+            value=decay,
+            rule=f"the decay would begin before the end of the warm-up, which takes {warmup:g} of the steps",
+            remedy=f"Set {section}.decay_fraction={1.0 - warmup:g} or less, or a smaller {section}.warmup_fraction.",
+        )
 
 
 def _offloading(section: str, train: Train) -> Iterator[UserError]:
