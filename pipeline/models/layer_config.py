@@ -82,7 +82,23 @@ def rebuild_config(config: dict[str, Any], sources: Sequence[int]) -> dict[str, 
             rebuilt[name] = sum(source < value for source in sources) + beyond
         elif name in LAST_INDICES and value is not None and value >= 0:
             rebuilt[name] = sum(source <= value for source in sources) - 1
+    rebuilt |= _sparse_layers(config, rebuilt, sources)
     if "attention_types" in config and "attention_layers" in rebuilt:  # GPT-Neo derives one from the other
         rebuilt["attention_types"] = [[[kind], 1] for kind in rebuilt["attention_layers"]]
     rebuilt |= {name: len(sources) for name in DEPTH_NAMES if config.get(name) == old_layers}
     return rebuilt
+
+
+def _sparse_layers(config: dict[str, Any], rebuilt: dict[str, Any], sources: Sequence[int]) -> dict[str, Any]:
+    """Returns the entries of mixtures of Qwen in which every nth layer has experts, if that rule no longer holds.
+
+    All dense layers are then listed, as in configs in which every other layer has experts.
+    """
+    step = config.get("decoder_sparse_step") or 1
+    if step == 1:
+        return {}
+    listed, listed_before = rebuilt.get("mlp_only_layers") or (), config.get("mlp_only_layers") or ()
+    dense = [layer for layer, source in enumerate(sources) if (source + 1) % step or source in listed_before]
+    if dense == [layer for layer in range(len(sources)) if (layer + 1) % step or layer in listed]:
+        return {}
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense}

@@ -24,8 +24,6 @@ OVERRIDES: dict[str, Any] = {
     "communication_data_type": _DTYPES,
     "data_types": {"grad_accum_dtype": _DTYPES},
     "gradient_clipping": float,
-    "gradient_allreduce_op": frozenset({"mean", "sum"}),
-    "disable_allgather": bool,
     "bf16": {"immediate_grad_update": bool, "check_grad_overflow": bool},
     "zero_optimization": {
         **dict.fromkeys((
@@ -80,6 +78,8 @@ DETERMINED = {
     # They keep sums over ranks within the range of float16, and ZeRO 2 and 3 do not support them.
     "prescale_gradients": "deepspeed.reduce_dtype",
     "gradient_predivide_factor": "deepspeed.reduce_dtype",
+    # The loop multiplies losses by the number of ranks, so that the mean of the gradients is their sum.
+    "gradient_allreduce_op": "max_grad_norm or learning_rate",
     "zero_optimization.reduce_bucket_size": "deepspeed.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size": "deepspeed.allgather_bucket_size",
     "zero_optimization.zero_hpz_partition_size": "deepspeed.hpz_partition_size",

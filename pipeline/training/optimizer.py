@@ -117,12 +117,14 @@ def parameter_groups(
         matrices: the names of the parameters that Muon updates.
     """
     groups: dict[tuple[float, float | None, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    roles = roles_of_parameters(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # The dimension alone does not identify biases: gpt_oss stacks those of its experts in a matrix.
-        is_bias = name.endswith("bias")
-        decay = 0.0 if is_bias or len(full_shape(parameter)) < 2 else train.weight_decay
+        # The dimension alone identifies neither biases nor norms: gpt_oss stacks the biases of its experts in a matrix,
+        # and Cohere the scales of all heads.
+        is_bias, is_norm = name.endswith("bias"), name in roles and roles[name].kind == "norm"
+        decay = 0.0 if is_bias or is_norm or len(full_shape(parameter)) < 2 else train.weight_decay
         multiple = multiples.get(name, 1.0)
         groups[decay, None if isinstance(multiple, tuple) else multiple, name in matrices].append(parameter)
     return [

@@ -18,7 +18,8 @@ def total_steps(train: Train, blocks: int) -> int:
     if train.steps is not None:
         return train.steps
     assert train.epochs is not None  # the settings require exactly one of the two
-    return max(1, int(train.epochs * blocks / (train.global_batch * (1.0 - train.corpus_fraction))))
+    steps = train.epochs * blocks / (train.global_batch * (1.0 - train.corpus_fraction))
+    return max(1, int(round(steps, 9)))  # 0.29 * 100 is slightly less than 29
 
 
 def evaluation_steps(train: Train, steps: int) -> dict[int, float]:

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.launch.environment import code_cache_faults, missing_for_compilation
 from pipeline.launch.machine import Machine, place, requested_placement
-from pipeline.models.families import Shape, role_names
+from pipeline.models.families import Shape
 from pipeline.models.families.parameters import Config
 from pipeline.training.deepspeed_config import override_faults
 from pipeline.training.precision import has_float32_units
@@ -50,6 +50,7 @@ def training_faults(
     groups = placement.ranks // (1 if unshared else train.sequence_parallel)
     if train.global_batch % (groups * train.micro_batch):
         yield _indivisible(section, train, groups)
+    yield from _schedule(section, train)
     yield from _offloading(section, train)
     yield from _second_copy(section, train, placement.processes)
     try:
@@ -62,11 +63,21 @@ def training_faults(
         yield from _partial_offload(section, train)
         yield from _quantized_weights(section, train, placement.device)
         yield from _muon(section, train)
-    yield from _unknown_roles(section, train)
     # A plan for GPUs that this machine does not have says nothing about the compilers of the machine that has them.
     compiles_here = not submitted and (placement.device == "cpu" or machine.gpus > 0)
     yield from _compilation(section, train, placement.device, compiles_here)
     yield from _products(section, train, placement.device)
+
+
+def _schedule(section: str, train: Train) -> Iterator[UserError]:
+    warmup, decay = train.warmup_fraction, train.decay_fraction
+    if train.schedule == "warmup_stable_decay" and round(warmup + decay, 9) > 1.0:
+        yield UserError(
+            setting=f"{section}.decay_fraction",
+            value=decay,
+            rule=f"the decay would begin before the end of the warm-up, which takes {warmup:g} of the steps",
+            remedy=f"Set {section}.decay_fraction={1.0 - warmup:g} or less, or a smaller {section}.warmup_fraction.",
+        )
 
 
 def _offloading(section: str, train: Train) -> Iterator[UserError]:
@@ -174,18 +185,6 @@ def _rope_types(config: Config) -> set[Any]:
     entries = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
     entries += [value for entry in entries for value in entry.values() if isinstance(value, dict)]
     return {entry.get("rope_type", entry.get("type")) for entry in entries}
-
-
-def _unknown_roles(section: str, train: Train) -> Iterator[UserError]:
-    known = role_names()
-    unknown = sorted(set(train.role_learning_rates) - known)
-    if unknown:
-        yield UserError(
-            setting=f"{section}.role_learning_rates",
-            value=", ".join(unknown),
-            rule=f"the roles are {', '.join(sorted(known))}",
-            remedy=f"Use one of them, such as '{section}.role_learning_rates={{o: 2.0, down: 2.0}}', with the quotes.",
-        )
 
 
 def _partial_offload(section: str, train: Train) -> Iterator[UserError]:

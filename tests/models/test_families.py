@@ -17,7 +17,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from pipeline.models.families import FAMILIES, LayerTensor, Place, check_stored, family_of, num_experts, shape_of
+from pipeline.models.families import (
+    FAMILIES,
+    Family,
+    LayerTensor,
+    Place,
+    Role,
+    check_stored,
+    family_of,
+    num_experts,
+    shape_of,
+)
+from pipeline.models.families.family import InferredLayers
+from pipeline.models.families.parameters import Parameter
 from tests.tiny_families import LAYERS, TINY_CONFIGS, layer_tensors, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -238,6 +250,19 @@ def test_buffers_of_old_checkpoints_are_derived(family: str, buffer: str, checkp
     assert row.is_derived(buffer)
     assert not any(row.is_derived(name) for name in stored)
     assert layer_tensors(row, [*stored, buffer], config) == layer_tensors(row, stored, config)
+
+
+def test_layers_after_the_last_one_are_left_out_if_transformers_ignores_them() -> None:
+    """Checkpoints of GLM-4.5 and DeepSeek-V3 end with layers that predict further tokens; here the model has two."""
+    up = Parameter(Role("up", "matrix", "mlp", "input"), (4, 4))
+    layers = InferredLayers(
+        kinds=({"mlp.up_proj.weight": up},), kind_of=(0, 0), before={"model.embed_tokens.weight": (8, 4)}, after={},
+        ignored=(r"model\.layers\.2.*",),
+    )  # fmt: skip
+    family = Family({}, inference=layers)
+    expected = {f"model.layers.{layer}.mlp.up_proj.weight": layer == 2 for layer in range(4)}
+    expected |= {"model.layers.2.eh_proj.weight": True, "model.embed_tokens.weight": False}
+    assert {name: family.is_derived(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("look_up", [lambda: family_of("unknown"), lambda: shape_of({"model_type": "unknown"})])

@@ -67,3 +67,14 @@ def test_models_without_a_row_are_expanded_like_those_with_one(
 def test_an_inferred_family_survives_json() -> None:
     family = infer_family(tiny_model("falcon").config.to_dict())
     assert family_from_json(family_to_json(family)) == family
+
+
+def test_scales_in_two_dimensions_belong_to_norms(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """The norms of queries and keys of Cohere have a scale for every head, [heads, head size]."""
+    save_tiny("cohere", tmp_path, tiny_tokenizer, use_qk_norm=True)
+    inferred = infer_family(read_json(tmp_path / "config.json"))
+    for name, heads in (("q_norm", 4), ("k_norm", 2)):
+        ((role, place),) = inferred.parts(f"model.layers.0.self_attn.{name}.weight", {})
+        assert (role.name, role.kind, role.side, role.silent, place) == (name, "norm", "inner", None, None)
+        assert inferred.inference is not None
+        assert inferred.inference.kinds[0][f"self_attn.{name}.weight"].shape == (heads, 4)

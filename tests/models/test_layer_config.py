@@ -115,3 +115,29 @@ def test_the_config_of_the_base_is_not_changed(tiny_llama_dir: Path) -> None:
     assert config == before  # nothing to add in a family without per-layer entries
     rebuild_config(config, (0, 0, 1, 2, 3))
     assert config == before
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("step, dense, sources", [(2, [], SOURCES), (2, [3], (0, 1, 2, 3, 3, 4, 5)), (3, [], SOURCES)])
+def test_any_layer_of_a_mixture_with_dense_layers_can_be_repeated(
+    family: str, step: int, dense: list[int], sources: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Layers of the deeper model have the same modules as those that they come from, in transformers' own model."""
+    sparse = {"decoder_sparse_step": step, "mlp_only_layers": dense}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 12}
+    config = AutoConfig.for_model(family, **{**SMALL, **experts, **sparse})
+    config.save_pretrained(tmp_path)
+    before = explicit_config(tmp_path)
+    write_json(tmp_path / "config.json", rebuild_config(before, sources))
+    with torch.device("meta"):
+        base, deeper = (
+            AutoModelForCausalLM.from_config(each) for each in (config, AutoConfig.from_pretrained(tmp_path))
+        )
+    kinds = [type(layer.mlp) for layer in base.model.layers]
+    assert len(set(kinds)) == 2
+    assert [type(layer.mlp) for layer in deeper.model.layers] == [kinds[source] for source in sources]
+
+
+def test_a_rule_for_sparse_layers_that_still_holds_is_kept() -> None:
+    config = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": []}
+    assert rebuild_config(config, (0, 1, 2, 3, 2, 3)) == {**config, "num_hidden_layers": 6}

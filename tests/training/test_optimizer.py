@@ -51,6 +51,18 @@ def test_biases_are_not_decayed_even_if_experts_stack_them_in_a_matrix(family: s
     assert biases and decaying["weight_decay"] == 0.1 and not biases & names_of(model, decaying)
 
 
+def test_norms_of_heads_are_neither_decayed_nor_updated_by_muon():
+    """The norms of queries and keys of Cohere have two dimensions: a scale for every head."""
+    model, train = tiny_model("cohere", use_qk_norm=True), train_settings(optimizer="muon", weight_decay=0.1)
+    norms = {name for name, _ in model.named_parameters() if "norm" in name}
+    assert {model.get_parameter(name).ndim for name in norms} == {1, 2}
+    matrices = matrices_of("pretrain", model, train, ())
+    assert len(matrices) == 7 * len(model.model.layers) and not norms & matrices.keys()
+    groups = parameter_groups(model, train, {}, matrices)
+    decayed = set().union(*(names_of(model, group) for group in groups if group["weight_decay"]))
+    assert decayed == {*matrices, "model.embed_tokens.weight"}
+
+
 def test_roles_can_have_their_own_learning_rates(model: nn.Module, grown_dir: Path):
     train = train_settings(role_learning_rates={"o": 2.0, "down": 4.0})
     groups = parameter_groups(model, train, learning_rate_multiples("pretrain", model, train, grown_dir))

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -65,6 +66,17 @@ def test_without_warm_up_the_first_step_has_the_peak_rate():
 @pytest.mark.parametrize("epochs, steps", [(1.0, 12), (2.0, 25), (0.5, 6), (0.01, 1)])
 def test_epochs_are_converted_to_full_global_batches(epochs: float, steps: int):
     assert total_steps(train_settings(steps=None, epochs=epochs, global_batch=8), blocks=101) == steps
+
+
+@pytest.mark.parametrize(
+    "epochs, blocks, batch, corpus, steps",
+    [(0.29, 100, 1, 0.0, 29), (1.15, 100, 1, 0.0, 115), (1.0, 30, 10, 0.7, 10), (0.999, 100, 1, 0.0, 99)],
+)
+def test_rounding_takes_no_step_from_an_integer(epochs: float, blocks: int, batch: int, corpus: float, steps: int):
+    """Exact: epochs · blocks / (batch · (1 - corpus)), rounded down."""
+    train = train_settings(steps=None, epochs=epochs, global_batch=batch, corpus_fraction=corpus)
+    exact = Fraction(str(epochs)) * blocks / (batch * (1 - Fraction(str(corpus))))
+    assert total_steps(train, blocks) == math.floor(exact) == steps
 
 
 def test_blocks_of_the_corpus_do_not_count_in_epochs():

@@ -16,11 +16,11 @@ from pipeline.models.families.shapes import (
     shape_of,
     weights_disagree,
 )
-from pipeline.models.families.table import FAMILIES, family_of, role_names
+from pipeline.models.families.table import FAMILIES, family_of
 from pipeline.models.families.tensors import LayerTensor, Place, Role
 
 __all__ = [
     "FAMILIES", "INFERRED", "Family", "Fused", "LayerShape", "LayerTensor", "LinearMap", "Parameter", "Place",
     "Role", "Shape", "check_stored", "expert_share", "family_for", "family_of", "inner_config", "num_experts",
-    "prefix_of", "role_names", "shape_of", "weights_disagree",
+    "prefix_of", "shape_of", "weights_disagree",
 ]  # fmt: skip

@@ -164,7 +164,9 @@ class Family:
     def _is_in_model(self, tensor_name: str) -> bool:
         assert self.inference is not None
         if (split := self.split(tensor_name)) is not None:
-            return self._entry(split[1]) is not None
+            # Layers that predict further tokens (DeepSeek-V3, GLM-4.5) are stored after those of the model, with the
+            # same names.
+            return split[0] < len(self.inference.kind_of) and self._entry(split[1]) is not None
         return self.parameter_of(tensor_name) in {**self.inference.before, **self.inference.after}
 
     @property

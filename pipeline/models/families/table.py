@@ -231,8 +231,3 @@ def family_of(model_type: str | None) -> Family:
             remedy="Add a row for the family to FAMILIES in pipeline/models/families/table.py.",
         )
     return FAMILIES[model_type]
-
-
-def role_names() -> set[str]:
-    """The names of all roles that a tensor of any family can have."""
-    return {role.name for family in FAMILIES.values() for role in family.roles.values()}

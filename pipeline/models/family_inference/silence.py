@@ -33,9 +33,12 @@ class Silence:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a norm: it is called one, and its own parameters have one dimension."""
-    own = list(module.parameters(recurse=False))
-    return "norm" in type(module).__name__.lower() and bool(own) and all(tensor.dim() == 1 for tensor in own)
+    """Returns whether a module is a norm: it is called one, and its own parameters have one dimension.
+
+    They may have two if the name ends in "norm": Cohere has a scale for every head, [heads, head size].
+    """
+    own, name = list(module.parameters(recurse=False)), type(module).__name__.lower()
+    return "norm" in name and bool(own) and (name.endswith("norm") or all(tensor.dim() == 1 for tensor in own))
 
 
 def norm_offset(step: Step) -> float:
