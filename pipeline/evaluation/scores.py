@@ -1,8 +1,9 @@
 """Scores with standard errors from lm-eval's results, and what each document contributes to them.
 
-lm-eval gives no standard errors for perplexities that weight documents by their length. They are computed here from the
-values per document (samples), which are also kept, so that a report can take errors over pairs of documents. Nothing
-beyond the standard library is needed.
+lm-eval gives no standard errors for perplexities that weight documents by their length, and for others the bootstrap's,
+which is far larger than the error of the logarithm where that is large. They are computed here from the values per
+document (samples), which are also kept, so that a report can take errors over pairs of documents. Nothing beyond the
+standard library is needed.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _own_stderr(task: str, metric: str, filter_name: str, value: float, results:
     """Returns the standard error where lm-eval has none or assumes independent documents, and None elsewhere."""
     rows = [row for row in results["samples"].get(task, ()) if row["filter"] == filter_name and metric in row]
     clusters = clusters_of(task, rows, results)
-    if not rows or (clusters is None and metric not in LENGTH_WEIGHTED):
+    if not rows or (clusters is None and not _is_rate(metric)):
         return None
     samples = [row[metric] for row in rows]
     if not all(is_sample(metric, _json_value(sample)) for sample in samples):
@@ -169,7 +170,10 @@ def _kept(rows: Sequence[Mapping[str, Any]]) -> Samples:
         documents.setdefault(row["filter"], []).append(row["doc_hash"])
         for metric in row["metrics"]:
             metrics.setdefault(metric_name(metric, row["filter"]), []).append(_json_value(row[metric]))
-    return Samples(documents=sha256_json(next(iter(documents.values()), [])), metrics=metrics)
+    first = next(iter(documents.values()), [])
+    # Values of some of the documents only, which a task may choose by the answers, would be paired with others.
+    complete = {name: values for name, values in metrics.items() if len(values) == len(first)}
+    return Samples(documents=sha256_json(first), metrics=complete)
 
 
 def _json_value(value: Any) -> Any:

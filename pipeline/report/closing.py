@@ -31,6 +31,7 @@ def closing_table(report: Path) -> RichTable:
         (run, task_metric): [scores.get(run, target, task_metric) for target in targets]
         for task_metric in scores.task_metrics()
         for run in runs
+        if targets  # not if only snapshots were scored
     }
     judged = by_chance(verdict for line in lines.values() for verdict in _verdicts(scores, line))
     table = RichTable(

@@ -97,7 +97,7 @@ def suggestions(run: RunArtifacts, scores: Scores) -> list[str]:
     """Returns what to try after a run, judged by its scores on text: sentences with the settings to change."""
     found = []
     pretrained, tuned = (_text_verdicts(scores, run.name, "load", after) for after in ("pretrain", "sft"))
-    if pretrained and Verdict.BETTER not in pretrained:
+    if pretrained and not pretrained & {Verdict.BETTER, Verdict.UNKNOWN}:
         found.append(
             "Pre-training did not improve held-out text: tune `pretrain.learning_rate` (`scripts/study`), or train on "
             "more tokens."
@@ -135,12 +135,19 @@ def final_target(scores: Scores, runs: Sequence[RunArtifacts]) -> str:
     return "pretrain" if "pretrain" in targets else targets[-1] if targets else "load"
 
 
+def is_shared_base(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> bool:
+    """Returns whether a target is the base of all runs, whose scores say nothing about the runs."""
+    return target == "load" and scores.shared_base([run.name for run in runs])
+
+
 def _text_sentence(run: RunArtifacts, target: str, difference: Difference) -> str:
     training = run.training("pretrain")
     trained = "Pre-training" if training is None else f"Pre-training on {count(training['tokens'])} tokens"
     cause = {"expand": "Expansion", "pretrain": trained, "sft": f"{trained} and instruction tuning"}[target]
     task, metric = difference.after["task"], difference.after["metric"]
     before, after = difference.before["value"], difference.after["value"]
+    if difference.verdict is Verdict.SAME:
+        return f"{cause} left {_spoken(metric)} on {escape(task_name(task))} unchanged ({number(metric, before)})."
     verb = "lowered" if after < before else "raised"
     remark = "" if difference.verdict in (Verdict.BETTER, Verdict.WORSE) else f", {difference.verdict}"
     return (
@@ -210,6 +217,8 @@ def _sweep_headline(runs: Sequence[RunArtifacts]) -> str:
 def lead_findings(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> list[str]:
     """Returns one sentence per task: which run has the best value, and which runs are within noise of it."""
     names = labels(runs)
+    if is_shared_base(scores, runs, target):
+        return []
     found = []
     for task, metric in primary_metrics(scores):
         line = [scores.get(run.name, target, (task, metric)) for run in runs]
@@ -250,9 +259,9 @@ def number_of_comparisons(runs: Sequence[RunArtifacts], scores: Scores) -> list[
     rows = _rows_with_a_leader(runs, scores) if len(runs) > 1 else 0
     if rows:
         found.append(
-            "Differences from the best of several methods are judged by Tukey's studentized range, since the best is "
-            f"chosen after looking: in about {expected_by_chance(rows)} of {rows} rows, one or more would be "
-            "significant by chance alone."
+            "Differences from the best of several methods are judged by Tukey's studentized range unless it beats all "
+            f"others, since it is chosen after looking: in about {expected_by_chance(rows)} of {rows} rows, one or "
+            "more would be significant by chance alone."
         )
     return found
 

@@ -9,6 +9,7 @@ _SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_m
 _LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss"})
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 _RATIO_SCALE = frozenset({"perplexity", "word_perplexity", "byte_perplexity"})  # exponentials of what is averaged
+LARGE = 1e6  # numbers from here on have an exponent
 TARGET_NAMES = {"load": "base", "expand": "expanded", "pretrain": "pre-trained", "sft": "tuned"}
 TASK_NAMES = {
     "held_out_text": "held-out corpus text",
@@ -92,16 +93,22 @@ def interval(metric: str, value: float, stderr: float | None, factor: float = 1.
 def with_error(metric: str, value: float, stderr: float | None) -> str:
     """Formats a value and one standard error: ``81.2 ± 1.1 %``, ``0.902 ± 0.012``; ``26.6 +1.5 −1.4`` for perplexities.
 
-    Errors have two leading digits.
+    Errors have two leading digits. Large numbers have an exponent: ``3.000e+10 +2.1e+08 −2.0e+08``.
     """
     if stderr is None:
         return number(metric, value)
     if is_share(metric):
         return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
     decimals = max(0, 1 - math.floor(math.log10(stderr))) if stderr > 0 else 2
-    below, above = (f"{error:,.{decimals}f}" for error in interval(metric, value, stderr))
+    form, form_of_errors = _forms(max(abs(value), stderr), decimals)
+    below, above = (format(error, form_of_errors) for error in interval(metric, value, stderr))
     error = f"± {above}" if below == above else f"+{above} −{below}"
-    return f"{value:,.{decimals}f} {error}"
+    return f"{value:{form}} {error}"
+
+
+def _forms(largest: float, decimals: int) -> tuple[str, str]:
+    """Returns how to format a value and its errors, the largest of which is given."""
+    return (".3e", ".1e") if largest >= LARGE else (f",.{decimals}f",) * 2
 
 
 def signed(metric: str, value: float, stderr: float | None) -> str:
@@ -121,17 +128,18 @@ def relative_change(log_ratio: float, stderr: float | None) -> str:
     """Formats the logarithm of a ratio and one standard error: ``−12.3 +0.9 −0.8 %``, or ``−12.3 %`` without error."""
     value = 100 * math.expm1(log_ratio)
     if stderr is None:
-        return f"{value:+.1f} %".replace("-", "−")
+        return f"{value:+{_forms(value, 1)[0]}} %".replace("-", "−")
     below, above = (abs(100 * math.expm1(log_ratio + error) - value) for error in (-stderr, stderr))
     decimals = max(1, 1 - math.floor(math.log10(above))) if above > 0 else 1
-    errors = (f"{above:,.{decimals}f}", f"{below:,.{decimals}f}")
+    form, form_of_errors = _forms(max(value, above), decimals)
+    errors = [format(error, form_of_errors) for error in (above, below)]
     text = f"± {errors[0]}" if errors[0] == errors[1] else f"+{errors[0]} -{errors[1]}"
-    return f"{value:+,.{decimals}f} {text} %".replace("-", "−")
+    return f"{value:+{form}} {text} %".replace("-", "−")
 
 
 def significant(value: float) -> str:
     """Formats four significant digits, without an exponent below a million."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.4g}".removesuffix(".")
+    return f"{value:,.0f}" if 1000 <= abs(value) < LARGE else f"{value:#.4g}".removesuffix(".")
 
 
 def duration(seconds: float) -> str:

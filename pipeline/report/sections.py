@@ -11,7 +11,13 @@ from pipeline.errors import printable
 from pipeline.files import read_json
 from pipeline.report import findings, tables
 from pipeline.report.curves import SameBlocks, comparable_curves
-from pipeline.report.findings import final_target, lead_findings, loss_change, number_of_comparisons
+from pipeline.report.findings import (
+    final_target,
+    is_shared_base,
+    lead_findings,
+    loss_change,
+    number_of_comparisons,
+)
 from pipeline.report.markup import Table, bold, bullets, code, code_span, escape, image, table
 from pipeline.report.metrics import TARGET_NAMES, duration, number, target_name
 from pipeline.report.runs import RunArtifacts, labels, layouts, roles, seconds_by_stage, title_of
@@ -60,10 +66,11 @@ def score_tables(runs: Sequence[RunArtifacts], scores: Scores, figures: Mapping[
                 table(tables.method_table(scores, runs, target)),
             ]
     target = final_target(scores, runs)
-    blocks += [
-        f"### Difference from the best value: {TARGET_NAMES[target]}",
-        table(tables.lead_table(scores, runs, target)),
-    ]
+    if not is_shared_base(scores, runs, target):
+        blocks += [
+            f"### Difference from the best value: {TARGET_NAMES[target]}",
+            table(tables.lead_table(scores, runs, target)),
+        ]
     for run in runs:
         blocks += [f"### By target: {escape(labels(runs)[run.name])}", table(tables.score_table(scores, run.name))]
     return blocks

@@ -107,7 +107,8 @@ def difference_table(scores: Scores, run: str) -> Table:
 def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Table:
     """Tabulates the difference of every method from the best one. "Within noise" means that it may be due to chance.
 
-    The best one is chosen after looking at all, which ``significance.critical_value`` corrects for.
+    The best one is chosen after looking at all, which ``significance.critical_value`` corrects for. If it beats all
+    others without this correction (see ``Scores.best``), the conclusion includes each of these differences.
     """
     names = labels(runs)
     rows = []
@@ -115,7 +116,7 @@ def lead_table(scores: Scores, runs: Sequence[RunArtifacts], target: str) -> Tab
         line = [scores.get(run.name, target, task_metric) for run in runs]
         first = leader(line)
         if first is not None:
-            contenders = sum(result is not None for result in line)
+            contenders = 2 if scores.best(line) is first else sum(result is not None for result in line)
             cells = [_lead_cell(scores, first, result, contenders) for result in line]
             rows.append([escape(task_metric[0]), escape(task_metric[1]), *cells])
     return Table(["task", "metric", *(escape(names[run.name]) for run in runs)], rows, text_columns=2)

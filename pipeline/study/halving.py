@@ -48,7 +48,7 @@ def tune(grid: Sequence[float], settings: Tune, losses: Losses) -> Tuned:
     for rung in range(len(settings.rungs)):
         while True:
             if missing := [rate for rate in sorted(tried) if (rung, rate) not in losses]:
-                return Tuned([(rung, rate) for rate in missing], best, ladder.rates, at_edge)
+                return Tuned([(rung, rate) for rate in missing], best, ladder.rates, False)
             ranked = sorted(tried, key=lambda rate: (losses[rung, rate], rate))
             neighbors = ladder.neighbors(ranked[0])
             if not (further := [rate for rate in neighbors if rate not in tried]):

@@ -89,17 +89,23 @@ def _rung_trials(progress: StudyProgress, name: str) -> list[list[Trial]]:
 
 
 def _tuning_counts(progress: StudyProgress, name: str) -> tuple[int, ...]:
-    """Returns the runs of every rung. Three rates at least reach each rung: the best one and its neighbors."""
-    study, counts = progress.study, [len(progress.study.rates_of(name))]
+    """Returns the runs of every rung: those made, and until the rate is chosen at least those to expect.
+
+    Three rates at least reach each rung: the best one and its neighbors.
+    """
+    study, pending, counts = progress.study, progress.tuned(name).pending, [len(progress.study.rates_of(name))]
     for _ in study.tune.rungs[1:]:
         counts.append(max(min(3, counts[-1]), math.ceil(study.tune.keep * counts[-1])))
-    return tuple(count * len(study.tune.seeds) for count in counts)
+    expected = [count * len(study.tune.seeds) for count in counts]
+    made = [len(runs) for runs in progress.runs_by_rung(name)]
+    return tuple(map(max, expected, made)) if pending else tuple(made)
 
 
 def _final_counts(progress: StudyProgress, name: str) -> dict[int, int]:
-    study, steps = progress.study, {progress.trials.token_steps[name]}
+    study = progress.study
+    steps = {progress.trials.token_steps[name], *([] if progress.tuned(name).pending else progress.final_steps(name))}
     reference, step = progress.planned_step_flops(study.reference), progress.planned_step_flops(name)
-    if study.equal_flops and reference is not None and step is not None:
+    if study.equal_flops and progress.steps_at(name, "flops") is None and reference is not None and step is not None:
         steps.add(progress.steps_for(reference, step))
     return {each: len(study.seeds) for each in sorted(steps)}
 

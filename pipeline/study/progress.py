@@ -139,6 +139,19 @@ class StudyProgress:
         rungs = range(len(self.study.tune.rungs))
         return [trial for rung in rungs for rate in tuned.rates for trial in self.rung_trials(contender, rung, rate)]
 
+    def runs_by_rung(self, contender: str) -> list[list[Trial]]:
+        """Returns the runs on every rung that are finished or can start now."""
+        tuned = self.tuned(contender)
+        return [
+            [
+                trial
+                for rate in tuned.rates
+                for trial in self.rung_trials(contender, rung, rate)
+                if (rung, rate) in tuned.pending or self.trials.measured(trial) is not None
+            ]
+            for rung in range(len(self.study.tune.rungs))
+        ]
+
     def final_trial(self, contender: str, steps: int, rate: float, seed: int) -> Trial:
         """Returns the final run with one seed."""
         return Trial(contender, rate, steps, seed, final=True)

@@ -89,23 +89,30 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def _headline(progress: StudyProgress, tokens: Comparison) -> str:
-    unfinished = [name for name in progress.study.contenders if name not in tokens.outcomes]
-    missing = f" Not finished yet: {', '.join(map(escape, unfinished))}." if unfinished else ""
-    if not tokens.outcomes:
-        return f"No contender has finished its runs.{missing}"
-    best = tokens.ranked[0]
+    reference, means = progress.study.reference, tokens.means["held_out"]
+    known = [name for name in tokens.ranked if math.isfinite(means[name].value)]
+    without = {
+        "Diverged": [name for name in tokens.ranked if name not in known],
+        "Not finished yet": [name for name in progress.study.contenders if name not in tokens.outcomes],
+    }
+    missing = "".join(f" {why}: {', '.join(map(escape, names))}." for why, names in without.items() if names)
+    if not known:
+        return f"No contender has a loss to compare.{missing}"
+    best = known[0]
     found = tokens.differences["held_out"]
     better = [name for name, each in found.items() if each.counts(LEVEL) and each.mean.value < 0]
     worse = [name for name, each in found.items() if each.counts(LEVEL) and each.mean.value > 0]
-    loss = with_error("loss", tokens.means["held_out"][best].value, tokens.means["held_out"][best].stderr)
-    if not found:
+    loss = with_error("loss", means[best].value, means[best].stderr)
+    if len(known) == 1:
         return (
             f"At equal tokens, {bold(escape(best))} has a held-out loss of {loss}. There is nothing to compare it with "
             f"yet.{missing}"
         )
+    lowest = f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss})."
+    if not found:
+        return f"{lowest} The reference, {escape(reference)}, has no loss to compare it with.{missing}"
     return (
-        f"At equal tokens, {bold(escape(best))} has the lowest held-out loss ({loss}). Compared with "
-        f"{escape(progress.study.reference)}: {len(better)} better, {len(worse)} worse, "
+        f"{lowest} Compared with {escape(reference)}: {len(better)} better, {len(worse)} worse, "
         f"{len(found) - len(better) - len(worse)} not significantly different.{missing}"
     )
 
@@ -225,14 +232,18 @@ def _loss_table(progress: StudyProgress, comparison: Comparison) -> Table:
         outcomes = comparison.outcomes[name]
         run = any_run(outcomes)
         row = [str(numbers[name]), escape(name), f"{progress.tuned(name).rate:g}"]
-        row += [f"{run.trained_parameters / 1e6:.1f}M", f"{run.before['loss']:.3f}" if run.before else "—"]
+        row += ["—" if run.diverged else f"{run.trained_parameters / 1e6:.1f}M"]
+        row += [f"{run.before['loss']:.3f}" if run.before else "—"]
         row += _cells(progress, comparison, "held_out", name)
         if forgetting:
             row += _cells(progress, comparison, "forgetting", name)
             if "forgetting_loss" in base:
                 row.append(_change(comparison.means["forgetting"].get(name), base["forgetting_loss"]))
-        flops = run.flops / run.steps * outcomes[0].steps if run.steps else math.nan
-        row += [f"{outcomes[0].steps:,}", scientific(flops) if run.steps else "—", f"{run.seconds_per_step:.3g}"]
+        steps = outcomes[0].steps
+        cost = ["—", "—"]
+        if not run.diverged:
+            cost = [scientific(run.flops / run.steps * steps), f"{run.seconds_per_step:.3g}"]
+        row += [f"{steps:,}", *cost]
         rows.append(row)
     return Table(columns, rows, text_columns=2)
 

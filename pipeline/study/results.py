@@ -88,8 +88,12 @@ def base_losses(progress: StudyProgress) -> dict[str, float]:
 
 
 def any_run(outcomes: list[SeedOutcome]) -> Measured:
-    """Returns what the first run behind some outcomes measured, for what does not depend on the seed."""
-    return outcomes[0].measured[0][1]
+    """Returns what the first run behind some outcomes measured, for what does not depend on the seed.
+
+    That is the first one that did not diverge, if there is one.
+    """
+    runs = [outcome.measured[0][1] for outcome in outcomes]
+    return next((run for run in runs if not run.diverged), runs[0])
 
 
 # ------------------------------------------------------------------------------------------- JSON

@@ -129,6 +129,24 @@ def test_samples_keep_the_values_per_document_under_the_names_of_scores() -> Non
     assert kept["one"]["documents"] != kept["other"]["documents"]
 
 
+def test_values_of_some_of_the_documents_are_not_kept() -> None:
+    """The documents that have one may differ between models, so that pairs of values would not be of one document."""
+    rows = [{"metrics": ["acc"], "acc": 1.0, "filter": "none", "doc_hash": name} for name in "ab"]
+    rows[0] |= {"metrics": ["acc", "refused"], "refused": 1.0}
+    assert kept_samples({"one": rows}, {"configs": {}})["one"]["metrics"] == {"acc": [1.0, 1.0]}
+
+
+def test_the_error_of_a_perplexity_is_that_of_its_logarithm_times_the_perplexity() -> None:
+    """Resampling ten documents of a damaged model gives perplexities that differ by several orders of magnitude."""
+    numbers = [-2.0, -30.0, -11.0, -25.0, -4.0, -9.0, -17.0, -21.0, -6.0, -14.0]
+    value = math.exp(-np.mean(numbers))
+    results = _results()
+    results["results"]["one"] = {"perplexity,none": value, "perplexity_stderr,none": 30 * value}
+    results["samples"]["one"] = [{"metrics": ["perplexity"], "perplexity": x, "filter": "none"} for x in numbers]
+    (row,) = scores_of("one", results)
+    assert row["stderr"] == pytest.approx(value * np.std(numbers, ddof=1) / math.sqrt(10))
+
+
 def test_the_standard_error_of_a_mean_is_the_sample_deviation_over_the_root_of_n() -> None:
     numbers = [0.0, 1.0, 1.0, 3.0]
     assert standard_error(influences("acc", numbers)) == pytest.approx(np.std(numbers, ddof=1) / 2)

@@ -47,3 +47,11 @@ def test_task_names_are_not_interpreted_as_markup(tmp_path: Path) -> None:
 
 def test_without_scores_the_table_is_empty(tmp_path: Path) -> None:
     assert closing_table(_written(finished_run(tmp_path, stages=["load", "expand"]))).row_count == 0
+
+
+def test_if_only_snapshots_were_scored_the_table_is_empty(tmp_path: Path) -> None:
+    scores = {("quiz", "acc"): (40, 0.1, {"pretrain@50%": 0.5})}
+    stages = ["load", "expand", "evaluate/pretrain-at-50"]
+    report = _written(finished_run(tmp_path, stages=stages, scores=scores))
+    assert "50.0 ± 10.0 %" in (report / "report.md").read_text()
+    assert closing_table(report).row_count == 0

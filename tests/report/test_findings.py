@@ -15,6 +15,7 @@ from pipeline.report.findings import (
     suggestions,
     title,
 )
+from pipeline.report.report import compose
 from pipeline.report.results import collect_results
 from pipeline.report.runs import RunArtifacts, labels
 from pipeline.report.scores import Scores
@@ -94,6 +95,25 @@ def test_a_difference_within_noise_or_without_a_standard_error_is_marked(tmp_pat
     assert "(35.00 → 34.00, within noise)" in _headline(noisy)
     silent = finished_run(tmp_path / "b", scores=_scores_with({}, stderr=None))
     assert "(35.00 → 26.60, no standard error)" in _headline(silent)
+
+
+def test_a_score_that_stays_the_same_is_neither_raised_nor_lowered(tmp_path: Path) -> None:
+    scores = _scores_with({"held_out_text": 35.0})
+    assert "left word perplexity on held-out corpus text unchanged (35.00)." in _headline(
+        finished_run(tmp_path, scores=scores)
+    )
+
+
+def test_without_standard_errors_pre_training_is_not_called_useless(tmp_path: Path) -> None:
+    """The perplexity of a single document fell from 35 to 26.6."""
+    assert "did not improve" not in _next_steps(finished_run(tmp_path, scores=_scores_with({}, stderr=None)))
+
+
+def test_scores_of_the_base_that_all_runs_share_have_no_leader(tmp_path: Path) -> None:
+    stages = ["load", "expand", "evaluate/load"]
+    runs = [finished_run(tmp_path, method, method, stages=stages) for method in ("lesa", "llama_pro")]
+    text = compose(runs, Scores(collect_results(runs)), {})
+    assert "leads" not in text and "has the best" not in text
 
 
 def test_without_scores_the_headline_uses_the_held_out_loss_of_training(tmp_path: Path) -> None:

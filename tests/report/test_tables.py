@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from pipeline.config import MODEL_TARGETS
+from pipeline.files import read_json, write_json
 from pipeline.report import tables
 from pipeline.report.curves import curves
+from pipeline.report.findings import lead_findings
 from pipeline.report.markup import Table
 from pipeline.report.results import collect_results
 from pipeline.report.scores import Scores
@@ -47,6 +51,26 @@ def test_nothing_is_bold_if_the_best_two_are_within_noise(tmp_path: Path) -> Non
     runs = [finished_run(tmp_path, name, name, scores=_scaled(f)) for name, f in (("lesa", 1.0), ("copy", 1.01))]
     content = tables.method_table(Scores(collect_results(runs)), runs, "pretrain")
     assert "**" not in "".join(content.rows[0])
+
+
+def test_a_lead_over_all_others_is_one_over_each_of_them(tmp_path: Path) -> None:
+    """By 2.15 standard errors, which are significant for two given methods, but not for the best and worst of three."""
+    task_metric, ahead = ("quiz", "acc"), 2.15 * 0.015 * math.sqrt(2)
+    values = {"lesa": 0.5 + ahead, "copy": 0.5, "solar": 0.5}
+    runs = [
+        finished_run(tmp_path, name, name, scores={task_metric: (500, 0.015, dict.fromkeys(MODEL_TARGETS, value))})
+        for name, value in values.items()
+    ]
+    scores = Scores(collect_results(runs))
+    assert lead_findings(scores, runs, "pretrain")[0].endswith("significantly ahead of all others.")
+    cells = _cells(tables.lead_table(scores, runs, "pretrain"), 0)
+    assert cells["LESA"] == "54.6 % leads" and cells["copying"] == "−4.6 ± 2.1 points, worse"
+    file = runs[2].directories["evaluate/pretrain"] / "evaluation.json"
+    write_json(file, {**(evaluation := read_json(file)), "rows": [{**evaluation["rows"][0], "value": 0.51}]})
+    scores = Scores(collect_results(runs))  # one of them is no longer worse
+    assert lead_findings(scores, runs, "pretrain")[0].endswith("but within noise of copying, SOLAR.")
+    cells = _cells(tables.lead_table(scores, runs, "pretrain"), 0)
+    assert cells["copying"] == "*−4.6 ± 2.1 points, within noise*"
 
 
 def test_methods_with_different_bases_are_shown_without_a_base_column(tmp_path: Path) -> None:

@@ -333,3 +333,13 @@ def test_a_template_that_does_not_fit_the_data_is_refused_before_a_model_is_load
     task = _task(tmp_path / "no model", corpus, tmp_path / "out", tasks=["capitals"], include_path=str(own_tasks))
     with pytest.raises(UserError, match=r"capitals.yaml: lm-eval cannot build capitals .*'state' is undefined"):
         evaluate.run(task)
+
+
+def test_a_cluster_that_is_not_a_field_of_the_data_is_refused_before_a_model_is_loaded(
+    corpus: Path, own_tasks: Path, tmp_path: Path
+) -> None:
+    with open(own_tasks / "capitals.yaml", "a") as file:
+        file.write("metadata: {version: 1, cluster: continent}\n")
+    task = _task(tmp_path / "no model", corpus, tmp_path / "out", tasks=["capitals"], include_path=str(own_tasks))
+    with pytest.raises(UserError, match=r"lm-eval cannot build capitals from it \(KeyError: 'continent'\)"):
+        evaluate.run(task)
