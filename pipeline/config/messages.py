@@ -93,7 +93,7 @@ def _not_a_section(overrides: list[str], folders: Iterable[Path]) -> UserError |
     folders = list(folders)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if choices := list_choices(key, folders):
+        if choices := list_choices(key, folders) if key else []:
             if value not in choices:
                 return _unknown_choice(key, value, folders)
         elif not value.startswith("{") and (inner := [name for name in known_keys() if name.startswith(f"{key}.")]):

@@ -273,6 +273,7 @@ def test_all_blockers_are_listed_not_only_the_first(
     assert set(blockers) == {
         "model.path", "data.corpus.path", "data.instructions.path", "tracking.wandb", "output_dir", "launch.device",
         "pretrain.sequence_length", "pretrain.global_batch", "pretrain.micro_batch", "sft.micro_batch",
+        "evaluate.tasks",
     }  # fmt: skip
 
 
