@@ -88,15 +88,15 @@ def _first_message(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _not_a_section(overrides: list[str], folders: Iterable[Path]) -> UserError | None:
+def _not_a_section(overrides: list[str], folders: list[Path]) -> UserError | None:
     """Returns the error for the first override that gives one value or a list to a group or another section."""
-    folders = list(folders)
+    keys = known_keys()
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if choices := list_choices(key, folders) if key else []:
             if value not in choices:
                 return _unknown_choice(key, value, folders)
-        elif not value.startswith("{") and (inner := [name for name in known_keys() if name.startswith(f"{key}.")]):
+        elif not value.startswith("{") and (inner := [name for name in keys if name.startswith(f"{key}.")]):
             rule = "it is a section with several settings"
             return UserError(setting=key, value=value, rule=rule, remedy=f"Set one of them, such as {inner[0]}=...")
     return None

@@ -120,10 +120,9 @@ def _needs_hub(task: str, custom: CustomTasks) -> bool:
 
 
 def _check_name(task: str, custom: CustomTasks) -> None:
-    names = {*BUNDLED, *installed_files()}
-    if task in names:
+    if task in BUNDLED or task in installed_files():
         return
-    near = difflib.get_close_matches(task, sorted({*names, *custom.names}), n=3)
+    near = difflib.get_close_matches(task, sorted({*BUNDLED, *installed_files(), *custom.names}), n=3)
     where = ", nor in evaluate.include_path" if custom.directories else ""
     raise UserError(
         setting="evaluate.tasks",
@@ -141,10 +140,8 @@ def _check_datasets(tasks: Sequence[str], custom: CustomTasks) -> None:
     first_reader: dict[HubDataset, str] = {}
     for task in tasks:
         for dataset in sorted(_datasets(task, custom), key=str):
-            read = (
-                dataset if offline else HubDataset(dataset.repo, None)
-            )  # the Hub is asked once for all configurations
-            first_reader.setdefault(read, task)
+            # Each configuration is cached on its own, but the Hub is asked once per dataset.
+            first_reader.setdefault(dataset if offline else HubDataset(dataset.repo, None), task)
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         list(pool.map(_check_cached if offline else _check_on_hub, first_reader, first_reader.values()))
 

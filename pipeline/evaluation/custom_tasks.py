@@ -11,7 +11,7 @@ function reads is not hashed, unless ``dataset_kwargs.data_files`` names it.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,15 +89,11 @@ class CustomTasks:
 
     def files_of(self, name: str) -> list[TaskFile]:
         """Returns the task files that scoring a task, group or tag involves, each once and parents first."""
-        found: dict[str, TaskFile] = {}
-        self._collect(name, found, set())
-        return list(found.values())
+        return collect_files(name, self._named)[0]
 
     def outside_names(self, name: str) -> list[str]:
         """Returns the tasks of a group that its directories do not define, so that they must be lm-eval's own."""
-        outside: set[str] = set()
-        self._collect(name, {}, outside)
-        return sorted(outside)
+        return sorted(collect_files(name, self._named)[1])
 
     def check(self, name: str) -> None:
         """Checks that the functions and data files of a task, or of a group's tasks, exist.
@@ -153,18 +149,36 @@ class CustomTasks:
             for tag in _as_list(file.config.get("tag")):
                 self._tags.setdefault(tag, []).append(file.name)
 
-    def _collect(self, name: str, found: dict[str, TaskFile], outside: set[str]) -> None:
-        if name in found:
-            return
-        if name in self._files:
-            found[name] = self._files[name]
-            for member in member_names(self._files[name].config):
-                self._collect(member, found, outside)
-        elif name in self._tags:
-            for task in self._tags[name]:
-                self._collect(task, found, outside)
-        else:
-            outside.add(name)
+    def _named(self, name: str) -> list[TaskFile]:
+        """Returns the file of a task or group, or those of a tag's tasks."""
+        names = [name] if name in self._files else self._tags.get(name, [])
+        return [self._files[each] for each in names]
+
+
+def collect_files(name: str, named: Callable[[str], Iterable[TaskFile]]) -> tuple[list[TaskFile], set[str]]:
+    """Returns the files that scoring a task, group or tag involves, and the names that have none.
+
+    Args:
+        named: returns the file of a task or group, or those of a tag's tasks.
+
+    Returns:
+        The files, each once and parents first, and the names.
+    """
+    found: dict[Path, TaskFile] = {}
+    unknown: set[str] = set()
+
+    def collect(name: str) -> None:
+        files = list(named(name))
+        if not files:
+            unknown.add(name)
+        for file in files:
+            if file.path not in found:
+                found[file.path] = file
+                for member in member_names(file.config):
+                    collect(member)
+
+    collect(name)
+    return list(found.values()), unknown
 
 
 # ---------------------------------------------------------------------------------------- YAML files

@@ -281,7 +281,7 @@ def _load_custom(name: str, manager: TaskManager, custom: CustomTasks) -> Any:
             if task.OUTPUT_TYPE == "multiple_choice":
                 task.doc_to_choice(document)
             if (cluster := (task.get_config("metadata") or {}).get("cluster")) is not None:
-                document[cluster]
+                document[cluster]  # a KeyError if the data have no such field
     except (OSError, HTTPError) as error:
         raise _unfetched(name, error) from error
     except Exception as error:  # any exception may come from the user's YAML, templates or functions

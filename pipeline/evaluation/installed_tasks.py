@@ -12,7 +12,14 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.evaluation.custom_tasks import HubDataset, hub_datasets, member_names, read_task_file, yaml_files
+from pipeline.evaluation.custom_tasks import (
+    HubDataset,
+    TaskFile,
+    collect_files,
+    hub_datasets,
+    read_task_file,
+    yaml_files,
+)
 
 _KEY = r"^[\"']?({})[\"']?[ \t]*:[ \t]*"
 # ``task: NAME``, ``group: NAME`` or ``tag: NAME``, possibly with quotes or a comment.
@@ -38,19 +45,13 @@ def installed_files() -> Mapping[str, tuple[Path, ...]]:
 
 def installed_datasets(name: str) -> set[HubDataset]:
     """Returns the datasets on the Hub that a task, or the tasks of a group or tag, read."""
-    found: set[HubDataset] = set()
-    seen: set[str] = set()
-    waiting = [name]
-    while waiting:
-        current = waiting.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for path in installed_files().get(current, ()):
-            if (file := read_task_file(path)) is not None:
-                found |= {*hub_datasets(file.config)}
-                waiting += member_names(file.config)
-    return found
+    files, _ = collect_files(name, _named)
+    return {dataset for file in files for dataset in hub_datasets(file.config)}
+
+
+def _named(name: str) -> list[TaskFile]:
+    files = (read_task_file(path) for path in installed_files().get(name, ()))
+    return [file for file in files if file is not None]
 
 
 def _names(file: Path) -> set[str]:
