@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import signal
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,7 @@ from pipeline.driver.graph import STAGES
 from pipeline.driver.verify import verify
 from pipeline.errors import DamagedArtifacts, WorkersFailed
 from pipeline.files import exchange, read_json, write_json
-
-FINISHED_RUN = Path(__file__).parents[1] / "driver" / "finished_run.tar.gz"
+from tests.driver.finished_run import extract_finished_run
 
 
 def _fill(artifact: Artifact, **files: str) -> Artifact:
@@ -48,8 +46,7 @@ def _beside(artifact: Artifact) -> set[str]:
 
 
 def test_every_stage_declares_files_that_the_artifacts_of_a_finished_run_contain(tmp_path: Path) -> None:
-    with tarfile.open(FINISHED_RUN) as archive:
-        archive.extractall(tmp_path, filter="data")
+    extract_finished_run(tmp_path)
     found = sorted((tmp_path / "outputs" / "artifacts").glob("*/*/manifest.json"))
     assert len(found) == 6
     for manifest in found:

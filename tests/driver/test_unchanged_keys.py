@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.__main__ import compose_jobs, main
 from pipeline.driver.graph import Inputs, build_graph
+from tests.driver.finished_run import extract_finished_run
 
 QUICKSTART_THEN = [
     "pretrain.steps=18", "pretrain.global_batch=8", "pretrain.held_out_blocks=8",
@@ -55,8 +55,7 @@ def _split(arguments: str) -> list[str]:
 @pytest.fixture
 def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Extracts the finished run into the current directory, and returns its command line."""
-    with tarfile.open(Path(__file__).with_name("finished_run.tar.gz")) as archive:
-        archive.extractall(tmp_path, filter="data")
+    extract_finished_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     arguments = (tmp_path / "arguments.txt").read_text().replace("tracking=disabled", "tracking=none")  # its name now
     return _as_then(arguments.split())
