@@ -307,10 +307,27 @@ def test_an_error_in_one_of_several_data_sources_names_it(
         ("expand=[1,2]", "expand = [1,2]\n  there is no such method; choose from"),
         ("model=null", "model = null\n  there is no such model; choose from"),
         ("pretrain=3", "pretrain = 3\n  there is no such pretrain; choose from default"),
-        ("pretrain.deepspeed=[1]", "pretrain.deepspeed = [1]\n  it is a section with several settings"),
+        ("pretrain.deepspeed=[1]", "pretrain.deepspeed = [1]\n  it is a section with the settings zero_stage, "),
+        ("pretrain.deepspeed=2", "pretrain.deepspeed = 2\n  it is a section with the settings zero_stage, "),
+        ("data.corpus=/texts", 'data.corpus = "/texts"\n  it is a section with the settings kind, path, '),
+        ("data.corpus=[/a]", 'data.corpus.0 = "/a"\n  it is a section with the settings kind, path, '),
+        ("evaluate.tasks=5", "evaluate.tasks = 5\n  it must be a list, such as [a,b]."),
+        (
+            "pretrain.role_learning_rates=2",
+            "pretrain.role_learning_rates = 2\n  it must be a mapping, such as {a: b}.",
+        ),
+        ("evaluate=/tasks", "evaluate = /tasks\n  there is no such evaluate; choose from bundled"),
+        *(
+            (f"{group}={path}", f"{group} = {path}\n  it selects a file in conf, not a path.\n  Set {remedy}={path}")
+            for group, path, remedy in [
+                ("model", "/models/mine", "model=hub model.path"),
+                ("model", "Qwen/Qwen3-8B", "model=hub model.path"),
+                ("data", "texts/", "data=files data.corpus.path"),
+            ]
+        ),
         (
             "evaluate.num_fewshot=[1]",
-            "evaluate.num_fewshot = [1]\n  input should be a valid integer, or input should be",
+            "evaluate.num_fewshot = [1]\n  it must be a valid integer, or it must be a mapping",
         ),
     ],
 )

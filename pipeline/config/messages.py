@@ -53,9 +53,10 @@ def no_experiment(folders: list[Path]) -> UserError:
 def explain_hydra(error: Exception, overrides: list[str], folders: list[Path]) -> UserError:
     """Translates an error of Hydra or OmegaConf."""
     text = _first_message(error)
-    if missing := re.search(r"Could not find '([\w/]+)/([^'/]+)'|Could not load '([\w/]+)/([^'/]+)'", text):
-        group, name = (part for part in missing.groups() if part)
-        return _unknown_choice(group, name, folders)
+    if missing := re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text):
+        group, name = missing.groups()
+        given = [item.partition("=")[2] for item in overrides if item.lstrip("+").startswith(f"{group}=")]
+        return _unknown_choice(group, given[-1] if given else name, folders)
     if unknown := re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", text):
         full = re.search(r"full_key: (\S+)", text)
         key = full.group(1) if full else next(part for part in unknown.groups() if part)
@@ -90,21 +91,32 @@ def _first_message(error: BaseException) -> str:
 
 def _not_a_section(overrides: list[str], folders: list[Path]) -> UserError | None:
     """Returns the error for the first override that gives one value or a list to a group or another section."""
-    keys = known_keys()
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if choices := list_choices(key, folders) if key else []:
             if value not in choices:
                 return _unknown_choice(key, value, folders)
-        elif not value.startswith("{") and (inner := [name for name in keys if name.startswith(f"{key}.")]):
-            rule = "it is a section with several settings"
-            return UserError(setting=key, value=value, rule=rule, remedy=f"Set one of them, such as {inner[0]}=...")
+        elif not value.startswith("{") and (section := _section_rule(key)):
+            return UserError(setting=key, value=value, rule=section[0], remedy=section[1])
     return None
+
+
+def _section_rule(key: str) -> tuple[str, str] | None:
+    """Returns the rule and the remedy for one value in place of a section, or None if ``key`` is not a section."""
+    section = re.sub(r"\.\d+", "", key) + "."  # an item of a list has the settings of all of them
+    inner = [name.removeprefix(section) for name in known_keys() if name.startswith(section)]
+    names = [name for name in inner if "." not in name]
+    if not names:
+        return None
+    return f"it is a section with the settings {', '.join(names)}", f"Set one of them, as in {key}.{names[0]}=..."
 
 
 def _unknown_choice(group: str, name: str, folders: list[Path]) -> UserError:
     options = list_choices(group, folders)
     setting = "+experiment" if group == "experiment" else group
+    path = {"model": f"model=hub model.path={name}", "data": f"data=files data.corpus.path={name}"}.get(group)
+    if path and "/" in name:
+        return UserError(setting=group, value=name, rule="it selects a file in conf, not a path", remedy=f"Set {path}")
     return UserError(
         setting=setting,
         value=name,
@@ -287,14 +299,23 @@ def _path(location: tuple[int | str, ...]) -> str:
 def _fault(detail: ErrorDetails, prefix: str) -> _Fault:
     path = ".".join(part for part in (prefix, _path(detail["loc"])) if part)
     value = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else "{...}"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "it must")
     kind = detail["type"]
     if kind == "extra_forbidden":
         return path, value, *_no_such_setting(path, "Check its spelling.")
     if kind == "missing":
         return path, "(not given)", "it must be set", f"Add {path}=... to the command or the experiment."
-    remedy = detail.get("ctx", {}).get("remedy", f"Set {path}=... accordingly.")
-    return path, value, message[0].lower() + message[1:], remedy
+    if kind in _CONTAINERS and (section := _section_rule(path)):
+        return path, value, *section
+    rule = _CONTAINERS.get(kind, message[0].lower() + message[1:])
+    return path, value, rule, detail.get("ctx", {}).get("remedy", f"Set {path}=... accordingly.")
+
+
+# pydantic's names of errors about lists and mappings, whose messages speak of arrays and objects.
+_CONTAINERS = {
+    **dict.fromkeys(("list_type", "tuple_type", "set_type"), "it must be a list, such as [a,b]"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "it must be a mapping, such as {a: b}"),
+}
 
 
 def known_keys() -> list[str]:
