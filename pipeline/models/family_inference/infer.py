@@ -25,6 +25,7 @@ from pipeline.models.families.family import Family, InferredLayers
 from pipeline.models.families.parameters import (
     EXPERT_COUNTS,
     EXPERTS_PER_TOKEN,
+    LATENT_HEADS,
     Fused,
     Parameter,
     Parameters,
@@ -444,6 +445,7 @@ def _defaults(config: Any, tied: bool) -> dict[str, Any]:
         "num_attention_heads": heads, "num_key_value_heads": _key_heads(config), "tie_word_embeddings": tied,
         "head_dim": _integer(config, "head_dim") or hidden // heads,
     }  # fmt: skip
+    values |= {name: size for name in LATENT_HEADS if (size := _integer(config, name))}
     context = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
     if length := next((length for name in context if (length := _integer(config, name))), 0):
         values["max_position_embeddings"] = length
