@@ -101,6 +101,7 @@ class Shape:
     inferred: bool = False  # from the model's modules, since its family has no row
     not_silenced: str = ""  # why a new layer cannot keep the logits; empty if it can
     not_trained: str = ""  # why the training stages cannot train the model; empty if they can
+    depends_on_depth: bool = False  # whether a layer computes something else at another index, or in a deeper model
     fixed: frozenset[str] = frozenset()  # names, within layers or outside, of tensors that gradients do not reach
 
     @property
@@ -156,6 +157,16 @@ class Shape:
             self.layer_prefix.format(layer=index) + name
             for index, layer in enumerate(self.layers)
             for name in layer.experts
+        )
+
+    @property
+    def depth_warning(self) -> str:
+        """What a user who adds layers should know; empty if the base's own layers stay what they are."""
+        if not self.depends_on_depth:
+            return ""
+        return (
+            "a layer of this model computes something else at another index or in a deeper model: added layers also "
+            "change the base's own layers, whose weights stay the same"
         )
 
     @property
@@ -220,6 +231,7 @@ def _shape(family: Family, config: Config) -> Shape:
         inferred=family.inference is not None,
         not_silenced="" if family.inference is None else family.inference.not_silenced,
         not_trained=family.not_trained,
+        depends_on_depth=family.inference is not None and family.inference.depends_on_depth,
         fixed=frozenset() if family.inference is None else frozenset(family.inference.fixed),
     )
 

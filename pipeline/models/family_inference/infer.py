@@ -103,7 +103,8 @@ def _infer(real: Decoder, small: Decoder) -> Family:
         parts = [replace(made, silence=None) for made in parts]
     for layer, kind in enumerate(kind_of):
         _check_silent(small, calls[layer], layer, parts[kind])
-    if not faults and (faults := _depth_fault(small, [parts[kind] for kind in kind_of])):
+    depends_on_depth = not faults and bool(faults := _depth_fault(small, [parts[kind] for kind in kind_of]))
+    if depends_on_depth:
         parts = [replace(made, silence=None) for made in parts]
     splits = [_splits(made) for made in parts]
     layout = layout_of(small, representatives)  # overwrites the small model's weights
@@ -114,7 +115,10 @@ def _infer(real: Decoder, small: Decoder) -> Family:
     )
     family = _family(real, layout, kinds, tuple(kind_of))
     assert family.inference is not None
-    return replace(family, inference=replace(family.inference, not_silenced=faults, not_trained=not_trained))
+    found = replace(
+        family.inference, not_silenced=faults, not_trained=not_trained, depends_on_depth=depends_on_depth
+    )
+    return replace(family, inference=found)
 
 
 def _parts_of(small: Decoder, call: LayerCall, layer: int) -> tuple[LayerParts, str]:
