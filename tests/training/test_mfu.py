@@ -42,9 +42,9 @@ def test_memory_in_use_grows_with_an_allocation():
 
 
 LATENT = {
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24, "kv_lora_rank": 12,
-    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12, "first_k_dense_replace": 1,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24,
+    "kv_lora_rank": 12, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
 }  # fmt: skip
 
 

@@ -115,9 +115,7 @@ def _infer(real: Decoder, small: Decoder) -> Family:
     )
     family = _family(real, layout, kinds, tuple(kind_of))
     assert family.inference is not None
-    found = replace(
-        family.inference, not_silenced=faults, not_trained=not_trained, depends_on_depth=depends_on_depth
-    )
+    found = replace(family.inference, not_silenced=faults, not_trained=not_trained, depends_on_depth=depends_on_depth)
     return replace(family, inference=found)
 
 
