@@ -192,8 +192,8 @@ def _activations(trained: Trained, setup: Setup) -> int:
 def _layer(trained: Trained, setup: Setup, layer: LayerShape, names: frozenset[str]) -> int:
     """Bytes that one layer stores for the backward pass."""
     shape, width, units = trained.shape, setup.width, layer.mlp_units(trained.shape.hidden_size)
-    trains = any("norm" not in name for name in names)
-    norms = sum(name.endswith("norm.weight") and size == (shape.hidden_size,) for name, size in layer.tensors.items())
+    trains = not names <= layer.norms
+    norms = sum(name.endswith("weight") and layer.tensors[name] == (shape.hidden_size,) for name in layer.norms)
     mlp = width * units * ((3 if layer.is_gated else 1) + trains)
     mlp += width * layer.experts_per_token * shape.hidden_size * (1 + trains)
     attention = _attention(shape, setup, trains)
@@ -217,5 +217,5 @@ def _logits(trained: Trained, setup: Setup) -> int:
     rows = min(chunk_rows("cuda" if setup.on_gpu else "cpu", shape.vocab_size), setup.tokens)
     chunk = rows * shape.vocab_size * (FLOAT32_BYTES + (setup.width if setup.width < FLOAT32_BYTES else 0))
     hidden = setup.tokens * shape.hidden_size * (FLOAT32_BYTES + 2 * setup.width)
-    head = shape.vocab_size * shape.hidden_size * (FLOAT32_BYTES + setup.width) if trained.head_trains else 0
+    head = shape.head_entries * (FLOAT32_BYTES + setup.width) if trained.head_trains else 0
     return chunk + hidden + head

@@ -85,7 +85,7 @@ class Trained:
         ]
         final_norm = any(name in self.names for name in shape.after if name not in {shape.head, *shape.head_bias})
         reaches_below = self.lowest < len(shape.layers) or final_norm
-        head = HeadWork(shape.vocab_size * shape.hidden_size, self.head_trains, reaches_below)
+        head = HeadWork(shape.head_entries, self.head_trains, reaches_below)
         flops = TrainingFlops.count(work, self.lowest, head, sequence_length * shape.heads * shape.head_size)
         matrices = self.updated_by_muon(optimizer)
         update = sum(

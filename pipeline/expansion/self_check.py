@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.models.cache_check import CACHE_TOLERANCE, cache_difference, difference
+from pipeline.models.families import family_for
+from pipeline.models.family_inference.small import small_model
 from pipeline.models.layer_config import explicit_config
 from pipeline.models.loading import IncompleteModelError, language_config_of, load_complete
 from pipeline.models.reading import ModelDirectory
@@ -31,7 +33,8 @@ LOGIT_TOLERANCE = 1e-5  # relative to the largest logit, or absolute if that is 
 
 WORK_PREFIX = ".check-"  # of temporary directories
 
-# The largest sizes of the narrow model. The head size stays, because lengths of rotary tables depend on it.
+# The largest sizes of the narrow model of a family with a row. The head size stays, because lengths of rotary tables
+# depend on it.
 NARROW = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32, "vocab_size": 512, "sliding_window": 8,
@@ -167,9 +170,12 @@ def _load(directory: Path, dtype: Any = torch.float32, **placement: Any) -> PreT
 def _narrow_twin(directory: Path) -> PreTrainedModel:
     """Returns a narrow random float32 model with the config, the kinds of layers and the depth of the directory's.
 
-    Of a model that reads images, it is the language model alone.
+    Of a model that reads images, it is the language model alone. For a family without a row, it is the kind of model
+    that the family was inferred from: the sizes that must agree differ among families.
     """
-    config = language_config_of(directory)
+    config, stored = language_config_of(directory), ModelDirectory(directory)
+    if family_for(stored.config).inference is not None:
+        return small_model(config, sum(spec.numel for spec in stored.specs.values()))
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, size in NARROW.items():
         if isinstance(getattr(config, name, None), int):

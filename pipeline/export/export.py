@@ -45,7 +45,7 @@ def _to_gguf(run: Settings, model: FinishedModel, console: Console) -> None:
     if not run.dry_run:
         with TemporaryDirectory(prefix="export-") as folder:
             named = Path(folder, _short_name(run, model))
-            stage_files(model.directory, named)
+            stage_files(model.directory, named, with_code=False)  # the converter might run it
             convert(converter, named, out, run)
         console.print(f"{out.stat().st_size:,} bytes; for example: llama-cli -m {out}", markup=False)
 

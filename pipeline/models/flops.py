@@ -1,8 +1,8 @@
 """Counts the floating-point operations of a training step, by one formula for the engine and for the plan.
 
 A matrix product of [m, k] and [k, n] counts 2·m·k·n. Per token in a sequence of S tokens, with W_i the number of
-elements of layer i's weight matrices, A = heads · head size, V·H the elements of the head, and l the lowest trainable
-layer:
+elements of layer i's weight matrices, A = heads · head size (the mean of key and value where these differ), V·H the
+elements of the head, and l the lowest trainable layer:
 
     forward            Σ_i (2·W_i + 4·S·A)  +  2·V·H        over all layers; the head for supervised tokens only
     input gradients    Σ_{i ≥ l} (2·W_i + 8·S·A)  +  2·V·H  down to layer l

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.models.source import side_files
+from pipeline.models.source import code_files, side_files
 from pipeline.models.tensors import SAFETENSORS_DTYPES, TensorSpec
 from pipeline.models.weight_files import StoredBytes, read_header, read_headers
 
@@ -100,8 +100,15 @@ class _LazyTensors(Mapping[str, Tensor]):
         return len(self._directory.specs)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template, generation config and, of a model that reads images, its processor."""
-    for name in side_files(source):
+def copy_side_files(source: Path, target: Path, with_code: bool = True) -> None:
+    """Copies tokenizer, chat template, generation config and, of a model that reads images, its processor.
+
+    Args:
+        source: the model directory.
+        target: an existing directory.
+        with_code: whether the model's own code is copied as well. Directories that the pipeline has written only have
+            it if the settings ask for it.
+    """
+    for name in (*side_files(source), *(code_files(source) if with_code else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

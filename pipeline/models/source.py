@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pipeline.config import Model
 from pipeline.errors import UserError, one_line
-from pipeline.files import MAX_NESTING, is_nested_deeper
+from pipeline.files import MAX_NESTING, is_nested_deeper, read_json
 from pipeline.models import hub
 from pipeline.models.config_json import as_nested, check_config, custom_classes, is_nested
 from pipeline.models.gguf import read_metadata
@@ -90,8 +90,8 @@ def resolve(model: Model) -> ModelSource:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Returns the files of a model directory that loading reads: config, weights, tokenizer and chat template."""
-    others = [directory / name for name in ("config.json", INDEX, *side_files(directory))]
+    """Returns the files of a model directory: config, weights, tokenizer, chat template, and code that configs name."""
+    others = [directory / name for name in ("config.json", INDEX, *side_files(directory), *code_files(directory))]
     return [*find_weights(directory), *(file for file in others if file.is_file())]
 
 
@@ -153,6 +153,14 @@ def side_files(directory: Path) -> tuple[str, ...]:
         return SIDE_FILES
     is_outer = isinstance(config, dict) and is_nested(as_nested(config))
     return (*SIDE_FILES, *PROCESSOR_FILES) if is_outer else SIDE_FILES
+
+
+def code_files(directory: Path) -> list[str]:
+    """Returns the names of a model directory's Python files if one of its configs names classes in them (auto_map)."""
+    configs = [directory / name for name in ("config.json", TOKENIZER_CONFIG, *PROCESSOR_FILES)]
+    if not any("auto_map" in read_json(config) for config in configs if config.is_file()):
+        return []
+    return sorted(path.name for path in directory.glob("*.py"))
 
 
 def _check_gguf(gguf_file: str, names: Collection[str], where: object) -> None:

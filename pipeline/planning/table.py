@@ -47,6 +47,8 @@ def _print_model(plan: Plan, console: Console) -> None:
         console.print(f"  part of a multimodal model, whose {others} other parameters never change")
     if base.inferred:
         console.print("  family inferred from the modules that transformers builds, which takes some seconds")
+    if base.depth_warning and len(grown.layers) > len(base.layers):
+        console.print(f"  {base.depth_warning}")
     console.print(
         f"  layers {len(base.layers)} -> {len(grown.layers)}{_new_layers(plan.sizes)}\n"
         f"  parameters {_parameters(base)} -> {_parameters(grown)}"

@@ -46,7 +46,8 @@ def run(task: StageTask) -> Metrics:
     family = family_for(config)
     placed, ranking = _rank(task, method, config)
     plan = placed.place(depth_of(config))
-    placed.check_layers(shape_of(config))
+    shape = shape_of(config)
+    placed.check_layers(shape)
     deeper = rebuild_config(config, plan.config_sources)
     _check_kinds(config, deeper, plan)
     names = TensorNames(base, family, plan)
@@ -71,7 +72,7 @@ def run(task: StageTask) -> Metrics:
         "new_layers": [layer.layer for layer in plan.layers if layer.new],
         "weights_seconds": round(weights_seconds, 3),
         "check": asdict(outcome),
-        "warnings": work.warnings,
+        "warnings": [*work.warnings, *([shape.depth_warning] if shape.depth_warning and plan.new_layers else [])],
         **({} if ranking is None else {"ranking": asdict(ranking)}),
         **({} if family.inference is None else {"family": INFERRED}),
         "method": work.records,

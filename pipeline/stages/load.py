@@ -6,7 +6,6 @@ memory as a complete model. Nothing is unpickled, and no code of the model runs.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +43,6 @@ from pipeline.models.reading import ModelDirectory, StoredWeights, copy_side_fil
 from pipeline.models.source import ModelSource, check_shape, config_of, refuse_code, resolve, wanted_files
 from pipeline.models.tensors import DTYPES, SAFETENSORS_DTYPES, TensorSpec, is_finite
 from pipeline.models.tokenizer_files import check_tokenizer_files
-from pipeline.models.weight_files import check_file
 from pipeline.models.writing import ShardWriter, remove_weights
 from pipeline.progress import progress
 
@@ -117,11 +115,7 @@ def copy_safetensors(directory: Path, out: Path, model: Model) -> list[str]:
     write_json(out / "config.json", _clean_config(config, model))
     if is_nested(config):  # such a config may leave out even the size of the vocabulary
         write_json(out / "config.json", with_language_config(read_json(out / "config.json"), complete_config(out)))
-    copy_side_files(directory, out)
-    if model.trust_remote_code:
-        for code in directory.glob("*.py"):
-            check_file(directory, code.name)
-            shutil.copyfile(code, out / code.name)
+    copy_side_files(directory, out, with_code=model.trust_remote_code)
     sources = _weights_to_write(base, config, out, model)
     _write_weights(base, sources, out, model)
     return _rounding(Counter(base.specs[stored].dtype for stored in sources.values()), model)

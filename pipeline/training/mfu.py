@@ -16,7 +16,7 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from pipeline.config.execution import bfloat16_peak
-from pipeline.models.families import expert_share
+from pipeline.models.families import expert_share, head_size
 from pipeline.models.flops import HeadWork, LayerWork, TrainingFlops, matrix_entries
 from pipeline.models.matrix_products import matrix_rate
 from pipeline.models.tensors import DTYPES
@@ -43,8 +43,9 @@ def training_flops(model: PreTrainedModel, sequence_length: int) -> TrainingFlop
     # The head passes gradients on only if something before it trains, even if that is only the final norm.
     passes_gradient = lowest < len(layers) or _final_norm_trains(model)
     head = HeadWork(full_shape(weight).numel(), weight.requires_grad, passes_gradient)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return TrainingFlops.count(layers, lowest, head, sequence_length * config.num_attention_heads * head_size)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_size(config.to_dict(), head_dim)
+    return TrainingFlops.count(layers, lowest, head, sequence_length * width)
 
 
 def _final_norm_trains(model: PreTrainedModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from pipeline.estimates import (
 )
 from pipeline.expansion.method import method_of
 from pipeline.models.families import Shape, shape_of
+from pipeline.training.freeze import decoder_layers
 from tests.tiny_families import tiny_model
 from tests.training.small import train_settings
 
@@ -96,9 +98,10 @@ def test_averages_take_four_bytes_more_per_parameter_in_memory_and_checkpoints()
         ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 8, "moe_intermediate_size": 48}),
         ("qwen2_moe", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 88,
                        "shared_expert_intermediate_size": 352}),
+        ("gpt2", {"activation_function": "gelu", "resid_pdrop": 0.0, "attn_pdrop": 0.0}),  # norms called ln_1 and ln_2
     ],
 )  # fmt: skip
-def test_what_a_layer_with_experts_stores_is_what_autograd_saves(family: str, entries: dict[str, int]) -> None:
+def test_what_a_layer_stores_is_what_autograd_saves(family: str, entries: dict[str, Any]) -> None:
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     model = tiny_model(family, num_hidden_layers=1, **{**sizes, **entries}).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -110,14 +113,15 @@ def test_what_a_layer_with_experts_stores_is_what_autograd_saves(family: str, en
 
     tokens = torch.arange(128)[None]
     hidden = torch.randn(1, 128, 128, requires_grad=True)
-    angles = model.base_model.rotary_emb(hidden, tokens)
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    positions = {"position_embeddings": rotary(hidden, tokens), "position_ids": tokens} if rotary else {}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model.layers[0](hidden, position_embeddings=angles, attention_mask=None, position_ids=tokens)
+        decoder_layers(model)[0](hidden, attention_mask=None, **positions)
     expected = sum(storage.nbytes() for place, storage in saved.items() if place not in weights)
-    trained = trained_part("pretrain", "all", shape_of(model.config.to_dict()), {})
+    trained = trained_part("pretrain", "all", shape_of(json.loads(model.config.to_json_string(use_diff=False))), {})
     setup = Setup(train_settings(sequence_length=128, micro_batch=1), "float32", 1, on_gpu=True)
-    # The gradients of the only layer take as much as it stores.
-    assert memory_of(trained, setup).activations / 2 == pytest.approx(expected, rel=0.1)
+    # The gradients of the only layer take as much as it stores. A fused layer norm stores less than an RMS norm.
+    assert memory_of(trained, setup).activations / 2 == pytest.approx(expected, rel=0.1 if rotary else 0.15)
 
 
 def test_the_copy_for_checkpoints_counts_where_the_device_is_the_host() -> None:

@@ -61,6 +61,17 @@ def test_the_choice_and_its_operations_are_the_engine_s(family: str, trainable: 
             matrices_of("pretrain", model, train_settings(optimizer="muon"), ())
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_operations_are_the_engine_s_where_the_head_is_narrower_than_the_layers(narrow: bool) -> None:
+    """As in OPT-350m."""
+    config = AutoConfig.for_model(
+        "opt", hidden_size=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=6, vocab_size=96,
+        max_position_embeddings=64, word_embed_proj_dim=24 if narrow else 48,
+    )  # fmt: skip
+    planned = trained_part("pretrain", "all", shape_of(json.loads(config.to_json_string(use_diff=False))), {})
+    assert planned.flops(LENGTH) == training_flops(AutoModelForCausalLM.from_config(config), LENGTH)
+
+
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     shape = shape_of({"model_type": "llama", **SMALL, "num_local_experts": None, "num_experts": None})
     with pytest.raises(UserError, match="nothing would train"):

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.expansion import self_check
 from pipeline.expansion.self_check import CheckFailedError, check_model
+from pipeline.models.cache_check import CACHE_TOLERANCE
 from pipeline.models.layer_config import explicit_config
+from tests.family_coverage import tiny_model
 from tests.tiny_families import TINY_CONFIGS, save_tiny
 
 WHOLE, LAYER_BY_LAYER = 10**9, 0  # bytes of memory that the check may use
@@ -128,3 +130,13 @@ def test_every_family_can_be_checked_layer_by_layer(family: str, tiny_tokenizer:
     _change(corrupted, name, tensors[name].flip(0))  # no norm compensates for this, as it may for a scale or a shift
     with pytest.raises(CheckFailedError, match="logits differ from the base's"):
         check_model(corrupted, config, same_logits_as=base, memory=LAYER_BY_LAYER)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "codegen", "diffllama", "mamba"])
+def test_families_without_a_row_can_be_checked_layer_by_layer(family: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Their sizes depend on each other in ways of their own, or they have no heads."""
+    tiny_model(family).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    outcome = check_model(tmp_path, explicit_config(tmp_path), same_logits_as=tmp_path, memory=LAYER_BY_LAYER)
+    assert outcome.logits_of.startswith("layer by layer") and outcome.cache_of.startswith("a narrow")
+    assert outcome.logit_difference == 0.0 and outcome.cache_difference <= CACHE_TOLERANCE

@@ -121,6 +121,12 @@ def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     return model
 
 
+def _name_code(model: Path) -> None:
+    """Adds code that config.json names."""
+    write_json(model / "config.json", {**read_json(model / "config.json"), "auto_map": {"AutoConfig": "code.Config"}})
+    (model / "code.py").touch()
+
+
 def _export(model: Path, *arguments: str) -> int:
     return main(["+experiment=quickstart", "action=export", f"target={model}", *arguments])
 
@@ -143,10 +149,12 @@ def test_an_upload_is_the_model_without_paths_of_this_machine(hub: UploadHub, mo
 def test_a_dry_run_lists_the_files_and_sends_nothing(
     hub: UploadHub, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _name_code(model)
     assert _export(model, f"export.repository={REPOSITORY}", "dry_run=true") == EXIT_DONE
     printed = capsys.readouterr().out
     size = (model / "model.safetensors").stat().st_size
     assert re.search(rf"{size:,} bytes  model.safetensors", printed) and "manifest.json" not in printed
+    assert "code.py" in printed
     assert f"private repository {REPOSITORY}" in printed
     assert hub.created is None and not hub.tokens
 
@@ -234,7 +242,10 @@ def test_relative_paths_of_the_converter_and_the_model_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tools").mkdir()
-    Path("tools/convert_hf_to_gguf.py").write_text("import sys\nopen(sys.argv[3], 'w').write(sys.argv[1])")
+    _name_code(model)  # which converters run
+    Path("tools/convert_hf_to_gguf.py").write_text(
+        "import os, sys\nassert 'code.py' not in os.listdir(sys.argv[1])\nopen(sys.argv[3], 'w').write(sys.argv[1])"
+    )
     arguments = ["export.format=gguf", "export.converter=tools/convert_hf_to_gguf.py", f"output_dir={tmp_path}/o"]
     assert _export(Path("model"), *arguments) == EXIT_DONE
     (written,) = tmp_path.glob("o/**/*.gguf")

@@ -19,7 +19,7 @@ from pipeline.artifacts.task import Metrics
 from pipeline.config import METHODS, AnyExpand
 from pipeline.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.expansion import self_check
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.stages import expand
 from tests.stages.one_task import make_task
 
@@ -222,8 +222,12 @@ def test_files_other_than_weights_are_copied_byte_for_byte(
             file.write("\n\n")
     for name in ("added_tokens.json", "special_tokens_map.json"):  # as older libraries wrote them
         (base / name).write_text("{ }")
+    # With model.trust_remote_code=true, the load stage keeps both.
+    auto_map = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
+    write_json(base / "config.json", {**read_json(base / "config.json"), "auto_map": auto_map})
+    (base / "modeling_llama.py").write_text("raise RuntimeError('run')")
     _run(base, expand_settings("copy", new_layers=1), out)
-    for name in (*names, "added_tokens.json", "special_tokens_map.json"):
+    for name in (*names, "added_tokens.json", "special_tokens_map.json", "modeling_llama.py"):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
 
 

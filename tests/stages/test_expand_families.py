@@ -78,6 +78,17 @@ def test_methods_on_families(base: Path, case: str, expand_settings: ExpandSetti
     _check(_grow(base, _settings(expand_settings, case), tmp_path / "out"), case)
 
 
+@pytest.mark.parametrize("by_index", [False, True])
+def test_adding_layers_that_changes_those_of_the_base_is_a_warning(
+    by_index: bool, expand_settings: ExpandSettings, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """GPT-2 can divide the scores of attention by the number of the layer."""
+    base = save_tiny("gpt2", tmp_path / "base", tiny_tokenizer, scale_attn_by_inverse_layer_idx=by_index)
+    changed = _grow(base, expand_settings("copy", new_layers=1, position=[0]), tmp_path / "copy").metrics["warnings"]
+    assert ["change the base's own layers" in warning for warning in changed] == [True] * by_index
+    assert not _grow(base, expand_settings("none"), tmp_path / "none").metrics["warnings"]
+
+
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("none", "solar", "stack")])
 def test_every_method_after_the_first_and_after_the_last_layer(

@@ -1,3 +1,4 @@
+import json
 import mmap
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from pipeline.estimates import trained_part
+from pipeline.models.families import shape_of
 from pipeline.training import mfu
 from pipeline.training.batches import TokenIndices
 from pipeline.training.freeze import freeze_others
@@ -38,9 +41,16 @@ def test_memory_in_use_grows_with_an_allocation():
     assert mfu.memory_in_use(torch.device("cpu")) - before > 0.9 * held.nbytes
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_flops_count_the_experts_that_a_token_is_routed_to(family: str):
-    model = tiny_model(family).train()
+LATENT = {
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "q_lora_rank": 24,
+    "kv_lora_rank": 12, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family, changes", [("qwen2_moe", {}), ("gpt_oss", {}), ("deepseek_v3", LATENT)])
+def test_flops_count_experts_that_a_token_is_routed_to_and_latent_attention(family: str, changes: dict[str, object]):
+    model = tiny_model(family, **changes).train()
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
     ids, positions = torch.randint(0, 384, (BATCH, LENGTH)), torch.arange(LENGTH).expand(BATCH, LENGTH)
@@ -49,7 +59,10 @@ def test_flops_count_the_experts_that_a_token_is_routed_to(family: str):
     with FlopCounterMode(display=False) as angles:
         model.base_model.rotary_emb(torch.zeros(BATCH, 1), positions)
     expected = counter.get_total_flops() - angles.get_total_flops()
-    assert mfu.training_flops(model, LENGTH).of_tokens(BATCH * LENGTH, BATCH * (LENGTH - 1)) == expected
+    counted = mfu.training_flops(model, LENGTH)
+    assert counted.of_tokens(BATCH * LENGTH, BATCH * (LENGTH - 1)) == expected
+    shape = shape_of(json.loads(model.config.to_json_string(use_diff=False)))
+    assert trained_part("pretrain", "all", shape, {}).flops(LENGTH) == counted
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ them, and joined again when its tensors are written. The plan takes the shape of
 from pipeline.models.families.family import Family
 from pipeline.models.families.inferred import INFERRED, family_for
 from pipeline.models.families.nested import inner_config, prefix_of
-from pipeline.models.families.parameters import Fused, LinearMap, Parameter, expert_share, num_experts
+from pipeline.models.families.parameters import Fused, LinearMap, Parameter, expert_share, head_size, num_experts
 from pipeline.models.families.shapes import (
     LayerShape,
     Shape,
@@ -21,6 +21,6 @@ from pipeline.models.families.tensors import LayerTensor, Place, Role
 
 __all__ = [
     "FAMILIES", "INFERRED", "Family", "Fused", "LayerShape", "LayerTensor", "LinearMap", "Parameter", "Place",
-    "Role", "Shape", "check_stored", "expert_share", "family_for", "family_of", "inner_config", "num_experts",
-    "prefix_of", "shape_of", "weights_disagree",
+    "Role", "Shape", "check_stored", "expert_share", "family_for", "family_of", "head_size", "inner_config",
+    "num_experts", "prefix_of", "shape_of", "weights_disagree",
 ]  # fmt: skip

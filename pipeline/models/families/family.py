@@ -28,6 +28,7 @@ class InferredLayers:
         ignored: patterns of stored names that transformers does not load.
         not_silenced: why no parameters make a layer pass on its input unchanged; empty if there are such parameters.
         not_trained: why the training stages cannot train the model; empty if they can.
+        depends_on_depth: whether a layer computes something else at another index, or in a deeper model.
         fixed: names, within layers or outside of them, of stored tensors that gradients do not reach, such as the
             biases with which DeepSeek-V3 balances its experts.
     """
@@ -40,6 +41,7 @@ class InferredLayers:
     ignored: tuple[str, ...] = ()
     not_silenced: str = ""
     not_trained: str = ""
+    depends_on_depth: bool = False
     fixed: tuple[str, ...] = ()
 
 

@@ -15,6 +15,7 @@ Config = Mapping[str, Any]  # the content of config.json
 
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+LATENT_HEADS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # of multi-head latent attention (DeepSeek)
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
 
@@ -30,6 +31,18 @@ def expert_share(config: Config) -> Fraction:
         return Fraction(1)
     name = next((name for name in EXPERTS_PER_TOKEN if config.get(name)), EXPERTS_PER_TOKEN[0])
     return Fraction(config[name], experts)
+
+
+def head_size(config: Config, head_dim: int) -> int:
+    """The size of a head's query, key and value: the mean of key and value where they differ, as in latent attention.
+
+    Args:
+        config: with the family's defaults.
+        head_dim: the size in other families. In those with latent attention it is that of the rotated part.
+    """
+    unrotated, rotated, value = (config.get(name) for name in LATENT_HEADS)
+    key = unrotated + rotated if unrotated and rotated else head_dim
+    return int(key + (value or key)) // 2
 
 
 def dimension(config: Config, name: str | int) -> int:

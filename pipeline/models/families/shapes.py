@@ -11,7 +11,16 @@ from math import prod
 from pipeline.errors import UserError, first_few
 from pipeline.models.families.family import Family
 from pipeline.models.families.inferred import family_for
-from pipeline.models.families.parameters import Config, Fused, LinearMap, Parameter, Parameters, dimension, expert_share
+from pipeline.models.families.parameters import (
+    Config,
+    Fused,
+    LinearMap,
+    Parameter,
+    Parameters,
+    dimension,
+    expert_share,
+    head_size,
+)
 from pipeline.models.flops import matrix_entries
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -86,12 +95,13 @@ class Shape:
     layer_prefix: str
     hidden_size: int
     heads: int
-    head_size: int
+    head_size: int  # of a query, a key and a value; see the function of this name
     key_size: int  # of a token's keys in all heads, and of its values
     vocab_size: int
     inferred: bool = False  # from the model's modules, since its family has no row
     not_silenced: str = ""  # why a new layer cannot keep the logits; empty if it can
     not_trained: str = ""  # why the training stages cannot train the model; empty if they can
+    depends_on_depth: bool = False  # whether a layer computes something else at another index, or in a deeper model
     fixed: frozenset[str] = frozenset()  # names, within layers or outside, of tensors that gradients do not reach
 
     @property
@@ -115,6 +125,11 @@ class Shape:
         """The name of the head's matrix, which is that of the embeddings if they are tied."""
         matrices = [name for names in (self.before, self.after) for name, shape in names.items() if len(shape) == 2]
         return matrices[-1]
+
+    @property
+    def head_entries(self) -> int:
+        """Number of elements of the head's matrix, whose width need not be that of the layers (OPT-350m)."""
+        return prod({**self.before, **self.after}[self.head])
 
     @property
     def head_bias(self) -> frozenset[str]:
@@ -142,6 +157,16 @@ class Shape:
             self.layer_prefix.format(layer=index) + name
             for index, layer in enumerate(self.layers)
             for name in layer.experts
+        )
+
+    @property
+    def depth_warning(self) -> str:
+        """What a user who adds layers should know; empty if the base's own layers stay what they are."""
+        if not self.depends_on_depth:
+            return ""
+        return (
+            "a layer of this model computes something else at another index or in a deeper model: added layers also "
+            "change the base's own layers, whose weights stay the same"
         )
 
     @property
@@ -192,6 +217,7 @@ def shape_of(config: Config) -> Shape:
 def _shape(family: Family, config: Config) -> Shape:
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     before, after = _outside(family, config)
+    size = head_size(config, dimension(config, "head_dim"))
     return Shape(
         layers=tuple(_layer_shape(family, config, index) for index in range(config["num_hidden_layers"])),
         before=before,
@@ -199,12 +225,13 @@ def _shape(family: Family, config: Config) -> Shape:
         layer_prefix=family.layer_prefix,
         hidden_size=hidden,
         heads=config["num_attention_heads"],
-        head_size=dimension(config, "head_dim"),
-        key_size=dimension(config, "key_size"),
+        head_size=size,
+        key_size=dimension(config, "num_key_value_heads") * size,
         vocab_size=vocabulary,
         inferred=family.inference is not None,
         not_silenced="" if family.inference is None else family.inference.not_silenced,
         not_trained=family.not_trained,
+        depends_on_depth=family.inference is not None and family.inference.depends_on_depth,
         fixed=frozenset() if family.inference is None else frozenset(family.inference.fixed),
     )
 

@@ -25,6 +25,7 @@ from pipeline.models.families.family import Family, InferredLayers
 from pipeline.models.families.parameters import (
     EXPERT_COUNTS,
     EXPERTS_PER_TOKEN,
+    LATENT_HEADS,
     Fused,
     Parameter,
     Parameters,
@@ -102,7 +103,8 @@ def _infer(real: Decoder, small: Decoder) -> Family:
         parts = [replace(made, silence=None) for made in parts]
     for layer, kind in enumerate(kind_of):
         _check_silent(small, calls[layer], layer, parts[kind])
-    if not faults and (faults := _depth_fault(small, [parts[kind] for kind in kind_of])):
+    depends_on_depth = not faults and bool(faults := _depth_fault(small, [parts[kind] for kind in kind_of]))
+    if depends_on_depth:
         parts = [replace(made, silence=None) for made in parts]
     splits = [_splits(made) for made in parts]
     layout = layout_of(small, representatives)  # overwrites the small model's weights
@@ -113,7 +115,8 @@ def _infer(real: Decoder, small: Decoder) -> Family:
     )
     family = _family(real, layout, kinds, tuple(kind_of))
     assert family.inference is not None
-    return replace(family, inference=replace(family.inference, not_silenced=faults, not_trained=not_trained))
+    found = replace(family.inference, not_silenced=faults, not_trained=not_trained, depends_on_depth=depends_on_depth)
+    return replace(family, inference=found)
 
 
 def _parts_of(small: Decoder, call: LayerCall, layer: int) -> tuple[LayerParts, str]:
@@ -444,6 +447,7 @@ def _defaults(config: Any, tied: bool) -> dict[str, Any]:
         "num_attention_heads": heads, "num_key_value_heads": _key_heads(config), "tie_word_embeddings": tied,
         "head_dim": _integer(config, "head_dim") or hidden // heads,
     }  # fmt: skip
+    values |= {name: size for name in LATENT_HEADS if (size := _integer(config, name))}
     context = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
     if length := next((length for name in context if (length := _integer(config, name))), 0):
         values["max_position_embeddings"] = length
