@@ -30,16 +30,25 @@ def dataset_commit(source: Source, setting: str) -> str:
         setting: dotted name of the setting that holds ``source.path``.
 
     Raises:
-        UserError: offline mode is set, the Hub does not answer in time, or it has no such dataset or revision.
+        UserError: offline mode is set, the Hub does not answer in time, it has no such dataset or revision, or a local
+            directory has the same name.
     """
     repo = str(source.path)
     if not is_repo_id(repo):
         rule = "kind is hub, and this is not a dataset name (NAME or ORGANIZATION/NAME)"
         raise _refuse(setting, repo, rule, "Set kind: files for local text, as in data=files.")
+    _check_not_local(repo, setting)
     if is_offline():
         rule = "it is streamed from the Hub, which an environment variable (such as HF_HUB_OFFLINE) forbids"
         raise _refuse(setting, repo, rule, DOWNLOAD_INSTEAD)
     return find_dataset(repo, source.revision, partial(_refuse, setting, repo), DOWNLOAD_INSTEAD)
+
+
+def _check_not_local(repo: str, setting: str) -> None:
+    """Refuses the name of a local directory, which ``load_dataset`` would read instead of the pinned commit."""
+    if is_repo_id(repo) and os.path.isdir(repo):
+        rule = f"kind is hub, and {os.path.abspath(repo)} is a directory of this name, which would be read instead"
+        raise _refuse(setting, repo, rule, "Set kind: files to read that directory, or rename or move it.")
 
 
 def find_dataset(repo: str, revision: str | None, refuse: Callable[[str, str], UserError], offline_remedy: str) -> str:
@@ -138,6 +147,7 @@ class HubStream:
 
         source, setting = self._source, f"{self._setting}.path"
         repo = str(source.path)
+        _check_not_local(repo, setting)
         try:
             return load_dataset(repo, source.config_name, split=source.split, revision=source.revision, streaming=True)
         except ValueError as error:  # raised for an unknown configuration or split

@@ -409,6 +409,18 @@ def test_a_hub_dataset_is_streamed_row_by_row(tmp_path: Path) -> None:
     assert "nowhere" in _refusal(lambda: _texts(missing))
 
 
+def test_a_local_directory_is_not_read_in_place_of_a_hub_dataset_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/data").mkdir(parents=True)
+    _rows(Path("org/data/a.jsonl"), {"text": "local"})
+    pinned = _source("org/data", kind="hub", split="train", revision="0" * 40)
+    for read in (lambda: _texts(pinned), lambda: check_sources([pinned], "corpus", LIMIT)):
+        message = _refusal(read)
+        assert message.startswith("data.corpus.path = org/data") and str(tmp_path / "org" / "data") in message
+
+
 def test_only_the_needed_part_of_a_hub_dataset_is_read(tmp_path: Path) -> None:
     """All files after the first two are malformed."""
     for number in range(2):
