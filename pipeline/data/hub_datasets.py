@@ -15,7 +15,10 @@ from pipeline.models.hub import TIMEOUT_SECONDS, is_repo_id, with_timeout
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FALSE_VALUES = ("", "0", "false", "no", "off")
 
-DOWNLOAD_INSTEAD = "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files."
+DOWNLOAD_INSTEAD = (
+    "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files, path to the files of "
+    "the split, and config_name, split and revision to null."
+)
 
 
 def is_offline() -> bool:

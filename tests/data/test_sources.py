@@ -219,6 +219,8 @@ def test_a_saved_dataset_is_read_without_its_caches_and_one_split_of_several(tmp
     assert "no split dev" in _refusal(lambda: _texts(_source(tmp_path, split="dev")))
     assert _texts(_source(tmp_path, split="test")) == ["test"]
     assert _texts(_source(tmp_path / "train")) == ["train"]
+    message = _refusal(lambda: _texts(_source(tmp_path / "train", split="train")))
+    assert message.startswith("data.corpus.split = train") and "Set data.corpus.split=null" in message
     (tmp_path / "test" / "state.json").write_text('{"_data_files": [{"filename": "../secret.txt"}]}')
     assert "../secret.txt" in _refusal(lambda: _texts(_source(tmp_path / "test")))
 
