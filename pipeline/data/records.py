@@ -8,6 +8,7 @@ A record becomes a document (a text, for continued pre-training) or a conversati
     alpaca       {"instruction": ..., "input": ..., "output": ...}      (input may be missing or empty)
     completion   {"prompt": ..., "completion": ...}                     (texts, or lists of messages)
 
+The column ``system`` may hold a system message, and ``history`` of alpaca the turns before: pairs of two texts.
 The content of a message may also be a list of parts, ``[{"type": "text", "text": ...}]``, of which all must be text.
 """
 
@@ -170,7 +171,7 @@ def conversation_from(record: Record, setting: str) -> Conversation:
         # Files with rows of several formats have all columns in every row, and null in those of the other formats.
         if set(columns) <= set(row) and any(row[column] is not None for column in columns):
             try:
-                return _normalized(convert(row))
+                return _after_system(row.get("system"), _normalized(convert(row)))
             except _Malformed as error:
                 raise bad(error.reason, str(error)) from None
     if any(set(columns) <= set(row) for columns in CONVERSATION_FORMATS):
@@ -194,10 +195,7 @@ def _from_messages(row: Mapping[str, Any]) -> Any:
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> Any:
-    messages, system = row["conversations"], row.get("system")
-    if isinstance(messages, list) and isinstance(system, str) and system.strip():
-        return [_message("system", system), *messages]
-    return messages
+    return row["conversations"]
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> Any:
@@ -206,7 +204,15 @@ def _from_alpaca(row: Mapping[str, Any]) -> Any:
         return [_message("user", None)]  # never a prompt that is empty, or the input alone
     if not all(isinstance(part, str) for part in parts if part is not None):
         raise _Malformed("not_text", "its instruction, input and output must be text")
-    return [_message("user", "\n\n".join(part for part in parts if part)), _message("assistant", row["output"])]
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise _Malformed("malformed", "its history must be a list of pairs of a question and its answer")
+    prompt = "\n\n".join(part for part in parts if part)
+    return [
+        _message(role, text)
+        for turn in (*history, [prompt, row["output"]])
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def _from_completion(row: Mapping[str, Any]) -> Any:
@@ -229,7 +235,17 @@ CONVERSATION_FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] 
     ("conversations",): _from_sharegpt,
 }
 # All columns that are read of conversations.
-CONVERSATION_COLUMNS = (*(column for columns in CONVERSATION_FORMATS for column in columns), "input", "system")
+CONVERSATION_COLUMNS = (
+    *(column for columns in CONVERSATION_FORMATS for column in columns), "input", "history", "system",
+)  # fmt: skip
+
+
+def _after_system(system: Any, conversation: Conversation) -> Conversation:
+    """Returns a conversation with the text of the column ``system`` in front, unless it begins with it already."""
+    if not conversation or not isinstance(system, str) or not system.strip():
+        return conversation
+    first = _message("system", system)
+    return conversation if conversation[0] == first else [first, *conversation]
 
 
 def _normalized(messages: Any) -> Conversation:

@@ -162,6 +162,12 @@ def test_files_of_a_directory_or_glob_are_read_in_order_of_their_names(tmp_path:
             [("system", "S"), ("user", "U"), ("assistant", "A")],
         ),
         (
+            {"instruction": "U2", "output": "A2", "history": [["U1", "A1"]], "system": "S"},
+            [("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")],
+        ),
+        ({"messages": [{"role": "user", "content": "U"}], "system": "S"}, [("system", "S"), ("user", "U")]),
+        ({"messages": [{"role": "system", "content": "S"}], "system": "S"}, [("system", "S")]),
+        (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
             [("user", "ab")],
         ),
@@ -176,7 +182,7 @@ def test_files_of_a_directory_or_glob_are_read_in_order_of_their_names(tmp_path:
         ({"messages": None, "prompt": "U", "completion": "A"}, [("user", "U"), ("assistant", "A")]),
         ({"instruction": "U", "input": None, "output": "A"}, [("user", "U"), ("assistant", "A")]),
     ],
-    ids=["alpaca", "alpaca without input", "completion", "messages", *map(str, range(6))],
+    ids=["alpaca", "alpaca without input", "completion", "messages", *map(str, range(9))],
 )
 def test_conversation_formats_are_recognized(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
