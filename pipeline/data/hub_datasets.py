@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.files import Position, Record
+from pipeline.data.files import Position, Record, without_filled_fields
 from pipeline.errors import UserError
 from pipeline.models.hub import TIMEOUT_SECONDS, is_repo_id, with_timeout
 
@@ -134,7 +134,7 @@ class HubStream:
         try:
             for row in self._dataset:
                 self._number += 1
-                yield Record(dict(row), str(self._source.path), f"row {self._number}")
+                yield Record(without_filled_fields(dict(row)), str(self._source.path), f"row {self._number}")
         except Exception as error:  # network, file formats and the datasets library raise many kinds of exceptions
             rule = f"reading stopped after row {self._number} ({type(error).__name__}: {error})"
             remedy = f"Repeat the command to resume there once the dataset can be read. {DOWNLOAD_INSTEAD}"

@@ -202,6 +202,33 @@ def test_tool_calls_are_kept_as_templates_expect_them(tmp_path: Path) -> None:
     assert example.content == [{"role": "assistant", "content": "", "tool_calls": [called]}, messages[1]]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow", "hub"])
+def test_tool_calls_have_only_the_arguments_that_they_were_written_with(suffix: str, tmp_path: Path) -> None:
+    """Arrow, and datasets that are streamed from the Hub, have the arguments of all calls in every one, most null."""
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    called: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"city": "Rome"}]
+    rows = [
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": one}}]}]}
+        for one in called
+    ]
+    path = tmp_path / f"chats{suffix}"
+    match suffix:
+        case ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        case ".arrow":
+            feather.write_feather(pyarrow.Table.from_pylist(rows), path)
+        case "hub":
+            _rows(tmp_path / "a.jsonl", *rows)
+        case _:
+            _rows(path, *rows)
+    hub: dict[str, Any] = {"kind": "hub", "split": "train"} if suffix == "hub" else {}
+    found = _stream(_source(tmp_path if hub else path, text_field=None, **hub), "instructions")
+    messages: list[Any] = [message for example in found for message in example.content]
+    assert [message["tool_calls"][0]["function"]["arguments"] for message in messages] == called
+
+
 def test_only_what_was_meant_is_read_of_a_directory(tmp_path: Path) -> None:
     """No hidden files, no copies by macOS, no descriptions in JSON; every linked directory once."""
     for name in ("in/a.txt", "in/._a.txt", "in/.cache/b.txt", "in/__MACOSX/c.txt", "in/info.json", "elsewhere/d.txt"):
