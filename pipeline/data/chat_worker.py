@@ -230,7 +230,10 @@ def _find_missing_anywhere(messages: Messages, text: str, rewritten: bool) -> Ma
             if rewritten and number < len(messages) and message["role"] == "assistant":
                 squeezed_part = squeezed_part.rpartition("</think>")[2]
             wanted[squeezed_part] += 1
-            if squeezed_part and squeezed.count(squeezed_part) < wanted[squeezed_part]:
+            forms = [squeezed_part]
+            if message["role"] == "tool":  # Llama 3.1's template writes the results of tools as JSON
+                forms.append("".join(json.dumps(part, ensure_ascii=False)[1:-1].split()))
+            if squeezed_part and max(map(squeezed.count, forms)) < wanted[squeezed_part]:
                 return message
     return None
 

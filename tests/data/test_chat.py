@@ -373,6 +373,13 @@ def test_every_message_counts_but_whitespace_does_not(text: str, rewritten: bool
     assert (chat_worker.find_missing(messages, text, rewritten) is not None) == missing
 
 
+@pytest.mark.parametrize(("role", "missing"), [("tool", False), ("assistant", True)])
+def test_only_results_of_tools_may_be_written_as_json(role: str, missing: bool) -> None:
+    turn = {"role": role, "content": '{"place": "Köln",\n"warm": true}'}
+    rendered = chat_worker.Renderer("{{ messages[0].content | tojson }}", {}).render([turn])
+    assert "\\n" in rendered and (chat_worker.find_missing([turn], rendered, rewritten=False) is not None) == missing
+
+
 def test_reasoning_of_earlier_turns_may_be_removed_but_not_that_of_the_trained_one() -> None:
     turn = {"role": "assistant", "content": "<think>because</think>so"}
     assert chat_worker.find_missing([turn, {"role": "user", "content": "x"}], "so x", rewritten=True) is None
