@@ -375,7 +375,7 @@ def _values(path: Path, batch: pyarrow.RecordBatch, row: int) -> list[dict[str, 
 def without_filled_fields(value: Any, depth: int = 0) -> Any:
     """Returns a row without the null fields of nested structs. Those of the row and of messages in it are kept.
 
-    All structs of an Arrow column have the same fields, so every tool call has the arguments of all tools, with null for
+    All structs of an Arrow column have the same fields, so every tool call has the arguments of all tools, and null for
     those that it was written without.
     """
     if isinstance(value, dict):

@@ -16,8 +16,8 @@ _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFF
 _FALSE_VALUES = ("", "0", "false", "no", "off")
 
 DOWNLOAD_INSTEAD = (
-    "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files, path to the files of "
-    "the split, and config_name, split and revision to null."
+    "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files, path to the files "
+    "of the split, and config_name, split and revision to null."
 )
 
 

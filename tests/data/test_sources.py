@@ -202,6 +202,16 @@ def test_tool_calls_are_kept_as_templates_expect_them(tmp_path: Path) -> None:
     assert example.content == [{"role": "assistant", "content": "", "tool_calls": [called]}, messages[1]]
 
 
+def test_reasoning_and_declared_tools_are_kept(tmp_path: Path) -> None:
+    question, add = {"role": "user", "content": "1 + 1?"}, {"name": "add", "parameters": {}}
+    answer = {"role": "assistant", "content": "2", "reasoning_content": "Add."}
+    declared: tuple[object, ...] = ([add], [{"type": "function", "function": add}], json.dumps([add]))
+    rows = [{"messages": [question, answer], "tools": tools} for tools in (*declared, None, "", [])]
+    found = [example.content for example in _stream(_source(_rows(tmp_path / "a.jsonl", *rows)), "instructions")]
+    declaring = {**question, "tools": [{"type": "function", "function": add}]}
+    assert found == [[declaring, answer]] * 3 + [[question, answer]] * 3
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow", "hub"])
 def test_tool_calls_have_only_the_arguments_that_they_were_written_with(suffix: str, tmp_path: Path) -> None:
     """Arrow, and datasets that are streamed from the Hub, have the arguments of all calls in every one, most null."""
@@ -209,10 +219,8 @@ def test_tool_calls_have_only_the_arguments_that_they_were_written_with(suffix: 
     from pyarrow import feather, parquet
 
     called: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"city": "Rome"}]
-    rows = [
-        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": one}}]}]}
-        for one in called
-    ]
+    calls = [[{"function": {"name": "f", "arguments": one}}] for one in called]
+    rows = [{"messages": [{"role": "assistant", "content": "x", "tool_calls": each}]} for each in calls]
     path = tmp_path / f"chats{suffix}"
     match suffix:
         case ".parquet":
@@ -376,6 +384,9 @@ def test_a_malformed_file_is_reported_with_line_and_reason(
         ({"question": "x", "answer": "y"}, ["question, answer", "known conversation format"]),
         ({"messages": [{"role": "robot", "content": "x"}]}, ["'robot'", "user"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["must be text"]),
+        ({"messages": [{"role": "assistant", "content": "x", "thinking": ["y"]}]}, ["thinking", "must be text"]),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "search"}, ["tools must be a list"]),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "x"}]}, ["function with a name"]),
         ({"messages": [{"role": "user", "text": "x"}]}, ["must be text"]),
         ({"messages": "hello"}, ["list of objects"]),
         (
