@@ -299,12 +299,14 @@ def _tools(value: Any) -> list[dict[str, Any]]:
     tools = value or []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise _Malformed("malformed", "its tools must be a list of objects, or one in JSON")
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = [tool.get("function") or tool for tool in tools]
     if not all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in functions):
         raise _Malformed("malformed", "a tool must have a function with a name")
     if is_nested_deeper(functions):
         raise _Malformed("malformed", f"its tools have more than {MAX_NESTING} levels")
-    return [{"type": "function", "function": each} for each in functions]
+    # Arrow adds null for what only other tools state.
+    stated = [{name: value for name, value in each.items() if value is not None} for each in functions]
+    return [{"type": "function", "function": each} for each in stated]
 
 
 def _with_tools(conversation: Conversation, tools: list[dict[str, Any]]) -> Conversation:

@@ -205,11 +205,12 @@ def test_tool_calls_are_kept_as_templates_expect_them(tmp_path: Path) -> None:
 def test_reasoning_and_declared_tools_are_kept(tmp_path: Path) -> None:
     question, add = {"role": "user", "content": "1 + 1?"}, {"name": "add", "parameters": {}}
     answer = {"role": "assistant", "content": "2", "reasoning_content": "Add."}
-    declared: tuple[object, ...] = ([add], [{"type": "function", "function": add}], json.dumps([add]))
+    filled = {**add, "function": None, "strict": None}  # by Arrow
+    declared: tuple[object, ...] = ([add], [{"type": "function", "function": add}], json.dumps([add]), [filled])
     rows = [{"messages": [question, answer], "tools": tools} for tools in (*declared, None, "", [])]
     found = [example.content for example in _stream(_source(_rows(tmp_path / "a.jsonl", *rows)), "instructions")]
     declaring = {**question, "tools": [{"type": "function", "function": add}]}
-    assert found == [[declaring, answer]] * 3 + [[question, answer]] * 3
+    assert found == [[declaring, answer]] * 4 + [[question, answer]] * 3
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow", "hub"])
