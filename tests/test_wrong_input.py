@@ -284,7 +284,8 @@ def test_an_invalid_weight_of_a_data_source(weight: str, base: Arguments, capsys
 def mixed(base: Arguments, tiny_corpus: Path, tiny_chats: Path) -> Arguments:
     """A request with two data sources that works once both have a path."""
     kept = [item for item in base if not item.startswith("data")]
-    second = ["data.corpus.1.kind=files", "data.corpus.1.split=null", f"data.corpus.1.path={tiny_corpus}"]
+    second = ["kind=files", "config_name=null", "split=null", f"path={tiny_corpus}"]
+    second = [f"data.corpus.1.{setting}" for setting in second]
     return [*kept, "data=replay", f"data.instructions.path={tiny_chats}", *second]
 
 

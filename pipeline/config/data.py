@@ -22,9 +22,9 @@ class Source(Section):
 
     kind: Literal["python_docs", "files", "hub"]  # each has a class in pipeline/data/sources.py
     path: FilePath | None  # files: file, directory or glob of the formats in docs/data.md; hub: id
-    config_name: str | None  # hub: configuration of the dataset
-    split: str | None  # hub, and files saved as a DatasetDict: split of the dataset, such as train
-    revision: str | None  # hub: branch, tag or commit; null for the default branch
+    config_name: str | None  # hub: configuration of the dataset; others: null
+    split: str | None  # hub, and files saved as a DatasetDict: split of the dataset, such as train; others: null
+    revision: str | None  # hub: branch, tag or commit; null for the default branch, and for others
     text_field: str | None  # column holding a document; null for conversations, whose format is detected
     weight: Weight  # share of the training tokens, relative to the sum of all weights; unused with a single source
 
@@ -34,6 +34,10 @@ class Source(Section):
             raise ValueError("path is required for files and hub, and must be null for python_docs")
         if self.kind == "hub" and self.split is None:
             raise ValueError("split is required for hub, for example train")
+        if self.kind != "hub":
+            unused = ("config_name", "revision") if self.kind == "files" else ("config_name", "revision", "split")
+            if given := next((name for name in unused if getattr(self, name) is not None), None):
+                raise ValueError(f"{given} has no effect on {self.kind} and must be null")
         return self
 
 
@@ -67,6 +71,8 @@ class Data(Section):
             raise ValueError("held_out_fraction must be above 0; only python_docs has its own held-out split")
         if self.held_out_fraction + self.validation_fraction >= 1:
             raise ValueError("held_out_fraction and validation_fraction must leave documents to train on")
+        if any(source.text_field is not None for source in self.instructions or ()):
+            raise ValueError("text_field of instructions must be null; their format is detected from their columns")
         return self
 
 

@@ -24,6 +24,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from pipeline.data.chat_worker import REASONING
 from pipeline.data.records import Conversation, Drops, Example, Message
 from pipeline.data.templates import PLAIN_TEMPLATE, TemplateProcess, TurnRenderer, default_template, unusable
 from pipeline.data.tokenizer import TextTokenizer, begin_with_bos
@@ -116,7 +117,7 @@ class ChatTokenizer:
         """
         conversation = cast("Conversation", example.content)
         # A control token in a message would end its turn early or start a fake one.
-        parts = [part for message in conversation for part in (message["content"], *_tool_calls(message))]
+        parts = [part for message in conversation for part in _parts(message)]
         if any(text in part for part in parts for text in self._control_texts):
             return self._drop("control_token_in_text", example)
         answers = [message for message in conversation if message["role"] == "assistant"]
@@ -174,5 +175,8 @@ def _targets(examples: list[TokenizedConversation]) -> int:
     return sum(sum(each.loss_mask) for each in examples)
 
 
-def _tool_calls(message: Message) -> list[str]:
-    return [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+def _parts(message: Message) -> list[str]:
+    """Returns everything of a message that a template may write."""
+    texts = [message[name] for name in ("content", *REASONING) if name in message]
+    named = [*message.get("tools", ()), *message.get("tool_calls", ())]
+    return [*texts, *(json.dumps(each, ensure_ascii=False) for each in named)]

@@ -7,7 +7,7 @@ project nor transformers, so that it starts at once and takes little memory. Wha
 
     setup       {"template": ..., "tokens": {"eos_token": ...}, "memory_bytes": ..., "seconds": ...}
     answer      {"template": ..., "probe": messages, "unsupported": [roles]} or {"fault": ..., "detail": ...}
-    request     messages
+    request     messages, of which the first question may have "tools"
     answer      {"texts": [[text, [[begin, end], ...]], ...]} or {"fault": ..., "detail": ...}
 """
 
@@ -52,6 +52,7 @@ PARTS_PRELUDE = (
 )
 QUESTION = {"role": "user", "content": "Probing question 4711?"}
 ANSWER = {"role": "assistant", "content": "Probing answer 0815."}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names under which messages have it, besides their content
 OPTIONAL_ROLES = ("system", "developer")  # that a template may lack, and that can be folded into the first question
 SHOWN_CHARACTERS = 120  # of a line of the template
 
@@ -163,14 +164,19 @@ class Renderer:
             found = (find_missing(messages[: turn + 1], text, rewritten=True) for text, _, turn in prefixes)
             missing = next(filter(None, found), None)
         if missing is not None:
-            return {"fault": TEXT_MISSING, "detail": f"of the {missing['role']} message; {self._line_with('content')}"}
+            parts = ", ".join(name for name in ("tools", *REASONING, "content", "tool_calls") if name in missing)
+            detail = f"of the {missing['role']} message ({parts}); {self._line_with('content')}"
+            return {"fault": TEXT_MISSING, "detail": detail}
         "".join(text for text, _ in texts).encode()  # a lone surrogate, which a template can write, has no tokens
         return {"texts": texts}
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """Renders messages like ``apply_chat_template``."""
+        """Renders messages like ``apply_chat_template``, with the tools that one of them declares."""
+        tools = next((message["tools"] for message in messages if "tools" in message), None)
+        if tools is not None:
+            messages = [{name: message[name] for name in message if name != "tools"} for message in messages]
         return self._template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._tokens
+            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._tokens
         )
 
     def _line_with(self, word: str) -> str:
@@ -225,19 +231,25 @@ def _find_missing_anywhere(messages: Messages, text: str, rewritten: bool) -> Ma
     squeezed = "".join(text.split())
     wanted: Counter[str] = Counter()
     for number, message in enumerate(messages, 1):
-        for part in _texts(message):
+        is_rewritten = rewritten and number < len(messages) and message["role"] == "assistant"
+        for part in _texts(message, with_reasoning=not is_rewritten):
             squeezed_part = "".join(part.split())
-            if rewritten and number < len(messages) and message["role"] == "assistant":
+            if is_rewritten:
                 squeezed_part = squeezed_part.rpartition("</think>")[2]
             wanted[squeezed_part] += 1
-            if squeezed_part and squeezed.count(squeezed_part) < wanted[squeezed_part]:
+            forms = [squeezed_part]
+            if message["role"] == "tool":  # Llama 3.1's template writes the results of tools as JSON
+                forms.append("".join(json.dumps(part, ensure_ascii=False)[1:-1].split()))
+            if squeezed_part and max(map(squeezed.count, forms)) < wanted[squeezed_part]:
                 return message
     return None
 
 
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    return [message["content"].strip(), *names]
+def _texts(message: Mapping[str, Any], with_reasoning: bool = True) -> list[str]:
+    named = [*message.get("tools", ()), *message.get("tool_calls", ())]
+    # Some programs write the same reasoning under two names.
+    reasoning = {message[name].strip() for name in REASONING if with_reasoning and name in message}
+    return [*sorted(reasoning), message["content"].strip(), *(each["function"]["name"] for each in named)]
 
 
 # ------------------------------------------------------------------------------------ choice of a template

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -170,8 +170,8 @@ class DatasetBuilder:
                     setting=f"{name}.path",
                     value=source_settings.path,
                     rule=f"it does not provide a single token to train on ({kept})",
-                    remedy=f"{self._advice(source)}Provide more content, or increase the sequence length if everything "
-                    "was too long.",
+                    remedy=f"{self._advice(source.dropped)}Provide more content, or increase the sequence length if "
+                    "everything was too long.",
                 )
         kept = _kept_and_dropped(mixture.total("documents"), mixture.total("dropped"))
         for split in ("held_out", "validation"):
@@ -198,21 +198,23 @@ class DatasetBuilder:
         """Refuses a source of which most is lost, which is a mistake more often than not."""
         allowed = self._settings.max_dropped
         for name, source in zip(self._names, self._mixture.sources, strict=True):
-            lost = sum(count for reason, count in source.dropped.items() if reason not in NOT_LOST)
+            reasons = [reason for reason in source.dropped if reason not in NOT_LOST]
+            lost = sum(source.dropped[reason] for reason in reasons)
             if lost > allowed * source.examples_read:
                 least = math.ceil(100 * lost / source.examples_read) / 100
-                reasons = [_describe_drop(source, reason) for reason in source.dropped if reason not in NOT_LOST]
+                found = ", ".join(_describe_drop(source, reason) for reason in reasons)
                 raise UserError(
                     setting="data.max_dropped",
                     value=allowed,
-                    rule=f"{lost:,} of {source.examples_read:,} examples of {name} were dropped: {', '.join(reasons)}",
-                    remedy=f"{self._advice(source)}Correct the data, or set data.max_dropped={least:g} to accept that.",
+                    rule=f"{lost:,} of {source.examples_read:,} examples of {name} were dropped: {found}",
+                    remedy=f"{self._advice(reasons)}Correct the data, or set data.max_dropped={least:g} to accept "
+                    "that.",
                 )
 
-    def _advice(self, source: MixtureSource) -> str:
-        """Returns what else to do about what a source lost, followed by a space."""
-        advice = self._template.advice(source.dropped, self._folded) if self._template is not None else ""
-        if "too_long" in source.dropped:
+    def _advice(self, reasons: Container[str]) -> str:
+        """Returns what else to do about examples that were dropped or cut for some reasons, followed by a space."""
+        advice = self._template.advice(reasons, self._folded) if self._template is not None else ""
+        if "too_long" in reasons or "truncated" in reasons:
             advice += "Increase sft.sequence_length. "
         return advice
 
@@ -258,7 +260,7 @@ class DatasetBuilder:
         exhausted = [name for name, source in mixed.items() if source.exhausted]
         warnings = [
             f"{name}: of {source.examples_read:,} examples, {_describe_drop(source, reason)} were "
-            f"{'cut' if reason == 'truncated' else 'dropped'}. {self._advice(source)}".strip()
+            f"{'cut' if reason == 'truncated' else 'dropped'}. {self._advice([reason])}".strip()
             for name, source in by_name.items()
             for reason, count in sorted(source.dropped.items())
             if count > REPORTED_FRACTION * source.examples_read

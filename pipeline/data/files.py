@@ -364,12 +364,26 @@ def _validate(path: Path, batch: pyarrow.RecordBatch, row: int) -> None:
 def _values(path: Path, batch: pyarrow.RecordBatch, row: int) -> list[dict[str, Any]]:
     """Converts a batch to Python values. ``row`` rows of the file precede it."""
     try:
-        return cast("list[dict[str, Any]]", batch.to_pylist())
+        return [without_filled_fields(value) for value in batch.to_pylist()]
     except Exception as error:  # text that is not UTF-8, dates and time zones that Python does not have, and more
         if batch.num_rows == 1:
             raise BadFile(f"{path}, row {row + 1}", f"it has a value that cannot be read ({error})") from error
         single = [_values(path, batch.slice(number, 1), row + number) for number in range(batch.num_rows)]
         return [value for values in single for value in values]
+
+
+def without_filled_fields(value: Any, depth: int = 0) -> Any:
+    """Returns a row without the null fields of nested structs. Those of the row and of messages in it are kept.
+
+    All structs of an Arrow column have the same fields, so every tool call has the arguments of all tools, and null for
+    those that it was written without.
+    """
+    if isinstance(value, dict):
+        kept = {name: field for name, field in value.items() if field is not None or depth < 2}
+        return {name: without_filled_fields(field, depth + 1) for name, field in kept.items()}
+    if isinstance(value, list):
+        return [without_filled_fields(element, depth) for element in value]
+    return value
 
 
 READERS: dict[str, Callable[[Path, Reading], Iterator[Record]]] = {

@@ -8,14 +8,17 @@ from functools import partial
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.data.files import Position, Record
+from pipeline.data.files import Position, Record, without_filled_fields
 from pipeline.errors import UserError
 from pipeline.models.hub import TIMEOUT_SECONDS, is_repo_id, with_timeout
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _FALSE_VALUES = ("", "0", "false", "no", "off")
 
-DOWNLOAD_INSTEAD = "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files."
+DOWNLOAD_INSTEAD = (
+    "Go online, or download it elsewhere (hf download --repo-type dataset ...) and set kind: files, path to the files "
+    "of the split, and config_name, split and revision to null."
+)
 
 
 def is_offline() -> bool:
@@ -30,16 +33,25 @@ def dataset_commit(source: Source, setting: str) -> str:
         setting: dotted name of the setting that holds ``source.path``.
 
     Raises:
-        UserError: offline mode is set, the Hub does not answer in time, or it has no such dataset or revision.
+        UserError: offline mode is set, the Hub does not answer in time, it has no such dataset or revision, or a local
+            directory has the same name.
     """
     repo = str(source.path)
     if not is_repo_id(repo):
         rule = "kind is hub, and this is not a dataset name (NAME or ORGANIZATION/NAME)"
         raise _refuse(setting, repo, rule, "Set kind: files for local text, as in data=files.")
+    _check_not_local(repo, setting)
     if is_offline():
         rule = "it is streamed from the Hub, which an environment variable (such as HF_HUB_OFFLINE) forbids"
         raise _refuse(setting, repo, rule, DOWNLOAD_INSTEAD)
     return find_dataset(repo, source.revision, partial(_refuse, setting, repo), DOWNLOAD_INSTEAD)
+
+
+def _check_not_local(repo: str, setting: str) -> None:
+    """Refuses the name of a local directory, which ``load_dataset`` would read instead of the pinned commit."""
+    if is_repo_id(repo) and os.path.isdir(repo):
+        rule = f"kind is hub, and {os.path.abspath(repo)} is a directory of this name, which would be read instead"
+        raise _refuse(setting, repo, rule, "Set kind: files to read that directory, or rename or move it.")
 
 
 def find_dataset(repo: str, revision: str | None, refuse: Callable[[str, str], UserError], offline_remedy: str) -> str:
@@ -122,7 +134,7 @@ class HubStream:
         try:
             for row in self._dataset:
                 self._number += 1
-                yield Record(dict(row), str(self._source.path), f"row {self._number}")
+                yield Record(without_filled_fields(dict(row)), str(self._source.path), f"row {self._number}")
         except Exception as error:  # network, file formats and the datasets library raise many kinds of exceptions
             rule = f"reading stopped after row {self._number} ({type(error).__name__}: {error})"
             remedy = f"Repeat the command to resume there once the dataset can be read. {DOWNLOAD_INSTEAD}"
@@ -138,6 +150,7 @@ class HubStream:
 
         source, setting = self._source, f"{self._setting}.path"
         repo = str(source.path)
+        _check_not_local(repo, setting)
         try:
             return load_dataset(repo, source.config_name, split=source.split, revision=source.revision, streaming=True)
         except ValueError as error:  # raised for an unknown configuration or split

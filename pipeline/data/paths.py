@@ -27,11 +27,11 @@ def find_files(path: str, split: str | None, setting: str) -> list[Path]:
 
     Args:
         path: the value of the setting.
-        split: which split of a saved ``DatasetDict``; None if it has only one.
+        split: which split of a saved ``DatasetDict``; None if it has only one, and for all other files.
         setting: dotted name of the path's setting.
 
     Raises:
-        UserError: there are none, or one of them cannot be read as a file.
+        UserError: there are none, one of them cannot be read as a file, or there is nothing to choose a split of.
     """
     path = os.path.expanduser(path)
     # An existing path is taken literally even if it contains glob characters.
@@ -53,6 +53,14 @@ def find_files(path: str, split: str | None, setting: str) -> list[Path]:
             rule=f"it contains no file of a supported format{others}",
             remedy=f"Provide files ending in {', '.join(READERS)}; .txt, .json and .jsonl may be followed by .gz or "
             ".zst.",
+        )
+    if split is not None and not walk.has_splits:
+        source = setting.removesuffix(".path")
+        raise UserError(
+            setting=f"{source}.split",
+            value=split,
+            rule=f"{path} is not a saved DatasetDict, so all of its files would be read, whatever their split",
+            remedy=f"Set {source}.split=null, and {setting} to the files of that split.",
         )
     return found
 
@@ -90,12 +98,14 @@ class _Walk:
 
     Attributes:
         left_out: the files that were not collected.
+        has_splits: whether a split of a saved ``DatasetDict`` was chosen.
     """
 
     def __init__(self, split: str | None, setting: str) -> None:
         self._split, self._setting = split, setting
         self._seen: set[tuple[str, str]] = set()  # directory without links, and name in it
         self.left_out: list[Path] = []
+        self.has_splits = False
 
     def data_files(self, path: Path) -> list[Path]:
         """Returns the files at a path that the user wrote, or that matches a glob.
@@ -133,6 +143,7 @@ class _Walk:
         except OSError as error:
             raise self._refuse(directory, f"the directory cannot be read ({error.strerror})") from error
         if SAVED_SPLITS in names and (splits := _listed(directory / SAVED_SPLITS, "splits")):
+            self.has_splits = True
             yield from self._files(directory / self._chosen(splits, directory))
         elif SAVED_DATASET in names and (saved := _listed(directory / SAVED_DATASET, "_data_files")):
             for name in saved:  # others next to them are caches of the dataset's transformations

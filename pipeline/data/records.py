@@ -8,6 +8,8 @@ A record becomes a document (a text, for continued pre-training) or a conversati
     alpaca       {"instruction": ..., "input": ..., "output": ...}      (input may be missing or empty)
     completion   {"prompt": ..., "completion": ...}                     (texts, or lists of messages)
 
+The column ``system`` may hold a system message, ``tools`` the tools that may be called, as a list or as JSON, and
+``history`` of alpaca the turns before: pairs of two texts. Messages of the assistant may have ``reasoning_content``.
 The content of a message may also be a list of parts, ``[{"type": "text", "text": ...}]``, of which all must be text.
 """
 
@@ -20,11 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.data import Split
+from pipeline.data.chat_worker import REASONING
 from pipeline.data.files import Record, location_of
 from pipeline.errors import UserError
 from pipeline.files import MAX_NESTING, is_nested_deeper
 
-Message = dict[str, Any]  # role and content, both text; for tools also tool_calls, tool_call_id and name
+# Role and content, both text. Also, as far as there are any: reasoning, tool_calls, tool_call_id and name; and in the
+# first question, or the first message if there is none, the tools that the conversation declares.
+Message = dict[str, Any]
 Conversation = list[Message]
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -170,7 +175,8 @@ def conversation_from(record: Record, setting: str) -> Conversation:
         # Files with rows of several formats have all columns in every row, and null in those of the other formats.
         if set(columns) <= set(row) and any(row[column] is not None for column in columns):
             try:
-                return _normalized(convert(row))
+                conversation = _after_system(row.get("system"), _normalized(convert(row)))
+                return _with_tools(conversation, _tools(row.get("tools")))
             except _Malformed as error:
                 raise bad(error.reason, str(error)) from None
     if any(set(columns) <= set(row) for columns in CONVERSATION_FORMATS):
@@ -194,10 +200,7 @@ def _from_messages(row: Mapping[str, Any]) -> Any:
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> Any:
-    messages, system = row["conversations"], row.get("system")
-    if isinstance(messages, list) and isinstance(system, str) and system.strip():
-        return [_message("system", system), *messages]
-    return messages
+    return row["conversations"]
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> Any:
@@ -206,7 +209,15 @@ def _from_alpaca(row: Mapping[str, Any]) -> Any:
         return [_message("user", None)]  # never a prompt that is empty, or the input alone
     if not all(isinstance(part, str) for part in parts if part is not None):
         raise _Malformed("not_text", "its instruction, input and output must be text")
-    return [_message("user", "\n\n".join(part for part in parts if part)), _message("assistant", row["output"])]
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise _Malformed("malformed", "its history must be a list of pairs of a question and its answer")
+    prompt = "\n\n".join(part for part in parts if part)
+    return [
+        _message(role, text)
+        for turn in (*history, [prompt, row["output"]])
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def _from_completion(row: Mapping[str, Any]) -> Any:
@@ -229,7 +240,17 @@ CONVERSATION_FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] 
     ("conversations",): _from_sharegpt,
 }
 # All columns that are read of conversations.
-CONVERSATION_COLUMNS = (*(column for columns in CONVERSATION_FORMATS for column in columns), "input", "system")
+CONVERSATION_COLUMNS = (
+    *(column for columns in CONVERSATION_FORMATS for column in columns), "input", "history", "system", "tools",
+)  # fmt: skip
+
+
+def _after_system(system: Any, conversation: Conversation) -> Conversation:
+    """Returns a conversation with the text of the column ``system`` in front, unless it begins with it already."""
+    if not conversation or not isinstance(system, str) or not system.strip():
+        return conversation
+    first = _message("system", system)
+    return conversation if conversation[0] == first else [first, *conversation]
 
 
 def _normalized(messages: Any) -> Conversation:
@@ -253,7 +274,11 @@ def _normalized_message(message: Mapping[str, Any]) -> Message:
     if content is not None and not isinstance(content, str):
         raise _Malformed("not_text", f"the content of a {role} message must be text")
     named = {name: message[name] for name in ("name", "tool_call_id") if role == "tool" and message.get(name)}
-    return {"role": role, "content": content, **named, **({"tool_calls": calls} if calls else {})}
+    reasoning = {name: message[name] for name in REASONING if role == "assistant" and message.get(name)}
+    for name, text in reasoning.items():
+        if not isinstance(text, str):
+            raise _Malformed("not_text", f"the {name} of an assistant message must be text")
+    return {"role": role, "content": content, **reasoning, **named, **({"tool_calls": calls} if calls else {})}
 
 
 def _text_of_parts(parts: list[Any]) -> Any:
@@ -262,6 +287,35 @@ def _text_of_parts(parts: list[Any]) -> Any:
     for part in parts:
         texts.append(part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part)
     return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else parts
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    """Returns the tools that a row declares, as a list or as JSON, in the form that templates expect."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise _Malformed("malformed", "its tools must be a list of objects, or one in JSON") from None
+    tools = value or []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise _Malformed("malformed", "its tools must be a list of objects, or one in JSON")
+    functions = [tool.get("function") or tool for tool in tools]
+    if not all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in functions):
+        raise _Malformed("malformed", "a tool must have a function with a name")
+    if is_nested_deeper(functions):
+        raise _Malformed("malformed", f"its tools have more than {MAX_NESTING} levels")
+    # Arrow adds null for what only other tools state.
+    stated = [{name: value for name, value in each.items() if value is not None} for each in functions]
+    return [{"type": "function", "function": each} for each in stated]
+
+
+def _with_tools(conversation: Conversation, tools: list[dict[str, Any]]) -> Conversation:
+    """Returns a conversation whose first question declares tools: there, ``fold`` keeps them."""
+    if not conversation or not tools:
+        return conversation
+    first = next((number for number, message in enumerate(conversation) if message["role"] == "user"), 0)
+    declaring = {**conversation[first], "tools": tools}
+    return [*conversation[:first], declaring, *conversation[first + 1 :]]
 
 
 def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:

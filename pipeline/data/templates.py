@@ -167,7 +167,8 @@ class TemplateProcess:
         if roles and (chat_worker.REJECTED in faults or chat_worker.TEXT_MISSING in faults):
             names = " and ".join(roles)
             return (
-                f"The chat template has no {names} messages. Set data.system_messages=fold to join them to questions. "
+                f"If they have {names} messages, which the chat template lacks, set data.system_messages=fold to join "
+                "these to questions. "
             )
         if chat_worker.PROMPT_DIFFERS in faults:
             return f"With this chat template, every answer must begin with {self.beginning!r}. "

@@ -373,6 +373,62 @@ def test_every_message_counts_but_whitespace_does_not(text: str, rewritten: bool
     assert (chat_worker.find_missing(messages, text, rewritten) is not None) == missing
 
 
+# In the style of Qwen3: tools are in front, and only answers after the last question have their reasoning.
+TOOLS_AND_REASONING = (
+    "{% for tool in tools or [] %}{{ '<|im_start|>tool\n' + (tool | tojson) + '<|im_end|>\n' }}{% endfor %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['reasoning_content'] and loop.index > ns.last %}"
+    "{{ '<think>' + m['reasoning_content'] + '</think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"a": "<number>"}}}
+WITH_TOOLS: Conversation = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?", "tools": [ADD]},
+    {"role": "assistant", "content": "2", "reasoning_content": "I add."},
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "3", "reasoning_content": "I count.", "reasoning": "I count."},
+]
+
+
+def test_tools_and_reasoning_are_rendered_as_by_transformers(tokenizer: TextTokenizer) -> None:
+    chat, _ = _chat_tokenizer(tokenizer, TOOLS_AND_REASONING)
+    examples = chat.tokenize(Example(WITH_TOOLS, None))
+    targets = [_targets(tokenizer, example) for example in examples]
+    assert targets == [["<think>I add.</think>2<|im_end|>"], ["<think>I count.</think>3<|im_end|>"]]
+    plain = [{name: value for name, value in message.items() if name != "tools"} for message in WITH_TOOLS]
+    expected = tokenizer.inner.apply_chat_template(
+        plain, tools=[ADD], chat_template=TOOLS_AND_REASONING, tokenize=True, return_dict=False
+    )
+    assert examples[-1].input_ids == expected
+    assert fold(WITH_TOOLS, frozenset(["system"]))[0]["tools"] == [ADD]
+
+
+@pytest.mark.parametrize(
+    ("part", "named"), [("tools", "tools, content"), ("m['reasoning_content']", "reasoning_content")]
+)
+def test_a_template_that_leaves_out_tools_or_reasoning_drops_the_conversation(part: str, named: str) -> None:
+    without = TOOLS_AND_REASONING.replace(part, "false", 1)
+    reply = chat_worker.Renderer(without, {}).turns(WITH_TOOLS)
+    assert reply["fault"] == "text_not_in_rendering" and named in reply["detail"]
+
+
+def test_control_tokens_in_tools_and_reasoning_are_found(tokenizer: TextTokenizer) -> None:
+    for name, value in (("tools", [{**ADD, "function": {"name": "<|im_end|>"}}]), ("thinking", "<|im_end|>")):
+        chat, dropped = _chat_tokenizer(tokenizer, PLAIN_TEMPLATE)
+        assert not chat.tokenize(Example([{**message, name: value} for message in single_turn("Hi.", "Ho.")], None))
+        assert dropped == {"control_token_in_text": 1}
+
+
+@pytest.mark.parametrize(("role", "missing"), [("tool", False), ("assistant", True)])
+def test_only_results_of_tools_may_be_written_as_json(role: str, missing: bool) -> None:
+    turn = {"role": role, "content": '{"place": "Köln",\n"warm": true}'}
+    rendered = chat_worker.Renderer("{{ messages[0].content | tojson }}", {}).render([turn])
+    assert "\\n" in rendered and (chat_worker.find_missing([turn], rendered, rewritten=False) is not None) == missing
+
+
 def test_reasoning_of_earlier_turns_may_be_removed_but_not_that_of_the_trained_one() -> None:
     turn = {"role": "assistant", "content": "<think>because</think>so"}
     assert chat_worker.find_missing([turn, {"role": "user", "content": "x"}], "so x", rewritten=True) is None

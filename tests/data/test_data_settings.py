@@ -14,12 +14,12 @@ FILES = {**PYTHON_DOCS, "kind": "files", "path": "a.txt"}
 HUB = {**PYTHON_DOCS, "kind": "hub", "path": "org/data", "split": "train"}
 
 
-def _data(corpus: Any, fraction: float) -> Data:
+def _data(corpus: Any, fraction: float, column: str | None = None) -> Data:
     several = [{**source, "text_field": "text"} for source in corpus] if isinstance(corpus, list) else None
     return Data.model_validate(
         {
             "corpus": several if several is not None else {**corpus, "text_field": "text"},
-            "instructions": {**PYTHON_DOCS, "text_field": None},
+            "instructions": {**PYTHON_DOCS, "text_field": column},
             "held_out_fraction": fraction,
             "max_corpus_tokens": None,
             "chat_template": "model",
@@ -54,6 +54,9 @@ def test_a_single_source_equals_a_list_of_one() -> None:
         ([PYTHON_DOCS, FILES], 0.0, "held_out_fraction must be above 0"),
         ([], 0.1, "at least 1 item"),
         ([FILES, {**HUB, "weight": 0.0}], 0.1, "corpus.1.weight\n.*greater than 0"),
+        ({**FILES, "config_name": "en"}, 0.1, "config_name has no effect on files"),
+        ({**FILES, "revision": "main"}, 0.1, "revision has no effect on files"),
+        ({**PYTHON_DOCS, "split": "train"}, 0.0, "split has no effect on python_docs"),
         ({**FILES, "weight": -1.0}, 0.1, "corpus.weight\n.*greater than 0"),
         ({**FILES, "weight": float("inf")}, 0.1, "finite"),
     ],
@@ -61,3 +64,8 @@ def test_a_single_source_equals_a_list_of_one() -> None:
 def test_invalid_combinations_are_refused(corpus: Any, fraction: float, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         _data(corpus, fraction)
+
+
+def test_the_column_of_conversations_cannot_be_chosen() -> None:
+    with pytest.raises(ValidationError, match="text_field of instructions must be null"):
+        _data(FILES, 0.1, column="messages")

@@ -162,6 +162,12 @@ def test_files_of_a_directory_or_glob_are_read_in_order_of_their_names(tmp_path:
             [("system", "S"), ("user", "U"), ("assistant", "A")],
         ),
         (
+            {"instruction": "U2", "output": "A2", "history": [["U1", "A1"]], "system": "S"},
+            [("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2")],
+        ),
+        ({"messages": [{"role": "user", "content": "U"}], "system": "S"}, [("system", "S"), ("user", "U")]),
+        ({"messages": [{"role": "system", "content": "S"}], "system": "S"}, [("system", "S")]),
+        (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
             [("user", "ab")],
         ),
@@ -176,7 +182,7 @@ def test_files_of_a_directory_or_glob_are_read_in_order_of_their_names(tmp_path:
         ({"messages": None, "prompt": "U", "completion": "A"}, [("user", "U"), ("assistant", "A")]),
         ({"instruction": "U", "input": None, "output": "A"}, [("user", "U"), ("assistant", "A")]),
     ],
-    ids=["alpaca", "alpaca without input", "completion", "messages", *map(str, range(6))],
+    ids=["alpaca", "alpaca without input", "completion", "messages", *map(str, range(9))],
 )
 def test_conversation_formats_are_recognized(row: object, messages: list[tuple[str, str]], tmp_path: Path) -> None:
     source = _source(_rows(tmp_path / "chats.jsonl", row), text_field=None)
@@ -194,6 +200,42 @@ def test_tool_calls_are_kept_as_templates_expect_them(tmp_path: Path) -> None:
     (example,) = _stream(source, "instructions")
     called = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
     assert example.content == [{"role": "assistant", "content": "", "tool_calls": [called]}, messages[1]]
+
+
+def test_reasoning_and_declared_tools_are_kept(tmp_path: Path) -> None:
+    question, add = {"role": "user", "content": "1 + 1?"}, {"name": "add", "parameters": {}}
+    answer = {"role": "assistant", "content": "2", "reasoning_content": "Add."}
+    filled = {**add, "function": None, "strict": None}  # by Arrow
+    declared: tuple[object, ...] = ([add], [{"type": "function", "function": add}], json.dumps([add]), [filled])
+    rows = [{"messages": [question, answer], "tools": tools} for tools in (*declared, None, "", [])]
+    found = [example.content for example in _stream(_source(_rows(tmp_path / "a.jsonl", *rows)), "instructions")]
+    declaring = {**question, "tools": [{"type": "function", "function": add}]}
+    assert found == [[declaring, answer]] * 4 + [[question, answer]] * 3
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow", "hub"])
+def test_tool_calls_have_only_the_arguments_that_they_were_written_with(suffix: str, tmp_path: Path) -> None:
+    """Arrow, and datasets that are streamed from the Hub, have the arguments of all calls in every one, most null."""
+    import pyarrow
+    from pyarrow import feather, parquet
+
+    called: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"city": "Rome"}]
+    calls = [[{"function": {"name": "f", "arguments": one}}] for one in called]
+    rows = [{"messages": [{"role": "assistant", "content": "x", "tool_calls": each}]} for each in calls]
+    path = tmp_path / f"chats{suffix}"
+    match suffix:
+        case ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        case ".arrow":
+            feather.write_feather(pyarrow.Table.from_pylist(rows), path)
+        case "hub":
+            _rows(tmp_path / "a.jsonl", *rows)
+        case _:
+            _rows(path, *rows)
+    hub: dict[str, Any] = {"kind": "hub", "split": "train"} if suffix == "hub" else {}
+    found = _stream(_source(tmp_path if hub else path, text_field=None, **hub), "instructions")
+    messages: list[Any] = [message for example in found for message in example.content]
+    assert [message["tool_calls"][0]["function"]["arguments"] for message in messages] == called
 
 
 def test_only_what_was_meant_is_read_of_a_directory(tmp_path: Path) -> None:
@@ -219,6 +261,8 @@ def test_a_saved_dataset_is_read_without_its_caches_and_one_split_of_several(tmp
     assert "no split dev" in _refusal(lambda: _texts(_source(tmp_path, split="dev")))
     assert _texts(_source(tmp_path, split="test")) == ["test"]
     assert _texts(_source(tmp_path / "train")) == ["train"]
+    message = _refusal(lambda: _texts(_source(tmp_path / "train", split="train")))
+    assert message.startswith("data.corpus.split = train") and "Set data.corpus.split=null" in message
     (tmp_path / "test" / "state.json").write_text('{"_data_files": [{"filename": "../secret.txt"}]}')
     assert "../secret.txt" in _refusal(lambda: _texts(_source(tmp_path / "test")))
 
@@ -341,6 +385,9 @@ def test_a_malformed_file_is_reported_with_line_and_reason(
         ({"question": "x", "answer": "y"}, ["question, answer", "known conversation format"]),
         ({"messages": [{"role": "robot", "content": "x"}]}, ["'robot'", "user"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["must be text"]),
+        ({"messages": [{"role": "assistant", "content": "x", "thinking": ["y"]}]}, ["thinking", "must be text"]),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "search"}, ["tools must be a list"]),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "x"}]}, ["function with a name"]),
         ({"messages": [{"role": "user", "text": "x"}]}, ["must be text"]),
         ({"messages": "hello"}, ["list of objects"]),
         (
@@ -407,6 +454,18 @@ def test_a_hub_dataset_is_streamed_row_by_row(tmp_path: Path) -> None:
     assert "row 1" in _refusal(lambda: _texts(wrong_column))
     missing = _source(tmp_path, kind="hub", split="nowhere")
     assert "nowhere" in _refusal(lambda: _texts(missing))
+
+
+def test_a_local_directory_is_not_read_in_place_of_a_hub_dataset_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/data").mkdir(parents=True)
+    _rows(Path("org/data/a.jsonl"), {"text": "local"})
+    pinned = _source("org/data", kind="hub", split="train", revision="0" * 40)
+    for read in (lambda: _texts(pinned), lambda: check_sources([pinned], "corpus", LIMIT)):
+        message = _refusal(read)
+        assert message.startswith("data.corpus.path = org/data") and str(tmp_path / "org" / "data") in message
 
 
 def test_only_the_needed_part_of_a_hub_dataset_is_read(tmp_path: Path) -> None:

@@ -307,6 +307,17 @@ def test_what_is_dropped_is_an_error_a_warning_or_folded(tiny_llama_dir: Path, t
     assert any(row["messages"][0]["content"].startswith("Be brief.\n\nWhat") for row in _held_out(tmp_path / "folded"))
 
 
+def test_a_warning_advises_only_on_its_own_reason(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    answers = [*(["A number."] * 30), " ", "long " * 100]
+    rows = [{"prompt": f"What is {number}?", "completion": answer} for number, answer in enumerate(answers)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    no_answer, too_long = tokenize.run(_task(tiny_llama_dir, tmp_path / "out", "instructions", tmp_path / "a.jsonl"))[
+        "warnings"
+    ]
+    assert "1 no_answer" in no_answer and "sft.sequence_length" not in no_answer
+    assert "1 too_long" in too_long and too_long.endswith("Increase sft.sequence_length.")
+
+
 def test_a_setting_that_changes_nothing_is_not_in_the_key(tmp_path: Path) -> None:
     settings = _task(tmp_path, tmp_path, "instructions", tmp_path).settings
     key = settings.key_settings()
