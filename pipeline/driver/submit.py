@@ -144,9 +144,7 @@ def command_script(run: Settings, name: str, arguments: Sequence[str], stage: st
         stage: the stage whose resources the job requests.
         place: the path of the job's files without their suffixes.
     """
-    # The job must import the same package, wherever it was imported from.
-    here = [f"export PYTHONPATH={shlex.quote(python_path(os.environ))}"]
-    settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, *here]})
+    settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, _export_python_path()]})
     batch = slurm.BatchJob(
         name=name,
         command=[sys.executable, "-m", "pipeline", *arguments],
@@ -155,6 +153,13 @@ def command_script(run: Settings, name: str, arguments: Sequence[str], stage: st
         log=Path(f"{escape_percent(place)}-%j.log"),
     )
     return slurm.batch_script(batch, settings)
+
+
+def _export_python_path() -> str:
+    """Lets a job import the same package, and what this command or the commands before this one let it find."""
+    inherited = os.environ.get("PYTHONPATH")
+    own, later = shlex.quote(python_path({})), f":{shlex.quote(inherited)}" if inherited else ""
+    return f"export PYTHONPATH={own}${{PYTHONPATH:+:$PYTHONPATH}}{later}"
 
 
 # ------------------------------------------------------------------------------------------ submission

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,22 @@ def test_each_stage_requests_its_own_resources(tmp_path: Path) -> None:
     for cpu_stage in ("tokenize/corpus", "report", "load"):
         assert "--gpus" not in job_script(jobs[cpu_stage])
     assert f"export PYTHONPATH={Path(submit.__file__).resolve().parents[2]}" in job_script(jobs["load"])
+
+
+@pytest.mark.parametrize("command", [None, "/where the command/was started"])
+def test_a_job_finds_the_modules_of_its_environment_lines_too(
+    command: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With --export=NONE as well, where the job does not inherit PYTHONPATH."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if command is not None:
+        monkeypatch.setenv("PYTHONPATH", command)
+    ((run, nodes),) = _runs(tmp_path, 'slurm.environment=["export PYTHONPATH=/shared/code"]')
+    *lines, _ = job_script(stage_jobs([(run, nodes)], None)[0]).splitlines()
+    script = "\n".join([*lines, "printenv PYTHONPATH"])
+    answer = subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    repository = str(Path(submit.__file__).resolve().parents[2])
+    assert answer.stdout.strip().split(":") == [repository, "/shared/code", *([command] if command else [])]
 
 
 @pytest.mark.parametrize("wrong", ["slurm.evaluate.nodes=2", "slurm.load.time=1:2:3:4", "slurm.pretrain.gpus=-1"])
