@@ -27,6 +27,9 @@ ACTIVE = frozenset({
     "SIGNALING", "STAGE_OUT",
 })  # fmt: skip
 COMMAND_SECONDS = 60
+# Which Slurm its commands reach, and what they may do there. All other variables within a job describe that job.
+ACCESS_VARIABLES = re.compile("SLURM_(CONF|CONF_SERVER|CLUSTERS|JWT|UMASK)")
+JOB_VARIABLES = re.compile("(SLURM|SLURMD|SRUN)_.*|CUDA_VISIBLE_DEVICES")
 
 
 class SlurmUnreachable(RuntimeError):
@@ -126,7 +129,7 @@ def submit_script(script: Path, parents: Iterable[int], condition: Literal["afte
     """
     after = ":".join(map(str, parents))
     dependency = [f"--dependency={condition}:{after}"] if after else []
-    answer = _call("sbatch", "--parsable", "--hold", *dependency, str(script))
+    answer = _call("sbatch", "--parsable", "--hold", *dependency, str(script), environment=_outside_of_job(os.environ))
     if answer.returncode != 0:
         _ask("scontrol", "ping")  # fails if it was not the script that sbatch could not process
         raise UserError(
@@ -136,6 +139,20 @@ def submit_script(script: Path, parents: Iterable[int], condition: Literal["afte
             remedy="Correct slurm.* accordingly. Nothing was started.",
         )
     return int(answer.stdout.strip().partition(";")[0])  # "ID" or, with several clusters, "ID;CLUSTER"
+
+
+def _outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment without the variables of the job that this process runs in, if any.
+
+    A submitted job inherits them, and srun would apply the other job's memory and GPUs to it or refuse to start.
+    """
+    if job_of(environment) is None:
+        return dict(environment)
+    return {
+        name: value
+        for name, value in environment.items()
+        if ACCESS_VARIABLES.fullmatch(name) or not JOB_VARIABLES.fullmatch(name)
+    }
 
 
 def release(jobs: Sequence[int]) -> None:
@@ -243,9 +260,9 @@ def _ask(*command: str) -> str:
     return answer.stdout
 
 
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
+def _call(*command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmUnreachable(str(error)) from error
 

@@ -154,6 +154,28 @@ def test_submitted_job_depends_on_its_parents_and_a_rejection_quotes_sbatch(
         slurm.submit_script(Path("job.sh"), [])
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_job_does_not_inherit_the_variables_of_the_job_that_submits_it(
+    inside: bool, program: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an interactive session. srun would take the session's memory and GPUs for those of the new job."""
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    access = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "big", "SBATCH_ACCOUNT": "mine", "HF_TOKEN": "x"}
+    session = {"SLURM_MEM_PER_CPU": "4096", "SLURM_GPUS": "1", "SLURM_RESTART_COUNT": "2", "CUDA_VISIBLE_DEVICES": "0"}
+    for name, value in {**access, **session, **({"SLURM_JOB_ID": "7"} if inside else {})}.items():
+        monkeypatch.setenv(name, value)
+    program("sbatch", stdout="12\n")
+    with open(tmp_path / "sbatch", "r+") as script:
+        lines = script.read().replace("\nexit 0", f"\nenv > {tmp_path}/environment\nexit 0")
+        script.seek(0)
+        script.write(lines)
+    slurm.submit_script(Path("job.sh"), [])
+    passed = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
+    assert access.items() <= passed.items()
+    assert session.keys() & passed.keys() == (set() if inside else session.keys())
+
+
 def test_held_jobs_are_found_by_their_scripts(program: Callable[..., None]) -> None:
     queue = ["7|JobHeldUser|/a|b.sh", "8|JobHeldUser|/other.sh", "9|Dependency|/a|b.sh", "10_[1-3]|None|wrap"]
     program("squeue", stdout="\n".join(queue) + "\n")
