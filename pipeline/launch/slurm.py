@@ -177,9 +177,9 @@ def held_jobs(scripts: Collection[str]) -> list[int]:
     return [int(job) for job, reason, script in jobs if reason == "JobHeldUser" and script in scripts]
 
 
-def requeue(job: int) -> None:
+def requeue(job: JobInfo) -> None:
     """Returns a running batch job to the queue. Slurm then ends it, including the calling process."""
-    _ask("scontrol", "requeue", str(job))
+    _ask("scontrol", "requeue", job.array_task or str(job.job))
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ class JobInfo:
     may_requeue: bool
     run_time: str
     time_limit: str
+    array_task: str = ""  # such as 10_3, if it is a task of a job array: one of the tasks has the same id as the array
 
     @property
     def active(self) -> bool:
@@ -215,7 +216,11 @@ def job_info(job: int) -> JobInfo | None:
         return None
     if answer.returncode != 0:
         raise SlurmUnreachable(answer.stderr.strip())
-    fields = dict(re.findall(r"(\S+?)=(\S*)", answer.stdout))
+    # The id of a job array is also that of one of its tasks, and all of them are listed.
+    record = next((line for line in answer.stdout.splitlines() if line.startswith(f"JobId={job} ")), None)
+    if record is None:
+        return None
+    fields = dict(re.findall(r"(\S+?)=(\S*)", record))
     return JobInfo(
         job=job,
         state=fields["JobState"],
@@ -225,6 +230,7 @@ def job_info(job: int) -> JobInfo | None:
         may_requeue=fields["Requeue"] != "0",
         run_time=fields["RunTime"],
         time_limit=fields["TimeLimit"],
+        array_task=f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}" if "ArrayTaskId" in fields else "",
     )
 
 

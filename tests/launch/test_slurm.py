@@ -122,6 +122,21 @@ def test_job_info_is_parsed(program: Callable[..., None]) -> None:
     assert expected.active
 
 
+def test_a_task_of_a_job_array_is_told_from_the_others(program: Callable[..., None], tmp_path: Path) -> None:
+    """Slurm lists all tasks for the id of the array, which is also that of its last task, and would requeue all."""
+    tasks = [
+        JOB_12.replace("JobId=12", f"JobId={job} ArrayJobId=12 ArrayTaskId={task}").replace("RUNNING", state)
+        for job, task, state in ((12, 2, "RUNNING"), (14, 1, "RUNNING"), (13, 0, "FAILED"))
+    ]
+    program("scontrol", stdout="\n".join(tasks) + "\n")
+    found = {job: job_info(job) for job in (12, 13, 15)}
+    last, first = found[12], found[13]
+    assert last is not None and first is not None and found[15] is None
+    assert (last.state, first.state) == ("RUNNING", "FAILED")
+    slurm.requeue(last)
+    assert (tmp_path / "arguments").read_text().splitlines()[-2:] == ["requeue", "12_2"]
+
+
 def test_unknown_job_is_none_and_an_unreachable_controller_is_an_error(program: Callable[..., None]) -> None:
     program("scontrol", stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)
     assert job_info(12) is None
