@@ -21,10 +21,9 @@ from typing import Literal
 from pipeline.config import Resources, Slurm
 from pipeline.errors import UserError
 
-# The states of a job that is running or will run.
-ACTIVE = frozenset({
-    "PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-    "SIGNALING", "STAGE_OUT",
+# The states of a job that has failed. In all others but COMPLETED, such as RESV_DEL_HOLD, it is running or will run.
+FAILED = frozenset({
+    "BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 })  # fmt: skip
 COMMAND_SECONDS = 60
 # Which Slurm its commands reach, and what they may do there. All other variables within a job describe that job.
@@ -199,7 +198,7 @@ class JobInfo:
     @property
     def active(self) -> bool:
         """Whether the job is running or will run."""
-        return self.state in ACTIVE
+        return self.state not in {"COMPLETED", *FAILED}
 
 
 def job_info(job: int) -> JobInfo | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,24 @@ def test_a_failed_job_without_an_error_message_shows_the_end_of_its_log(
     _job(monkeypatch, run, "OUT_OF_MEMORY", "OutOfMemory")
     printed = _printed(run)
     assert "| Out of memory" in printed and "pretrain-12.log" in printed
+
+
+def test_a_job_that_slurm_has_forgotten_shows_the_end_of_its_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some minutes after it failed. Not if the artifact has been finished, or something else builds it by now."""
+    _job(monkeypatch, run, "FAILED")
+    monkeypatch.setattr(slurm, "job_info", lambda job: None)
+    printed = _printed(run)
+    assert "job 12 ended, and Slurm has forgotten how" in printed and "| Out of memory" in printed
+    node = _training(run)
+    write_json(node.artifact.partial / "attempts.json", [{"started": 1.0, "seconds": None}])
+    log = slurm_dir(run[0]) / "pretrain-12.log"
+    for later, shown in ((-1, True), (1, False)):
+        os.utime(node.artifact.partial / "attempts.json", (0, log.stat().st_mtime + later))
+        assert ("| Out of memory" in _printed(run)) == shown
+    os.utime(node.artifact.partial / "attempts.json", (0, 0))
+    node.artifact.commit({})
+    node.artifact.invalidate()
+    assert "| Out of memory" not in _printed(run) and "job 12 ended" in _line(run, "pretrain")
 
 
 def test_a_job_that_was_submitted_with_other_settings_is_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

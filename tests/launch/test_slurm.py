@@ -122,6 +122,20 @@ def test_job_info_is_parsed(program: Callable[..., None]) -> None:
     assert expected.active
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "POWER_UP_NODE", "NEW"])
+def test_a_job_is_active_unless_it_is_known_to_have_ended(state: str, program: Callable[..., None]) -> None:
+    program("scontrol", stdout=JOB_12.replace("RUNNING", state))
+    info = job_info(12)
+    assert info is not None and info.active
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"])
+def test_a_job_that_has_ended_is_not_active(state: str, program: Callable[..., None]) -> None:
+    program("scontrol", stdout=JOB_12.replace("RUNNING", state))
+    info = job_info(12)
+    assert info is not None and not info.active
+
+
 def test_a_task_of_a_job_array_is_told_from_the_others(program: Callable[..., None], tmp_path: Path) -> None:
     """Slurm lists all tasks for the id of the array, which is also that of its last task, and would requeue all."""
     tasks = [
