@@ -57,7 +57,7 @@ def clean(output_dir: Path, confirm: bool, console: Console) -> None:
     """
     root = output_dir.absolute() / "artifacts"
     if not root.is_dir():
-        return console.print(f"{root} does not exist")
+        return console.print(f"{root} does not exist", markup=False)
     items = _find(root)
     for item in items:
         if item.found != ["lock"]:
@@ -68,9 +68,9 @@ def clean(output_dir: Path, confirm: bool, console: Console) -> None:
     summary = f"{gib(sum(item.size for item in free))} in {sum(item.found != ['lock'] for item in free)} entries, and "
     summary += f"{locks} unused locks"
     if not confirm:
-        return console.print(f"{root}: {summary} can be removed; add confirm=true to remove them")
+        return console.print(f"{root}: {summary} can be removed; add confirm=true to remove them", markup=False)
     removed = sum([_remove(item, console) for item in free])
-    return console.print(f"{root}: removed {removed} of {len(free)} ({summary})")
+    return console.print(f"{root}: removed {removed} of {len(free)} ({summary})", markup=False)
 
 
 # ----------------------------------------------------------------------------------------- what is there

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.artifacts.store import ATTEMPTS_FILE
 from pipeline.config import Settings, Train
@@ -25,7 +26,7 @@ SHOWN_METRICS = ("loss", "tokens_per_second", "held_out_loss")
 
 def print_status(run: Settings, nodes: Mapping[str, Node], console: Console) -> None:
     """Prints one line per node, and why it failed if it did."""
-    console.print(f"[bold]{run.name}[/]")
+    console.print(f"[bold]{escape(run.name)}[/]")
     selected = select_nodes(nodes, run.stages)
     # Jobs that were submitted with other settings build other artifacts.
     jobs = {

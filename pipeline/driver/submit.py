@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.artifacts.lock import Holder, Lock
 from pipeline.config import Settings, Slurm
@@ -170,7 +171,7 @@ def print_scripts(jobs: Sequence[StageJob], console: Console) -> None:
     for job in jobs:
         parents = [parent.node.name for parent in jobs if parent.node.artifact.key in _parent_keys(job)]
         after = f", after {', '.join(parents)}" if parents else ""
-        console.print(f"[bold]{job.place}.sh[/]{after}")
+        console.print(f"[bold]{escape(str(job.place))}.sh[/]{after}")
         console.print(job_script(job), markup=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.driver.graph import Inputs, Node, build_graph
 from pipeline.driver.run import FAILURE_FILE
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import slurm_dir
+from pipeline.driver.verify import verify
 from pipeline.errors import EXIT_DONE
 from pipeline.files import write_json
 from pipeline.launch import slurm
@@ -51,6 +53,18 @@ def _training(run: Run, *lines: dict[str, float]) -> Node:
     (node.artifact.partial / "logs").mkdir(parents=True)
     (node.artifact.partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     return node
+
+
+@pytest.mark.parametrize("name", ["sweep/evaluate.tasks-[facts]", "a[/b]"])
+@pytest.mark.parametrize("show", [print_status, lambda run, nodes, console: verify([(run, nodes)], console)])
+def test_a_name_with_brackets_is_shown_as_it_is(
+    name: str, show: Callable[[Settings, dict[str, Node], Console], None], run: Run
+) -> None:
+    """As a sweep over lists makes them. rich takes what is in brackets for a style."""
+    console = Console(file=io.StringIO(), width=200)
+    show(run[0].model_copy(update={"name": name}), run[1], console)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[0] == name
 
 
 def test_running_training_shows_its_latest_metrics_and_the_time_left(run: Run) -> None:
