@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,8 +107,12 @@ def _is_left_over(kind: str, item: Leftovers) -> bool:
 
 
 def _size(entry: Path) -> int:
-    files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
-    return sum(path.lstat().st_size for path in files)
+    size = 0
+    for directory, _, files in [(entry.parent, [], [entry.name])] if entry.is_file() else os.walk(entry):
+        for name in files:
+            with suppress(FileNotFoundError):  # a process that builds the artifact has removed it
+                size += os.lstat(os.path.join(directory, name)).st_size
+    return size
 
 
 # ------------------------------------------------------------------------------------------- references
