@@ -166,14 +166,19 @@ def first_node_prefix() -> list[str]:
     return allocation.srun(1) if allocation is not None and allocation.outside else []
 
 
-def device_memory(placement: Placement) -> int:
-    """Returns the memory of one device in bytes: of the smallest GPU, or one process's share of a node's memory."""
+def device_memory(placement: Placement) -> int | None:
+    """Returns the memory of one device in bytes: of the smallest GPU, or one process's share of a node's memory.
+
+    None if it cannot be told: nvidia-smi is missing in some containers, and does not know it for GPUs that share the
+    CPU's memory.
+    """
     if placement.device == "cuda":
         command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
-        return min(int(line) for line in _output_on_first_node(command).split()) * 2**20
+        sizes = [int(line) for line in _output_on_first_node(command).splitlines() if line.strip().isdecimal()]
+        return min(sizes) * 2**20 if sizes else None
     lines = _output_on_first_node(["cat", "/proc/meminfo"]).splitlines()
-    total = next(line for line in lines if "MemTotal" in line)  # "MemTotal:  16384 kB"
-    return int(total.split()[1]) * 1024 // placement.processes
+    total = next((line for line in lines if "MemTotal" in line), None)  # "MemTotal:  16384 kB"
+    return None if total is None else int(total.split()[1]) * 1024 // placement.processes
 
 
 def _torch_has_cuda() -> bool:
@@ -201,7 +206,10 @@ def _count_visible_gpus(prefix: list[str]) -> int:
 
 
 def _output_on_first_node(command: list[str]) -> str:
-    return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=True).stdout
+    try:
+        return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""
 
 
 def bfloat16_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
