@@ -30,6 +30,7 @@ class Machine:
     cores: int  # per node
     gpus: int  # per node: visible to this process and supported by the installed torch
     nodes: int = 1
+    unusable_gpus: int = 0  # per node: that Slurm has allocated, but the installed torch or the driver cannot use
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,16 @@ def place(launch: Launch, machine: Machine) -> Placement:
     """Resolves the settings for device, processes and threads, detecting those that are ``auto``.
 
     Raises:
-        UserError: the settings ask for more GPUs than the machine has.
+        UserError: the settings ask for more GPUs than the machine has, or ``auto`` would leave allocated GPUs idle.
     """
     placement = requested_placement(launch, machine)
+    if launch.kind == "auto" and machine.unusable_gpus:
+        raise UserError(
+            setting="launch.device",
+            value=launch.device,
+            rule=f"Slurm gave this job {machine.unusable_gpus} GPUs per node, which torch cannot use here",
+            remedy="Run scripts/setup --check in such a job, which tells what is missing, or set launch.device=cpu.",
+        )
     if placement.device == "cuda" and placement.processes > machine.gpus:
         if machine.gpus:
             setting, value = "launch.processes", str(placement.processes)
@@ -112,7 +120,14 @@ def detect_machine() -> Machine:
         return Machine(cores=usable_cores(), gpus=gpus)
     # Where srun starts the workers, they do not inherit the limits of this process.
     cores = allocation.cpus if allocation.needs_srun else min(allocation.cpus, usable_cores())
-    return Machine(cores=cores, gpus=gpus, nodes=len(allocation.nodes))
+    return Machine(cores=cores, gpus=gpus, nodes=len(allocation.nodes), unusable_gpus=_unusable_gpus(gpus))
+
+
+def _unusable_gpus(usable: int) -> int:
+    """Returns how many GPUs of this job are not usable, if that is all of them and the user has not hidden them."""
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    hidden = not DEVICE_NAME.match(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    return int(allocated) if allocated.isdecimal() and not usable and not hidden else 0
 
 
 def usable_cores(process: Path = Path("/proc/self")) -> int:
