@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from yaml import YAMLError
+from yaml import SafeLoader, YAMLError
 
 from pipeline.command import Job, execute, execute_batch_job
 from pipeline.config import Settings
@@ -68,6 +68,12 @@ CONF = Path(__file__).resolve().parent / "conf"  # in the repository, a symbolic
 FREE_DICTIONARY = re.compile(r"[\w.]+=\{")  # keys unknown to Hydra, to be validated by pydantic
 SOURCES = {f"data.{purpose}" for purpose in PURPOSES}  # each is one source or a list of sources
 LOG_WIDTH = 120  # columns, if the output is not a terminal
+
+# YAML 1.1 reads a time without quotes as a number in base 60: 24:00:00 as 86400, which slurm.*.time takes for minutes.
+_TIME = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d\d)+$"))
+SafeLoader.yaml_implicit_resolvers = {
+    first: [_TIME, *resolvers] for first, resolvers in SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

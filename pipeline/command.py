@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.config import MODEL_TARGETS, Settings
 from pipeline.driver.chat import chat
@@ -78,7 +79,9 @@ def _execute(jobs: Sequence[Job], console: Console) -> None:
     prepared = prepare([job.settings for job in jobs])
     if action in ("run", "plan", "submit") and jobs[0].settings.force and not prepared[0].run.force:
         records = Path(prepared[0].run.output_dir) / "artifacts" / REBUILD_RECORDS
-        console.print(f"force: the rebuild that this command began is unfinished and continues (record: {records})")
+        console.print(
+            f"force: the rebuild that this command began is unfinished and continues (record: {records})", markup=False
+        )
     if action == "plan":
         _plan_all(prepared, sweep, console)
         return
@@ -141,7 +144,7 @@ def _plan_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> Non
     if sweep:
         first = jobs[0].run
         path = Path(first.output_dir) / first.name.rpartition("/")[0] / "report"
-        console.print(f"and one report over all {len(jobs)} jobs: {path}")
+        console.print(f"and one report over all {len(jobs)} jobs: {path}", markup=False)
 
 
 def execute_batch_job(file: Path, console: Console) -> None:
@@ -207,7 +210,8 @@ def _submit_all(jobs: Sequence[PreparedRun], sweep: bool, console: Console) -> N
     if not planned:
         return console.print("all artifacts are complete; nothing was submitted")
     submit_jobs(planned, console)
-    return console.print(f"jobs, scripts and logs: {slurm_dir(planned[-1].runs[0])}; action=status shows their state")
+    place = slurm_dir(planned[-1].runs[0])
+    return console.print(f"jobs, scripts and logs: {place}; action=status shows their state", markup=False)
 
 
 # --------------------------------------------------------------------------------------------- run
@@ -252,7 +256,7 @@ def _ending(jobs: Sequence[PreparedRun], sweep: bool) -> tuple[Settings, Path | 
 
 
 def _run(job: PreparedRun, console: Console) -> None:
-    console.print(f"[bold]{job.run.name}[/]  {job.run.summary}")
+    console.print(f"[bold]{escape(job.run.name)}[/]  {escape(job.run.summary)}")
     seconds = run_graph(job.run, job.nodes, console)
     if any(seconds.values()):
         _print_seconds(seconds, console)
@@ -261,10 +265,14 @@ def _run(job: PreparedRun, console: Console) -> None:
     report = job.nodes.get("report")
     if report is not None and report.name in seconds:
         console.print(closing_table(report.artifact.path))
-        console.print(f"report: {Path(job.run.output_dir) / job.run.name / 'report' / 'report.md'}")
+        _print_report(job.run, console)
     if any(seconds.values()) and wandb_mode(job.run.tracking) == "offline":
         runs = Path(job.run.output_dir) / job.run.name / "wandb"
         console.print(f"to upload the metrics to W&B: wandb sync {shlex.quote(str(runs))}/offline-run-*", markup=False)
+
+
+def _print_report(run: Settings, console: Console) -> None:
+    console.print(f"report: {Path(run.output_dir) / run.name / 'report' / 'report.md'}", markup=False)
 
 
 def _print_seconds(seconds: dict[str, float], console: Console) -> None:
@@ -278,7 +286,7 @@ def _report_sweep(jobs: Sequence[PreparedRun], console: Console) -> None:
     run_graph(settings, nodes, console)
     node = nodes["report"]
     console.print(closing_table(node.artifact.path))
-    console.print(f"report: {Path(settings.output_dir) / settings.name / 'report' / 'report.md'}")
+    _print_report(settings, console)
 
 
 def _sweep_report(jobs: Sequence[PreparedRun]) -> tuple[Settings, dict[str, Node]]:

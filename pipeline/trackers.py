@@ -122,8 +122,11 @@ def login_fault(environment: Mapping[str, str]) -> UserError | None:
             rule="W&B rejects it: a key has at least 40 letters, digits and underscores",
             remedy="Copy the key from https://wandb.ai/authorize, or set tracking=offline and sync later.",
         )
-    netrc = Path(environment.get("NETRC", "~/.netrc")).expanduser()
-    if key or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace")):
+    # A server of one's own is named by the variable, or by 'wandb login --host' in the settings.
+    settings = _text_of(Path(environment.get("WANDB_CONFIG_DIR", "~/.config/wandb"), "settings"))
+    servers = re.findall(r"https?://([^/:\s]+)", environment.get("WANDB_BASE_URL", settings))
+    logins = _text_of(Path(environment.get("NETRC", "~/.netrc")))
+    if key or environment.get("WANDB_IDENTITY_TOKEN_FILE") or any(name in logins for name in ("wandb", *servers)):
         return None
     return UserError(
         setting="tracking.wandb",
@@ -131,6 +134,11 @@ def login_fault(environment: Mapping[str, str]) -> UserError | None:
         rule="there is no W&B login on this machine",
         remedy="Run 'wandb login' or set WANDB_API_KEY, or set tracking=offline and sync later.",
     )
+
+
+def _text_of(path: Path) -> str:
+    path = path.expanduser()
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 class _Wandb:

@@ -118,6 +118,18 @@ def test_keys_that_wandb_rejects_are_refused(tmp_path: Path) -> None:
     assert fault is not None and "wandb login" in fault.remedy
 
 
+def test_a_login_on_a_server_of_ones_own_is_found(tmp_path: Path) -> None:
+    """Its name need not contain "wandb". ``wandb login --host`` stores it in the settings."""
+    nowhere = {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    (tmp_path / "netrc").write_text("machine ml.company.com\n  login user\n  password x\n")
+    assert login_fault(nowhere) is not None
+    assert login_fault({**nowhere, "WANDB_BASE_URL": "https://other.com:8080/api"}) is not None
+    assert login_fault({**nowhere, "WANDB_BASE_URL": "https://ml.company.com:8080/api"}) is None
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://ml.company.com\n")
+    assert login_fault(nowhere) is None
+    assert login_fault({"NETRC": "/none", "WANDB_IDENTITY_TOKEN_FILE": "/token"}) is None
+
+
 def test_jsonl_contains_the_logged_metrics(tmp_path: Path) -> None:
     with Tracker(_target(tmp_path), tmp_path, {}) as tracker:
         tracker.log({"loss": 2.5}, step=1)

@@ -90,16 +90,16 @@ def parse_configuration_once() -> None:
     import yaml
     from omegaconf import _utils, omegaconf
 
-    loader = _utils.get_yaml_loader()  # it is another class every time, but they are all the same
+    loader = cache(_utils.get_yaml_loader)  # it is another class every time, but they are all the same
 
     @cache
     def parse(text: str) -> Any:
-        return yaml.load(text, Loader=loader)
+        return yaml.load(text, Loader=loader())
 
     def load(stream: IO[str] | str, **_: Any) -> Any:
         return copy.deepcopy(parse(stream if isinstance(stream, str) else stream.read()))
 
-    _utils.get_yaml_loader = lambda: loader
+    _utils.get_yaml_loader = loader
     omegaconf.yaml = types.SimpleNamespace(**{**vars(yaml), "load": load})  # type: ignore[attr-defined]
 
 

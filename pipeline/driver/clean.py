@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,7 +58,7 @@ def clean(output_dir: Path, confirm: bool, console: Console) -> None:
     """
     root = output_dir.absolute() / "artifacts"
     if not root.is_dir():
-        return console.print(f"{root} does not exist")
+        return console.print(f"{root} does not exist", markup=False)
     items = _find(root)
     for item in items:
         if item.found != ["lock"]:
@@ -68,9 +69,9 @@ def clean(output_dir: Path, confirm: bool, console: Console) -> None:
     summary = f"{gib(sum(item.size for item in free))} in {sum(item.found != ['lock'] for item in free)} entries, and "
     summary += f"{locks} unused locks"
     if not confirm:
-        return console.print(f"{root}: {summary} can be removed; add confirm=true to remove them")
+        return console.print(f"{root}: {summary} can be removed; add confirm=true to remove them", markup=False)
     removed = sum([_remove(item, console) for item in free])
-    return console.print(f"{root}: removed {removed} of {len(free)} ({summary})")
+    return console.print(f"{root}: removed {removed} of {len(free)} ({summary})", markup=False)
 
 
 # ----------------------------------------------------------------------------------------- what is there
@@ -106,8 +107,12 @@ def _is_left_over(kind: str, item: Leftovers) -> bool:
 
 
 def _size(entry: Path) -> int:
-    files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
-    return sum(path.lstat().st_size for path in files)
+    size = 0
+    for directory, _, files in [(entry.parent, [], [entry.name])] if entry.is_file() else os.walk(entry):
+        for name in files:
+            with suppress(FileNotFoundError):  # a process that builds the artifact has removed it
+                size += os.lstat(os.path.join(directory, name)).st_size
+    return size
 
 
 # ------------------------------------------------------------------------------------------- references

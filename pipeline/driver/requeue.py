@@ -35,7 +35,7 @@ def requeue_this_job() -> str | None:
         info = slurm.job_info(job)
         if info is None or not (info.batch and info.may_requeue and _was_interrupted(info)):
             return None
-        slurm.requeue(job)
+        slurm.requeue(info)
     except slurm.SlurmUnreachable as error:
         return f"job {job} could not be requeued ({error}); submit its script again"
     return f"job {job} is requeued"

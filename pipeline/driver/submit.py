@@ -2,13 +2,14 @@
 
 A job's task, with the composed settings, is stored as JSON next to its script rather than repeated as a command line.
 A job may start days later and must then build the artifact that was asked for and that other jobs wait for, even if the
-files in conf/ have changed since. The script can be submitted again by hand at any time: a job whose artifact exists
-does nothing, and one that was interrupted resumes.
+files in conf/ have changed since, or the run was submitted again with other settings: the task's file is named by the
+artifact's key. The script can be submitted again by hand at any time: a job whose artifact exists does nothing, and one
+that was interrupted resumes.
 
-    <output_dir>/<name>/slurm/pretrain.sh      the script
-                              pretrain.json    the job's task
-                              pretrain-12.log  the output of job 12
-                              jobs.json        the last job of every artifact
+    <output_dir>/<name>/slurm/pretrain.sh                 the script
+                              pretrain-0a1b2c3d4e5f.json  the job's task
+                              pretrain-12.log             the output of job 12
+                              jobs.json                   the last job of every artifact
 
 All jobs are held until every one of them is queued and recorded. Until they are released, a list of their scripts is in
 ``<output_dir>/artifacts``, so that the next command finds the held jobs of a submission that was killed.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.artifacts.lock import Holder, Lock
 from pipeline.config import Settings, Slurm
@@ -56,8 +58,13 @@ class StageJob:
 
     @property
     def place(self) -> Path:
-        """The path of the script, the task and the logs without their suffixes."""
+        """The path of the script and the logs without their suffixes."""
         return slurm_dir(self.runs[0]) / self.node.name.replace("/", "-")
+
+    @property
+    def task_file(self) -> Path:
+        """The file with the task. A job of an earlier submission with other settings keeps its own while it waits."""
+        return self.place.with_name(f"{self.place.name}-{self.node.artifact.key[:12]}.json")
 
 
 def slurm_dir(run: Settings) -> Path:
@@ -125,7 +132,7 @@ def job_task(job: StageJob) -> dict[str, Any]:
 def job_script(job: StageJob) -> str:
     """Writes a job's batch script."""
     name = f"{job.runs[0].name}/{job.node.name}"
-    return command_script(job.runs[0], name, ["--job", f"{job.place}.json"], job.node.stage, job.place)
+    return command_script(job.runs[0], name, ["--job", str(job.task_file)], job.node.stage, job.place)
 
 
 def command_script(run: Settings, name: str, arguments: Sequence[str], stage: str, place: Path) -> str:
@@ -138,9 +145,7 @@ def command_script(run: Settings, name: str, arguments: Sequence[str], stage: st
         stage: the stage whose resources the job requests.
         place: the path of the job's files without their suffixes.
     """
-    # The job must import the same package, wherever it was imported from.
-    here = [f"export PYTHONPATH={shlex.quote(python_path(os.environ))}"]
-    settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, *here]})
+    settings = run.slurm.model_copy(update={"environment": [*run.slurm.environment, _export_python_path()]})
     batch = slurm.BatchJob(
         name=name,
         command=[sys.executable, "-m", "pipeline", *arguments],
@@ -151,6 +156,13 @@ def command_script(run: Settings, name: str, arguments: Sequence[str], stage: st
     return slurm.batch_script(batch, settings)
 
 
+def _export_python_path() -> str:
+    """Lets a job import the same package, and what this command or the commands before this one let it find."""
+    inherited = os.environ.get("PYTHONPATH")
+    own, later = shlex.quote(python_path({})), f":{shlex.quote(inherited)}" if inherited else ""
+    return f"export PYTHONPATH={own}${{PYTHONPATH:+:$PYTHONPATH}}{later}"
+
+
 # ------------------------------------------------------------------------------------------ submission
 
 
@@ -159,7 +171,7 @@ def print_scripts(jobs: Sequence[StageJob], console: Console) -> None:
     for job in jobs:
         parents = [parent.node.name for parent in jobs if parent.node.artifact.key in _parent_keys(job)]
         after = f", after {', '.join(parents)}" if parents else ""
-        console.print(f"[bold]{job.place}.sh[/]{after}")
+        console.print(f"[bold]{escape(str(job.place))}.sh[/]{after}")
         console.print(job_script(job), markup=False)
 
 
@@ -226,7 +238,7 @@ def _parent_keys(job: StageJob) -> list[str]:
 def _write(job: StageJob) -> None:
     job.place.parent.mkdir(parents=True, exist_ok=True)
     # Only for the user, since shell commands and settings may say more about an account than others should know.
-    write_json(f"{job.place}.json", job_task(job), mode=0o600)
+    write_json(job.task_file, job_task(job), mode=0o600)
     write_text(Path(f"{job.place}.sh"), job_script(job), mode=0o700)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.driver.graph import select_nodes
 from pipeline.driver.run import Run
@@ -23,7 +24,7 @@ def verify(runs: Sequence[Run], console: Console) -> None:
     faults: dict[str, list[str] | None] = {}  # by key; None if there is no such artifact
     damaged = {}
     for run, nodes in runs:
-        console.print(f"[bold]{run.name}[/]")
+        console.print(f"[bold]{escape(run.name)}[/]")
         for name, node in select_nodes(nodes, run.stages).items():
             key = node.artifact.key
             if key not in faults:

@@ -117,4 +117,7 @@ def _remedy(task: StageTask) -> str:
     shape = shape_of(inner_config(read_json(model / "config.json")))
     trained = trained_part(task.name, train.trainable, shape, read_json(model / "expansion.json"))
     placement = place(task.launch, machine)
-    return when_out_of_memory(task.name, trained, setup_of(train, placement), usable(device_memory(placement)))
+    setup, memory = setup_of(train, placement), device_memory(placement)
+    if memory is None:
+        return less_memory(task.name, train, setup.ranks)
+    return when_out_of_memory(task.name, trained, setup, usable(memory))

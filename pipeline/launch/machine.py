@@ -30,6 +30,7 @@ class Machine:
     cores: int  # per node
     gpus: int  # per node: visible to this process and supported by the installed torch
     nodes: int = 1
+    unusable_gpus: int = 0  # per node: that Slurm has allocated, but the installed torch or the driver cannot use
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,16 @@ def place(launch: Launch, machine: Machine) -> Placement:
     """Resolves the settings for device, processes and threads, detecting those that are ``auto``.
 
     Raises:
-        UserError: the settings ask for more GPUs than the machine has.
+        UserError: the settings ask for more GPUs than the machine has, or ``auto`` would leave allocated GPUs idle.
     """
     placement = requested_placement(launch, machine)
+    if launch.kind == "auto" and machine.unusable_gpus:
+        raise UserError(
+            setting="launch.device",
+            value=launch.device,
+            rule=f"Slurm gave this job {machine.unusable_gpus} GPUs per node, which torch cannot use here",
+            remedy="Run scripts/setup --check in such a job, which tells what is missing, or set launch.device=cpu.",
+        )
     if placement.device == "cuda" and placement.processes > machine.gpus:
         if machine.gpus:
             setting, value = "launch.processes", str(placement.processes)
@@ -112,7 +120,14 @@ def detect_machine() -> Machine:
         return Machine(cores=usable_cores(), gpus=gpus)
     # Where srun starts the workers, they do not inherit the limits of this process.
     cores = allocation.cpus if allocation.needs_srun else min(allocation.cpus, usable_cores())
-    return Machine(cores=cores, gpus=gpus, nodes=len(allocation.nodes))
+    return Machine(cores=cores, gpus=gpus, nodes=len(allocation.nodes), unusable_gpus=_unusable_gpus(gpus))
+
+
+def _unusable_gpus(usable: int) -> int:
+    """Returns how many GPUs of this job are not usable, if that is all of them and the user has not hidden them."""
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    hidden = not DEVICE_NAME.match(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    return int(allocated) if allocated.isdecimal() and not usable and not hidden else 0
 
 
 def usable_cores(process: Path = Path("/proc/self")) -> int:
@@ -166,14 +181,19 @@ def first_node_prefix() -> list[str]:
     return allocation.srun(1) if allocation is not None and allocation.outside else []
 
 
-def device_memory(placement: Placement) -> int:
-    """Returns the memory of one device in bytes: of the smallest GPU, or one process's share of a node's memory."""
+def device_memory(placement: Placement) -> int | None:
+    """Returns the memory of one device in bytes: of the smallest GPU, or one process's share of a node's memory.
+
+    None if it cannot be told: nvidia-smi is missing in some containers, and does not know it for GPUs that share the
+    CPU's memory.
+    """
     if placement.device == "cuda":
         command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB
-        return min(int(line) for line in _output_on_first_node(command).split()) * 2**20
+        sizes = [int(line) for line in _output_on_first_node(command).splitlines() if line.strip().isdecimal()]
+        return min(sizes) * 2**20 if sizes else None
     lines = _output_on_first_node(["cat", "/proc/meminfo"]).splitlines()
-    total = next(line for line in lines if "MemTotal" in line)  # "MemTotal:  16384 kB"
-    return int(total.split()[1]) * 1024 // placement.processes
+    total = next((line for line in lines if "MemTotal" in line), None)  # "MemTotal:  16384 kB"
+    return None if total is None else int(total.split()[1]) * 1024 // placement.processes
 
 
 def _torch_has_cuda() -> bool:
@@ -201,7 +221,10 @@ def _count_visible_gpus(prefix: list[str]) -> int:
 
 
 def _output_on_first_node(command: list[str]) -> str:
-    return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=True).stdout
+    try:
+        return subprocess.run([*first_node_prefix(), *command], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""
 
 
 def bfloat16_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:

@@ -21,12 +21,14 @@ from typing import Literal
 from pipeline.config import Resources, Slurm
 from pipeline.errors import UserError
 
-# The states of a job that is running or will run.
-ACTIVE = frozenset({
-    "PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-    "SIGNALING", "STAGE_OUT",
+# The states of a job that has failed. In all others but COMPLETED, such as RESV_DEL_HOLD, it is running or will run.
+FAILED = frozenset({
+    "BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 })  # fmt: skip
 COMMAND_SECONDS = 60
+# Which Slurm its commands reach, and what they may do there. All other variables within a job describe that job.
+ACCESS_VARIABLES = re.compile("SLURM_(CONF|CONF_SERVER|CLUSTERS|JWT|UMASK)")
+JOB_VARIABLES = re.compile("(SLURM|SLURMD|SRUN)_.*|CUDA_VISIBLE_DEVICES")
 
 
 class SlurmUnreachable(RuntimeError):
@@ -126,7 +128,7 @@ def submit_script(script: Path, parents: Iterable[int], condition: Literal["afte
     """
     after = ":".join(map(str, parents))
     dependency = [f"--dependency={condition}:{after}"] if after else []
-    answer = _call("sbatch", "--parsable", "--hold", *dependency, str(script))
+    answer = _call("sbatch", "--parsable", "--hold", *dependency, str(script), environment=_outside_of_job(os.environ))
     if answer.returncode != 0:
         _ask("scontrol", "ping")  # fails if it was not the script that sbatch could not process
         raise UserError(
@@ -136,6 +138,20 @@ def submit_script(script: Path, parents: Iterable[int], condition: Literal["afte
             remedy="Correct slurm.* accordingly. Nothing was started.",
         )
     return int(answer.stdout.strip().partition(";")[0])  # "ID" or, with several clusters, "ID;CLUSTER"
+
+
+def _outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment without the variables of the job that this process runs in, if any.
+
+    A submitted job inherits them, and srun would apply the other job's memory and GPUs to it or refuse to start.
+    """
+    if job_of(environment) is None:
+        return dict(environment)
+    return {
+        name: value
+        for name, value in environment.items()
+        if ACCESS_VARIABLES.fullmatch(name) or not JOB_VARIABLES.fullmatch(name)
+    }
 
 
 def release(jobs: Sequence[int]) -> None:
@@ -160,9 +176,9 @@ def held_jobs(scripts: Collection[str]) -> list[int]:
     return [int(job) for job, reason, script in jobs if reason == "JobHeldUser" and script in scripts]
 
 
-def requeue(job: int) -> None:
+def requeue(job: JobInfo) -> None:
     """Returns a running batch job to the queue. Slurm then ends it, including the calling process."""
-    _ask("scontrol", "requeue", str(job))
+    _ask("scontrol", "requeue", job.array_task or str(job.job))
 
 
 @dataclass(frozen=True)
@@ -177,11 +193,12 @@ class JobInfo:
     may_requeue: bool
     run_time: str
     time_limit: str
+    array_task: str = ""  # such as 10_3, if it is a task of a job array: one of the tasks has the same id as the array
 
     @property
     def active(self) -> bool:
         """Whether the job is running or will run."""
-        return self.state in ACTIVE
+        return self.state not in {"COMPLETED", *FAILED}
 
 
 def job_info(job: int) -> JobInfo | None:
@@ -198,7 +215,11 @@ def job_info(job: int) -> JobInfo | None:
         return None
     if answer.returncode != 0:
         raise SlurmUnreachable(answer.stderr.strip())
-    fields = dict(re.findall(r"(\S+?)=(\S*)", answer.stdout))
+    # The id of a job array is also that of one of its tasks, and all of them are listed.
+    record = next((line for line in answer.stdout.splitlines() if line.startswith(f"JobId={job} ")), None)
+    if record is None:
+        return None
+    fields = dict(re.findall(r"(\S+?)=(\S*)", record))
     return JobInfo(
         job=job,
         state=fields["JobState"],
@@ -208,6 +229,7 @@ def job_info(job: int) -> JobInfo | None:
         may_requeue=fields["Requeue"] != "0",
         run_time=fields["RunTime"],
         time_limit=fields["TimeLimit"],
+        array_task=f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}" if "ArrayTaskId" in fields else "",
     )
 
 
@@ -243,9 +265,9 @@ def _ask(*command: str) -> str:
     return answer.stdout
 
 
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
+def _call(*command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmUnreachable(str(error)) from error
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import first_few
@@ -27,7 +28,7 @@ COMPONENTS = {
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints the plan of one run, with the blockers last, where they are most visible."""
-    console.print(f"[bold]{plan.run.name}[/]  {plan.run.summary}")
+    console.print(f"[bold]{escape(plan.run.name)}[/]  {escape(plan.run.summary)}")
     _print_model(plan, console)
     _print_stages(plan, console)
     if plan.training:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.command import run_prepared
 from pipeline.config import Settings
@@ -77,7 +78,7 @@ def _run(progress: StudyProgress, arguments: Sequence[str], console: Console) ->
         current = pending[0].contender
         now = [trial for trial in pending if trial.contender == current]
         for number, trial in enumerate(now, 1):
-            console.print(f"[bold]{current}[/] {trial.name} ({number} of {len(now)} that can run now)")
+            console.print(f"[bold]{escape(current)}[/] {escape(trial.name)} ({number} of {len(now)} that can run now)")
             _build(progress.trials, trial, console)
     finish(progress, arguments, console)
 
@@ -110,7 +111,9 @@ def finish(progress: StudyProgress, arguments: Sequence[str], console: Console) 
         for node in prepared.selected.values():
             if node.artifact.is_complete() and not is_linked(prepared.run, node):
                 link(prepared.run, node)
-    console.print(f"report: {write_study_report(progress, arguments, progress.trials.directory / 'report')}")
+    console.print(
+        f"report: {write_study_report(progress, arguments, progress.trials.directory / 'report')}", markup=False
+    )
 
 
 # ------------------------------------------------------------------------------------------- checks

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.files import free_bytes, gib
@@ -44,8 +45,8 @@ def print_study_plan(progress: StudyProgress, console: Console) -> None:
     seeds = ", ".join(map(str, study.seeds))
     rungs = ", ".join(f"{rung:g}" for rung in study.tune.rungs)
     console.print(
-        f"[bold]{study.name}[/]  {len(study.contenders)} contenders, {progress.trials.final_tokens}, seeds {seeds}; "
-        f"rates are tuned on {rungs} times the tokens"
+        f"[bold]{escape(study.name)}[/]  {len(study.contenders)} contenders, {progress.trials.final_tokens}, "
+        f"seeds {seeds}; rates are tuned on {rungs} times the tokens"
     )
     table = Table("contender", "tuning", "final runs", "FLOPs", "left", "hours left", "disk", box=None, pad_edge=False,
                   header_style="bold")  # fmt: skip
@@ -167,7 +168,7 @@ def print_study_status(progress: StudyProgress, console: Console) -> None:
     """Prints one line per contender: its rate so far, and how many final runs are finished."""
     study = progress.study
     console.print(
-        f"[bold]{study.name}[/]  {len(progress.known())} runs finished, {len(progress.pending())} can run now"
+        f"[bold]{escape(study.name)}[/]  {len(progress.known())} runs finished, {len(progress.pending())} can run now"
     )
     table = Table("contender", "learning rate", "tuning", "final runs", "diverged", box=None, pad_edge=False,
                   header_style="bold")  # fmt: skip
@@ -182,4 +183,4 @@ def print_study_status(progress: StudyProgress, console: Console) -> None:
     console.print(table)
     place = progress.trials.directory / "report" / "report.md"
     if place.exists():
-        console.print(f"report: {place}")
+        console.print(f"report: {place}", markup=False)

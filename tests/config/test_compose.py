@@ -99,6 +99,14 @@ def test_a_config_dir_adds_experiments(tmp_path: Path) -> None:
     assert (settings.name, settings.expand.method) == ("mine", "copy")
 
 
+@pytest.mark.parametrize("written", ["24:00:00", "'24:00:00'", "1-00:00:00", "1440"])
+def test_a_time_limit_in_a_file_needs_no_quotes(written: str, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "mine.yaml").write_text(f"defaults: [gpu]\nsft: {{time: {written}}}\n")
+    settings = _compose("+experiment=quickstart", "slurm=mine", config_dir=tmp_path)
+    assert settings.slurm.sft.time_seconds == 24 * 3600
+
+
 def _source(path: str) -> str:
     return (
         f"{{kind: files, path: {path}, config_name: null, split: null, revision: null, text_field: null, weight: 1.0}}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -46,6 +49,32 @@ def _clean(tmp_path: Path, confirm: bool) -> str:
 
 def _tree(tmp_path: Path) -> set[Path]:
     return set(tmp_path.rglob("*"))
+
+
+def test_files_that_vanish_while_they_are_counted_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an attempt of a run that was started again with other settings, and is still running."""
+    _, nodes = _nodes(tmp_path)
+    partial = _begin(nodes["load"].artifact)
+    (partial / "kept").write_bytes(bytes(2**30 // 10))
+    is_file, walk = Path.is_file, os.walk
+
+    def is_file_until_now(path: Path) -> bool:
+        found = is_file(path)
+        if path.name == "weights":
+            path.unlink()
+        return found
+
+    def walk_and_remove(top: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for entry in walk(top, **options):
+            if top == partial:
+                (partial / "weights").unlink()
+            yield entry
+
+    monkeypatch.setattr(Path, "is_file", is_file_until_now)
+    monkeypatch.setattr(os, "walk", walk_and_remove)
+    assert "0.1 GiB  lock, partial" in _clean(tmp_path, confirm=False)
 
 
 def test_only_what_no_run_needs_is_removed(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_only_interrupted_batch_jobs_that_may_be_requeued_are(
     asked: list[int] = []
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setattr(slurm, "job_info", lambda job: info)
-    monkeypatch.setattr(slurm, "requeue", asked.append)
+    monkeypatch.setattr(slurm, "requeue", lambda info: asked.append(info.job))
     assert (requeue_this_job() is not None) == bool(requeued)
     assert asked == requeued
 

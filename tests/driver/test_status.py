@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from pipeline.driver.graph import Inputs, Node, build_graph
 from pipeline.driver.run import FAILURE_FILE
 from pipeline.driver.status import print_status
 from pipeline.driver.submit import slurm_dir
+from pipeline.driver.verify import verify
 from pipeline.errors import EXIT_DONE
 from pipeline.files import write_json
 from pipeline.launch import slurm
@@ -50,6 +53,18 @@ def _training(run: Run, *lines: dict[str, float]) -> Node:
     (node.artifact.partial / "logs").mkdir(parents=True)
     (node.artifact.partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     return node
+
+
+@pytest.mark.parametrize("name", ["sweep/evaluate.tasks-[facts]", "a[/b]"])
+@pytest.mark.parametrize("show", [print_status, lambda run, nodes, console: verify([(run, nodes)], console)])
+def test_a_name_with_brackets_is_shown_as_it_is(
+    name: str, show: Callable[[Settings, dict[str, Node], Console], None], run: Run
+) -> None:
+    """As a sweep over lists makes them. rich takes what is in brackets for a style."""
+    console = Console(file=io.StringIO(), width=200)
+    show(run[0].model_copy(update={"name": name}), run[1], console)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[0] == name
 
 
 def test_running_training_shows_its_latest_metrics_and_the_time_left(run: Run) -> None:
@@ -103,6 +118,24 @@ def test_a_failed_job_without_an_error_message_shows_the_end_of_its_log(
     _job(monkeypatch, run, "OUT_OF_MEMORY", "OutOfMemory")
     printed = _printed(run)
     assert "| Out of memory" in printed and "pretrain-12.log" in printed
+
+
+def test_a_job_that_slurm_has_forgotten_shows_the_end_of_its_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some minutes after it failed. Not if the artifact has been finished, or something else builds it by now."""
+    _job(monkeypatch, run, "FAILED")
+    monkeypatch.setattr(slurm, "job_info", lambda job: None)
+    printed = _printed(run)
+    assert "job 12 ended, and Slurm has forgotten how" in printed and "| Out of memory" in printed
+    node = _training(run)
+    write_json(node.artifact.partial / "attempts.json", [{"started": 1.0, "seconds": None}])
+    log = slurm_dir(run[0]) / "pretrain-12.log"
+    for later, shown in ((-1, True), (1, False)):
+        os.utime(node.artifact.partial / "attempts.json", (0, log.stat().st_mtime + later))
+        assert ("| Out of memory" in _printed(run)) == shown
+    os.utime(node.artifact.partial / "attempts.json", (0, 0))
+    node.artifact.commit({})
+    node.artifact.invalidate()
+    assert "| Out of memory" not in _printed(run) and "job 12 ended" in _line(run, "pretrain")
 
 
 def test_a_job_that_was_submitted_with_other_settings_is_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,22 @@ def test_each_stage_requests_its_own_resources(tmp_path: Path) -> None:
     for cpu_stage in ("tokenize/corpus", "report", "load"):
         assert "--gpus" not in job_script(jobs[cpu_stage])
     assert f"export PYTHONPATH={Path(submit.__file__).resolve().parents[2]}" in job_script(jobs["load"])
+
+
+@pytest.mark.parametrize("command", [None, "/where the command/was started"])
+def test_a_job_finds_the_modules_of_its_environment_lines_too(
+    command: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With --export=NONE as well, where the job does not inherit PYTHONPATH."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if command is not None:
+        monkeypatch.setenv("PYTHONPATH", command)
+    ((run, nodes),) = _runs(tmp_path, 'slurm.environment=["export PYTHONPATH=/shared/code"]')
+    *lines, _ = job_script(stage_jobs([(run, nodes)], None)[0]).splitlines()
+    script = "\n".join([*lines, "printenv PYTHONPATH"])
+    answer = subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    repository = str(Path(submit.__file__).resolve().parents[2])
+    assert answer.stdout.strip().split(":") == [repository, "/shared/code", *([command] if command else [])]
 
 
 @pytest.mark.parametrize("wrong", ["slurm.evaluate.nodes=2", "slurm.load.time=1:2:3:4", "slurm.pretrain.gpus=-1"])
@@ -227,7 +245,8 @@ def test_scripts_and_settings_are_only_for_the_user(monkeypatch: pytest.MonkeyPa
         submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
     finally:
         os.umask(before)
-    modes = [(submit.slurm_dir(run) / f"load.{suffix}").stat().st_mode & 0o777 for suffix in ("sh", "json")]
+    (task,) = submit.slurm_dir(run).glob("load-*.json")
+    modes = [path.stat().st_mode & 0o777 for path in (submit.slurm_dir(run) / "load.sh", task)]
     assert modes == [0o500, 0o400]
 
 
@@ -242,6 +261,22 @@ def test_a_job_that_is_still_queued_is_not_submitted_again(monkeypatch: pytest.M
     submit.submit_jobs(stage_jobs([(wider, wider_nodes)], None), CONSOLE)
     assert "expand" not in fake.parents
     assert first in fake.parents["pretrain"]
+
+
+def test_a_waiting_job_keeps_its_task_if_the_run_is_submitted_with_other_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise it would build what the second submission asks for, and nobody what the jobs that wait for it need."""
+    fake = FakeSlurm(monkeypatch)
+    scripts = []  # Slurm keeps a copy
+    for rate in ("1.0e-4", "2.0e-4"):
+        ((run, nodes),) = _runs(tmp_path, "stages=[pretrain]", f"pretrain.learning_rate={rate}")
+        submit.submit_jobs(stage_jobs([(run, nodes)], None), CONSOLE)
+        fake.active |= {entry["job"] for entry in submit.submitted_jobs(run).values()}
+        scripts.append((nodes["pretrain"].artifact.key, (submit.slurm_dir(run) / "pretrain.sh").read_text()))
+    for key, script in scripts:
+        task = shlex.split(script.splitlines()[-1])[-1]
+        assert json.loads(Path(task).read_text())["key"] == key
 
 
 def test_forced_artifacts_are_invalidated_when_their_jobs_are_queued(

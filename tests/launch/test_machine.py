@@ -11,6 +11,7 @@ from pipeline.config import Launch
 from pipeline.errors import UserError
 from pipeline.launch import machine
 from pipeline.launch.machine import Machine, Placement, place
+from pipeline.launch.slurm import read_allocation
 
 
 def _settings(**changes: object) -> Launch:
@@ -26,6 +27,34 @@ def _settings(**changes: object) -> Launch:
             **changes,
         }
     )
+
+
+@pytest.mark.parametrize(
+    "variables, device, refused",
+    [
+        ({"SLURM_GPUS_ON_NODE": "8"}, "auto", True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}, "auto", True),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, "auto", False),  # the user has hidden them
+        ({"SLURM_GPUS_ON_NODE": "8"}, "cpu", False),
+        ({}, "auto", False),
+    ],
+)
+def test_a_job_with_gpus_that_torch_cannot_use_does_not_fall_back_to_cpus(
+    variables: dict[str, str], device: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+):
+    job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
+    for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**job, **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "current_allocation", lambda: read_allocation(os.environ))
+    monkeypatch.setattr(machine, "_torch_has_cuda", lambda: False)
+    settings = _settings(device=device)
+    if refused:
+        with pytest.raises(UserError, match="8 GPUs per node, which torch cannot use"):
+            place(settings, machine.detect_machine.__wrapped__())
+    else:
+        assert place(settings, machine.detect_machine.__wrapped__()).device == "cpu"
 
 
 @pytest.mark.parametrize(

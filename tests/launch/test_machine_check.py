@@ -1,8 +1,10 @@
-"""``scripts/setup --check``: what a machine has, and what training on it would lack."""
+"""``scripts/setup`` repairs an environment. ``--check`` tells what a machine has, and what training would lack."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 from pipeline.driver.run import package_versions
 from pipeline.launch.machine import detect_machine
 from scripts.machine import Finding, findings, main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +33,23 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _found(what: str) -> Finding:
     return next(finding for finding in findings() if finding.what == what)
+
+
+def test_an_environment_without_pip_is_completed(tmp_path: Path) -> None:
+    """As an interrupted setup leaves it, or one without Debian's python3-venv. Scripts take the place of Pythons."""
+    shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts", ignore=lambda *_: {"benchmarks"})
+    for name in ("pyproject.toml", "constraints.txt", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    own, python = tmp_path / ".venv" / "bin" / "python", tmp_path / "python3"
+    own.parent.mkdir(parents=True)
+    own.write_text("#!/bin/sh\nexit 1\n")
+    python.write_text(f'#!/bin/sh\n[ "$2" = venv ] && printf "#!/bin/sh\\n" > {own}\nexit 0\n')
+    for script in (own, python):
+        script.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)}
+    for _ in range(2):
+        subprocess.run([tmp_path / "scripts" / "setup"], env=environment, check=True)
+        assert (tmp_path / ".venv" / "installed").exists()
 
 
 def test_a_machine_with_all_packages_can_run(capsys: pytest.CaptureFixture[str]) -> None:

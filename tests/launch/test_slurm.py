@@ -122,6 +122,35 @@ def test_job_info_is_parsed(program: Callable[..., None]) -> None:
     assert expected.active
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "POWER_UP_NODE", "NEW"])
+def test_a_job_is_active_unless_it_is_known_to_have_ended(state: str, program: Callable[..., None]) -> None:
+    program("scontrol", stdout=JOB_12.replace("RUNNING", state))
+    info = job_info(12)
+    assert info is not None and info.active
+
+
+@pytest.mark.parametrize("state", ["COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"])
+def test_a_job_that_has_ended_is_not_active(state: str, program: Callable[..., None]) -> None:
+    program("scontrol", stdout=JOB_12.replace("RUNNING", state))
+    info = job_info(12)
+    assert info is not None and not info.active
+
+
+def test_a_task_of_a_job_array_is_told_from_the_others(program: Callable[..., None], tmp_path: Path) -> None:
+    """Slurm lists all tasks for the id of the array, which is also that of its last task, and would requeue all."""
+    tasks = [
+        JOB_12.replace("JobId=12", f"JobId={job} ArrayJobId=12 ArrayTaskId={task}").replace("RUNNING", state)
+        for job, task, state in ((12, 2, "RUNNING"), (14, 1, "RUNNING"), (13, 0, "FAILED"))
+    ]
+    program("scontrol", stdout="\n".join(tasks) + "\n")
+    found = {job: job_info(job) for job in (12, 13, 15)}
+    last, first = found[12], found[13]
+    assert last is not None and first is not None and found[15] is None
+    assert (last.state, first.state) == ("RUNNING", "FAILED")
+    slurm.requeue(last)
+    assert (tmp_path / "arguments").read_text().splitlines()[-2:] == ["requeue", "12_2"]
+
+
 def test_unknown_job_is_none_and_an_unreachable_controller_is_an_error(program: Callable[..., None]) -> None:
     program("scontrol", stderr="slurm_load_jobs error: Invalid job id specified\n", status=1)
     assert job_info(12) is None
@@ -152,6 +181,28 @@ def test_submitted_job_depends_on_its_parents_and_a_rejection_quotes_sbatch(
     program("scontrol", stdout="Slurmctld(primary) at n1 is DOWN\n", status=1)
     with pytest.raises(SlurmUnreachable, match="n1 is DOWN"):
         slurm.submit_script(Path("job.sh"), [])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_job_does_not_inherit_the_variables_of_the_job_that_submits_it(
+    inside: bool, program: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an interactive session. srun would take the session's memory and GPUs for those of the new job."""
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    access = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "big", "SBATCH_ACCOUNT": "mine", "HF_TOKEN": "x"}
+    session = {"SLURM_MEM_PER_CPU": "4096", "SLURM_GPUS": "1", "SLURM_RESTART_COUNT": "2", "CUDA_VISIBLE_DEVICES": "0"}
+    for name, value in {**access, **session, **({"SLURM_JOB_ID": "7"} if inside else {})}.items():
+        monkeypatch.setenv(name, value)
+    program("sbatch", stdout="12\n")
+    with open(tmp_path / "sbatch", "r+") as script:
+        lines = script.read().replace("\nexit 0", f"\nenv > {tmp_path}/environment\nexit 0")
+        script.seek(0)
+        script.write(lines)
+    slurm.submit_script(Path("job.sh"), [])
+    passed = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line)
+    assert access.items() <= passed.items()
+    assert session.keys() & passed.keys() == (set() if inside else session.keys())
 
 
 def test_held_jobs_are_found_by_their_scripts(program: Callable[..., None]) -> None:

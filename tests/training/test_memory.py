@@ -1,5 +1,6 @@
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ def test_the_error_of_the_cpu_allocator_is_recognized():
         torch.empty(2**55)  # raises the real error of this system's allocator
 
 
-@pytest.mark.parametrize("available, expected", [(2**20, "What fits: "), (2**40, "To save memory, add any of ")])
+@pytest.mark.parametrize(
+    "available, expected",
+    [(2**20, "What fits: "), (2**40, "To save memory, add any of "), (None, "To save memory, add any of ")],
+)
 def test_the_stage_adds_settings_that_fit(
-    available: int, expected: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
+    available: int | None, expected: str, make_task: Callable[..., StageTask], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(fitting, "device_memory", lambda placement: available)
     task = make_task(train_settings(micro_batch=2))
@@ -33,6 +37,20 @@ def test_the_stage_adds_settings_that_fit(
 def test_a_process_gets_an_equal_share_of_the_nodes_memory():
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert device_memory(Placement("cpu", 2, 1)) == pytest.approx(there / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "said, memory",
+    [("81559\n40960\n", 40960 * 2**20), ("[N/A]\n", None), ("NVIDIA-SMI has failed.\n", None), (None, None)],
+)
+def test_the_smallest_gpu_decides_if_its_memory_can_be_told(
+    said: str | None, memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if said is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{said}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert device_memory(Placement("cuda", 2, 1)) == memory
 
 
 def test_the_error_of_a_gpu_is_recognized():
