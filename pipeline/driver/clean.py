@@ -108,10 +108,10 @@ def _is_left_over(kind: str, item: Leftovers) -> bool:
 
 def _size(entry: Path) -> int:
     size = 0
-    for directory, _, files in [(entry.parent, [], [entry.name])] if entry.is_file() else os.walk(entry):
-        for name in files:
-            with suppress(FileNotFoundError):  # a process that builds the artifact has removed it
-                size += os.lstat(os.path.join(directory, name)).st_size
+    inner = (Path(directory, name) for directory, _, files in os.walk(entry) for name in files)
+    for file in [entry] if entry.is_file() else inner:
+        with suppress(FileNotFoundError):  # a process that builds the artifact has removed it
+            size += file.lstat().st_size
     return size
 
 
