@@ -288,7 +288,7 @@ def _setting_names(sources: Sequence[Source], purpose: Purpose) -> list[str]:
 
 
 def _kept_and_dropped(documents: Counter[str], dropped: Counter[str]) -> str:
-    return f"{documents.total()} documents were kept; dropped: {dict(dropped) or 'none'}"
+    return f"documents kept: {documents.total()}; dropped: {dict(dropped) or 'none'}"
 
 
 def _describe_drop(source: MixtureSource, reason: str) -> str:
