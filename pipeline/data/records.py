@@ -19,6 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from pipeline.config.data import Split
@@ -195,14 +196,6 @@ class _Malformed(Exception):
         super().__init__(rule)
 
 
-def _from_messages(row: Mapping[str, Any]) -> Any:
-    return row["messages"]
-
-
-def _from_sharegpt(row: Mapping[str, Any]) -> Any:
-    return row["conversations"]
-
-
 def _from_alpaca(row: Mapping[str, Any]) -> Any:
     parts = [row["instruction"], row.get("input")]
     if row.get("instruction") is None:
@@ -234,10 +227,10 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 # Required columns of each format, and the function that converts its rows.
 CONVERSATION_FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
-    ("messages",): _from_messages,
+    ("messages",): itemgetter("messages"),
     ("instruction", "output"): _from_alpaca,
     ("prompt", "completion"): _from_completion,
-    ("conversations",): _from_sharegpt,
+    ("conversations",): itemgetter("conversations"),  # ShareGPT
 }
 # All columns that are read of conversations.
 CONVERSATION_COLUMNS = (
